@@ -1,0 +1,209 @@
+"""`python -m capo_exp`: compose the configuration, check it, show the plan, train.
+
+Composing, help and completion import no torch. Whatever is wrong with the configuration ends in one line on
+stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from.
+"""
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from capo_exp.checks import check, plan
+from capo_exp.config import ConfigError, conf_dir, expected_type, register, suggest, to_config
+from capo_exp.parts import check_names, find_parts
+
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+COMPLETION = """\
+_capo_exp_complete() {
+    [[ "$COMP_LINE" == *" -m capo_exp "* ]] || return
+    local words=($COMP_LINE)
+    local query="${words[0]} -m capo_exp -sc query=bash"
+    local choices=$(COMP_LINE="$COMP_LINE" COMP_POINT=$COMP_POINT $query 2>/dev/null)
+    COMPREPLY=($(compgen -o nospace -o default -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _capo_exp_complete python python3
+"""
+"""Hydra's own completion knows `python file.py` and installed programs, not `python -m`."""
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended in an error, already reported; the sweep goes on and exits with its status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def main() -> None:
+    """Runs the command line; always ends in SystemExit unless all went well."""
+    register()
+    if "-sc" in sys.argv[1:] and "install=bash" in sys.argv[1:]:
+        sys.stdout.write(COMPLETION)
+        return
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])
+    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+    try:
+        with env_override({"HYDRA_FULL_ERROR": "1"}):  # else Hydra prints and exits itself
+            app()
+    except JobFailed as failed:
+        raise SystemExit(failed.status) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        # Composing failed: jobs report for themselves.
+        raise SystemExit(report(error if FULL_ERROR else ConfigError(condense(error)))) from None
+
+
+def job(cfg: DictConfig) -> None:
+    """One job, of a sweep or alone."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        hydra_config = HydraConfig.get()
+        sys.stdout.write(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}\n")
+    try:
+        execute(cfg)
+    except Exception as error:
+        status = report(error)
+        raise JobFailed(status) if sweep else SystemExit(status) from None
+
+
+def execute(cfg: DictConfig) -> None:
+    """Checks, shows the plan, trains."""
+    config = to_config(cfg)
+    check(config)
+    sys.stdout.write("".join(f"{line}\n" for line in plan(config)))
+    sys.stdout.flush()
+    if config.plan_only:
+        return
+    for key, part in find_parts(config):
+        check_names(part, key=key)
+    from capo_exp import train  # torch, so only now
+
+    show(train.run(config))
+
+
+def show(run_dir: Path) -> None:
+    """Draws the run and says what came out and where it is."""
+    from rich.console import Console
+
+    from capo_exp.figures.plots import plot_run
+    from capo_exp.progress import summary_table
+
+    plot_run(run_dir)
+    Console().print(summary_table(run_dir))
+
+
+def report(error: Exception) -> int:
+    """Writes an error to stderr, a wrong configuration as one line, and returns the exit status."""
+    wrong_config = isinstance(error, ConfigError)
+    if wrong_config and not FULL_ERROR:
+        sys.stderr.write(f"{error}\n")
+    else:
+        traceback.print_exception(error)
+    return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
+
+
+def condense(error: Exception) -> str:
+    """What was wrong with the command line or a YAML, in one line: key, value, what is expected."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        return _missing_choice(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: expected key=value; {' '.join(text.splitlines()[0].split())}"
+    if match := re.match(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1])
+    if text.startswith("Config group override"):  # algo=null: Hydra does not name it
+        given = next((a for a in sys.argv[1:] if a.endswith("=null")), "")
+        return f"{given}: expected one of {', '.join(_choices(given.partition('=')[0]))}"
+    if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text):
+        expected = expected_type(match[2]) or _first_line(error.__cause__ or error)
+        return f"{match[2]}={match[3]}: expected {expected}"
+    if match := re.search(r"full_key: (\S+)", text):
+        if re.search(r"Key '\S+' not in '", text):
+            return f"{_unknown_key(match[1])} ({text.partition(':')[0]})"  # In 'experiment/x'
+        kind = expected_type(match[1])
+        return f"{match[1]}: {_first_line(error)}" + (f"; expected {kind}" if kind else "")
+    return _first_line(error)
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return _first_line(error)
+    # A nested choice, experiment=paper/x: the group is the part that Hydra was asked for.
+    top = group.split("/")[0]
+    choice = f"{group}/{choice}".removeprefix(f"{top}/")
+    known: set[str] = {*_choices(top), *(error.options or [])}
+    return f"{top}={choice}: unknown choice; {suggest(choice, sorted(known))}"
+
+
+def _choices(group: str) -> list[str]:
+    folder = conf_dir() / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _unknown_key(key: str) -> str:
+    given = next((a for a in sys.argv[1:] if a.partition("=")[0] == key), key)
+    known = _known_keys()
+    if key in known:  # a sweep whose jobs have different keys
+        return f"{given}: expected a key of every job of the sweep; sweep it with the choices that have it"
+    parent, _, name = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    names = [k.rpartition(".")[2] for k in siblings]
+    meant = [f"{parent}.{n}".lstrip(".") for n in difflib.get_close_matches(name, names, n=1)]
+    if near := meant or same_name:
+        return f"{given}: unknown key; nearest: {near[0]}"
+    return f"{given}: unknown key; {suggest(name, names or [k for k in known if '.' not in k])}"
+
+
+def _known_keys() -> list[str]:
+    """The keys of the configuration that the command line's group choices compose."""
+    plain = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", a)]
+    choices = [a for a in plain if (conf_dir() / a.partition("=")[0]).is_dir()]
+    for attempt in (
+        choices,
+        [],
+    ):  # the second for a choice that does not compose or is on another search path
+        compose_here = hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()))
+        with contextlib.suppress(HydraException), compose_here:
+            return list(_dotted(OmegaConf.to_container(hydra.compose("config", attempt))))
+    return []
+
+
+def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    for name, child in node.items():
+        yield f"{prefix}{name}"
+        if isinstance(child, dict):
+            yield from _dotted(child, f"{prefix}{name}.")
+
+
+def _first_line(error: BaseException) -> str:
+    """The message without Hydra's and OmegaConf's further lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = ("full_key", "object_type", "reference_type", "Config search path", "provider=", "See http")
+    text = "; ".join(line for line in lines if not line.startswith(details)) or type(error).__name__
+    return text.replace(":;", ":")
+
+
+if __name__ == "__main__":
+    main()

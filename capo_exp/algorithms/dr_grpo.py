@@ -1,0 +1,10 @@
+"""Dr. GRPO: GRPO without its length and difficulty biases (arXiv 2503.20783)."""
+
+from torch import Tensor
+
+from capo_exp.masked import centre
+
+
+def group_centred(rewards: Tensor) -> Tensor:
+    """R - mean within each prompt's group. [P, G] -> [P, G]. Source: arXiv 2503.20783, section 3.2."""
+    return centre(rewards)

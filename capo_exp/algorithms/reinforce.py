@@ -1,0 +1,8 @@
+"""REINFORCE without a baseline, as the CAPO paper compares with (arXiv 2510.00819, section 6)."""
+
+from torch import Tensor
+
+
+def raw_reward(rewards: Tensor) -> Tensor:
+    """A = R. [P, G] -> [P, G]. Source: Williams 1992."""
+    return rewards

@@ -1,0 +1,79 @@
+"""RolloutGroups and their advantages -> tensors, and back and forth between a batch and its micro-batches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from capo_exp.types import Batch, BatchTotals, RolloutGroup
+
+
+def collate(
+    groups: Sequence[RolloutGroup], advantages: Tensor, *, pad_token_id: int, device: torch.device
+) -> Batch:
+    """Prompts padded on the left, completions on the right; row p * G + g is completion g of prompt p.
+
+    Args:
+        groups: P groups of G completions.
+        advantages: [P, G].
+        pad_token_id: fills the padding; masked everywhere.
+        device: where the tensors go.
+    """
+    rows = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
+    width = max(len(prompt) for prompt, _ in rows)
+    length = max(len(completion.token_ids) for _, completion in rows)
+    input_ids = torch.full((len(rows), width + length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    sampler_log_probs = torch.zeros(len(rows), length)
+    for row, (prompt, completion) in enumerate(rows):
+        start, end = width - len(prompt), width + len(completion.token_ids)
+        input_ids[row, start:end] = torch.tensor(prompt + completion.token_ids)
+        attention_mask[row, start:end] = 1
+        sampler_log_probs[row, : end - width] = torch.tensor(completion.sampler_log_probs)
+    mask = attention_mask[:, width:].bool()
+    batch = Batch(input_ids, attention_mask, mask, sampler_log_probs, advantages.float().reshape(-1))
+    return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
+
+
+def totals(batch: Batch) -> BatchTotals:
+    """Sizes of an optimiser step."""
+    return BatchTotals(len(batch.advantages), int(batch.completion_mask.sum()))
+
+
+def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
+    """Micro-batches of up to `size` rows, each with the row numbers it holds and without columns of padding
+    alone.
+
+    Rows of similar length go together, which changes no result and saves the padding.
+    """
+    order = batch.attention_mask.sum(1).argsort(stable=True)
+    return [(rows, _trim(batch, rows)) for rows in order.split(size)]
+
+
+def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+    """Micro-batch results [b, t, ...] put back at their rows of a [B, T, ...] tensor; 0 elsewhere.
+
+    Args:
+        pieces: row numbers [b] and values [b, t, ...].
+        like: a [B, T] tensor whose shape and device the result takes.
+    """
+    first = pieces[0][1]
+    out = torch.zeros(*like.shape, *first.shape[2:], dtype=first.dtype, device=like.device)
+    for rows, values in pieces:
+        out[rows, : values.shape[1]] = values
+    return out
+
+
+def _trim(batch: Batch, rows: Tensor) -> Batch:
+    mask = batch.completion_mask[rows]
+    longest = int(mask.sum(1).max())
+    width = batch.input_ids.shape[1] - mask.shape[1]
+    left = int(batch.attention_mask[rows].argmax(1).min())
+    columns = slice(left, width + longest)
+    return Batch(
+        batch.input_ids[rows, columns],
+        batch.attention_mask[rows, columns],
+        mask[:, :longest],
+        batch.sampler_log_probs[rows, :longest],
+        batch.advantages[rows],
+    )

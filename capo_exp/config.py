@@ -1,0 +1,226 @@
+"""The configuration schema. YAML files under conf/ hold every value; here are names, types and meanings.
+
+Imports no torch, so that `--help`, `--cfg` and figures start at once. Cross-field checks are in checks.py.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Part = dict[str, Any]
+"""`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by parts.build."""
+
+
+class ConfigError(ValueError):
+    """Bad input. The message is one line: what was got, what is expected, which key to change."""
+
+
+@dataclass
+class AlgoConfig:
+    """What an algorithm is made of; see algorithm.py for the signature of each part."""
+
+    name: str = MISSING
+    advantage: Part = MISSING
+    selection: Part = MISSING
+    token_loss: Part = MISSING
+    aggregation: Part = MISSING
+    step_rule: Part = MISSING
+    num_iterations: int = MISSING  # optimiser steps per rollout step
+    kl_coefficient: float = MISSING  # weight of kl_k3 to the frozen reference; 0 = no reference is loaded
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    path: str = MISSING  # local directory, hub id, or pkg://... for what ships with this package
+    revision: str | None = MISSING  # hub commit; null for local paths
+    vocab_size: int = MISSING  # checked against the model's own config when it is loaded
+    compute_dtype: str = MISSING  # auto = float32 on CPU, bfloat16 autocast on GPU (weights stay float32)
+    attn_implementation: str = MISSING
+    gradient_checkpointing: bool = MISSING
+    reference_learning_rate: float = MISSING  # the conservative regime's rate for this model
+    micro_batch_size: int = MISSING  # completions per forward and backward pass
+    logits_chunk_tokens: int = MISSING  # tokens of the last layer computed at once
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    # Directory with <name>/<split>.parquet or <split>.parquet; null = CAPO_DATA_DIR, else the hub.
+    path: str | None = MISSING
+    source: Part = MISSING  # (split) -> list[Problem]
+    train_split: str = MISSING
+    eval_split: str = MISSING
+    system_prompt: str | None = MISSING
+    apply_chat_template: bool = MISSING
+    template: str = MISSING  # user message; {problem} is replaced
+    max_prompt_tokens: int = MISSING  # longer prompts are dropped and counted
+    max_completion_tokens: int = MISSING
+
+
+@dataclass
+class RegimeConfig:
+    name: str = MISSING
+    learning_rate: float = MISSING  # peak of the schedule
+    prompts_per_step: int = MISSING
+    group_size: int = MISSING
+
+
+@dataclass
+class RolloutConfig:
+    name: str = MISSING
+    engine: Part = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING  # 0 = off
+    top_p: float = MISSING  # 1 = off
+
+
+@dataclass
+class RewardConfig:
+    name: str = MISSING
+    verifier: Part = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = MISSING
+    betas: list[float] = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+    max_grad_norm: float = MISSING
+    schedule: str = MISSING  # a schedule name of transformers.get_scheduler
+    warmup_ratio: float = MISSING
+
+
+@dataclass
+class CurvatureConfig:
+    """The last-layer model that predicts shifts; the same for every algorithm."""
+
+    optimizer_model: str = MISSING  # adam | sgd
+    top_k: int = MISSING
+    betas: list[float] = MISSING
+    eps: float = MISSING
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = MISSING  # rollout steps; 0 = only before the first and after the last step
+    num_problems: int = MISSING
+    samples: int = MISSING  # completions per problem
+    temperature: float = MISSING  # 0 = greedy
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = MISSING  # rollout steps
+    keep: int = MISSING  # newest checkpoints that stay on disk
+
+
+@dataclass
+class LoggerConfig:
+    name: str = MISSING
+    wandb_mode: str = MISSING  # auto = online with a key, offline without; online | offline | disabled
+    project: str = MISSING
+    tags: list[str] = MISSING
+    completions_every: int = MISSING  # rollout steps between samples of completions; 0 = never
+    completions_groups: int = MISSING  # prompts per sample
+
+
+@dataclass
+class TrainConfig:
+    algo: AlgoConfig = MISSING
+    model: ModelConfig = MISSING
+    dataset: DatasetConfig = MISSING
+    regime: RegimeConfig = MISSING
+    rollout: RolloutConfig = MISSING
+    reward: RewardConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    logger: LoggerConfig = MISSING
+    curvature: CurvatureConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    num_steps: int = MISSING  # rollout steps
+    seed: int = MISSING
+    device: str = MISSING  # auto | cpu | cuda | cuda:1 ...
+    experiment_name: str = MISSING  # folder under output_dir
+    output_dir: str = MISSING
+    overwrite: bool = MISSING  # start again although a run with this identity exists
+    plan_only: bool = MISSING  # print the batch arithmetic and stop
+
+
+def conf_dir() -> Path:
+    """The YAML files: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra; call once before composing."""
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+    OmegaConf.register_new_resolver("mul", lambda a, b: float(a) * float(b), replace=True)
+
+
+def to_config(cfg: DictConfig) -> TrainConfig:
+    """Composed YAML -> typed values.
+
+    Raises:
+        ConfigError: for a key that the schema does not know (`+key=value` gets past Hydra), a missing value,
+            or an interpolation that does not resolve.
+    """
+    try:
+        _check_keys(cfg)
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _check_keys(node: DictConfig, prefix: str = "") -> None:
+    schema = OmegaConf.get_type(node)
+    if not (isinstance(schema, type) and is_dataclass(schema)):
+        return  # a Part: parts.py compares it with the function's signature
+    known = [field.name for field in fields(schema)]
+    for name in map(str, node):
+        if name not in known:
+            raise ConfigError(f"{prefix}{name}={node[name]}: unknown key; {suggest(name, known)}")
+    for name in known:
+        if name not in node:  # also true of a value that is still "???"
+            raise ConfigError(f"{prefix}{name}: no value; expected {expected_type(prefix + name)}")
+        child = node[name]
+        if isinstance(child, DictConfig):
+            _check_keys(child, f"{prefix}{name}.")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The second half of a message about an unknown name: the choices, and the one probably meant."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"expected one of {', '.join(choices)}" + (f"; nearest: {near[0]}" if near else "")
+
+
+def expected_type(key: str) -> str:
+    """What kind of value the schema wants at a dotted key, in words; empty for a key outside the schema."""
+    kind: Any = TrainConfig
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return _WORDS.get(kind, "a group with its keys" if is_dataclass(kind) else "")
+
+
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    str | None: "text or null",
+    list[float]: "a list of numbers",
+    list[str]: "a list of texts",
+    Part: "a part with its _target_",
+}

@@ -1,0 +1,1 @@
+"""Figures from logged runs: files -> table -> arrays -> axes. Nothing here imports torch."""

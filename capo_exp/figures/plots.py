@@ -1,0 +1,149 @@
+"""From the records of a run to axes. Draws on matplotlib's Agg canvas: no display, no pyplot state."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from capo_exp import metric_names as names
+from capo_exp.figures import style
+from capo_exp.figures.load import Array, Run, load_run, series
+
+
+def plot_run(run_dir: Path | str) -> Path:
+    """Draws run.png in the run directory: accuracy, predicted shifts and rejection rate over completions.
+
+    The numbers behind it are metrics.jsonl and eval.jsonl beside it.
+    """
+    run = load_run(run_dir)
+    with style.house_style():
+        figure = Figure(figsize=(8.0, 8.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
+        figure.suptitle(title(run), x=0.01, ha="left", fontsize=11)
+        draw_accuracy(accuracy, run)
+        draw_shifts(shifts, run)
+        draw_rejection(rejection, run)
+        rejection.set_xlabel("completions sampled for training")
+        rejection.xaxis.set_major_formatter(EngFormatter(sep=""))
+        rejection.set_xlim(left=0)
+        path = run.path / "run.png"
+        figure.savefig(path)
+    return path
+
+
+def title(run: Run) -> str:
+    """What ran on two lines: algorithm, model, dataset; regime, learning rate, batch and seed."""
+    subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
+    rate = run.setting("regime.learning_rate")
+    batch = [run.setting(f"regime.{key}", "?") for key in ("prompts_per_step", "group_size")]
+    setup = [
+        str(run.setting("regime.name", "?")),
+        f"learning rate {_short(rate) if rate is not None else '?'}",
+        f"{batch[0]} prompts x {batch[1]} completions a step",
+        f"seed {run.setting('seed', '?')}",
+    ]
+    return " · ".join(subject) + "\n" + " · ".join(setup)
+
+
+def draw_accuracy(axes: Axes, run: Run) -> None:
+    """Training accuracy, raw and smoothed, and the evaluations as points."""
+    colour = style.colour(str(run.setting("algo.name")))
+    x, y = series(run.metrics, names.TRAIN_ACCURACY)
+    window = smoothing_window(len(y))
+    _line(axes, x, y, color=colour, linewidth=0.8, alpha=0.4)
+    label = f"training, mean of {window} steps" if window > 1 else "training, each step"
+    _line(axes, x, trailing_mean(y, window), color=colour, label=label)
+    points = {"marker": "o", "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
+    held_out = series(run.evaluations, names.EVAL_ACCURACY)
+    _line(axes, *held_out, color="#222222", linewidth=1.0, label="held-out problems", **points)
+    axes.set(ylim=(0, 1), ylabel="accuracy", title="Accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(axes)
+
+
+def draw_shifts(axes: Axes, run: Run) -> None:
+    """Predicted shifts of single tokens on a log scale, and the bounds if the selection has any."""
+    dotted, solid, dashed = {"ls": ":", "lw": 1.2}, {"ls": "-", "lw": 1.5}, {"ls": "--", "lw": 1.2}
+    for shift, prefix, looks in (
+        ("policy", names.POLICY_SHIFT, {"max": dotted, "p99": solid, "mean": dashed}),
+        ("|objective|", names.OBJECTIVE_SHIFT, {"max": dotted, "p99": solid}),
+    ):
+        for name, look in looks.items():
+            x, y = series(run.metrics, prefix + name)
+            size = np.where(y == 0, np.nan, np.abs(y))  # a log scale has no 0
+            _line(axes, x, size, color=style.SHIFT_COLOURS[shift], label=f"{shift} {name}", **look)
+    if axes.lines:
+        axes.set_yscale("log")
+        axes.margins(y=0.12)
+    selection = run.setting("algo.selection", {})
+    _bound(axes, selection.get("policy_shift_max"), "policy")
+    low, high = selection.get("objective_shift_min"), selection.get("objective_shift_max")
+    for bound in {abs(bound): bound for bound in (low, high) if bound is not None}.values():
+        _bound(axes, bound, "|objective|")
+    axes.set(ylabel="nats, reward units", title="Predicted shifts")
+    _legend(axes)
+
+
+def draw_rejection(axes: Axes, run: Run) -> None:
+    """Share of tokens that the selection left out."""
+    x, total = series(run.metrics, names.REJECTION_RATE)
+    top = np.nanmax(total, initial=0.0)
+    _line(axes, x, total, color=style.colour(str(run.setting("algo.name"))), label="total")
+    for reason, label, look in (("_policy", "policy", "--"), ("_objective", "|objective|", ":")):
+        x, y = series(run.metrics, names.REJECTION_RATE + reason)
+        if top > 0:
+            _line(axes, x, y, ls=look, lw=1.3, color=style.SHIFT_COLOURS[label], label=f"by {label} shift")
+    if top == 0:
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=style.OTHER)
+    axes.set(ylabel="share of tokens", title="Rejected tokens", ylim=(0, 1.15 * top or 0.01))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(axes)
+
+
+def smoothing_window(steps: int) -> int:
+    """Steps in the trailing mean: a twentieth of the run, at most 20."""
+    return max(1, min(20, steps // 20))
+
+
+def trailing_mean(values: Array, window: int) -> Array:
+    """Mean of each value and those before it, `window` in all, fewer at the start; skips NaN. [n] -> [n]."""
+    chunks = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return np.array([np.nan if np.isnan(c).all() else np.nanmean(c) for c in chunks], dtype=np.float64)
+
+
+def _line(axes: Axes, x: Array, y: Array, **look: Any) -> None:
+    if np.isfinite(y).any():
+        lone = {"marker": "."} if len(y) == 1 else {}  # a line needs two points to be seen
+        axes.plot(x, y, clip_on=False, **{**lone, **look})
+
+
+def _bound(axes: Axes, bound: float | None, shift: str) -> None:
+    if bound is None or bound == 0 or not np.isfinite(bound):
+        return
+    axes.axhline(abs(bound), color=style.SHIFT_COLOURS[shift], linewidth=3.5, alpha=0.28, zorder=1)
+    text = axes.annotate(
+        f"{shift} bound {_short(abs(bound))}",
+        (0, abs(bound)),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color=style.SHIFT_COLOURS[shift],
+    )
+    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def _short(number: float) -> str:
+    small = 0 < abs(number) < 1e-2
+    return np.format_float_scientific(number, precision=3, trim="-", exp_digits=1) if small else f"{number:g}"
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.1, columnspacing=1.1)

@@ -1,0 +1,106 @@
+"""Every key that a run logs, with its meaning; figures and the console read the constants. Imports no torch.
+
+Units: nats for policy shifts and Kullback-Leibler divergences, reward units for objective shifts and losses,
+seconds for times. "Tokens" are completion tokens; padding never counts. A value that was not finite is null.
+"""
+
+from collections.abc import Iterable
+
+METRICS: dict[str, str] = {
+    # counter: how far the run is, summed from its first step
+    "counter/rollout_step": "Rollout rounds done; 0 = before training.",
+    "counter/optimizer_step": "Optimiser updates done.",
+    "counter/completions": "Completions sampled for training; the x axis of every figure.",
+    "counter/generated_tokens": "Tokens sampled for training.",
+    # reward: what the verifier said about this step's completions, and how often it could not say
+    "reward/accuracy": "Share of completions whose answer is right.",
+    "reward/mean": "Mean reward.",
+    "reward/no_answer_fraction": "Share of completions without an answer that could be read.",
+    "reward/gold_unparsable": "Gold answers the verifier could not read.",
+    "reward/timeouts": "Verifications killed at the time limit; they count as wrong.",
+    "reward/crashes": "Verifier workers that died; their completions count as wrong.",
+    # eval: held-out problems; in eval.jsonl
+    "eval/accuracy": "Share of right completions on the evaluation problems, mean over samples.",
+    "eval/truncated_fraction": "Share of evaluation completions cut at the length limit.",
+    "eval/no_answer_fraction": "Share of evaluation completions without a readable answer.",
+    "eval/completion_length/mean": "Mean tokens of an evaluation completion.",
+    "eval/problems": "Problems evaluated.",
+    # advantage: credit after the baseline
+    "advantage/std": "Standard deviation of the advantages over completions.",
+    "advantage/zero_group_fraction": "Share of prompts whose completions all got the same reward: no signal.",
+    # loss
+    "loss/total": "The scalar that was differentiated.",
+    "loss/kl": "Mean kl_k3 to the reference, before its coefficient; 0 without a reference.",
+    "loss/clip_fraction": "Share of tokens whose gradient the trust region cut.",
+    # policy: the model that is trained
+    "policy/entropy": "Mean entropy of the next-token distribution at the training temperature.",
+    "policy/grad_norm": "Norm of the gradient before clipping.",
+    "policy/ratio_max": "Largest exp(log_probs - old_log_probs) of a token, before any clipping.",
+    "policy/sampler_kl_k3": "k3 estimate of the same; grows when weights were not synchronised.",
+    # rollout
+    "rollout/completion_length/mean": "Mean tokens of a completion.",
+    "rollout/truncated_fraction": "Share of completions cut at the length limit.",
+    # data
+    "data/dropped_prompts": "Training prompts left out because they are longer than max_prompt_tokens.",
+    # curvature: shifts predicted by the last-layer model, the same for every algorithm
+    "curvature/token/policy_shift/mean": "m_F, predicted shift by a token's own update: mean.",
+    "curvature/token/policy_shift/p99": "m_F, 99th percentile over tokens.",
+    "curvature/token/policy_shift/max": "m_F, largest token.",
+    "curvature/token/objective_shift/mean": "m_H, predicted objective change by a token's own update: mean.",
+    "curvature/token/objective_shift/p99": "m_H, 99th percentile over tokens.",
+    "curvature/token/objective_shift/min": "m_H, most negative token.",
+    "curvature/token/objective_shift/max": "m_H, largest token.",
+    "curvature/batch/policy_shift": "Predicted policy shift of the whole update, kept tokens only.",
+    "curvature/batch/objective_shift": "Predicted objective shift of the whole update, kept tokens only.",
+    # selection: which tokens the update leaves out; one key per reason, a token can have several
+    "selection/rejection_rate": "Share of tokens rejected for any reason.",
+    "selection/rejection_rate_policy": "Share of tokens rejected because of policy_shift.",
+    "selection/rejection_rate_objective": "Share of tokens rejected because of objective_shift.",
+    # optim
+    "optim/learning_rate": "Learning rate of the update.",
+    "optim/step_scale": "Share of the proposed step that the step rule took; 1 = all.",
+    # time: the only keys that differ between two runs of one seed
+    "time/rollout_seconds": "Sampling.",
+    "time/reward_seconds": "Verification.",
+    "time/policy_seconds": "Forward and backward passes.",
+    "time/curvature_seconds": "Predicted shifts and the optimiser model.",
+    "time/update_seconds": "Gradient clipping and the optimiser's update.",
+    "time/tokens_per_second": "Sampled tokens per second of the whole step.",
+    "time/total_seconds": "The whole rollout step; in eval.jsonl the whole evaluation.",
+}
+
+FAMILIES: dict[str, str] = {
+    "selection/rejection_rate_": "Share of tokens rejected for the reason that ends the key.",
+    "reward/accuracy/": "reward/accuracy on problems of one family or subject.",
+    "eval/accuracy/": "eval/accuracy on problems of one family or subject.",
+}
+"""Prefix -> meaning, for keys whose last part is a name from the data or the algorithm."""
+
+STEP = "counter/rollout_step"
+COMPLETIONS = "counter/completions"
+GENERATED_TOKENS = "counter/generated_tokens"
+TRAIN_ACCURACY = "reward/accuracy"
+EVAL_ACCURACY = "eval/accuracy"
+POLICY_SHIFT = "curvature/token/policy_shift/"
+OBJECTIVE_SHIFT = "curvature/token/objective_shift/"
+REJECTION_RATE = "selection/rejection_rate"
+TOKENS_PER_SECOND = "time/tokens_per_second"
+MACHINE_DEPENDENT = "time/"
+"""Prefix of what may differ between two runs of one configuration and seed."""
+
+
+def meaning(key: str) -> str | None:
+    """One line about a key, or None if nobody has documented it."""
+    families = (text for prefix, text in FAMILIES.items() if key.startswith(prefix) and key != prefix)
+    return METRICS.get(key) or next(families, None)
+
+
+def check_known(metrics: Iterable[str]) -> None:
+    """Checks that every key is in the tables above.
+
+    Raises:
+        AssertionError: A key is not documented, which is a bug of the code that made it.
+    """
+    unknown = sorted(key for key in metrics if meaning(key) is None)
+    if unknown:
+        raise AssertionError(f"undocumented metrics {unknown}: add them to capo_exp/metric_names.py")

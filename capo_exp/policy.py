@@ -1,0 +1,209 @@
+"""The language model as a policy: loading it, and one forward pass over a batch.
+
+The shift by one (a state at position p predicts the token at p + 1) and the temperature live here, once.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from capo_exp.config import ConfigError, ModelConfig
+from capo_exp.masked import unpack
+from capo_exp.parts import resolve_model_path
+from capo_exp.types import Batch, PolicyOutput
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left.
+
+    Raises:
+        ConfigError: if it cannot be found, or has no end-of-sequence token.
+    """
+    path = resolve_model_path(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path={config.path}: expected a tokenizer with an end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_architecture(config: ModelConfig) -> None:
+    """Reads the model's own config, not its weights.
+
+    Raises:
+        ConfigError: if it cannot be found, its vocabulary differs from model.vocab_size, or its logits are
+            not W h.
+    """
+    try:
+        facts = AutoConfig.from_pretrained(
+            resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+    vocab_size = getattr(facts, "vocab_size", None)
+    if vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.vocab_size}: expected {vocab_size}, as {config.path} says"
+        )
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(facts, name, None)
+        if value not in (None, 1.0):
+            raise ConfigError(
+                f"model.path={config.path}: {name}={value}; expected logits linear in the last state"
+            )
+    # transformers checkpoints activations in training mode only, where dropout would make learner and sampler
+    # disagree.
+    dropout = {
+        name: value
+        for name, value in facts.to_dict().items()
+        if name.endswith(("dropout", "pdrop")) and value
+    }
+    if config.gradient_checkpointing and dropout:
+        raise ConfigError(
+            f"model.gradient_checkpointing=true: expected a model without dropout, got {dropout}"
+        )
+
+
+def load_model(config: ModelConfig, device: torch.device, weights: Path | None = None) -> PreTrainedModel:
+    """The model with float32 weights, in evaluation mode (no dropout: rollout and learner must agree).
+
+    Args:
+        config: which model, and how to run it.
+        device: where it goes.
+        weights: a checkpoint to load instead of config.path.
+
+    Raises:
+        ConfigError: if the weights cannot be loaded, or the last layer has a bias.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            weights or resolve_model_path(config.path),
+            revision=None if weights else config.revision,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ImportError) as error:
+        raise _not_loadable(config, error) from error
+    if last_layer(model).bias is not None:
+        raise ConfigError(
+            f"model.path={config.path}: its last layer has a bias; expected logits W h without one"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device=device).eval()  # pyright: ignore[reportCallIssue]
+
+
+def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
+    """W of logits = W h."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    return head
+
+
+def forward(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    temperature: float,
+    top_k: int,
+    chunk_tokens: int,
+    compute_dtype: torch.dtype,
+) -> PolicyOutput:
+    """Log-probs, entropy and top-K of the sampled tokens.
+
+    The last layer runs over at most `chunk_tokens` tokens at a time and its logits are made again in the
+    backward pass, so that no tensor of B*T*V elements exists. Curvature inputs are float32 whatever the
+    compute dtype.
+
+    Args:
+        model: a causal language model whose logits are W h.
+        batch: rows of tokens.
+        temperature: divides the logits, as it did when the tokens were sampled.
+        top_k: K, the support of the curvature model.
+        chunk_tokens: tokens of the last layer computed at once.
+        compute_dtype: float32, or bfloat16 for autocast.
+    """
+    mask = batch.completion_mask
+    with _autocast(mask.device, compute_dtype):
+        hidden = _states_before(model, batch)[mask] / temperature
+        log_probs, entropy, probs, ids = _last_layer(
+            last_layer(model), hidden, batch.token_ids[mask], top_k, chunk_tokens
+        )
+    hidden = hidden.detach().float()
+    return PolicyOutput(*(unpack(values, mask) for values in (log_probs, entropy, probs, ids, hidden)))
+
+
+@torch.no_grad()
+def reference_log_probs(
+    model: PreTrainedModel, batch: Batch, *, temperature: float, chunk_tokens: int, compute_dtype: torch.dtype
+) -> Tensor:
+    """[B, T] log-probs [nats] of a frozen model."""
+    output = forward(
+        model, batch, temperature=temperature, top_k=1, chunk_tokens=chunk_tokens, compute_dtype=compute_dtype
+    )
+    return output.log_probs
+
+
+def _states_before(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[B, T, H]: for each completion token, the state of the token BEFORE it, which produced its logits."""
+    attention_mask = batch.attention_mask[:, :-1]
+    states = model.base_model(
+        input_ids=batch.input_ids[:, :-1],
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -batch.completion_mask.shape[1] :]
+
+
+def _last_layer(
+    head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int, chunk_tokens: int
+) -> tuple[Tensor, ...]:
+    """log_probs [N], entropy [N], topk_probs [N, K], topk_ids [N, K]."""
+    chunks = zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True)
+    if len(hidden) <= chunk_tokens:
+        return _score(head, hidden, token_ids, top_k)
+    scored = [checkpoint(_score, head, h, ids, top_k, use_reentrant=False) for h, ids in chunks]
+    return tuple(torch.cat(columns) for columns in zip(*scored, strict=True))  # pyright: ignore[reportArgumentType]
+
+
+def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    logits = head(hidden).float()
+    log_normaliser = logits.logsumexp(1)
+    log_probs = logits.gather(1, token_ids[:, None]).squeeze(1) - log_normaliser
+    # After what the gradient needs: a checkpoint's second run stops before it gets here.
+    with torch.no_grad():
+        probs = (logits - log_normaliser[:, None]).exp_()
+        entropy = log_normaliser - probs.mul_(logits).sum(1)
+        values, ids = logits.topk(top_k, dim=1)
+        return log_probs, entropy, values.softmax(1), ids
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def _not_loadable(config: ModelConfig, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"model.path={config.path}: could not be loaded ({reason}); "
+        "expected a local directory with safetensors weights and a tokenizer, or a hub id that can be reached"
+    )

@@ -1,0 +1,196 @@
+"""Rollouts with transformers' `generate` and the learner's own weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from capo_exp.types import Completion, Prompt, RolloutGroup
+
+
+class HFRollout:
+    """Samples completions. Shares the model with the learner, so its weights are never stale."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_sequences_per_call: int
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_sequences = max_sequences_per_call
+        self._ends = end_token_ids(model, tokenizer)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        max_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        weight_version: int,
+    ) -> list[RolloutGroup]:
+        """Completions of every prompt, the same for the same seed, prompts and weights.
+
+        Args:
+            prompts: P prompts.
+            group_size: completions per prompt.
+            max_tokens: length limit; a completion that reaches it without ending is marked truncated.
+            temperature: 0 = greedy.
+            top_k: 0 = off.
+            top_p: 1 = off.
+            seed: of this call.
+            weight_version: recorded with each group.
+        """
+        greedy = temperature == 0
+        settings = GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=not greedy,
+            pad_token_id=self._tokenizer.pad_token_id,
+            eos_token_id=self._ends,
+            **({} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}),
+        )
+        generator = torch.Generator(self._model.device).manual_seed(seed)
+        size = max(1, self._max_sequences // group_size)
+        groups: list[RolloutGroup] = []
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            completions = self._sample(part, group_size, settings, generator)
+            groups += [
+                RolloutGroup(
+                    prompt, tuple(completions[i * group_size : (i + 1) * group_size]), weight_version
+                )
+                for i, prompt in enumerate(part)
+            ]
+        return groups
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        settings: GenerationConfig,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        encoded = self._tokenizer.pad(
+            {"input_ids": [list(prompt.token_ids) for prompt in prompts]},
+            return_tensors="pt",
+            padding_side="left",
+        ).to(self._model.device)
+        tokens, log_probs = self._model.generate(  # pyright: ignore[reportCallIssue]
+            **encoded,
+            generation_config=settings,
+            custom_generate=decode,
+            group_size=group_size,
+            generator=generator,
+        )
+        drawn = zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        rows = [_cut(row, scores, self._ends) for row, scores in drawn]
+        texts = self._tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
+        return [
+            Completion(tuple(ids), tuple(scores), text, truncated=ids[-1] not in self._ends)
+            for (ids, scores), text in zip(rows, texts, strict=True)
+        ]
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    logits_processor: Callable[[Tensor, Tensor], Tensor],
+    stopping_criteria: object,
+    generation_config: GenerationConfig,
+    group_size: int,
+    generator: torch.Generator,
+    **model_kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The sampling loop that `generate` runs for us (its `custom_generate` hook), written for groups.
+
+    Three differences from the built-in loop: a group's prompt is computed once, rows that have ended leave
+    the batch, and the log-prob of each sampled token is kept instead of the scores of the whole vocabulary.
+
+    Returns:
+        Tokens [P * G, T] padded with the pad token, and their log-probs [nats] under the distribution sampled
+        from.
+    """
+    del stopping_criteria
+    rows = input_ids.shape[0] * group_size
+    limit = generation_config.max_new_tokens
+    assert limit is not None
+    ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
+    tokens = input_ids.new_full((rows, limit), generation_config.pad_token_id)
+    log_probs = torch.zeros(rows, limit, device=input_ids.device)
+    mask = model_kwargs["attention_mask"]
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    state = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=model_kwargs["past_key_values"],
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = state.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    logits = state.logits[:, -1].repeat_interleave(group_size, 0)
+    context = input_ids.repeat_interleave(group_size, 0)
+    mask = torch.cat([mask.repeat_interleave(group_size, 0), mask.new_ones(rows, limit)], 1)
+    active = torch.arange(rows, device=input_ids.device)
+    alive = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+    for position in range(limit):
+        scores = logits_processor(context, logits.float()).log_softmax(1)
+        chosen = _draw(scores, generation_config.do_sample, generator)
+        tokens[active[alive], position] = chosen[alive]
+        log_probs[active[alive], position] = scores.gather(1, chosen[:, None]).squeeze(1)[alive]
+        alive = alive & ~torch.isin(chosen, ends)
+        remaining = int(alive.sum())
+        if remaining == 0 or position == limit - 1:
+            break
+        context = torch.cat([context, chosen[:, None]], 1)
+        if remaining <= 0.75 * len(active):
+            kept = alive.nonzero().squeeze(1)
+            active, alive, context, mask = active[kept], alive[kept], context[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        logits = _next_logits(model, context, mask, cache)
+    return tokens, log_probs
+
+
+def _next_logits(model: PreTrainedModel, context: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    seen = mask[:, : context.shape[1]]
+    state = model(
+        input_ids=context[:, -1:],
+        attention_mask=seen,
+        position_ids=seen.sum(1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return state.logits[:, -1]
+
+
+def _draw(log_probs: Tensor, sample: bool, generator: torch.Generator) -> Tensor:
+    """One token a row, by the exponential race: argmax of p / e with e ~ Exp(1) is a draw from p."""
+    if not sample:
+        return log_probs.argmax(1)
+    noise = torch.empty_like(log_probs).exponential_(generator=generator)
+    return (log_probs.exp() / noise).argmax(1)
+
+
+def _cut(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:
+    """The row up to and including its end-of-sequence token."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:length], log_probs[:length]
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: a chat model can have several, of which its tokenizer names one."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return sorted({token for token in known if isinstance(token, int)})

@@ -1,0 +1,174 @@
+"""One frozen dataclass per stage of the data flow.
+
+Dimension legend (used in every docstring and shape annotation of the package):
+
+    P  prompts of one rollout step           G  completions per prompt (group_size)
+    B  rows = completions = P * G            T  completion tokens (longest of the batch)
+    S  prompt tokens + T                     V  vocabulary
+    K  curvature support (top-K)             H  width of the last hidden state
+    N  completion tokens of a batch, packed  U  vocabulary rows the optimiser model has seen
+
+Position t of a [B, T] tensor is the t-th COMPLETION token. The shift by one between a state and the token
+that it predicts happens in policy.py and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a verifiable answer, before any tokenizer has seen it."""
+
+    id: str
+    """Unique and stable within its dataset."""
+    problem: str
+    """The question as text."""
+    answer: str
+    """The gold answer as text."""
+    family: str = ""
+    """Task family or subject; metrics can be grouped by it."""
+    level: str = ""
+    """Difficulty as the dataset states it."""
+    demonstration: str = ""
+    """A worked solution that ends in the answer; empty where the dataset has none."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem rendered for one model."""
+
+    problem: Problem
+    text: str
+    """What the model reads, template and system prompt included."""
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    token_ids: tuple[int, ...]
+    """At least one token; ends in the end-of-sequence token unless `truncated`."""
+    sampler_log_probs: tuple[float, ...]
+    """Log-likelihood [nats] of each token under the distribution it was drawn from."""
+    text: str
+    """Decoded without special tokens."""
+    truncated: bool
+    """True if the length limit came before the end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """G completions of one prompt, all sampled with the same weights."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    weight_version: int
+    """Number of optimiser steps that the sampling weights had seen."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one or more rollout groups as tensors; prompts padded on the left, completions on the right."""
+
+    input_ids: Tensor
+    """[B, S] int64, prompt then completion."""
+    attention_mask: Tensor
+    """[B, S] int64, 1 on real tokens."""
+    completion_mask: Tensor
+    """[B, T] bool, True on real completion tokens; they are the last T columns of input_ids."""
+    sampler_log_probs: Tensor
+    """[B, T] nats; 0 on padding."""
+    advantages: Tensor
+    """[B] float32, one per completion."""
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[B, T] completion tokens."""
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """Sizes of the whole optimiser step, so that micro-batches can be summed into exactly the batch's
+    loss."""
+
+    sequences: int
+    """B of the whole step."""
+    completion_tokens: int
+    """N of the whole step."""
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What one forward pass says about the sampled tokens. Neutral value on padding: 0."""
+
+    log_probs: Tensor
+    """[B, T] nats, float32, carries the gradient."""
+    entropy: Tensor
+    """[B, T] nats, float32, no gradient."""
+    topk_probs: Tensor
+    """[B, T, K] float32, renormalised over K."""
+    topk_ids: Tensor
+    """[B, T, K] int64."""
+    hidden: Tensor
+    """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
+    temperature (so that logits / temperature = W @ hidden exactly)."""
+
+
+@dataclass(frozen=True)
+class TokenShifts:
+    """Predicted effect of each token's own update under the last-layer model."""
+
+    policy_shift: Tensor
+    """m_F [B, T] nats."""
+    objective_shift: Tensor
+    """m_H [B, T] reward units."""
+
+
+@dataclass(frozen=True)
+class BatchShifts:
+    """Predicted effect of the mean update of a whole batch."""
+
+    policy_shift: float
+    """nats."""
+    objective_shift: float
+    """Reward units."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which completion tokens take part in the update."""
+
+    keep_mask: Tensor
+    """[B, T] bool, a subset of completion_mask."""
+    rejected_by: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Reason -> [B, T] bool. A token can be rejected for several reasons."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Loss of each token before any averaging."""
+
+    values: Tensor
+    """[B, T] reward units."""
+    clipped: Tensor
+    """[B, T] bool, True where the trust region cut the gradient."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything one optimiser step saw, token by token, without gradients; the source of its metrics."""
+
+    batch: Batch
+    output: PolicyOutput
+    old_log_probs: Tensor
+    """[B, T] nats, of the weights at sampling."""
+    kl: Tensor
+    """[B, T] nats, kl_k3 to the reference; 0 without one."""
+    shifts: TokenShifts
+    selection: Selection
+    clipped: Tensor
+    """[B, T] bool."""

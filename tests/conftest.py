@@ -1,0 +1,71 @@
+"""Shared pieces: a very small random model, random batches, configs composed from conf/."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from capo_exp.config import TrainConfig, conf_dir, register
+from capo_exp.types import Batch
+
+VOCABULARY = 40
+
+
+@pytest.fixture
+def small_model() -> PreTrainedModel:
+    """Two layers, random weights with real entropy, float32, evaluation mode."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def random_batch() -> Callable[..., Batch]:
+    """Rows of random tokens with prompts and completions of different lengths."""
+
+    def make(rows: int = 8, prompt: int = 5, length: int = 7, seed: int = 0) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, VOCABULARY, (rows, prompt + length), generator=generator)
+        starts = torch.randint(0, prompt, (rows, 1), generator=generator)
+        ends = prompt + torch.randint(1, length + 1, (rows, 1), generator=generator)
+        ends[0], starts[0] = prompt + length, 0
+        columns = torch.arange(prompt + length)
+        mask = (columns >= starts) & (columns < ends)
+        return Batch(
+            input_ids=torch.where(mask, ids, 0),
+            attention_mask=mask.long(),
+            completion_mask=mask[:, prompt:],
+            sampler_log_probs=torch.zeros(rows, length),
+            advantages=torch.randn(rows, generator=generator),
+        )
+
+    return make
+
+
+@pytest.fixture
+def composed() -> Callable[..., TrainConfig]:
+    """`composed("algo=grpo", ...)` is the TrainConfig of that command line."""
+
+    def make(*overrides: str) -> TrainConfig:
+        register()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = OmegaConf.to_object(compose("config", list(overrides)))
+        assert isinstance(config, TrainConfig)
+        return config
+
+    return make

@@ -1,0 +1,144 @@
+"""Made problems: always right, never shared between splits, the same everywhere."""
+
+import operator
+import random
+import re
+from collections import Counter
+from functools import partial
+
+import pytest
+from omegaconf import OmegaConf
+
+from capo_exp.config import ConfigError, conf_dir
+from capo_exp.data import arithmetic
+from capo_exp.data.arithmetic import exact, is_hard, problems, slipping, tasks, worked
+
+SOURCE = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dataset" / "arithmetic.yaml").source)
+NUMBERS = {key: value for key, value in SOURCE.items() if not key.startswith("_")}
+RIGHT = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+    "//": operator.floordiv,
+}
+FIRST_PROBLEM = ("arithmetic/456b1427d550b196", "Solve x - 63 = 51 for x.", "114")
+
+
+def make(split, **changes):
+    return problems(split, path=None, **{**NUMBERS, **changes})
+
+
+@pytest.fixture(scope="module")
+def train():
+    return make("train")
+
+
+@pytest.fixture(scope="module")
+def test():
+    return make("test")
+
+
+def calculations(text):
+    """(operation, left, right, result) of each written step."""
+    found = re.findall(r"(-?\d+)(//|[-+*/])(-?\d+)=(-?\d+)", text)
+    return [(op, int(a), int(b), int(c)) for a, op, b, c in found]
+
+
+def test_same_seed_same_problems(train):
+    assert make("train") == train
+    assert make("train", seed=1)[:50] != train[:50]
+
+
+def test_fixed_first_problem(train):
+    """The same on every machine and in every process: a literal, not a second call."""
+    assert (train[0].id, train[0].problem, train[0].answer) == FIRST_PROBLEM
+
+
+def test_more_problems_keep_the_first_ones(train):
+    assert make("train", num_train=300) == train[:300]
+
+
+def test_counts_and_distinct_ids(train, test):
+    assert (len(train), len(test)) == (NUMBERS["num_train"], NUMBERS["num_eval"])
+    assert len({p.id for p in train + test}) == len({p.problem for p in train + test}) == len(train + test)
+
+
+def test_splits_share_no_problem_in_any_wording(train, test):
+    assert not {p.problem for p in train} & {p.problem for p in test}
+    steps = [{tuple(calculations(p.demonstration)) for p in split} for split in (train, test)]
+    assert not steps[0] & steps[1]
+
+
+def test_splits_stay_apart_for_any_seed(test):
+    train = make("train", seed=7)
+    assert not {p.problem for p in train} & {p.problem for p in test}
+
+
+def test_every_family_and_level_appears(test):
+    expected = {(family, str(level)) for family, levels in NUMBERS["families"].items() for level in levels}
+    assert {(p.family, p.level) for p in test} == expected
+    assert len(NUMBERS["families"]) >= 5
+
+
+def test_demonstrations_are_right_and_end_in_the_answer(train, test):
+    for p in train + test:
+        steps = calculations(p.demonstration)
+        assert steps and all(RIGHT[op](a, b) == c for op, a, b, c in steps), p
+        assert p.demonstration.endswith(f"\\boxed{{{p.answer}}}"), p
+        assert steps[-1][-1] == int(p.answer), p
+
+
+def test_exact_division_leaves_nothing(train):
+    for p in train:
+        assert all(a % b == 0 for op, a, b, _ in calculations(p.demonstration) if op == "/"), p
+
+
+@pytest.mark.parametrize("slip_rate", [0.0, 0.05, 0.12])
+def test_steps_slip_at_the_stated_rate(slip_rate):
+    rng, source = random.Random(0), tasks("train", random.Random(1), NUMBERS["families"])
+    slips, expected = 0, 0.0
+    for task, _ in zip(source, range(2000), strict=False):
+        text = arithmetic.demonstration_with_slips(task, rng, slip_rate)
+        for op, a, b, c in calculations(text):
+            slips += RIGHT[op](a, b) != c
+            expected += slip_rate * (arithmetic.HARD_STEP if is_hard(op, a, b) else 1.0)
+    assert abs(slips - expected) <= 4 * expected**0.5, (slips, expected)
+
+
+def test_slips_carry_on_to_a_wrong_answer():
+    """Without cancellation a solution with a slip is wrong; nine in ten are."""
+    rng, outcomes = random.Random(0), Counter()
+    for task, _ in zip(tasks("train", random.Random(1), NUMBERS["families"]), range(1000), strict=False):
+        steps, answer = worked(task, partial(slipping, rng, 0.12))
+        slipped = any(RIGHT[op](a, b) != c for op, a, b, c in calculations(" ".join(steps)))
+        outcomes[slipped, answer == worked(task, exact)[1]] += 1
+    assert outcomes[False, False] == 0
+    assert outcomes[True, False] > 0.9 * (outcomes[True, False] + outcomes[True, True])
+    assert 250 < outcomes[True, False] < 600
+
+
+def test_lengths_are_moderate(train):
+    assert max(len(p.problem) for p in train) < 140
+    assert max(len(p.demonstration) for p in train) < 110
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "validation"}, "dataset.train_split"),
+        ({"path": "/somewhere"}, "dataset.path"),
+        ({"families": {"geometry": [1]}}, "dataset.source.families"),
+        ({"families": {"product": [1]}, "num_train": 5000}, "dataset.source.num_"),
+    ],
+)
+def test_bad_input_names_the_key(changes, message):
+    arguments = {"split": "train", "path": None, **NUMBERS, **changes}
+    with pytest.raises(ConfigError, match=message):
+        problems(arguments.pop("split"), **arguments)
+
+
+def test_number_words():
+    assert len(arithmetic.SPELLED) == 100
+    chosen = {0: "zero", 13: "thirteen", 20: "twenty", 30: "thirty", 99: "ninety-nine"}
+    assert {n: arithmetic.SPELLED[n] for n in chosen} == chosen

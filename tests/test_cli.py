@@ -1,0 +1,309 @@
+"""The command line as a user meets it: a wrong configuration is one line, and no torch before training."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import capo_exp
+from capo_exp import __main__ as cli
+from capo_exp.config import ConfigError, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
+NO_HEAVY = f"""
+import runpy, sys
+sys.argv = ["capo_exp", *sys.argv[1:]]
+try:
+    runpy.run_module("capo_exp", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(
+    model_dir: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs the command line in this process, in an empty directory."""
+
+    def run_here(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, f"model.path={model_dir}"])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run_here
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """Replaces training by a list of what it was called with."""
+    calls: list[TrainConfig] = []
+
+    def record(config: TrainConfig) -> None:
+        calls.append(config)
+        if config.seed == 13:
+            raise RuntimeError("seed 13")
+        if config.seed == 14:
+            raise KeyboardInterrupt
+        if config.seed == 15:
+            raise ConfigError("model.vocab_size=1: expected 2")
+
+    fake = SimpleNamespace(run=record)
+    monkeypatch.setitem(sys.modules, "capo_exp.train", fake)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(capo_exp, "train", fake, raising=False)
+    return calls
+
+
+def subprocess_run(
+    *arguments: str, cwd: Path, code: str = "", **env: str
+) -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code else ["-m", "capo_exp"]
+    variables = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    variables |= {"PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, *start, *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["foo=1"], "foo=1: unknown key; expected one of algo, model"),
+        (["sede=1"], "sede=1: unknown key; nearest: seed"),
+        (["alg=grpo"], "alg=grpo: unknown key; nearest: algo"),
+        (["learning_rate=1"], "learning_rate=1: unknown key; nearest: regime.learning_rate"),
+        (["regime.foo=1"], "regime.foo=1: unknown key; expected one of name, learning_rate"),
+        (
+            ["algo=dr_capo", "algo.selection.policy_shfit_max=1"],
+            "algo.selection.policy_shfit_max=1: unknown key; nearest: algo.selection.policy_shift_max",
+        ),
+        (["+foo=1"], "foo=1: unknown key"),
+        (["+algo.selection.bound=1"], "algo.selection.bound: unknown parameter of capo_exp.algorithms.capo"),
+        (["regime.group_size=abc"], "regime.group_size=abc: expected an integer"),
+        (["regime.group_size=null"], "regime.group_size=null: expected an integer"),
+        (["overwrite=maybe"], "overwrite=maybe: expected true or false"),
+        (["optimizer.betas=0.9"], "optimizer.betas=0.9: expected a list of numbers"),
+        (["algo=capoo"], "algo=capoo: unknown choice; expected one of capo, dr_capo"),
+        (["experiment=paper/x"], "experiment=paper/x: unknown choice; expected one of paper/capo_qwen7b"),
+        (["regime=null"], "regime=null: expected one of aggressive, conservative"),
+        (["~seed"], "seed: no value; expected an integer"),
+        (["+seed=1"], "Could not append to config. An item is already at 'seed'"),
+        (["seed"], "seed: expected key=value"),
+        (["regime.learning_rate=${nope}"], "regime.learning_rate: Interpolation key 'nope' not found"),
+        (["regime.group_size=1"], "regime.group_size=1: expected at least 2"),
+        (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
+        (["-m", "algo=grpo,capoo"], "algo=capoo: unknown choice"),
+        (["-m", "seed=0,abc"], "seed=abc: expected an integer"),
+        (
+            ["-m", "algo=grpo,capo", "algo.selection.policy_shift_max=1"],
+            "algo.selection.policy_shift_max=1: expected a key of every job",
+        ),
+        (["seed=15"], "model.vocab_size=1: expected 2"),
+    ],
+)
+def test_wrong_configuration_is_one_line_and_status_2(
+    run: Run, trained: list[TrainConfig], arguments: list[str], line: str
+) -> None:
+    result = run(*arguments)
+    assert result.err.startswith(line), result.err
+    assert result.err.count("\n") == 1 and result.err.endswith("\n")
+    assert result.status == 2
+    assert [config.seed for config in trained] == ([15] if "seed=15" in arguments else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "regime: {group_sise: 3}",
+            "regime.group_sise: unknown key; nearest: regime.group_size (In 'experiment/x')",
+        ),
+        ("regime: {group_size: abc}", "regime.group_size: In 'experiment/x': ValidationError"),
+        ("regime: [", "while parsing a flow node"),
+        ("defaults: [{override /algo: grppo}]", "algo=grppo: unknown choice"),
+        ("defaults: [{override /algoo: grpo}]", "In 'experiment/x': Could not override 'algoo'"),
+    ],
+)
+def test_wrong_yaml_is_one_line_too(
+    run: Run, trained: list[TrainConfig], tmp_path: Path, text: str, line: str
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
+    result = run("-cd", str(tmp_path / "conf"), "experiment=x")
+    assert result.err.startswith(line) and result.err.count("\n") == 1, result.err
+    assert (result.status, trained) == (2, [])
+
+
+def test_plan_only_stops_before_training_and_writes_nothing(
+    run: Run, trained: list[TrainConfig], work_dir: Path
+) -> None:
+    result = run("plan_only=true")
+    assert (result.status, result.err, trained) == (0, "", [])
+    assert "12 prompts x 8 = 96 completions a step" in result.out
+    assert list(work_dir.iterdir()) == []
+
+
+def test_trains_with_the_typed_configuration(run: Run, trained: list[TrainConfig], work_dir: Path) -> None:
+    assert run("algo=grpo", "seed=3").status == 0
+    assert [(type(c), c.algo.name, c.seed) for c in trained] == [(TrainConfig, "grpo", 3)]
+    assert list(work_dir.iterdir()) == []  # no .hydra, no log file, no dated directory
+    assert Path.cwd() == work_dir
+
+
+def test_interrupt_is_status_130(run: Run, trained: list[TrainConfig]) -> None:
+    assert (run("seed=14").status, len(trained)) == (130, 1)
+
+
+def test_other_errors_keep_their_traceback(run: Run, trained: list[TrainConfig]) -> None:
+    result = run("seed=13")
+    assert result.status == 1
+    assert result.err.startswith("Traceback") and "RuntimeError: seed 13" in result.err
+
+
+def test_sweep_runs_every_job_and_only_the_sweep_directory_is_made(
+    run: Run, trained: list[TrainConfig], work_dir: Path
+) -> None:
+    result = run("-m", "algo=grpo,capo", "seed=range(2)", "experiment_name=sweep")
+    assert result.status == 0
+    assert [(c.algo.name, c.seed) for c in trained] == [("grpo", 0), ("grpo", 1), ("capo", 0), ("capo", 1)]
+    assert [str(p.relative_to(work_dir)) for p in work_dir.rglob("*") if p.is_file()] == [
+        "outputs/sweep/multirun.yaml"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "seen", "status", "text"),
+    [
+        ("seed=0,13,1", [0, 13, 1], 1, "RuntimeError: seed 13"),
+        ("regime.group_size=8,1,4", [0, 0], 2, "regime.group_size=1: expected at least 2"),
+    ],
+)
+def test_a_bad_job_does_not_end_the_sweep(
+    run: Run, trained: list[TrainConfig], sweep: str, seen: list[int], status: int, text: str
+) -> None:
+    result = run("-m", sweep)
+    assert [c.seed for c in trained] == seen
+    assert result.status == status
+    assert text in result.err
+
+
+def test_an_interrupt_ends_the_sweep(run: Run, trained: list[TrainConfig]) -> None:
+    assert run("-m", "seed=0,14,1").status == 130
+    assert [c.seed for c in trained] == [0, 14]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--cfg", "job", "--resolve"],
+        ["--cfg", "hydra"],
+        ["--info", "defaults"],
+        ["-sc", "install=bash"],
+        ["--hydra-help"],
+    ],
+    ids=" ".join,
+)
+def test_looking_imports_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
+    done = subprocess_run(*arguments, cwd=tmp_path, code=NO_HEAVY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout and not done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_only_imports_nothing_heavy(tmp_path: Path, model_dir: Path) -> None:
+    done = subprocess_run("plan_only=true", f"model.path={model_dir}", cwd=tmp_path, code=NO_HEAVY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_ends_in_one_line_from_another_directory(tmp_path: Path) -> None:
+    done = subprocess_run("algo=capoo", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of capo")
+
+
+def test_full_error_on_request(tmp_path: Path) -> None:
+    done = subprocess_run("algo=capoo", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr
+
+
+def test_help_names_groups_and_commands(run: Run) -> None:
+    text = run("--help").out
+    for expected in (
+        "plan_only=true",
+        "--cfg job --resolve",
+        " -m ",
+        "algo: capo, dr_capo",
+        "model: ",
+        "$(python",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("python -m capo_exp algo=dr", ["algo=dr_capo", "algo=dr_grpo"]),
+        ("python3 -m capo_exp algo=grpo regime.gro", ["regime.group_size="]),
+        ("capo_exp plan", ["plan_only="]),
+    ],
+)
+def test_completion(run: Run, monkeypatch: pytest.MonkeyPatch, line: str, expected: list[str]) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert run("-sc", "query=bash").out.split() == expected
+
+
+def test_completion_script_completes(tmp_path: Path) -> None:
+    script = f"""
+    export PATH={Path(sys.executable).parent}:$PATH
+    eval "$(python -m capo_exp -sc install=bash)"
+    COMP_LINE="python -m capo_exp algo=dr"; COMP_POINT=${{#COMP_LINE}}
+    COMP_WORDS=(python -m capo_exp algo=dr); COMP_CWORD=3
+    _capo_exp_complete; echo "${{COMPREPLY[*]}}"
+    """
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["algo=dr_capo", "algo=dr_grpo"]

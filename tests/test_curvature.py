@@ -1,0 +1,286 @@
+"""The last-layer model against autograd, torch.optim and the authors' program."""
+
+import os
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from capo_exp.curvature import (
+    AdamState,
+    apply_row_gradients,
+    batch_shifts,
+    init_adam_state,
+    mean_row_gradients,
+    token_shifts,
+    update_adam_state,
+)
+
+REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
+LR = 3e-3
+
+
+def random_tokens(
+    rows: int, length: int, vocab: int, support: int, width: int, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """hidden, topk_probs, topk_ids, token_ids, advantages in float64; some tokens lie outside their
+    support."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, length, width, generator=generator, dtype=torch.float64)
+    logits = torch.randn(rows, length, vocab, generator=generator, dtype=torch.float64)
+    probs, ids = logits.softmax(-1).topk(support)
+    token_ids = torch.randint(0, vocab, (rows, length), generator=generator)
+    advantages = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return hidden, probs / probs.sum(-1, keepdim=True), ids, token_ids, advantages
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Tensor]:
+    file = REFERENCE / "capo_reference.safetensors"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    return load_file(file)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("model", ["adam", "sgd"])
+def test_parity_with_the_authors_program(reference: dict[str, Tensor], model: str) -> None:
+    state = init_adam_state(300, 16, dtype=torch.float64) if model == "adam" else None
+    for step in range(3):
+        row = {
+            key.split(".")[2]: value for key, value in reference.items() if key.startswith(f"{model}.{step}.")
+        }
+        tokens = (row["hidden"], row["topk_probs"], row["topk_ids"], row["actions"], row["advantages"])
+        mask = row["mask"].bool()
+        shifts = token_shifts(*tokens, LR, state)
+        close(shifts.policy_shift[mask], row["policy_shift_token"][mask])
+        close(shifts.objective_shift[mask], row["objective_shift_token"][mask])
+        keep = mask & (shifts.policy_shift < 1e-3) & (shifts.objective_shift.abs() < 3e-2)
+        assert torch.equal(keep, row["keep_mask"].bool())
+
+        every = mean_row_gradients(*tokens, mask)
+        batch = batch_shifts(*tokens, mask, learning_rate=LR, state=state, gradients=every)
+        assert batch.policy_shift == pytest.approx(
+            row["policy_shift_global"].item(), rel=1e-6
+        )  # stored as float32
+        assert batch.objective_shift == pytest.approx(row["objective_shift_global"].item(), rel=1e-6)
+        for b in range(4):  # one completion alone is the authors' sentence level
+            alone = (*(x[b : b + 1] for x in tokens), mask[b : b + 1])
+            one = batch_shifts(*alone, learning_rate=LR, state=state, gradients=mean_row_gradients(*alone))
+            assert one.policy_shift == pytest.approx(row["policy_shift_sentence"][b].item(), rel=1e-10)
+            assert one.objective_shift == pytest.approx(row["objective_shift_sentence"][b].item(), rel=1e-10)
+
+        if state is not None:
+            state = update_adam_state(state, *tokens, keep)
+            slots = state.slot_of_id[row["moment_ids"]]
+            seen = slots > 0
+            close(state.first[slots], row["moment_m"])
+            close(state.second[slots], row["moment_v"])
+            assert len(state.first) - 1 == int(seen.sum())
+
+
+def fixed_direction(direction: Tensor) -> AdamState:
+    """Moments so old and settled that Adam's direction is `direction`, whatever gradient comes next."""
+    vocab, width = direction.shape
+    zero = torch.zeros(1, width, dtype=torch.float64)
+    second = torch.cat([zero, torch.ones_like(direction)])
+    return AdamState(
+        torch.arange(1, vocab + 1), torch.cat([zero, direction]), second, 10**16, (1 - 1e-14, 1 - 1e-14), 0.0
+    )
+
+
+def test_expectations_over_actions_are_the_exact_derivatives() -> None:
+    """5 actions, 3 features, W + t D: enumerate the actions, weight their shifts with pi, compare with
+    autograd.
+
+    J(t) = sum_a pi_t(a) A_a.  sum_a pi(a) m_H(a) = lr J'(0) + 1/2 lr^2 J''(0), so the odd and even parts in
+    lr are the two derivatives; sum_a pi(a) m_F(a) = 1/2 lr^2 d^2/dt^2 KL(pi_0 || pi_t) at 0, the Fisher form
+    D^T F D.
+    """
+    torch.manual_seed(1)
+    weight, direction = torch.randn(2, 5, 3, dtype=torch.float64)
+    hidden, values = torch.randn(3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    probs = (weight @ hidden).softmax(0)
+
+    def objective(t: Tensor) -> Tensor:
+        return (((weight + t * direction) @ hidden).softmax(0) * values).sum()
+
+    def divergence(t: Tensor) -> Tensor:
+        return (probs * (probs.log() - ((weight + t * direction) @ hidden).log_softmax(0))).sum()
+
+    def weighted(lr: float) -> tuple[Tensor, Tensor]:
+        every = (
+            hidden.expand(5, 1, 3),
+            probs.expand(5, 1, 5),
+            torch.arange(5).expand(5, 1, 5),
+            torch.arange(5)[:, None],
+        )
+        shifts = token_shifts(*every, values, lr, fixed_direction(direction))
+        return probs @ shifts.policy_shift[:, 0], probs @ shifts.objective_shift[:, 0]
+
+    zero, lr = torch.zeros((), dtype=torch.float64), 1.0
+    (policy, up), (_, down) = weighted(lr), weighted(-lr)
+    close((up - down) / 2, torch.autograd.functional.jacobian(objective, zero))
+    close(up + down, torch.autograd.functional.hessian(objective, zero))
+    close(2 * policy, torch.autograd.functional.hessian(divergence, zero))
+    small = torch.tensor(1e-4, dtype=torch.float64)  # and the finite step itself, to third order
+    policy, objective_change = weighted(1e-4)
+    torch.testing.assert_close(policy, divergence(small), rtol=1e-3, atol=0)
+    torch.testing.assert_close(objective_change, objective(small) - objective(zero), rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize("action", range(5))
+def test_sgd_shifts_are_what_a_real_sgd_step_does(action: int) -> None:
+    """m_H and m_F of a token against autograd through W + lr * grad(A log pi(a)) for decreasing lr."""
+    torch.manual_seed(2)
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(1, 1, 3, dtype=torch.float64)
+    advantage = torch.tensor([-1.3], dtype=torch.float64)
+    logits = hidden[0, 0] @ weight.T
+    probs, ids = logits.detach().softmax(0).sort(descending=True)
+    (gradient,) = torch.autograd.grad(advantage * logits.log_softmax(0)[action], weight)
+    errors = []
+    for lr in (1e-3, 1e-4):
+        shifts = token_shifts(
+            hidden, probs[None, None], ids[None, None], torch.tensor([[action]]), advantage, lr, None
+        )
+        moved = (hidden[0, 0] @ (weight + lr * gradient).T).log_softmax(0)
+        ratio = (moved[action] - logits.log_softmax(0)[action]).exp()
+        real = advantage * (ratio - 1)  # change of the surrogate A * pi_new / pi_old on the sampled token
+        errors.append((shifts.objective_shift[0, 0] - real).abs().item())
+        log_ratio = (moved[action] - logits.log_softmax(0)[action]).item()
+        assert shifts.policy_shift.item() == pytest.approx(0.5 * log_ratio**2, rel=20 * lr)
+    # What is left is third order: ten times smaller steps leave a thousand times smaller an error.
+    assert errors[1] < errors[0] / 500
+
+
+def test_adam_direction_is_the_next_step_of_torch_adam() -> None:
+    """Two updates of one token each, then the prospective change of the logits equals torch.optim.Adam's
+    third step."""
+    vocab, width = 6, 4
+    torch.manual_seed(3)
+    weight = torch.nn.Parameter(torch.zeros(vocab, width, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weight], lr=LR, maximize=True)
+    state = init_adam_state(vocab, width, dtype=torch.float64)
+    for step in range(3):
+        tokens = random_tokens(1, 1, vocab, vocab, width, seed=step)
+        hidden, probs, ids, token_ids, advantages = tokens
+        order = ids[0, 0].argsort()
+        pi = probs[0, 0, order]
+        error = torch.nn.functional.one_hot(token_ids[0, 0], vocab) - pi
+        weight.grad = advantages * torch.outer(error, hidden[0, 0])
+        before = weight.detach().clone()
+        optimizer.step()
+        change = (weight.detach() - before) @ hidden[0, 0] / LR
+        if step > 0:
+            s = (error * change).sum()
+            variance = (pi * change.square()).sum() - (pi * change).sum() ** 2
+            shifts = token_shifts(*tokens, LR, state)
+            close(shifts.policy_shift[0, 0], 0.5 * (LR * s) ** 2)
+            close(shifts.objective_shift[0, 0], advantages[0] * (LR * s + 0.5 * LR**2 * (s**2 - variance)))
+        state = update_adam_state(state, *tokens, torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_an_empty_state_predicts_the_raw_gradient_step() -> None:
+    tokens = random_tokens(2, 3, 20, 8, 5)
+    sgd = token_shifts(*tokens, LR, None)
+    adam = token_shifts(*tokens, LR, init_adam_state(20, 5, dtype=torch.float64))
+    assert torch.equal(sgd.policy_shift, adam.policy_shift)
+    assert torch.equal(sgd.objective_shift, adam.objective_shift)
+
+
+def test_zero_advantage_still_moves_through_momentum() -> None:
+    hidden, probs, ids, token_ids, advantages = random_tokens(2, 3, 20, 8, 5)
+    keep = torch.ones(2, 3, dtype=torch.bool)
+    start = init_adam_state(20, 5, dtype=torch.float64)
+    state = update_adam_state(start, hidden, probs, ids, token_ids, advantages, keep)
+    shifts = token_shifts(hidden, probs, ids, token_ids, torch.zeros_like(advantages), LR, state)
+    assert (shifts.policy_shift > 0).all()
+    assert (shifts.objective_shift == 0).all()
+
+
+def trained_state(vocab: int, width: int, tokens: tuple[Tensor, ...]) -> AdamState:
+    keep = torch.ones_like(tokens[3], dtype=torch.bool)
+    return update_adam_state(init_adam_state(vocab, width, dtype=torch.float64), *tokens, keep)
+
+
+def test_the_table_holds_only_rows_that_were_seen() -> None:
+    tokens = random_tokens(2, 3, 1000, 4, 5)
+    state = trained_state(1000, 5, tokens)
+    assert len(state.first) == len(state.second) == 1 + len(tokens[2].unique())
+    assert (state.slot_of_id > 0).sum() == len(tokens[2].unique())
+    assert not state.first[0].any() and not state.second[0].any()
+
+
+def test_rejected_tokens_leave_no_trace_in_the_moments() -> None:
+    tokens = random_tokens(4, 6, 30, 8, 5)
+    keep = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    poisoned = [x.clone() for x in tokens]
+    poisoned[0][~keep] = 1e6
+    start = init_adam_state(30, 5, dtype=torch.float64)
+    clean, dirty = (update_adam_state(start, *x, keep) for x in (tokens, poisoned))
+    assert torch.equal(clean.first, dirty.first) and torch.equal(clean.second, dirty.second)
+
+
+def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
+    tokens = random_tokens(2, 3, 20, 8, 5)
+    state = trained_state(20, 5, tokens)
+    keep = torch.zeros(2, 3, dtype=torch.bool)
+    rows = mean_row_gradients(*tokens, keep)
+    shifts = batch_shifts(*tokens, keep, learning_rate=LR, state=state, gradients=rows)
+    after = apply_row_gradients(state, rows)
+    assert (shifts.policy_shift, shifts.objective_shift) == (0.0, 0.0)
+    assert torch.equal(after.first, state.first) and after.step == state.step + 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 12), st.integers(0, 10_000))
+def test_any_shape_is_finite_and_policy_shift_is_not_negative(
+    rows: int, length: int, support: int, seed: int
+) -> None:
+    tokens = random_tokens(rows, length, 12, support, 3, seed)
+    for state in (None, trained_state(12, 3, tokens)):
+        shifts = token_shifts(*tokens, LR, state)
+        assert shifts.policy_shift.shape == shifts.objective_shift.shape == (rows, length)
+        assert (shifts.policy_shift >= 0).all() and shifts.objective_shift.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 50, 8, 6), (4, 64, 200, 50, 128)])
+def test_nothing_as_large_as_all_directions_is_ever_built(shape: tuple[int, int, int, int, int]) -> None:
+    rows, length, vocab, support, width = shape
+    tokens = random_tokens(*shape)
+    state = trained_state(vocab, width, tokens)
+    keep = torch.ones(rows, length, dtype=torch.bool)
+    with LargestTensor() as seen:
+        token_shifts(*tokens, LR, state)
+        gradients = mean_row_gradients(*tokens, keep)
+        batch_shifts(*tokens, keep, learning_rate=LR, state=state, gradients=gradients)
+        apply_row_gradients(state, gradients)
+    assert 0 < seen.elements < rows * length * support * width
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns (a sparse one counts its stored values)."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor) and not tensor.is_sparse:
+                self.elements = max(self.elements, prod(tensor.shape))
+        return out
+
+
+def test_a_beta_outside_the_open_interval_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"curvature\.betas=\[0\.0, 0\.999\]: expected"):
+        init_adam_state(10, 4, betas=(0.0, 0.999))

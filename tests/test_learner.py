@@ -1,0 +1,225 @@
+"""One optimiser step: micro-batches, order, selection and the equivalences that define CAPO."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp.algorithm import build_algorithm
+from capo_exp.config import TrainConfig
+from capo_exp.learner import Learner, TrainingDiverged
+from capo_exp.types import Batch, StepRecord
+
+ALGORITHMS = ["grpo", "dr_grpo", "reinforce", "capo", "dr_capo", "rein_capo"]
+TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
+
+
+@pytest.fixture
+def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) -> Callable[..., Learner]:
+    """A learner on its own copy of the small model; the rate is constant from the first step on."""
+
+    def make(*overrides: str, reference: bool = False) -> Learner:
+        config = composed(
+            "model.vocab_size=40",
+            "curvature.top_k=8",
+            "optimizer.schedule=constant",
+            "num_steps=10",
+            *overrides,
+        )
+        frozen = copy.deepcopy(small_model) if reference else None
+        model = copy.deepcopy(small_model)
+        return Learner(model, frozen, build_algorithm(config.algo), config, torch.float32)
+
+    return make
+
+
+def weights(learner: Learner) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in learner.model.parameters()]
+
+
+def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]], StepRecord]:
+    results = [learner.step(batch) for batch in batches]
+    timeless = [{k: v for k, v in metrics.items() if not k.startswith("time/")} for metrics, _ in results]
+    return timeless, results[-1][1]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_one_batch_equals_four_micro_batches(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch], algo: str
+) -> None:
+    tight = TIGHT if "capo" in algo else []
+    whole, cut = (learner(f"algo={algo}", f"model.micro_batch_size={size}", *tight) for size in (96, 2))
+    batches = [random_batch(seed=seed) for seed in range(3)]
+    (first, record), (second, same) = steps(whole, batches), steps(cut, batches)
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
+    assert torch.equal(record.selection.keep_mask, same.selection.keep_mask)
+    torch.testing.assert_close(weights(whole), weights(cut), rtol=1e-3, atol=1e-4)
+    assert first[-1]["selection/rejection_rate"] > 0 or not tight
+
+
+@pytest.mark.parametrize(
+    ("capo", "base"), [("capo", "grpo"), ("dr_capo", "dr_grpo"), ("rein_capo", "reinforce")]
+)
+def test_without_bounds_capo_is_its_base_algorithm_bit_for_bit(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch], capo: str, base: str
+) -> None:
+    off = [
+        f"algo.selection.{key}"
+        for key in ("policy_shift_max=inf", "objective_shift_min=-inf", "objective_shift_max=inf")
+    ]
+    one, other = learner(f"algo={capo}", *off), learner(f"algo={base}")
+    batches = [random_batch(seed=seed) for seed in range(3)]
+    assert steps(one, batches)[0] == steps(other, batches)[0]
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def test_the_order_of_rows_and_extra_padding_change_nothing(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    batch = random_batch()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    shuffled = Batch(*(tensor[order] for tensor in vars(batch).values()))
+    pad = lambda tensor, left, right: torch.nn.functional.pad(tensor, (left, right))  # noqa: E731
+    padded = Batch(
+        pad(batch.input_ids, 3, 2), pad(batch.attention_mask, 3, 2),
+        pad(batch.completion_mask, 0, 2), pad(batch.sampler_log_probs, 0, 2), batch.advantages,
+    )  # fmt: skip
+    plain, *others = (learner("algo=capo", *TIGHT) for _ in range(3))
+    (expected,), record = steps(plain, [batch])
+    for other, changed in zip(others, (shuffled, padded), strict=True):
+        (metrics,), _ = steps(other, [changed])
+        assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        torch.testing.assert_close(weights(other), weights(plain), rtol=1e-3, atol=1e-4)
+    assert 0 < record.selection.keep_mask.sum() < batch.completion_mask.sum()
+
+
+def test_a_rejected_token_has_exactly_no_gradient(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    """Changing a rejected token's id (the last of its row, so that no later token sees it) leaves the step as
+    it is."""
+    batch = random_batch()
+    bound = "algo.selection.policy_shift_max=0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
+    rejecting, keeping = learner("algo=capo", bound), learner("algo=grpo")
+    before = weights(rejecting)
+    metrics, record = rejecting.step(batch)
+    assert metrics["selection/rejection_rate"] == metrics["selection/rejection_rate_policy"] == 1.0
+    assert metrics["loss/total"] == 0.0 and metrics["policy/grad_norm"] == 0.0
+    assert not record.selection.keep_mask.any()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(rejecting), strict=True))
+    assert keeping.step(batch)[0]["policy/grad_norm"] > 0
+
+
+def test_kept_and_rejected_are_all_tokens(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    capo = learner("algo=capo", *TIGHT)
+    capo.step(random_batch(seed=1))
+    metrics, record = capo.step(random_batch())
+    mask, keep, why = record.batch.completion_mask, record.selection.keep_mask, record.selection.rejected_by
+    assert torch.equal(keep | why["policy"] | why["objective"], mask)
+    assert not (keep & (why["policy"] | why["objective"])).any()
+    assert metrics["selection/rejection_rate"] == pytest.approx(1 - keep.sum().item() / mask.sum().item())
+
+
+def test_the_moments_follow_kept_tokens_of_every_algorithm(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0")
+    for one in (grpo, rejecting):
+        one.step(random_batch())
+    assert grpo.optimizer_model is not None and rejecting.optimizer_model is not None
+    assert grpo.optimizer_model.first.any() and grpo.optimizer_model.step == 1
+    assert not rejecting.optimizer_model.first.any() and rejecting.optimizer_model.step == 1
+    assert learner("curvature.optimizer_model=sgd").optimizer_model is None
+
+
+def test_the_step_is_adamws_on_the_loss_of_the_formula(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch], small_model: PreTrainedModel
+) -> None:
+    """GRPO from scratch: full logits, F.cross_entropy, torch.optim.AdamW."""
+    batch = random_batch()
+    model = copy.deepcopy(small_model)
+    rows = []
+    for row in range(8):
+        ids = batch.input_ids[row][batch.attention_mask[row].bool()]
+        count = int(batch.completion_mask[row].sum())
+        log_probs = -torch.nn.functional.cross_entropy(
+            model(ids[None]).logits[0, -count - 1 : -1], ids[-count:], reduction="none"
+        )
+        rows.append(-(batch.advantages[row] * (log_probs - log_probs.detach()).exp()).mean())
+    loss = torch.stack(rows).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
+    ours = learner("algo=grpo", "regime.learning_rate=1e-4")
+    metrics, _ = ours.step(batch)
+    assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
+
+
+def test_a_second_iteration_sees_the_ratio_and_clips(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    batch = random_batch()
+    ours = learner("algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2")
+    first, record = ours.step(batch)
+    second, _ = ours.step(batch, record.old_log_probs)
+    assert first["policy/ratio_max"] == 1.0 and first["loss/clip_fraction"] == 0.0
+    assert second["policy/ratio_max"] > 1.2 and second["loss/clip_fraction"] > 0.0
+    assert second["counter/optimizer_step"] == 2
+
+
+def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    ours = learner("algo=grpo", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3", reference=True)
+    first, _ = ours.step(random_batch())
+    second, _ = ours.step(random_batch())
+    assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
+    idle = replace(random_batch(), advantages=torch.zeros(8))
+    divergence = [ours.step(idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
+    assert divergence[-1] < 0.5 * max(divergence)
+
+
+def test_a_step_rule_shortens_the_step(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    full, half = learner("algo=grpo"), learner("algo=grpo")
+    half._algorithm = replace(half._algorithm, step_rule=lambda predicted, learning_rate: 0.5)
+    start = weights(full)
+    for one in (full, half):
+        one.step(random_batch())
+    moves = [[(w - s) for w, s in zip(weights(one), start, strict=True)] for one in (full, half)]
+    torch.testing.assert_close([m / 2 for m in moves[0]], moves[1], rtol=1e-2, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    ours = learner("algo=grpo")
+    before = weights(ours)
+    batch = replace(random_batch(), advantages=torch.full((8,), float("inf")))
+    with pytest.raises(TrainingDiverged, match=r"optimizer step 1: not finite: .*loss/total="):
+        ours.step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
+    assert ours.optimizer_step == 0
+
+
+def test_gradient_checkpointing_changes_no_number(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    plain, saving = learner("algo=grpo"), learner("algo=grpo", "model.gradient_checkpointing=true")
+    saving.model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes: list[int] = []
+    saving.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    expected, metrics = (one.step(random_batch())[0] for one in (plain, saving))
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], rel=1e-5)
+    assert metrics["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=1e-5)
+    assert len(passes) == 2 and not saving.model.training

@@ -1,0 +1,108 @@
+"""One forward pass: against full logits, padding, chunks, and the shift by one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp import policy
+from capo_exp.collate import join, split
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.types import Batch, PolicyOutput
+
+
+def run(
+    model: PreTrainedModel, batch: Batch, temperature: float = 1.0, top_k: int = 5, chunk: int = 1000
+) -> PolicyOutput:
+    return policy.forward(
+        model, batch, temperature=temperature, top_k=top_k, chunk_tokens=chunk, compute_dtype=torch.float32
+    )
+
+
+def row_logits(model: PreTrainedModel, batch: Batch, row: int) -> tuple[Tensor, Tensor]:
+    """Full logits of one row without any padding, and its completion tokens."""
+    ids = batch.input_ids[row][batch.attention_mask[row].bool()]
+    count = int(batch.completion_mask[row].sum())
+    return model(ids[None]).logits[0, -count - 1 : -1], ids[-count:]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_row_agrees_with_cross_entropy_of_its_full_logits(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float
+) -> None:
+    batch = random_batch()
+    output = run(small_model, batch, temperature)
+    for row in range(len(batch.advantages)):
+        logits, targets = row_logits(small_model, batch, row)
+        logits = logits / temperature
+        count = len(targets)
+        expected = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        torch.testing.assert_close(output.log_probs[row, :count], expected, rtol=1e-4, atol=1e-5)
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(output.entropy[row, :count], entropy, rtol=1e-4, atol=1e-5)
+        top = logits.topk(5)
+        assert torch.equal(output.topk_ids[row, :count], top.indices)
+        torch.testing.assert_close(
+            output.topk_probs[row, :count], top.values.softmax(-1), rtol=1e-4, atol=1e-5
+        )
+        again = output.hidden[row, :count] @ small_model.lm_head.weight.T
+        torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)  # the state that made these logits
+        assert not output.log_probs[row, count:].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], chunk: int
+) -> None:
+    batch = random_batch()
+    results = []
+    for size in (1000, chunk):
+        small_model.zero_grad()
+        output = run(small_model, batch, chunk=size)
+        (output.log_probs * batch.advantages[:, None]).sum().backward()
+        results.append(
+            (output.log_probs.detach(), output.entropy, [p.grad.clone() for p in small_model.parameters()])
+        )
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_tensor_of_all_logits_exists_in_forward_or_backward(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    batch = random_batch(rows=8, prompt=3, length=30)
+    tokens, vocabulary = int(batch.completion_mask.sum()), small_model.config.vocab_size
+    shapes: list[tuple[int, ...]] = []
+    head = small_model.lm_head
+    head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    run(small_model, batch, chunk=16).log_probs.sum().backward()
+    assert len(shapes) == 2 * -(-tokens // 16)  # once forward, once again in the backward pass
+    assert all(shape[0] <= 16 and shape[1] == vocabulary for shape in shapes)
+
+
+def test_micro_batches_are_trimmed_and_put_back_at_their_rows(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    batch = random_batch(rows=9, prompt=6, length=12)
+    whole = run(small_model, batch).log_probs
+    parts = split(batch, 4)
+    assert sorted(int(row) for rows, _ in parts for row in rows) == list(range(9))
+    assert min(part.input_ids.shape[1] for _, part in parts) < batch.input_ids.shape[1]
+    joined = join([(rows, run(small_model, part).log_probs) for rows, part in parts], batch.completion_mask)
+    torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(composed: Callable[..., TrainConfig]) -> None:
+    config = replace(composed().model, path="./no_such_model")
+    for load in (policy.load_tokenizer, policy.check_architecture):
+        with pytest.raises(ConfigError, match=r"model\.path=\./no_such_model: .*expected") as error:
+            load(config)
+        assert "\n" not in str(error.value)
+
+
+def test_a_wrong_vocabulary_size_is_refused(composed: Callable[..., TrainConfig]) -> None:
+    config = replace(composed().model, vocab_size=7)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=7: expected \d+"):
+        policy.check_architecture(config)

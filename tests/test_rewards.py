@@ -1,0 +1,390 @@
+"""Grading against known answers and labels, and a verifier that survives whatever an answer does to it."""
+
+import collections
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capo_exp.config import ConfigError
+from capo_exp.rewards import (
+    ExactVerifier,
+    Grade,
+    MathVerifier,
+    exact_match,
+    grade,
+    last_boxed,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
+
+TOWER = r"\boxed{9^{9^{9^{9}}}}"
+FACTORIAL = r"\boxed{((20!)!)!}"
+DIGITS = r"\boxed{" + "7" * 100_000 + "}"
+RIGHT = r"so \boxed{\frac{1}{2}}"
+
+
+# --- grade
+# -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["auto", "boxed"])
+@pytest.mark.parametrize(
+    ("completion", "gold", "correct"),
+    [
+        (r"Hence \boxed{\frac{1}{2}}.", "0.5", True),
+        (r"Hence $\boxed{\frac{1}{2}}$.", r"$\frac12$", True),
+        (r"\boxed{44}", r"44\%", True),  # the grammar of math-verify 0.9 leaves 44\% a string
+        (r"\boxed{44\%}", r"44\%", True),
+        (r"\boxed{44\%}", "44", True),
+        (r"\boxed{44}", r"\boxed{44\%}", True),
+        (r"\boxed{25}", "025", True),
+        (r"\boxed{(1, 2)}", r"\left( 1, 2 \right)", True),
+        (r"\boxed{2,1}", r"\{1, 2\}", True),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+        (r"The final answer is $7$. I hope it is correct.", "7", True),
+        (r"First $5$, then \boxed{6}, which is more than $7$.", "6", True),
+        (r"\boxed{10,\!000}", "10000", True),
+        (r"\boxed{5}", "x=5", True),
+        (r"\boxed{6}", "7", False),
+        (r"\boxed{\frac{1}{2}}", r"\frac13", False),
+    ],
+)
+def test_grade_known_answers(style, completion, gold, correct):
+    result = grade(completion, gold, style)
+    assert result.correct is correct
+    assert result.reason == ("correct" if correct else "wrong")
+    assert result.extracted
+
+
+def test_gold_comes_first_because_verify_is_not_symmetric():
+    assert grade(r"\boxed{(1, 2)}", r"1 < x < 2").correct != grade(r"\boxed{1 < x < 2}", r"(1, 2)").correct
+
+
+def test_styles_differ_in_what_counts_as_an_answer():
+    assert grade("16 - 3 = 13\nA: 26", "26").correct
+    assert grade("16 - 3 = 13\nA: 26", "26", "boxed") == Grade(False, "", "no_answer")
+    assert grade(r"\boxed{\frac12}", "0.5").correct
+    assert not grade(r"\boxed{\frac12}", "0.5", "boxed").correct
+    assert not grade(r"\boxed{\frac12}", "12", "boxed").correct
+
+
+@pytest.mark.parametrize("gold", ["", "  ", "$$", "$ $"])
+def test_unparsable_gold_earns_nothing_and_says_so(gold):
+    assert grade(r"\boxed{1}", gold) == Grade(False, "", "gold_unparsable")
+
+
+@pytest.mark.parametrize("completion", ["", "no idea", r"\boxed{}", r"\boxed{" + "{" * 3000])
+def test_no_answer(completion):
+    assert grade(completion, "1") == Grade(False, "", "no_answer")
+
+
+def test_unknown_style_names_the_known_ones():
+    with pytest.raises(ValueError, match="'strict'; known: auto, boxed"):
+        grade("1", "1", "strict")
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "style", "every", "least"),
+    [
+        ("outputs_openai_gsm8k", "auto", 4, 1.0),
+        ("outputs_qwen25math", "auto", 1, 0.998),
+        ("outputs_qwen25math", "boxed", 1, 0.998),
+        ("outputs_rho", "auto", 8, 0.985),
+    ],
+)
+def test_agreement_with_labels(name, style, every, least):
+    rows = pq.read_table(SHARED / name / "all.parquet").to_pylist()[::every]
+    agree = sum(grade(row["completion"], row["gold"], style).correct == row["label"] for row in rows)
+    assert agree >= least * len(rows)
+
+
+@needs_data
+def test_every_gold_answer_is_right_about_itself():
+    rows = pq.read_table(SHARED / "math500" / "test.parquet").to_pylist()
+    wrong = [
+        row["answer"] for row in rows if not grade(rf"So \boxed{{{row['answer']}}}.", row["answer"]).correct
+    ]
+    assert not wrong
+
+
+# --- exact match
+# -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed{3} then \boxed{4", "3"),
+        (r"\boxed{}", ""),
+        ("no box", None),
+        (r"\boxed{never closed", None),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+
+
+@given(
+    st.recursive(
+        st.text("ab \\frac12^_", max_size=6), lambda inner: inner.map(lambda s: f"x{{{s}}}y"), max_leaves=4
+    )
+)
+def test_last_boxed_finds_balanced_content(content):
+    content = content.replace("\\", "")
+    assert last_boxed(rf"\boxed{{7}} so \boxed{{{content}}} }} {{") == content
+
+
+def test_exact_match():
+    assert exact_match(r"\boxed{ 12 }", "12\n") == Grade(True, "12", "correct")
+    assert exact_match(r"\boxed{12.0}", "12") == Grade(False, "12.0", "wrong")
+    assert exact_match("12", "12").reason == "no_answer"
+    assert exact_match(r"\boxed{}", " ").reason == "gold_unparsable"
+
+
+def test_exact_verifier_scores_and_counts():
+    with ExactVerifier() as verifier:
+        result = verifier.score([[r"\boxed{1}", r"\boxed{2}"], ["3", r"\boxed{4}"]], ["1", "4"])
+    assert result.rewards == [[1.0, 0.0], [0.0, 1.0]]
+    assert result.metrics == {
+        "reward/timeouts": 0.0,
+        "reward/crashes": 0.0,
+        "reward/no_answer_fraction": 0.25,
+        "reward/gold_unparsable": 0.0,
+    }
+    assert ExactVerifier().score([], []).rewards == []
+
+
+def test_as_many_answers_as_groups():
+    with pytest.raises(ValueError, match="zip"):
+        ExactVerifier().score([["1"], ["2"]], ["1"])
+
+
+# --- the verifier that can kill
+# --------------------------------------------------------------------------------
+
+
+def misbehave(completion: str, answer: str) -> Grade:
+    """A grader that does what the completion says; runs in the worker."""
+    if completion == "hang in C":
+        collections.deque(itertools.repeat(0), maxlen=0)
+    elif completion == "exit":
+        os._exit(3)
+    elif completion == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif completion == "memory":
+        bytearray(3 * 2**30)
+    elif completion == "raise":
+        raise RuntimeError("grader")
+    elif completion.startswith("log "):
+        with Path(completion.removeprefix("log ")).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+    elif completion.startswith("terminated once "):
+        mark = Path(completion.removeprefix("terminated once "))
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+    return Grade(True, answer, "correct")
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[MathVerifier]:
+    with MathVerifier(timeout_seconds=2.0, workers=2) as shared:
+        yield shared
+
+
+@pytest.fixture
+def rough() -> Iterator[MathVerifier]:
+    with MathVerifier(timeout_seconds=1.0, workers=2, memory_limit_gib=1.0) as own:
+        own.grader = misbehave
+        yield own
+
+
+def workers() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody has collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if alive(pid)]}"
+        time.sleep(0.05)
+
+
+def test_rewards_keep_their_places(verifier):
+    result = verifier.score(
+        [[RIGHT, r"\boxed{1}", "none"], [r"\boxed{7}"], [r"\boxed{1}", RIGHT]], ["0.5", "7", " "]
+    )
+    assert result.rewards == [[1.0, 0.0, 0.0], [1.0], [0.0, 0.0]]
+    assert result.metrics["reward/no_answer_fraction"] == pytest.approx(1 / 6)
+    assert result.metrics["reward/gold_unparsable"] == 2
+    assert verifier.score([], []).rewards == []
+
+
+def test_hung_answers_end_and_the_others_go_on(verifier):
+    """A power tower, a factorial tower and 100,000 digits, each between answers that are right."""
+    result = verifier.score([[RIGHT, TOWER, RIGHT, FACTORIAL, TOWER, DIGITS, RIGHT], [RIGHT]], ["0.5", "1/2"])
+    assert result.rewards == [[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], [1.0]]
+    assert result.metrics["reward/timeouts"] >= 3
+
+
+def test_hung_gold_answer(verifier):
+    assert verifier.score([[RIGHT]], ["9^{9^{9^{9}}}"]).metrics["reward/timeouts"] == 1
+
+
+def test_score_off_the_main_thread(verifier):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(verifier.score([[RIGHT, TOWER, RIGHT]], ["0.5"])))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.rewards for result in results] == [[[1.0, 0.0, 1.0]]] * 2
+
+
+def test_first_score_in_a_thread_that_ends_then_from_another():
+    with MathVerifier(timeout_seconds=5.0, workers=1) as own:
+        for _ in range(2):
+            results = []
+            thread = threading.Thread(
+                target=lambda out: out.append(own.score([[RIGHT]], ["0.5"])), args=(results,)
+            )
+            thread.start()
+            thread.join()
+            assert results[0].rewards == [[1.0]]
+
+
+def test_whatever_kills_a_worker_costs_one_answer(rough):
+    answers = ["ok", "hang in C", "ok 2", "exit", "ok 3", "segfault", "ok 4", "memory", "raise", "ok 5"]
+    result = rough.score([answers], ["1"])
+    assert result.rewards == [[float(text.startswith("ok")) for text in answers]]
+    assert result.metrics["reward/timeouts"] + result.metrics["reward/crashes"] == 5
+    assert result.metrics["reward/crashes"] >= 2  # Pebble takes a crash that it notices late for a time-out
+
+
+def test_equal_pairs_are_graded_once(rough, tmp_path):
+    text = f"log {tmp_path / 'calls'}"
+    result = rough.score([[text, text], [text], [text]], ["1", "2", "1"])
+    assert result.rewards == [[1.0, 1.0], [1.0], [1.0]]
+    assert len((tmp_path / "calls").read_text().split()) == 2
+
+
+def test_sigterm_from_outside_is_not_the_answers_fault(rough, tmp_path):
+    result = rough.score([["ok", f"terminated once {tmp_path / 'mark'}", "ok 2"]], ["1"])
+    assert result.rewards == [[1.0, 1.0, 1.0]]
+    assert result.metrics["reward/crashes"] == 0
+
+
+def test_idle_worker_that_was_killed_is_replaced(rough):
+    rough.score([["ok"]], ["1"])
+    for pid in workers():
+        os.kill(pid, signal.SIGKILL)
+    assert rough.score([["ok", "ok 2", "ok 3"]], ["1"]).rewards == [[1.0, 1.0, 1.0]]
+
+
+def test_close_leaves_no_process_and_score_starts_again():
+    before = set(workers())
+    own = MathVerifier(timeout_seconds=5.0, workers=2)
+    for _ in range(2):
+        assert own.score([[RIGHT]], ["0.5"]).rewards == [[1.0]]
+        started = set(workers()) - before
+        assert started
+        own.close()
+        own.close()
+        assert not any(map(alive, started))
+
+
+def test_workers_that_cannot_start_are_an_error_not_a_reward():
+    with (
+        MathVerifier(timeout_seconds=1.0, workers=1, memory_limit_gib=0.02) as own,
+        pytest.raises(RuntimeError, match=r"memory_limit_gib=0\.02, expected 1 or more"),
+    ):
+        own.score([[RIGHT]], ["0.5"])
+
+
+@pytest.mark.parametrize("key", ["timeout_seconds", "workers", "memory_limit_gib"])
+def test_bad_numbers_name_their_key(key):
+    numbers = {"timeout_seconds": 1.0, "workers": 1, "memory_limit_gib": 1.0} | {key: 0}
+    with pytest.raises(ConfigError, match=f"got reward.verifier.{key}=0, expected a positive number"):
+        MathVerifier(**numbers)
+    with pytest.raises(ConfigError, match="style=strict, expected one of auto, boxed"):
+        MathVerifier(1.0, 1, style="strict")
+
+
+def test_imports_neither_torch_nor_math_verify():
+    code = "import sys, capo_exp.rewards; print(sorted({'torch', 'math_verify', 'sympy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+PROGRAM = """
+import multiprocessing, os, signal, sys, threading, time
+from pathlib import Path
+from capo_exp.rewards import MathVerifier
+from tests.test_rewards import misbehave
+
+def main():
+    verifier = MathVerifier(timeout_seconds=1.0, workers=2)
+    verifier.grader = misbehave
+    print(verifier.score([["ok"]], ["1"]).rewards)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    if sys.argv[1] == "kill":
+        threading.Thread(target=verifier.score, args=([["log " + sys.argv[2], "hang in C"]], ["1"])).start()
+        while not Path(sys.argv[2]).exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_no_worker_outlives_its_parent(end, tmp_path):
+    """Run with -m, as `python -m capo_exp` is: each worker imports the main module again."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "program", end, str(tmp_path / "log")],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == (0 if end == "exit" else -signal.SIGKILL)
+    rewards, pids = done.stdout.splitlines()
+    assert rewards == "[[1.0]]"
+    wait_until_gone([int(pid) for pid in pids.split()])

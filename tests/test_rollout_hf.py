@@ -1,0 +1,147 @@
+"""Sampling with transformers: the right distribution, the right log-probs, ends and lengths."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from capo_exp import policy
+from capo_exp.collate import collate
+from capo_exp.rollout.hf import HFRollout
+from capo_exp.types import Problem, Prompt, RolloutGroup
+
+
+class Tokenizer:
+    """As much of a tokenizer as the engine uses, for a vocabulary without text."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def pad(self, encoded: dict[str, list[list[int]]], **_: object):
+        from transformers import BatchEncoding
+
+        rows = encoded["input_ids"]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **_: object) -> list[str]:
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def prompts(*rows: tuple[int, ...]) -> list[Prompt]:
+    return [Prompt(Problem(str(i), "", ""), "", row) for i, row in enumerate(rows)]
+
+
+def engine(model: PreTrainedModel, max_sequences: int = 100) -> HFRollout:
+    return HFRollout(model, Tokenizer(), max_sequences_per_call=max_sequences)  # pyright: ignore[reportArgumentType]
+
+
+def sample(
+    model: PreTrainedModel, rows: list[Prompt], max_sequences: int = 100, **changes: object
+) -> list[RolloutGroup]:
+    numbers = {
+        "group_size": 4, "max_tokens": 9, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3,
+        "weight_version": 5, **changes,
+    }  # fmt: skip
+    return engine(model, max_sequences).generate(rows, **numbers)  # pyright: ignore[reportArgumentType]
+
+
+ROWS = prompts((5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15))
+
+
+def test_greedy_tokens_are_those_of_plain_generate(small_model: PreTrainedModel) -> None:
+    groups = sample(small_model, ROWS, temperature=0.0, group_size=2)
+    for prompt, group in zip(ROWS, groups, strict=True):
+        plain = small_model.generate(
+            torch.tensor([prompt.token_ids]),
+            do_sample=False,
+            max_new_tokens=9,
+            pad_token_id=0,
+            eos_token_id=1,
+        )[0, len(prompt.token_ids) :].tolist()
+        for completion in group.completions:
+            assert list(completion.token_ids) == plain
+
+
+def test_log_probs_are_the_learners_at_the_same_temperature(small_model: PreTrainedModel) -> None:
+    groups = sample(small_model, ROWS, temperature=0.8, max_tokens=20)
+    batch = collate(groups, torch.zeros(4, 4), pad_token_id=0, device=torch.device("cpu"))
+    output = policy.forward(
+        small_model, batch, temperature=0.8, top_k=3, chunk_tokens=1000, compute_dtype=torch.float32
+    )
+    torch.testing.assert_close(batch.sampler_log_probs, output.log_probs.detach(), rtol=1e-4, atol=1e-4)
+    assert batch.completion_mask.sum() < batch.completion_mask.numel()  # rows ended at different places
+
+
+def test_samples_follow_the_models_distribution(small_model: PreTrainedModel) -> None:
+    """4,000 first tokens of one prompt: total variation to the exact probabilities is sampling noise."""
+    group = sample(small_model, ROWS[:1], group_size=4000, max_tokens=1, max_sequences=4000)[0]
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in group.completions]), minlength=40) / 4000
+    exact = small_model(torch.tensor([ROWS[0].token_ids])).logits[0, -1].softmax(0)
+    noise = (exact * (1 - exact) / 4000).sqrt().sum() / 2
+    assert (counts - exact).abs().sum() / 2 < 1.5 * noise
+
+
+def test_top_k_and_top_p_limit_what_is_sampled(small_model: PreTrainedModel) -> None:
+    ranked = small_model(torch.tensor([ROWS[0].token_ids])).logits[0, -1].softmax(0).sort(descending=True)
+    nucleus = int((ranked.values.cumsum(0) < 0.5).sum()) + 1
+    for limit, allowed in (({"top_k": 3}, 3), ({"top_p": 0.5}, nucleus)):
+        group = sample(small_model, ROWS[:1], group_size=300, max_tokens=1, max_sequences=300, **limit)[0]
+        seen = {c.token_ids[0] for c in group.completions}
+        assert seen == set(ranked.indices[:allowed].tolist())
+        shares = (
+            ranked.values[:allowed] / ranked.values[:allowed].sum()
+        )  # log-probs are of what was sampled from
+        expected = {
+            int(i): share for i, share in zip(ranked.indices[:allowed], shares.log().tolist(), strict=True)
+        }
+        for completion in group.completions:
+            assert completion.sampler_log_probs[0] == pytest.approx(
+                expected[completion.token_ids[0]], abs=1e-4
+            )
+
+
+def test_ends_and_truncation(small_model: PreTrainedModel) -> None:
+    completions = [
+        c for group in sample(small_model, ROWS, group_size=16, max_tokens=12) for c in group.completions
+    ]
+    assert {c.truncated for c in completions} == {True, False}
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.sampler_log_probs)
+        assert completion.truncated == (completion.token_ids[-1] != 1)
+        assert 1 not in completion.token_ids[:-1]
+        assert len(completion.token_ids) == 12 or not completion.truncated
+
+
+def test_same_seed_same_completions_and_calls_of_any_size(small_model: PreTrainedModel) -> None:
+    first, again, other = (sample(small_model, ROWS, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    split = sample(small_model, ROWS, max_sequences=4)
+    assert [len(group.completions) for group in split] == [4] * 4
+    assert [group.prompt for group in split] == ROWS
+    assert {group.weight_version for group in split} == {5}
+
+
+def test_the_engine_samples_with_the_learners_current_weights(small_model: PreTrainedModel) -> None:
+    running = engine(small_model)
+    numbers = {
+        "group_size": 1,
+        "max_tokens": 9,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": 0,
+        "weight_version": 0,
+    }
+    before = running.generate(ROWS, **numbers)
+    with torch.no_grad():
+        small_model.lm_head.weight.copy_(small_model.lm_head.weight.roll(1, 0))
+    assert running.generate(ROWS, **numbers) != before
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_one_token_completions(small_model: PreTrainedModel, length: int) -> None:
+    groups = sample(small_model, ROWS, max_tokens=length)
+    assert all(1 <= len(c.token_ids) <= length for group in groups for c in group.completions)

@@ -1,0 +1,125 @@
+"""The shipped tiny model and tokenizer: small, complete, and neither too good nor too bad to train."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import capo_exp
+from capo_exp.config import conf_dir
+from capo_exp.data.arithmetic import problems
+
+ASSETS = Path(capo_exp.__file__).parent / "assets" / "tiny"
+MODEL = OmegaConf.load(conf_dir() / "model" / "tiny.yaml")
+DATASET = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dataset" / "arithmetic.yaml"))
+NUMBERS = {key: value for key, value in DATASET["source"].items() if not key.startswith("_")}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def test_problems():
+    return problems("test", path=None, **NUMBERS)
+
+
+TOKENIZER = AutoTokenizer.from_pretrained(ASSETS)
+
+
+def complete(model, chosen, **sampling):
+    prompts = [DATASET["template"].format(problem=p.problem) for p in chosen]
+    inputs = TOKENIZER(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    out = model.generate(**inputs, max_new_tokens=DATASET["max_completion_tokens"], **sampling)
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def accuracy(ids, chosen):
+    texts = TOKENIZER.batch_decode(ids, skip_special_tokens=True)
+    right = [text.endswith(f"\\boxed{{{p.answer}}}") for text, p in zip(texts, chosen, strict=True)]
+    return sum(right) / len(right)
+
+
+@given(st.text())
+def test_any_text_survives(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_latex_newlines_and_unicode_survive():
+    text = "  Sei $\\frac{1}{2}$\n\n\t\\boxed{-3,14}  \r\n\u00e9\u4e2d\U0001f600 x^{10} \\\\ { }"
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_digits_stand_alone():
+    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER.encode("1234+56=1290. \\boxed{1290}"))
+    assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
+    assert not [
+        t for t in TOKENIZER.get_vocab() if any(c.isascii() and c.isdigit() for c in t) and len(t) > 1
+    ]
+
+
+def test_nothing_is_added_in_front_or_behind():
+    assert TOKENIZER.encode("7") == TOKENIZER.convert_tokens_to_ids(["7"])
+
+
+def test_vocabulary_size(model):
+    assert len(TOKENIZER) == model.config.vocab_size == MODEL.vocab_size == 1024
+    assert sorted(TOKENIZER.get_vocab().values()) == list(range(1024))
+
+
+def test_special_tokens(model):
+    assert (TOKENIZER.eos_token, TOKENIZER.pad_token) == ("<|endoftext|>", "<|pad|>")
+    assert len(TOKENIZER.encode("<|im_start|><|im_end|>")) == 2
+    assert TOKENIZER.padding_side == "left"
+    for config in (model.config, model.generation_config):
+        assert (config.eos_token_id, config.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)
+
+
+def test_chat_template():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_lengths_in_tokens(test_problems):
+    assert max(len(TOKENIZER.encode(p.problem)) for p in test_problems) <= DATASET["max_prompt_tokens"]
+    lengths = [len(TOKENIZER.encode(p.demonstration)) for p in test_problems]
+    assert max(lengths) <= 60 and 15 <= sum(lengths) / len(lengths) <= 50
+
+
+def test_size_and_dtype_on_disk():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*")) < 3_000_000
+    with safe_open(ASSETS / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_about_a_million_parameters(model):
+    assert 0.85e6 < sum(p.numel() for p in model.parameters()) < 1.05e6
+
+
+def test_no_path_of_the_machine_that_made_it():
+    config = json.loads((ASSETS / "config.json").read_text())
+    assert "_name_or_path" not in config
+    assert not any("/" in str(value) for value in config.values())
+
+
+def test_greedy_accuracy_leaves_room(model, test_problems):
+    chosen = test_problems[:120]
+    assert 0.3 <= accuracy(complete(model, chosen, do_sample=False), chosen) <= 0.6
+
+
+def test_samples_end(model, test_problems):
+    torch.manual_seed(0)
+    chosen = test_problems[120:300]
+    ids = complete(model, chosen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    assert (ids == TOKENIZER.eos_token_id).any(dim=1).float().mean() > 0.97
+    assert 0.25 <= accuracy(ids, chosen) <= 0.6

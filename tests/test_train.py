@@ -1,0 +1,190 @@
+"""The loop on the shipped model: what a run leaves behind, determinism, resume rules, and learning itself."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from capo_exp import train
+from capo_exp.algorithm import build_algorithm
+from capo_exp.collate import collate
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.learner import Learner, TrainingDiverged
+from capo_exp.metric_names import check_known
+from tests.test_rollout_hf import engine, prompts
+
+ALGORITHMS = ["grpo", "dr_grpo", "reinforce", "capo", "dr_capo", "rein_capo"]
+SMALL = [
+    "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
+    "evaluation.num_problems=6", "dataset.max_completion_tokens=16", "checkpoint.every=2",
+    "logger.completions_every=2", "evaluation.every=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def small(composed: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., TrainConfig]:
+    return lambda *overrides: composed(*SMALL, f"output_dir={tmp_path}", *overrides)
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    """Rows of a .jsonl file without what the clock wrote."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+CONTRACT = [
+    "counter/optimizer_step",
+    "counter/completions",
+    "counter/generated_tokens",
+    "reward/accuracy",
+    "reward/mean",
+    "advantage/std",
+    "loss/total",
+    "loss/clip_fraction",
+    "policy/entropy",
+    "policy/grad_norm",
+    "policy/sampler_kl_k3",
+    "rollout/completion_length/mean",
+    "rollout/truncated_fraction",
+    "curvature/token/policy_shift/mean",
+    "curvature/token/policy_shift/p99",
+    "curvature/token/policy_shift/max",
+    "curvature/token/objective_shift/mean",
+    "curvature/token/objective_shift/p99",
+    "curvature/token/objective_shift/max",
+    "curvature/batch/policy_shift",
+    "curvature/batch/objective_shift",
+    "selection/rejection_rate",
+    "selection/rejection_rate_policy",
+    "selection/rejection_rate_objective",
+    "optim/learning_rate",
+    "time/rollout_seconds",
+    "time/reward_seconds",
+    "time/policy_seconds",
+    "time/curvature_seconds",
+    "time/update_seconds",
+    "time/total_seconds",
+]
+
+
+def test_a_run_leaves_what_the_contract_says(small: Callable[..., TrainConfig]) -> None:
+    directory = train.run(small())
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
+    assert [row["counter/completions"] for row in rows] == [12, 24, 36]
+    assert set(CONTRACT) <= set(rows[-1])
+    check_known(rows[-1])
+    assert rows[-1]["policy/sampler_kl_k3"] < 1e-6  # the sampler is the learner
+    assert [row["counter/rollout_step"] for row in lines(directory / "eval.jsonl")] == [0, 2, 3]
+    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    table = pq.read_table(directory / "completions" / "step_000002.parquet").to_pylist()
+    assert len(table) == 12
+    for row in table:
+        assert (
+            len(row["token_ids"])
+            == len(row["policy_shift"])
+            == len(row["objective_shift"])
+            == len(row["keep"])
+        )
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small: Callable[..., TrainConfig]) -> None:
+    first, again, other = (
+        train.run(small(f"experiment_name={n}", f"seed={s}")) for n, s in zip("abc", (0, 0, 1), strict=True)
+    )
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert lines(first / name) == lines(again / name)
+    assert lines(first / "metrics.jsonl") != lines(other / "metrics.jsonl")
+
+
+def test_a_finished_run_is_not_repeated_unless_asked(small: Callable[..., TrainConfig]) -> None:
+    directory = train.run(small())
+    before = (directory / "metrics.jsonl").read_bytes()
+    assert train.run(small()) == directory
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    train.run(small("overwrite=true"))
+    assert (directory / "metrics.jsonl").read_bytes() != before  # the clock's values differ
+    assert len(lines(directory / "metrics.jsonl")) == 3
+
+
+def test_inner_iterations_are_one_line_each(small: Callable[..., TrainConfig]) -> None:
+    rows = lines(train.run(small("algo=grpo", "algo.num_iterations=2")) / "metrics.jsonl")
+    assert [row["counter/optimizer_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["counter/rollout_step"] for row in rows] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_run_works_off_the_main_thread(small: Callable[..., TrainConfig]) -> None:
+    done: list[Path] = []
+    thread = threading.Thread(target=lambda: done.append(train.run(small())))
+    thread.start()
+    thread.join()
+    assert len(lines(done[0] / "metrics.jsonl")) == 3
+
+
+def test_a_bad_input_leaves_no_directory(small: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    for wrong in ("dataset=math", "model.path=./nowhere"):
+        extra = ["dataset.path=./nowhere"] if wrong == "dataset=math" else []
+        with pytest.raises(ConfigError):
+            train.run(small(wrong, *extra))
+    assert not any(tmp_path.iterdir())
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(
+    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("algo.advantage._target_=capo_exp.algorithms.reinforce.raw_reward", "~algo.advantage.eps")
+    genuine = train.collate
+
+    def poisoned(*args: object, **kwargs: object) -> object:
+        batch = genuine(*args, **kwargs)
+        poisoned.calls += 1
+        if poisoned.calls == 3:
+            batch.advantages.fill_(float("nan"))
+        return batch
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train, "collate", poisoned)
+    with pytest.raises(
+        TrainingDiverged, match=r"optimizer step 3: not finite: .*loss/total=nan.*step_000002"
+    ):
+        train.run(config)
+    monkeypatch.undo()
+    directory = train.run(config)  # the same command goes on from step 2
+    assert [row["counter/rollout_step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_learns_a_trivial_reward(
+    algo: str, small_model: PreTrainedModel, composed: Callable[..., TrainConfig]
+) -> None:
+    """Reward 1 if the first token is even: about .5 at the start, at least .9 after 60 steps of 64
+    completions."""
+    config = composed(
+        f"algo={algo}",
+        "model.vocab_size=40",
+        "curvature.top_k=8",
+        "regime.learning_rate=3e-3",
+        "num_steps=60",
+    )
+    learner = Learner(small_model, None, build_algorithm(config.algo), config, torch.float32)
+    sampler = engine(small_model)
+    accuracy: list[float] = []
+    for step in range(config.num_steps):
+        groups = sampler.generate(
+            prompts(*((5 + i, 6, 7) for i in range(8))), group_size=8, max_tokens=3, temperature=1.0, top_k=0,
+            top_p=1.0, seed=step, weight_version=step,
+        )  # fmt: skip
+        rewards = torch.tensor(
+            [[float(c.token_ids[0] % 2 == 0) for c in group.completions] for group in groups]
+        )
+        accuracy.append(rewards.mean().item())
+        advantages = build_algorithm(config.algo).advantage(rewards)
+        learner.step(collate(groups, advantages, pad_token_id=0, device=torch.device("cpu")))
+    assert sum(accuracy[:3]) / 3 < 0.7
+    assert sum(accuracy[-5:]) / 5 >= 0.9
