@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -29,6 +29,7 @@ from transformers import (
     Qwen2ForCausalLM,
     get_cosine_schedule_with_warmup,
 )
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from capo_exp.config import conf_dir
 from capo_exp.data import arithmetic
@@ -38,8 +39,6 @@ ASSETS = Path(__file__).resolve().parents[1] / "capo_exp" / "assets" / "tiny"
 EOS, PAD, IM_START, IM_END = SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 1024
 MICRO_BATCH = 16
-# A LaTeX command with its brace, a word, one digit, spaces, other signs; what matches none stands alone.
-PIECES = r" ?\\[A-Za-z]+\{?| ?\p{L}+|\p{N}|\s+(?!\S)|\s| ?[^\s\p{L}\p{N}\\]+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}"
@@ -52,11 +51,11 @@ def parse_args() -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--output", type=Path, default=ASSETS)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument(
-        "--slip-rate", type=float, default=0.13, help="of an easy step; hard ones slip more often"
+        "--slip-rate", type=float, default=0.08, help="of an easy step; hard ones slip more often"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus-tasks", type=int, default=40_000, help="tasks the tokenizer is trained on")
@@ -73,9 +72,14 @@ def pairs(source: dict, template: str, seed: int, slip_rate: float) -> Iterator[
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over every byte, digits one by one."""
+    """Byte-level BPE over every byte, digits one by one.
+
+    AutoTokenizer makes a Qwen2Tokenizer of whatever stands beside a Qwen2 model, with its own normaliser
+    (NFC) and pieces; the same are used here, so that every way to load these files gives the same tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

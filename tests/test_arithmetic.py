@@ -22,7 +22,7 @@ RIGHT = {
     "/": operator.floordiv,
     "//": operator.floordiv,
 }
-FIRST_PROBLEM = ("arithmetic/456b1427d550b196", "Solve x - 63 = 51 for x.", "114")
+FIRST_PROBLEM = ("arithmetic/91ffb545b96a1496", "Solve x - 8 = 51 for x.", "59")
 
 
 def make(split, **changes):
@@ -94,7 +94,7 @@ def test_exact_division_leaves_nothing(train):
         assert all(a % b == 0 for op, a, b, _ in calculations(p.demonstration) if op == "/"), p
 
 
-@pytest.mark.parametrize("slip_rate", [0.0, 0.05, 0.12])
+@pytest.mark.parametrize("slip_rate", [0.0, 0.04, 0.08])
 def test_steps_slip_at_the_stated_rate(slip_rate):
     rng, source = random.Random(0), tasks("train", random.Random(1), NUMBERS["families"])
     slips, expected = 0, 0.0
@@ -110,12 +110,12 @@ def test_slips_carry_on_to_a_wrong_answer():
     """Without cancellation a solution with a slip is wrong; nine in ten are."""
     rng, outcomes = random.Random(0), Counter()
     for task, _ in zip(tasks("train", random.Random(1), NUMBERS["families"]), range(1000), strict=False):
-        steps, answer = worked(task, partial(slipping, rng, 0.12))
+        steps, answer = worked(task, partial(slipping, rng, 0.08))
         slipped = any(RIGHT[op](a, b) != c for op, a, b, c in calculations(" ".join(steps)))
         outcomes[slipped, answer == worked(task, exact)[1]] += 1
     assert outcomes[False, False] == 0
     assert outcomes[True, False] > 0.9 * (outcomes[True, False] + outcomes[True, True])
-    assert 250 < outcomes[True, False] < 600
+    assert 300 < outcomes[True, False] < 500
 
 
 def test_lengths_are_moderate(train):

@@ -1,6 +1,7 @@
 """The shipped tiny model and tokenizer: small, complete, and neither too good nor too bad to train."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import capo_exp
@@ -19,6 +21,8 @@ ASSETS = Path(capo_exp.__file__).parent / "assets" / "tiny"
 MODEL = OmegaConf.load(conf_dir() / "model" / "tiny.yaml")
 DATASET = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dataset" / "arithmetic.yaml"))
 NUMBERS = {key: value for key, value in DATASET["source"].items() if not key.startswith("_")}
+TOKENIZER = AutoTokenizer.from_pretrained(ASSETS)
+FILE = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +33,6 @@ def model():
 @pytest.fixture(scope="module")
 def test_problems():
     return problems("test", path=None, **NUMBERS)
-
-
-TOKENIZER = AutoTokenizer.from_pretrained(ASSETS)
 
 
 def complete(model, chosen, **sampling):
@@ -49,7 +50,15 @@ def accuracy(ids, chosen):
 
 @given(st.text())
 def test_any_text_survives(text):
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    """Exactly, once composed: Qwen2 tokenizers write e + accent as one character (NFC)."""
+    composed = unicodedata.normalize("NFC", text)
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == composed
+
+
+@given(st.text())
+def test_every_loader_gives_the_same_tokens(text):
+    """AutoTokenizer takes its pieces from the Qwen2Tokenizer class, others from the file."""
+    assert TOKENIZER.encode(text) == FILE.encode(text).ids
 
 
 def test_latex_newlines_and_unicode_survive():

@@ -17,13 +17,12 @@ from capo_exp.config import ConfigError
 from capo_exp.types import Problem
 
 Calculate = Callable[[str, int, int], int]  # (operation, left, right) -> result; + - * / //
-Step = tuple[str, int | str, int | str]
-"""Operation and its two operands; "#0" is the result of the first step, "#1" of the second."""
+Step = tuple[str, int | str, int | str]  # operation and operands; "#0" is the result of the first step
 Levels = Mapping[str, Sequence[int]]  # family name -> difficulties to draw from
 
 TEST_SHARE = 1 / 8  # of all possible tasks; held out from train and from the warm start
-HARD_STEP = 4.0  # a hard step slips this many times as often as an easy one
-FORGETS = 0.8  # of the slips where a carry or borrow is due, the part that forgets it
+HARD_STEP = 7.25  # a hard step slips this many times as often as an easy one
+FORGETS = 0.9  # of the slips where a carry or borrow is due, the part that forgets it
 LEXICON = """
 names: Mia Omar Lena Noah Aiko Ravi Zoe Hugo Nina Tariq Ella Bruno Priya Felix Sofia Kofi Clara Diego Yuki
  Marta Ivan Leila Jonas Amara Pablo Ingrid Samir Freya Mateo Hana Oscar Ruth Viktor Dalia Emil Carmen Stella
@@ -35,8 +34,8 @@ things: apples pens coins books shells cards stamps marbles buttons candles pebb
  whistles envelopes puzzles hammers drums oranges cookies plates badges crayons pumpkins trumpets blankets
  acorns wheels notebooks sandwiches dolls postcards radishes umbrellas chestnuts hats bananas scarves brushes
  sweaters paintings tulips necklaces suitcases hedgehogs daisies tomatoes bracelets yoyos figs
-gains: finds buys wins collects receives borrows picks earns
-losses: loses sells breaks donates drops hides trades spends
++: finds buys wins collects receives borrows picks earns
+-: loses sells breaks donates drops hides trades spends
 first: First Start Begin Now Initially Here
 next: Then Next Now Also Further Afterwards
 last: So Answer: Thus Hence Therefore Finally Result: Altogether
@@ -68,8 +67,7 @@ def exact(op: str, a: int, b: int) -> int:
 
 def is_hard(op: str, a: int, b: int) -> bool:
     """True where people slip: a carry, a borrow, a quotient."""
-    carries = {"+": a % 10 + b % 10 >= 10, "-": a % 10 < b % 10}
-    return carries.get(op, op == "//")
+    return {"+": a % 10 + b % 10 >= 10, "-": a % 10 < b % 10}.get(op, op == "//")
 
 
 def slipping(rng: random.Random, slip_rate: float, op: str, a: int, b: int) -> int:
@@ -90,11 +88,11 @@ def worked(task: Task, calculate: Calculate) -> tuple[list[str], int]:
     """Runs the calculations in order. Returns the written steps and the answer."""
     results: dict[str, int] = {}
     written: list[str] = []
-    for i, (op, *operands) in enumerate(task.steps):
-        a, b = (results[x] if isinstance(x, str) else x for x in operands)
-        results[f"#{i}"] = c = calculate(op, a, b)
-        written.append(f"{a}{op}{b}={c}")
-    return written, c
+    for i, (op, left, right) in enumerate(task.steps):
+        a, b = (results[x] if isinstance(x, str) else x for x in (left, right))
+        results[f"#{i}"] = calculate(op, a, b)
+        written.append(f"{a}{op}{b}={results[f'#{i}']}")
+    return written, results[f"#{len(written) - 1}"]
 
 
 def render(task: Task, written: Sequence[str], answer: int) -> str:
@@ -110,8 +108,7 @@ def demonstration_with_slips(task: Task, rng: random.Random, slip_rate: float) -
 
 def pick(rng: random.Random, kind: str) -> str:
     """One word with Zipf frequencies, as in real text: early ones are common, late ones rare."""
-    words = WORDS[kind]
-    return rng.choices(words, weights=[1 / (rank + 2) for rank in range(len(words))])[0]
+    return rng.choices(WORDS[kind], weights=[1 / (rank + 2) for rank in range(len(WORDS[kind]))])[0]
 
 
 def phrases(rng: random.Random, num_steps: int, last: str = "") -> tuple[str, ...]:
@@ -124,12 +121,17 @@ def running(start: int, changes: Sequence[tuple[str, int]]) -> tuple[Step, ...]:
     return tuple((op, f"#{i - 1}" if i else start, n) for i, (op, n) in enumerate(changes))
 
 
+def handy(rng: random.Random) -> int:
+    """A number for mental arithmetic: one digit, or now and then whole tens."""
+    return rng.randrange(2, 10) if rng.random() < 0.9 else rng.randrange(10, 60, 10)
+
+
 def draw_changes(rng: random.Random, start: int, count: int) -> list[tuple[str, int]]:
-    """Additions and subtractions that keep the total within 0 to 199."""
+    """Additions and subtractions that keep the total above 0."""
     changes: list[tuple[str, int]] = []
     for _ in range(count):
-        op = rng.choice("+-") if 20 <= start < 140 else ("+" if start < 20 else "-")
-        number = rng.randrange(3, 60 if op == "+" else min(60, start))
+        number = handy(rng)
+        op = rng.choice("+-") if number < start < 90 else ("-" if number < start else "+")
         start = exact(op, start, number)
         changes.append((op, number))
     return changes
@@ -148,8 +150,7 @@ def story(rng: random.Random, level: int) -> Task:
     """A person gains and loses things, `level` times."""
     name, things, start = pick(rng, "names"), pick(rng, "things"), rng.randrange(10, 100)
     changes = draw_changes(rng, start, level)
-    kinds = {"+": "gains", "-": "losses"}
-    events = " and ".join(f"{pick(rng, kinds[op])} {rng.choice((str(n), SPELLED[n]))}" for op, n in changes)
+    events = " and ".join(f"{pick(rng, op)} {rng.choice((str(n), SPELLED[n]))}" for op, n in changes)
     text = f"{name} has {start} {things}, {events}. How many {things} does {name} have now?"
     words = phrases(rng, level, rng.choice(("", f"So {name} has")))
     return Task("story", level, text, running(start, changes), words, f" {things}")
@@ -166,8 +167,8 @@ def product(rng: random.Random, level: int) -> Task:
 def shop(rng: random.Random, level: int) -> Task:
     """Several things at one price: with one thing more, or (level 2) how much money is left."""
     name, things = pick(rng, "names"), pick(rng, "things")
-    price, count = rng.randrange(3, 13), rng.randrange(2, 10)
-    other = rng.randrange(5, 60) + (price * count if level == 2 else 0)
+    price, count = rng.randrange(3, 10), rng.randrange(2, 10)
+    other = handy(rng) if level == 1 else rng.choice((90, 100))
     added = f" and a bag for {other} cents. What is the cost?"
     paid = f". {name} has {other} cents. How many cents are left?"
     text = f"{name} buys {count} {things} at {price} cents each{added if level == 1 else paid}"
@@ -186,7 +187,7 @@ def remainder(rng: random.Random, level: int) -> Task:
 
 def missing(rng: random.Random, level: int) -> Task:
     """An unknown number in a sum, a difference, or a product plus a number."""
-    x, a, b = rng.randrange(2, 100 if level < 3 else 10), rng.randrange(10, 100), rng.randrange(2, 10)
+    x, a, b = rng.randrange(2, 100 if level < 3 else 10), handy(rng), rng.randrange(2, 10)
     equation, steps = (
         (f"x + {a} = {x + a}", running(x + a, [("-", a)])),
         (f"x - {a} = {x}", running(x, [("+", a)])),

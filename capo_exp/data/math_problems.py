@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capo_exp.config import ConfigError
-from capo_exp.rewards import last_boxed
+from capo_exp.grading import last_boxed
 from capo_exp.types import Problem
 
 DATA_DIR_VARIABLE = "CAPO_DATA_DIR"
@@ -21,9 +21,9 @@ Rows = list[dict[str, Any]]
 ANSWER_FORMATS: dict[str, Callable[[str], str]] = {
     "plain": lambda text: text,
     "last_boxed": lambda text: last_boxed(text) or "",
-    "after_hashes": lambda text: text.rpartition("####")[2] if "####" in text else "",
+    "after_hashes": lambda text: text.rpartition("####")[2].replace(",", "") if "####" in text else "",
 }
-"""How the answer stands in its column: alone, in the last box of a solution, or after ####."""
+"""How the answer stands in its column: alone, in the last box of a solution, or after #### as in 1,200."""
 
 
 def problems(

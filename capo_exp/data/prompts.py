@@ -28,7 +28,9 @@ def render(
     """
     texts = _texts([problem.problem for problem in problems], tokenizer, dataset_config)
     add_special_tokens = not dataset_config.apply_chat_template
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+    encoded = (
+        tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
+    )
     token_ids = [tuple(ids) for ids in cast(list[list[int]], encoded)]
     limit = dataset_config.max_prompt_tokens
     kept = [
