@@ -20,11 +20,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_exp import policy, train
 from capo_exp.config import TrainConfig, conf_dir, register
+from capo_exp.figures.load import load_run
 from capo_exp.rewards import exact_match
 from capo_exp.run_record import run_dir
 
@@ -96,7 +97,7 @@ def trl_trainer(config: TrainConfig, session: train.Run, output_dir: str, callba
         disable_tqdm=True,
     )
     model = policy.load_model(config.model, torch.device("cpu"))
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
         args=arguments,
@@ -104,6 +105,8 @@ def trl_trainer(config: TrainConfig, session: train.Run, output_dir: str, callba
         processing_class=policy.load_tokenizer(config.model),
         callbacks=[callback],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def main() -> None:
@@ -126,21 +129,20 @@ def main() -> None:
 
 
 def report(callback: Alternate, session: train.Run, directory: Path, skip: int, trainer: GRPOTrainer) -> None:
-    from capo_exp.figures.load import load_run
-
     ours, theirs = callback.ours[skip:], callback.theirs[skip:]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    metrics = load_run(directory).metrics
+    rows = load_run(directory).metrics[skip:]
+    metrics = {key: [row[key] for row in rows] for key in rows[0]}
     logged = [row for row in trainer.state.log_history if "completions/mean_length" in row]
     table = Table(title=f"one GRPO step, {len(ours)} pairs, {torch.get_num_threads()} threads")
     for column in ("", "ours", "trl"):
         table.add_column(column)
-    length = statistics.fmean(metrics["rollout/completion_length/mean"][skip:])
+    length = statistics.fmean(metrics["rollout/completion_length/mean"])
     their_length = statistics.fmean(row["completions/mean_length"] for row in logged[skip:])
     table.add_row("median seconds", f"{statistics.median(ours):.3f}", f"{statistics.median(theirs):.3f}")
     table.add_row("mean completion tokens", f"{length:.1f}", f"{their_length:.1f}")
     for name in ("rollout", "reward", "policy", "curvature", "update"):
-        share = sum(metrics[f"time/{name}_seconds"][skip:]) / sum(metrics["time/total_seconds"][skip:])
+        share = sum(metrics[f"time/{name}_seconds"]) / sum(metrics["time/total_seconds"])
         table.add_row(f"{name} share", f"{share:.3f}", "")
     console = Console()
     console.print(table)

@@ -155,11 +155,11 @@ class Learner:
         return predicted, None if state is None else curvature.apply_row_gradients(state, rows)
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
-        bad = {name: value for name, value in metrics.items() if not isfinite(value)}
-        if bad:
-            self.optimizer.zero_grad(set_to_none=True)
-            listed = ", ".join(f"{name}={value}" for name, value in bad.items())
-            raise TrainingDiverged(f"optimizer step {self.optimizer_step + 1}: not finite: {listed}")
+        if isfinite(metrics["loss/total"]) and isfinite(metrics["policy/grad_norm"]):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        bad = ", ".join(f"{name}={value}" for name, value in metrics.items() if not isfinite(value))
+        raise TrainingDiverged(f"optimizer step {self.optimizer_step + 1}: not finite: {bad}")
 
     def _apply(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

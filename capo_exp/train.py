@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from capo_exp import parts, policy
 from capo_exp.algorithm import Algorithm, build_algorithm
@@ -87,6 +88,7 @@ def run(config: TrainConfig) -> Path:
     directory = run_dir(config)
     if status(directory) == "finished" and not config.overwrite:
         return directory
+    disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     inputs = read_inputs(config)
     with ExitStack() as stack:
         stack.enter_context(locked(directory))

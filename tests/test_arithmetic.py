@@ -129,7 +129,7 @@ def test_lengths_are_moderate(train):
         ({"split": "validation"}, "dataset.train_split"),
         ({"path": "/somewhere"}, "dataset.path"),
         ({"families": {"geometry": [1]}}, "dataset.source.families"),
-        ({"families": {"product": [1]}, "num_train": 5000}, "dataset.source.num_"),
+        ({"families": {"product": [1]}, "num_train": 1000}, "dataset.source.num_"),
     ],
 )
 def test_bad_input_names_the_key(changes, message):

@@ -1,4 +1,4 @@
-"""README and PAPER_MAP say what is true: commands compose, metrics are listed, named functions and tests exist."""
+"""README and PAPER_MAP are true: commands compose, metrics are listed, named functions and tests exist."""
 
 import ast
 import importlib

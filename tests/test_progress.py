@@ -73,7 +73,9 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(steps) + "\n")
     scores = [json.dumps({"counter/rollout_step": step, "eval/accuracy": 0.2 + step / 15}) for step in (0, 3)]
     (tmp_path / "eval.jsonl").write_text("\n".join(scores) + "\n")
-    (tmp_path / "run.json").write_text(json.dumps({"name": "grpo-tiny", "wall_seconds": 61.0, "wandb": "wandb sync here"}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"name": "grpo-tiny", "wall_seconds": 61.0, "wandb": "wandb sync here"})
+    )
     out, text = console(terminal=False)
     out.print(summary_table(tmp_path))
     words = text.getvalue().replace("\n", " ")
