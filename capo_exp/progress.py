@@ -139,12 +139,16 @@ def _values(rows: list[Row], key: str) -> list[float]:
 
 def _places(run_dir: Path, wandb_location: str | None) -> list[tuple[str, str]]:
     files = (
-        ("metrics", "metrics.jsonl"),
-        ("evaluations", "eval.jsonl"),
-        ("completions", "completions"),
-        ("checkpoints", "checkpoints"),
-        ("record", "run.json"),
-        ("figure", "run.png"),
+        "metrics.jsonl",
+        "eval.jsonl",
+        "completions",
+        "checkpoints",
+        "config.yaml",
+        "run.json",
+        "run.png",
     )
-    places = [(label, str(run_dir / name)) for label, name in files if (run_dir / name).exists()]
+    places = [
+        ("directory", str(run_dir)),
+        ("files", " ".join(name for name in files if (run_dir / name).exists())),
+    ]
     return [*places, ("W&B", wandb_location)] if wandb_location else places

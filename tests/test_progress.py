@@ -97,4 +97,4 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
 
 def test_the_summary_of_a_run_without_steps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert summary_table(tmp_path).row_count == 1
+    assert summary_table(tmp_path).row_count == 2  # where it is, and which files
