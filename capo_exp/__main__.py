@@ -26,6 +26,7 @@ from yaml import YAMLError
 from capo_exp.checks import check, plan
 from capo_exp.config import ConfigError, conf_dir, expected_type, register, suggest, to_config
 from capo_exp.parts import check_names, find_parts
+from capo_exp.run_record import run_dir, status
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -96,20 +97,24 @@ def execute(cfg: DictConfig) -> None:
         return
     for key, part in find_parts(config):
         check_names(part, key=key)
+    if status(run_dir(config)) == "finished" and not config.overwrite:
+        sys.stdout.write("this run is finished; overwrite=true repeats it\n")
+        show(run_dir(config))
+        return
     from capo_exp import train  # torch, so only now
 
     show(train.run(config))
 
 
-def show(run_dir: Path) -> None:
+def show(directory: Path) -> None:
     """Draws the run and says what came out and where it is."""
     from rich.console import Console
 
     from capo_exp.figures.plots import plot_run
     from capo_exp.progress import summary_table
 
-    plot_run(run_dir)
-    Console().print(summary_table(run_dir))
+    plot_run(directory)
+    Console().print(summary_table(directory))
 
 
 def report(error: Exception) -> int:

@@ -5,13 +5,23 @@ Every function: values [B, T], keep_mask and completion_mask [B, T] bool, totals
 with a graph (also when nothing is kept: then it is 0).
 """
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_exp.masked import masked_mean, masked_sum
 from capo_exp.types import BatchTotals
 
+Values = Float[Tensor, "B T"]
+Mask = Bool[Tensor, "B T"]
+Loss = Float[Tensor, ""]
 
-def sequence_mean(values: Tensor, keep_mask: Tensor, completion_mask: Tensor, totals: BatchTotals) -> Tensor:
+
+def sequence_mean(
+    values: Float[Tensor, "B T"],
+    keep_mask: Bool[Tensor, "B T"],
+    completion_mask: Bool[Tensor, "B T"],
+    totals: BatchTotals,
+) -> Loss:
     """Mean over each completion's kept tokens, then over completions: survivors are weighted up.
 
     Source: GRPO, arXiv 2402.03300, eq. 3; denominator max(1, kept) as in the CAPO authors' program.
@@ -21,8 +31,13 @@ def sequence_mean(values: Tensor, keep_mask: Tensor, completion_mask: Tensor, to
 
 
 def constant_length_mean(
-    values: Tensor, keep_mask: Tensor, completion_mask: Tensor, totals: BatchTotals, *, length: int
-) -> Tensor:
+    values: Float[Tensor, "B T"],
+    keep_mask: Bool[Tensor, "B T"],
+    completion_mask: Bool[Tensor, "B T"],
+    totals: BatchTotals,
+    *,
+    length: int,
+) -> Loss:
     """Sum of each completion's kept tokens over a constant length, then mean over completions: no
     up-weighting.
 
@@ -32,7 +47,12 @@ def constant_length_mean(
     return masked_sum(values, keep_mask) / (length * totals.sequences)
 
 
-def token_mean(values: Tensor, keep_mask: Tensor, completion_mask: Tensor, totals: BatchTotals) -> Tensor:
+def token_mean(
+    values: Float[Tensor, "B T"],
+    keep_mask: Bool[Tensor, "B T"],
+    completion_mask: Bool[Tensor, "B T"],
+    totals: BatchTotals,
+) -> Loss:
     """Sum of kept tokens over all completion tokens of the step: long completions count more, no
     up-weighting.
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_exp.types import BatchShifts, TokenShifts
@@ -31,11 +32,11 @@ _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 class AdamState:
     """Moments of the optimiser model: a table that holds only the vocabulary rows seen so far."""
 
-    slot_of_id: Tensor
+    slot_of_id: Int[Tensor, " V"]
     """[V] int64: table row of each vocabulary id; 0 for an id not seen yet."""
-    first: Tensor
+    first: Float[Tensor, "rows H"]
     """[1 + U, H] first moments; row 0 is always zero."""
-    second: Tensor
+    second: Float[Tensor, "rows H"]
     """[1 + U, H] second moments; row 0 is always zero."""
     step: int
     """Updates made so far; 0 means that shifts are those of a raw gradient step."""
@@ -47,9 +48,9 @@ class AdamState:
 class RowGradients:
     """Mean gradient of each vocabulary row over the kept tokens whose support holds it."""
 
-    ids: Tensor
+    ids: Int[Tensor, " R"]
     """[R] int64, ascending."""
-    means: Tensor
+    means: Float[Tensor, "R H"]
     """[R, H]."""
 
 
@@ -86,11 +87,11 @@ def init_adam_state(
 
 
 def token_shifts(
-    hidden: Tensor,
-    topk_probs: Tensor,
-    topk_ids: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
+    hidden: Float[Tensor, "B T H"],
+    topk_probs: Float[Tensor, "B T K"],
+    topk_ids: Int[Tensor, "B T K"],
+    token_ids: Int[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
     learning_rate: float,
     state: AdamState | None,
 ) -> TokenShifts:
@@ -123,12 +124,12 @@ def token_shifts(
 
 
 def mean_row_gradients(
-    hidden: Tensor,
-    topk_probs: Tensor,
-    topk_ids: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    keep_mask: Tensor,
+    hidden: Float[Tensor, "B T H"],
+    topk_probs: Float[Tensor, "B T K"],
+    topk_ids: Int[Tensor, "B T K"],
+    token_ids: Int[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    keep_mask: Bool[Tensor, "B T"],
 ) -> RowGradients:
     """Sum of the kept tokens' gradients per vocabulary row, divided by the number of tokens that touch the
     row.
@@ -166,12 +167,12 @@ def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
 
 def update_adam_state(
     state: AdamState,
-    hidden: Tensor,
-    topk_probs: Tensor,
-    topk_ids: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    keep_mask: Tensor,
+    hidden: Float[Tensor, "B T H"],
+    topk_probs: Float[Tensor, "B T K"],
+    topk_ids: Int[Tensor, "B T K"],
+    token_ids: Int[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    keep_mask: Bool[Tensor, "B T"],
 ) -> AdamState:
     """The moments after an optimiser step on the kept tokens; shapes as in `mean_row_gradients`."""
     gradients = mean_row_gradients(hidden, topk_probs, topk_ids, token_ids, advantages, keep_mask)
@@ -179,12 +180,12 @@ def update_adam_state(
 
 
 def batch_shifts(
-    hidden: Tensor,
-    topk_probs: Tensor,
-    topk_ids: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    keep_mask: Tensor,
+    hidden: Float[Tensor, "B T H"],
+    topk_probs: Float[Tensor, "B T K"],
+    topk_ids: Int[Tensor, "B T K"],
+    token_ids: Int[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    keep_mask: Bool[Tensor, "B T"],
     *,
     learning_rate: float,
     state: AdamState | None,
@@ -226,7 +227,7 @@ def _select(tokens: _Tokens, keep_mask: Tensor) -> _Tokens:
     return _Tokens(*(field[keep] for field in fields))
 
 
-def _along(tokens: _Tokens, change: Tensor) -> tuple[Tensor, Tensor]:
+def _along(tokens: _Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """s = <v, u> and Var_pi(u), both [N], for a change u [N, K] of the logits."""
     s = (tokens.error * change).sum(1)
     mean = (tokens.probs * change).sum(1, keepdim=True)
@@ -242,7 +243,7 @@ def _blocks(tokens: _Tokens) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Tensor:
+def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Float[Tensor, "N K"]:
     """u = Ghat h [N, K] for the direction that Adam would take if this token's gradient came next.
 
     With t = step + 1, Ghat = (b1 m + (1-b1) g) / (1-b1^t) / (sqrt((b2 q + (1-b2) g^2) / (1-b2^t)) + eps).
@@ -263,7 +264,7 @@ def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Tensor:
     return torch.cat(blocks).mul_(scale) if blocks else coefficients
 
 
-def _adam_rows(state: AdamState, gradients: RowGradients) -> Tensor:
+def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"]:
     """Ghat [R, H]: the direction of each row if its mean gradient came next."""
     (beta1, beta2), scale, eps = state.betas, *_bias_correction(state)
     slots = state.slot_of_id[gradients.ids]

@@ -4,6 +4,7 @@ A mask is bool and has the shape of the values. An empty mask gives 0, never NaN
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -46,7 +47,7 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     return out.masked_scatter(mask.view(*mask.shape, *[1] * (values.dim() - 1)), values)
 
 
-def centre(rewards: Tensor) -> Tensor:
+def centre(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """R - mean of its row, [P, G] -> [P, G]; exactly 0 where all rewards of a row are equal, whatever the
     rounding."""
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)

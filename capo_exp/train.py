@@ -128,6 +128,9 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     record = stack.enter_context(RunRecord(directory, config, device_name=str(inputs.device)))
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
     record.fields["wandb"] = logger.wandb_location
+    progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
+    if latest is not None:
+        progress.message(f"goes on after step {step}, from {latest}")
     return Run(
         config=config,
         inputs=inputs,
@@ -137,7 +140,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
         checkpointer=checkpointer,
         logger=logger,
         record=record,
-        progress=stack.enter_context(Progress(total_steps=config.num_steps, first_step=step)),
+        progress=progress,
         step=step,
         completions=counters.get("counter/completions", 0),
         generated_tokens=counters.get("counter/generated_tokens", 0),

@@ -14,6 +14,7 @@ that it predicts happens in policy.py and nowhere else.
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -73,15 +74,15 @@ class RolloutGroup:
 class Batch:
     """Rows of one or more rollout groups as tensors; prompts padded on the left, completions on the right."""
 
-    input_ids: Tensor
+    input_ids: Int[Tensor, "B S"]
     """[B, S] int64, prompt then completion."""
-    attention_mask: Tensor
+    attention_mask: Int[Tensor, "B S"]
     """[B, S] int64, 1 on real tokens."""
-    completion_mask: Tensor
+    completion_mask: Bool[Tensor, "B T"]
     """[B, T] bool, True on real completion tokens; they are the last T columns of input_ids."""
-    sampler_log_probs: Tensor
+    sampler_log_probs: Float[Tensor, "B T"]
     """[B, T] nats; 0 on padding."""
-    advantages: Tensor
+    advantages: Float[Tensor, " B"]
     """[B] float32, one per completion."""
 
     @property
@@ -105,15 +106,15 @@ class BatchTotals:
 class PolicyOutput:
     """What one forward pass says about the sampled tokens. Neutral value on padding: 0."""
 
-    log_probs: Tensor
+    log_probs: Float[Tensor, "B T"]
     """[B, T] nats, float32, carries the gradient."""
-    entropy: Tensor
+    entropy: Float[Tensor, "B T"]
     """[B, T] nats, float32, no gradient."""
-    topk_probs: Tensor
+    topk_probs: Float[Tensor, "B T K"]
     """[B, T, K] float32, renormalised over K."""
-    topk_ids: Tensor
+    topk_ids: Int[Tensor, "B T K"]
     """[B, T, K] int64."""
-    hidden: Tensor
+    hidden: Float[Tensor, "B T H"]
     """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
     temperature (so that logits / temperature = W @ hidden exactly)."""
 
@@ -122,9 +123,9 @@ class PolicyOutput:
 class TokenShifts:
     """Predicted effect of each token's own update under the last-layer model."""
 
-    policy_shift: Tensor
+    policy_shift: Float[Tensor, "B T"]
     """m_F [B, T] nats."""
-    objective_shift: Tensor
+    objective_shift: Float[Tensor, "B T"]
     """m_H [B, T] reward units."""
 
 
@@ -142,7 +143,7 @@ class BatchShifts:
 class Selection:
     """Which completion tokens take part in the update."""
 
-    keep_mask: Tensor
+    keep_mask: Bool[Tensor, "B T"]
     """[B, T] bool, a subset of completion_mask."""
     rejected_by: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Reason -> [B, T] bool. A token can be rejected for several reasons."""
@@ -152,9 +153,9 @@ class Selection:
 class TokenLoss:
     """Loss of each token before any averaging."""
 
-    values: Tensor
+    values: Float[Tensor, "B T"]
     """[B, T] reward units."""
-    clipped: Tensor
+    clipped: Bool[Tensor, "B T"]
     """[B, T] bool, True where the trust region cut the gradient."""
 
 
@@ -164,11 +165,11 @@ class StepRecord:
 
     batch: Batch
     output: PolicyOutput
-    old_log_probs: Tensor
+    old_log_probs: Float[Tensor, "B T"]
     """[B, T] nats, of the weights at sampling."""
-    kl: Tensor
+    kl: Float[Tensor, "B T"]
     """[B, T] nats, kl_k3 to the reference; 0 without one."""
     shifts: TokenShifts
     selection: Selection
-    clipped: Tensor
+    clipped: Bool[Tensor, "B T"]
     """[B, T] bool."""

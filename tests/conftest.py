@@ -5,11 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from jaxtyping import install_import_hook
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from capo_exp.config import TrainConfig, conf_dir, register
-from capo_exp.types import Batch
+# The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
+SHAPED = ("aggregation", "algorithms", "curvature", "masked", "types")
+install_import_hook([f"capo_exp.{name}" for name in SHAPED], "beartype.beartype")
+
+from capo_exp.config import TrainConfig, conf_dir, register  # noqa: E402
+from capo_exp.types import Batch  # noqa: E402
 
 VOCABULARY = 40
 

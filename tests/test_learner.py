@@ -104,7 +104,7 @@ def test_a_rejected_token_has_exactly_no_gradient(
     """Changing a rejected token's id (the last of its row, so that no later token sees it) leaves the step as
     it is."""
     batch = random_batch()
-    bound = "algo.selection.policy_shift_max=0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
+    bound = "algo.selection.policy_shift_max=0.0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
     rejecting, keeping = learner("algo=capo", bound), learner("algo=grpo")
     before = weights(rejecting)
     metrics, record = rejecting.step(batch)
@@ -130,7 +130,7 @@ def test_kept_and_rejected_are_all_tokens(
 def test_the_moments_follow_kept_tokens_of_every_algorithm(
     learner: Callable[..., Learner], random_batch: Callable[..., Batch]
 ) -> None:
-    grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0")
+    grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0.0")
     for one in (grpo, rejecting):
         one.step(random_batch())
     assert grpo.optimizer_model is not None and rejecting.optimizer_model is not None

@@ -1,5 +1,6 @@
 """CAPO: curvature-aware policy optimisation (arXiv 2510.00819)."""
 
+from jaxtyping import Float
 from torch import Tensor
 
 from capo_exp.types import Batch, Selection, TokenShifts
@@ -8,7 +9,7 @@ from capo_exp.types import Batch, Selection, TokenShifts
 def shift_bounds(
     shifts: TokenShifts,
     batch: Batch,
-    log_probs: Tensor,
+    log_probs: Float[Tensor, "B T"],
     *,
     policy_shift_max: float,
     objective_shift_min: float,

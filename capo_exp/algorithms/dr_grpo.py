@@ -1,10 +1,11 @@
 """Dr. GRPO: GRPO without its length and difficulty biases (arXiv 2503.20783)."""
 
+from jaxtyping import Float
 from torch import Tensor
 
 from capo_exp.masked import centre
 
 
-def group_centred(rewards: Tensor) -> Tensor:
+def group_centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """R - mean within each prompt's group. [P, G] -> [P, G]. Source: arXiv 2503.20783, section 3.2."""
     return centre(rewards)

@@ -1,13 +1,14 @@
 """GRPO: group relative policy optimisation (DeepSeekMath, arXiv 2402.03300)."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from capo_exp.masked import centre
 from capo_exp.types import TokenLoss
 
 
-def group_normalised(rewards: Tensor, *, eps: float) -> Tensor:
+def group_normalised(rewards: Float[Tensor, "P G"], *, eps: float) -> Float[Tensor, "P G"]:
     """(R - mean) / (std + eps) within each prompt's group, unbiased std. [P, G] -> [P, G].
 
     Equal rewards give exactly zero. Source: arXiv 2402.03300, section 4.1.2; eps as in TRL.
@@ -16,7 +17,12 @@ def group_normalised(rewards: Tensor, *, eps: float) -> Tensor:
 
 
 def clipped_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_eps_low: float, clip_eps_high: float
+    log_probs: Float[Tensor, "B T"],
+    old_log_probs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, " B"],
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
 ) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A) per token, r = exp(log_probs - old_log_probs).
 
