@@ -56,6 +56,10 @@ class JobFailed(Exception):
 def main() -> None:
     """Runs the command line; always ends in SystemExit unless all went well."""
     register()
+    for flag in ("-m", "--multirun"):  # Hydra's parser takes it only before or after all overrides
+        if flag in sys.argv[1:]:
+            sys.argv.remove(flag)
+            sys.argv.insert(1, flag)
     if "-sc" in sys.argv[1:] and "install=bash" in sys.argv[1:]:
         sys.stdout.write(COMPLETION)
         return
@@ -99,21 +103,22 @@ def execute(cfg: DictConfig) -> None:
         check_names(part, key=key)
     if status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config))
+        show(run_dir(config), fresh=False)
         return
     from capo_exp import train  # torch, so only now
 
-    show(train.run(config))
+    show(train.run(config), fresh=True)
 
 
-def show(directory: Path) -> None:
+def show(directory: Path, *, fresh: bool) -> None:
     """Draws the run and says what came out and where it is."""
     from rich.console import Console
 
     from capo_exp.figures.plots import plot_run
     from capo_exp.progress import summary_table
 
-    plot_run(directory)
+    if fresh or not (directory / "run.png").exists():
+        plot_run(directory)
     Console().print(summary_table(directory))
 
 

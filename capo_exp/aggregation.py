@@ -17,9 +17,9 @@ Loss = Float[Tensor, ""]
 
 
 def sequence_mean(
-    values: Float[Tensor, "B T"],
-    keep_mask: Bool[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"],
+    values: Values,
+    keep_mask: Mask,
+    completion_mask: Mask,
     totals: BatchTotals,
 ) -> Loss:
     """Mean over each completion's kept tokens, then over completions: survivors are weighted up.
@@ -31,9 +31,9 @@ def sequence_mean(
 
 
 def constant_length_mean(
-    values: Float[Tensor, "B T"],
-    keep_mask: Bool[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"],
+    values: Values,
+    keep_mask: Mask,
+    completion_mask: Mask,
     totals: BatchTotals,
     *,
     length: int,
@@ -48,9 +48,9 @@ def constant_length_mean(
 
 
 def token_mean(
-    values: Float[Tensor, "B T"],
-    keep_mask: Bool[Tensor, "B T"],
-    completion_mask: Bool[Tensor, "B T"],
+    values: Values,
+    keep_mask: Mask,
+    completion_mask: Mask,
     totals: BatchTotals,
 ) -> Loss:
     """Sum of kept tokens over all completion tokens of the step: long completions count more, no

@@ -61,7 +61,6 @@ class Checkpointer:
         learner.optimizer_step = state["optimizer_step"]
         if state["optimizer_model"] is not None:
             learner.optimizer_model = AdamState(**state["optimizer_model"])
-        torch.set_rng_state(state["rng"].cpu())
         return state["rollout_step"], state["counters"]
 
 
@@ -76,7 +75,6 @@ def _state(step: int, learner: Learner, counters: dict[str, int]) -> dict[str, A
         "optimizer_model": None
         if model is None
         else {name: getattr(model, name) for name in (f.name for f in fields(model))},
-        "rng": torch.get_rng_state(),
     }
 
 

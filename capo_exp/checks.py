@@ -5,7 +5,7 @@ Imports no torch: a wrong configuration ends in under a second.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -25,10 +25,11 @@ NON_NEGATIVE: Rule = (lambda v: 0 <= v < math.inf, "a finite number of at least 
 NON_NEGATIVE_OR_INF: Rule = (lambda v: v >= 0, f"a number of at least 0 ({OFF})")
 NOT_NAN: Rule = (lambda v: not math.isnan(v), f"a number ({OFF})")
 BETAS: Rule = (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+OPEN_BETAS: Rule = (lambda v: len(v) == 2 and all(0 < b < 1 for b in v), "two numbers inside (0, 1)")
 DEVICE: Rule = (lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v) is not None, "auto, cpu, cuda or cuda:N")
 FOLDER: Rule = (
-    lambda v: bool(v) and not Path(v).is_absolute() and ".." not in Path(v).parts,
-    "a relative folder name without ..",
+    lambda v: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", v) is not None,
+    "the name of one folder: letters, digits, dot, underscore, hyphen",
 )
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -77,7 +78,7 @@ RULES: dict[str, Rule] = {
     "logger.completions_groups": AT_LEAST_1,
     "curvature.optimizer_model": one_of("adam", "sgd"),
     "curvature.top_k": AT_LEAST_1,
-    "curvature.betas": BETAS,
+    "curvature.betas": OPEN_BETAS,
     "curvature.eps": POSITIVE,
     "evaluation.every": AT_LEAST_0,
     "evaluation.num_problems": AT_LEAST_1,
@@ -95,8 +96,13 @@ PART_RULES: dict[str, Rule] = {
     "clip_eps_low": NON_NEGATIVE_OR_INF,
     "clip_eps_high": NON_NEGATIVE_OR_INF,
     "length": AT_LEAST_1,
+    "num_train": AT_LEAST_1,
+    "num_eval": AT_LEAST_1,
+    "max_sequences_per_call": AT_LEAST_1,
+    "timeout_seconds": POSITIVE,
+    "workers": AT_LEAST_1,
 }
-"""Numbers of algorithm parts, by parameter name."""
+"""Numbers of parts, by parameter name."""
 
 GROUP_BASELINES = ("group_normalised", "group_centred")
 
@@ -111,6 +117,7 @@ def check(config: TrainConfig) -> None:
         _apply(rule, key, reduce(getattr, key.split("."), config))
     for key, part in find_parts(config):
         check_target(part, key=key)
+        _check_part(part, key)
     _check_no_nan(asdict(config))
     _check_algorithm(config)
     _check_batch(config)
@@ -169,15 +176,16 @@ def _check_no_nan(node: Any, key: str = "") -> None:
         raise _error(key, node, "a number")
 
 
+def _check_part(part: Mapping[str, Any], key: str) -> None:
+    for parameter, (holds, expected) in PART_RULES.items():
+        value = part.get(parameter, 1)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and holds(value)):
+            raise _error(f"{key}.{parameter}", value, expected)
+
+
 def _check_algorithm(config: TrainConfig) -> None:
     algo = config.algo
-    for name in ("advantage", "selection", "token_loss", "aggregation", "step_rule"):
-        for parameter, value in getattr(algo, name).items():
-            if parameter in PART_RULES:
-                key = f"algo.{name}.{parameter}"
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise _error(key, value, PART_RULES[parameter][1])
-                _apply(PART_RULES[parameter], key, value)
     low, high = algo.selection.get("objective_shift_min"), algo.selection.get("objective_shift_max")
     if low is not None and high is not None and low > high:
         raise _error("algo.selection.objective_shift_min", low, f"at most objective_shift_max={high}")

@@ -61,7 +61,7 @@ class _Tokens:
     hidden: Tensor  # [N, H]
     probs: Tensor  # [N, K]
     ids: Tensor  # [N, K]
-    error: Tensor  # [N, K] v = onehot(a) - pi
+    logit_error: Tensor  # [N, K] v = onehot(a) - pi
     advantages: Tensor  # [N]
 
 
@@ -113,7 +113,7 @@ def token_shifts(
     """
     tokens = _flatten(hidden, topk_probs, topk_ids, token_ids, advantages)
     if state is None or state.step == 0:
-        change = tokens.error * (tokens.advantages * tokens.hidden.square().sum(1))[:, None]
+        change = tokens.logit_error * (tokens.advantages * tokens.hidden.square().sum(1))[:, None]
     else:
         change = _adam_logit_change(tokens, state)
     s, variance = _along(tokens, change)
@@ -141,7 +141,7 @@ def mean_row_gradients(
     counts = torch.bincount(flat)
     ids = counts.nonzero().squeeze(1)
     row_of_id = counts.gt(0).cumsum(0) - 1
-    coefficients = (kept.advantages[:, None] * kept.error).reshape(-1)
+    coefficients = (kept.advantages[:, None] * kept.logit_error).reshape(-1)
     token = torch.arange(len(kept.ids), device=flat.device).repeat_interleave(kept.ids.shape[1])
     # One sparse [R, N] matrix times hidden: the same sum as scattering N*K rows of H, without building them.
     weights = torch.sparse_coo_tensor(
@@ -223,13 +223,13 @@ def _flatten(hidden: Tensor, probs: Tensor, ids: Tensor, token_ids: Tensor, adva
 
 def _select(tokens: _Tokens, keep_mask: Tensor) -> _Tokens:
     keep = keep_mask.reshape(-1)
-    fields = (tokens.hidden, tokens.probs, tokens.ids, tokens.error, tokens.advantages)
+    fields = (tokens.hidden, tokens.probs, tokens.ids, tokens.logit_error, tokens.advantages)
     return _Tokens(*(field[keep] for field in fields))
 
 
 def _along(tokens: _Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """s = <v, u> and Var_pi(u), both [N], for a change u [N, K] of the logits."""
-    s = (tokens.error * change).sum(1)
+    s = (tokens.logit_error * change).sum(1)
     mean = (tokens.probs * change).sum(1, keepdim=True)
     return s, (tokens.probs * (change - mean).square()).sum(1)
 
@@ -252,7 +252,7 @@ def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Float[Tensor, "N K"
     """
     (beta1, beta2), scale, eps = state.betas, *_bias_correction(state)
     slots = state.slot_of_id[tokens.ids]
-    coefficients = tokens.advantages[:, None] * tokens.error
+    coefficients = tokens.advantages[:, None] * tokens.logit_error
     blocks: list[Tensor] = []
     for block in _blocks(tokens):
         hidden, a = tokens.hidden[block], coefficients[block, :, None]

@@ -50,8 +50,6 @@ class RunLogger:
         self.run_dir = run_dir
         kept = {name: drop_after(run_dir / name, resume_step) for name in ("metrics.jsonl", "eval.jsonl")}
         drop_completions_after(run_dir / "completions", resume_step)
-        self.evaluated_steps = {row[names.STEP] for row in kept["eval.jsonl"]}
-        """Rollout steps that eval.jsonl has already."""
         self._wandb = start_wandb(run_dir, config, run_id=run_id, resume=resume_step > 0)
         if self._wandb is not None and not self._wandb.resumed:
             remove_older_wandb_runs(run_dir, self._wandb)
@@ -67,7 +65,6 @@ class RunLogger:
     def log_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Appends the scores of one evaluation to eval.jsonl and W&B."""
         self._append(self._evaluations, metrics)
-        self.evaluated_steps.add(int(metrics[names.STEP]))
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes completions/step_<step>.parquet, one row per completion; every row has the same columns."""

@@ -36,7 +36,7 @@ METRICS: dict[str, str] = {
     "policy/entropy": "Mean entropy of the next-token distribution at the training temperature.",
     "policy/grad_norm": "Norm of the gradient before clipping.",
     "policy/ratio_max": "Largest exp(log_probs - old_log_probs) of a token, before any clipping.",
-    "policy/sampler_kl_k3": "k3 estimate of the same; grows when weights were not synchronised.",
+    "policy/sampler_kl_k3": "Mean k3 of KL(sampler || policy); 0 but for stale weights, top_k, top_p.",
     # rollout
     "rollout/completion_length/mean": "Mean tokens of a completion.",
     "rollout/truncated_fraction": "Share of completions cut at the length limit.",
@@ -71,8 +71,6 @@ METRICS: dict[str, str] = {
 
 FAMILIES: dict[str, str] = {
     "selection/rejection_rate_": "Share of tokens rejected for the reason that ends the key.",
-    "reward/accuracy/": "reward/accuracy on problems of one family or subject.",
-    "eval/accuracy/": "eval/accuracy on problems of one family or subject.",
 }
 """Prefix -> meaning, for keys whose last part is a name from the data or the algorithm."""
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -38,6 +39,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise _not_loadable(config, error) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path={config.path}: expected a tokenizer with an end-of-sequence token")
+    encoded = tokenizer("1", add_special_tokens=False)["input_ids"]
+    if not encoded:  # transformers makes an empty tokenizer where the files are missing
+        raise ConfigError(f"model.path={config.path}: expected a tokenizer that can encode text")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -100,7 +104,7 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SafetensorError) as error:
         raise _not_loadable(config, error) from error
     if last_layer(model).bias is not None:
         raise ConfigError(
@@ -142,7 +146,7 @@ def forward(
         compute_dtype: float32, or bfloat16 for autocast.
     """
     mask = batch.completion_mask
-    with _autocast(mask.device, compute_dtype):
+    with autocast(mask.device, compute_dtype):
         hidden = _states_before(model, batch)[mask] / temperature
         log_probs, entropy, probs, ids = _last_layer(
             last_layer(model), hidden, batch.token_ids[mask], top_k, chunk_tokens
@@ -197,7 +201,8 @@ def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int)
         return log_probs, entropy, values.softmax(1), ids
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The precision of every forward pass, the learner's and the sampler's alike."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 

@@ -86,7 +86,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     """
     try:
         return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ConfigError(f"{run_dir}/run.json is not JSON ({error}); remove it to start again") from None
@@ -125,10 +125,14 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; the operating system frees it even after SIGKILL.
 
     Raises:
-        ConfigError: Another process has the run.
+        ConfigError: Another process has the run, or the folder cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        expected = "expected output_dir to be a directory that can be written"
+        raise ConfigError(f"{run_dir}: {error.strerror}; {expected}") from None
     try:
         _acquire(descriptor, run_dir)
         _held.add(descriptor)

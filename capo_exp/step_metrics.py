@@ -24,8 +24,8 @@ def summarise(record: StepRecord) -> dict[str, float]:
         "advantage/std": record.batch.advantages.std(correction=0),
         "selection/rejection_rate": share(mask & ~selection.keep_mask, mask),
         **{
-            f"selection/rejection_rate_{why}": share(selection.rejected_by.get(why, none), mask)
-            for why in _REASONS
+            f"selection/rejection_rate_{why}": share(rejected, mask)
+            for why, rejected in {**dict.fromkeys(_REASONS, none), **selection.rejected_by}.items()
         },
         **_distribution("curvature/token/policy_shift", record.shifts.policy_shift, mask),
         **_distribution("curvature/token/objective_shift", record.shifts.objective_shift, mask),

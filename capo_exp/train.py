@@ -1,5 +1,7 @@
 """The loop. Reads top to bottom: set up, then sample -> score -> credit -> learn -> log, step by step."""
 
+import hashlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ from capo_exp import parts, policy
 from capo_exp.algorithm import Algorithm, build_algorithm
 from capo_exp.checkpoint import Checkpointer
 from capo_exp.collate import collate
-from capo_exp.config import TrainConfig
+from capo_exp.config import ConfigError, TrainConfig
 from capo_exp.data.prompts import render, step_indices
 from capo_exp.evaluate import evaluate
 from capo_exp.learner import Learner, TrainingDiverged
@@ -26,7 +28,7 @@ from capo_exp.logger import RunLogger
 from capo_exp.progress import Progress
 from capo_exp.rewards import Verifier
 from capo_exp.rollout import RolloutEngine
-from capo_exp.run_record import RunRecord, clear, locked, run_dir, run_id, status
+from capo_exp.run_record import RunRecord, clear, locked, read, run_dir, run_id, status
 from capo_exp.timing import Stopwatch
 from capo_exp.types import Batch, Prompt, RolloutGroup, StepRecord
 
@@ -43,6 +45,8 @@ class Inputs:
     train: list[Prompt]
     held_out: list[Prompt]
     dropped: int
+    fingerprint: str
+    """Of the problems, so that a run cannot go on with others."""
     algorithm: Algorithm
     device: torch.device
     compute_dtype: torch.dtype
@@ -89,6 +93,9 @@ def run(config: TrainConfig) -> Path:
     if status(directory) == "finished" and not config.overwrite:
         return directory
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # retries end in one ConfigError, not in ten lines
     inputs = read_inputs(config)
     with ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -113,7 +120,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
         source(config.dataset.eval_split, path=config.dataset.path), tokenizer, config.dataset
     )
     held_out = held_out[: config.evaluation.num_problems]
-    return Inputs(tokenizer, train, held_out, dropped, algorithm, device, _compute_dtype(config, device))
+    fingerprint = _fingerprint([*train, *held_out])
+    dtype = _compute_dtype(config, device)
+    return Inputs(tokenizer, train, held_out, dropped, fingerprint, algorithm, device, dtype)
 
 
 def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack) -> Run:
@@ -124,10 +133,19 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     if config.algo.kl_coefficient > 0:
         reference = policy.load_model(config.model, inputs.device).requires_grad_(False)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
+    if latest is not None and (before := (read(directory) or {}).get("data")) not in (
+        None,
+        inputs.fingerprint,
+    ):
+        raise ConfigError(
+            f"{directory} began with other problems ({before}); restore them, or set overwrite=true"
+        )
     step, counters = (0, {}) if latest is None else checkpointer.restore(latest, learner)
+    engine = parts.build(config.rollout.engine, key="rollout.engine")
     record = stack.enter_context(RunRecord(directory, config, device_name=str(inputs.device)))
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
-    record.fields["wandb"] = logger.wandb_location
+    record.fields |= {"wandb": logger.wandb_location, "data": inputs.fingerprint}
+    record.update({})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
     if latest is not None:
         progress.message(f"goes on after step {step}, from {latest}")
@@ -135,7 +153,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
         config=config,
         inputs=inputs,
         learner=learner,
-        engine=parts.build(config.rollout.engine, key="rollout.engine")(model, inputs.tokenizer),
+        engine=engine(model, inputs.tokenizer, inputs.compute_dtype),
         verifier=stack.enter_context(parts.build(config.reward.verifier, key="reward.verifier")()),
         checkpointer=checkpointer,
         logger=logger,
@@ -314,6 +332,14 @@ def _stop_signal(progress: Progress) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits over what the model reads and the answers it is graded by."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.text}\0{prompt.problem.answer}\0".encode())
+    return digest.hexdigest()[:16]
+
+
 def _seed(config: TrainConfig, stream: int, step: int) -> int:
     return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
 
@@ -325,7 +351,10 @@ def _due(step: int, every: int) -> bool:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device, gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"device={name}: expected one of the {gpus} GPUs that torch sees here, or cpu")
+    return device
 
 
 def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

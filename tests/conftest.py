@@ -17,6 +17,7 @@ from capo_exp.config import TrainConfig, conf_dir, register  # noqa: E402
 from capo_exp.types import Batch  # noqa: E402
 
 VOCABULARY = 40
+ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
 
 
 @pytest.fixture

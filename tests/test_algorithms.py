@@ -65,17 +65,17 @@ def test_surrogate_gradient_at_ratio_one_is_the_policy_gradient() -> None:
 @pytest.mark.parametrize(
     ("ratio", "advantage", "value", "gradient"),
     [
-        (1.3, 1.0, -1.2, 0.0),  # above 1 + 0.2 with A > 0: clipped
+        (1.4, 1.0, -1.3, 0.0),  # above 1 + 0.3 with A > 0: clipped
         (0.5, 1.0, -0.5, -0.5),  # below with A > 0: free to come back
         (0.5, -1.0, 0.8, 0.0),  # below 1 - 0.2 with A < 0: clipped
-        (1.3, -1.0, 1.3, 1.3),  # above with A < 0: free to come back
-        (1.25, 1.0, -1.2, 0.0),
+        (1.4, -1.0, 1.4, 1.4),  # above with A < 0: free to come back
+        (1.25, 1.0, -1.25, -1.25),  # inside, but it would be outside 1 + 0.2
     ],
 )
 def test_surrogate_quadrants(ratio: float, advantage: float, value: float, gradient: float) -> None:
     log_probs = torch.tensor([[ratio]]).log().requires_grad_()
     loss = clipped_surrogate(
-        log_probs, torch.zeros(1, 1), torch.tensor([advantage]), clip_eps_low=0.2, clip_eps_high=0.2
+        log_probs, torch.zeros(1, 1), torch.tensor([advantage]), clip_eps_low=0.2, clip_eps_high=0.3
     )
     loss.values.sum().backward()
     assert loss.values.item() == pytest.approx(value)

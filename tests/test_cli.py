@@ -89,7 +89,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
     fake = SimpleNamespace(run=record)
     monkeypatch.setitem(sys.modules, "capo_exp.train", fake)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("capo_exp.__main__.show", lambda run_dir: None)
+    monkeypatch.setattr("capo_exp.__main__.show", lambda directory, fresh: None)
     monkeypatch.setattr(capo_exp, "train", fake, raising=False)
     return calls
 

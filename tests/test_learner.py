@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from capo_exp import curvature
 from capo_exp.algorithm import build_algorithm
 from capo_exp.config import TrainConfig
 from capo_exp.learner import Learner, TrainingDiverged
 from capo_exp.types import Batch, StepRecord
+from tests.conftest import ALGORITHMS
 
-ALGORITHMS = ["grpo", "dr_grpo", "reinforce", "capo", "dr_capo", "rein_capo"]
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
 
 
@@ -101,8 +102,7 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(
 def test_a_rejected_token_has_exactly_no_gradient(
     learner: Callable[..., Learner], random_batch: Callable[..., Batch]
 ) -> None:
-    """Changing a rejected token's id (the last of its row, so that no later token sees it) leaves the step as
-    it is."""
+    """With every token rejected the loss is 0, has a graph, and moves no weight."""
     batch = random_batch()
     bound = "algo.selection.policy_shift_max=0.0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
     rejecting, keeping = learner("algo=capo", bound), learner("algo=grpo")
@@ -150,14 +150,14 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
         ids = batch.input_ids[row][batch.attention_mask[row].bool()]
         count = int(batch.completion_mask[row].sum())
         log_probs = -torch.nn.functional.cross_entropy(
-            model(ids[None]).logits[0, -count - 1 : -1], ids[-count:], reduction="none"
+            model(ids[None]).logits[0, -count - 1 : -1] / 0.7, ids[-count:], reduction="none"
         )
         rows.append(-(batch.advantages[row] * (log_probs - log_probs.detach()).exp()).mean())
     loss = torch.stack(rows).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
-    ours = learner("algo=grpo", "regime.learning_rate=1e-4")
+    ours = learner("algo=grpo", "regime.learning_rate=1e-4", "rollout.temperature=0.7")
     metrics, _ = ours.step(batch)
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
@@ -179,7 +179,8 @@ def test_a_second_iteration_sees_the_ratio_and_clips(
 def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
     learner: Callable[..., Learner], random_batch: Callable[..., Batch]
 ) -> None:
-    ours = learner("algo=grpo", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3", reference=True)
+    kl = ["algo.kl_coefficient=0.1", "rollout.temperature=0.7", "regime.learning_rate=1e-3"]
+    ours = learner("algo=grpo", *kl, reference=True)
     first, _ = ours.step(random_batch())
     second, _ = ours.step(random_batch())
     assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
@@ -223,3 +224,44 @@ def test_gradient_checkpointing_changes_no_number(
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], rel=1e-5)
     assert metrics["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=1e-5)
     assert len(passes) == 2 and not saving.model.training
+
+
+def test_the_learner_uses_the_curvature_model_of_this_step(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    """Shifts with the moments and the rate from before the step; moments after it from the kept tokens."""
+    schedule = ["optimizer.schedule=linear", "optimizer.warmup_ratio=0.5", "regime.learning_rate=1e-4"]
+    ours = learner("algo=capo", "model.micro_batch_size=3", *schedule, *TIGHT)
+    rates = []
+    for seed in range(4):
+        batch, state = random_batch(seed=seed), ours.optimizer_model
+        metrics, record = ours.step(batch)
+        rates.append(metrics["optim/learning_rate"])
+        out, mask = record.output, batch.completion_mask
+        tokens = (out.hidden, out.topk_probs, out.topk_ids, batch.token_ids, batch.advantages)
+        expected = curvature.token_shifts(*tokens, rates[-1], state)
+        torch.testing.assert_close(record.shifts.policy_shift[mask], expected.policy_shift[mask])
+        torch.testing.assert_close(record.shifts.objective_shift[mask], expected.objective_shift[mask])
+        after = curvature.update_adam_state(state, *tokens, record.selection.keep_mask)
+        torch.testing.assert_close(ours.optimizer_model.second, after.second)
+    assert rates == pytest.approx([0.0, 2e-5, 4e-5, 6e-5])
+
+
+def test_the_gradient_is_clipped(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
+    """Adam's first step hides the gradient's length; the moments do not."""
+    ours = learner("algo=grpo", "optimizer.max_grad_norm=0.01")
+    assert ours.step(random_batch())[0]["policy/grad_norm"] > 0.1
+    first = [state["exp_avg"] for state in ours.optimizer.state.values()]
+    assert torch.cat([m.flatten() for m in first]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_a_second_iteration_is_the_same_in_micro_batches(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    batch, seconds = random_batch(), []
+    for size in (96, 2):
+        ours = learner("algo=grpo", "regime.learning_rate=1e-3", f"model.micro_batch_size={size}")
+        record = ours.step(batch)[1]
+        seconds.append(ours.step(batch, record.old_log_probs)[0])
+    for key in ("loss/total", "policy/ratio_max", "loss/clip_fraction", "policy/grad_norm"):
+        assert seconds[0][key] == pytest.approx(seconds[1][key], rel=5e-3, abs=1e-6), key

@@ -121,7 +121,6 @@ def test_a_resume_drops_what_came_after_the_checkpoint(run_dir: Path, files_only
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"counter/rollout_step": 4, "counter/compl')  # killed while writing
     with open_logger(run_dir, files_only, resume_step=2) as logger:
-        assert logger.evaluated_steps == {0}
         logger.log_step(row(3))
     assert (run_dir / "metrics.jsonl").read_text().splitlines() == before
     assert [line["counter/rollout_step"] for line in read_jsonl(run_dir / "eval.jsonl")] == [0]
@@ -133,9 +132,8 @@ def test_a_fresh_start_drops_everything(run_dir: Path, files_only: TrainConfig) 
     with open_logger(run_dir, files_only) as logger:
         logger.log_evaluation(row(0, eval__accuracy=0.2))
         logger.log_step(row(1))
-        assert logger.evaluated_steps == {0}
-    with open_logger(run_dir, files_only) as logger:
-        assert logger.evaluated_steps == set()
+    with open_logger(run_dir, files_only):
+        pass
     assert (run_dir / "metrics.jsonl").read_text() == (run_dir / "eval.jsonl").read_text() == ""
 
 

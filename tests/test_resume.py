@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "algo=capo", "regime=aggressive", "logger=files", "num_steps=6", "regime.prompts_per_step=4",
-    "regime.group_size=4", "evaluation.num_problems=8", "dataset.max_completion_tokens=24",
+    "algo=capo", "algo.kl_coefficient=0.05", "regime=aggressive", "logger=files", "num_steps=6",
+    "regime.prompts_per_step=4", "regime.group_size=4", "evaluation.num_problems=8",
+    "dataset.max_completion_tokens=24",
     "checkpoint.every=2", "evaluation.every=3", "regime.learning_rate=5e-4", "logger.completions_every=1",
 ]  # fmt: skip
 

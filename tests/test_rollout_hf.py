@@ -35,7 +35,7 @@ def prompts(*rows: tuple[int, ...]) -> list[Prompt]:
 
 
 def engine(model: PreTrainedModel, max_sequences: int = 100) -> HFRollout:
-    return HFRollout(model, Tokenizer(), max_sequences_per_call=max_sequences)  # pyright: ignore[reportArgumentType]
+    return HFRollout(model, Tokenizer(), torch.float32, max_sequences_per_call=max_sequences)  # pyright: ignore[reportArgumentType]
 
 
 def sample(
@@ -66,6 +66,8 @@ def test_greedy_tokens_are_those_of_plain_generate(small_model: PreTrainedModel)
 
 
 def test_log_probs_are_the_learners_at_the_same_temperature(small_model: PreTrainedModel) -> None:
+    own = small_model.generation_config  # what a chat model ships with must not reach the sampler
+    own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens, own.num_beams = 1.5, 2, 5, 2
     groups = sample(small_model, ROWS, temperature=0.8, max_tokens=20)
     batch = collate(groups, torch.zeros(4, 4), pad_token_id=0, device=torch.device("cpu"))
     output = policy.forward(

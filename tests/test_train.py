@@ -16,9 +16,9 @@ from capo_exp.collate import collate
 from capo_exp.config import ConfigError, TrainConfig
 from capo_exp.learner import Learner, TrainingDiverged
 from capo_exp.metric_names import check_known
+from tests.conftest import ALGORITHMS
 from tests.test_rollout_hf import engine, prompts
 
-ALGORITHMS = ["grpo", "dr_grpo", "reinforce", "capo", "dr_capo", "rein_capo"]
 SAMPLING = {"group_size": 8, "max_tokens": 3, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
@@ -114,10 +114,23 @@ def test_a_finished_run_is_not_repeated_unless_asked(small: Callable[..., TrainC
     assert len(lines(directory / "metrics.jsonl")) == 3
 
 
+def test_a_run_does_not_go_on_with_other_problems(small: Callable[..., TrainConfig]) -> None:
+    directory = train.run(small())
+    record = json.loads((directory / "run.json").read_text())
+    changed = record | {"status": "interrupted", "data": "0123456789abcdef"}
+    (directory / "run.json").write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match=r"began with other problems \(0123456789abcdef\).*overwrite=true"):
+        train.run(small())
+
+
 def test_inner_iterations_are_one_line_each(small: Callable[..., TrainConfig]) -> None:
-    rows = lines(train.run(small("algo=grpo", "algo.num_iterations=2")) / "metrics.jsonl")
-    assert [row["counter/optimizer_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["counter/rollout_step"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    config = small("algo=grpo", "algo.num_iterations=3", "dataset.max_completion_tokens=64")
+    rows = lines(train.run(config) / "metrics.jsonl")
+    assert [row["counter/optimizer_step"] for row in rows] == list(range(1, 10))
+    assert [row["counter/rollout_step"] for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    # The ratio's denominator stays that of the weights that sampled.
+    assert max(row["policy/sampler_kl_k3"] for row in rows) < 1e-6
+    assert rows[3]["policy/ratio_max"] == 1.0 < rows[4]["policy/ratio_max"]
 
 
 def test_a_run_works_off_the_main_thread(small: Callable[..., TrainConfig]) -> None:

@@ -8,22 +8,35 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
+from capo_exp import policy
 from capo_exp.types import Completion, Prompt, RolloutGroup
+
+Warpers = Callable[[Tensor, Tensor], Tensor]  # (context, logits) -> logits of the distribution to sample from
 
 
 class HFRollout:
     """Samples completions. Shares the model with the learner, so its weights are never stale."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_sequences_per_call: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        compute_dtype: torch.dtype,
+        *,
+        max_sequences_per_call: int,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_sequences = max_sequences_per_call
+        self._compute_dtype = compute_dtype
         self._ends = end_token_ids(model, tokenizer)
 
     def generate(
@@ -50,20 +63,23 @@ class HFRollout:
             seed: of this call.
             weight_version: recorded with each group.
         """
-        greedy = temperature == 0
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
-            do_sample=not greedy,
             pad_token_id=self._tokenizer.pad_token_id,
             eos_token_id=self._ends,
-            **({} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}),
+            # What is left open here is filled from the model's own generation_config.json.
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            cache_implementation="dynamic",
         )
+        warpers = make_warpers(temperature, top_k, top_p)
         generator = torch.Generator(self._model.device).manual_seed(seed)
         size = max(1, self._max_sequences // group_size)
         groups: list[RolloutGroup] = []
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
-            completions = self._sample(part, group_size, settings, generator)
+            completions = self._sample(part, group_size, settings, warpers, generator)
             groups += [
                 RolloutGroup(
                     prompt, tuple(completions[i * group_size : (i + 1) * group_size]), weight_version
@@ -77,6 +93,7 @@ class HFRollout:
         prompts: Sequence[Prompt],
         group_size: int,
         settings: GenerationConfig,
+        warpers: Warpers | None,
         generator: torch.Generator,
     ) -> list[Completion]:
         encoded = self._tokenizer.pad(
@@ -84,13 +101,15 @@ class HFRollout:
             return_tensors="pt",
             padding_side="left",
         ).to(self._model.device)
-        tokens, log_probs = self._model.generate(  # pyright: ignore[reportCallIssue]
-            **encoded,
-            generation_config=settings,
-            custom_generate=decode,
-            group_size=group_size,
-            generator=generator,
-        )
+        with policy.autocast(self._model.device, self._compute_dtype):
+            tokens, log_probs = self._model.generate(  # pyright: ignore[reportCallIssue]
+                **encoded,
+                generation_config=settings,
+                custom_generate=decode,
+                warpers=warpers,
+                group_size=group_size,
+                generator=generator,
+            )
         drawn = zip(tokens.tolist(), log_probs.tolist(), strict=True)
         rows = [_cut(row, scores, self._ends) for row, scores in drawn]
         texts = self._tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
@@ -104,9 +123,10 @@ def decode(
     model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    logits_processor: Callable[[Tensor, Tensor], Tensor],
+    logits_processor: object,
     stopping_criteria: object,
     generation_config: GenerationConfig,
+    warpers: Warpers | None,
     group_size: int,
     generator: torch.Generator,
     **model_kwargs: Any,
@@ -115,12 +135,15 @@ def decode(
 
     Three differences from the built-in loop: a group's prompt is computed once, rows that have ended leave
     the batch, and the log-prob of each sampled token is kept instead of the scores of the whole vocabulary.
+    The distribution is that of `warpers` alone: `generate`'s own processors add a repetition penalty and the
+    like from the model's generation_config.json, of which the learner knows nothing. model_kwargs holds what
+    `generate` prepared: attention_mask (None without padding) and past_key_values.
 
     Returns:
         Tokens [P * G, T] padded with the pad token, and their log-probs [nats] under the distribution sampled
         from.
     """
-    del stopping_criteria
+    del logits_processor, stopping_criteria  # made from the model's own settings as well
     rows = input_ids.shape[0] * group_size
     limit = generation_config.max_new_tokens
     assert limit is not None
@@ -145,8 +168,9 @@ def decode(
     active = torch.arange(rows, device=input_ids.device)
     alive = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     for position in range(limit):
-        scores = logits_processor(context, logits.float()).log_softmax(1)
-        chosen = _draw(scores, generation_config.do_sample, generator)
+        logits = logits.float()
+        scores = (logits if warpers is None else warpers(context, logits)).log_softmax(1)
+        chosen = scores.argmax(1) if warpers is None else _draw(scores, generator)
         tokens[active[alive], position] = chosen[alive]
         log_probs[active[alive], position] = scores.gather(1, chosen[:, None]).squeeze(1)[alive]
         alive = alive & ~torch.isin(chosen, ends)
@@ -175,12 +199,19 @@ def _next_logits(model: PreTrainedModel, context: Tensor, mask: Tensor, cache: D
     return state.logits[:, -1]
 
 
-def _draw(log_probs: Tensor, sample: bool, generator: torch.Generator) -> Tensor:
+def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
     """One token a row, by the exponential race: argmax of p / e with e ~ Exp(1) is a draw from p."""
-    if not sample:
-        return log_probs.argmax(1)
     noise = torch.empty_like(log_probs).exponential_(generator=generator)
     return (log_probs.exp() / noise).argmax(1)
+
+
+def make_warpers(temperature: float, top_k: int, top_p: float) -> Warpers | None:
+    """What turns logits into the distribution to sample from; None = greedy."""
+    if temperature == 0:
+        return None
+    top = [TopKLogitsWarper(top_k)] if top_k else []
+    nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *top, *nucleus])  # pyright: ignore[reportReturnType]
 
 
 def _cut(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:
