@@ -25,5 +25,5 @@ class Stopwatch:
 
 def _now() -> float:
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # else the time of a stage would land in whichever stage first reads a result
+        torch.cuda.synchronize()  # else time lands in the stage that first reads a result
     return time.perf_counter()
