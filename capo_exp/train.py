@@ -93,9 +93,7 @@ def run(config: TrainConfig) -> Path:
     if status(directory) == "finished" and not config.overwrite:
         return directory
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # retries end in one ConfigError, not in ten lines
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
     inputs = read_inputs(config)
     with ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -133,12 +131,10 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     if config.algo.kl_coefficient > 0:
         reference = policy.load_model(config.model, inputs.device).requires_grad_(False)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
-    if latest is not None and (before := (read(directory) or {}).get("data")) not in (
-        None,
-        inputs.fingerprint,
-    ):
+    before = (read(directory) or {}).get("data", inputs.fingerprint)
+    if latest is not None and before != inputs.fingerprint:
         raise ConfigError(
-            f"{directory} began with other problems ({before}); restore them, or set overwrite=true"
+            f"{directory} began with other problems ({before}): expected those, or overwrite=true"
         )
     step, counters = (0, {}) if latest is None else checkpointer.restore(latest, learner)
     engine = parts.build(config.rollout.engine, key="rollout.engine")
