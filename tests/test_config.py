@@ -182,7 +182,7 @@ def test_flash_attention_needs_an_accelerator(make: Make, model_dir: str) -> Non
     "overrides",
     [
         ["regime.group_size=1", "algo=reinforce"],
-        ["regime.prompts_per_step=5"],  # smaller than the micro-batch: one micro-batch
+        ["regime.prompts_per_step=1"],  # smaller than the micro-batch: one micro-batch
         ["algo.selection.policy_shift_max=inf", "algo.selection.objective_shift_min=-inf"],
         ["optimizer.max_grad_norm=inf"],
         ["optimizer.schedule=constant"],
