@@ -29,7 +29,7 @@ class Problem:
     answer: str
     """The gold answer as text."""
     family: str = ""
-    """Task family or subject; metrics can be grouped by it."""
+    """Task family or subject; stored with sampled completions."""
     level: str = ""
     """Difficulty as the dataset states it."""
     demonstration: str = ""
