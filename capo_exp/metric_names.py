@@ -83,8 +83,6 @@ POLICY_SHIFT = "curvature/token/policy_shift/"
 OBJECTIVE_SHIFT = "curvature/token/objective_shift/"
 REJECTION_RATE = "selection/rejection_rate"
 TOKENS_PER_SECOND = "time/tokens_per_second"
-MACHINE_DEPENDENT = "time/"
-"""Prefix of what may differ between two runs of one configuration and seed."""
 
 
 def meaning(key: str) -> str | None:
