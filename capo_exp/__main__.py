@@ -100,7 +100,15 @@ def execute(cfg: DictConfig) -> None:
     if config.plan_only:
         return
     for key, part in find_parts(config):
-        check_names(part, key=key)
+        try:
+            check_names(part, key=key)
+        except ConfigError as error:
+            if key != "algo.selection" or not config.algo.variant:
+                raise
+            hint = (
+                f"selection={config.algo.variant} goes on an algorithm without a selection, such as algo=grpo"
+            )
+            raise ConfigError(f"{error} ({hint})") from error
     if status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), fresh=False)
@@ -162,8 +170,9 @@ def _missing_choice(error: MissingConfigException) -> str:
     # A nested choice, experiment=paper/x: the group is the part that Hydra was asked for.
     top = group.split("/")[0]
     choice = f"{group}/{choice}".removeprefix(f"{top}/")
-    known: set[str] = {*_choices(top), *(error.options or [])}
-    return f"{top}={choice}: unknown choice; {suggest(choice, sorted(known))}"
+    every: set[str] = {*_choices(top), *(error.options or [])}
+    known = sorted(name for name in every if "/_" not in f"/{name}")  # _x is part of others' recipes
+    return f"{top}={choice}: unknown choice; {suggest(choice, known)}"
 
 
 def _choices(group: str) -> list[str]:

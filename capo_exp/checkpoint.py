@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from capo_exp.curvature import AdamState
 from capo_exp.learner import Learner
+from capo_exp.types import AdamState
 
 _STATE = "trainer_state.pt"
+_REFERENCE = "reference"
 
 
 class Checkpointer:
@@ -33,6 +34,12 @@ class Checkpointer:
         """The newest checkpoint, which transformers can load as a model; None before the first."""
         return max(self._folder.glob("step_*"), default=None)
 
+    def latest_reference(self) -> Path | None:
+        """The reference model of the newest checkpoint; None where it is still the base model."""
+        latest = self.latest()
+        saved = latest / _REFERENCE if latest else None
+        return saved if saved and saved.is_dir() else None
+
     def save(
         self, step: int, learner: Learner, tokenizer: PreTrainedTokenizerBase, counters: dict[str, int]
     ) -> Path:
@@ -41,6 +48,8 @@ class Checkpointer:
         partial = self._folder / f".{target.name}"
         learner.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if learner.reference is not None and learner.reference_resets:
+            learner.reference.save_pretrained(partial / _REFERENCE)
         torch.save(_state(step, learner, counters), partial / _STATE)
         _flush(partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -59,6 +68,7 @@ class Checkpointer:
         learner.optimizer.load_state_dict(state["optimizer"])
         learner.schedule.load_state_dict(state["schedule"])
         learner.optimizer_step = state["optimizer_step"]
+        learner.reference_resets = state["reference_resets"]
         if state["optimizer_model"] is not None:
             learner.optimizer_model = AdamState(**state["optimizer_model"])
         return state["rollout_step"], state["counters"]
@@ -69,6 +79,7 @@ def _state(step: int, learner: Learner, counters: dict[str, int]) -> dict[str, A
     return {
         "rollout_step": step,
         "optimizer_step": learner.optimizer_step,
+        "reference_resets": learner.reference_resets,
         "counters": counters,
         "optimizer": learner.optimizer.state_dict(),
         "schedule": learner.schedule.state_dict(),
@@ -80,7 +91,7 @@ def _state(step: int, learner: Learner, counters: dict[str, int]) -> dict[str, A
 
 def _flush(folder: Path) -> None:
     """Forces the files to disk before the rename makes them count."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

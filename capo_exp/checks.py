@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.memory_report import describe
 from capo_exp.parts import check_target, find_parts, is_local_path, resolve_model_path
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -20,6 +21,7 @@ OFF = "infinite = off: inf on the command line, .inf in YAML"
 AT_LEAST_0: Rule = (lambda v: v >= 0, "an integer of at least 0")
 AT_LEAST_1: Rule = (lambda v: v >= 1, "an integer of at least 1")
 POSITIVE: Rule = (lambda v: 0 < v < math.inf, "a positive finite number")
+SHARE: Rule = (lambda v: 0 <= v <= 1, "a number in [0, 1]")
 POSITIVE_OR_INF: Rule = (lambda v: v > 0, f"a positive number ({OFF})")
 NON_NEGATIVE: Rule = (lambda v: 0 <= v < math.inf, "a finite number of at least 0")
 NON_NEGATIVE_OR_INF: Rule = (lambda v: v >= 0, f"a number of at least 0 ({OFF})")
@@ -44,9 +46,21 @@ RULES: dict[str, Rule] = {
     "device": DEVICE,
     "experiment_name": FOLDER,
     "output_dir": (bool, "a directory"),
+    "algo.variant": (lambda v: v == "" or FOLDER[0](v), "empty, or a short name without spaces"),
+    "algo.max_sampling_rounds": AT_LEAST_1,
+    "algo.filter_denominator": one_of("all", "kept"),
     "algo.num_iterations": AT_LEAST_1,
+    "algo.num_minibatches": AT_LEAST_1,
     "algo.kl_coefficient": NON_NEGATIVE,
+    "algo.reference_reset_every": AT_LEAST_0,
+    "algo.optimizer_reset_every": AT_LEAST_0,
+    "model.model_type": (bool, "the model_type of its config.json, such as qwen2 or llama"),
     "model.vocab_size": AT_LEAST_1,
+    "model.hidden_size": AT_LEAST_1,
+    "model.intermediate_size": AT_LEAST_1,
+    "model.num_hidden_layers": AT_LEAST_1,
+    "model.num_attention_heads": AT_LEAST_1,
+    "model.num_key_value_heads": AT_LEAST_1,
     "model.compute_dtype": one_of("auto", "float32", "bfloat16"),
     "model.attn_implementation": (
         lambda v: v in ATTENTION or "/" in v,
@@ -58,9 +72,10 @@ RULES: dict[str, Rule] = {
     "dataset.template": (lambda v: "{problem}" in v, "text with {problem} in it"),
     "dataset.max_prompt_tokens": AT_LEAST_1,
     "dataset.max_completion_tokens": AT_LEAST_1,
-    "regime.learning_rate": POSITIVE,
+    "regime.learning_rate": NON_NEGATIVE,
     "regime.prompts_per_step": AT_LEAST_1,
     "regime.group_size": AT_LEAST_1,
+    "rollout.chunking": one_of("per_step", "per_micro_batch"),
     "rollout.temperature": POSITIVE,
     "rollout.top_k": (lambda v: v >= 0, "an integer of at least 0 (0 = off)"),
     "rollout.top_p": (lambda v: 0 < v <= 1, "a number in (0, 1] (1 = off)"),
@@ -76,8 +91,12 @@ RULES: dict[str, Rule] = {
     "logger.wandb_mode": one_of("auto", "online", "offline", "disabled"),
     "logger.completions_every": AT_LEAST_0,
     "logger.completions_groups": AT_LEAST_1,
-    "curvature.optimizer_model": one_of("adam", "sgd"),
+    "curvature.optimizer_model": one_of("adam", "adam_live", "sgd"),
     "curvature.top_k": AT_LEAST_1,
+    "curvature.hidden_shift": (lambda v: v in (0, 1), "0, or 1 to compare with the authors' program"),
+    "curvature.calibrate_every": AT_LEAST_0,
+    "curvature.calibrate_completions": AT_LEAST_1,
+    "curvature.calibrate_tokens": AT_LEAST_1,
     "curvature.betas": OPEN_BETAS,
     "curvature.eps": POSITIVE,
     "evaluation.every": AT_LEAST_0,
@@ -93,8 +112,24 @@ PART_RULES: dict[str, Rule] = {
     "policy_shift_max": NON_NEGATIVE_OR_INF,
     "objective_shift_min": NOT_NAN,
     "objective_shift_max": NOT_NAN,
+    "positive_policy_shift_max": NON_NEGATIVE_OR_INF,
+    "negative_policy_shift_max": NON_NEGATIVE_OR_INF,
+    "positive_objective_shift_max": NON_NEGATIVE_OR_INF,
+    "negative_objective_shift_max": NON_NEGATIVE_OR_INF,
+    "rate": SHARE,
     "clip_eps_low": NON_NEGATIVE_OR_INF,
     "clip_eps_high": NON_NEGATIVE_OR_INF,
+    "weight_eps": NON_NEGATIVE_OR_INF,
+    "dual_clip": (lambda v: v > 1, f"a number above 1 ({OFF})"),
+    "tightness": SHARE,
+    "drift_coefficient": NON_NEGATIVE,
+    "drift_max": NON_NEGATIVE_OR_INF,
+    "kl_coefficient": NON_NEGATIVE,
+    "target_std": POSITIVE,
+    "max_weight": (lambda v: v >= 1, f"a number of at least 1 ({OFF})"),
+    "threshold": NON_NEGATIVE,
+    "max_length": AT_LEAST_1,
+    "cache": AT_LEAST_1,
     "length": AT_LEAST_1,
     "num_train": AT_LEAST_1,
     "num_eval": AT_LEAST_1,
@@ -104,7 +139,10 @@ PART_RULES: dict[str, Rule] = {
 }
 """Numbers of parts, by parameter name."""
 
-GROUP_BASELINES = ("group_normalised", "group_centred")
+GROUP_BASELINES = (
+    "group_normalised", "group_centred", "first_of_group", "leave_one_out", "clip_filter_weighted",
+)  # fmt: skip
+"""Advantages that compare the completions of a prompt."""
 
 
 def check(config: TrainConfig) -> None:
@@ -127,23 +165,25 @@ def check(config: TrainConfig) -> None:
 
 
 def plan(config: TrainConfig) -> list[str]:
-    """The batch arithmetic of a run, one line each."""
+    """The batch arithmetic of a run and the memory it takes, one line each."""
     regime, steps, tokens = config.regime, config.num_steps, config.dataset.max_completion_tokens
     batch = regime.prompts_per_step * regime.group_size
     micro = min(config.model.micro_batch_size, batch)
-    updates = steps * config.algo.num_iterations
+    iterations, minibatches = config.algo.num_iterations, config.algo.num_minibatches
+    cuts = f" x {_count(minibatches, 'minibatch', 'minibatches')}" if minibatches > 1 else ""
     evaluations = count_evaluations(steps, config.evaluation.every)
     eval_rows = config.evaluation.num_problems * config.evaluation.samples
     return [
-        f"{config.algo.name} on {config.dataset.name} with {config.model.name}, "
+        f"{config.algo.label} on {config.dataset.name} with {config.model.name}, "
         f"peak learning rate {regime.learning_rate:g} ({regime.name}), seed {config.seed}",
         f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step"
         f" = {_count(batch // micro, 'micro-batch', 'micro-batches')} of {micro}",
-        f"{_count(steps, 'step')} x {_count(config.algo.num_iterations, 'iteration')}"
-        f" = {_count(updates, 'optimiser step')}",
+        f"{_count(steps, 'step')} x {_count(iterations, 'iteration')}{cuts}"
+        f" = {_count(steps * iterations * minibatches, 'optimiser step')}",
         f"{_count(batch * steps, 'completion')} of at most {tokens:,} tokens"
         f" = at most {batch * steps * tokens:,} generated tokens",
         f"{_count(evaluations, 'evaluation')} of at most {_count(eval_rows, 'completion')}",
+        *describe(config),
     ]
 
 
@@ -177,10 +217,12 @@ def _check_no_nan(node: Any, key: str = "") -> None:
 
 
 def _check_part(part: Mapping[str, Any], key: str) -> None:
-    for parameter, (holds, expected) in PART_RULES.items():
-        value = part.get(parameter, 1)
+    for parameter, value in part.items():
+        if isinstance(value, Mapping) and "_target_" not in value:  # such as the bounds of one level
+            _check_part(value, f"{key}.{parameter}")
+        holds, expected = PART_RULES.get(parameter, (lambda _: True, ""))
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and holds(value)):
+        if parameter in PART_RULES and not (number and holds(value)):
             raise _error(f"{key}.{parameter}", value, expected)
 
 
@@ -193,6 +235,14 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.regime.group_size == 1 and baseline in GROUP_BASELINES:
         wanted = f"at least 2, since {baseline} compares the completions of a prompt"
         raise _error("regime.group_size", 1, wanted)
+    if algo.reference_reset_every and not algo.needs_reference:
+        raise _error(
+            "algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference"
+        )
+    batch = config.regime.prompts_per_step * config.regime.group_size
+    if algo.num_minibatches > batch:
+        wanted = f"at most regime.prompts_per_step x regime.group_size = {batch}"
+        raise _error("algo.num_minibatches", algo.num_minibatches, wanted)
 
 
 def _check_batch(config: TrainConfig) -> None:

@@ -4,8 +4,8 @@ Imports no torch, so that `--help`, `--cfg` and figures start at once. Cross-fie
 """
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,18 +21,52 @@ class ConfigError(ValueError):
     """Bad input. The message is one line: what was got, what is expected, which key to change."""
 
 
+def _neutral(function: str) -> Callable[[], Part]:
+    """Makes a part of algorithm.py that does nothing: what an algorithm's YAML leaves out."""
+    return lambda: {"_target_": f"capo_exp.algorithm.{function}", "_partial_": True}
+
+
 @dataclass
 class AlgoConfig:
-    """What an algorithm is made of; see algorithm.py for the signature of each part."""
+    """What an algorithm is made of, in the order of use; see algorithm.py for the signature of each part.
+
+    Defaults here are neutral: they do nothing, so that a YAML shows only what its method has.
+    """
 
     name: str = MISSING
+    variant: str = ""  # what was put on top: selection=..., or an experiment that changes parts
+    group_filter: Part = field(default_factory=_neutral("all_groups"))
+    max_sampling_rounds: int = 1  # how often to sample until prompts_per_step groups pass the filter
+    shaping: Part = field(default_factory=_neutral("unshaped"))
     advantage: Part = MISSING
-    selection: Part = MISSING
+    credit: Part = field(default_factory=_neutral("every_token"))
+    completion_filter: Part = field(default_factory=_neutral("all_completions"))
+    filter_denominator: str = "all"  # all | kept: which completions a loss averages over after the filter
+    num_iterations: int = 1  # passes over the batch of a rollout step
+    num_minibatches: int = 1  # optimiser steps a pass
+    selection: Part = field(default_factory=_neutral("keep_all"))
+    scoring_pass: bool = False  # one more forward pass, for a selection that needs the whole optimiser step
     token_loss: Part = MISSING
+    kl_estimator: Part = field(default_factory=_neutral("kl_k3"))
+    kl_coefficient: float = 0.0  # weight of the KL to the reference in the loss
+    reference_reset_every: int = 0  # rollout steps until the reference becomes the policy; 0 = never
+    optimizer_reset_every: int = 0  # rollout steps until the optimiser's moments start again; 0 = never
     aggregation: Part = MISSING
-    step_rule: Part = MISSING
-    num_iterations: int = MISSING  # optimiser steps per rollout step
-    kl_coefficient: float = MISSING  # weight of kl_k3 to the frozen reference; 0 = no reference is loaded
+    step_rule: Part = field(default_factory=_neutral("full_step"))
+
+    @property
+    def label(self) -> str:
+        """Name for people and folders: the algorithm, and the selection put on top of it."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether rewards need the KL to the reference."""
+        return any(part.get("kl_coefficient", 0) > 0 for part in (self.shaping, self.credit))
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coefficient > 0 or self.kl_in_reward
 
 
 @dataclass
@@ -40,13 +74,28 @@ class ModelConfig:
     name: str = MISSING
     path: str = MISSING  # local directory, hub id, or pkg://... for what ships with this package
     revision: str | None = MISSING  # hub commit; null for local paths
-    vocab_size: int = MISSING  # checked against the model's own config when it is loaded
+    model_type: str = MISSING  # from here the ARCHITECTURE, named as in the model's own config.json
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    tie_word_embeddings: bool = MISSING
     compute_dtype: str = MISSING  # auto = float32 on CPU, bfloat16 autocast on GPU (weights stay float32)
     attn_implementation: str = MISSING
     gradient_checkpointing: bool = MISSING
     reference_learning_rate: float = MISSING  # the conservative regime's rate for this model
     micro_batch_size: int = MISSING  # completions per forward and backward pass
     logits_chunk_tokens: int = MISSING  # tokens of the last layer computed at once
+
+
+ARCHITECTURE = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of ModelConfig that are compared with the model's own config.json when it is loaded; the memory
+estimate, which reads no model, counts with them."""
 
 
 @dataclass
@@ -75,7 +124,9 @@ class RegimeConfig:
 @dataclass
 class RolloutConfig:
     name: str = MISSING
-    engine: Part = MISSING
+    engine: Part = MISSING  # samples; also what evaluation uses
+    train_engine: Part | None = MISSING  # where training completions come from instead; null = engine
+    chunking: str = MISSING  # per_step = one call a rollout step | per_micro_batch = one call a micro-batch
     temperature: float = MISSING
     top_k: int = MISSING  # 0 = off
     top_p: float = MISSING  # 1 = off
@@ -102,10 +153,14 @@ class OptimizerConfig:
 class CurvatureConfig:
     """The last-layer model that predicts shifts; the same for every algorithm."""
 
-    optimizer_model: str = MISSING  # adam | sgd
+    optimizer_model: str = MISSING  # adam = moments of its own | adam_live = the optimiser's | sgd
     top_k: int = MISSING
+    hidden_shift: int = MISSING  # 0; 1 = the state one token late, as in the authors' program
     betas: list[float] = MISSING
     eps: float = MISSING
+    calibrate_every: int = MISSING  # optimiser steps between measurements of the real shifts; 0 = never
+    calibrate_completions: int = MISSING  # completions of a measurement
+    calibrate_tokens: int = MISSING  # tokens of a measurement, drawn from them
 
 
 @dataclass
@@ -165,6 +220,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra; call once before composing."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
     OmegaConf.register_new_resolver("mul", lambda a, b: float(a) * float(b), replace=True)
+    OmegaConf.register_new_resolver("div", lambda a, b: max(1, int(a) // int(b)), replace=True)
 
 
 def to_config(cfg: DictConfig) -> TrainConfig:
@@ -223,4 +279,5 @@ _WORDS: dict[Any, str] = {
     list[float]: "a list of numbers",
     list[str]: "a list of texts",
     Part: "a part with its _target_",
+    Part | None: "a part with its _target_, or null",
 }

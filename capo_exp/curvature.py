@@ -21,27 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capo_exp.types import BatchShifts, TokenShifts
+from capo_exp.types import AdamState, BatchShifts, TokenOrRow, TokenShifts
 
 # Elements of one [tokens, K, H] working block: a CPU core's second-level cache holds two; a GPU wants few
 # launches.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """Moments of the optimiser model: a table that holds only the vocabulary rows seen so far."""
-
-    slot_of_id: Int[Tensor, " V"]
-    """[V] int64: table row of each vocabulary id; 0 for an id not seen yet."""
-    first: Float[Tensor, "rows H"]
-    """[1 + U, H] first moments; row 0 is always zero."""
-    second: Float[Tensor, "rows H"]
-    """[1 + U, H] second moments; row 0 is always zero."""
-    step: int
-    """Updates made so far; 0 means that shifts are those of a raw gradient step."""
-    betas: tuple[float, float]
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -91,7 +75,7 @@ def token_shifts(
     topk_probs: Float[Tensor, "B T K"],
     topk_ids: Int[Tensor, "B T K"],
     token_ids: Int[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    advantages: TokenOrRow,
     learning_rate: float,
     state: AdamState | None,
 ) -> TokenShifts:
@@ -102,7 +86,7 @@ def token_shifts(
         topk_probs: [B, T, K] probabilities renormalised over the support.
         topk_ids: [B, T, K] vocabulary ids of the support.
         token_ids: [B, T] sampled tokens; one outside the support has an all-zero one-hot.
-        advantages: [B].
+        advantages: [B], or [B, T] where tokens of a completion differ.
         learning_rate: the scheduler's current value.
         state: Adam moments, or None for the SGD model.
 
@@ -112,10 +96,11 @@ def token_shifts(
     Source: CAPO, arXiv 2510.00819, section 5, in closed form; equal to the authors' program.
     """
     tokens = _flatten(hidden, topk_probs, topk_ids, token_ids, advantages)
-    if state is None or state.step == 0:
+    moments = _moments(state)
+    if moments is None:
         change = tokens.logit_error * (tokens.advantages * tokens.hidden.square().sum(1))[:, None]
     else:
-        change = _adam_logit_change(tokens, state)
+        change = _adam_logit_change(tokens, moments)
     s, variance = _along(tokens, change)
     policy = 0.5 * (learning_rate * s) ** 2
     curvature = 0.5 * learning_rate**2 * (s.square() - variance)
@@ -128,7 +113,7 @@ def mean_row_gradients(
     topk_probs: Float[Tensor, "B T K"],
     topk_ids: Int[Tensor, "B T K"],
     token_ids: Int[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    advantages: TokenOrRow,
     keep_mask: Bool[Tensor, "B T"],
 ) -> RowGradients:
     """Sum of the kept tokens' gradients per vocabulary row, divided by the number of tokens that touch the
@@ -171,7 +156,7 @@ def update_adam_state(
     topk_probs: Float[Tensor, "B T K"],
     topk_ids: Int[Tensor, "B T K"],
     token_ids: Int[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    advantages: TokenOrRow,
     keep_mask: Bool[Tensor, "B T"],
 ) -> AdamState:
     """The moments after an optimiser step on the kept tokens; shapes as in `mean_row_gradients`."""
@@ -184,7 +169,7 @@ def batch_shifts(
     topk_probs: Float[Tensor, "B T K"],
     topk_ids: Int[Tensor, "B T K"],
     token_ids: Int[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    advantages: TokenOrRow,
     keep_mask: Bool[Tensor, "B T"],
     *,
     learning_rate: float,
@@ -200,7 +185,8 @@ def batch_shifts(
     if not counts.any():
         return BatchShifts(0.0, 0.0)
     kept = _select(_flatten(hidden, topk_probs, topk_ids, token_ids, advantages), keep_mask)
-    step = gradients.means if state is None or state.step == 0 else _adam_rows(state, gradients)
+    moments = _moments(state)
+    step = gradients.means if moments is None else _adam_rows(moments, gradients)
     rows = torch.searchsorted(gradients.ids, kept.ids)
     blocks = [torch.bmm(step[rows[b]], kept.hidden[b, :, None]).squeeze(2) for b in _blocks(kept)]
     s, variance = _along(kept, torch.cat(blocks))
@@ -212,10 +198,36 @@ def batch_shifts(
     return BatchShifts(policy.item(), objective.item())
 
 
+def completion_shifts(
+    hidden: Float[Tensor, "B T H"],
+    topk_probs: Float[Tensor, "B T K"],
+    topk_ids: Int[Tensor, "B T K"],
+    token_ids: Int[Tensor, "B T"],
+    advantages: TokenOrRow,
+    keep_mask: Bool[Tensor, "B T"],
+    *,
+    learning_rate: float,
+    state: AdamState | None,
+) -> list[BatchShifts]:
+    """What each completion's own mean update is predicted to do to its kept tokens; one entry a row.
+
+    Shapes as in `mean_row_gradients`. Source: the authors' "sentence" level.
+    """
+    shifts: list[BatchShifts] = []
+    for row in range(len(token_ids)):
+        one = slice(row, row + 1)
+        keep = keep_mask[one]
+        tokens = (hidden[one], topk_probs[one], topk_ids[one], token_ids[one], advantages[one])
+        rows = mean_row_gradients(*tokens, keep)
+        shifts.append(batch_shifts(*tokens, keep, learning_rate=learning_rate, state=state, gradients=rows))
+    return shifts
+
+
 def _flatten(hidden: Tensor, probs: Tensor, ids: Tensor, token_ids: Tensor, advantages: Tensor) -> _Tokens:
     width, support = hidden.shape[-1], ids.shape[-1]
     onehot = ids == token_ids[..., None]
-    per_token = advantages[:, None].expand_as(token_ids).reshape(-1).to(hidden.dtype)
+    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
+    per_token = by_token.reshape(-1).to(hidden.dtype)
     error = (onehot.to(probs.dtype) - probs).reshape(-1, support)
     flat = hidden.reshape(-1, width)
     return _Tokens(flat, probs.reshape(-1, support), ids.reshape(-1, support), error, per_token)
@@ -250,27 +262,38 @@ def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Float[Tensor, "N K"
     Numerator and denominator are divided by b1 and sqrt(b2 / (1-b2^t)), so that a block needs no pass for the
     decay.
     """
-    (beta1, beta2), scale, eps = state.betas, *_bias_correction(state)
+    (beta1, beta2), scale, eps, sign = state.betas, *_bias_correction(state), _sign(state)
     slots = state.slot_of_id[tokens.ids]
     coefficients = tokens.advantages[:, None] * tokens.logit_error
     blocks: list[Tensor] = []
     for block in _blocks(tokens):
         hidden, a = tokens.hidden[block], coefficients[block, :, None]
         direction = _rows(state.first, slots[block])
-        direction.addcmul_(a, hidden[:, None, :], value=(1 - beta1) / beta1)
+        direction.addcmul_(a, hidden[:, None, :], value=sign * (1 - beta1) / beta1)
         spread = _rows(state.second, slots[block])
         spread.addcmul_(a.square(), hidden.square()[:, None, :], value=(1 - beta2) / beta2).sqrt_().add_(eps)
         blocks.append(torch.bmm(direction.div_(spread), hidden[:, :, None]).squeeze(2))
-    return torch.cat(blocks).mul_(scale) if blocks else coefficients
+    return torch.cat(blocks).mul_(sign * scale) if blocks else coefficients
 
 
 def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"]:
     """Ghat [R, H]: the direction of each row if its mean gradient came next."""
-    (beta1, beta2), scale, eps = state.betas, *_bias_correction(state)
+    (beta1, beta2), scale, eps, sign = state.betas, *_bias_correction(state), _sign(state)
     slots = state.slot_of_id[gradients.ids]
-    direction = state.first[slots].add_(gradients.means, alpha=(1 - beta1) / beta1)
+    direction = state.first[slots].add_(gradients.means, alpha=sign * (1 - beta1) / beta1)
     spread = state.second[slots].add_(gradients.means.square(), alpha=(1 - beta2) / beta2)
-    return direction.div_(spread.sqrt_().add_(eps)).mul_(scale)
+    return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
+
+
+def _moments(state: AdamState | None) -> AdamState | None:
+    """The moments to form a direction with; None = the raw gradient is the direction."""
+    raw = state is None or (state.step == 0 and not state.live)
+    return None if raw else state
+
+
+def _sign(state: AdamState) -> float:
+    """The real optimiser's moments are those of the loss, which is minus the objective."""
+    return -1.0 if state.live else 1.0
 
 
 def _bias_correction(state: AdamState) -> tuple[float, float]:

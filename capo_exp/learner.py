@@ -1,21 +1,39 @@
-"""One optimiser step from one batch. Owns the model, the optimiser, the schedule and the optimiser model's
-state."""
+"""One optimiser step from one batch. Owns the model, the reference, the optimiser, the schedule and the
+optimiser model's state."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
-from capo_exp import curvature, policy
-from capo_exp.algorithm import Algorithm, kl_k3
+from capo_exp import calibration, curvature, policy
+from capo_exp.algorithm import Algorithm, kl_k1, kl_k3
 from capo_exp.collate import join, split, totals
 from capo_exp.config import TrainConfig
+from capo_exp.masked import unpack
+from capo_exp.optim import live_adam_state, make_optimizer, make_optimizer_model, make_schedule
+from capo_exp.records import join_fields, join_records
+from capo_exp.seeds import CALIBRATION, SELECTION, derive_seed
 from capo_exp.step_metrics import summarise
 from capo_exp.timing import Stopwatch
-from capo_exp.types import Batch, BatchShifts, BatchTotals, PolicyOutput, Selection, StepRecord, TokenShifts
+from capo_exp.types import (
+    AdamState,
+    Batch,
+    BatchShifts,
+    BatchTotals,
+    PolicyOutput,
+    Scored,
+    Selection,
+    StepRecord,
+    TokenShifts,
+)
+
+Cut = tuple[Tensor, Batch]
+"""Row numbers of a micro-batch, and the micro-batch."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -34,11 +52,12 @@ class Learner:
         compute_dtype: torch.dtype,
     ) -> None:
         self.model = model
+        self.reference = reference
         self.optimizer_step = 0
-        self.optimizer_model = _optimizer_model(model, config)
-        self.optimizer = _optimizer(model, config)
-        self.schedule = _schedule(self.optimizer, config)
-        self._reference = reference
+        self.reference_resets = 0
+        self.optimizer_model = make_optimizer_model(model, config)
+        self.optimizer = make_optimizer(model, config)
+        self.schedule = make_schedule(self.optimizer, config)
         self._algorithm = algorithm
         self._config = config
         self._forward_numbers = {
@@ -47,13 +66,16 @@ class Learner:
             "compute_dtype": compute_dtype,
         }
 
-    def step(self, batch: Batch, old_log_probs: Tensor | None = None) -> tuple[dict[str, float], StepRecord]:
+    def step(
+        self, batch: Batch, old_log_probs: Tensor | None = None, sizes: BatchTotals | None = None
+    ) -> tuple[dict[str, float], StepRecord]:
         """Forward, select, backward over micro-batches; then the optimiser step and the moments update.
 
         Args:
             batch: all rows of the step.
-            old_log_probs: [B, T] of the weights that sampled; None on the first iteration, when the policy is
+            old_log_probs: [B, T] of the weights that sampled; None on the first update, when the policy is
                 them.
+            sizes: what the loss averages over; None = the batch itself.
 
         Returns:
             The step's metrics, and what it saw of each token.
@@ -63,96 +85,181 @@ class Learner:
                 then.
         """
         watch = Stopwatch()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        sizes = totals(batch)
-        pieces: list[tuple[Tensor, StepRecord]] = []
-        loss = 0.0
-        self.model.train(self._config.model.gradient_checkpointing)
-        for rows, micro_batch in split(batch, self._config.model.micro_batch_size):
-            old = (
-                None if old_log_probs is None else old_log_probs[rows, : micro_batch.completion_mask.shape[1]]
-            )
-            piece, part = self._micro_step(micro_batch, old, sizes, learning_rate, watch)
-            pieces.append((rows, piece))
-            loss += part
-        self.model.eval()
+        rate = self.optimizer.param_groups[0]["lr"]
+        cuts = split(batch, self._config.model.micro_batch_size)
+        sizes = sizes or totals(batch)
+        ahead: Selection | None = None
+        if self._algorithm.scoring_pass:
+            with watch("scoring"):
+                ahead = self._select_ahead(batch, cuts, rate)
+            sizes = replace(sizes, kept_tokens=int(ahead.keep_mask.sum()))
+        loss, record = self._backward(batch, cuts, old_log_probs, sizes, ahead, rate, watch)
         with watch("update"):
             max_norm = self._config.optimizer.max_grad_norm
             grad_norm = clip_grad_norm_(self.model.parameters(), max_norm).item()
-        record = _join(pieces, batch)
         metrics = {"loss/total": loss, "policy/grad_norm": grad_norm, **summarise(record)}
         self._check_finite(metrics)
         with watch("curvature"):
-            predicted, self.optimizer_model = self._predict_and_remember(record, learning_rate)
-        scale = self._algorithm.step_rule(predicted, learning_rate)
-        with watch("update"):
-            self._apply(scale * learning_rate)
+            predicted, self.optimizer_model = self._predict_and_remember(record, rate)
+        scale = self._algorithm.step_rule(predicted, rate)
+        metrics |= self._update(record, predicted, scale * rate, watch)
         metrics |= {
             "counter/optimizer_step": self.optimizer_step,
-            "optim/learning_rate": learning_rate,
+            "optim/learning_rate": rate,
             "optim/step_scale": scale,
             "curvature/batch/policy_shift": predicted.policy_shift,
             "curvature/batch/objective_shift": predicted.objective_shift,
         }
         return metrics | {f"time/{name}_seconds": value for name, value in watch.seconds.items()}, record
 
-    def _micro_step(
+    def log_probs(self, batch: Batch) -> Tensor:
+        """[B, T] nats of the current policy, without a gradient."""
+        return self._all_log_probs(self.model, batch)
+
+    def kl_to_reference(self, batch: Batch) -> Tensor:
+        """[B, T] kl_k1 of the current policy to the reference; 0 without one."""
+        if self.reference is None:
+            return torch.zeros_like(batch.sampler_log_probs)
+        return kl_k1(self.log_probs(batch), self._all_log_probs(self.reference, batch))
+
+    def reset_reference(self) -> None:
+        """Makes the current policy the reference. Source: ProRL, arXiv 2505.24864, section 2.3."""
+        assert self.reference is not None
+        self.reference.load_state_dict(self.model.state_dict())
+        self.reference_resets += 1
+
+    def reset_optimizer(self) -> None:
+        """Lets all moments start again, the optimiser model's too; the schedule goes on."""
+        self.optimizer.state.clear()
+        self.optimizer_model = make_optimizer_model(self.model, self._config)
+
+    def _all_log_probs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        cuts = split(batch, self._config.model.micro_batch_size)
+        pieces = [(rows, policy.log_probs(model, cut, **self._forward_numbers)) for rows, cut in cuts]
+        return join(pieces, batch.completion_mask)
+
+    def _select_ahead(self, batch: Batch, cuts: Sequence[Cut], rate: float) -> Selection:
+        """The selection of the whole step, before any gradient."""
+        pieces: list[tuple[Tensor, Scored]] = []
+        for rows, cut in cuts:
+            with torch.no_grad():
+                output = self._forward(cut)
+            pieces.append((rows, self._score(cut, output, rate, whole_step=False)))
+        whole = Scored(
+            batch=batch,
+            output=join_fields(pieces, batch, PolicyOutput, lambda piece: piece.output),
+            shifts=join_fields(pieces, batch, TokenShifts, lambda piece: piece.shifts),
+            learning_rate=rate,
+            optimizer_model=pieces[0][1].optimizer_model,
+            seed=pieces[0][1].seed,
+            whole_step=True,
+        )
+        return self._algorithm.selection(whole)
+
+    def _backward(
         self,
         batch: Batch,
+        cuts: Sequence[Cut],
         old_log_probs: Tensor | None,
         sizes: BatchTotals,
-        learning_rate: float,
+        ahead: Selection | None,
+        rate: float,
         watch: Stopwatch,
-    ) -> tuple[StepRecord, float]:
-        """Adds this micro-batch's gradient; returns what it saw and its part of the loss."""
+    ) -> tuple[float, StepRecord]:
+        """Adds up the micro-batches' gradients; returns the loss and what they saw, rows in order."""
+        pieces: list[tuple[Tensor, StepRecord]] = []
+        loss = 0.0
+        self.model.train(self._config.model.gradient_checkpointing)
+        for rows, cut in cuts:
+            length = cut.completion_mask.shape[1]
+            with watch("policy"):
+                output = self._forward(cut)
+            seen = output.detached()
+            with watch("curvature"):
+                scored = self._score(cut, seen, rate, whole_step=len(cuts) == 1)
+                selection = (
+                    self._algorithm.selection(scored) if ahead is None else ahead.of_rows(rows, length)
+                )
+            old = seen.log_probs if old_log_probs is None else old_log_probs[rows, :length]
+            with watch("policy"):
+                part, kl, clipped = self._loss(cut, output.log_probs, old, selection.keep_mask, sizes)
+                part.backward()
+            loss += part.item()
+            pieces.append((rows, StepRecord(cut, seen, old, kl, scored.shifts, selection, clipped)))
+        self.model.eval()
+        return loss, join_records(pieces, batch)
+
+    def _loss(
+        self, batch: Batch, log_probs: Tensor, old_log_probs: Tensor, keep_mask: Tensor, sizes: BatchTotals
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The micro-batch's part of the loss; kl_k3 to the reference [B, T]; where it was clipped [B, T]."""
         algorithm = self._algorithm
-        with watch("policy"):
-            top_k = self._config.curvature.top_k
-            output = policy.forward(self.model, batch, top_k=top_k, **self._forward_numbers)
-        current = output.log_probs.detach()
-        old = current if old_log_probs is None else old_log_probs
-        with watch("curvature"):
-            shifts = self._token_shifts(batch, output, learning_rate)
-            selection = algorithm.selection(shifts, batch, current)
-        with watch("policy"):
-            token_loss = algorithm.token_loss(output.log_probs, old, batch.advantages)
-            kl = self._kl(batch, output.log_probs)
-            values = token_loss.values + algorithm.kl_coefficient * kl
-            loss = algorithm.aggregation(values, selection.keep_mask, batch.completion_mask, sizes)
-            loss.backward()
-        output = PolicyOutput(current, output.entropy, output.topk_probs, output.topk_ids, output.hidden)
-        return StepRecord(batch, output, old, kl.detach(), shifts, selection, token_loss.clipped), loss.item()
-
-    def _token_shifts(self, batch: Batch, output: PolicyOutput, learning_rate: float) -> TokenShifts:
         mask = batch.completion_mask
-        fields = (output.hidden, output.topk_probs, output.topk_ids, batch.token_ids)
-        hidden, probs, ids, token_ids = (field[mask][:, None] for field in fields)
-        advantages = batch.advantages[:, None].expand_as(mask)[mask]
-        shifts = curvature.token_shifts(
-            hidden, probs, ids, token_ids, advantages, learning_rate, self.optimizer_model
-        )
-        return TokenShifts(
-            *(policy.unpack(x[:, 0], mask) for x in (shifts.policy_shift, shifts.objective_shift))
+        token_loss = algorithm.token_loss(log_probs, old_log_probs, batch.advantages, mask)
+        values, kl = token_loss.values, torch.zeros_like(old_log_probs)
+        if self.reference is not None:
+            ref = policy.log_probs(self.reference, batch, **self._forward_numbers)
+            values = values + algorithm.kl_coefficient * algorithm.kl_estimator(log_probs, ref)
+            kl = kl_k3(log_probs.detach(), ref)
+        return algorithm.aggregation(values, keep_mask, batch, sizes), kl, token_loss.clipped
+
+    def _forward(self, batch: Batch) -> PolicyOutput:
+        numbers = self._config.curvature
+        return policy.forward(
+            self.model, batch, top_k=numbers.top_k, hidden_shift=numbers.hidden_shift, **self._forward_numbers
         )
 
-    def _kl(self, batch: Batch, log_probs: Tensor) -> Tensor:
-        if self._reference is None:
-            return torch.zeros_like(log_probs)
-        return kl_k3(log_probs, policy.reference_log_probs(self._reference, batch, **self._forward_numbers))
+    def _score(self, batch: Batch, output: PolicyOutput, rate: float, *, whole_step: bool) -> Scored:
+        """The predicted shifts [B, T], computed for completion tokens only."""
+        mask, moments = batch.completion_mask, self._moments()
+        fields = (output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages)
+        hidden, probs, ids, token_ids, advantages = (values[mask][:, None] for values in fields)
+        packed = curvature.token_shifts(hidden, probs, ids, token_ids, advantages, rate, moments)
+        shifts = TokenShifts(*(unpack(x[:, 0], mask) for x in (packed.policy_shift, packed.objective_shift)))
+        seed = derive_seed(self._config.seed, SELECTION, self.optimizer_step)
+        return Scored(batch, output, shifts, rate, moments, seed, whole_step)
+
+    def _moments(self) -> AdamState | None:
+        """What the optimiser model is at this step: its own table, the real optimiser's, or none (SGD)."""
+        if self._config.curvature.optimizer_model == "adam_live":
+            return live_adam_state(self.optimizer, policy.last_layer(self.model).weight)
+        return self.optimizer_model
 
     def _predict_and_remember(
-        self, record: StepRecord, learning_rate: float
+        self, record: StepRecord, rate: float
     ) -> tuple[BatchShifts, curvature.AdamState | None]:
         """The shifts of the kept tokens' mean update, and the optimiser model after it."""
         output, batch = record.output, record.batch
         tokens = (output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages)
         keep = record.selection.keep_mask
-        state = self.optimizer_model
         rows = curvature.mean_row_gradients(*tokens, keep)
         predicted = curvature.batch_shifts(
-            *tokens, keep, learning_rate=learning_rate, state=state, gradients=rows
+            *tokens, keep, learning_rate=rate, state=self._moments(), gradients=rows
         )
-        return predicted, None if state is None else curvature.apply_row_gradients(state, rows)
+        own = self.optimizer_model
+        return predicted, None if own is None else curvature.apply_row_gradients(own, rows)
+
+    def _update(
+        self, record: StepRecord, predicted: BatchShifts, rate: float, watch: Stopwatch
+    ) -> dict[str, float]:
+        """Steps the optimiser; where calibration is due, measures what that did to the policy."""
+        numbers, probe = self._config.curvature, None
+        if numbers.calibrate_every and (self.optimizer_step + 1) % numbers.calibrate_every == 0:
+            with watch("calibration"):
+                probe = calibration.take_probe(
+                    self.model,
+                    record,
+                    completions=numbers.calibrate_completions,
+                    tokens=numbers.calibrate_tokens,
+                    seed=derive_seed(self._config.seed, CALIBRATION, self.optimizer_step),
+                    **self._forward_numbers,
+                )
+        with watch("update"):
+            self._apply(rate)
+        if probe is None:
+            return {}
+        with watch("calibration"):
+            return calibration.measure(self.model, probe, predicted, **self._forward_numbers)
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         if isfinite(metrics["loss/total"]) and isfinite(metrics["policy/grad_norm"]):
@@ -168,63 +275,3 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.optimizer_step += 1
-
-
-def _join(pieces: list[tuple[Tensor, StepRecord]], batch: Batch) -> StepRecord:
-    """The micro-batches' records as one, in the rows' own order."""
-
-    def field(get: Callable[[StepRecord], Tensor]) -> Tensor:
-        return join([(rows, get(piece)) for rows, piece in pieces], batch.completion_mask)
-
-    reasons = pieces[0][1].selection.rejected_by
-    return StepRecord(
-        batch=batch,
-        output=PolicyOutput(
-            log_probs=field(lambda r: r.output.log_probs),
-            entropy=field(lambda r: r.output.entropy),
-            topk_probs=field(lambda r: r.output.topk_probs),
-            topk_ids=field(lambda r: r.output.topk_ids),
-            hidden=field(lambda r: r.output.hidden),
-        ),
-        old_log_probs=field(lambda r: r.old_log_probs),
-        kl=field(lambda r: r.kl),
-        shifts=TokenShifts(field(lambda r: r.shifts.policy_shift), field(lambda r: r.shifts.objective_shift)),
-        selection=Selection(
-            keep_mask=field(lambda r: r.selection.keep_mask),
-            rejected_by={why: field(lambda r, why=why: r.selection.rejected_by[why]) for why in reasons},
-        ),
-        clipped=field(lambda r: r.clipped),
-    )
-
-
-def _optimizer_model(model: PreTrainedModel, config: TrainConfig) -> curvature.AdamState | None:
-    if config.curvature.optimizer_model == "sgd":
-        return None
-    beta1, beta2 = config.curvature.betas
-    return curvature.init_adam_state(
-        config.model.vocab_size,
-        policy.last_layer(model).in_features,
-        (beta1, beta2),
-        config.curvature.eps,
-        device=model.device,
-    )
-
-
-def _optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    numbers = config.optimizer
-    beta1, beta2 = numbers.betas
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.regime.learning_rate,
-        betas=(beta1, beta2),
-        eps=numbers.eps,
-        weight_decay=numbers.weight_decay,
-    )
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    total = config.num_steps * config.algo.num_iterations
-    warmup = round(config.optimizer.warmup_ratio * total)
-    return get_scheduler(
-        config.optimizer.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total
-    )

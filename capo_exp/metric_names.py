@@ -10,11 +10,13 @@ METRICS: dict[str, str] = {
     # counter: how far the run is, summed from its first step
     "counter/rollout_step": "Rollout rounds done; 0 = before training.",
     "counter/optimizer_step": "Optimiser updates done.",
+    "counter/prompts": "Prompts drawn for training, those of filtered groups too.",
     "counter/completions": "Completions sampled for training; the x axis of every figure.",
     "counter/generated_tokens": "Tokens sampled for training.",
+    "counter/reference_resets": "How often the reference has become the policy.",
     # reward: what the verifier said about this step's completions, and how often it could not say
     "reward/accuracy": "Share of completions whose answer is right.",
-    "reward/mean": "Mean reward.",
+    "reward/mean": "Mean reward of the completions that train, after shaping.",
     "reward/no_answer_fraction": "Share of completions without an answer that could be read.",
     "reward/gold_unparsable": "Gold answers the verifier could not read.",
     "reward/timeouts": "Verifications killed at the time limit; they count as wrong.",
@@ -30,16 +32,18 @@ METRICS: dict[str, str] = {
     "advantage/zero_group_fraction": "Share of prompts whose completions all got the same reward: no signal.",
     # loss
     "loss/total": "The scalar that was differentiated.",
-    "loss/kl": "Mean kl_k3 to the reference, before its coefficient; 0 without a reference.",
+    "loss/kl": "Mean kl_k3 to the reference, whatever estimator the loss uses; 0 without a reference.",
     "loss/clip_fraction": "Share of tokens whose gradient the trust region cut.",
     # policy: the model that is trained
     "policy/entropy": "Mean entropy of the next-token distribution at the training temperature.",
     "policy/grad_norm": "Norm of the gradient before clipping.",
     "policy/ratio_max": "Largest exp(log_probs - old_log_probs) of a token, before any clipping.",
-    "policy/sampler_kl_k3": "Mean k3 of KL(sampler || policy); 0 but for stale weights, top_k, top_p.",
+    "policy/sampler_kl_k3": "Mean k3 of KL(sampler, policy); 0 but for stale weights, top_k, top_p.",
     # rollout
     "rollout/completion_length/mean": "Mean tokens of a completion.",
     "rollout/truncated_fraction": "Share of completions cut at the length limit.",
+    "rollout/sampling_rounds": "Rounds of sampling until enough groups passed the group filter.",
+    "rollout/filtered_group_fraction": "Share of sampled groups that the group filter left out.",
     # data
     "data/dropped_prompts": "Training prompts left out because they are longer than max_prompt_tokens.",
     # curvature: shifts predicted by the last-layer model, the same for every algorithm
@@ -56,12 +60,29 @@ METRICS: dict[str, str] = {
     "selection/rejection_rate": "Share of tokens rejected for any reason.",
     "selection/rejection_rate_policy": "Share of tokens rejected because of policy_shift.",
     "selection/rejection_rate_objective": "Share of tokens rejected because of objective_shift.",
+    "selection/filtered_completion_fraction": "Share of completions that the learner did not see.",
+    # calibration: the shifts that a step really caused, on a sample of tokens, against those predicted
+    "calibration/tokens": "Tokens of the sample.",
+    "calibration/policy_shift/measured": "Mean KL of a token, from the policy before the step to that after.",
+    "calibration/policy_shift/last_layer": "The same if only the last layer had moved.",
+    "calibration/policy_shift/spearman": "Rank correlation of m_F with the measured KL.",
+    "calibration/policy_shift/last_layer_spearman": "Rank correlation of m_F with the last layer's KL.",
+    "calibration/objective_shift/measured": "Mean change of a token's surrogate, A (ratio - 1).",
+    "calibration/objective_shift/last_layer": "The same if only the last layer had moved.",
+    "calibration/objective_shift/spearman": "Rank correlation of m_H with the measured change.",
+    "calibration/objective_shift/last_layer_spearman": "Rank correlation of m_H with the last layer's.",
+    "calibration/last_layer/spearman": "Rank correlation of the last layer's KL with the measured KL.",
+    "calibration/entropy/spearman": "Control: rank correlation of a token's entropy with the measured KL.",
+    "calibration/ratio": "Measured mean KL over curvature/batch/policy_shift.",
     # optim
     "optim/learning_rate": "Learning rate of the update.",
     "optim/step_scale": "Share of the proposed step that the step rule took; 1 = all.",
     # time: the only keys that differ between two runs of one seed
     "time/rollout_seconds": "Sampling.",
     "time/reward_seconds": "Verification.",
+    "time/credit_seconds": "Shaping and advantages, with the log-probs that KL in the reward needs.",
+    "time/scoring_seconds": "Forward passes before the first gradient, where the selection needs the step.",
+    "time/calibration_seconds": "Measuring the real shifts.",
     "time/policy_seconds": "Forward and backward passes.",
     "time/curvature_seconds": "Predicted shifts and the optimiser model.",
     "time/update_seconds": "Gradient clipping and the optimiser's update.",

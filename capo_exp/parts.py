@@ -74,6 +74,9 @@ def find_parts(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, 
             yield from find_parts(getattr(node, field.name), f"{prefix}.{field.name}".lstrip("."))
     elif isinstance(node, Mapping):
         yield prefix, node
+        for name, child in node.items():  # a part that takes a part, as controls.at_rate takes a score
+            if isinstance(child, Mapping) and "_target_" in child:
+                yield from find_parts(child, f"{prefix}.{name}")
 
 
 def _locate(target: str, key: str) -> Callable[..., Any]:
@@ -100,9 +103,9 @@ def _is_setting(parameter: inspect.Parameter) -> bool:
 
 def _is_number(parameter: inspect.Parameter) -> bool:
     """Whether the parameter is a number that the YAML has to give."""
-    kinds = set(get_args(parameter.annotation) or [parameter.annotation])
+    kinds = get_args(parameter.annotation) or (parameter.annotation,)  # those of a Callable cannot be hashed
     keyword = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-    return keyword and bool(kinds & {int, float, bool}) and kinds <= {int, float, bool}
+    return keyword and all(kind in (int, float, bool) for kind in kinds)
 
 
 def is_local_path(path: str) -> bool:

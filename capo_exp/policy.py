@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from capo_exp.config import ConfigError, ModelConfig
+from capo_exp.config import ARCHITECTURE, ConfigError, ModelConfig
 from capo_exp.masked import unpack
 from capo_exp.parts import resolve_model_path
 from capo_exp.types import Batch, PolicyOutput
@@ -51,8 +51,8 @@ def check_architecture(config: ModelConfig) -> None:
     """Reads the model's own config, not its weights.
 
     Raises:
-        ConfigError: if it cannot be found, its vocabulary differs from model.vocab_size, or its logits are
-            not W h.
+        ConfigError: if it cannot be found, has another architecture than the configuration says, or its
+            logits are not W h.
     """
     try:
         facts = AutoConfig.from_pretrained(
@@ -60,11 +60,13 @@ def check_architecture(config: ModelConfig) -> None:
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
-    vocab_size = getattr(facts, "vocab_size", None)
-    if vocab_size != config.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.vocab_size}: expected {vocab_size}, as {config.path} says"
-        )
+    wrong = [
+        f"model.{name}={getattr(config, name)}: expected {stated}"
+        for name in ARCHITECTURE
+        if (stated := getattr(facts, name, None)) not in (None, getattr(config, name))
+    ]
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}, as {config.path} says")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         value = getattr(facts, name, None)
         if value not in (None, 1.0):
@@ -130,6 +132,7 @@ def forward(
     top_k: int,
     chunk_tokens: int,
     compute_dtype: torch.dtype,
+    hidden_shift: int = 0,
 ) -> PolicyOutput:
     """Log-probs, entropy and top-K of the sampled tokens.
 
@@ -144,38 +147,45 @@ def forward(
         top_k: K, the support of the curvature model.
         chunk_tokens: tokens of the last layer computed at once.
         compute_dtype: float32, or bfloat16 for autocast.
+        hidden_shift: how many tokens late the returned `hidden` is; 0, or 1 for the authors' program, which
+            takes the state of the sampled token itself. Everything else stays where it belongs.
     """
     mask = batch.completion_mask
+    length = mask.shape[1]
     with autocast(mask.device, compute_dtype):
-        hidden = _states_before(model, batch)[mask] / temperature
+        states = _states(model, batch, extra=hidden_shift)
+        hidden = states[:, :length][mask] / temperature
         log_probs, entropy, probs, ids = _last_layer(
             last_layer(model), hidden, batch.token_ids[mask], top_k, chunk_tokens
         )
-    hidden = hidden.detach().float()
+    late = states[:, hidden_shift:][mask] / temperature if hidden_shift else hidden
+    hidden = late.detach().float()
     return PolicyOutput(*(unpack(values, mask) for values in (log_probs, entropy, probs, ids, hidden)))
 
 
 @torch.no_grad()
-def reference_log_probs(
+def log_probs(
     model: PreTrainedModel, batch: Batch, *, temperature: float, chunk_tokens: int, compute_dtype: torch.dtype
 ) -> Tensor:
-    """[B, T] log-probs [nats] of a frozen model."""
+    """[B, T] log-probs [nats] without a gradient."""
     output = forward(
         model, batch, temperature=temperature, top_k=1, chunk_tokens=chunk_tokens, compute_dtype=compute_dtype
     )
     return output.log_probs
 
 
-def _states_before(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[B, T, H]: for each completion token, the state of the token BEFORE it, which produced its logits."""
-    attention_mask = batch.attention_mask[:, :-1]
+def _states(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
+    """[B, T + extra, H]: for each completion token, the state of the token BEFORE it, which produced its
+    logits; with extra = 1 the last token's own state comes after them."""
+    width = batch.input_ids.shape[1] - 1 + extra
+    attention_mask = batch.attention_mask[:, :width]
     states = model.base_model(
-        input_ids=batch.input_ids[:, :-1],
+        input_ids=batch.input_ids[:, :width],
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     ).last_hidden_state
-    return states[:, -batch.completion_mask.shape[1] :]
+    return states[:, -batch.completion_mask.shape[1] - extra :]
 
 
 def _last_layer(

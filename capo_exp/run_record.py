@@ -46,7 +46,7 @@ def run_id(config: TrainConfig) -> str:
 
 def run_name(config: TrainConfig) -> str:
     """Such as `capo-tiny-arithmetic-aggressive-s0-1a2b3c4d`; safe in a shell, a URL and a Hydra override."""
-    parts = (config.algo.name, config.model.name, config.dataset.name, config.regime.name, f"s{config.seed}")
+    parts = (config.algo.label, config.model.name, config.dataset.name, config.regime.name, f"s{config.seed}")
     return "-".join([*map(_slug, parts), run_id(config)])
 
 

@@ -21,7 +21,7 @@ def summarise(record: StepRecord) -> dict[str, float]:
         "policy/entropy": masked_mean(output.entropy, mask),
         "policy/ratio_max": masked_max(ratio, mask),
         "policy/sampler_kl_k3": masked_mean(sampler_kl_k3(record), mask),
-        "advantage/std": record.batch.advantages.std(correction=0),
+        "advantage/std": masked_mean(record.batch.advantages, mask, 1).std(correction=0),
         "selection/rejection_rate": share(mask & ~selection.keep_mask, mask),
         **{
             f"selection/rejection_rate_{why}": share(rejected, mask)

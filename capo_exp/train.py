@@ -2,15 +2,12 @@
 
 import hashlib
 import logging
-import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from capo_exp import parts, policy
 from capo_exp.algorithm import Algorithm, build_algorithm
 from capo_exp.checkpoint import Checkpointer
-from capo_exp.collate import collate
+from capo_exp.collate import join
 from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.data.prompts import render, step_indices
+from capo_exp.data.prompts import render
 from capo_exp.evaluate import evaluate
 from capo_exp.learner import Learner, TrainingDiverged
 from capo_exp.logger import RunLogger
@@ -29,12 +26,12 @@ from capo_exp.progress import Progress
 from capo_exp.rewards import Verifier
 from capo_exp.rollout import RolloutEngine
 from capo_exp.run_record import RunRecord, clear, locked, read, run_dir, run_id, status
+from capo_exp.sampling import Sample, Sampler, credited, sample
+from capo_exp.seeds import EVALUATION, derive_seed
+from capo_exp.signals import stop_signal
 from capo_exp.timing import Stopwatch
-from capo_exp.types import Batch, Prompt, RolloutGroup, StepRecord
-
-# Streams of random numbers; each call's seed is a function of (config.seed, stream, step), so resume needs no
-# state.
-_ORDER, _ROLLOUT, _EVALUATION = range(3)
+from capo_exp.types import Batch, Prompt, StepRecord
+from capo_exp.updates import Update, updates
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,9 @@ class Run:
     logger: RunLogger
     record: RunRecord
     progress: Progress
+    sampler: Sampler
     step: int
+    prompts: int
     completions: int
     generated_tokens: int
 
@@ -73,8 +72,10 @@ class Run:
         return {
             "counter/rollout_step": self.step,
             "counter/optimizer_step": self.learner.optimizer_step,
+            "counter/prompts": self.prompts,
             "counter/completions": self.completions,
             "counter/generated_tokens": self.generated_tokens,
+            "counter/reference_resets": self.learner.reference_resets,
         }
 
 
@@ -100,7 +101,7 @@ def run(config: TrainConfig) -> Path:
         if config.overwrite:
             clear(directory)
         session = start(config, inputs, directory, stack)
-        stopped = stack.enter_context(_stop_signal(session.progress))
+        stopped = stack.enter_context(stop_signal(session.progress.message))
         _loop(session, stopped)
     return directory
 
@@ -128,8 +129,9 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     latest = checkpointer.latest()
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = None
-    if config.algo.kl_coefficient > 0:
-        reference = policy.load_model(config.model, inputs.device).requires_grad_(False)
+    if config.algo.needs_reference:
+        kept = checkpointer.latest_reference()
+        reference = policy.load_model(config.model, inputs.device, weights=kept).requires_grad_(False)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
     before = (read(directory) or {}).get("data", inputs.fingerprint)
     if latest is not None and before != inputs.fingerprint:
@@ -137,7 +139,10 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
             f"{directory} began with other problems ({before}): expected those, or overwrite=true"
         )
     step, counters = (0, {}) if latest is None else checkpointer.restore(latest, learner)
-    engine = parts.build(config.rollout.engine, key="rollout.engine")
+    engine = parts.build(config.rollout.engine, key="rollout.engine")(
+        model, inputs.tokenizer, inputs.compute_dtype
+    )
+    verifier = stack.enter_context(parts.build(config.reward.verifier, key="reward.verifier")())
     record = stack.enter_context(RunRecord(directory, config, device_name=str(inputs.device)))
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
     record.fields |= {"wandb": logger.wandb_location, "data": inputs.fingerprint}
@@ -149,16 +154,27 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
         config=config,
         inputs=inputs,
         learner=learner,
-        engine=engine(model, inputs.tokenizer, inputs.compute_dtype),
-        verifier=stack.enter_context(parts.build(config.reward.verifier, key="reward.verifier")()),
+        engine=engine,
+        verifier=verifier,
         checkpointer=checkpointer,
         logger=logger,
         record=record,
         progress=progress,
+        sampler=Sampler(
+            config, inputs.algorithm, _train_engine(config, inputs, engine), verifier, inputs.train
+        ),
         step=step,
+        prompts=counters.get("counter/prompts", 0),
         completions=counters.get("counter/completions", 0),
         generated_tokens=counters.get("counter/generated_tokens", 0),
     )
+
+
+def _train_engine(config: TrainConfig, inputs: Inputs, engine: RolloutEngine) -> RolloutEngine:
+    """Where training completions come from, if not from the engine that evaluation uses."""
+    if config.rollout.train_engine is None:
+        return engine
+    return parts.build(config.rollout.train_engine, key="rollout.train_engine")(inputs.tokenizer)
 
 
 def _loop(session: Run, stopped: threading.Event) -> None:
@@ -180,63 +196,55 @@ def _loop(session: Run, stopped: threading.Event) -> None:
 
 
 def rollout_step(session: Run) -> None:
-    """One rollout step: num_iterations optimiser steps on one batch of fresh completions."""
-    config, algorithm, watch = session.config, session.inputs.algorithm, Stopwatch()
+    """Fresh completions, then the optimiser steps over them."""
+    config, watch = session.config, Stopwatch()
     session.step += 1
     with watch("total"):
-        with watch("rollout"):
-            groups = _generate(session)
-        with watch("reward"):
-            texts = [[completion.text for completion in group.completions] for group in groups]
-            result = session.verifier.score(texts, [group.prompt.problem.answer for group in groups])
-            rewards = torch.tensor(result.rewards)
-        advantages = algorithm.advantage(rewards)
-        pad = session.inputs.tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        batch = collate(groups, advantages, pad_token_id=pad, device=session.inputs.device)
-        shared = {
-            **_rollout_metrics(groups, rewards),
-            **result.metrics,
-            "data/dropped_prompts": session.inputs.dropped,
-        }
-        old_log_probs: Tensor | None = None
-        lines: list[dict[str, float]] = []
-        for _ in range(algorithm.num_iterations):
-            metrics, record = _learn(session, batch, old_log_probs)
-            old_log_probs = record.old_log_probs
-            lines.append({**shared, **metrics, **session.counters()})
+        drawn = _sample(session, watch)
+        with watch("credit"):
+            pad = session.inputs.tokenizer.pad_token_id
+            assert isinstance(pad, int)
+            batch, credit_metrics = credited(
+                drawn, session.inputs.algorithm, session.learner, pad_token_id=pad
+            )
+        steps = _learn(session, batch)
     clock = {f"time/{name}_seconds": value for name, value in watch.seconds.items()}
-    clock["time/tokens_per_second"] = int(batch.completion_mask.sum()) / watch.seconds["total"]
-    for line in lines:
-        session.logger.log_step(line | clock)
-    session.progress.update(lines[-1] | clock)
-    if _due(session.step, config.logger.completions_every):
-        rows = _completion_rows(groups, rewards, advantages, record, config.logger.completions_groups)
-        session.logger.log_completions(session.step, rows)
-
-
-def _generate(session: Run) -> list[RolloutGroup]:
-    config, train = session.config, session.inputs.train
-    order = _seed(config, _ORDER, 0)
-    indices = step_indices(len(train), config.regime.prompts_per_step, session.step - 1, order)
-    groups = session.engine.generate(
-        [train[i] for i in indices],
-        group_size=config.regime.group_size,
-        max_tokens=config.dataset.max_completion_tokens,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        seed=_seed(config, _ROLLOUT, session.step),
-        weight_version=session.learner.optimizer_step,
+    clock["time/tokens_per_second"] = drawn.tokens / watch.seconds["total"]
+    shared = (
+        session.counters()
+        | drawn.metrics
+        | credit_metrics
+        | {"data/dropped_prompts": session.inputs.dropped}
+        | clock
     )
-    session.completions += sum(len(group.completions) for group in groups)
-    session.generated_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
-    return groups
+    for update in steps:
+        session.logger.log_step(shared | update.metrics)
+    session.progress.update(shared | steps[-1].metrics)
+    if _due(session.step, config.logger.completions_every):
+        rows = _completion_rows(drawn, batch, steps, config.logger.completions_groups)
+        session.logger.log_completions(session.step, rows)
+    if _due(session.step, config.algo.reference_reset_every):
+        session.learner.reset_reference()
+    if _due(session.step, config.algo.optimizer_reset_every):
+        session.learner.reset_optimizer()
 
 
-def _learn(session: Run, batch: Batch, old_log_probs: Tensor | None) -> tuple[dict[str, float], StepRecord]:
+def _sample(session: Run, watch: Stopwatch) -> Sample:
+    version = session.learner.optimizer_step
+    drawn = sample(
+        session.sampler, step=session.step, first=session.prompts, weight_version=version, watch=watch
+    )
+    session.prompts += drawn.prompts
+    session.completions += drawn.completions
+    session.generated_tokens += drawn.tokens
+    return drawn
+
+
+def _learn(session: Run, batch: Batch) -> list[Update]:
     try:
-        return session.learner.step(batch, old_log_probs)
+        return list(
+            updates(session.learner, session.inputs.algorithm, session.config, batch, step=session.step)
+        )
     except TrainingDiverged as error:
         last = session.checkpointer.latest()
         raise TrainingDiverged(f"{error}; last good checkpoint: {last or 'none, the base model'}") from error
@@ -250,7 +258,7 @@ def _evaluate(session: Run) -> None:
             session.verifier,
             session.inputs.held_out,
             session.config,
-            seed=_seed(session.config, _EVALUATION, session.step),
+            seed=derive_seed(session.config.seed, EVALUATION, session.step),
             weight_version=session.learner.optimizer_step,
         )
     line = metrics | session.counters()
@@ -263,24 +271,22 @@ def _save(session: Run) -> None:
     session.record.update(session.counters())
 
 
-def _rollout_metrics(groups: Sequence[RolloutGroup], rewards: Tensor) -> dict[str, float]:
-    completions = [completion for group in groups for completion in group.completions]
-    return {
-        "reward/accuracy": (rewards > 0.5).float().mean().item(),
-        "reward/mean": rewards.mean().item(),
-        "rollout/completion_length/mean": fmean(len(completion.token_ids) for completion in completions),
-        "rollout/truncated_fraction": fmean(completion.truncated for completion in completions),
-        "advantage/zero_group_fraction": (rewards == rewards[:, :1]).all(1).float().mean().item(),
-    }
-
-
 def _completion_rows(
-    groups: Sequence[RolloutGroup], rewards: Tensor, advantages: Tensor, record: StepRecord, count: int
+    drawn: Sample, batch: Batch, steps: Sequence[Update], count: int
 ) -> list[dict[str, object]]:
-    """The first `count` groups, one row a completion, with what the curvature model said of each token."""
-    size = rewards.shape[1]
+    """The first `count` groups, one row a completion, with what the curvature model said of each token in the
+    last pass; a completion that the filter took out keeps none of its tokens."""
+
+    def whole(get: Callable[[StepRecord], Tensor]) -> Tensor:
+        last = [(step.rows, get(step.record)) for step in steps if step.record is not None]
+        return join(last, batch.completion_mask)
+
+    keep = whole(lambda r: r.selection.keep_mask)
+    policy_shift = whole(lambda r: r.shifts.policy_shift)
+    objective_shift = whole(lambda r: r.shifts.objective_shift)
+    size = drawn.rewards.shape[1]
     rows: list[dict[str, object]] = []
-    for p, group in enumerate(groups[:count]):
+    for p, group in enumerate(drawn.groups[:count]):
         for g, completion in enumerate(group.completions):
             row, tokens = p * size + g, slice(0, len(completion.token_ids))
             rows.append(
@@ -289,43 +295,17 @@ def _completion_rows(
                     "completion": completion.text,
                     "answer": group.prompt.problem.answer,
                     "family": group.prompt.problem.family,
-                    "reward": rewards[p, g].item(),
-                    "advantage": advantages[p, g].item(),
+                    "reward": drawn.rewards[p, g].item(),
+                    "advantage": batch.advantages[row, 0].item(),
                     "truncated": completion.truncated,
                     "weight_version": group.weight_version,
                     "token_ids": list(completion.token_ids),
-                    "policy_shift": record.shifts.policy_shift[row, tokens].tolist(),
-                    "objective_shift": record.shifts.objective_shift[row, tokens].tolist(),
-                    "keep": record.selection.keep_mask[row, tokens].tolist(),
+                    "policy_shift": policy_shift[row, tokens].tolist(),
+                    "objective_shift": objective_shift[row, tokens].tolist(),
+                    "keep": keep[row, tokens].tolist(),
                 }
             )
     return rows
-
-
-@contextmanager
-def _stop_signal(progress: Progress) -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that the step can end and be saved; a second one stops at
-    once."""
-    stopped = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        del number, frame
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-        progress.message(
-            "stopping after this step; once more stops now and loses what came after the last checkpoint"
-        )
-
-    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
-        yield stopped
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -334,10 +314,6 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         digest.update(f"{prompt.text}\0{prompt.problem.answer}\0".encode())
     return digest.hexdigest()[:16]
-
-
-def _seed(config: TrainConfig, stream: int, step: int) -> int:
-    return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
 
 
 def _due(step: int, every: int) -> bool:

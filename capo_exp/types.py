@@ -12,10 +12,13 @@ Position t of a [B, T] tensor is the t-th COMPLETION token. The shift by one bet
 that it predicts happens in policy.py and nowhere else.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+TokenOrRow = Float[Tensor, " B"] | Float[Tensor, "B T"]
+"""One number a completion, or one a token."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """At least one token; ends in the end-of-sequence token unless `truncated`."""
     sampler_log_probs: tuple[float, ...]
-    """Log-likelihood [nats] of each token under the distribution it was drawn from."""
+    """Log-likelihood [nats] of each token under the distribution it was drawn from; NaN where it was not
+    drawn (demonstrations)."""
     text: str
     """Decoded without special tokens."""
     truncated: bool
@@ -82,8 +86,12 @@ class Batch:
     """[B, T] bool, True on real completion tokens; they are the last T columns of input_ids."""
     sampler_log_probs: Float[Tensor, "B T"]
     """[B, T] nats; 0 on padding."""
-    advantages: Float[Tensor, " B"]
-    """[B] float32, one per completion."""
+    advantages: Float[Tensor, "B T"]
+    """[B, T] float32, the credit of each token; equal over a completion for most methods, 0 on padding."""
+    group_ids: Int[Tensor, " B"]
+    """[B] int64, which prompt of the rollout step a row belongs to."""
+    truncated: Bool[Tensor, " B"]
+    """[B] bool, True where the length limit came first."""
 
     @property
     def token_ids(self) -> Tensor:
@@ -100,6 +108,10 @@ class BatchTotals:
     """B of the whole step."""
     completion_tokens: int
     """N of the whole step."""
+    group_tokens: Int[Tensor, " P"]
+    """[P] completion tokens of each prompt of the rollout step; 0 for a prompt without rows."""
+    kept_tokens: int | None = None
+    """Tokens that the selection kept; None where no scoring pass counted them first."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,10 @@ class PolicyOutput:
     hidden: Float[Tensor, "B T H"]
     """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
     temperature (so that logits / temperature = W @ hidden exactly)."""
+
+    def detached(self) -> "PolicyOutput":
+        """The same without a graph."""
+        return replace(self, log_probs=self.log_probs.detach())
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,40 @@ class BatchShifts:
 
 
 @dataclass(frozen=True)
+class AdamState:
+    """Moments of the optimiser model: a table that holds only the vocabulary rows seen so far."""
+
+    slot_of_id: Int[Tensor, " V"]
+    """[V] int64: table row of each vocabulary id; 0 for an id not seen yet."""
+    first: Float[Tensor, "rows H"]
+    """[1 + U, H] first moments; row 0 is always zero."""
+    second: Float[Tensor, "rows H"]
+    """[1 + U, H] second moments; row 0 is always zero."""
+    step: int
+    """Updates made so far; 0 means that shifts are those of a raw gradient step."""
+    betas: tuple[float, float]
+    eps: float
+    live: bool = False
+    """True for a view of the real optimiser: every id has its row, the first moments are those of the loss
+    (the objective's with the sign turned), and the first step is Adam's as well."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known about tokens before the update, without gradients: a selection decides by it."""
+
+    batch: Batch
+    output: PolicyOutput
+    shifts: TokenShifts
+    learning_rate: float
+    optimizer_model: AdamState | None
+    seed: int
+    """Of this optimiser step."""
+    whole_step: bool
+    """Whether the batch holds every row of the optimiser step, and not one micro-batch of several."""
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which completion tokens take part in the update."""
 
@@ -147,6 +197,11 @@ class Selection:
     """[B, T] bool, a subset of completion_mask."""
     rejected_by: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Reason -> [B, T] bool. A token can be rejected for several reasons."""
+
+    def of_rows(self, rows: Tensor, length: int) -> "Selection":
+        """The part of a micro-batch: rows [b], their first `length` tokens."""
+        rejected = {why: mask[rows, :length] for why, mask in self.rejected_by.items()}
+        return Selection(self.keep_mask[rows, :length], rejected)
 
 
 @dataclass(frozen=True)

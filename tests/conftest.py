@@ -1,6 +1,8 @@
 """Shared pieces: a very small random model, random batches, configs composed from conf/."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 # The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
-SHAPED = ("aggregation", "algorithms", "curvature", "masked", "types")
+SHAPED = ("aggregation", "algorithms", "calibration", "curvature", "masked", "types")
 install_import_hook([f"capo_exp.{name}" for name in SHAPED], "beartype.beartype")
 
 from capo_exp.config import TrainConfig, conf_dir, register  # noqa: E402
@@ -57,7 +59,9 @@ def random_batch() -> Callable[..., Batch]:
             attention_mask=mask.long(),
             completion_mask=mask[:, prompt:],
             sampler_log_probs=torch.zeros(rows, length),
-            advantages=torch.randn(rows, generator=generator),
+            advantages=torch.randn(rows, 1, generator=generator) * mask[:, prompt:],
+            group_ids=torch.arange(rows) // 2,
+            truncated=(ends == prompt + length)[:, 0],
         )
 
     return make
@@ -66,12 +70,14 @@ def random_batch() -> Callable[..., Batch]:
 @pytest.fixture
 def composed() -> Callable[..., TrainConfig]:
     """`composed("algo=grpo", ...)` is the TrainConfig of that command line."""
+    return lambda *overrides: deepcopy(_composed(overrides))
 
-    def make(*overrides: str) -> TrainConfig:
-        register()
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = OmegaConf.to_object(compose("config", list(overrides)))
-        assert isinstance(config, TrainConfig)
-        return config
 
-    return make
+@cache
+def _composed(overrides: tuple[str, ...]) -> TrainConfig:
+    """Reading the YAML files takes a fifth of a second, which hundreds of tests would pay again and again."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", list(overrides)))
+    assert isinstance(config, TrainConfig)
+    return config

@@ -1,6 +1,8 @@
-"""Advantages, losses, selections and aggregations: by hand, by independent reference, by property."""
+"""What all algorithms share: group advantages, the clipped surrogate, KL estimators, aggregations, neutral
+parts. By hand, by independent reference, by property."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,24 +10,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capo_exp.aggregation import constant_length_mean, sequence_mean, token_mean
-from capo_exp.algorithm import full_step, keep_all, kl_k3
-from capo_exp.algorithms.capo import shift_bounds
+from capo_exp.aggregation import (
+    constant_length_mean,
+    prompt_token_mean,
+    sequence_mean,
+    sequence_mean_over_all,
+    token_mean,
+    token_mean_over_kept,
+)
+from capo_exp.algorithm import (
+    all_completions,
+    all_groups,
+    every_token,
+    full_step,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    unshaped,
+)
+from capo_exp.algorithms.cpgd import clip_filter_weighted
 from capo_exp.algorithms.dr_grpo import group_centred
-from capo_exp.algorithms.grpo import clipped_surrogate, group_normalised
+from capo_exp.algorithms.grpo import clipped_surrogate, first_of_group, group_normalised
 from capo_exp.algorithms.reinforce import raw_reward
+from capo_exp.algorithms.rloo import leave_one_out
+from capo_exp.collate import totals
+from capo_exp.config import ConfigError
 from capo_exp.masked import masked_max, masked_mean, masked_quantile
-from capo_exp.types import Batch, BatchShifts, BatchTotals, TokenShifts
+from capo_exp.types import Batch, BatchShifts
 
-INF = float("inf")
-ADVANTAGES = [lambda r: group_normalised(r, eps=1e-4), group_centred]
+CENTRED: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_normalised": lambda r: group_normalised(r, eps=1e-4, target_std=1.0),
+    "group_centred": group_centred,
+    "leave_one_out": leave_one_out,
+    "clip_filter_weighted": lambda r: clip_filter_weighted(r, max_weight=3.0),
+}
 rewards = st.lists(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
 
 
-def test_group_normalised_by_hand() -> None:
-    # mean 1/4; deviations 3/4, -1/4 x3; unbiased variance (9 + 3) / 16 / 3 = 1/4, std 1/2
-    got = group_normalised(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=0.0)
-    torch.testing.assert_close(got, torch.tensor([[1.5, -0.5, -0.5, -0.5]]))
+@pytest.mark.parametrize(("target_std", "first"), [(1.0, 1.5), (0.75, 2.0), (2.0, 0.75)])
+def test_group_normalised_by_hand(target_std: float, first: float) -> None:
+    # mean 1/4; deviations 3/4, -1/4 x3; unbiased variance (9 + 3) / 16 / 3 = 1/4, std 1/2;
+    # 3/4 / (1/2 * target)
+    got = group_normalised(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=0.0, target_std=target_std)
+    torch.testing.assert_close(got, torch.tensor([[first, *[-first / 3] * 3]]))
+
+
+def test_eps_is_added_to_the_standard_deviation() -> None:
+    got = group_normalised(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=0.25, target_std=1.0)
+    assert got[0, 0].item() == pytest.approx(0.75 / (0.5 + 0.25))
 
 
 def test_reinforce_has_no_baseline() -> None:
@@ -34,11 +66,9 @@ def test_reinforce_has_no_baseline() -> None:
 
 
 @settings(deadline=None)
-@given(rewards, st.sampled_from(ADVANTAGES))
-def test_group_advantages_are_centred_and_finite(
-    values: list[list[float]], advantage: Callable[[Tensor], Tensor]
-) -> None:
-    got = advantage(torch.tensor(values))
+@given(rewards, st.sampled_from(sorted(CENTRED)))
+def test_group_advantages_are_centred_and_finite(values: list[list[float]], name: str) -> None:
+    got = CENTRED[name](torch.tensor(values))
     assert got.isfinite().all()
     torch.testing.assert_close(
         got.sum(1), torch.zeros(len(values)), atol=2e-3 * max(1.0, got.abs().max()), rtol=0
@@ -46,19 +76,20 @@ def test_group_advantages_are_centred_and_finite(
 
 
 @settings(deadline=None)
-@given(st.floats(-5, 5, width=32), st.integers(2, 9), st.sampled_from(ADVANTAGES))
-def test_equal_rewards_are_exactly_no_advantage(
-    value: float, group: int, advantage: Callable[[Tensor], Tensor]
-) -> None:
-    assert not advantage(torch.full((3, group), value)).any()
+@given(st.floats(-5, 5, width=32), st.integers(2, 9), st.sampled_from([*sorted(CENTRED), "first_of_group"]))
+def test_equal_rewards_are_exactly_no_advantage(value: float, group: int, name: str) -> None:
+    every = CENTRED | {"first_of_group": lambda r: first_of_group(r, eps=1e-4)}
+    assert not every[name](torch.full((3, group), value)).any()
 
 
 def test_surrogate_gradient_at_ratio_one_is_the_policy_gradient() -> None:
     log_probs = torch.randn(3, 4, requires_grad=True)
-    advantages = torch.tensor([1.0, -2.0, 0.0])
-    loss = clipped_surrogate(log_probs, log_probs.detach(), advantages, clip_eps_low=0.2, clip_eps_high=0.2)
+    advantages, mask = torch.randn(3, 4), torch.ones(3, 4).bool()
+    loss = clipped_surrogate(
+        log_probs, log_probs.detach(), advantages, mask, clip_eps_low=0.2, clip_eps_high=0.2
+    )
     loss.values.sum().backward()
-    torch.testing.assert_close(log_probs.grad, -advantages[:, None].expand(3, 4))
+    torch.testing.assert_close(log_probs.grad, -advantages)
     assert not loss.clipped.any()
 
 
@@ -75,87 +106,139 @@ def test_surrogate_gradient_at_ratio_one_is_the_policy_gradient() -> None:
 def test_surrogate_quadrants(ratio: float, advantage: float, value: float, gradient: float) -> None:
     log_probs = torch.tensor([[ratio]]).log().requires_grad_()
     loss = clipped_surrogate(
-        log_probs, torch.zeros(1, 1), torch.tensor([advantage]), clip_eps_low=0.2, clip_eps_high=0.3
-    )
+        log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1).bool(),
+        clip_eps_low=0.2, clip_eps_high=0.3,
+    )  # fmt: skip
     loss.values.sum().backward()
     assert loss.values.item() == pytest.approx(value)
     assert log_probs.grad is not None and log_probs.grad.item() == pytest.approx(gradient)
     assert loss.clipped.item() == (gradient == 0.0)
 
 
-def test_kl_k3_is_unbiased_and_never_negative() -> None:
-    """Over all actions, E_pi[k3] = KL(pi || ref) exactly."""
+def two_policies() -> tuple[Tensor, Tensor]:
+    """Logits [7] of a policy, with a gradient, and log-probs [7] of a reference."""
     torch.manual_seed(0)
-    policy, reference = torch.randn(2, 7, dtype=torch.float64).log_softmax(-1)
-    estimate = kl_k3(policy, reference)
-    assert (estimate >= 0).all()
-    exact = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="sum")
-    torch.testing.assert_close((policy.exp() * estimate).sum(), exact)
+    logits, reference = torch.randn(2, 7, dtype=torch.float64)
+    return logits.requires_grad_(), reference.log_softmax(0)
 
 
-MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
-KEEP = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]]).bool()
-VALUES = torch.tensor([[1.0, 20.0, 3.0, 40.0], [50.0, 6.0, 700.0, 800.0]])
-TOTALS = BatchTotals(sequences=2, completion_tokens=6)
+def exact_kl(one: Tensor, other: Tensor) -> Tensor:
+    """KL(one || other) of log-probs [7]."""
+    return torch.nn.functional.kl_div(other, one, log_target=True, reduction="sum")
+
+
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_k1_and_k3_are_unbiased(estimator: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Over all actions, E_pi[k] = KL(pi || ref) exactly."""
+    logits, reference = two_policies()
+    policy = logits.detach().log_softmax(0)
+    estimate = estimator(policy, reference)
+    torch.testing.assert_close((policy.exp() * estimate).sum(), exact_kl(policy, reference))
+
+
+def test_k2_and_k3_are_never_negative_and_zero_where_the_policies_agree() -> None:
+    logits, reference = two_policies()
+    for estimator in (kl_k2, kl_k3):
+        assert (estimator(logits.detach().log_softmax(0), reference) > 0).all()
+        assert not estimator(reference, reference).any()
+    assert kl_k2(torch.tensor([[-1.0]]), torch.tensor([[-4.0]])).item() == 4.5  # 1/2 (-1 + 4)^2
+
+
+def test_gradients_of_the_kl_estimators_in_expectation() -> None:
+    """The sample comes from the policy and is not differentiated, so grad E = E_pi[grad k(ln pi)].
+
+    k1: E[grad ln pi] = 0.  k2: E[ln(pi/ref) grad ln pi] = grad KL(pi || ref).
+    k3: E[(1 - ref/pi) grad ln pi] = -E_ref[grad ln pi] = grad KL(ref || pi).
+    """
+    logits, reference = two_policies()
+
+    def expected(estimator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        policy = logits.log_softmax(0)
+        return torch.autograd.grad((policy.detach().exp() * estimator(policy, reference)).sum(), logits)[0]
+
+    forward, backward = (
+        torch.autograd.grad(kl, logits)[0]
+        for kl in (
+            (logits.softmax(0) * (logits.log_softmax(0) - reference)).sum(),
+            (reference.exp() * (reference - logits.log_softmax(0))).sum(),
+        )
+    )
+    torch.testing.assert_close(expected(kl_k1), torch.zeros(7, dtype=torch.float64))
+    torch.testing.assert_close(expected(kl_k2), forward)
+    torch.testing.assert_close(expected(kl_k3), backward)
+    assert (forward - backward).norm() > 0.1
+
+
+# Rows 0 and 1 answer prompt 0 with 4 and 2 tokens, row 2 prompt 1 with 3.
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+KEEP = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]]).bool()
+VALUES = torch.tensor([[1.0, 20.0, 3.0, 40.0], [50.0, 6.0, 700.0, 800.0], [2.0, 5.0, 60.0, 900.0]])
+BATCH = Batch(
+    input_ids=torch.zeros(3, 5).long(),
+    attention_mask=torch.ones(3, 5).long(),
+    completion_mask=MASK,
+    sampler_log_probs=torch.zeros(3, 4),
+    advantages=torch.zeros(3, 4),
+    group_ids=torch.tensor([0, 0, 1]),
+    truncated=torch.zeros(3).bool(),
+)
+TOTALS = replace(totals(BATCH), kept_tokens=int(KEEP.sum()))
+
+
+def row_of(batch: Batch, row: int) -> Batch:
+    return Batch(*(tensor[row : row + 1] for tensor in vars(batch).values()))
 
 
 @pytest.mark.parametrize(
     ("aggregate", "expected"),
     [
-        (sequence_mean, ((1 + 3) / 2 + 6) / 2),
-        (lambda *args: constant_length_mean(*args, length=10), (1 + 3 + 6) / 10 / 2),
-        (token_mean, (1 + 3 + 6) / 6),
+        (sequence_mean, ((1 + 3) / 2 + 6 + (2 + 5) / 2) / 3),
+        (sequence_mean_over_all, ((1 + 3) / 4 + 6 / 2 + (2 + 5) / 3) / 3),
+        (lambda *args: constant_length_mean(*args, length=10), (1 + 3 + 6 + 2 + 5) / 10 / 3),
+        (token_mean, (1 + 3 + 6 + 2 + 5) / 9),
+        (token_mean_over_kept, (1 + 3 + 6 + 2 + 5) / 5),
+        (prompt_token_mean, ((1 + 3 + 6) / 6 + (2 + 5) / 3) / 2),
     ],
 )
 def test_aggregations_by_hand_and_rejected_tokens_have_no_gradient(
     aggregate: Callable[..., Tensor], expected: float
 ) -> None:
     values = VALUES.clone().requires_grad_()
-    loss = aggregate(values, KEEP, MASK, TOTALS)
+    loss = aggregate(values, KEEP, BATCH, TOTALS)
     loss.backward()
     assert loss.item() == pytest.approx(expected)
     assert values.grad is not None
     assert torch.equal(values.grad != 0, KEEP)
     values.grad = None
-    nothing = aggregate(values, torch.zeros_like(KEEP), MASK, TOTALS)
+    nothing = aggregate(values, torch.zeros_like(KEEP), BATCH, replace(TOTALS, kept_tokens=0))
     nothing.backward()
     assert nothing.item() == 0 and not values.grad.any()
-    halves = [aggregate(values[i : i + 1], KEEP[i : i + 1], MASK[i : i + 1], TOTALS) for i in range(2)]
-    torch.testing.assert_close(sum(halves), loss)
+    parts = [aggregate(values[i : i + 1], KEEP[i : i + 1], row_of(BATCH, i), TOTALS) for i in range(3)]
+    torch.testing.assert_close(sum(parts), loss)
 
 
-def shifted(random_batch: Callable[..., Batch]) -> tuple[Batch, TokenShifts]:
-    batch = random_batch()
-    shape = batch.completion_mask.shape
-    generator = torch.Generator().manual_seed(0)
-    policy = torch.rand(shape, generator=generator)
-    return batch, TokenShifts(policy, torch.rand(shape, generator=generator) - 0.5)
+def test_totals_count_the_tokens_of_each_prompt() -> None:
+    assert (TOTALS.sequences, TOTALS.completion_tokens, TOTALS.group_tokens.tolist()) == (3, 9, [6, 3])
+    lonely = totals(
+        row_of(BATCH, 2)
+    )  # after a filter: prompt 0 has no rows left and is no prompt of the mean
+    assert lonely.group_tokens.tolist() == [0, 3]
+    loss = prompt_token_mean(VALUES[2:], MASK[2:], row_of(BATCH, 2), lonely)
+    assert loss.item() == pytest.approx((2 + 5 + 60) / 3)
 
 
-def test_shift_bounds_are_strict_and_name_the_reason(random_batch: Callable[..., Batch]) -> None:
-    batch, shifts = shifted(random_batch)
-    bounds = {"policy_shift_max": 0.5, "objective_shift_min": -0.25, "objective_shift_max": 0.25}
-    got = shift_bounds(shifts, batch, shifts.policy_shift, **bounds)
-    mask = batch.completion_mask
-    assert torch.equal(got.rejected_by["policy"], mask & (shifts.policy_shift >= 0.5))
-    assert torch.equal(got.rejected_by["objective"], mask & (shifts.objective_shift.abs() >= 0.25))
-    rejected = got.rejected_by["policy"] | got.rejected_by["objective"]
-    assert torch.equal(got.keep_mask, mask & ~rejected) and 0 < got.keep_mask.sum() < mask.sum()
-    assert int(got.keep_mask.sum() + rejected.sum()) == int(mask.sum())
-    edge = TokenShifts(torch.full_like(shifts.policy_shift, 0.5), torch.zeros_like(shifts.policy_shift))
-    assert not shift_bounds(edge, batch, edge.policy_shift, **bounds).keep_mask.any()
+def test_a_mean_over_kept_tokens_asks_for_the_scoring_pass() -> None:
+    with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
+        token_mean_over_kept(VALUES, KEEP, BATCH, replace(TOTALS, kept_tokens=None))
 
 
-def test_infinite_bounds_keep_all_and_nan_is_rejected(random_batch: Callable[..., Batch]) -> None:
-    batch, shifts = shifted(random_batch)
-    off = {"policy_shift_max": INF, "objective_shift_min": -INF, "objective_shift_max": INF}
-    got = shift_bounds(shifts, batch, shifts.policy_shift, **off)
-    assert torch.equal(got.keep_mask, keep_all(shifts, batch, shifts.policy_shift).keep_mask)
-    shifts.policy_shift[0, 0] = float("nan")
-    assert not shift_bounds(shifts, batch, shifts.policy_shift, **off).keep_mask[0, 0]
-
-
-def test_full_step_takes_all() -> None:
+def test_neutral_parts_do_nothing(random_batch: Callable[..., Batch]) -> None:
+    given_rewards, noise = torch.rand(3, 4), torch.rand(3, 4)
+    assert all_groups(torch.zeros(3, 4)).tolist() == [True] * 3
+    assert torch.equal(unshaped(given_rewards, noise, noise), given_rewards)
+    credit = every_token(torch.tensor([1.0, -2.0, 3.0]), MASK, torch.rand(3, 4))
+    assert credit.tolist() == [[1.0] * 4, [-2.0, -2.0, 0.0, 0.0], [3.0, 3.0, 3.0, 0.0]]
+    assert all_completions(random_batch()).tolist() == [True] * 8
     assert full_step(BatchShifts(1.0, -1.0), 1e-3) == 1.0
 
 

@@ -124,8 +124,8 @@ def subprocess_run(
         (["regime.group_size=null"], "regime.group_size=null: expected an integer"),
         (["overwrite=maybe"], "overwrite=maybe: expected true or false"),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9: expected a list of numbers"),
-        (["algo=capoo"], "algo=capoo: unknown choice; expected one of capo, dr_capo"),
-        (["experiment=paper/x"], "experiment=paper/x: unknown choice; expected one of paper/capo_qwen7b"),
+        (["algo=capoo"], "algo=capoo: unknown choice; expected one of capo, cpg, cpgd,"),
+        (["experiment=paper/x"], "experiment=paper/x: unknown choice; expected one of paper/"),
         (["regime=null"], "regime=null: expected one of aggressive, conservative"),
         (["~seed"], "seed: no value; expected an integer"),
         (["+seed=1"], "Could not append to config. An item is already at 'seed'"),
@@ -139,6 +139,24 @@ def subprocess_run(
             ["-m", "algo=grpo,capo", "algo.selection.policy_shift_max=1"],
             "algo.selection.policy_shift_max=1: expected a key of every job",
         ),
+        (
+            ["selection=random"],
+            "algo.selection.policy_shift_max: unknown parameter of capo_exp.algorithms.con",
+        ),
+        (
+            ["algo=grpo", "selection=random", "algo.selection.score._target_=os.system"],
+            "algo.selection.score._target_=os.system: expected a function of capo_exp",
+        ),
+        (
+            ["algo=grpo", "selection=random", "algo.selection.rate=2"],
+            "algo.selection.rate=2: expected a number",
+        ),
+        (
+            ["algo=grpo", "selection=levels", "algo.selection.token.policy_shift_max=-1"],
+            "algo.selection.token.policy_shift_max=-1: expected a number of at least 0",
+        ),
+        (["algo.reference_reset_every=5"], "algo.reference_reset_every=5: expected 0 without a KL"),
+        (["algo.num_minibatches=97"], "algo.num_minibatches=97: expected at most"),
         (["seed=15"], "model.vocab_size=1: expected 2"),
     ],
 )
@@ -275,7 +293,8 @@ def test_help_names_groups_and_commands(run: Run) -> None:
         "plan_only=true",
         "--cfg job --resolve",
         " -m ",
-        "algo: capo, dr_capo",
+        "algo: capo, cpg, cpgd,",
+        "selection: advantage_matched,",
         "model: ",
         "$(python",
     ):

@@ -88,7 +88,8 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(
     pad = lambda tensor, left, right: torch.nn.functional.pad(tensor, (left, right))  # noqa: E731
     padded = Batch(
         pad(batch.input_ids, 3, 2), pad(batch.attention_mask, 3, 2),
-        pad(batch.completion_mask, 0, 2), pad(batch.sampler_log_probs, 0, 2), batch.advantages,
+        pad(batch.completion_mask, 0, 2), pad(batch.sampler_log_probs, 0, 2), pad(batch.advantages, 0, 2),
+        batch.group_ids, batch.truncated,
     )  # fmt: skip
     plain, *others = (learner("algo=capo", *TIGHT) for _ in range(3))
     (expected,), record = steps(plain, [batch])
@@ -152,7 +153,7 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
         log_probs = -torch.nn.functional.cross_entropy(
             model(ids[None]).logits[0, -count - 1 : -1] / 0.7, ids[-count:], reduction="none"
         )
-        rows.append(-(batch.advantages[row] * (log_probs - log_probs.detach()).exp()).mean())
+        rows.append(-(batch.advantages[row, 0] * (log_probs - log_probs.detach()).exp()).mean())
     loss = torch.stack(rows).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,7 +185,7 @@ def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
     first, _ = ours.step(random_batch())
     second, _ = ours.step(random_batch())
     assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
-    idle = replace(random_batch(), advantages=torch.zeros(8))
+    idle = replace(random_batch(), advantages=torch.zeros(8, 7))
     divergence = [ours.step(idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
     assert divergence[-1] < 0.5 * max(divergence)
 
@@ -206,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
 ) -> None:
     ours = learner("algo=grpo")
     before = weights(ours)
-    batch = replace(random_batch(), advantages=torch.full((8,), float("inf")))
+    batch = replace(random_batch(), advantages=torch.full((8, 7), float("inf")))
     with pytest.raises(TrainingDiverged, match=r"optimizer step 1: not finite: .*loss/total="):
         ours.step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))

@@ -32,7 +32,12 @@ def test_binds_the_numbers() -> None:
 
 
 def test_a_built_function_runs() -> None:
-    part = {"_target_": "capo_exp.algorithms.grpo.group_normalised", "_partial_": True, "eps": 1e-4}
+    part = {
+        "_target_": "capo_exp.algorithms.grpo.group_normalised",
+        "_partial_": True,
+        "eps": 1e-4,
+        "target_std": 1.0,
+    }
     assert build(part, key="algo.advantage")(torch.tensor([[0.0, 1.0]])).shape == (1, 2)
 
 

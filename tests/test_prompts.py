@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from capo_exp.config import ConfigError, DatasetConfig
-from capo_exp.data.prompts import render, step_indices
+from capo_exp.data.prompts import render, visited
 from capo_exp.types import Problem
 
 CHAT_TEMPLATE = (
@@ -115,35 +115,37 @@ def test_template_without_placeholder(tokenizer):
 
 @given(
     num_problems=st.integers(1, 40),
-    prompts_per_step=st.integers(1, 60),
-    steps=st.integers(1, 12),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_problem_once_an_epoch(num_problems, prompts_per_step, steps, seed):
-    visited = [i for step in range(steps) for i in step_indices(num_problems, prompts_per_step, step, seed)]
-    assert len(visited) == steps * prompts_per_step
-    for start in range(0, len(visited), num_problems):
-        epoch = visited[start : start + num_problems]
+def test_every_problem_once_an_epoch(num_problems, sizes, seed):
+    """Also where steps draw different numbers of prompts, as dynamic sampling does."""
+    drawn: list[int] = []
+    for size in sizes:
+        drawn += visited(num_problems, first=len(drawn), count=size, seed=seed)
+    assert len(drawn) == sum(sizes)
+    for start in range(0, len(drawn), num_problems):
+        epoch = drawn[start : start + num_problems]
         assert max(Counter(epoch).values()) == 1
         assert set(epoch) <= set(range(num_problems))
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    first = step_indices(1000, 1000, 0, seed=1)
-    assert step_indices(1000, 1000, 0, seed=1) == first
-    assert step_indices(1000, 1000, 0, seed=2) != first
-    assert step_indices(1000, 1000, 1, seed=1) != first
-    assert [i for step in range(10) for i in step_indices(1000, 100, step, seed=1)] == first
+    first = visited(1000, first=0, count=1000, seed=1)
+    assert visited(1000, first=0, count=1000, seed=1) == first
+    assert visited(1000, first=0, count=1000, seed=2) != first
+    assert visited(1000, first=1000, count=1000, seed=1) != first
+    assert [i for step in range(10) for i in visited(1000, first=100 * step, count=100, seed=1)] == first
     assert all(type(i) is int for i in first)
 
 
 def test_a_known_order_stays():
     """The order is part of what a resumed run relies on: numpy's PCG64 from (seed, epoch)."""
-    order = [step_indices(5, 3, step, seed=0) for step in range(4)]
+    order = [visited(5, first=3 * step, count=3, seed=0) for step in range(4)]
     assert order == [[2, 4, 3], [0, 1, 1], [4, 3, 0], [2, 4, 2]]
 
 
-@pytest.mark.parametrize("bad", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
-def test_impossible_sizes(bad):
-    with pytest.raises(ValueError, match="expected sizes of at least 1 and a step of at least 0"):
-        step_indices(*bad, seed=0)
+@pytest.mark.parametrize(("problems", "first", "count"), [(0, 0, 1), (1, 0, 0), (1, -1, 1)])
+def test_impossible_sizes(problems, first, count):
+    with pytest.raises(ValueError, match="expected sizes of at least 1 and a first draw of at least 0"):
+        visited(problems, first=first, count=count, seed=0)

@@ -69,7 +69,7 @@ def test_log_probs_are_the_learners_at_the_same_temperature(small_model: PreTrai
     own = small_model.generation_config  # what a chat model ships with must not reach the sampler
     own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens, own.num_beams = 1.5, 2, 5, 2
     groups = sample(small_model, ROWS, temperature=0.8, max_tokens=20)
-    batch = collate(groups, torch.zeros(4, 4), pad_token_id=0, device=torch.device("cpu"))
+    batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
     output = policy.forward(
         small_model, batch, temperature=0.8, top_k=3, chunk_tokens=1000, compute_dtype=torch.float32
     )

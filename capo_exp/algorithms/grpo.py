@@ -1,25 +1,38 @@
-"""GRPO: group relative policy optimisation (DeepSeekMath, arXiv 2402.03300)."""
+"""GRPO: group relative policy optimisation (DeepSeekMath, arXiv 2402.03300); PPO's clip and dual clip."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from capo_exp.algorithm import clipped_objective
 from capo_exp.masked import centre
 from capo_exp.types import TokenLoss
 
+TokenValues = Float[Tensor, "B T"]
 
-def group_normalised(rewards: Float[Tensor, "P G"], *, eps: float) -> Float[Tensor, "P G"]:
-    """(R - mean) / (std + eps) within each prompt's group, unbiased std. [P, G] -> [P, G].
 
-    Equal rewards give exactly zero. Source: arXiv 2402.03300, section 4.1.2; eps as in TRL.
+def group_normalised(rewards: Float[Tensor, "P G"], *, eps: float, target_std: float) -> Float[Tensor, "P G"]:
+    """(R - mean) / (std * target_std + eps) within each prompt's group, unbiased std. [P, G] -> [P, G].
+
+    Equal rewards give exactly zero. Source: arXiv 2402.03300, section 4.1.2; eps as in TRL; target_std, 1 in
+    GRPO, as in the CAPO authors' program, where it divides what its name says it sets.
     """
-    return centre(rewards) / (rewards.std(1, keepdim=True) + eps)
+    return centre(rewards) / (rewards.std(1, keepdim=True) * target_std + eps)
+
+
+def first_of_group(rewards: Float[Tensor, "P G"], *, eps: float) -> Float[Tensor, "P G"]:
+    """G times GRPO's advantage on the first completion of each prompt, 0 on the others: the baseline of a
+    large group, the gradient of one sample. Source: the CAPO authors' "minibatch" recipe."""
+    size = rewards.shape[1]
+    first = torch.arange(size, device=rewards.device) == 0
+    return group_normalised(rewards, eps=eps, target_std=1.0) * size * first
 
 
 def clipped_surrogate(
-    log_probs: Float[Tensor, "B T"],
-    old_log_probs: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    log_probs: TokenValues,
+    old_log_probs: TokenValues,
+    advantages: TokenValues,
+    completion_mask: Bool[Tensor, "B T"],
     *,
     clip_eps_low: float,
     clip_eps_high: float,
@@ -28,8 +41,29 @@ def clipped_surrogate(
 
     Source: PPO, arXiv 1707.06347, eq. 7.
     """
+    del completion_mask
     ratio = (log_probs - old_log_probs).exp()
-    advantage = advantages[:, None]
-    unclipped = ratio * advantage
-    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantage
-    return TokenLoss(values=-torch.minimum(unclipped, clipped), clipped=clipped < unclipped)
+    return clipped_objective(ratio, advantages, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high)
+
+
+def dual_clipped_surrogate(
+    log_probs: TokenValues,
+    old_log_probs: TokenValues,
+    advantages: TokenValues,
+    completion_mask: Bool[Tensor, "B T"],
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip: float,
+) -> TokenLoss:
+    """The clipped surrogate whose loss is at most dual_clip * |A| for A < 0, however large the ratio.
+
+    Source: dual-clip PPO, Ye et al. 2019, arXiv 1912.09729.
+    """
+    once = clipped_surrogate(
+        log_probs, old_log_probs, advantages, completion_mask,
+        clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high,
+    )  # fmt: skip
+    ceiling = -dual_clip * advantages
+    over = (advantages < 0) & (once.values > ceiling)
+    return TokenLoss(values=torch.where(over, ceiling, once.values), clipped=once.clipped | over)

@@ -70,23 +70,22 @@ def _texts(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Dat
     ]
 
 
-def step_indices(num_problems: int, prompts_per_step: int, step: int, seed: int) -> list[int]:
-    """Which problems rollout step `step` (counted from 0) uses.
+def visited(num_problems: int, *, first: int, count: int, seed: int) -> list[int]:
+    """Which problems are the draws number `first` to `first + count - 1` of training (counted from 0).
 
-    Epoch e visits every problem once, in the permutation drawn from (seed, e); steps cut the endless sequence
-    of epochs into pieces, so one step may hold the end of an epoch and the start of the next. A function of
-    its arguments alone: resuming at a step needs no cursor.
+    Epoch e visits every problem once, in the permutation drawn from (seed, e); draws walk through the endless
+    sequence of epochs, so one step may hold the end of an epoch and the start of the next. A function of its
+    arguments alone: resuming needs no more than the number of draws so far.
 
     Raises:
-        ValueError: sizes below 1, or a negative step.
+        ValueError: sizes below 1, or a negative first draw.
     """
-    if num_problems < 1 or prompts_per_step < 1 or step < 0:
+    if num_problems < 1 or count < 1 or first < 0:
         raise ValueError(
-            f"got num_problems={num_problems}, prompts_per_step={prompts_per_step}, step={step}; "
-            "expected sizes of at least 1 and a step of at least 0"
+            f"got num_problems={num_problems}, count={count}, first={first}; "
+            "expected sizes of at least 1 and a first draw of at least 0"
         )
-    first, end = step * prompts_per_step, (step + 1) * prompts_per_step
-    epochs = range(first // num_problems, (end - 1) // num_problems + 1)
+    epochs = range(first // num_problems, (first + count - 1) // num_problems + 1)
     orders = [np.random.default_rng([seed, epoch]).permutation(num_problems) for epoch in epochs]
     start = first - epochs[0] * num_problems
-    return np.concatenate(orders)[start : start + prompts_per_step].tolist()
+    return np.concatenate(orders)[start : start + count].tolist()

@@ -16,7 +16,7 @@ ALGORITHM_COLOURS = {
     "dr_grpo": "#E69F00",
     "reinforce": "#CC79A7",
     "rloo": "#009E73",
-    "reinforce_plus_plus": "#882255",
+    "reinforce_pp": "#882255",
     "cpgd": "#332288",
     "dapo": "#999933",
     "gspo": "#44AA99",

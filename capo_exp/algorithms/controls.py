@@ -1,0 +1,80 @@
+"""Controls for CAPO's selection: what else could have rejected as many tokens? Not of a paper.
+
+A score says how strongly a token should be rejected; the rate is given, or matched to CAPO's.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capo_exp.config import ConfigError
+from capo_exp.types import Scored, Selection
+
+Score = Float[Tensor, "B T"]
+
+
+ScoreFunction = Callable[[Scored], Tensor]
+"""[B, T]: the higher, the sooner rejected."""
+
+
+def random_score(scored: Scored) -> Score:
+    """Nothing but chance, the same for the same run seed and step."""
+    generator = torch.Generator().manual_seed(scored.seed)
+    values = torch.rand(scored.batch.completion_mask.shape, generator=generator)
+    return values.to(scored.output.log_probs.device)
+
+
+def low_probability_score(scored: Scored) -> Score:
+    """The least probable sampled tokens first."""
+    return -scored.output.log_probs
+
+
+def advantage_score(scored: Scored) -> Score:
+    """The largest |advantage| first, ties by chance."""
+    return scored.batch.advantages.abs() + 1e-6 * random_score(scored)
+
+
+def policy_shift_score(scored: Scored) -> Score:
+    """The largest m_F first: CAPO's own order."""
+    return scored.shifts.policy_shift
+
+
+def at_rate(scored: Scored, *, score: ScoreFunction, rate: float) -> Selection:
+    """Rejects the share `rate` of the step's tokens with the highest scores.
+
+    Raises:
+        ConfigError: if it sees one micro-batch of several (algo.scoring_pass must be true).
+    """
+    count = round(rate * int(scored.batch.completion_mask.sum()))
+    return _reject_highest(scored, score, count)
+
+
+def at_matched_rate(
+    scored: Scored,
+    *,
+    score: ScoreFunction,
+    policy_shift_max: float,
+    objective_shift_min: float,
+    objective_shift_max: float,
+) -> Selection:
+    """Rejects as many of the step's tokens as CAPO's bounds would, but those with the highest scores.
+
+    Raises:
+        ConfigError: if it sees one micro-batch of several (algo.scoring_pass must be true).
+    """
+    shifts = scored.shifts
+    inside = (shifts.policy_shift < policy_shift_max) & (shifts.objective_shift > objective_shift_min)
+    inside = inside & (shifts.objective_shift < objective_shift_max)
+    return _reject_highest(scored, score, int((scored.batch.completion_mask & ~inside).sum()))
+
+
+def _reject_highest(scored: Scored, score: ScoreFunction, count: int) -> Selection:
+    if not scored.whole_step:
+        raise ConfigError("algo.scoring_pass=false: expected true, since a rate is one of the whole step")
+    mask = scored.batch.completion_mask
+    ranked = score(scored).masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
+    rejected = torch.zeros_like(mask)
+    rejected.view(-1)[ranked[:count]] = True
+    return Selection(keep_mask=mask & ~rejected, rejected_by={"score": rejected})

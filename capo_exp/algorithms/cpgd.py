@@ -1,0 +1,114 @@
+"""CPGD: clipped policy gradient with policy drift (Liu et al. 2025, arXiv 2505.12504)."""
+
+from dataclasses import replace
+from math import inf
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from capo_exp.algorithm import clipped_objective
+from capo_exp.masked import centre
+from capo_exp.types import TokenLoss
+
+TokenValues = Float[Tensor, "B T"]
+
+
+def clip_filter_weighted(rewards: Float[Tensor, "P G"], *, max_weight: float) -> Float[Tensor, "P G"]:
+    """w (R - mean), w = min(max_weight, prompts / prompts whose rewards differ): prompts with a signal make
+    up for those without. [P, G] -> [P, G].
+
+    Source: arXiv 2505.12504, the clip-filter-like weight. Equal weights are dr_grpo.group_centred, weights
+    1 / std grpo.group_normalised, unprocessed rewards reinforce.raw_reward.
+    """
+    mixed = (rewards != rewards[:, :1]).any(1).sum().clamp(min=1)
+    weight = (len(rewards) / mixed).clamp(max=max_weight)
+    return weight * centre(rewards)
+
+
+def policy_drift_surrogate(
+    log_probs: TokenValues,
+    old_log_probs: TokenValues,
+    advantages: TokenValues,
+    completion_mask: Bool[Tensor, "B T"],
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    tightness: float,
+    drift_coefficient: float,
+    drift_max: float,
+) -> TokenLoss:
+    """-min(A ln r, A clip(ln r)) + drift_coefficient * min(sg(r) - 1, drift_max) * ln pi per token.
+
+    The first term's gradient is A grad ln pi, without a ratio, and 0 where the clip acts; the second's is
+    that of the k3 estimator of KL(old || policy), cut off above. Bounds of token i of n are
+    eps * (tightness + (1 - tightness) i / n): 1 = constant, less = tight to loose. eps 1 below and infinite
+    above switch the clip off, coefficient 0 the drift: the paper's ablations PG, CPG, PGD.
+    Source: arXiv 2505.12504, the practical loss and section on clip ranges.
+    """
+    log_ratio = log_probs - old_log_probs
+    widening = _widening(completion_mask, tightness)
+    low = torch.log1p(-(clip_eps_low * widening).clamp(max=1.0))
+    high = torch.log1p(clip_eps_high * widening) if clip_eps_high < inf else torch.full_like(widening, inf)
+    unclipped = advantages * log_ratio
+    clipped = advantages * torch.minimum(torch.maximum(log_ratio, low), high)
+    drift = _drift(log_probs, old_log_probs, drift_max)
+    values = -torch.minimum(unclipped, clipped) + drift_coefficient * drift
+    return TokenLoss(values=values, clipped=clipped < unclipped)
+
+
+def reweighted_policy_drift_surrogate(
+    log_probs: TokenValues,
+    old_log_probs: TokenValues,
+    advantages: TokenValues,
+    completion_mask: Bool[Tensor, "B T"],
+    *,
+    weight_eps: float,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    tightness: float,
+    drift_coefficient: float,
+    drift_max: float,
+) -> TokenLoss:
+    """The same with A * clip(sg(r), 1 - weight_eps, 1 + weight_eps) in place of A, for inner epochs after the
+    first; at ratio 1, so in the first, it is the same.
+
+    Source: arXiv 2505.12504. The paper's r is that of the epoch's first weights; here that of each update's.
+    """
+    weight = (log_probs.detach() - old_log_probs).exp().clamp(1 - weight_eps, 1 + weight_eps)
+    return policy_drift_surrogate(
+        log_probs, old_log_probs, advantages * weight, completion_mask,
+        clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, tightness=tightness,
+        drift_coefficient=drift_coefficient, drift_max=drift_max,
+    )  # fmt: skip
+
+
+def clipped_surrogate_with_drift(
+    log_probs: TokenValues,
+    old_log_probs: TokenValues,
+    advantages: TokenValues,
+    completion_mask: Bool[Tensor, "B T"],
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    drift_coefficient: float,
+    drift_max: float,
+) -> TokenLoss:
+    """PPO's clipped surrogate with CPGD's drift: the paper's stable "GRPO with drift"."""
+    del completion_mask
+    ratio = (log_probs - old_log_probs).exp()
+    loss = clipped_objective(ratio, advantages, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high)
+    drift = _drift(log_probs, old_log_probs, drift_max)
+    return replace(loss, values=loss.values + drift_coefficient * drift)
+
+
+def _drift(log_probs: TokenValues, old_log_probs: TokenValues, drift_max: float) -> TokenValues:
+    """min(sg(r) - 1, drift_max) * ln pi: its gradient is that of k3 of KL(old || policy), cut off above."""
+    excess = (log_probs.detach() - old_log_probs).exp() - 1
+    return excess.clamp(max=drift_max) * log_probs
+
+
+def _widening(completion_mask: Bool[Tensor, "B T"], tightness: float) -> TokenValues:
+    """tightness + (1 - tightness) i / n for the i-th of n tokens, counted from 1."""
+    position = completion_mask.cumsum(1) / completion_mask.sum(1, keepdim=True).clamp(min=1)
+    return tightness + (1 - tightness) * position

@@ -1,0 +1,17 @@
+"""DASH (arXiv 2505.17218): gradient filtering. Its preemptive sampling is rollout.chunking=per_step."""
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from capo_exp.types import Batch
+
+
+def advantage_above(batch: Batch, *, threshold: float) -> Bool[Tensor, " B"]:
+    """Completions with |A| > threshold; if there is none, the first, as in the authors' program.
+
+    The learner never sees the others, which saves their forward and backward passes; whether they still count
+    in the denominator is algo.filter_denominator. Source: arXiv 2505.17218, gradient filtering.
+    """
+    kept = batch.advantages.abs().amax(1) > threshold
+    kept[0] |= ~kept.any()
+    return kept

@@ -1,0 +1,154 @@
+"""The first half of a rollout step: prompts -> completions -> rewards -> credit, as one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from capo_exp.algorithm import Algorithm
+from capo_exp.collate import collate
+from capo_exp.config import TrainConfig
+from capo_exp.data.prompts import visited
+from capo_exp.learner import Learner
+from capo_exp.rewards import Verifier
+from capo_exp.rollout import RolloutEngine
+from capo_exp.seeds import ORDER, ROLLOUT, derive_seed
+from capo_exp.timing import Stopwatch
+from capo_exp.types import Batch, Prompt, RolloutGroup
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What sampling needs and no step changes."""
+
+    config: TrainConfig
+    algorithm: Algorithm
+    engine: RolloutEngine
+    verifier: Verifier
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The groups that a rollout step trains on, and what it took to get them."""
+
+    groups: list[RolloutGroup]
+    rewards: Tensor
+    """[P, G] of the verifier."""
+    prompts: int
+    """Prompts drawn from the data."""
+    completions: int
+    """Completions sampled, those of filtered groups too."""
+    tokens: int
+    """Tokens sampled."""
+    metrics: dict[str, float]
+
+
+def sample(sampler: Sampler, *, step: int, first: int, weight_version: int, watch: Stopwatch) -> Sample:
+    """Samples and scores prompts_per_step groups; again, up to max_sampling_rounds times, while too few pass
+    the group filter. If fewer pass to the end the step trains on those; if none, on the last round's.
+
+    Args:
+        sampler: the parts.
+        step: rollout step, counted from 1.
+        first: prompts drawn before this step.
+        weight_version: of the weights that sample.
+        watch: takes the time of sampling and of verification.
+    """
+    config, wanted = sampler.config, sampler.config.regime.prompts_per_step
+    seen: list[RolloutGroup] = []
+    passed: list[RolloutGroup] = []
+    passed_rewards: list[Tensor] = []
+    all_rewards: list[Tensor] = []
+    verdicts: list[dict[str, float]] = []
+    for number in range(config.algo.max_sampling_rounds):
+        with watch("rollout"):
+            groups = _generate(sampler, step, number, first + number * wanted, weight_version)
+        with watch("reward"):
+            rewards, verdict = _score(sampler.verifier, groups)
+        keep = sampler.algorithm.group_filter(rewards)
+        seen += groups
+        passed += [group for group, kept in zip(groups, keep.tolist(), strict=True) if kept]
+        passed_rewards.append(rewards[keep])
+        all_rewards.append(rewards)
+        verdicts.append(verdict)
+        if len(passed) >= wanted:
+            break
+    every = torch.cat(all_rewards)
+    filtered = 1 - len(passed) / len(seen)
+    if passed:
+        used, used_rewards = passed[:wanted], torch.cat(passed_rewards)[:wanted]
+    else:
+        used, used_rewards = seen[-wanted:], every[-wanted:]
+    lengths = [len(completion.token_ids) for group in seen for completion in group.completions]
+    metrics = _rollout_metrics(seen, every) | _merge(verdicts)
+    metrics |= {"rollout/sampling_rounds": float(len(verdicts)), "rollout/filtered_group_fraction": filtered}
+    return Sample(used, used_rewards, len(seen), len(lengths), sum(lengths), metrics)
+
+
+def credited(
+    sample: Sample, algorithm: Algorithm, learner: Learner, *, pad_token_id: int
+) -> tuple[Batch, dict[str, float]]:
+    """The sample as a batch: rewards shaped, turned into advantages, spread over tokens; and its metrics."""
+    batch = collate(sample.groups, pad_token_id=pad_token_id, device=learner.model.device)
+    mask, shape = batch.completion_mask, sample.rewards.shape
+    kl = learner.kl_to_reference(batch) if algorithm.kl_in_reward else torch.zeros_like(batch.advantages)
+    sums = [values.sum(1).float().view(shape) for values in (mask, kl)]
+    shaped = algorithm.shaping(sample.rewards.to(mask.device), *sums)
+    advantages = algorithm.advantage(shaped)
+    credited_batch = replace(batch, advantages=algorithm.credit(advantages.reshape(-1), mask, kl))
+    return credited_batch, {"reward/mean": shaped.mean().item()}
+
+
+def _generate(
+    sampler: Sampler, step: int, number: int, first: int, weight_version: int
+) -> list[RolloutGroup]:
+    """One round: all its prompts in one call, or micro-batch by micro-batch."""
+    config = sampler.config
+    regime = config.regime
+    order = derive_seed(config.seed, ORDER, 0)
+    indices = visited(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
+    prompts = [sampler.prompts[i] for i in indices]
+    size = len(prompts)
+    if config.rollout.chunking == "per_micro_batch":
+        size = max(1, config.model.micro_batch_size // regime.group_size)
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    groups: list[RolloutGroup] = []
+    for position, chunk in enumerate(chunks):
+        groups += sampler.engine.generate(
+            chunk,
+            group_size=regime.group_size,
+            max_tokens=config.dataset.max_completion_tokens,
+            temperature=config.rollout.temperature,
+            top_k=config.rollout.top_k,
+            top_p=config.rollout.top_p,
+            seed=derive_seed(config.seed, ROLLOUT, step, number * len(chunks) + position),
+            weight_version=weight_version,
+        )
+    return groups
+
+
+def _score(verifier: Verifier, groups: Sequence[RolloutGroup]) -> tuple[Tensor, dict[str, float]]:
+    texts = [[completion.text for completion in group.completions] for group in groups]
+    result = verifier.score(texts, [group.prompt.problem.answer for group in groups])
+    return torch.tensor(result.rewards), result.metrics
+
+
+def _merge(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Rounds are of equal size: shares are averaged, counts added."""
+    return {
+        name: (fmean if name.endswith("_fraction") else sum)(verdict[name] for verdict in verdicts)
+        for name in verdicts[0]
+    }
+
+
+def _rollout_metrics(groups: Sequence[RolloutGroup], rewards: Tensor) -> dict[str, float]:
+    completions = [completion for group in groups for completion in group.completions]
+    return {
+        "reward/accuracy": (rewards > 0.5).float().mean().item(),
+        "rollout/completion_length/mean": fmean(len(completion.token_ids) for completion in completions),
+        "rollout/truncated_fraction": fmean(completion.truncated for completion in completions),
+        "advantage/zero_group_fraction": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+    }

@@ -1,0 +1,17 @@
+"""Every random number is a function of (run seed, stream, step): resuming needs no generator's state."""
+
+import numpy as np
+
+ORDER, ROLLOUT, EVALUATION, SELECTION, MINIBATCH, CALIBRATION = range(6)
+"""Streams that never share numbers."""
+
+
+def derive_seed(seed: int, stream: int, *position: int) -> int:
+    """A 32-bit seed for one use of randomness.
+
+    Args:
+        seed: of the run.
+        stream: what it is for, one of the streams above.
+        position: step, and if a step has several uses, which.
+    """
+    return int(np.random.SeedSequence([seed, stream, *position]).generate_state(1)[0])

@@ -1,0 +1,138 @@
+"""What several test files build: learners of the small model, their gradients, rollouts that nobody
+sampled."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp.algorithm import build_algorithm
+from capo_exp.config import TrainConfig
+from capo_exp.learner import Learner
+from capo_exp.rewards import RewardResult
+from capo_exp.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepRecord
+from capo_exp.updates import updates
+
+SMALL = (
+    "model.vocab_size=40", "curvature.top_k=8", "optimizer.schedule=constant", "num_steps=10",
+    "optimizer.max_grad_norm=inf",
+)  # fmt: skip
+BOUNDS = ("policy_shift_max", "objective_shift_min", "objective_shift_max")
+UNBOUNDED = tuple(
+    f"algo.selection.{name}={value}" for name, value in zip(BOUNDS, ("inf", "-inf", "inf"), strict=True)
+)
+
+
+def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float = 0.0) -> Learner:
+    """A learner on its own copy of the model, with a reference where the algorithm needs one.
+
+    Args:
+        config: of the run.
+        model: stays as it is.
+        distance: standard deviation of the noise that tells the reference's weights from the model's.
+    """
+    reference = copy.deepcopy(model).requires_grad_(False) if config.algo.needs_reference else None
+    if reference is not None and distance:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in reference.parameters():
+            parameter.add_(distance * torch.randn(parameter.shape, generator=generator))
+    return Learner(copy.deepcopy(model), reference, build_algorithm(config.algo), config, torch.float32)
+
+
+def weights(learner: Learner) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in learner.model.parameters()]
+
+
+def same_weights(one: Learner, other: Learner) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def watch_gradients(learner: Learner) -> list[list[Tensor]]:
+    """A list that takes, from now on, the gradient with respect to the weights of each optimiser step."""
+    seen: list[list[Tensor]] = []
+
+    def look(predicted: object, learning_rate: float) -> float:
+        seen.append([p.grad.clone() for p in learner.model.parameters() if p.grad is not None])
+        return 1.0
+
+    learner._algorithm = replace(learner._algorithm, step_rule=look)
+    return seen
+
+
+def gradients(learner: Learner, batch: Batch, old_log_probs: Tensor | None = None) -> list[Tensor]:
+    """The gradient of one step's loss with respect to the learner's weights; takes the step."""
+    seen = watch_gradients(learner)
+    learner.step(batch, old_log_probs)
+    return seen[-1]
+
+
+def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """[B, T] by the model's own logits, row by row without padding, and F.cross_entropy; 0 on padding."""
+    rows = []
+    for ids, real, mask in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
+        ids, count = ids[real.bool()], int(mask.sum())
+        logits = model(ids[None]).logits[0, -count - 1 : -1] / temperature
+        log_probs = -torch.nn.functional.cross_entropy(logits, ids[-count:], reduction="none")
+        rows.append(torch.nn.functional.pad(log_probs, (0, len(mask) - count)))
+    return torch.stack(rows)
+
+
+def run_updates(
+    learner: Learner, config: TrainConfig, batch: Batch, step: int = 1
+) -> tuple[list[dict[str, float]], StepRecord]:
+    """The metrics of each optimiser step over one batch without those of the clock, and the last record."""
+    done = list(updates(learner, learner._algorithm, config, batch, step=step))
+    timeless = [{k: v for k, v in u.metrics.items() if not k.startswith("time/")} for u in done]
+    record = done[-1].record
+    assert record is not None
+    return timeless, record
+
+
+def prompt(number: int) -> Prompt:
+    return Prompt(Problem(str(number), "", ""), "", (2 + number % 38, 5))
+
+
+def completion(token_ids: Sequence[int], *, reward: float = 0.0, truncated: bool = False) -> Completion:
+    """Tokens that nobody sampled; the text says what they earn."""
+    return Completion(tuple(token_ids), (-1.0,) * len(token_ids), str(reward), truncated)
+
+
+def groups_of(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> list[RolloutGroup]:
+    """One completion for each reward, of random tokens, as long as its length says."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, 40, (length,), generator=generator).tolist()
+
+    return [
+        RolloutGroup(
+            prompt(p),
+            tuple(completion(tokens(n), reward=r) for r, n in zip(*row, strict=True)),
+            weight_version=0,
+        )
+        for p, row in enumerate(zip(rewards, lengths, strict=True))
+    ]
+
+
+@dataclass
+class Reader:
+    """A verifier that reads the reward off the text."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def score(self, completions: list[list[str]], answers: list[str]) -> RewardResult:
+        assert len(completions) == len(answers)
+        self.calls.append(len(answers))
+        rewards = [[float(text) for text in group] for group in completions]
+        return RewardResult(rewards, {"reward/timeouts": 1.0, "reward/no_answer_fraction": 0.25})
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...

@@ -1,0 +1,346 @@
+"""Predicted against real: the measured moves against full logits, and what they must be when little moves."""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from math import isnan, sqrt
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+from transformers import PreTrainedModel
+
+from capo_exp import calibration, curvature, policy
+from capo_exp.calibration import Probe, measure, spearman, take_probe
+from capo_exp.types import Batch, BatchShifts, Selection, StepRecord
+from tests.conftest import VOCABULARY
+
+PREDICTED = BatchShifts(2e-3, 1e-3)
+ALL = {"completions": 1000, "tokens": 1000, "seed": 0}
+
+
+def numbers(temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    return {"temperature": temperature, "chunk_tokens": 1000, "compute_dtype": dtype}
+
+
+def per_token(batch: Batch) -> Tensor:
+    """Advantages [B, T], whether the batch holds them by completion or by token."""
+    return torch.broadcast_to(batch.advantages.view(len(batch.input_ids), -1), batch.completion_mask.shape)
+
+
+def record_of(
+    model: PreTrainedModel, batch: Batch, learning_rate: float = 1e-2, temperature: float = 1.0
+) -> StepRecord:
+    """What an SGD step on the batch would have seen; the support is the whole vocabulary."""
+    with torch.no_grad():
+        output = policy.forward(model, batch, top_k=VOCABULARY, **numbers(temperature))
+    shifts = curvature.token_shifts(
+        output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages,
+        learning_rate, None,
+    )  # fmt: skip
+    mask = batch.completion_mask
+    none = torch.zeros_like(mask)
+    return StepRecord(
+        batch=batch,
+        output=output,
+        old_log_probs=output.log_probs,
+        kl=torch.zeros_like(output.log_probs),
+        shifts=shifts,
+        selection=Selection(mask),
+        clipped=none,
+    )
+
+
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def moved(model: PreTrainedModel, size: float, only: str = "") -> PreTrainedModel:
+    """A copy with noise on the parameters whose name holds `only`."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if only in name:
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def by_hand(
+    before: PreTrainedModel, after: PreTrainedModel, probe: Probe, temperature: float, last_layer: bool
+) -> tuple[Tensor, Tensor]:
+    """KL and change of the surrogate of the probe's tokens, row by row without padding, float64."""
+    before, after = copy.deepcopy(before).double(), copy.deepcopy(after).double()
+    batch, kls, gains = probe.batch, [], []
+    width = batch.input_ids.shape[1] - batch.completion_mask.shape[1]
+    for row in range(len(batch.input_ids)):
+        ids = batch.input_ids[row][batch.attention_mask[row].bool()][None]
+        places = batch.completion_mask[row].nonzero().squeeze(1) + batch.attention_mask[row, :width].sum()
+        with torch.no_grad():
+            old = before(ids).logits[0, places - 1]
+            states = before.model(ids).last_hidden_state[0, places - 1]
+            new = states @ after.lm_head.weight.T if last_layer else after(ids).logits[0, places - 1]
+        old, new = ((logits / temperature).log_softmax(-1) for logits in (old, new))
+        kl = torch.nn.functional.kl_div(new, old, log_target=True, reduction="none").sum(-1)
+        chosen = torch.arange(len(places)), ids[0, places]
+        kls.append(kl)
+        credit = per_token(batch)[row][batch.completion_mask[row]]
+        gains.append(credit * (new[chosen].exp() / old[chosen].exp() - 1))
+    return torch.cat(kls), torch.cat(gains)
+
+
+def ranks(values: Sequence[float]) -> Tensor:
+    """Ties get the mean of the places that they fill."""
+    return torch.tensor(
+        [sum(o < v for o in values) + (sum(o == v for o in values) + 1) / 2 for v in values]
+    ).double()
+
+
+def by_ranks(first: Tensor, second: Tensor) -> float:
+    a, b = ranks(first.tolist()), ranks(second.tolist())
+    return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_metrics_are_those_of_the_full_logits(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float
+) -> None:
+    record = record_of(small_model, random_batch(), temperature=temperature)
+    after = moved(small_model, 0.03)
+    probe = take_probe(small_model, record, completions=6, tokens=20, seed=0, **numbers(temperature))
+    metrics = measure(after, probe, PREDICTED, **numbers(temperature))
+    kl, gain = by_hand(small_model, after, probe, temperature, last_layer=False)
+    last_kl, last_gain = by_hand(small_model, after, probe, temperature, last_layer=True)
+    expected = {
+        "calibration/tokens": 20,
+        "calibration/policy_shift/measured": kl.mean().item(),
+        "calibration/policy_shift/last_layer": last_kl.mean().item(),
+        "calibration/policy_shift/spearman": by_ranks(probe.policy_shift, kl),
+        "calibration/policy_shift/last_layer_spearman": by_ranks(probe.policy_shift, last_kl),
+        "calibration/objective_shift/measured": gain.mean().item(),
+        "calibration/objective_shift/last_layer": last_gain.mean().item(),
+        "calibration/objective_shift/spearman": by_ranks(probe.objective_shift, gain),
+        "calibration/objective_shift/last_layer_spearman": by_ranks(probe.objective_shift, last_gain),
+        "calibration/last_layer/spearman": by_ranks(last_kl, kl),
+        "calibration/entropy/spearman": by_ranks(Categorical(logits=probe.log_probs).entropy(), kl),
+        "calibration/ratio": kl.mean().item() / PREDICTED.policy_shift,
+    }
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    distinct = {round(value, 6) for value in expected.values()}
+    assert len(distinct) == len(expected)  # none can stand for another
+
+
+@pytest.mark.parametrize(("start", "size"), [(0.0, 1e-5), (0.0, 100.0), (100.0, -100.0)])
+def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], start: float, size: float
+) -> None:
+    """1e-9 nats, where -sum p d in float32 is rounding; 100 nats; back from a policy so sharp that q / p
+    overflows."""
+    model = moved(untied(small_model), start, "lm_head")
+    after = moved(model, size, "lm_head")
+    probe = take_probe(model, record_of(model, random_batch()), **ALL, **numbers())
+    kl, _ = by_hand(model, after, probe, 1.0, last_layer=False)
+    metrics = measure(after, probe, PREDICTED, **numbers())
+    assert kl.mean() < 1e-8 or kl.mean() > 1
+    assert metrics["calibration/policy_shift/measured"] == pytest.approx(kl.mean().item(), rel=1e-2)
+
+
+def test_if_only_the_last_layer_moves_it_explains_everything(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    model = untied(small_model)
+    probe = take_probe(model, record_of(model, random_batch()), **ALL, **numbers())
+    metrics = measure(moved(model, 0.03, "lm_head"), probe, PREDICTED, **numbers())
+    for name in ("policy_shift", "objective_shift"):
+        key = f"calibration/{name}"
+        assert metrics[f"{key}/measured"] == metrics[f"{key}/last_layer"] != 0.0
+        assert metrics[f"{key}/spearman"] == metrics[f"{key}/last_layer_spearman"]
+    assert metrics["calibration/last_layer/spearman"] == pytest.approx(1.0)
+
+
+def test_if_only_another_layer_moves_the_last_layer_explains_nothing(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    model = untied(small_model)
+    probe = take_probe(model, record_of(model, random_batch()), **ALL, **numbers())
+    metrics = measure(moved(model, 0.03, "mlp"), probe, PREDICTED, **numbers())
+    for name in ("policy_shift", "objective_shift"):
+        assert metrics[f"calibration/{name}/last_layer"] == 0.0 != metrics[f"calibration/{name}/measured"]
+        assert isnan(metrics[f"calibration/{name}/last_layer_spearman"])
+        assert not isnan(metrics[f"calibration/{name}/spearman"])
+    assert isnan(metrics["calibration/last_layer/spearman"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_if_nothing_moves_all_is_exactly_zero(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], dtype: torch.dtype
+) -> None:
+    record = record_of(small_model, random_batch())
+    probe = take_probe(small_model, record, completions=3, tokens=9, seed=0, **numbers(dtype=dtype))
+    metrics = measure(small_model, probe, PREDICTED, **numbers(dtype=dtype))
+    assert metrics.pop("calibration/tokens") == 9
+    for key, value in metrics.items():
+        assert isnan(value) if key.endswith("spearman") else value == 0.0, key
+    assert probe.log_probs.dtype == probe.hidden.dtype == torch.float32
+    idle = measure(small_model, probe, BatchShifts(0.0, 0.0), **numbers(dtype=dtype))
+    assert isnan(idle["calibration/ratio"])  # the first step of a warm-up
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("advantage", [1.5, -0.5])
+def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float, advantage: float
+) -> None:
+    """W' = W + lr A v h^T, so u = A |h|^2 v is exact, and with F = diag(p) - p p^T
+
+    KL(p_old || p_new)  = 1/2 lr^2 u^T F u + O(lr^3), the mean over a' ~ p of 1/2 lr^2 <e_a' - p, u>^2,
+                          of which m_F is the term of the sampled a' = a
+    A (p_new/p_old - 1) = lr A s + O(lr^2) = |A| sqrt(2 m_F) + O(lr^2), as A s > 0
+                        = m_H + O(lr^3)
+    """
+    batch = random_batch(rows=1)
+    only = torch.zeros_like(batch.completion_mask)
+    only[0, 3] = True
+    batch = replace(batch, completion_mask=only, advantages=torch.full_like(batch.advantages, advantage))
+    unit = record_of(small_model, batch, 1.0, temperature)
+    s = sqrt(2 * unit.shifts.policy_shift[0, 3].item())
+    errors = []
+    for log_ratio in (0.3, 0.03):
+        model, lr = untied(small_model), log_ratio / s
+        probe = take_probe(model, record_of(model, batch, lr, temperature), **ALL, **numbers(temperature))
+        log_probs = model(batch.input_ids[:, :-1]).logits[0, -7:][3].div(temperature).log_softmax(0)
+        chosen = batch.token_ids[0, 3]
+        (-advantage * log_probs[chosen]).backward()
+        torch.optim.SGD([model.lm_head.weight], lr=lr).step()
+        metrics = measure(model, probe, PREDICTED, **numbers(temperature))
+        kl, gain = (metrics[f"calibration/{x}/measured"] for x in ("policy_shift", "objective_shift"))
+        p = log_probs.detach().double().exp()
+        error = torch.eye(VOCABULARY).double()[chosen] - p
+        u = advantage * probe.hidden.double().square().sum() * error
+        fisher = 0.5 * lr**2 * (u @ (torch.diag(p) - torch.outer(p, p)) @ u).item()
+        first_order = abs(advantage) * sqrt(2 * probe.policy_shift.item())
+        second_order = probe.objective_shift.item()
+        errors.append([abs(kl / fisher - 1), abs(gain / first_order - 1), abs(gain / second_order - 1)])
+    large, small = errors
+    assert max(small[:2]) < 0.05 and small[2] < 1e-3
+    assert small[0] < 0.2 * large[0] and small[1] < 0.2 * large[1] and small[2] < 0.03 * large[2], errors
+
+
+def test_the_sample_is_a_function_of_the_seed(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    record = record_of(small_model, random_batch())
+    one, same, other = (
+        take_probe(small_model, record, completions=4, tokens=9, seed=seed, **numbers()) for seed in (0, 0, 1)
+    )
+    for field in fields(Probe):
+        if field.name != "batch":
+            assert torch.equal(getattr(one, field.name), getattr(same, field.name))
+    assert torch.equal(one.batch.completion_mask, same.batch.completion_mask)
+    assert not torch.equal(one.token_ids, other.token_ids)
+    state = torch.random.get_rng_state()
+    take_probe(small_model, record, completions=4, tokens=9, seed=0, **numbers())
+    assert torch.equal(state, torch.random.get_rng_state())  # sampling elsewhere goes on undisturbed
+
+
+@pytest.mark.parametrize("completions", [1, 1000])
+def test_rows_and_tokens_are_drawn_and_not_taken_from_the_front(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], completions: int
+) -> None:
+    record, rows = record_of(small_model, random_batch()), set()
+    for seed in range(80):
+        probe = take_probe(small_model, record, completions=completions, tokens=1, seed=seed, **numbers())
+        ids = probe.batch.input_ids[probe.batch.completion_mask.any(1)]
+        rows.add((record.batch.input_ids == ids).all(1).nonzero().item())
+    assert rows == set(range(8))
+
+
+@pytest.mark.parametrize(("completions", "tokens"), [(1, 2), (4, 9), (8, 1000), (1000, 5), (1000, 1000)])
+def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], completions: int, tokens: int
+) -> None:
+    batch = random_batch()
+    record = record_of(small_model, batch)
+    for seed in range(5):
+        probe = take_probe(
+            small_model, record, completions=completions, tokens=tokens, seed=seed, **numbers()
+        )
+        same_row = (probe.batch.input_ids[:, None] == batch.input_ids).all(2)
+        rows = same_row.float().argmax(1)
+        sampled = probe.batch.completion_mask
+        assert same_row.any(1).all() and len(set(rows.tolist())) == len(rows) == min(completions, 8)
+        assert not (sampled & ~batch.completion_mask[rows]).any()
+        assert len(probe.hidden) == sampled.sum() == min(tokens, batch.completion_mask[rows].sum())
+        assert torch.equal(probe.token_ids, batch.token_ids[rows][sampled])
+        assert torch.equal(probe.advantages, per_token(batch)[rows][sampled])
+        assert torch.equal(probe.policy_shift, record.shifts.policy_shift[rows][sampled])
+        assert torch.equal(probe.objective_shift, record.shifts.objective_shift[rows][sampled])
+        log_probs = probe.log_probs.gather(1, probe.token_ids[:, None]).squeeze(1)
+        torch.testing.assert_close(log_probs, record.output.log_probs[rows][sampled], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(probe.hidden, record.output.hidden[rows][sampled], rtol=1e-4, atol=1e-5)
+
+
+def test_extra_padding_changes_neither_the_sample_nor_the_metrics(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    batch, after = random_batch(), moved(small_model, 0.03)
+    changed = {"input_ids": (3, 2), "attention_mask": (3, 2), "completion_mask": (0, 2)}
+    changed["sampler_log_probs"] = (0, 2)
+    if batch.advantages.dim() == 2:
+        changed["advantages"] = (0, 2)
+    padded = replace(
+        batch, **{k: torch.nn.functional.pad(getattr(batch, k), by) for k, by in changed.items()}
+    )
+    one, other = (
+        take_probe(small_model, record_of(small_model, b), completions=5, tokens=12, seed=0, **numbers())
+        for b in (batch, padded)
+    )
+    assert torch.equal(one.token_ids, other.token_ids)
+    expected, metrics = (measure(after, probe, PREDICTED, **numbers()) for probe in (one, other))
+    assert metrics == pytest.approx(expected, rel=1e-3)
+
+
+def test_logits_are_made_of_the_sample_alone_and_block_by_block(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, after = record_of(small_model, random_batch()), moved(small_model, 0.03)
+    sample = {"completions": 5, "tokens": 12, "seed": 0, **numbers()}
+    expected = measure(after, take_probe(small_model, record, **sample), PREDICTED, **numbers())
+    monkeypatch.setattr(calibration, "_BLOCK_ELEMENTS", 5 * VOCABULARY)
+    shapes: list[tuple[int, ...]] = []
+    for model in (small_model, after):
+        model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    metrics = measure(after, take_probe(small_model, record, **sample), PREDICTED, **numbers())
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    blocks = [(5, VOCABULARY), (5, VOCABULARY), (2, VOCABULARY)]
+    assert shapes == [(12, VOCABULARY), *blocks, (12, VOCABULARY), *blocks, *blocks]
+
+
+def test_nothing_that_is_measured_holds_a_graph(
+    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+) -> None:
+    probe = take_probe(small_model, record_of(small_model, random_batch()), **ALL, **numbers())
+    assert not probe.log_probs.requires_grad and not probe.hidden.requires_grad
+
+
+def test_spearman_is_the_correlation_of_ranks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (3, 10, 50):
+        first = torch.randint(0, 8, (count,), generator=generator).float()  # with ties
+        second = first * torch.randn(count, generator=generator).exp().double()
+        assert spearman(first, second) == pytest.approx(by_ranks(first, second), abs=1e-12)
+    assert spearman(torch.arange(5.0), torch.arange(5.0).exp()) == pytest.approx(1.0)
+    assert spearman(torch.arange(5.0), -(torch.arange(5.0) ** 3)) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([], []), ([1.0], [2.0]), ([1.0, 2.0], [3.0, 4.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]),
+     ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]), ([1.0, float("nan"), 3.0], [1.0, 2.0, 3.0])],
+)  # fmt: skip
+def test_an_undefined_correlation_is_nan_without_a_warning(first: list[float], second: list[float]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isnan(spearman(torch.tensor(first), torch.tensor(second)))

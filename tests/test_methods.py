@@ -1,0 +1,772 @@
+"""The properties and equivalences that define each method, from its paper's formulas; the parts are built
+from conf/algo, so that a wrong number or part in a YAML shows too."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp.algorithm import Algorithm, build_algorithm, kl_k1, kl_k2, kl_k3
+from capo_exp.algorithms.cpgd import clip_filter_weighted, reweighted_policy_drift_surrogate
+from capo_exp.algorithms.dapo import mixed_rewards, overlong_penalty
+from capo_exp.algorithms.grpo import first_of_group
+from capo_exp.algorithms.reinforce_pp import whitened_return
+from capo_exp.algorithms.rloo import kl_in_reward, leave_one_out
+from capo_exp.checkpoint import Checkpointer
+from capo_exp.collate import totals
+from capo_exp.config import TrainConfig
+from capo_exp.learner import Learner
+from capo_exp.sampling import Sample, credited
+from capo_exp.types import Batch, TokenLoss
+from tests.pieces import (
+    SMALL,
+    gradients,
+    groups_of,
+    make_learner,
+    plain_log_probs,
+    run_updates,
+    same_weights,
+    watch_gradients,
+    weights,
+)
+
+Compose = Callable[..., TrainConfig]
+Batches = Callable[..., Batch]
+
+
+@pytest.fixture
+def built(composed: Compose) -> Callable[..., Algorithm]:
+    """`built("cpgd", ...)` is the algorithm of conf/algo/cpgd.yaml."""
+    return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
+
+
+@pytest.fixture
+def learner(small_model: PreTrainedModel, composed: Compose) -> Callable[..., Learner]:
+    def make(*overrides: str, distance: float = 0.0) -> Learner:
+        return make_learner(composed(*SMALL, *overrides), small_model, distance=distance)
+
+    return make
+
+
+def one_token(loss: Callable[..., TokenLoss], ratio: float, advantage: float) -> tuple[float, float, bool]:
+    """Value, gradient with respect to ln pi, and `clipped` of a completion of one token; ln pi is 0."""
+    log_probs = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    old, mask = -torch.tensor([[ratio]], dtype=torch.float64).log(), torch.ones(1, 1).bool()
+    got = loss(log_probs, old, torch.tensor([[advantage]], dtype=torch.float64), mask)
+    (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
+    return got.values.item(), gradient.item(), bool(got.clipped.item())
+
+
+def off_policy(batch: Batch, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log_probs with a gradient, old_log_probs, advantages, all [B, T] float64; log-ratios of this spread."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(batch.completion_mask.shape, generator=generator, dtype=torch.float64)
+    old = torch.rand(noise.shape, generator=generator, dtype=torch.float64).log() * batch.completion_mask
+    log_probs = old + spread * noise * batch.completion_mask
+    return log_probs.requires_grad_(), old, batch.advantages.double()
+
+
+def loss_and_gradient(
+    algorithm: Algorithm, batch: Batch, spread: float, keep_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient [B, T] with respect to log_probs, and `clipped` [B, T] of an algorithm's two
+    parts."""
+    log_probs, old, advantages = off_policy(batch, spread)
+    token_loss = algorithm.token_loss(log_probs, old, advantages, batch.completion_mask)
+    keep = batch.completion_mask if keep_mask is None else keep_mask
+    loss = algorithm.aggregation(token_loss.values, keep, batch, totals(batch))
+    return loss.detach(), torch.autograd.grad(loss, log_probs)[0], token_loss.clipped
+
+
+# RLOO
+
+
+@settings(deadline=None)
+@given(
+    st.integers(2, 6).flatmap(
+        lambda g: st.lists(
+            st.lists(st.floats(-5, 5, width=32), min_size=g, max_size=g), min_size=1, max_size=4
+        )
+    )
+)
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(values: list[list[float]]) -> None:
+    rewards = torch.tensor(values)
+    size = rewards.shape[1]
+    others = [[(sum(row) - row[i]) / (size - 1) for i in range(size)] for row in rewards.tolist()]
+    got = leave_one_out(rewards)
+    torch.testing.assert_close(got, rewards - torch.tensor(others), rtol=1e-4, atol=1e-4)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    torch.testing.assert_close(got, size / (size - 1) * centred, rtol=1e-4, atol=1e-4)
+
+
+def test_rloo_at_ratio_one_is_the_advantage_times_the_log_likelihood(
+    built: Callable[..., Algorithm], random_batch: Batches
+) -> None:
+    """Gradient of -mean_i A_i sum_t ln pi_it: -A_i / B at every token, however long the completion."""
+    batch = random_batch()
+    _, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.0)
+    torch.testing.assert_close(gradient, -batch.advantages.double() / 8)
+    assert not clipped.any()
+
+
+def plain_sequence_gradient(batch: Batch, spread: float, *, mean: bool, low: float, high: float) -> tuple:
+    """Value and gradient of mean_i -min(s_i A_i, clip(s_i) A_i), written plainly; which rows are clipped."""
+    log_probs, old, advantages = off_policy(batch, spread)
+    log_ratio = ((log_probs - old) * batch.completion_mask).sum(1)
+    ratio = (log_ratio / batch.completion_mask.sum(1) if mean else log_ratio).exp()
+    advantage = advantages[:, 0]
+    unclipped, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+    loss = -torch.minimum(unclipped, clipped).mean()
+    return loss.detach(), torch.autograd.grad(loss, log_probs)[0], clipped < unclipped
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rloo_off_policy_has_the_gradient_of_the_clipped_completion(
+    built: Callable[..., Algorithm], random_batch: Batches, seed: int
+) -> None:
+    batch = random_batch(rows=32, seed=seed)
+    _, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.15)
+    _, expected, rows = plain_sequence_gradient(batch, 0.15, mean=False, low=0.2, high=0.2)
+    torch.testing.assert_close(gradient, expected)
+    assert 0 < rows.sum() < 32
+    mask = batch.completion_mask
+    assert torch.equal(clipped & mask, rows[:, None] & mask)  # all of a completion's tokens or none
+    assert not gradient[rows].any()
+
+
+def test_kl_in_reward_by_hand() -> None:
+    # R - 0.05 ln(policy / reference) of the completion
+    got = kl_in_reward(
+        torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), torch.tensor([[4.0, -2.0]]), kl_coefficient=0.05
+    )
+    torch.testing.assert_close(got, torch.tensor([[0.8, 0.1]]))
+
+
+# GSPO
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gspo_is_the_sequence_formula(
+    built: Callable[..., Algorithm], random_batch: Batches, seed: int
+) -> None:
+    """GSPO-token's value and gradient are those of -min(s A, clip(s) A), s = exp(mean_t ln r_t), eps of the
+    paper."""
+    batch = random_batch(rows=32, seed=seed)
+    loss, gradient, clipped = loss_and_gradient(built("gspo"), batch, spread=1e-3)
+    expected_loss, expected, rows = plain_sequence_gradient(batch, 1e-3, mean=True, low=3e-4, high=4e-4)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected)
+    assert 0 < rows.sum() < 32 and not gradient[rows].any()
+    assert torch.equal(clipped & batch.completion_mask, rows[:, None] & batch.completion_mask)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "free"),
+    [
+        (3.5e-4, 1.0, True),
+        (4.5e-4, 1.0, False),
+        (-1e-2, 1.0, True),
+        (-2.5e-4, -1.0, True),
+        (-3.5e-4, -1.0, False),
+        (1e-2, -1.0, True),
+    ],
+)
+def test_gspo_quadrants(
+    built: Callable[..., Algorithm], log_ratio: float, advantage: float, free: bool
+) -> None:
+    ratio = torch.tensor(log_ratio).double().exp().item()
+    _, gradient, clipped = one_token(built("gspo").token_loss, ratio, advantage)
+    assert gradient == pytest.approx(-ratio * advantage if free else 0.0)
+    assert clipped != free
+
+
+@pytest.mark.parametrize("name", ["gspo", "rloo"])
+def test_a_dropped_token_still_counts_in_the_ratio_but_has_no_gradient(
+    built: Callable[..., Algorithm], random_batch: Batches, name: str
+) -> None:
+    """The others' gradients are those of the sequence ratio over all tokens: s does not see the selection."""
+    batch, algorithm = (
+        random_batch(),
+        built(name, "algo.token_loss.clip_eps_low=1.0", "algo.token_loss.clip_eps_high=inf"),
+    )
+    mask = batch.completion_mask
+    keep = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(3)) < 0.5)
+    _, whole, _ = loss_and_gradient(algorithm, batch, 0.1)
+    _, gradient, _ = loss_and_gradient(algorithm, batch, 0.1, keep)
+    assert torch.equal(gradient != 0, keep)
+    weight = mask.sum(1) / keep.sum(1).clamp(min=1) if name == "gspo" else torch.ones(8)  # sequence_mean
+    torch.testing.assert_close(gradient, whole * keep * weight[:, None])
+
+
+# REINFORCE++
+
+
+def test_returns_to_go_by_hand() -> None:
+    """Completion 0: R = 1, coefficient * kl = .05, .1, .15, so returns 1 - .3, 1 - .25, 1 - .15; completion
+    1: R = 0, one token that pays .2. Mean (.7 + .75 + .85 - .2) / 4 = .525."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    kl = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]])
+    got = whitened_return(torch.tensor([1.0, 0.0]), mask, kl, kl_coefficient=0.5, eps=0.0)
+    centred = torch.tensor([0.7, 0.75, 0.85, -0.2]) - 0.525
+    torch.testing.assert_close(got[mask], centred / centred.square().mean().sqrt())
+    assert not got[~mask].any()
+
+
+def test_whitening_is_over_tokens() -> None:
+    """Rewards 1 and 0 on 3 tokens and 1: the mean is 3/4, not 1/2, so the long completion gets a third of the
+    short one's credit, and as much in sum."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    got = whitened_return(torch.tensor([1.0, 0.0]), mask, torch.zeros(2, 3), kl_coefficient=0.0, eps=0.0)
+    torch.testing.assert_close(got[0], -got[1, 0].expand(3) / 3)
+    assert got[0, 0] > 0
+
+
+def test_whitened_credit_has_mean_0_and_variance_1_whatever_the_padding(random_batch: Batches) -> None:
+    mask = random_batch(rows=16).completion_mask
+    generator = torch.Generator().manual_seed(0)
+    advantages, kl = torch.randn(16, generator=generator), torch.randn(mask.shape, generator=generator)
+    got = whitened_return(advantages, mask, kl * mask, kl_coefficient=0.1, eps=1e-8)
+    assert got[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert got[mask].var(correction=0).item() == pytest.approx(1, rel=1e-5)
+    noisy = torch.where(mask, kl, torch.full_like(kl, 1e6))  # a number on padding must not count
+    wide = [torch.nn.functional.pad(x, (0, 3)) for x in (mask, noisy)]
+    torch.testing.assert_close(whitened_return(advantages, *wide, kl_coefficient=0.1, eps=1e-8)[:, :7], got)
+
+
+@settings(deadline=None)
+@given(st.floats(-5, 5, width=32), st.integers(1, 9))
+def test_equal_returns_are_exactly_no_credit(value: float, rows: int) -> None:
+    mask = torch.ones(rows, 3).bool()
+    advantages = torch.full((rows,), value)
+    assert not whitened_return(advantages, mask, torch.zeros(rows, 3), kl_coefficient=0.0, eps=1e-8).any()
+
+
+def some_sample() -> Sample:
+    """3 prompts with 4 completions each, of different lengths."""
+    rewards = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    lengths = [[3, 1, 4, 2], [5, 2, 2, 1], [1, 3, 2, 4]]
+    groups = groups_of(rewards, lengths)
+    return Sample(groups, torch.tensor(rewards), len(groups), 12, 30, {})
+
+
+def drawn_batch(ours: Learner) -> tuple[Batch, Tensor, Tensor]:
+    """The credited batch of some_sample, ln(policy / reference) [B, T], and rewards [P, G]."""
+    sample = some_sample()
+    batch, _ = credited(sample, ours._algorithm, ours, pad_token_id=0)
+    if ours.reference is None:
+        return batch, torch.zeros_like(batch.advantages), sample.rewards
+    with torch.no_grad():
+        kl = plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)
+    return batch, kl, sample.rewards
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    kept = values[mask]
+    return (values - kept.mean()) / kept.std(correction=0) * mask
+
+
+def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Callable[..., Learner]) -> None:
+    ours = learner("algo=reinforce_pp", "algo.credit.kl_coefficient=0.5", distance=0.1)
+    batch, kl, rewards = drawn_batch(ours)
+    to_go = torch.stack([kl[:, t:].sum(1) for t in range(kl.shape[1])], 1)
+    expected = whiten(rewards.view(-1, 1) - 0.5 * to_go, batch.completion_mask)
+    torch.testing.assert_close(batch.advantages, expected, rtol=1e-4, atol=1e-5)
+    assert kl.abs().max() > 0.1
+
+
+def test_reinforce_pp_baseline_whitens_the_centred_reward(learner: Callable[..., Learner]) -> None:
+    ours = learner("algo=reinforce_pp_baseline", distance=0.1)
+    batch, _, rewards = drawn_batch(ours)
+    centred = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1).expand_as(batch.advantages)
+    torch.testing.assert_close(batch.advantages, whiten(centred, batch.completion_mask), rtol=1e-4, atol=1e-5)
+
+
+def test_rloo_takes_the_kl_of_the_whole_completion_off_the_reward(learner: Callable[..., Learner]) -> None:
+    ours = learner("algo=rloo", "algo.shaping.kl_coefficient=0.5", distance=0.1)
+    batch, kl, rewards = drawn_batch(ours)
+    shaped = rewards - 0.5 * kl.sum(1).view(3, 4)
+    expected = shaped - (shaped.sum(1, keepdim=True) - shaped) / 3
+    torch.testing.assert_close(
+        batch.advantages, expected.view(-1, 1) * batch.completion_mask, rtol=1e-4, atol=1e-5
+    )
+
+
+# DAPO
+
+
+def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches
+) -> None:
+    shared = [*SMALL, "algo.num_iterations=3", "regime.learning_rate=1e-2"]
+    same = [
+        "algo.token_loss.clip_eps_high=0.2",
+        "algo.aggregation._target_=capo_exp.aggregation.sequence_mean",
+    ]
+    configs = (
+        composed(*shared, "algo=grpo"),
+        composed(*shared, "algo=dapo", *same),
+        composed(*shared, "algo=dapo"),
+    )
+    grpo, dapo, other = (make_learner(config, small_model) for config in configs)
+    for one, config in zip((grpo, dapo, other), configs, strict=True):
+        metrics, _ = run_updates(one, config, random_batch())
+        assert metrics[-1]["loss/clip_fraction"] > 0
+    assert same_weights(grpo, dapo) and not same_weights(grpo, other)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient"),
+    [
+        (1.25, 1.0, -1.25),
+        (1.29, 1.0, 0.0),
+        (0.7, 1.0, -0.7),
+        (0.81, -1.0, 0.81),
+        (0.79, -1.0, 0.0),
+        (1.5, -1.0, 1.5),
+    ],
+)
+def test_clip_higher_quadrants(
+    built: Callable[..., Algorithm], ratio: float, advantage: float, gradient: float
+) -> None:
+    """0.2 below, 0.28 above."""
+    assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
+
+
+def test_dynamic_sampling_keeps_mixed_groups() -> None:
+    rewards = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    assert mixed_rewards(rewards).tolist() == [False, False, True, True]
+
+
+def test_the_overlong_penalty_is_piecewise_linear() -> None:
+    # Lmax 20, cache 5: 0 up to 15 tokens, ((20 - 5) - n) / 5 in between, -1 from 20 on
+    lengths = torch.tensor([[0.0, 15.0, 16.0, 17.0, 19.0, 20.0, 21.0, 99.0]])
+    got = overlong_penalty(torch.ones(1, 8), lengths, torch.zeros(1, 8), max_length=20, cache=5)
+    torch.testing.assert_close(got - 1, torch.tensor([[0.0, 0.0, -0.2, -0.4, -0.8, -1.0, -1.0, -1.0]]))
+
+
+def test_dapo_punishes_before_it_normalises(learner: Callable[..., Learner]) -> None:
+    """5 tokens at most, so a cache of 1: only the completion of 5 tokens pays, in prompt 1, and its group's
+    advantages follow."""
+    ours = learner("algo=dapo", "dataset.max_completion_tokens=5")
+    batch, _, rewards = drawn_batch(ours)
+    shaped = rewards - torch.tensor([[0.0] * 4, [1.0, 0, 0, 0], [0.0] * 4])
+    expected = (shaped - shaped.mean(1, keepdim=True)) / (shaped.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(batch.advantages, expected.view(-1, 1) * batch.completion_mask)
+
+
+def test_overlong_filtering_drops_every_token_of_a_truncated_completion(
+    learner: Callable[..., Learner], random_batch: Batches
+) -> None:
+    ours, batch = learner("algo=dapo", "selection=drop_truncated"), random_batch()
+    metrics, record = ours.step(batch)
+    mask, cut = batch.completion_mask, batch.truncated
+    assert 0 < cut.sum() < 8
+    assert torch.equal(record.selection.keep_mask, mask & ~cut[:, None])
+    assert metrics["selection/rejection_rate_truncated"] == pytest.approx(
+        (mask[cut].sum() / mask.sum()).item()
+    )
+
+
+# GRPO's variants in the CPGD paper
+
+
+@pytest.mark.parametrize("advantage", [-2.0, -0.5, 0.0, 0.5, 2.0])
+def test_dual_clip_bounds_the_loss_of_wrong_completions_and_nothing_else(
+    built: Callable[..., Algorithm], advantage: float
+) -> None:
+    single, dual = (built(name).token_loss for name in ("grpo", "grpo_dual_clip"))
+    for ratio in (0.1, 0.79, 0.9, 1.0, 1.3, 2.9, 3.1, 50.0):
+        one, two = one_token(single, ratio, advantage), one_token(dual, ratio, advantage)
+        if advantage < 0 and ratio > 3:
+            assert two == (pytest.approx(3 * abs(advantage)), 0.0, True)
+        else:
+            assert two == one
+
+
+def test_grpo_without_clip_is_the_plain_ratio(built: Callable[..., Algorithm], random_batch: Batches) -> None:
+    batch, algorithm = random_batch(), built("grpo_no_clip")
+    loss, gradient, clipped = loss_and_gradient(algorithm, batch, spread=2.0)
+    log_probs, old, advantages = off_policy(batch, 2.0)
+    mask = batch.completion_mask
+    rows = ((log_probs - old).exp() * advantages).sum(1) / mask.sum(1)
+    torch.testing.assert_close(loss, -rows.mean().detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(-rows.mean(), log_probs)[0])
+    assert not clipped.any()
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.1, 1.5])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 2.0])
+def test_grpo_with_drift_adds_cpgds_drift(
+    built: Callable[..., Algorithm], ratio: float, advantage: float
+) -> None:
+    plain = one_token(built("grpo").token_loss, ratio, advantage)
+    got = one_token(built("grpo_drift").token_loss, ratio, advantage)
+    assert got[1] - plain[1] == pytest.approx(0.01 * min(ratio - 1, 0.2), abs=1e-12)
+    assert got[2] == plain[2]
+
+
+# CPGD
+
+
+@pytest.mark.parametrize("ratio", [0.85, 1.0, 1.15])
+@pytest.mark.parametrize("advantage", [-1.5, 2.0])
+def test_inside_the_bounds_the_gradient_has_no_ratio(
+    built: Callable[..., Algorithm], ratio: float, advantage: float
+) -> None:
+    """-A grad ln pi, where GRPO has -r A; at ratio 1 the drift adds nothing."""
+    _, gradient, clipped = one_token(built("cpg").token_loss, ratio, advantage)
+    assert (gradient, clipped) == (-advantage, False)
+    _, with_drift, _ = one_token(built("cpgd").token_loss, ratio, advantage)
+    assert with_drift == pytest.approx(-advantage + 0.01 * (ratio - 1), abs=1e-15)
+    assert one_token(built("grpo").token_loss, ratio, advantage)[1] == pytest.approx(-ratio * advantage)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "free"),
+    [(1.21, 1.0, -1.2, False), (0.5, 1.0, -0.5, True), (0.79, -1.0, 0.8, False), (3.0, -1.0, 3.0, True)],
+)
+def test_the_clip_acts_in_two_quadrants(
+    built: Callable[..., Algorithm], ratio: float, advantage: float, value: float, free: bool
+) -> None:
+    """-A ln(r), held at -A ln(1.2) and -A ln(0.8) where the policy has gone far enough already."""
+    got, gradient, clipped = one_token(built("cpg").token_loss, ratio, advantage)
+    assert got == pytest.approx(-advantage * torch.tensor(abs(value)).double().log().item())
+    assert (gradient, clipped) == (-advantage if free else 0.0, not free)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7, 1.0, 1.1, 1.19, 1.21, 3.0])
+def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Callable[..., Algorithm], ratio: float) -> None:
+    """k3 of KL(old || policy) = r - 1 - ln r; alpha = 0.01, and r - 1 counts as 0.2 at most."""
+    log_probs = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
+    (k3,) = torch.autograd.grad(log_probs.exp() - 1 - log_probs, log_probs)
+    got = one_token(built("cpgd").token_loss, ratio, 0.0)[1]
+    assert got == pytest.approx(0.01 * k3.item() if ratio - 1 < 0.2 else 0.01 * 0.2, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "clipped", "drift"),
+    [("cpgd", 0.0, 0.2), ("cpg", 0.0, 0.0), ("pgd", -1.0, 0.2), ("pg", -1.0, 0.0)],
+)
+def test_ablations_switch_off_clip_and_drift(
+    built: Callable[..., Algorithm], name: str, clipped: float, drift: float
+) -> None:
+    """A > 0 and r far above the bound: the clip removes -A, the drift adds 0.01 * 0.2. And far below it."""
+    loss = built(name).token_loss
+    assert one_token(loss, 9.0, 1.0)[1] == pytest.approx(clipped + 0.01 * drift)
+    assert one_token(loss, 0.01, -1.0)[1] == pytest.approx(-clipped - 0.01 * 0.99 * (drift > 0))
+
+
+def test_bounds_go_from_tight_to_loose_along_a_completion(built: Callable[..., Algorithm]) -> None:
+    """eps (1/4 + 3/4 i / n) for the i-th of n tokens: 0.0875, 0.125, 0.1625, 0.2 of four and 0.125, 0.2 of
+    two; tightness 1 is 0.2 everywhere."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    bounds = torch.tensor([[0.0875, 0.125, 0.1625, 0.2], [0.125, 0.2, 0.0, 0.0]]).double()
+    loose = built("cpg", "algo.token_loss.tightness=0.25").token_loss
+    constant = built("cpg").token_loss
+    for loss, limit in ((loose, bounds), (constant, torch.full_like(bounds, 0.2))):
+        for sign in (1.0, -1.0):
+            for factor, outside in ((0.99, False), (1.01, True)):
+                log_ratio = (1 + sign * factor * limit).log() * mask
+                got = loss(log_ratio, torch.zeros_like(log_ratio), sign * mask.double(), mask)
+                assert torch.equal(got.clipped, mask & outside)
+
+
+def test_clip_filter_weights_by_hand() -> None:
+    """w = min(3, prompts / prompts with a signal), on R - mean = +-1/2."""
+    mixed, equal = [1.0, 0.0], [1.0, 1.0]
+    for prompts, weight in (
+        ([mixed] * 4, 1.0),
+        ([mixed, mixed, mixed, equal], 4 / 3),
+        ([mixed, equal], 2.0),
+        ([mixed] + [equal] * 8, 3.0),
+    ):
+        got = clip_filter_weighted(torch.tensor(prompts), max_weight=3.0)
+        torch.testing.assert_close(got[0], weight * torch.tensor([0.5, -0.5]))
+        assert not got[[row is equal for row in prompts]].any()
+    assert not clip_filter_weighted(torch.tensor([equal] * 4), max_weight=3.0).any()
+
+
+def test_cpgds_prompt_weights(built: Callable[..., Algorithm]) -> None:
+    """1 / std is GRPO's advantage; equal is Dr. GRPO's; unprocessed is the reward."""
+    rewards = torch.rand(5, 4)
+    got = {name: built(f"cpgd_{name}").advantage(rewards) for name in ("std", "equal", "unprocessed")}
+    assert torch.equal(got["std"], built("grpo").advantage(rewards))
+    torch.testing.assert_close(got["equal"], rewards - rewards.mean(1, keepdim=True))
+    assert torch.equal(got["unprocessed"], rewards)
+    losses = [built(f"cpgd_{name}").token_loss for name in got]
+    assert len({one_token(loss, 0.5, -2.0) for loss in [built("cpgd").token_loss, *losses]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "weight"), [(1.0, 1.0), (1.04, 1.04), (1.15, 1.05), (0.97, 0.97), (0.85, 0.95)]
+)
+def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> None:
+    """A clip(r, 1 - 0.05, 1 + 0.05) in place of A, not differentiated; the drift is not reweighted."""
+    numbers = {
+        "clip_eps_low": 0.2,
+        "clip_eps_high": 0.2,
+        "tightness": 1.0,
+        "drift_coefficient": 0.5,
+        "drift_max": 9.0,
+    }
+
+    def loss(*args: Tensor) -> TokenLoss:
+        return reweighted_policy_drift_surrogate(*args, weight_eps=0.05, **numbers)
+
+    for advantage in (2.0, -2.0):
+        _, gradient, _ = one_token(loss, ratio, advantage)
+        assert gradient == pytest.approx(-advantage * weight + 0.5 * (ratio - 1))
+
+
+def test_cpgd_averages_over_the_tokens_of_a_prompt_then_over_prompts(
+    learner: Callable[..., Learner], small_model: PreTrainedModel, random_batch: Batches
+) -> None:
+    """At ratio 1: the gradient of -mean_x (1 / sum_k |y_k|) sum_k A_k sum_t ln pi; rows 2p and 2p + 1 are of
+    prompt p."""
+    batch = random_batch()
+    got = gradients(learner("algo=cpgd", "model.micro_batch_size=3"), batch)
+    model = copy.deepcopy(small_model)
+    terms = (batch.advantages * plain_log_probs(model, batch)).sum(1).view(4, 2).sum(1)
+    (-(terms / batch.completion_mask.sum(1).view(4, 2).sum(1)).mean()).backward()
+    torch.testing.assert_close(got, [p.grad for p in model.parameters()], rtol=1e-3, atol=1e-5)
+
+
+# DASH
+
+
+def sparse(batch: Batch, *rows: int) -> Batch:
+    """Only these rows have an advantage."""
+    chosen = torch.zeros(len(batch.group_ids), 1)
+    chosen[list(rows)] = 1.0
+    return replace(batch, advantages=batch.advantages * chosen)
+
+
+UNFILTERED = [
+    "algo.completion_filter._target_=capo_exp.algorithm.all_completions",
+    "~algo.completion_filter.threshold",
+]
+NO_KL = ["algo.kl_coefficient=0.0", "algo.completion_filter.threshold=0.0", "regime.learning_rate=1e-3"]
+
+
+def updated(
+    compose: Compose, model: PreTrainedModel, batch: Batch, *overrides: str
+) -> tuple[Learner, list[Tensor]]:
+    """A learner after the updates of one batch, and the gradient of its last optimiser step."""
+    config = compose(*SMALL, *overrides)
+    ours = make_learner(config, model)
+    seen = watch_gradients(ours)
+    run_updates(ours, config, batch)
+    return ours, seen[-1]
+
+
+def test_dropping_completions_without_advantage_is_neutral_over_all(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches
+) -> None:
+    """Denominator of all 8 and no KL: the same gradient as without the filter. Of the kept 3: 8/3 of it."""
+    batch = sparse(random_batch(), 1, 4, 6)
+    dash = ["algo=dash", *NO_KL]
+    none, whole = updated(composed, small_model, batch, *dash, *UNFILTERED)
+    over_all, same = updated(composed, small_model, batch, *dash, "algo.filter_denominator=all")
+    _, more = updated(composed, small_model, batch, *dash, "algo.filter_denominator=kept")
+    torch.testing.assert_close(same, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(over_all), weights(none), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(more, [8 / 3 * g for g in whole], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.0, [1, 4, 6]), (0.5, [1, 6]), (99.0, [0])])
+def test_the_learner_does_not_see_what_dash_filters(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches, threshold: float, kept: list[int]
+) -> None:
+    """|A| > threshold strictly; if nothing is left, the first completion. The reference does not see more."""
+    batch = random_batch()
+    sizes = torch.tensor([0.0, 1.0, 0.0, 0.0, -0.5, 0.0, -0.6, 0.0])
+    batch = replace(batch, advantages=sizes[:, None] * batch.completion_mask)
+    config = composed(*SMALL, "algo=dash", f"algo.completion_filter.threshold={threshold}")
+    ours, seen = make_learner(config, small_model), {"model": 0, "reference": 0}
+    assert ours.reference is not None
+    for name, model in (("model", ours.model), ("reference", ours.reference)):
+
+        def count(module: object, args: tuple, kwargs: dict[str, Tensor], name: str = name) -> None:
+            seen[name] += len(kwargs["input_ids"])
+
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    metrics, record = run_updates(ours, config, batch)
+    assert seen == {"model": len(kept), "reference": len(kept)}
+    assert torch.equal(record.batch.input_ids, batch.input_ids[kept])
+    assert metrics[0]["selection/filtered_completion_fraction"] == pytest.approx(1 - len(kept) / 8)
+
+
+# Supervised fine-tuning
+
+
+def test_sft_is_cross_entropy_on_the_correct_completions(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches
+) -> None:
+    """Mean over the tokens of rows 2, 3 and 7 together; the tokens of the wrong ones may be anything."""
+    correct = [2, 3, 7]
+    batch = random_batch()
+    right = torch.zeros(8, 1)
+    right[correct] = 1.0
+    batch = replace(batch, advantages=right * batch.completion_mask)
+    _, got = updated(composed, small_model, batch, "algo=sft", "model.micro_batch_size=2")
+    model, losses = copy.deepcopy(small_model), []
+    for row in correct:
+        ids = batch.input_ids[row, batch.attention_mask[row].bool()]
+        count = int(batch.completion_mask[row].sum())
+        logits = model(ids[None]).logits[0, -count - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[-count:], reduction="none"))
+    torch.cat(losses).mean().backward()
+    torch.testing.assert_close(got, [p.grad for p in model.parameters()], rtol=1e-3, atol=1e-5)
+    noise = torch.where((right == 0) & (batch.input_ids > 0), 9, batch.input_ids)
+    _, again = updated(
+        composed, small_model, replace(batch, input_ids=noise), "algo=sft", "model.micro_batch_size=2"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_sft_without_a_correct_completion_moves_nothing(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches
+) -> None:
+    ours, gradient = updated(composed, small_model, sparse(random_batch()), "algo=sft")
+    assert not any(g.any() for g in gradient)
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours), small_model.parameters(), strict=True))
+
+
+# KL to the reference
+
+
+def mean_of_rows(values: Tensor, mask: Tensor) -> Tensor:
+    return (values.sum(1) / mask.sum(1)).mean()
+
+
+def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    return values.sum() / mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "estimator", "coefficient", "mean"),
+    [
+        (["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithm.kl_k1"], kl_k1, 0.01, mean_of_rows),
+        (["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithm.kl_k2"], kl_k2, 0.01, mean_of_rows),
+        (["algo=grpo_kl"], kl_k3, 0.01, mean_of_rows),
+        (["algo=reinforce_pp_baseline"], kl_k2, 0.01, mean_of_tokens),
+        (["algo=prorl"], kl_k3, 1e-4, mean_of_tokens),
+        (["algo=dash"], kl_k3, 0.04, lambda values, mask: values.sum() / (96 * 8)),
+    ],
+)
+def test_the_kl_in_the_loss_is_the_estimators(
+    learner: Callable[..., Learner],
+    random_batch: Batches,
+    overrides: list[str],
+    estimator: Callable[[Tensor, Tensor], Tensor],
+    coefficient: float,
+    mean: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Without advantages nothing else is in the loss; temperature 0.7 on both policies. loss/kl is always
+    k3."""
+    batch = sparse(random_batch())
+    ours = learner(*overrides, "rollout.temperature=0.7", "model.micro_batch_size=3", distance=0.05)
+    model, reference = copy.deepcopy(ours.model), ours.reference
+    assert reference is not None
+    seen = watch_gradients(ours)
+    metrics, record = ours.step(batch)
+    mask, ref = batch.completion_mask, plain_log_probs(reference, batch, 0.7)
+    log_probs = plain_log_probs(model, batch, 0.7)
+    loss = coefficient * mean(estimator(log_probs, ref) * mask, mask)
+    loss.backward()
+    assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-3)
+    torch.testing.assert_close(seen[0], [p.grad for p in model.parameters()], rtol=5e-3, atol=1e-6)
+    assert metrics["loss/kl"] == pytest.approx(
+        mean_of_tokens(kl_k3(log_probs, ref) * mask, mask).item(), rel=1e-3
+    )
+    assert metrics["loss/kl"] > 0.01 and record.kl[~mask].eq(0).all()
+
+
+def test_a_reset_reference_is_the_policy(learner: Callable[..., Learner], random_batch: Batches) -> None:
+    ours = learner("algo=prorl", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3")
+    ours.step(random_batch())
+    assert ours.step(random_batch())[0]["loss/kl"] > 0
+    ours.reset_reference()
+    assert ours.reference_resets == 1 and ours.reference is not None
+    assert ours.optimizer.state and ours.optimizer_model is not None and ours.optimizer_model.step == 2
+    assert ours.step(random_batch())[0]["loss/kl"] == 0.0
+    assert ours.step(random_batch())[0]["loss/kl"] > 0  # the reference is a copy: it stays where it was put
+
+
+def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
+    learner: Callable[..., Learner], random_batch: Batches
+) -> None:
+    """Moments of a fresh learner with the same weights; the schedule goes on where it was."""
+    rates = [
+        "algo=capo",
+        "optimizer.schedule=linear",
+        "optimizer.warmup_ratio=0.0",
+        "regime.learning_rate=1e-3",
+    ]
+    ours, fresh = learner(*rates), learner(*rates)
+    for seed in range(3):
+        ours.step(random_batch(seed=seed))
+    ours.reset_optimizer()
+    assert not ours.optimizer.state
+    assert (
+        ours.optimizer_model is not None
+        and ours.optimizer_model.step == 0
+        and not ours.optimizer_model.first.any()
+    )
+    fresh.model.load_state_dict(ours.model.state_dict())
+    fresh.optimizer.param_groups[0]["lr"] = ours.optimizer.param_groups[0]["lr"]
+    metrics, again = ours.step(random_batch())[0], fresh.step(random_batch())[0]
+    assert metrics["optim/learning_rate"] == again["optim/learning_rate"] == pytest.approx(0.7e-3)
+    assert same_weights(ours, fresh)
+
+
+class Nothing:
+    """As much of a tokenizer as a checkpoint needs."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+
+def test_a_checkpoint_keeps_a_moved_reference(
+    learner: Callable[..., Learner], random_batch: Batches, tmp_path: Path
+) -> None:
+    ours, keeper = learner("algo=prorl", "regime.learning_rate=1e-3"), Checkpointer(tmp_path, keep=1)
+    ours.step(random_batch())
+    keeper.save(1, ours, Nothing(), {})  # pyright: ignore[reportArgumentType]
+    assert keeper.latest_reference() is None  # still the base model
+    ours.reset_reference()
+    kept = copy.deepcopy(ours.reference)
+    ours.step(random_batch(seed=1))
+    path = keeper.save(2, ours, Nothing(), {"counter/completions": 7})  # pyright: ignore[reportArgumentType]
+    saved = keeper.latest_reference()
+    assert saved is not None and kept is not None
+    again = learner("algo=prorl", "regime.learning_rate=1e-3")
+    again.model = type(ours.model).from_pretrained(path).eval()
+    again = Learner(
+        again.model, type(kept).from_pretrained(saved).eval(), again._algorithm, again._config, torch.float32
+    )
+    assert keeper.restore(path, again) == (2, {"counter/completions": 7})
+    assert again.reference_resets == 1 and again.reference is not None
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.reference.parameters(), kept.parameters(), strict=True)
+    )
+    first, second = (one.step(random_batch(seed=2))[0] for one in (ours, again))
+    assert first["loss/kl"] == second["loss/kl"] > 0
+    assert same_weights(ours, again)
+
+
+# The CAPO authors' "minibatch" recipe
+
+
+def test_only_the_first_of_a_group_learns_with_the_weight_of_all(built: Callable[..., Algorithm]) -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
+    got = first_of_group(rewards, eps=1e-4)
+    torch.testing.assert_close(got[:, 0], 4 * built("grpo").advantage(rewards)[:, 0])
+    assert got[:, 0].all() and not got[:, 1:].any()

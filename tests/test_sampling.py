@@ -1,0 +1,320 @@
+"""Sampling a rollout step: rounds until enough groups pass, what is counted, how calls are cut, where the
+data goes on; and demonstrations in the place of samples."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from capo_exp import policy, train
+from capo_exp.algorithm import build_algorithm
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.data.prompts import visited
+from capo_exp.rollout.demonstrations import DemonstrationRollout
+from capo_exp.sampling import Sample, Sampler, credited, sample
+from capo_exp.seeds import ORDER, derive_seed
+from capo_exp.timing import Stopwatch
+from capo_exp.types import Problem, Prompt, RolloutGroup
+from tests.pieces import SMALL, Reader, completion, make_learner, prompt, run_updates, weights
+
+Compose = Callable[..., TrainConfig]
+SIZE = ("regime.prompts_per_step=4", "regime.group_size=2")
+
+
+@dataclass
+class Scripted:
+    """An engine whose groups are mixed for the prompts it is told, and all wrong for the others; completion g
+    of a prompt has g + 1 tokens."""
+
+    mixed: Callable[[int], bool]
+    calls: list[dict[str, object]] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[Prompt], **numbers: object) -> list[RolloutGroup]:
+        self.calls.append({"prompts": [int(p.problem.id) for p in prompts], **numbers})
+        size, version = numbers["group_size"], numbers["weight_version"]
+        assert isinstance(size, int) and isinstance(version, int)
+        return [
+            RolloutGroup(
+                p,
+                tuple(
+                    completion(
+                        [3] * (g + 1),
+                        reward=float(g == 0 and self.mixed(int(p.problem.id))),
+                        truncated=g == 1,
+                    )
+                    for g in range(size)
+                ),
+                version,
+            )
+            for p in prompts
+        ]
+
+
+def draw(
+    config: TrainConfig, mixed: Callable[[int], bool], *, step: int = 1, first: int = 0, prompts: int = 1000
+) -> tuple[Sample, Scripted, Reader]:
+    engine, verifier = Scripted(mixed), Reader()
+    parts = Sampler(
+        config, build_algorithm(config.algo), engine, verifier, [prompt(i) for i in range(prompts)]
+    )
+    return sample(parts, step=step, first=first, weight_version=7, watch=Stopwatch()), engine, verifier
+
+
+def order(config: TrainConfig, count: int, prompts: int = 1000) -> list[int]:
+    """The first prompts that training visits."""
+    return visited(prompts, first=0, count=count, seed=derive_seed(config.seed, ORDER, 0))
+
+
+def ids(groups: Sequence[RolloutGroup]) -> list[int]:
+    return [int(group.prompt.problem.id) for group in groups]
+
+
+def test_one_round_without_a_filter(composed: Compose) -> None:
+    config = composed("algo=grpo", *SIZE)
+    got, engine, verifier = draw(config, lambda i: i % 2 == 0)
+    assert ids(got.groups) == order(config, 4) and len(engine.calls) == 1 and verifier.calls == [4]
+    assert got.rewards.tolist() == [[float(i % 2 == 0), 0.0] for i in ids(got.groups)]
+    assert (got.prompts, got.completions, got.tokens) == (4, 8, 4 * (1 + 2))
+    assert {group.weight_version for group in got.groups} == {7}
+    call = {
+        key: engine.calls[0][key] for key in ("group_size", "max_tokens", "temperature", "top_k", "top_p")
+    }
+    assert call == {"group_size": 2, "max_tokens": 96, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def test_rounds_go_on_until_enough_groups_pass(composed: Compose) -> None:
+    """One prompt of three passes. 4 a round, in the data's order; the first 4 that pass train, whichever
+    round they come from, and every prompt drawn counts."""
+    config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=50")
+    got, engine, verifier = draw(config, lambda i: i % 3 == 0)
+    drawn = order(config, 200)
+    passing = [i for i in drawn if i % 3 == 0][:4]
+    rounds = drawn.index(passing[3]) // 4 + 1
+    assert ids(got.groups) == passing and got.rewards.tolist() == [[1.0, 0.0]] * 4
+    assert 1 < rounds == len(engine.calls) == len(verifier.calls) < 50
+    assert [i for call in engine.calls for i in call["prompts"]] == drawn[: 4 * rounds]
+    assert (got.prompts, got.completions, got.tokens) == (4 * rounds, 8 * rounds, 12 * rounds)
+    passed = sum(i % 3 == 0 for i in drawn[: 4 * rounds])
+    assert got.metrics["rollout/sampling_rounds"] == rounds
+    assert got.metrics["rollout/filtered_group_fraction"] == pytest.approx(1 - passed / (4 * rounds))
+    # what the verifier said, over all that was sampled: shares are means, counts are sums
+    assert got.metrics["reward/accuracy"] == pytest.approx(passed / (8 * rounds))
+    assert got.metrics["advantage/zero_group_fraction"] == pytest.approx(1 - passed / (4 * rounds))
+    assert got.metrics["reward/timeouts"] == rounds and got.metrics["reward/no_answer_fraction"] == 0.25
+    assert got.metrics["rollout/completion_length/mean"] == 1.5
+    assert got.metrics["rollout/truncated_fraction"] == 0.5
+    assert len({call["seed"] for call in engine.calls}) == rounds
+
+
+def test_after_the_last_round_a_step_trains_on_what_passed(composed: Compose) -> None:
+    config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=3")
+    lucky = order(config, 12)[6]
+    got, engine, _ = draw(config, lambda i: i == lucky)
+    assert ids(got.groups) == [lucky] and got.rewards.tolist() == [[1.0, 0.0]]
+    assert len(engine.calls) == 3 and got.prompts == 12
+
+
+def test_if_nothing_passed_a_step_trains_on_its_last_round(composed: Compose) -> None:
+    config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=3")
+    got, engine, _ = draw(config, lambda i: False)
+    assert ids(got.groups) == order(config, 12)[8:] == engine.calls[-1]["prompts"]
+    assert not got.rewards.any() and got.rewards.shape == (4, 2)
+    assert got.metrics["rollout/filtered_group_fraction"] == 1.0
+
+
+def test_steps_visit_the_data_without_gap_or_repetition(composed: Compose) -> None:
+    """Each step goes on where the rounds of the one before stopped; an epoch of 50 holds each prompt once."""
+    config = composed("algo=dapo", *SIZE)
+    first, rounds, seen, seeds = 0, [], [], []
+    for step in range(1, 12):
+        got, engine, _ = draw(config, lambda i: i % 3 == 0, step=step, first=first, prompts=50)
+        first += got.prompts
+        rounds.append(len(engine.calls))
+        seen += [i for call in engine.calls for i in call["prompts"]]
+        seeds += [call["seed"] for call in engine.calls]
+    assert len(set(rounds)) > 1 and first == len(seen) > 100
+    assert seen == order(config, first, prompts=50)
+    for start in range(0, first - 49, 50):
+        assert sorted(seen[start : start + 50]) == list(range(50))
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("chunking", "micro", "sizes"),
+    [
+        ("per_step", 2, [6]),
+        ("per_micro_batch", 4, [2, 2, 2]),
+        ("per_micro_batch", 2, [1] * 6),
+        ("per_micro_batch", 3, [1] * 6),  # less than two groups: one at a time
+        ("per_micro_batch", 1, [1] * 6),  # not even one
+        ("per_micro_batch", 8, [4, 2]),
+        ("per_micro_batch", 96, [6]),
+    ],
+)
+def test_chunks(composed: Compose, chunking: str, micro: int, sizes: list[int]) -> None:
+    config = composed(
+        "algo=grpo", "regime.prompts_per_step=6", "regime.group_size=2", f"rollout.chunking={chunking}",
+        f"model.micro_batch_size={micro}",
+    )  # fmt: skip
+    got, engine, verifier = draw(config, lambda i: True)
+    assert [len(call["prompts"]) for call in engine.calls] == sizes
+    assert ids(got.groups) == order(config, 6) and verifier.calls == [6]
+    again = draw(config, lambda i: True)[1]
+    assert [call["seed"] for call in engine.calls] == [call["seed"] for call in again.calls]
+    other = draw(config, lambda i: True, step=2)[1]
+    seeds = [call["seed"] for calls in (engine.calls, other.calls) for call in calls]
+    assert len(set(seeds)) == 2 * len(sizes)
+
+
+def test_chunks_of_several_rounds_have_seeds_of_their_own(composed: Compose) -> None:
+    config = composed(
+        "algo=dapo",
+        *SIZE,
+        "rollout.chunking=per_micro_batch",
+        "model.micro_batch_size=4",
+        "algo.max_sampling_rounds=3",
+    )
+    _, engine, _ = draw(config, lambda i: False)
+    assert len(engine.calls) == 6 == len({call["seed"] for call in engine.calls})
+
+
+def test_row_p_g_of_the_batch_is_completion_g_of_prompt_p(
+    composed: Compose, small_model: PreTrainedModel
+) -> None:
+    config = composed(*SMALL, "algo=dr_grpo", *SIZE)
+    drawn, _, _ = draw(config, lambda i: i % 2 == 0)
+    ours = make_learner(config, small_model)
+    batch, metrics = credited(drawn, ours._algorithm, ours, pad_token_id=0)
+    assert batch.group_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.completion_mask.sum(1).tolist() == [1, 2] * 4
+    assert batch.truncated.tolist() == [False, True] * 4
+    expected = [[0.5, -0.5] if i % 2 == 0 else [0.0, 0.0] for i in ids(drawn.groups)]
+    assert batch.advantages[:, 0].view(4, 2).tolist() == expected
+    assert batch.advantages[0, 1] == 0  # padding
+    assert metrics == {"reward/mean": drawn.rewards.mean().item()}
+
+
+def test_the_logged_reward_is_the_shaped_one(composed: Compose, small_model: PreTrainedModel) -> None:
+    """Completions of 1 and 2 tokens where 2 are the limit: half of them pay 1."""
+    config = composed(*SMALL, "algo=dapo", *SIZE, "dataset.max_completion_tokens=2")
+    drawn, _, _ = draw(config, lambda i: True)
+    ours = make_learner(config, small_model)
+    _, metrics = credited(drawn, ours._algorithm, ours, pad_token_id=0)
+    assert metrics == {"reward/mean": pytest.approx(0.5 - 0.5)} and drawn.metrics["reward/accuracy"] == 0.5
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ProRL, whose steps draw different numbers of prompts and whose reference moves: stopped in its fourth
+    step, it ends with the numbers of an undisturbed run."""
+    config = [
+        "algo=prorl", "algo.reference_reset_every=2", "algo.optimizer_reset_every=2",
+        "algo.kl_coefficient=0.1", "algo.max_sampling_rounds=3", "num_steps=5", "logger=files",
+        "regime.prompts_per_step=2", "regime.group_size=4", "regime.learning_rate=1e-4",
+        "model.micro_batch_size=4", "checkpoint.every=1",
+        "evaluation.every=0", "evaluation.num_problems=2", "dataset.max_completion_tokens=40",
+        "dataset.source.num_train=300", "dataset.source.num_eval=10",
+    ]  # fmt: skip
+    whole = train.run(composed(*config, f"output_dir={tmp_path / 'whole'}"))
+    genuine, calls = train.sample, []
+
+    def stopped(*args: object, **numbers: object) -> object:
+        calls.append(numbers["first"])
+        if len(calls) == 4:
+            raise RuntimeError("the power is gone")
+        return genuine(*args, **numbers)  # pyright: ignore[reportArgumentType]
+
+    parts = composed(*config, f"output_dir={tmp_path / 'parts'}")
+    monkeypatch.setattr(train, "sample", stopped)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        train.run(parts)
+    directory = train.run(parts)
+    expected = lines(whole / "metrics.jsonl")
+    assert lines(directory / "metrics.jsonl") == expected and len(expected) == 5
+    drawn = [row["counter/prompts"] for row in expected]
+    assert calls == [0, *drawn[:3], *drawn[2:4]]
+    assert len({row["rollout/sampling_rounds"] for row in expected}) > 1
+    assert [row["counter/reference_resets"] for row in expected] == [0, 0, 1, 1, 2]
+    assert [row["loss/kl"] == 0 for row in expected] == [True, False, True, False, True]
+    for row in expected:
+        assert row["counter/completions"] == 4 * row["counter/prompts"]
+
+
+class Words:
+    """A tokenizer of one token a word, with an end-of-sequence token."""
+
+    eos_token_id = 1
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def demonstrated(*texts: str) -> list[Prompt]:
+    return [Prompt(Problem(str(i), "", "", demonstration=t), "", (5, 6)) for i, t in enumerate(texts)]
+
+
+NUMBERS = {
+    "group_size": 2, "max_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
+    "weight_version": 3,
+}  # fmt: skip
+
+
+def test_demonstrations_are_the_solutions_with_an_end() -> None:
+    engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
+    short, exact, long = engine.generate(demonstrated("7 8", "7 8 9", "7 8 9 10"), **NUMBERS)
+    for group, token_ids, text, truncated in (
+        (short, (7, 8, 1), "7 8", False),
+        (exact, (7, 8, 9, 1), "7 8 9", False),
+        (long, (7, 8, 9, 10), "7 8 9 10", True),
+    ):
+        assert len(group.completions) == 2 and group.weight_version == 3
+        for one in group.completions:
+            assert (one.token_ids, one.text, one.truncated) == (token_ids, text, truncated)
+            assert len(one.sampler_log_probs) == len(token_ids) and all(map(isnan, one.sampler_log_probs))
+    (cut,) = engine.generate(demonstrated("7 8 9 10 11"), **NUMBERS)
+    assert (cut.completions[0].token_ids, cut.completions[0].text) == ((7, 8, 9, 10), "7 8 9 10")
+
+
+def test_a_problem_without_a_demonstration_is_named() -> None:
+    engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ConfigError, match="problem 1 has no demonstration; expected a dataset with worked solutions"
+    ):
+        engine.generate(demonstrated("7 8", ""), **NUMBERS)
+
+
+def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
+    composed: Compose, small_model: PreTrainedModel
+) -> None:
+    """Supervised fine-tuning on two demonstrations: the loss is their cross-entropy and falls; the distance
+    to the sampler is not a number."""
+    config = composed(
+        *SMALL, "algo=sft", "rollout=demonstrations", "regime.group_size=1", "regime.learning_rate=1e-2"
+    )
+    engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
+    groups = engine.generate(demonstrated("7 8", "9 10 11"), **(NUMBERS | {"group_size": 1}))
+    drawn = Sample(groups, torch.ones(2, 1), 2, 2, 7, {})
+    ours = make_learner(config, small_model)
+    batch, _ = credited(drawn, ours._algorithm, ours, pad_token_id=0)
+    exact = -policy.log_probs(
+        ours.model, batch, temperature=1.0, chunk_tokens=100, compute_dtype=torch.float32
+    )
+    losses = [run_updates(ours, config, batch, step)[0][0] for step in range(10)]
+    assert losses[0]["loss/total"] == pytest.approx(exact[batch.completion_mask].mean().item(), rel=1e-4)
+    assert losses[-1]["loss/total"] < 0.5 * losses[0]["loss/total"]
+    assert isnan(losses[0]["policy/sampler_kl_k3"])
+    assert all(parameter.isfinite().all() for parameter in weights(ours))

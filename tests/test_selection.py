@@ -1,0 +1,627 @@
+"""Which tokens an update leaves out: CAPO's bounds at every level, their controls, and what the learner does
+with a selection."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2ForCausalLM
+
+from capo_exp import curvature, policy
+from capo_exp.algorithm import build_algorithm, keep_all
+from capo_exp.algorithms.capo import (
+    batch_bounds,
+    bounds_by_sign,
+    bounds_in_sequence,
+    completion_bounds,
+    shift_bounds,
+)
+from capo_exp.algorithms.controls import (
+    advantage_score,
+    at_matched_rate,
+    at_rate,
+    low_probability_score,
+    policy_shift_score,
+    random_score,
+)
+from capo_exp.collate import totals
+from capo_exp.config import ConfigError, TrainConfig, conf_dir
+from capo_exp.learner import Learner
+from capo_exp.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenShifts
+from tests.conftest import ALGORITHMS
+from tests.pieces import (
+    BOUNDS,
+    SMALL,
+    UNBOUNDED,
+    make_learner,
+    run_updates,
+    same_weights,
+    watch_gradients,
+    weights,
+)
+from tests.test_curvature import random_tokens
+
+Compose = Callable[..., TrainConfig]
+Batches = Callable[..., Batch]
+INF = float("inf")
+OFF = dict(zip(BOUNDS, (INF, -INF, INF), strict=True))
+REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
+SELECTIONS = sorted(path.stem for path in (conf_dir() / "selection").glob("*.yaml"))
+BASES = [name for name in ALGORITHMS if "capo" not in name]  # the others bring a selection of their own
+
+
+def bounds(policy: float = INF, low: float = -INF, high: float = INF) -> dict[str, float]:
+    return dict(zip(BOUNDS, (policy, low, high), strict=True))
+
+
+def score(
+    tokens: tuple[Tensor, ...], mask: Tensor, learning_rate: float = 3e-3, state: AdamState | None = None
+) -> Scored:
+    """hidden, topk_probs, topk_ids, token_ids [B, T] and advantages [B] as a selection sees them."""
+    hidden, probs, ids, token_ids, advantages = tokens
+    per_token = advantages[:, None] * mask
+    batch = Batch(
+        input_ids=token_ids,
+        attention_mask=mask.long(),
+        completion_mask=mask,
+        sampler_log_probs=torch.zeros_like(hidden[..., 0]),
+        advantages=per_token,
+        group_ids=torch.arange(len(mask)),
+        truncated=torch.zeros(len(mask)).bool(),
+    )
+    generator = torch.Generator().manual_seed(7)
+    log_probs = torch.rand(mask.shape, generator=generator, dtype=hidden.dtype).log()
+    output = PolicyOutput(log_probs, torch.zeros_like(log_probs), probs, ids, hidden)
+    shifts = curvature.token_shifts(hidden, probs, ids, token_ids, per_token, learning_rate, state)
+    return Scored(batch, output, shifts, learning_rate, state, seed=5, whole_step=True)
+
+
+def some_scored(rows: int = 6, length: int = 9) -> Scored:
+    """Completions of different lengths. The SGD model never predicts a fall of the objective; here half of the
+    tokens have one, as momentum can bring."""
+    lengths = torch.randint(1, length + 1, (rows, 1), generator=torch.Generator().manual_seed(2))
+    scored = score(random_tokens(rows, length, 30, 8, 5), torch.arange(length) < lengths)
+    signs = torch.randn(rows, length, generator=torch.Generator().manual_seed(3)).sign()
+    shifts = scored.shifts
+    return replace(scored, shifts=TokenShifts(shifts.policy_shift, shifts.objective_shift * signs))
+
+
+def middle(values: Tensor, mask: Tensor) -> float:
+    return values[mask].median().item()
+
+
+# Token level
+
+
+def test_shift_bounds_are_strict_and_name_the_reason() -> None:
+    scored = some_scored()
+    mask, shifts = scored.batch.completion_mask, scored.shifts
+    limit, high = middle(shifts.policy_shift, mask), middle(shifts.objective_shift.abs(), mask)
+    got = shift_bounds(scored, **bounds(limit, -high, high))
+    assert torch.equal(got.rejected_by["policy"], mask & (shifts.policy_shift >= limit))
+    assert torch.equal(got.rejected_by["objective"], mask & (shifts.objective_shift.abs() >= high))
+    rejected = got.rejected_by["policy"] | got.rejected_by["objective"]
+    assert torch.equal(got.keep_mask, mask & ~rejected) and 0 < got.keep_mask.sum() < mask.sum()
+    assert int(got.keep_mask.sum() + rejected.sum()) == int(mask.sum())
+    nothing = torch.zeros_like(shifts.policy_shift)
+    edge = replace(scored, shifts=TokenShifts(nothing + 0.5, nothing))
+    assert not shift_bounds(edge, **bounds(0.5)).keep_mask.any()
+    for low, up in ((0.0, INF), (-INF, 0.0)):
+        assert not shift_bounds(edge, **bounds(INF, low, up)).keep_mask.any()
+
+
+def test_infinite_bounds_keep_all_and_nan_is_rejected() -> None:
+    scored = some_scored()
+    got = shift_bounds(scored, **OFF)
+    assert torch.equal(got.keep_mask, keep_all(scored).keep_mask)
+    assert torch.equal(got.keep_mask, scored.batch.completion_mask)
+    scored.shifts.policy_shift[0, 0] = scored.shifts.objective_shift[1, 0] = float("nan")
+    assert shift_bounds(scored, **OFF).keep_mask[:2, 0].tolist() == [False, False]
+
+
+def test_the_theorems_bound_rejects_tokens_without_advantage(composed: Compose) -> None:
+    """m_H >= delta_H > 0, and m_H = 0 at A = 0; CAPO's symmetric bound keeps them, for theirs is a small
+    m_F."""
+    tokens = random_tokens(4, 3, 30, 8, 5)
+    still = score((*tokens[:4], tokens[4] * torch.tensor([0.0, 1e-3, 0.0, 1e-3])), torch.ones(4, 3).bool())
+    selected = {
+        name: build_algorithm(composed("algo=grpo", f"selection={name}").algo).selection(still)
+        for name in ("theorem", "capo")
+    }
+    assert not selected["theorem"].keep_mask[::2].any() and selected["capo"].keep_mask[::2].all()
+    up = selected["theorem"].keep_mask
+    assert torch.equal(up, selected["capo"].keep_mask & (still.shifts.objective_shift > 1e-6))
+
+
+def test_bounds_by_sign_act_on_their_own_sign() -> None:
+    scored = some_scored()
+    mask, shifts, positive = scored.batch.completion_mask, scored.shifts, scored.batch.advantages > 0
+    limit, high = middle(shifts.policy_shift, mask), middle(shifts.objective_shift.abs(), mask)
+    names = [
+        f"{sign}_{what}_shift_max" for sign in ("positive", "negative") for what in ("policy", "objective")
+    ]
+
+    def by_sign(*numbers: float) -> Tensor:
+        return bounds_by_sign(scored, **dict(zip(names, numbers, strict=True))).keep_mask
+
+    small = (shifts.policy_shift < limit) & (shifts.objective_shift.abs() < high)
+    assert torch.equal(by_sign(limit, high, INF, INF), mask & (small | ~positive))
+    assert torch.equal(by_sign(INF, INF, limit, high), mask & (small | positive))
+    assert torch.equal(
+        by_sign(limit, high, limit, high), shift_bounds(scored, **bounds(limit, -high, high)).keep_mask
+    )
+    zero = replace(scored, batch=replace(scored.batch, advantages=torch.zeros(6, 9)))
+    numbers = dict(zip(names, (0.0, 0.0, INF, INF), strict=True))
+    assert torch.equal(bounds_by_sign(zero, **numbers).keep_mask, mask)  # A = 0 goes with the others
+
+
+# Completion and batch level
+
+
+@pytest.mark.parametrize("model", ["adam", "sgd"])
+def test_completion_and_batch_levels_are_the_authors(model: str) -> None:
+    """Their "sentence" and "global" shifts, found with bounds just above and just below each of them."""
+    file = REFERENCE / "capo_reference.safetensors"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    values = load_file(file)
+    state = curvature.init_adam_state(300, 16, dtype=torch.float64) if model == "adam" else None
+    for step in range(3):
+        row = {
+            key.split(".")[2]: value for key, value in values.items() if key.startswith(f"{model}.{step}.")
+        }
+        tokens = tuple(row[n] for n in ("hidden", "topk_probs", "topk_ids", "actions", "advantages"))
+        mask = row["mask"].bool()
+        scored = score(tokens, mask, 3e-3, state)
+        for b in range(4):
+            only = (torch.arange(4) == b)[:, None] & mask
+            for got, expected in _around(
+                row["policy_shift_sentence"][b], row["objective_shift_sentence"][b], 1e-9
+            ):
+                keep = completion_bounds(scored, **got).keep_mask & only
+                assert torch.equal(keep, only if expected else torch.zeros_like(only))
+        for got, expected in _around(row["policy_shift_global"][0], row["objective_shift_global"][0], 1e-5):
+            keep = batch_bounds(scored, **got).keep_mask  # stored as float32
+            assert torch.equal(keep, mask if expected else torch.zeros_like(mask))
+        if state is not None:
+            state = curvature.update_adam_state(state, *tokens, row["keep_mask"].bool())
+
+
+def _around(policy: Tensor, objective: Tensor, tolerance: float) -> list[tuple[dict[str, float], bool]]:
+    """Bounds, and whether shifts of these values pass them."""
+    m_f, m_h = policy.item(), objective.item()
+    slack_f, slack_h = tolerance * m_f, tolerance * abs(m_h)
+    return [
+        (bounds(m_f + slack_f, m_h - slack_h, m_h + slack_h), True),
+        (bounds(m_f - slack_f), False),
+        (bounds(INF, m_h + slack_h), False),
+        (bounds(INF, -INF, m_h - slack_h), False),
+    ]
+
+
+def test_a_completion_is_kept_or_rejected_whole_by_its_own_tokens() -> None:
+    """Its shifts are those of its mean update alone, whatever else is in the batch."""
+    scored = some_scored()
+    mask = scored.batch.completion_mask
+    alone = [
+        curvature.completion_shifts(
+            *(x[b : b + 1] for x in tokens_of(scored)), learning_rate=3e-3, state=None
+        )[0]
+        for b in range(6)
+    ]
+    limit = sorted(shift.policy_shift for shift in alone)[3]
+    keep = completion_bounds(scored, **bounds(limit)).keep_mask
+    assert keep.any(1).tolist() == [shift.policy_shift < limit for shift in alone]
+    assert torch.equal(keep, mask & keep.any(1, keepdim=True))
+
+
+def tokens_of(scored: Scored) -> tuple[Tensor, ...]:
+    output, batch = scored.output, scored.batch
+    return (
+        output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages,
+        batch.completion_mask,
+    )  # fmt: skip
+
+
+def test_one_completion_of_one_token_is_the_same_at_every_level() -> None:
+    scored = score(random_tokens(1, 1, 30, 8, 5), torch.ones(1, 1).bool())
+    m_f, m_h = scored.shifts.policy_shift, scored.shifts.objective_shift
+    for got, expected in _around(m_f, m_h, 1e-9):
+        kept = [
+            level(scored, **got).keep_mask.item() for level in (shift_bounds, completion_bounds, batch_bounds)
+        ]
+        assert kept == [expected] * 3
+
+
+def test_batch_bounds_need_the_whole_step(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+) -> None:
+    part = replace(some_scored(), whole_step=False)
+    with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true, since batch_bounds"):
+        batch_bounds(part, **OFF)
+    for name in ("batch", "levels"):
+        config = composed(
+            *SMALL, "algo=grpo", f"selection={name}", "algo.scoring_pass=false", "model.micro_batch_size=4"
+        )
+        with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
+            make_learner(config, small_model).step(random_batch())
+        whole = composed(
+            *SMALL, "algo=grpo", f"selection={name}", "algo.scoring_pass=false", "model.micro_batch_size=8"
+        )
+        make_learner(whole, small_model).step(random_batch())
+
+
+def test_levels_in_sequence_look_at_what_is_left() -> None:
+    """One token with a large state spoils its completion's mean update. Alone, the completion level rejects
+    the completion; after the token level has taken the token out, it keeps the rest. The product of the masks
+    would keep nothing of it."""
+    tokens = random_tokens(3, 4, 30, 8, 5)
+    tokens[0][1, 2] *= 30
+    scored = score(tokens, torch.ones(3, 4).bool())
+    shifts = curvature.completion_shifts(*tokens_of(scored), learning_rate=3e-3, state=None)
+    limit = 2 * max(shifts[0].policy_shift, shifts[2].policy_shift)
+    token = bounds(scored.shifts.policy_shift[1, 2].item())
+    alone = [
+        shift_bounds(scored, **token),
+        completion_bounds(scored, **bounds(limit)),
+        batch_bounds(scored, **OFF),
+    ]
+    product = alone[0].keep_mask & alone[1].keep_mask & alone[2].keep_mask
+    got = bounds_in_sequence(scored, token=token, completion=bounds(limit), batch=OFF)
+    expected = torch.ones(3, 4).bool()
+    expected[1, 2] = False
+    assert torch.equal(got.keep_mask, expected) and product.sum() == 8
+    assert got.rejected_by["policy"].nonzero().tolist() == [[1, 2]] and not got.rejected_by["objective"].any()
+    # and the batch level: of what both left, all or nothing
+    rest = replace(scored, batch=replace(scored.batch, completion_mask=expected))
+    gradients = curvature.mean_row_gradients(*tokens_of(rest))
+    whole = curvature.batch_shifts(*tokens_of(rest), learning_rate=3e-3, state=None, gradients=gradients)
+    for factor, kept in ((1.01, expected), (0.99, torch.zeros(3, 4).bool())):
+        last = bounds(factor * whole.policy_shift)
+        got = bounds_in_sequence(scored, token=token, completion=bounds(limit), batch=last)
+        assert torch.equal(got.keep_mask, kept)
+    assert torch.equal(got.rejected_by["policy"], torch.ones(3, 4).bool())
+
+
+# Controls
+
+SCORES = {
+    "random": random_score,
+    "low_probability": low_probability_score,
+    "advantage": advantage_score,
+    "policy_shift": policy_shift_score,
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.33, 0.5, 1.0])
+def test_at_rate_rejects_exactly_its_share_with_the_highest_scores(name: str, rate: float) -> None:
+    scored = some_scored()
+    mask, values = scored.batch.completion_mask, SCORES[name](scored)
+    got = at_rate(scored, score=SCORES[name], rate=rate)
+    rejected = got.rejected_by["score"]
+    assert int(rejected.sum()) == round(rate * int(mask.sum()))
+    assert torch.equal(got.keep_mask, mask & ~rejected) and not (rejected & ~mask).any()
+    if 0 < rate < 1:
+        assert values[rejected].min() >= values[got.keep_mask].max()
+
+
+def test_the_scores_are_what_they_say() -> None:
+    scored = some_scored()
+    assert torch.equal(low_probability_score(scored), -scored.output.log_probs)
+    assert torch.equal(policy_shift_score(scored), scored.shifts.policy_shift)
+    torch.testing.assert_close(advantage_score(scored), scored.batch.advantages.abs(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_at_matched_rate_rejects_as_many_as_capo(name: str) -> None:
+    scored = some_scored()
+    mask = scored.batch.completion_mask
+    high = middle(scored.shifts.objective_shift.abs(), mask)
+    for limits in (
+        bounds(middle(scored.shifts.policy_shift, mask), -high, high),
+        bounds(INF, 1e-6, high),
+        OFF,
+    ):
+        count = int((mask & ~shift_bounds(scored, **limits).keep_mask).sum())
+        got = at_matched_rate(scored, score=SCORES[name], **limits)
+        again = at_rate(scored, score=SCORES[name], rate=count / int(mask.sum()))
+        assert int(got.rejected_by["score"].sum()) == count
+        assert torch.equal(got.keep_mask, again.keep_mask)
+    scored.shifts.policy_shift[0, 0] = float("nan")  # CAPO rejects it, so it counts
+    assert int(at_matched_rate(scored, score=SCORES[name], **OFF).rejected_by["score"].sum()) == 1
+
+
+def test_a_rate_is_one_of_the_whole_step() -> None:
+    part = replace(some_scored(), whole_step=False)
+    for rejecting in (lambda: at_rate(part, score=random_score, rate=0.1),
+                      lambda: at_matched_rate(part, score=random_score, **OFF)):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
+            rejecting()
+
+
+def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+) -> None:
+    def kept(*overrides: str) -> list[Tensor]:
+        config = composed(*SMALL, "algo=grpo", "selection=random", "algo.selection.rate=0.5", *overrides)
+        ours = make_learner(config, small_model)
+        return [ours.step(random_batch())[1].selection.keep_mask for _ in range(3)]
+
+    first, again, other = kept(), kept("model.micro_batch_size=2"), kept("seed=1")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+
+
+# In the learner
+
+# Bounds at which each selection rejects some of the small model's tokens, and not all.
+PARTLY = {
+    "by_sign": ["positive_policy_shift_max=1e-7", "positive_objective_shift_max=2e-4"],
+    "levels": ["token.policy_shift_max=1e-6", "completion.policy_shift_max=1e-6"],
+    "batch": ["policy_shift_max=1e-7"],
+    "random": [],
+    "drop_truncated": [],
+    "top_policy_shift": [],
+    "policy_bound": ["policy_shift_max=1e-6"],
+    "theorem": ["policy_shift_max=1e-6"],
+    "objective_bound": ["objective_shift_max=5e-4"],
+    "completion": ["policy_shift_max=4e-7"],
+}
+CHANCE = ("random", "random_matched", "advantage_matched")  # these draw by position
+
+
+def partly(name: str) -> list[str]:
+    chosen = PARTLY.get(name, ["policy_shift_max=1e-6", "objective_shift_min=-2e-4"])
+    return [f"selection={name}", *(f"algo.selection.{number}" for number in chosen)]
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_scoring_pass_makes_micro_batches_one_batch(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, name: str
+) -> None:
+    """Micro-batches of 2 after a scoring pass, one of 96 without: the same tokens, the same weights."""
+    learners: list[Learner] = []
+    kept: list[list[Tensor]] = []
+    for size, scoring in ((2, True), (96, name in CHANCE)):
+        config = composed(
+            *SMALL,
+            "algo=grpo",
+            *partly(name),
+            f"model.micro_batch_size={size}",
+            f"algo.scoring_pass={scoring}",
+        )
+        learners.append(make_learner(config, small_model))
+        kept.append([learners[-1].step(random_batch(seed=seed))[1].selection.keep_mask for seed in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    torch.testing.assert_close(weights(learners[0]), weights(learners[1]), rtol=1e-3, atol=1e-4)
+    shares = [keep.sum() / random_batch(seed=seed).completion_mask.sum() for seed, keep in enumerate(kept[0])]
+    assert max(shares) > 0 and min(shares) < 1, shares
+
+
+def test_a_scoring_pass_counts_the_kept_tokens(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+) -> None:
+    """Then a mean over kept tokens is one over all micro-batches: N / kept times the mean over all."""
+    batch, found = random_batch(), []
+    for aggregation in ("token_mean", "token_mean_over_kept"):
+        config = composed(
+            *SMALL, "algo=dapo", *partly("capo"), "algo.scoring_pass=true", "model.micro_batch_size=3",
+            f"algo.aggregation._target_=capo_exp.aggregation.{aggregation}",
+        )  # fmt: skip
+        ours = make_learner(config, small_model)
+        seen = watch_gradients(ours)
+        _, record = ours.step(batch)
+        found.append(seen[0])
+    factor = batch.completion_mask.sum() / record.selection.keep_mask.sum()
+    assert 1 < factor < INF
+    torch.testing.assert_close([factor * g for g in found[0]], found[1], rtol=1e-4, atol=1e-7)
+
+
+PAIRS = [(name, "capo") for name in BASES] + [
+    (BASES[(5 * i + j) % len(BASES)], name)
+    for i, name in enumerate(SELECTIONS)
+    if name != "capo"
+    for j in range(2)
+]
+
+
+@pytest.mark.parametrize(("algo", "selection"), PAIRS)
+def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_gradient(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, algo: str, selection: str
+) -> None:
+    """With respect to the log-probs of rejected tokens the loss of the two YAMLs, KL terms too, has a
+    gradient of exactly 0; kept ones have one. Off-policy, with a reference elsewhere."""
+    config = composed(*SMALL, f"algo={algo}", *partly(selection), "model.micro_batch_size=4")
+    assert (config.algo.name, config.algo.label) == (algo, f"{algo}-{selection}")
+    ours, batch = make_learner(config, small_model, distance=0.05), random_batch()
+    metrics, record = ours.step(batch)
+    keep, mask = record.selection.keep_mask, batch.completion_mask
+    rate = 1 - keep.sum().item() / mask.sum().item()
+    assert metrics["selection/rejection_rate"] == pytest.approx(rate) and not (keep & ~mask).any()
+    generator = torch.Generator().manual_seed(0)
+    keep = mask & (torch.rand(mask.shape, generator=generator) < 0.5)
+    log_probs = record.output.log_probs.clone().requires_grad_()
+    old = log_probs.detach() + 1e-5 * torch.randn(mask.shape, generator=generator)
+    sizes = replace(totals(batch), kept_tokens=int(keep.sum()))
+    loss, _, _ = ours._loss(batch, log_probs, old, keep, sizes)
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    assert torch.equal(gradient != 0, keep)
+
+
+@pytest.mark.parametrize("algo", BASES)
+def test_with_every_token_rejected_no_weight_moves(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, algo: str
+) -> None:
+    config = composed(*SMALL, f"algo={algo}", "selection=capo", "algo.selection.policy_shift_max=0.0")
+    ours = make_learner(config, small_model, distance=0.05)
+    metrics, record = run_updates(ours, config, random_batch())
+    for line in metrics:
+        assert (line["loss/total"], line["policy/grad_norm"], line["selection/rejection_rate"]) == (
+            0.0,
+            0.0,
+            1.0,
+        )
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours), small_model.parameters(), strict=True))
+    assert not record.selection.keep_mask.any()
+
+
+@pytest.mark.parametrize("algo", BASES)
+def test_capo_without_bounds_is_its_base_bit_for_bit(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, algo: str
+) -> None:
+    found: list[tuple[Learner, list[dict[str, float]]]] = []
+    for extra in ([], ["selection=capo", *UNBOUNDED]):
+        config = composed(
+            *SMALL, f"algo={algo}", "regime.learning_rate=1e-3", "model.micro_batch_size=4", *extra
+        )
+        ours = make_learner(config, small_model)
+        lines = [
+            line for seed in range(3) for line in run_updates(ours, config, random_batch(seed=seed), seed)[0]
+        ]
+        found.append((ours, lines))
+    (base, expected), (capo, got) = found
+    assert got == expected and same_weights(base, capo)
+    assert not all(torch.equal(a, b) for a, b in zip(weights(base), small_model.parameters(), strict=True))
+
+
+# The curvature model's variants
+
+
+@pytest.fixture
+def untied(small_model: PreTrainedModel) -> PreTrainedModel:
+    """The small model with a last layer of its own."""
+    torch.manual_seed(1)
+    shape = type(small_model.config)(**{**small_model.config.to_dict(), "tie_word_embeddings": False})
+    return Qwen2ForCausalLM(shape).eval()
+
+
+def one_token_batch(batch: Batch, row: int, advantage: float) -> Batch:
+    """A row's prompt and its first completion token."""
+    length = batch.completion_mask.shape[1] - 1
+    one = Batch(*(tensor[row : row + 1] for tensor in vars(batch).values()))
+    return replace(
+        one,
+        input_ids=one.input_ids[:, :-length],
+        attention_mask=one.attention_mask[:, :-length],
+        completion_mask=one.completion_mask[:, :1],
+        sampler_log_probs=one.sampler_log_probs[:, :1],
+        advantages=torch.tensor([[advantage]]),
+    )
+
+
+@pytest.mark.parametrize("warm_up", [0, 1, 4])
+@pytest.mark.parametrize("advantage", [1.5, -0.7])
+def test_live_moments_predict_the_real_optimisers_next_step(
+    untied: PreTrainedModel, composed: Compose, random_batch: Batches, warm_up: int, advantage: float
+) -> None:
+    """On a batch of one token its loss is -A ln pi(a), so the step that it is predicted to cause is the step
+    that torch's Adam takes: u = (W' - W) h / lr, s = <v, u>, m_F = 1/2 (lr s)^2 and m_H as in section 1.4,
+    with v and pi of the full softmax. Also for Adam's first step, which has no moments."""
+    rate = 1e-2
+    config = composed(
+        *SMALL, "algo=dr_grpo", "curvature.optimizer_model=adam_live", "curvature.top_k=40",
+        f"regime.learning_rate={rate}", "algo.aggregation.length=1", "rollout.temperature=0.7",
+        "optimizer.eps=1e-6",
+    )  # fmt: skip
+    ours = make_learner(config, untied)
+    assert ours.optimizer_model is None
+    for seed in range(warm_up):
+        ours.step(random_batch(seed=seed))
+    batch = one_token_batch(random_batch(seed=9), 2, advantage)
+    head = policy.last_layer(ours.model).weight
+    before = head.detach().clone()
+    metrics, record = ours.step(batch)
+    h, token = record.output.hidden[0, 0].double(), int(batch.token_ids)
+    probs = (before.double() @ h).softmax(0)
+    error = torch.nn.functional.one_hot(torch.tensor(token), 40) - probs
+    change = (head.detach().double() - before.double()) @ h / rate
+    s = error @ change
+    variance = probs @ change.square() - (probs @ change) ** 2
+    m_f = 0.5 * (rate * s) ** 2
+    m_h = advantage * (rate * s + 0.5 * rate**2 * (s**2 - variance))
+    assert m_f > 1e-6
+    assert record.shifts.policy_shift.item() == pytest.approx(m_f.item(), rel=2e-3)
+    assert record.shifts.objective_shift.item() == pytest.approx(m_h.item(), rel=2e-3)
+    assert metrics["curvature/batch/policy_shift"] == pytest.approx(m_f.item(), rel=2e-3)
+    assert metrics["curvature/batch/objective_shift"] == pytest.approx(m_h.item(), rel=2e-3)
+
+
+def test_live_moments_are_views_of_the_optimisers(
+    untied: PreTrainedModel, composed: Compose, random_batch: Batches
+) -> None:
+    config = composed(*SMALL, "algo=grpo", "curvature.optimizer_model=adam_live")
+    ours = make_learner(config, untied)
+    assert ours._moments() is not None and not ours._moments().first.any()
+    ours.step(random_batch())
+    moments, state = ours._moments(), ours.optimizer.state[policy.last_layer(ours.model).weight]
+    assert moments.first.data_ptr() == state["exp_avg"].data_ptr()
+    assert moments.second.data_ptr() == state["exp_avg_sq"].data_ptr()
+    assert (moments.step, moments.betas, moments.eps) == (1, (0.9, 0.999), 1e-8)
+    assert moments.slot_of_id.tolist() == list(range(40))
+
+
+def test_a_hidden_shift_is_the_state_of_the_token_itself(
+    small_model: PreTrainedModel, random_batch: Batches
+) -> None:
+    """hidden_shift=1 takes the model's state one token later, as the authors' program does; all else
+    stays."""
+    batch = random_batch()
+    numbers = {"temperature": 0.7, "top_k": 8, "chunk_tokens": 100, "compute_dtype": torch.float32}
+    plain, late = (policy.forward(small_model, batch, hidden_shift=shift, **numbers) for shift in (0, 1))
+    torch.testing.assert_close(late.log_probs, plain.log_probs, rtol=0, atol=1e-5)
+    for name in ("entropy", "topk_probs"):
+        torch.testing.assert_close(getattr(late, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(late.topk_ids[batch.completion_mask], plain.topk_ids[batch.completion_mask])
+    for row in range(8):
+        ids = batch.input_ids[row, batch.attention_mask[row].bool()]
+        count = int(batch.completion_mask[row].sum())
+        states = small_model.base_model(ids[None]).last_hidden_state[0].detach() / 0.7
+        torch.testing.assert_close(plain.hidden[row, :count], states[-count - 1 : -1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(late.hidden[row, :count], states[-count:], rtol=1e-3, atol=1e-4)
+
+
+def test_the_whole_vocabulary_as_support_is_the_exact_softmax(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+) -> None:
+    """The SGD model's closed form with pi of the full softmax: s = A |h|^2 |v|^2, m_F = 1/2 (lr s)^2,
+    m_H = lr A s + 1/2 lr^2 A (s^2 - Var_pi(u)), u = A |h|^2 v; half the support is something else."""
+    batch, rate, found = random_batch(), 1e-3, []
+    for top_k in (40, 20):
+        config = composed(
+            *SMALL,
+            "algo=grpo",
+            "curvature.optimizer_model=sgd",
+            f"curvature.top_k={top_k}",
+            f"regime.learning_rate={rate}",
+        )
+        ours = make_learner(config, small_model)
+        found.append(ours.step(batch)[1].shifts)
+    for row in range(8):
+        ids = batch.input_ids[row, batch.attention_mask[row].bool()]
+        count, advantage = int(batch.completion_mask[row].sum()), batch.advantages[row, 0].double()
+        h = small_model.base_model(ids[None]).last_hidden_state[0, -count - 1 : -1].detach().double()
+        probs = (h @ small_model.lm_head.weight.detach().double().T).softmax(1)
+        error = torch.nn.functional.one_hot(ids[-count:], 40) - probs
+        change = advantage * h.square().sum(1, keepdim=True) * error
+        s = (error * change).sum(1)
+        variance = (probs * change.square()).sum(1) - (probs * change).sum(1) ** 2
+        m_f = 0.5 * (rate * s) ** 2
+        m_h = advantage * (rate * s + 0.5 * rate**2 * (s**2 - variance))
+        exact, half = ((x.policy_shift[row, :count], x.objective_shift[row, :count]) for x in found)
+        torch.testing.assert_close(exact[0], m_f.float(), rtol=2e-3, atol=1e-12)
+        torch.testing.assert_close(exact[1], m_h.float(), rtol=2e-3, atol=1e-9)
+        assert ((half[0] - exact[0]).abs() > 1e-2 * exact[0]).any()
+
+
+def test_a_selections_rows_are_those_of_the_micro_batch() -> None:
+    keep = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).bool()
+    part = Selection(keep, {"policy": ~keep}).of_rows(torch.tensor([2, 0]), 2)
+    assert part.keep_mask.tolist() == [[True, True], [True, False]]
+    assert torch.equal(part.rejected_by["policy"], ~part.keep_mask)
