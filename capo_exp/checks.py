@@ -159,6 +159,7 @@ def check(config: TrainConfig) -> None:
     _check_no_nan(asdict(config))
     _check_algorithm(config)
     _check_batch(config)
+    _check_optimizer_model(config)
     _check_vocabulary(config)
     _check_sampling(config)
     _check_model(config)
@@ -254,6 +255,11 @@ def _check_batch(config: TrainConfig) -> None:
             micro,
             f"a divisor of regime.prompts_per_step x regime.group_size = {batch}, or at least {batch}",
         )
+
+
+def _check_optimizer_model(config: TrainConfig) -> None:
+    if config.curvature.optimizer_model == "adam_live":
+        _apply(OPEN_BETAS, "optimizer.betas", config.optimizer.betas)
 
 
 def _check_vocabulary(config: TrainConfig) -> None:

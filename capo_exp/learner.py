@@ -199,8 +199,9 @@ class Learner:
         values, kl = token_loss.values, torch.zeros_like(old_log_probs)
         if self.reference is not None:
             ref = policy.log_probs(self.reference, batch, **self._forward_numbers)
-            values = values + algorithm.kl_coefficient * algorithm.kl_estimator(log_probs, ref)
             kl = kl_k3(log_probs.detach(), ref)
+            if algorithm.kl_coefficient:  # 0 times an infinite estimate would be NaN
+                values = values + algorithm.kl_coefficient * algorithm.kl_estimator(log_probs, ref)
         return algorithm.aggregation(values, keep_mask, batch, sizes), kl, token_loss.clipped
 
     def _forward(self, batch: Batch) -> PolicyOutput:

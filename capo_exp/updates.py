@@ -42,7 +42,11 @@ def updates(
     algo = config.algo
     kept = algorithm.completion_filter(batch)
     filtered = 1 - kept.float().mean().item()
-    old_log_probs = learner.log_probs(batch) if algo.num_minibatches > 1 else None
+    assert kept.any(), "a completion filter has to leave something"
+    seen = kept.nonzero().squeeze(1)
+    old_log_probs: Tensor | None = None
+    if algo.num_minibatches > 1:
+        old_log_probs = join([(seen, learner.log_probs(take(batch, seen)))], batch.completion_mask)
     for iteration in range(algo.num_iterations):
         seed = derive_seed(config.seed, MINIBATCH, step, iteration)
         for part in minibatches(len(kept), algo.num_minibatches, seed):
@@ -54,5 +58,5 @@ def updates(
             metrics, record = learner.step(take(batch, rows), old, sizes)
             metrics["selection/filtered_completion_fraction"] = filtered
             yield Update(rows, metrics, record if iteration == algo.num_iterations - 1 else None)
-        if old_log_probs is None:  # one minibatch: rows and record are all there is
+        if old_log_probs is None:  # one minibatch: its rows and record are all there is
             old_log_probs = join([(rows, record.old_log_probs)], batch.completion_mask)

@@ -209,6 +209,13 @@ def test_what_gets_past_hydra_is_still_refused(make: Make, overrides: list[str],
     assert str(error.value).startswith(message)
 
 
+def test_live_moments_need_betas_that_can_be_corrected(make: Make) -> None:
+    zero = ["optimizer.betas=[0.0,0.999]", "curvature.betas=[0.9,0.999]"]
+    check(make(*zero))
+    with pytest.raises(ConfigError, match=r"optimizer\.betas=\[0\.0, 0\.999\]: expected two numbers inside"):
+        check(make(*zero, "curvature.optimizer_model=adam_live"))
+
+
 def test_every_rule_names_a_key_of_the_schema() -> None:
     assert all(expected_type(key) for key in RULES)
 

@@ -689,6 +689,20 @@ def test_the_kl_in_the_loss_is_the_estimators(
     assert metrics["loss/kl"] > 0.01 and record.kl[~mask].eq(0).all()
 
 
+def test_a_kl_in_the_reward_alone_leaves_the_loss_finite_however_far_the_reference(
+    learner: Callable[..., Learner], random_batch: Batches
+) -> None:
+    """The k3 of RLOO's metric overflows; its loss has no KL term."""
+    ours, plain = learner("algo=rloo"), learner("algo=rloo", "algo.shaping.kl_coefficient=0.0")
+    assert ours.reference is not None and plain.reference is None
+    for one in (ours, plain):
+        with torch.no_grad():
+            one.model.get_output_embeddings().weight.mul_(300.0)
+    metrics = ours.step(random_batch())[0]
+    assert metrics["loss/kl"] == float("inf")
+    assert metrics["loss/total"] == plain.step(random_batch())[0]["loss/total"] and same_weights(ours, plain)
+
+
 def test_a_reset_reference_is_the_policy(learner: Callable[..., Learner], random_batch: Batches) -> None:
     ours = learner("algo=prorl", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3")
     ours.step(random_batch())

@@ -111,6 +111,15 @@ def test_rounds_go_on_until_enough_groups_pass(composed: Compose) -> None:
     assert len({call["seed"] for call in engine.calls}) == rounds
 
 
+def test_the_first_groups_that_pass_train(composed: Compose) -> None:
+    """One of the first round and four of the second: the last of them is too many."""
+    config = composed("algo=dapo", *SIZE)
+    drawn = order(config, 8)
+    got, _, _ = draw(config, lambda i: i in drawn[3:])
+    assert ids(got.groups) == drawn[3:7] and got.rewards.tolist() == [[1.0, 0.0]] * 4
+    assert got.metrics["rollout/filtered_group_fraction"] == pytest.approx(3 / 8)
+
+
 def test_after_the_last_round_a_step_trains_on_what_passed(composed: Compose) -> None:
     config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=3")
     lucky = order(config, 12)[6]

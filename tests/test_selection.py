@@ -82,8 +82,8 @@ def score(
 
 
 def some_scored(rows: int = 6, length: int = 9) -> Scored:
-    """Completions of different lengths. The SGD model never predicts a fall of the objective; here half of the
-    tokens have one, as momentum can bring."""
+    """Completions of different lengths. The SGD model never predicts a fall of the objective; here half of
+    the tokens have one, as momentum can bring."""
     lengths = torch.randint(1, length + 1, (rows, 1), generator=torch.Generator().manual_seed(2))
     scored = score(random_tokens(rows, length, 30, 8, 5), torch.arange(length) < lengths)
     signs = torch.randn(rows, length, generator=torch.Generator().manual_seed(3)).sign()
