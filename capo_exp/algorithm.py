@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_exp import parts
-from capo_exp.config import AlgoConfig
+from capo_exp.config import AlgoConfig, ConfigError
 from capo_exp.types import Batch, BatchShifts, BatchTotals, Scored, Selection, TokenLoss
 
 
@@ -149,6 +149,16 @@ def all_completions(batch: Batch) -> Bool[Tensor, " B"]:
 def keep_all(scored: Scored) -> Selection:
     """No selection: every completion token takes part."""
     return Selection(scored.batch.completion_mask)
+
+
+def require_whole_step(scored: Scored, name: str) -> None:
+    """For selections that cannot decide about a part of the step.
+
+    Raises:
+        ConfigError: naming the key that gives a selection all of it.
+    """
+    if not scored.whole_step:
+        raise ConfigError(f"algo.scoring_pass=false: expected true, since {name} needs the whole step")
 
 
 def full_step(predicted: BatchShifts, learning_rate: float) -> float:

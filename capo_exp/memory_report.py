@@ -13,7 +13,7 @@ def describe(config: TrainConfig) -> list[str]:
     phase = max(memory.phases, key=memory.phases.__getitem__)
     shards = ", ".join(human(gpu.per_gpu(count).total) for count in (2, 4, 8))
     return [
-        f"{memory.num_parameters:,} parameters; estimated memory at most {human(memory.total)} on a "
+        f"{memory.num_parameters:,} parameters; estimated peak of tensors {human(memory.total)} on a "
         f"{'GPU' if here else 'CPU'} in {precision(config, gpu=here)}, fullest in the {phase} phase",
         f"not all at once: {_parts(memory)}",
         f"on one GPU in {precision(config, gpu=True)} {human(gpu.total)}; this build trains on one device, "

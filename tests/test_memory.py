@@ -150,7 +150,7 @@ def test_a_gpu_computes_in_bfloat16(composed: Composed) -> None:
 
 def test_the_plan_says_it(composed: Composed) -> None:
     lines = plan(composed("device=cpu"))[-3:]
-    assert lines[0].startswith("919,680 parameters; estimated memory at most 184 MB on a CPU in float32, ")
+    assert lines[0].startswith("919,680 parameters; estimated peak of tensors 184 MB on a CPU in float32, ")
     assert lines[0].endswith("fullest in the backward phase")
     assert lines[1].startswith("not all at once: weights 3.7 MB, gradients 3.7 MB, Adam 7.4 MB, ")
     assert "this build trains on one device" in lines[2]

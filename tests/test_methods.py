@@ -4,6 +4,7 @@ from conf/algo, so that a wrong number or part in a YAML shows too."""
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithm import Algorithm, build_algorithm, kl_k1, kl_k2, kl_k3
-from capo_exp.algorithms.cpgd import clip_filter_weighted, reweighted_policy_drift_surrogate
+from capo_exp.algorithms.cpgd import clip_filter_weighted, policy_drift_surrogate, reweighted
 from capo_exp.algorithms.dapo import mixed_rewards, overlong_penalty
 from capo_exp.algorithms.grpo import first_of_group
 from capo_exp.algorithms.reinforce_pp import whitened_return
@@ -518,7 +519,7 @@ def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> Non
     }
 
     def loss(*args: Tensor) -> TokenLoss:
-        return reweighted_policy_drift_surrogate(*args, weight_eps=0.05, **numbers)
+        return reweighted(*args, token_loss=partial(policy_drift_surrogate, **numbers), weight_eps=0.05)
 
     for advantage in (2.0, -2.0):
         _, gradient, _ = one_token(loss, ratio, advantage)

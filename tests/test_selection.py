@@ -4,6 +4,7 @@ with a selection."""
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -329,20 +330,21 @@ def test_at_matched_rate_rejects_as_many_as_capo(name: str) -> None:
         OFF,
     ):
         count = int((mask & ~shift_bounds(scored, **limits).keep_mask).sum())
-        got = at_matched_rate(scored, score=SCORES[name], **limits)
+        got = at_matched_rate(scored, score=SCORES[name], matched=partial(shift_bounds, **limits))
         again = at_rate(scored, score=SCORES[name], rate=count / int(mask.sum()))
         assert int(got.rejected_by["score"].sum()) == count
         assert torch.equal(got.keep_mask, again.keep_mask)
     scored.shifts.policy_shift[0, 0] = float("nan")  # CAPO rejects it, so it counts
-    assert int(at_matched_rate(scored, score=SCORES[name], **OFF).rejected_by["score"].sum()) == 1
+    got = at_matched_rate(scored, score=SCORES[name], matched=partial(shift_bounds, **OFF))
+    assert int(got.rejected_by["score"].sum()) == 1
 
 
 def test_a_rate_is_one_of_the_whole_step() -> None:
     part = replace(some_scored(), whole_step=False)
-    for rejecting in (lambda: at_rate(part, score=random_score, rate=0.1),
-                      lambda: at_matched_rate(part, score=random_score, **OFF)):  # fmt: skip
+    matched = partial(at_matched_rate, score=random_score, matched=partial(shift_bounds, **OFF))
+    for rejecting in (partial(at_rate, score=random_score, rate=0.1), matched):
         with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
-            rejecting()
+            rejecting(part)
 
 
 def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
@@ -379,7 +381,8 @@ CHANCE = ("random", "random_matched", "advantage_matched")  # these draw by posi
 
 def partly(name: str) -> list[str]:
     chosen = PARTLY.get(name, ["policy_shift_max=1e-6", "objective_shift_min=-2e-4"])
-    return [f"selection={name}", *(f"algo.selection.{number}" for number in chosen)]
+    within = "algo.selection.matched" if name.endswith("_matched") else "algo.selection"
+    return [f"selection={name}", *(f"{within}.{number}" for number in chosen)]
 
 
 @pytest.mark.parametrize("name", SELECTIONS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from capo_exp import curvature
-from capo_exp.config import ConfigError
+from capo_exp.algorithm import require_whole_step
 from capo_exp.types import BatchShifts, Scored, Selection, TokenShifts
 
 
@@ -101,16 +101,6 @@ def bounds_by_sign(
         positive, objective < positive_objective_shift_max, objective < negative_objective_shift_max
     )
     return _reject(scored, ~policy_ok, ~objective_ok)
-
-
-def require_whole_step(scored: Scored, name: str) -> None:
-    """Refuses to decide about a part of the step.
-
-    Raises:
-        ConfigError: naming the key that gives the selection all of it.
-    """
-    if not scored.whole_step:
-        raise ConfigError(f"algo.scoring_pass=false: expected true, since {name} needs the whole step")
 
 
 def _reject(scored: Scored, by_policy: Tensor, by_objective: Tensor) -> Selection:

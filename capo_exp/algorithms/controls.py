@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capo_exp.config import ConfigError
+from capo_exp.algorithm import require_whole_step
 from capo_exp.types import Scored, Selection
 
 Score = Float[Tensor, "B T"]
@@ -17,6 +17,7 @@ Score = Float[Tensor, "B T"]
 
 ScoreFunction = Callable[[Scored], Tensor]
 """[B, T]: the higher, the sooner rejected."""
+Select = Callable[[Scored], Selection]
 
 
 def random_score(scored: Scored) -> Score:
@@ -51,28 +52,18 @@ def at_rate(scored: Scored, *, score: ScoreFunction, rate: float) -> Selection:
     return _reject_highest(scored, score, count)
 
 
-def at_matched_rate(
-    scored: Scored,
-    *,
-    score: ScoreFunction,
-    policy_shift_max: float,
-    objective_shift_min: float,
-    objective_shift_max: float,
-) -> Selection:
-    """Rejects as many of the step's tokens as CAPO's bounds would, but those with the highest scores.
+def at_matched_rate(scored: Scored, *, score: ScoreFunction, matched: Select) -> Selection:
+    """Rejects as many of the step's tokens as `matched` does, but those with the highest scores.
 
     Raises:
         ConfigError: if it sees one micro-batch of several (algo.scoring_pass must be true).
     """
-    shifts = scored.shifts
-    inside = (shifts.policy_shift < policy_shift_max) & (shifts.objective_shift > objective_shift_min)
-    inside = inside & (shifts.objective_shift < objective_shift_max)
-    return _reject_highest(scored, score, int((scored.batch.completion_mask & ~inside).sum()))
+    mask = scored.batch.completion_mask
+    return _reject_highest(scored, score, int((mask & ~matched(scored).keep_mask).sum()))
 
 
 def _reject_highest(scored: Scored, score: ScoreFunction, count: int) -> Selection:
-    if not scored.whole_step:
-        raise ConfigError("algo.scoring_pass=false: expected true, since a rate is one of the whole step")
+    require_whole_step(scored, "a rate")
     mask = scored.batch.completion_mask
     ranked = score(scored).masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
     rejected = torch.zeros_like(mask)

@@ -1,5 +1,6 @@
 """CPGD: clipped policy gradient with policy drift (Liu et al. 2025, arXiv 2505.12504)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
@@ -57,30 +58,22 @@ def policy_drift_surrogate(
     return TokenLoss(values=values, clipped=clipped < unclipped)
 
 
-def reweighted_policy_drift_surrogate(
+def reweighted(
     log_probs: TokenValues,
     old_log_probs: TokenValues,
     advantages: TokenValues,
     completion_mask: Bool[Tensor, "B T"],
     *,
+    token_loss: Callable[..., TokenLoss],
     weight_eps: float,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    tightness: float,
-    drift_coefficient: float,
-    drift_max: float,
 ) -> TokenLoss:
-    """The same with A * clip(sg(r), 1 - weight_eps, 1 + weight_eps) in place of A, for inner epochs after the
-    first; at ratio 1, so in the first, it is the same.
+    """A token loss with A * clip(sg(r), 1 - weight_eps, 1 + weight_eps) in place of A, for inner epochs after
+    the first; at ratio 1, so in the first, it is the same.
 
     Source: arXiv 2505.12504. The paper's r is that of the epoch's first weights; here that of each update's.
     """
     weight = (log_probs.detach() - old_log_probs).exp().clamp(1 - weight_eps, 1 + weight_eps)
-    return policy_drift_surrogate(
-        log_probs, old_log_probs, advantages * weight, completion_mask,
-        clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, tightness=tightness,
-        drift_coefficient=drift_coefficient, drift_max=drift_max,
-    )  # fmt: skip
+    return token_loss(log_probs, old_log_probs, advantages * weight, completion_mask)
 
 
 def clipped_surrogate_with_drift(
