@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from capo_exp.checks import check, plan
-from capo_exp.config import ConfigError, conf_dir, expected_type, register, suggest, to_config
+from capo_exp.config import ConfigError, RunFailed, conf_dir, expected_type, register, suggest, to_config
 from capo_exp.parts import check_names, find_parts
 from capo_exp.run_record import run_dir, status
 
@@ -131,9 +131,9 @@ def show(directory: Path, *, fresh: bool) -> None:
 
 
 def report(error: Exception) -> int:
-    """Writes an error to stderr, a wrong configuration as one line, and returns the exit status."""
+    """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
     wrong_config = isinstance(error, ConfigError)
-    if wrong_config and not FULL_ERROR:
+    if (wrong_config or isinstance(error, RunFailed)) and not FULL_ERROR:
         sys.stderr.write(f"{error}\n")
     else:
         traceback.print_exception(error)
@@ -153,6 +153,9 @@ def condense(error: Exception) -> str:
         given = next((a for a in sys.argv[1:] if a.endswith("=null")), "")
         return f"{given}: expected one of {', '.join(_choices(given.partition('=')[0]))}"
     if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text):
+        group = match[2].replace(".", "/")
+        if _is_group(group):  # a dot where the choice of a nested group wants a slash
+            return f"{match[2]}={match[3]}: expected {group}= with one of {', '.join(_choices(group))}"
         expected = expected_type(match[2]) or _first_line(error.__cause__ or error)
         return f"{match[2]}={match[3]}: expected {expected}"
     if match := re.search(r"full_key: (\S+)", text):
@@ -168,7 +171,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     if not group:
         return _first_line(error)
     # A nested choice, experiment=paper/x: the group is the part that Hydra was asked for.
-    top = group.split("/")[0]
+    top = group if _is_group(group) else group.split("/")[0]
     choice = f"{group}/{choice}".removeprefix(f"{top}/")
     every: set[str] = {*_choices(top), *(error.options or [])}
     known = sorted(name for name in every if "/_" not in f"/{name}")  # _x is part of others' recipes
@@ -177,7 +180,14 @@ def _missing_choice(error: MissingConfigException) -> str:
 
 def _choices(group: str) -> list[str]:
     folder = conf_dir() / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    names = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
+    return sorted(n for n in names if "/" not in n or not _is_group(f"{group}/{n}".rpartition("/")[0]))
+
+
+def _is_group(folder: str) -> bool:
+    """Whether a folder of conf/ is a group of its own, as rollout/correction is, for the schema has its key;
+    those of experiment/ only sort its choices."""
+    return (conf_dir() / folder).is_dir() and bool(expected_type(folder.replace("/", ".")))
 
 
 def _unknown_key(key: str) -> str:

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """Bad input. The message is one line: what was got, what is expected, which key to change."""
 
 
+class RunFailed(RuntimeError):
+    """A run that has to end although its configuration is right. The message says why, and how to go on."""
+
+
 def _neutral(function: str) -> Callable[[], Part]:
     """Makes a part of algorithm.py that does nothing: what an algorithm's YAML leaves out."""
     return lambda: {"_target_": f"capo_exp.algorithm.{function}", "_partial_": True}
@@ -125,11 +129,20 @@ class RegimeConfig:
 class RolloutConfig:
     name: str = MISSING
     engine: Part = MISSING  # samples; also what evaluation uses
+    server_url: str | None = (
+        None  # rollout=vllm: null = an engine of the run's own, start = a server of its own
+    )
     train_engine: Part | None = MISSING  # where training completions come from instead; null = engine
     chunking: str = MISSING  # per_step = one call a rollout step | per_micro_batch = one call a micro-batch
     temperature: float = MISSING
     top_k: int = MISSING  # 0 = off
     top_p: float = MISSING  # 1 = off
+    correction: Part = MISSING  # weights the credit where sampler and learner differ; rollout/correction=
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether sampling happens in an engine of its own, beside the learner."""
+        return str(self.engine.get("_target_")).startswith("capo_exp.rollout.vllm.")
 
 
 @dataclass
@@ -220,6 +233,7 @@ def register() -> None:
     """Makes the schema and the resolvers known to Hydra; call once before composing."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
     OmegaConf.register_new_resolver("mul", lambda a, b: float(a) * float(b), replace=True)
+    OmegaConf.register_new_resolver("add", lambda a, b: int(a) + int(b), replace=True)
     OmegaConf.register_new_resolver("div", lambda a, b: max(1, int(a) // int(b)), replace=True)
 
 

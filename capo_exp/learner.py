@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from capo_exp import calibration, curvature, policy
+from capo_exp import calibration, curvature, parts, policy
 from capo_exp.algorithm import Algorithm, kl_k1, kl_k3
 from capo_exp.collate import join, split, totals
-from capo_exp.config import TrainConfig
+from capo_exp.config import RunFailed, TrainConfig
 from capo_exp.masked import unpack
 from capo_exp.optim import live_adam_state, make_optimizer, make_optimizer_model, make_schedule
 from capo_exp.records import join_fields, join_records
@@ -36,7 +36,7 @@ Cut = tuple[Tensor, Batch]
 """Row numbers of a micro-batch, and the micro-batch."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """A loss or gradient that is not finite; the weights are those before the step."""
 
 
@@ -59,6 +59,7 @@ class Learner:
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config)
         self._algorithm = algorithm
+        self._correction = parts.build(config.rollout.correction, key="rollout.correction")
         self._config = config
         self._forward_numbers = {
             "temperature": config.rollout.temperature,
@@ -91,7 +92,7 @@ class Learner:
         ahead: Selection | None = None
         if self._algorithm.scoring_pass:
             with watch("scoring"):
-                ahead = self._select_ahead(batch, cuts, rate)
+                ahead = self._select_ahead(batch, cuts, old_log_probs, rate)
             sizes = replace(sizes, kept_tokens=int(ahead.keep_mask.sum()))
         loss, record = self._backward(batch, cuts, old_log_probs, sizes, ahead, rate, watch)
         with watch("update"):
@@ -138,15 +139,19 @@ class Learner:
         pieces = [(rows, policy.log_probs(model, cut, **self._forward_numbers)) for rows, cut in cuts]
         return join(pieces, batch.completion_mask)
 
-    def _select_ahead(self, batch: Batch, cuts: Sequence[Cut], rate: float) -> Selection:
+    def _select_ahead(
+        self, batch: Batch, cuts: Sequence[Cut], old_log_probs: Tensor | None, rate: float
+    ) -> Selection:
         """The selection of the whole step, before any gradient."""
         pieces: list[tuple[Tensor, Scored]] = []
         for rows, cut in cuts:
             with torch.no_grad():
                 output = self._forward(cut)
-            pieces.append((rows, self._score(cut, output, rate, whole_step=False)))
+            corrected, _ = self._corrected(cut, _old(output, old_log_probs, rows))
+            pieces.append((rows, self._score(corrected, output, rate, whole_step=False)))
+        credit = join([(rows, piece.batch.advantages) for rows, piece in pieces], batch.completion_mask)
         whole = Scored(
-            batch=batch,
+            batch=replace(batch, advantages=credit),
             output=join_fields(pieces, batch, PolicyOutput, lambda piece: piece.output),
             shifts=join_fields(pieces, batch, TokenShifts, lambda piece: piece.shifts),
             learning_rate=rate,
@@ -175,17 +180,19 @@ class Learner:
             with watch("policy"):
                 output = self._forward(cut)
             seen = output.detached()
+            old = _old(seen, old_log_probs, rows)
+            corrected, weights = self._corrected(cut, old)
             with watch("curvature"):
-                scored = self._score(cut, seen, rate, whole_step=len(cuts) == 1)
+                scored = self._score(corrected, seen, rate, whole_step=len(cuts) == 1)
                 selection = (
                     self._algorithm.selection(scored) if ahead is None else ahead.of_rows(rows, length)
                 )
-            old = seen.log_probs if old_log_probs is None else old_log_probs[rows, :length]
             with watch("policy"):
-                part, kl, clipped = self._loss(cut, output.log_probs, old, selection.keep_mask, sizes)
+                part, kl, clipped = self._loss(corrected, output.log_probs, old, selection.keep_mask, sizes)
                 part.backward()
             loss += part.item()
-            pieces.append((rows, StepRecord(cut, seen, old, kl, scored.shifts, selection, clipped)))
+            record = StepRecord(corrected, seen, old, weights, kl, scored.shifts, selection, clipped)
+            pieces.append((rows, record))
         self.model.eval()
         return loss, join_records(pieces, batch)
 
@@ -203,6 +210,11 @@ class Learner:
             if algorithm.kl_coefficient:  # 0 times an infinite estimate would be NaN
                 values = values + algorithm.kl_coefficient * algorithm.kl_estimator(log_probs, ref)
         return algorithm.aggregation(values, keep_mask, batch, sizes), kl, token_loss.clipped
+
+    def _corrected(self, batch: Batch, old_log_probs: Tensor) -> tuple[Batch, Tensor]:
+        """The batch with its credit weighted for what the sampler was off by; and the weights [B, T]."""
+        weights = self._correction(old_log_probs - batch.sampler_log_probs, batch.completion_mask)
+        return replace(batch, advantages=batch.advantages * weights), weights
 
     def _forward(self, batch: Batch) -> PolicyOutput:
         numbers = self._config.curvature
@@ -276,3 +288,9 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.optimizer_step += 1
+
+
+def _old(output: PolicyOutput, old_log_probs: Tensor | None, rows: Tensor) -> Tensor:
+    """[b, t] of the weights that sampled, for the rows of a micro-batch: on the first update its own."""
+    own = output.log_probs
+    return own if old_log_probs is None else old_log_probs[rows, : own.shape[1]]

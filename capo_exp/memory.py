@@ -21,8 +21,9 @@ their quotient."""
 SUPPORT_BYTES = 52
 """Of a (token, id) pair in curvature.mean_row_gradients: probability, id, logit error and coefficient (20),
 row and column of the sparse matrix (16), and the same two stacked (16)."""
-RECORD_BYTES = 36
-"""Of a token in StepRecord beside hidden and top-K: log-prob, entropy, KL, shifts, credit, masks."""
+RECORD_BYTES = 44
+"""Of a token in StepRecord beside hidden and top-K: log-probs, entropy, KL, shifts, credit before and after
+its correction, weights, masks."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def estimate(config: TrainConfig, *, reference: bool, gpu: bool) -> Memory:
     micro = min(model.micro_batch_size, step)
     weights = FLOAT * count_parameters(model)
     largest_tensor = FLOAT * model.hidden_size * max(model.vocab_size, model.intermediate_size)
-    record, curvature, sequence = _record(config), _curvature(config, step), _sequence(config, half)
+    record, curvature = _record(config), _curvature(config, step)
+    sequence = 0 if config.rollout.is_vllm else _sequence(config, half)  # vLLM's is not the learner's
     activations, layer = _layers(config, micro, half)
     return Memory(
         num_parameters=count_parameters(model),
@@ -130,7 +132,7 @@ def estimate(config: TrainConfig, *, reference: bool, gpu: bool) -> Memory:
         scoring=record * step + curvature if algo.scoring_pass else 0,
         curvature=curvature,
         update=weights if gpu else 2 * largest_tensor,
-        copies=_half_copies(model) if half else 0,
+        copies=_half_copies(model) if half and not config.rollout.is_vllm else 0,
         kv_cache=sequence * _sequences_per_call(config, batch),
         kv_cache_of_all=sequence * max(batch, config.evaluation.num_problems * config.evaluation.samples),
         unit=FLOAT * max(embedding(model), layer_parameters(model)),

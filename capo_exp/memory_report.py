@@ -18,6 +18,7 @@ def describe(config: TrainConfig) -> list[str]:
         f"not all at once: {_parts(memory)}",
         f"on one GPU in {precision(config, gpu=True)} {human(gpu.total)}; this build trains on one device, "
         f"full sharding over 2, 4, 8 would take {shards} each",
+        *_engine(config, memory.num_parameters, gpu=here),
     ]
 
 
@@ -25,6 +26,23 @@ def human(size: int) -> str:
     """Bytes in decimal units: 1234567 -> 1.2 MB."""
     number, unit = (size / 1e9, "GB") if size >= 1e9 else (size / 1e6, "MB")
     return f"{number:.{1 if number < 10 else 0}f} {unit}"
+
+
+def _engine(config: TrainConfig, parameters: int, *, gpu: bool) -> list[str]:
+    """What vLLM takes beside the learner."""
+    if not config.rollout.is_vllm:
+        return []
+    numbers, url = config.rollout.engine, config.rollout.server_url
+    if url is not None and url != "start":
+        return [f"vLLM at {url}"]
+    width = 4 if precision(config, gpu=gpu) == "float32" else 2
+    kv_cache = numbers["kv_cache_gib"] or (None if gpu else 1)
+    cache = (
+        f"{kv_cache:g} GiB"
+        if kv_cache
+        else f"up to {numbers['gpu_memory_utilization']:.0%} of its GPU in all"
+    )
+    return [f"vLLM beside it, in a process of its own: weights {human(width * parameters)}, KV cache {cache}"]
 
 
 def _parts(memory: Memory) -> str:

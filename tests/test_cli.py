@@ -158,6 +158,24 @@ def subprocess_run(
         (["algo.reference_reset_every=5"], "algo.reference_reset_every=5: expected 0 without a KL"),
         (["algo.num_minibatches=97"], "algo.num_minibatches=97: expected at most"),
         (["seed=15"], "model.vocab_size=1: expected 2"),
+        (
+            ["rollout.correction=token_mask"],
+            "rollout.correction=token_mask: expected rollout/correction= with one of none, sequence_mask,",
+        ),
+        (
+            ["-m", "rollout/correction=none,mask"],
+            "rollout/correction=mask: unknown choice; expected one of none, sequence_mask, token_mask",
+        ),
+        (["rollout/correction=null"], "rollout/correction=null: expected one of none, sequence_mask"),
+        (["rollout=hff"], "rollout=hff: unknown choice; expected one of demonstrations, hf"),
+        (
+            ["rollout/correction=token_mask", "rollout.correction.ratio_cap=2"],
+            "rollout.correction.ratio_cap=2: unknown key; nearest: rollout.correction.ratio_low",
+        ),
+        (
+            ["+rollout.correction.ratio_cap=2"],
+            "rollout.correction.ratio_cap: unknown parameter of capo_exp.correction.uncorrected; known: none",
+        ),
     ],
 )
 def test_wrong_configuration_is_one_line_and_status_2(

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from capo_exp.checks import RULES, check, count_evaluations, plan
+from capo_exp.checks import check, count_evaluations, plan
 from capo_exp.config import ConfigError, TrainConfig, conf_dir, expected_type, register, suggest, to_config
 from capo_exp.parts import find_parts
+from capo_exp.rules import RULES
 
 Make = Callable[..., TrainConfig]
 
 
 def choices(group: str) -> list[str]:
-    folder = conf_dir() / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 @pytest.fixture
@@ -44,6 +44,16 @@ def test_every_choice_composes_and_passes(make: Make, group: str) -> None:
         config = make(f"{group}={choice}")
         check(config)
         assert getattr(config, group).name == choice
+
+
+def test_every_correction_composes_and_passes(make: Make) -> None:
+    targets = set()
+    for choice in choices("rollout/correction"):
+        config = make(f"rollout/correction={choice}")
+        check(config)
+        targets.add(config.rollout.correction["_target_"])
+    assert len(targets) == len(choices("rollout/correction"))
+    assert make("rollout/correction=none").rollout == make().rollout
 
 
 def test_every_debug_overlay_composes_and_passes(make: Make) -> None:
@@ -158,6 +168,7 @@ def test_constant_length_follows_the_dataset(make: Make) -> None:
         "algo.advantage.eps=0",
         "algo.selection._target_=os.system",
         "reward.verifier._target_=os.system",
+        "rollout.correction._target_=os.system",
     ],
 )
 def test_refused_in_one_line_that_names_the_key(make: Make, model_dir: str, override: str) -> None:
@@ -243,6 +254,32 @@ def test_evaluations(steps: int, every: int, count: int) -> None:
     assert count_evaluations(steps, every) == count
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "token_truncation ratio_cap=0",
+        "token_truncation ratio_cap=inf",
+        "token_mask ratio_low=0",
+        "token_mask ratio_low=1.1",
+        "token_mask ratio_high=0.9",
+        "token_mask ratio_high=many",
+        "sequence_mask ratio_cap=-1",
+    ],
+)
+def test_numbers_of_a_correction_are_refused_by_name(make: Make, model_dir: str, override: str) -> None:
+    choice, _, number = override.partition(" ")
+    with pytest.raises(ConfigError, match=rf"rollout\.correction\.{number}.*: expected a .*number"):
+        check(make(model_dir, f"rollout/correction={choice}", f"rollout.correction.{number}"))
+
+
+def test_what_nobody_sampled_cannot_be_corrected(make: Make, model_dir: str) -> None:
+    check(make(model_dir, "rollout=demonstrations"))
+    for choice in choices("rollout/correction"):
+        if choice != "none":
+            with pytest.raises(ConfigError, match=r"rollout/correction=none\) with rollout\.train_engine"):
+                check(make(model_dir, "rollout=demonstrations", f"rollout/correction={choice}"))
+
+
 def test_find_parts_sees_every_part(make: Make) -> None:
     keys = {key for key, _ in find_parts(make("algo=grpo", "selection=random"))}
     assert keys == {
@@ -259,6 +296,7 @@ def test_find_parts_sees_every_part(make: Make) -> None:
         "algo.step_rule",
         "dataset.source",
         "rollout.engine",
+        "rollout.correction",
         "reward.verifier",
     }
 

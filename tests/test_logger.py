@@ -93,7 +93,7 @@ def test_every_key_of_the_contract_is_documented() -> None:
     contract = """
     counter/optimizer_step counter/completions counter/generated_tokens reward/accuracy reward/mean
     eval/accuracy advantage/std loss/total loss/clip_fraction policy/entropy policy/grad_norm
-    policy/sampler_kl_k3 rollout/completion_length/mean rollout/truncated_fraction
+    mismatch/kl_k3 rollout/completion_length/mean rollout/truncated_fraction
     curvature/token/policy_shift/mean curvature/token/policy_shift/p99 curvature/token/policy_shift/max
     curvature/token/objective_shift/mean curvature/token/objective_shift/p99
     curvature/token/objective_shift/max curvature/batch/policy_shift curvature/batch/objective_shift

@@ -87,22 +87,40 @@ def test_samples_follow_the_models_distribution(small_model: PreTrainedModel) ->
 
 
 def test_top_k_and_top_p_limit_what_is_sampled(small_model: PreTrainedModel) -> None:
-    ranked = small_model(torch.tensor([ROWS[0].token_ids])).logits[0, -1].softmax(0).sort(descending=True)
+    """The tokens come from the limited distribution; their log-probs are of the full softmax."""
+    logits = small_model(torch.tensor([ROWS[0].token_ids])).logits[0, -1]
+    ranked = (logits / 0.8).softmax(0).sort(descending=True)
     nucleus = int((ranked.values.cumsum(0) < 0.5).sum()) + 1
+    many = {"group_size": 3000, "max_tokens": 1, "max_sequences": 3000, "temperature": 0.8}
     for limit, allowed in (({"top_k": 3}, 3), ({"top_p": 0.5}, nucleus)):
-        group = sample(small_model, ROWS[:1], group_size=300, max_tokens=1, max_sequences=300, **limit)[0]
-        seen = {c.token_ids[0] for c in group.completions}
-        assert seen == set(ranked.indices[:allowed].tolist())
-        shares = (
-            ranked.values[:allowed] / ranked.values[:allowed].sum()
-        )  # log-probs are of what was sampled from
-        expected = {
-            int(i): share for i, share in zip(ranked.indices[:allowed], shares.log().tolist(), strict=True)
-        }
+        group = sample(small_model, ROWS[:1], **many, **limit)[0]
+        drawn = torch.tensor([c.token_ids[0] for c in group.completions])
+        assert set(drawn.tolist()) == set(ranked.indices[:allowed].tolist())
+        shares = ranked.values[:allowed] / ranked.values[:allowed].sum()
+        counts = (drawn[:, None] == ranked.indices[:allowed]).float().mean(0)
+        torch.testing.assert_close(counts, shares, rtol=0, atol=0.04)  # 4 standard deviations
+        full = dict(zip(ranked.indices.tolist(), ranked.values.log().tolist(), strict=True))
         for completion in group.completions:
-            assert completion.sampler_log_probs[0] == pytest.approx(
-                expected[completion.token_ids[0]], abs=1e-4
-            )
+            assert completion.sampler_log_probs[0] == pytest.approx(full[completion.token_ids[0]], abs=1e-4)
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_log_probs_are_the_learners_whatever_is_cut_off(
+    small_model: PreTrainedModel, limit: dict[str, float]
+) -> None:
+    batch = collate(
+        sample(small_model, ROWS, temperature=0.8, **limit), pad_token_id=0, device=torch.device("cpu")
+    )
+    log_probs = policy.log_probs(
+        small_model, batch, temperature=0.8, chunk_tokens=1000, compute_dtype=torch.float32
+    )
+    torch.testing.assert_close(batch.sampler_log_probs, log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_limits_that_cut_off_nothing_change_no_bit(small_model: PreTrainedModel) -> None:
+    plain = sample(small_model, ROWS)
+    assert sample(small_model, ROWS, top_k=40) == plain
+    assert sample(small_model, ROWS, temperature=0.0, top_k=1) == sample(small_model, ROWS, temperature=0.0)
 
 
 def test_ends_and_truncation(small_model: PreTrainedModel) -> None:

@@ -325,5 +325,8 @@ def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
     losses = [run_updates(ours, config, batch, step)[0][0] for step in range(10)]
     assert losses[0]["loss/total"] == pytest.approx(exact[batch.completion_mask].mean().item(), rel=1e-4)
     assert losses[-1]["loss/total"] < 0.5 * losses[0]["loss/total"]
-    assert isnan(losses[0]["policy/sampler_kl_k3"])
+    gaps = {key for key, value in losses[0].items() if isnan(value)}
+    four = ("kl_k1", "kl_k3", "ratio_max", "beyond_2x_fraction")
+    assert gaps == {f"mismatch/{part}{name}" for part in ("", "corrected/") for name in four}
+    assert losses[0]["mismatch/dropped_fraction"] == 0.0
     assert all(parameter.isfinite().all() for parameter in weights(ours))

@@ -42,7 +42,15 @@ CONTRACT = [
     "loss/clip_fraction",
     "policy/entropy",
     "policy/grad_norm",
-    "policy/sampler_kl_k3",
+    "mismatch/kl_k1",
+    "mismatch/kl_k3",
+    "mismatch/ratio_max",
+    "mismatch/beyond_2x_fraction",
+    "mismatch/corrected/kl_k1",
+    "mismatch/corrected/kl_k3",
+    "mismatch/corrected/ratio_max",
+    "mismatch/corrected/beyond_2x_fraction",
+    "mismatch/dropped_fraction",
     "rollout/completion_length/mean",
     "rollout/truncated_fraction",
     "curvature/token/policy_shift/mean",
@@ -73,7 +81,7 @@ def test_a_run_leaves_what_the_contract_says(small: Callable[..., TrainConfig]) 
     assert [row["counter/completions"] for row in rows] == [12, 24, 36]
     assert set(CONTRACT) <= set(rows[-1])
     check_known(rows[-1])
-    assert rows[-1]["policy/sampler_kl_k3"] < 1e-6  # the sampler is the learner
+    assert rows[-1]["mismatch/kl_k3"] < 1e-6  # the sampler is the learner
     assert [row["counter/rollout_step"] for row in lines(directory / "eval.jsonl")] == [0, 2, 3]
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
@@ -122,7 +130,7 @@ def test_inner_iterations_are_one_line_each(small: Callable[..., TrainConfig]) -
     assert [row["counter/optimizer_step"] for row in rows] == list(range(1, 10))
     assert [row["counter/rollout_step"] for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     # The ratio's denominator stays that of the weights that sampled.
-    assert max(row["policy/sampler_kl_k3"] for row in rows) < 1e-6
+    assert max(row["mismatch/kl_k3"] for row in rows) < 1e-6
     assert rows[3]["policy/ratio_max"] == 1.0 < rows[4]["policy/ratio_max"]
 
 

@@ -1,12 +1,17 @@
 """Rollout engines: prompts -> RolloutGroups. One file an engine, the same signature."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
 
+from capo_exp.config import RunFailed
 from capo_exp.types import Prompt, RolloutGroup
 
 
-class RolloutEngine(Protocol):
+class EngineFailed(RunFailed):
+    """The engine reported an error, died, did not answer in time, or holds other weights than the learner."""
+
+
+class RolloutEngine:
     """What train.py and evaluate.py ask of an engine; see hf.HFRollout.generate for the arguments."""
 
     def generate(
@@ -21,5 +26,19 @@ class RolloutEngine(Protocol):
         seed: int,
         weight_version: int,
     ) -> list[RolloutGroup]:
-        """One group per prompt, in order."""
-        ...
+        """One group per prompt, in order, sampled with the learner's present weights.
+
+        Raises:
+            EngineFailed: if an engine outside this process cannot do that.
+        """
+        raise NotImplementedError
+
+    def start(self, directory: Path) -> None:
+        """Starts what has to run before the first call; its log goes into the run directory."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the calls since the last one cost and showed; 0 for the learner's own model."""
+        return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
+
+    def close(self) -> None:
+        """Returns all memory; the engine cannot be used afterwards."""

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from capo_exp.config import ConfigError
+from capo_exp.rollout import RolloutEngine
 from capo_exp.types import Completion, Prompt, RolloutGroup
 
 
-class DemonstrationRollout:
+class DemonstrationRollout(RolloutEngine):
     """Hands out `Problem.demonstration` with an end-of-sequence token, as if the model had written it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

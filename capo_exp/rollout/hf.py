@@ -11,18 +11,18 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from capo_exp import policy
+from capo_exp.rollout import RolloutEngine
 from capo_exp.types import Completion, Prompt, RolloutGroup
 
-Warpers = Callable[[Tensor, Tensor], Tensor]  # (context, logits) -> logits of the distribution to sample from
+Cut = Callable[[Tensor, Tensor], Tensor]  # (context, logits) -> the same, -inf at what must not be sampled
 
 
-class HFRollout:
+class HFRollout(RolloutEngine):
     """Samples completions. Shares the model with the learner, so its weights are never stale."""
 
     def __init__(
@@ -73,13 +73,13 @@ class HFRollout:
             use_cache=True,
             cache_implementation="dynamic",
         )
-        warpers = make_warpers(temperature, top_k, top_p)
+        cut = make_cut(top_k, top_p)
         generator = torch.Generator(self._model.device).manual_seed(seed)
         size = max(1, self._max_sequences // group_size)
         groups: list[RolloutGroup] = []
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
-            completions = self._sample(part, group_size, settings, warpers, generator)
+            completions = self._sample(part, group_size, settings, temperature, cut, generator)
             groups += [
                 RolloutGroup(
                     prompt, tuple(completions[i * group_size : (i + 1) * group_size]), weight_version
@@ -93,7 +93,8 @@ class HFRollout:
         prompts: Sequence[Prompt],
         group_size: int,
         settings: GenerationConfig,
-        warpers: Warpers | None,
+        temperature: float,
+        cut: Cut | None,
         generator: torch.Generator,
     ) -> list[Completion]:
         encoded = self._tokenizer.pad(
@@ -106,7 +107,8 @@ class HFRollout:
                 **encoded,
                 generation_config=settings,
                 custom_generate=decode,
-                warpers=warpers,
+                temperature=temperature,
+                cut=cut,
                 group_size=group_size,
                 generator=generator,
             )
@@ -126,7 +128,8 @@ def decode(
     logits_processor: object,
     stopping_criteria: object,
     generation_config: GenerationConfig,
-    warpers: Warpers | None,
+    temperature: float,
+    cut: Cut | None,
     group_size: int,
     generator: torch.Generator,
     **model_kwargs: Any,
@@ -135,13 +138,14 @@ def decode(
 
     Three differences from the built-in loop: a group's prompt is computed once, rows that have ended leave
     the batch, and the log-prob of each sampled token is kept instead of the scores of the whole vocabulary.
-    The distribution is that of `warpers` alone: `generate`'s own processors add a repetition penalty and the
-    like from the model's generation_config.json, of which the learner knows nothing. model_kwargs holds what
-    `generate` prepared: attention_mask (None without padding) and past_key_values.
+    The distribution is that of `temperature` (0 = greedy) and `cut` alone: `generate`'s own processors add a
+    repetition penalty and the like from the model's generation_config.json, of which the learner knows
+    nothing. model_kwargs holds what `generate` prepared: attention_mask (None without padding) and
+    past_key_values.
 
     Returns:
-        Tokens [P * G, T] padded with the pad token, and their log-probs [nats] under the distribution sampled
-        from.
+        Tokens [P * G, T] padded with the pad token, and their log-probs [nats] under the full softmax at the
+        temperature, which is the learner's, whatever `cut` leaves to sample from.
     """
     del logits_processor, stopping_criteria  # made from the model's own settings as well
     rows = input_ids.shape[0] * group_size
@@ -168,9 +172,13 @@ def decode(
     active = torch.arange(rows, device=input_ids.device)
     alive = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     for position in range(limit):
-        logits = logits.float()
-        scores = (logits if warpers is None else warpers(context, logits)).log_softmax(1)
-        chosen = scores.argmax(1) if warpers is None else _draw(scores, generator)
+        logits = logits.float() / (temperature or 1.0)
+        scores = logits.log_softmax(1)
+        if temperature == 0:
+            chosen = scores.argmax(1)
+        else:
+            allowed = scores if cut is None else cut(context, logits).log_softmax(1)
+            chosen = _draw(allowed, generator)
         tokens[active[alive], position] = chosen[alive]
         log_probs[active[alive], position] = scores.gather(1, chosen[:, None]).squeeze(1)[alive]
         alive = alive & ~torch.isin(chosen, ends)
@@ -205,13 +213,11 @@ def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
     return (log_probs.exp() / noise).argmax(1)
 
 
-def make_warpers(temperature: float, top_k: int, top_p: float) -> Warpers | None:
-    """What turns logits into the distribution to sample from; None = greedy."""
-    if temperature == 0:
-        return None
+def make_cut(top_k: int, top_p: float) -> Cut | None:
+    """What limits the tokens to sample from; None = all of them."""
     top = [TopKLogitsWarper(top_k)] if top_k else []
     nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return LogitsProcessorList([TemperatureLogitsWarper(temperature), *top, *nucleus])  # pyright: ignore[reportReturnType]
+    return LogitsProcessorList([*top, *nucleus]) if top or nucleus else None  # pyright: ignore[reportReturnType]
 
 
 def _cut(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:

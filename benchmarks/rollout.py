@@ -1,0 +1,100 @@
+"""Sampling speed of the engines, and what a weight transfer costs: taking turns in one run, on any device.
+
+Temperature 2, so that completions rarely end early, the same for both; tokens that were really sampled are
+counted. One round for each shape is not counted. Transfers are of new weights, with cache reset and proof.
+
+    python benchmarks/rollout.py --rounds 3
+    python benchmarks/rollout.py --rounds 3 model=qwen2_5_0_5b rollout.engine.sleep_level=2
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from capo_exp import parts, policy, train
+from capo_exp.config import TrainConfig, conf_dir, register
+from capo_exp.rollout import RolloutEngine
+from capo_exp.types import Prompt
+
+GROUP = 8
+TRANSFERS = 10
+
+
+def config_of(rollout: str, overrides: list[str], longest: int) -> TrainConfig:
+    register()
+    own = [x for x in overrides if rollout == "vllm" or not x.startswith("rollout.engine.")]
+    fixed = [f"rollout={rollout}", f"dataset.max_completion_tokens={longest}", *own]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", fixed))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def tokens_per_second(engine: RolloutEngine, prompts: list[Prompt], tokens: int, seed: int) -> float:
+    start = time.perf_counter()
+    numbers = {"group_size": GROUP, "max_tokens": tokens, "temperature": 2.0, "top_k": 0, "top_p": 1.0}
+    groups = engine.generate(prompts, **numbers, seed=seed, weight_version=0)
+    sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    return sampled / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="*", default=[96, 1152])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[16, 64, 256])
+    arguments, overrides = parser.parse_known_args()
+    longest = max(arguments.lengths)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engines: dict[str, RolloutEngine] = {}
+        configs = {name: config_of(name, overrides, longest) for name in ("hf", "vllm")}
+        inputs = train.read_inputs(configs["hf"])
+        model = policy.load_model(configs["hf"].model, inputs.device)
+        for name, config in configs.items():
+            build = parts.build(config.rollout.engine, key="rollout.engine")
+            engines[name] = build(model, inputs.tokenizer, inputs.compute_dtype)
+            stack.callback(engines[name].close)
+            engines[name].start(directory)
+        table = Table("completions", "at most tokens", "hf tokens/s", "vllm tokens/s", "vllm / hf")
+        for batch in arguments.batches:
+            prompts = [inputs.train[i % len(inputs.train)] for i in range(batch // GROUP)]
+            for length in arguments.lengths:
+                speeds: dict[str, list[float]] = {name: [] for name in engines}
+                for seed in range(arguments.rounds + 1):
+                    for name, engine in engines.items():
+                        speeds[name].append(tokens_per_second(engine, prompts, length, seed))
+                hf, vllm = (statistics.median(speeds[name][1:]) for name in ("hf", "vllm"))
+                table.add_row(f"{batch:,}", str(length), f"{hf:,.0f}", f"{vllm:,.0f}", f"{vllm / hf:.2f}")
+        Console(width=100).print(table)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"transfer of {parameters:,} parameters: {transfer(engines['vllm'], model, inputs.train[:1])}")
+
+
+def transfer(engine: RolloutEngine, model: torch.nn.Module, prompts: list[Prompt]) -> str:
+    """Median seconds of TRANSFERS transfers, with the largest probe difference seen."""
+    seconds, differences = [], []
+    engine.metrics()
+    for version in range(1, TRANSFERS + 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0001)
+        numbers = {"group_size": 1, "max_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        engine.generate(prompts, **numbers, seed=0, weight_version=version)
+        metrics = engine.metrics()
+        seconds.append(metrics["time/transfer_seconds"])
+        differences.append(metrics["mismatch/probe_difference"])
+    return f"median {statistics.median(seconds):.3f} s, probe difference at most {max(differences):.2g} nats"
+
+
+if __name__ == "__main__":
+    main()

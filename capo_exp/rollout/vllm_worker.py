@@ -1,0 +1,76 @@
+"""The process around vLLM's `LLM`: answers the calls of vllm_process.EngineProcess."""
+
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from capo_exp.rollout.vllm_process import Request, Response, Sampled, common_params
+
+
+class Worker:
+    """vLLM's LLM with our requests and responses; everything else goes to it as it is."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        from capo_exp.rollout.vllm_plugin import register
+
+        register()  # for a package that runs without being installed
+        self._llm = LLM(**arguments)
+
+    def generate(self, requests: list[Request]) -> list[Response]:
+        from vllm import SamplingParams
+
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(request.token_ids)} for request in requests],
+            [SamplingParams(**common_params(request.params), flat_logprobs=True) for request in requests],
+            use_tqdm=False,
+        )
+        return [_response(output) for output in outputs]
+
+    def __getattr__(self, method: str) -> Any:
+        return getattr(self._llm, method)
+
+
+def serve(connection: Connection) -> NoReturn:
+    """Ends when the parent closes the pipe or dies."""
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # schedulers signal all of a job; the parent ends its step first
+    worker = None
+    try:
+        while True:
+            method, args = connection.recv()
+            try:
+                if method == "start":
+                    worker, result = Worker(*args), None
+                else:
+                    result = getattr(worker, method)(*args)
+                connection.send((True, result))
+            except Exception as error:
+                traceback.print_exc()
+                connection.send((False, f"{type(error).__name__}: {error}"))
+    except (EOFError, OSError):
+        pass
+    os._exit(0)  # vLLM's own shutdown can hang
+
+
+def _response(output: Any) -> Response:
+    """From vLLM's RequestOutput. With logprobs=0 there is one log-prob a token: that of the token itself."""
+    completions = [
+        Sampled(
+            list(completion.token_ids),
+            list(completion.logprobs.logprobs),
+            [span.version for span in completion.weight_versions or ()],
+        )
+        for completion in output.outputs
+    ]
+    prompt = output.prompt_logprobs
+    return Response(completions, list(prompt.logprobs) if prompt is not None else [])
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,334 @@
+"""Corrections for the sampler's log-probs: weights by hand, their properties, and the learner under them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import exp, inf, isnan, log, nan
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp.checks import check
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
+from capo_exp.learner import Learner
+from capo_exp.types import Batch, Scored, Selection
+from tests.pieces import SMALL, gradients, make_learner, plain_log_probs, run_updates, same_weights, weights
+
+Compose = Callable[..., TrainConfig]
+Batches = Callable[..., Batch]
+CORRECTIONS = ("none", "token_truncation", "token_mask", "sequence_mask")
+FOUR = ("kl_k1", "kl_k3", "ratio_max", "beyond_2x_fraction")
+TWO = ["rollout/correction=token_truncation", "rollout.correction.ratio_cap=2.0"]
+
+
+def ratios(*rows: list[float]) -> tuple[Tensor, Tensor]:
+    """ln ratios [B, T] and the mask of those that are given; the padding holds what must not leak."""
+    longest = max(map(len, rows))
+    poison = [nan, inf, -inf]
+    values = [[log(x) for x in row] + (poison * longest)[: longest - len(row)] for row in rows]
+    mask = [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(mask)
+
+
+RATIOS = ratios([1.0, 0.5, 4.0, 0.25], [3.0, 1.0], [0.4, 2.0, 5.0])
+"""The products of the rows are 0.5, 3 and 4."""
+
+
+@pytest.mark.parametrize(
+    ("weigh", "expected"),
+    [
+        (lambda d, m: uncorrected(d, m), [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        (
+            lambda d, m: truncate_tokens(d, m, ratio_cap=2.0),
+            [[1, 0.5, 2, 0.25], [2, 1, 0, 0], [0.4, 2, 2, 0]],
+        ),
+        (
+            lambda d, m: mask_tokens(d, m, ratio_low=0.45, ratio_high=4.5),
+            [[1, 0.5, 4, 0], [3, 1, 0, 0], [0, 2, 0, 0]],
+        ),
+        (
+            lambda d, m: mask_sequences(d, m, ratio_cap=3.5),
+            [[0.5, 0.5, 0.5, 0.5], [3, 3, 0, 0], [0, 0, 0, 0]],
+        ),
+    ],
+)
+def test_weights_by_hand(weigh: Callable[..., Tensor], expected: list[list[float]]) -> None:
+    log_ratio, mask = RATIOS
+    got = weigh(log_ratio.requires_grad_(), mask)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_bounds_of_a_mask_are_inside() -> None:
+    log_ratio, mask = torch.log(torch.tensor([[1.0, 1.0]])), torch.ones(1, 2, dtype=torch.bool)
+    assert mask_tokens(log_ratio, mask, ratio_low=1.0, ratio_high=1.0).tolist() == [[1, 1]]
+    assert mask_sequences(log_ratio, mask, ratio_cap=1.0).tolist() == [[1, 1]]
+    assert not mask_sequences(log_ratio, mask, ratio_cap=0.999).any()
+
+
+NUMBERS = st.sampled_from([nan, inf, -inf, 300.0, -300.0]) | st.floats(-3, 3, width=32)
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda t: st.lists(
+            st.tuples(st.lists(NUMBERS, min_size=t, max_size=t), st.integers(0, t)), min_size=1, max_size=4
+        )
+    ),
+    st.floats(0.01, 10),
+    st.floats(0.01, 1),
+    st.floats(1, 10),
+)
+def test_weights_are_finite_in_range_and_0_on_padding(
+    rows: list[tuple[list[float], int]], cap: float, low: float, high: float
+) -> None:
+    log_ratio = torch.tensor([values for values, _ in rows])
+    mask = torch.arange(log_ratio.shape[1]) < torch.tensor([[length] for _, length in rows])
+    ones = uncorrected(log_ratio, mask)
+    assert torch.equal(ones, mask.float())
+    truncated = truncate_tokens(log_ratio, mask, ratio_cap=cap)
+    masked = mask_tokens(log_ratio, mask, ratio_low=low, ratio_high=high)
+    whole = mask_sequences(log_ratio, mask, ratio_cap=cap)
+    slack = 1 + 1e-6
+    for weights_ in (truncated, masked, whole):
+        assert weights_.isfinite().all() and (weights_ >= 0).all()
+        assert not weights_[~mask].any()
+    assert truncated.max() <= cap * slack and whole.max() <= cap * slack
+    assert all(w == 0 or low / slack <= w <= high * slack for w in masked.flatten().tolist())
+    assert all(len(set(row[m].tolist())) <= 1 for row, m in zip(whole, mask, strict=True))
+
+
+def test_a_product_that_overflows_drops_the_completion() -> None:
+    log_ratio, mask = torch.full((2, 3), 60.0), torch.ones(2, 3, dtype=torch.bool)
+    log_ratio[1] = -60.0
+    assert not mask_sequences(log_ratio, mask, ratio_cap=3.0).any()  # inf and 0
+    assert truncate_tokens(log_ratio * 10, mask, ratio_cap=2.0).tolist() == [[2] * 3, [0] * 3]
+
+
+@pytest.fixture
+def make(small_model: PreTrainedModel, composed: Compose) -> Callable[..., Learner]:
+    return lambda *overrides: make_learner(composed(*SMALL, *overrides), small_model, distance=0.05)
+
+
+def off_by(batch: Batch, model: PreTrainedModel, log_ratio: Tensor | float) -> Batch:
+    """The batch as a sampler would have given it whose log-probs are `log_ratio` below the learner's."""
+    with torch.no_grad():
+        sampler = (plain_log_probs(model, batch) - log_ratio) * batch.completion_mask
+    return replace(batch, sampler_log_probs=sampler)
+
+
+def uneven(batch: Batch, seed: int = 1) -> Tensor:
+    """ln ratios [B, T] with ratios from 1/3 to 3 far from every cap."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.tensor([-1.1, -0.4, -0.1, 0.1, 0.3, 1.1])
+    return choices[torch.randint(0, 6, batch.completion_mask.shape, generator=generator)]
+
+
+@pytest.mark.parametrize(("log_ratio", "weight"), [(0.4, exp(0.4)), (1.5, 2.0), (-1.0, exp(-1.0))])
+def test_the_same_ratio_everywhere_scales_the_gradient(
+    make: Callable[..., Learner],
+    random_batch: Batches,
+    small_model: PreTrainedModel,
+    log_ratio: float,
+    weight: float,
+) -> None:
+    batch = off_by(random_batch(), small_model, log_ratio)
+    plain = gradients(make("algo=grpo"), batch)
+    scaled = gradients(make("algo=grpo", *TWO), batch)
+    torch.testing.assert_close(scaled, [weight * g for g in plain], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS[1:])
+@pytest.mark.parametrize("algo", ["grpo", "dr_capo", "gspo", "reinforce_pp", "grpo_kl"])
+def test_corrected_is_the_plain_loss_of_weighted_advantages(
+    make: Callable[..., Learner],
+    random_batch: Batches,
+    small_model: PreTrainedModel,
+    algo: str,
+    correction: str,
+) -> None:
+    """In loss, shifts, selection and the moments after it; the KL to the reference stays as it is."""
+    log_ratio = uneven(random_batch())
+    batch = off_by(random_batch(), small_model, log_ratio)
+    mask = batch.completion_mask
+    weigh = {
+        "token_truncation": lambda: truncate_tokens(log_ratio, mask, ratio_cap=2.0),
+        "token_mask": lambda: mask_tokens(log_ratio, mask, ratio_low=0.5, ratio_high=5.0),
+        "sequence_mask": lambda: mask_sequences(log_ratio, mask, ratio_cap=3.0),
+    }[correction]
+    bounds = ["policy_shift_max=7e-5", "objective_shift_min=-0.1", "objective_shift_max=0.03"]
+    tight = [f"algo.selection.{bound}" for bound in bounds if algo == "dr_capo"]
+    command = [f"algo={algo}", "regime.learning_rate=1e-3", *tight]
+    corrected, plain = make(*command, f"rollout/correction={correction}"), make(*command)
+    weighted = replace(batch, advantages=batch.advantages * weigh())
+    for _ in range(2):  # the second update has the shifts of Adam's moments
+        (metrics, record), (expected, other) = corrected.step(batch), plain.step(weighted)
+        corrected.model.load_state_dict(small_model.state_dict())
+        plain.model.load_state_dict(small_model.state_dict())
+    for key in ("loss/total", "policy/grad_norm", "advantage/std", "selection/rejection_rate"):
+        assert metrics[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-7), key
+    assert 0 < metrics["mismatch/dropped_fraction"] < 1 or correction == "token_truncation"
+    assert 0 < metrics["selection/rejection_rate"] < 1 or not tight
+    torch.testing.assert_close(record.weights, weigh(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(record.batch.advantages, weighted.advantages, rtol=1e-4, atol=1e-6)
+    assert torch.equal(record.batch.sampler_log_probs, batch.sampler_log_probs)
+    torch.testing.assert_close(vars(record.shifts), vars(other.shifts), rtol=1e-3, atol=1e-9)
+    assert torch.equal(record.selection.keep_mask, other.selection.keep_mask)
+    ours, theirs = corrected.optimizer_model, plain.optimizer_model
+    assert ours is not None and theirs is not None
+    torch.testing.assert_close(ours.first, theirs.first, rtol=1e-3, atol=1e-7)
+
+
+def test_a_masked_token_has_no_gradient(
+    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+) -> None:
+    batch = random_batch()
+    nowhere = off_by(batch, small_model, 3.0)  # ratios of 20: all are masked
+    ours = make("algo=grpo", "rollout/correction=token_mask")
+    before = weights(ours)
+    metrics, _ = ours.step(nowhere)
+    assert metrics["mismatch/dropped_fraction"] == 1.0
+    assert metrics["loss/total"] == metrics["policy/grad_norm"] == 0.0
+    assert {metrics[f"mismatch/corrected/{name}"] for name in FOUR} == {0.0}
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
+
+
+def test_the_kl_to_the_reference_is_not_weighted(
+    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+) -> None:
+    batch = off_by(random_batch(), small_model, 3.0)
+    idle = replace(batch, advantages=torch.zeros_like(batch.advantages))
+    masked = gradients(make("algo=grpo_kl", "rollout/correction=token_mask"), batch)
+    assert any(g.abs().max() > 1e-6 for g in masked)
+    torch.testing.assert_close(masked, gradients(make("algo=grpo_kl"), idle))
+
+
+def test_without_a_correction_the_samplers_log_probs_change_no_bit(
+    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+) -> None:
+    batch = random_batch()
+    far = off_by(batch, small_model, uneven(batch))
+    unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
+    learners = [make("algo=capo", "rollout/correction=none") for _ in range(3)]
+    for one, given_ in zip(learners, (batch, far, unknown), strict=True):
+        one.step(given_)
+    assert same_weights(learners[0], learners[1]) and same_weights(learners[0], learners[2])
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_nothing_is_corrected_where_sampler_and_learner_agree(
+    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, correction: str
+) -> None:
+    batch = off_by(random_batch(), small_model, 0.0)
+    plain, ours = make("algo=grpo"), make("algo=grpo", f"rollout/correction={correction}")
+    (_, record), (metrics, same) = plain.step(batch), ours.step(batch)
+    torch.testing.assert_close(same.batch.advantages, record.batch.advantages, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-3, atol=1e-4)
+    for part in ("mismatch", "mismatch/corrected"):
+        assert metrics[f"{part}/ratio_max"] == pytest.approx(1, abs=1e-4)
+        assert metrics[f"{part}/kl_k1"] == pytest.approx(0, abs=1e-4)
+        assert 0 <= metrics[f"{part}/kl_k3"] == pytest.approx(0, abs=1e-8)
+        assert metrics[f"{part}/beyond_2x_fraction"] == 0.0
+    assert metrics["mismatch/dropped_fraction"] == 0.0
+
+
+def by_hand(ratio: Tensor) -> dict[str, Any]:
+    return {
+        "kl_k1": -ratio.log().mean().item(),
+        "kl_k3": (ratio - 1 - ratio.log()).mean().item(),
+        "ratio_max": ratio.max().item(),
+        "beyond_2x_fraction": ((ratio > 2) | (ratio < 0.5)).double().mean().item(),
+    }
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_metrics_are_of_the_ratios_before_and_after(
+    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, correction: str
+) -> None:
+    log_ratio = uneven(random_batch())
+    batch = off_by(random_batch(), small_model, log_ratio)
+    mask = batch.completion_mask
+    metrics, _ = make("algo=grpo", f"rollout/correction={correction}").step(batch)
+    raw, rows = log_ratio.exp()[mask], (log_ratio * mask).sum(1, keepdim=True).exp().expand_as(mask)[mask]
+    left = {
+        "none": raw,
+        "token_truncation": raw.clamp(max=2),
+        "token_mask": raw[(raw >= 0.5) & (raw <= 5)],
+        "sequence_mask": rows[rows <= 3],
+    }[correction]
+    expected = {f"mismatch/{k}": v for k, v in by_hand(raw).items()}
+    expected |= {f"mismatch/corrected/{k}": v for k, v in by_hand(left).items()}
+    expected["mismatch/dropped_fraction"] = 1 - len(left) / len(raw)
+    got = {key: value for key, value in metrics.items() if key.startswith("mismatch/")}
+    assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert 0 < expected["mismatch/beyond_2x_fraction"] < 1
+    assert len(left) < len(raw) or correction in ("none", "token_truncation")
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_micro_batches_and_later_passes_see_the_same_weights(
+    composed: Compose, random_batch: Batches, small_model: PreTrainedModel, correction: str
+) -> None:
+    """The ratio is that of the weights that sampled: a second pass over the batch keeps the first's."""
+    batch = off_by(random_batch(), small_model, uneven(random_batch()))
+    results = []
+    for size in (96, 3):
+        config = composed(
+            *SMALL, "algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2",
+            f"rollout/correction={correction}", f"model.micro_batch_size={size}",
+        )  # fmt: skip
+        results.append(run_updates(make_learner(config, small_model), config, batch))
+    (whole, record), (cut, same) = results
+    torch.testing.assert_close(record.weights, same.weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(record.batch.advantages, same.batch.advantages, rtol=1e-4, atol=1e-6)
+    for one, other in zip(whole, cut, strict=True):
+        assert one == pytest.approx(other, rel=5e-3, abs=1e-5)
+    first, second = ({k: v for k, v in m.items() if k.startswith("mismatch/")} for m in whole)
+    assert first == pytest.approx(second, rel=1e-5)
+    assert whole[1]["policy/ratio_max"] > 1.01
+
+
+@pytest.mark.parametrize("size", [96, 3])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
+    make: Callable[..., Learner],
+    random_batch: Batches,
+    small_model: PreTrainedModel,
+    size: int,
+    later: bool,
+) -> None:
+    """By the log-probs of the weights that sampled: the forward pass's own, or those of an earlier update."""
+    batch = off_by(random_batch(), small_model, uneven(random_batch()))
+    mask, seen = batch.completion_mask, list[Scored]()
+
+    def look(scored: Scored) -> Selection:
+        seen.append(scored)
+        return Selection(scored.batch.completion_mask)
+
+    ours = make("algo=grpo", "rollout/correction=token_mask", f"model.micro_batch_size={size}")
+    ours._algorithm = replace(ours._algorithm, selection=look, scoring_pass=True)
+    log_ratio = uneven(batch, seed=2 if later else 1)
+    _, record = ours.step(batch, batch.sampler_log_probs + log_ratio if later else None)
+    expected = batch.advantages * mask_tokens(log_ratio, mask, ratio_low=0.5, ratio_high=5.0)
+    (scored,) = seen
+    assert scored.whole_step
+    torch.testing.assert_close(scored.batch.advantages, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(vars(scored.shifts), vars(record.shifts), rtol=1e-3, atol=1e-9)
+
+
+def test_log_probs_that_nobody_sampled_are_not_corrected_but_logged_as_gaps(
+    make: Callable[..., Learner], random_batch: Batches, composed: Compose
+) -> None:
+    batch = random_batch()
+    unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
+    metrics, _ = make("algo=sft").step(unknown)
+    assert {key for key, value in metrics.items() if isnan(value)} == {
+        f"mismatch/{part}{name}" for part in ("", "corrected/") for name in FOUR
+    }
+    with pytest.raises(ConfigError, match=r"rollout/correction=none"):
+        check(composed("algo=sft", "rollout=demonstrations", "regime.group_size=1", *TWO))

