@@ -26,7 +26,7 @@ from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout
 from capo_exp.rollout.vllm_process import EngineProcess, Limits, engine_failed
-from capo_exp.rollout.weight_transfer import all_parameters, choose_backend, within
+from capo_exp.rollout.weight_transfer import all_parameters, choose_backend, weight_source, within
 from capo_exp.run_record import run_id
 from capo_exp.types import Batch, Prompt, RolloutGroup
 
@@ -434,6 +434,17 @@ def test_what_hangs_is_left_behind() -> None:
 def test_a_tied_last_layer_is_sent_under_both_names(small_model: PreTrainedModel) -> None:
     names = [name for name, _ in all_parameters(small_model)]
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(names)
+
+
+@needs_vllm
+def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel) -> None:
+    source = weight_source(small_model)
+    for _ in range(2):  # one pass for each transfer
+        sent = {name: (weight.dtype, tuple(weight.shape)) for name, weight in source}
+        assert {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()} == sent
+    assert "lm_head.weight" in sent
+    small_model.get_input_embeddings().weight.data.fill_(7)  # pyright: ignore[reportArgumentType]
+    assert (dict(source)["lm_head.weight"] == 7).all()  # the weights as they are, not as they were
 
 
 def test_backends() -> None:

@@ -7,7 +7,6 @@ anything else as safetensors bytes (vllm_plugin.py is the other end). No file is
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save
@@ -59,26 +58,14 @@ def make_sender(
         backend: safetensors, ipc or nccl.
         client: of the engine that takes them.
         model: whose weights.
-        address: nccl only: URL or host name under which the engine's workers reach this process.
+        address: nccl only: this machine's name or address for the engine's workers.
         world_size: nccl only: number of the engine's workers.
-        seconds: nccl only: limit of the handshake and of each transfer; the other backends have the client's.
+        seconds: ipc and nccl only: limit of the handshake and of each transfer, whatever the client's are.
     """
     if backend == "safetensors":
         client.init_weight_transfer_engine({})
         return lambda: _send_safetensors(client, model)
-    # Unlike its trainer base classes, vLLM's clients and factories are its documented interface.
-    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
-
-    class AllParameters(ModuleSource):
-        def metadata(self) -> list[Any]:
-            known = {meta.name: meta for meta in super().metadata()}
-            first = {id(parameter): known[name] for name, parameter in model.named_parameters()}
-            return [
-                type(meta := first[id(p)])(name, meta.dtype, meta.shape) for name, p in all_parameters(model)
-            ]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return all_parameters(model)
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -88,14 +75,34 @@ def make_sender(
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
-        host = urlsplit(address).hostname or address
-        info = NCCLTrainerInitInfo(host, get_open_port(), 1 + world_size, rank=0)
-    sender = within(
-        seconds,
-        f"joining the engine for {backend} transfers",
-        lambda: WeightTransferTrainerFactory.trainer_init(info, client=client, source=AllParameters(model)),
-    )
-    return lambda: within(seconds, f"sending weights by {backend}", sender.send_weights)
+        info = NCCLTrainerInitInfo(address, get_open_port(), 1 + world_size, rank=0)
+
+    def join() -> Any:
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source(model))
+
+    def limited(what: str, action: Callable[[], Any]) -> Any:
+        def on_its_gpu() -> Any:
+            with torch.cuda.device(model.device):  # a new thread's is the first
+                return action()
+
+        return within(seconds, what, on_its_gpu)
+
+    sender = limited(f"joining the engine for {backend} transfers", join)
+    return lambda: limited(f"sending weights by {backend}", sender.send_weights)
+
+
+def weight_source(model: PreTrainedModel) -> Any:
+    """All parameters as vLLM's senders read them: a WeightSource."""
+    from vllm.distributed.weight_transfer import ParamMeta, WeightSource
+
+    class AllParameters(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return all_parameters(model)
+
+    return AllParameters()
 
 
 def all_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
