@@ -1,6 +1,7 @@
 """Whether an engine holds the learner's weights: its log-probs of some prompts against the learner's own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,34 +18,58 @@ PROBE_TOKENS = 128
 """At most, the last of each prompt."""
 
 
-def probe_difference(
+@dataclass(frozen=True)
+class Probe:
+    """Log-probs [N] nats of the same tokens under both."""
+
+    learner: Tensor
+    engine: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """[N] nats, not negative; NaN if either is."""
+        return (self.learner - self.engine).abs()
+
+    def only_learner_moved(self, before: "Probe") -> bool:
+        """Whether the engine says to the last bit what it said before, and the learner does not: then it has
+        not got the new weights, however small the difference, which in bfloat16 that of a step can be."""
+        return torch.equal(self.engine, before.engine) and not torch.equal(self.learner, before.learner)
+
+
+def take_probe(
     generate: Callable[[Sequence[Request]], list[Response]],
     model: PreTrainedModel,
     compute_dtype: torch.dtype,
     prompts: Sequence[Prompt],
-) -> Tensor:
-    """[N] nats: |engine - learner| of the log-probs of prompt tokens at temperature 1.
+) -> Probe:
+    """Both log-probs of the prompts' last tokens, at temperature 1.
 
     Args:
         generate: of the engine.
         model: the learner's.
         compute_dtype: of the learner.
-        prompts: the first PROBE_PROMPTS with two tokens or more are the probe.
-
-    Raises:
-        EngineFailed: if there is no such prompt.
+        prompts: of two tokens or more.
     """
-    probe = [prompt for prompt in prompts if len(prompt.token_ids) > 1][:PROBE_PROMPTS]
-    if not probe:
-        raise EngineFailed("vLLM: prompts of one token cannot prove its weights: expected 2 tokens or more")
     params = {"n": 1, "temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
-    responses = generate([Request(prompt.token_ids, params) for prompt in probe])
-    groups = [_as_completion(p, r.prompt_log_probs) for p, r in zip(probe, responses, strict=True)]
+    responses = generate([Request(prompt.token_ids, params) for prompt in prompts])
+    groups = [_as_completion(p, r.prompt_log_probs) for p, r in zip(prompts, responses, strict=True)]
     batch = collate(groups, pad_token_id=0, device=model.device)
     own = policy.log_probs(
         model, batch, temperature=1.0, chunk_tokens=PROBE_TOKENS, compute_dtype=compute_dtype
     )
-    return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
+    return Probe(own[batch.completion_mask], batch.sampler_log_probs[batch.completion_mask])
+
+
+def choose_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first few that can prove anything.
+
+    Raises:
+        EngineFailed: if none has two tokens.
+    """
+    chosen = [prompt for prompt in prompts if len(prompt.token_ids) > 1][:PROBE_PROMPTS]
+    if not chosen:
+        raise EngineFailed("vLLM: prompts of one token cannot prove its weights: expected 2 tokens or more")
+    return chosen
 
 
 def _as_completion(prompt: Prompt, log_probs: Sequence[float]) -> RolloutGroup:
