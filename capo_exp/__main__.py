@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from capo_exp.checks import check, plan
 from capo_exp.config import ConfigError, RunFailed, conf_dir, expected_type, register, suggest, to_config
-from capo_exp.parts import check_names, find_parts
+from capo_exp.parts import check_parts
 from capo_exp.run_record import run_dir, status
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -99,16 +99,7 @@ def execute(cfg: DictConfig) -> None:
     sys.stdout.flush()
     if config.plan_only:
         return
-    for key, part in find_parts(config):
-        try:
-            check_names(part, key=key)
-        except ConfigError as error:
-            if key != "algo.selection" or not config.algo.variant:
-                raise
-            hint = (
-                f"selection={config.algo.variant} goes on an algorithm without a selection, such as algo=grpo"
-            )
-            raise ConfigError(f"{error} ({hint})") from error
+    check_parts(config)
     if status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), fresh=False)

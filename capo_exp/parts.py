@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from capo_exp.config import ConfigError, suggest
+from capo_exp.config import ConfigError, TrainConfig, suggest
 
 PACKAGE = "capo_exp"
 
@@ -31,6 +31,24 @@ def build(part: Mapping[str, Any], *, key: str, runtime: Collection[str] = ()) -
     if missing:
         raise ConfigError(f"{key}.{missing[0]}: no value; {part['_target_']} needs a number here")
     return instantiate(dict(part), _convert_="all")
+
+
+def check_parts(config: TrainConfig) -> None:
+    """Compares all parts with their targets' signatures, which imports torch.
+
+    Raises:
+        ConfigError: as check_names, for the first that does not fit.
+    """
+    for key, part in find_parts(config):
+        try:
+            check_names(part, key=key)
+        except ConfigError as error:
+            if key != "algo.selection" or not config.algo.variant:
+                raise
+            goes = (
+                f"selection={config.algo.variant} goes on an algorithm without a selection, such as algo=grpo"
+            )
+            raise ConfigError(f"{error} ({goes})") from error
 
 
 def check_names(

@@ -108,7 +108,7 @@ def run(config: TrainConfig) -> Path:
 
 def read_inputs(config: TrainConfig) -> Inputs:
     algorithm = build_algorithm(config.algo)
-    device = _device(config.device)
+    device = choose_device(config.device)
     policy.check_architecture(config.model)
     tokenizer = policy.load_tokenizer(config.model)
     source = parts.build(config.dataset.source, key="dataset.source")
@@ -120,7 +120,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     )
     held_out = held_out[: config.evaluation.num_problems]
     fingerprint = _fingerprint([*train, *held_out])
-    dtype = _compute_dtype(config, device)
+    dtype = choose_dtype(config, device)
     return Inputs(tokenizer, train, held_out, dropped, fingerprint, algorithm, device, dtype)
 
 
@@ -342,7 +342,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """`auto`, resolved.
+
+    Raises:
+        ConfigError: for a GPU that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device, gpus = torch.device(name), torch.cuda.device_count()
@@ -351,7 +356,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What forward passes compute in."""
     if config.model.compute_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, config.model.compute_dtype)

@@ -1,0 +1,92 @@
+"""The table of runs: from files alone, whatever state they are in."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.run_record import RunRecord, locked, run_dir
+from capo_exp.status import find_runs, main, summarise
+
+
+def row(step: int, **metrics: float | None) -> str:
+    return json.dumps({"counter/rollout_step": step, "time/total_seconds": 2.0, **metrics}) + "\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path, composed: Callable[..., TrainConfig]) -> TrainConfig:
+    return composed(f"output_dir={tmp_path}", "num_steps=40")
+
+
+def write(directory: Path, steps: int, cut: str = "") -> None:
+    """Accuracy rises by 1 % a step; every tenth is null, as one that was not finite."""
+    rows = [
+        row(s, **{"reward/accuracy": None if s % 10 == 0 else s / 100, "selection/rejection_rate": 0.02})
+        for s in range(1, steps + 1)
+    ]
+    (directory / "metrics.jsonl").write_text("".join(rows) + cut)
+    (directory / "eval.jsonl").write_text('{"eval/accuracy": 0.5}\n{"eval/accuracy": 0.6}\n')
+
+
+def test_a_run_in_progress(config: TrainConfig) -> None:
+    directory = run_dir(config)
+    with locked(directory):
+        RunRecord(directory, config)
+        write(directory, 25, cut='{"counter/rollout_step": 26, "rew')
+        line = summarise(directory)
+    assert (line.state, line.step, line.num_steps) == ("running", 25, 40)
+    assert line.seconds_left == 2.0 * 15
+    steps = [16, 17, 18, 19, 21, 22, 23, 24, 25]  # the last ten, without the null
+    assert line.train_accuracy == pytest.approx(sum(steps) / len(steps) / 100)
+    assert line.eval_accuracy == 0.6 and line.rejection_rate == pytest.approx(0.02)
+
+
+def test_a_run_whose_process_is_gone(config: TrainConfig) -> None:
+    directory = run_dir(config)
+    with locked(directory):
+        RunRecord(directory, config)
+        write(directory, 3)
+    line = summarise(directory)
+    assert (line.state, line.seconds_left) == ("interrupted", None)
+
+
+def test_a_run_before_its_first_step_and_one_that_failed(
+    config: TrainConfig, composed: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = run_dir(config)
+    with locked(directory):
+        RunRecord(directory, config)
+        line = summarise(directory)
+        assert (line.step, line.train_accuracy, line.seconds_left) == (0, None, None)
+    other = composed(f"output_dir={config.output_dir}", "num_steps=40", "seed=1")
+    with pytest.raises(ValueError, match="boom"), locked(run_dir(other)), RunRecord(run_dir(other), other):
+        raise ValueError("boom\nand more")
+    assert main([config.output_dir]) == 0
+    shown = capsys.readouterr().out
+    assert "ValueError: boom" in shown and "and more" not in shown
+    assert "2 runs: 1 interrupted, 1 failed" in shown
+    assert directory.name in shown  # in one piece, also where the output is no terminal
+
+
+def test_runs_are_found_once_at_any_depth(config: TrainConfig, tmp_path: Path) -> None:
+    directory = run_dir(config)
+    with locked(directory), RunRecord(directory, config):
+        write(directory, 40)
+    assert find_runs([tmp_path, directory, directory.parent]) == [directory]
+    assert summarise(directory).state == "finished"
+
+
+def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"no run there \(no run.json\)"):
+        find_runs([tmp_path])
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: expected a directory with runs" in capsys.readouterr().err
+
+
+def test_it_imports_no_torch() -> None:
+    code = "import sys, capo_exp.status; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
