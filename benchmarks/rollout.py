@@ -64,7 +64,7 @@ def main() -> None:
             build = parts.build(config.rollout.engine, key="rollout.engine")
             engines[name] = build(model, inputs.tokenizer, inputs.compute_dtype)
             stack.callback(engines[name].close)
-            engines[name].start(directory)
+            engines[name].start(directory, inputs.train)
         table = Table("completions", "at most tokens", "hf tokens/s", "vllm tokens/s", "vllm / hf")
         for batch in arguments.batches:
             prompts = [inputs.train[i % len(inputs.train)] for i in range(batch // GROUP)]

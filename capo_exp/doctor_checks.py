@@ -142,7 +142,7 @@ def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel"
     engine = build(model, inputs.tokenizer, inputs.compute_dtype)
     stack.callback(engine.close)
     times = [time.monotonic()]
-    engine.start(Path(folder))
+    engine.start(Path(folder), inputs.train)
     times.append(time.monotonic())
     groups = _generate(config, engine, inputs, version=0)
     times.append(time.monotonic())

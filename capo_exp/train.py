@@ -149,7 +149,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     record.fields |= {"wandb": logger.wandb_location, "data": inputs.fingerprint}
     record.update({})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
-    engine.start(directory)
+    engine.start(directory, inputs.train)
     if latest is not None:
         progress.message(f"goes on after step {step}, from {latest}")
     return Run(

@@ -56,7 +56,7 @@ class Setup:
         self.version = 0
 
     def __enter__(self) -> "Setup":
-        self.engine.start(self.directory)
+        self.engine.start(self.directory, self.prompts)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -33,8 +33,13 @@ class RolloutEngine:
         """
         raise NotImplementedError
 
-    def start(self, directory: Path) -> None:
-        """Starts what has to run before the first call; its log goes into the run directory."""
+    def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
+        """Starts what has to run before the first call.
+
+        Args:
+            directory: of the run; takes the engine's log.
+            prompts: some of the run's, the same after a resume; an engine proves its weights with them.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What the calls since the last one cost and showed; 0 for the learner's own model."""

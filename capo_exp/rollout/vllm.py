@@ -150,12 +150,13 @@ class VLLMRollout(RolloutEngine):
         self._last_probe: Probe | None = None
         self._metrics = super().metrics()
 
-    def start(self, directory: Path) -> None:
+    def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
         """Starts the engine, or finds the server, and agrees with it on how weights travel.
 
         Raises:
             EngineFailed: if it cannot be started within its limit.
         """
+        self._probe_prompts = choose_prompts(prompts)
         log = directory / LOG_FILE
         if self._server_url is None:
             self._engine = EngineProcess(
@@ -192,7 +193,7 @@ class VLLMRollout(RolloutEngine):
         Raises:
             EngineFailed: if the engine fails, or is not proven to hold the learner's weights.
         """
-        self._synchronise(weight_version, prompts)
+        self._synchronise(weight_version)
         params = {
             "n": 1 if temperature == 0 else group_size,  # greedy completions are all the same
             "temperature": temperature,
@@ -241,7 +242,7 @@ class VLLMRollout(RolloutEngine):
         ]
         return RolloutGroup(prompt, tuple(completions * (size // len(completions))), version)
 
-    def _synchronise(self, version: int, prompts: Sequence[Prompt]) -> None:
+    def _synchronise(self, version: int) -> None:
         """Sends the learner's weights if the engine has not got them, and proves that it has."""
         engine, start = self._running(), time.perf_counter()
         stale = self._version != version
@@ -257,13 +258,12 @@ class VLLMRollout(RolloutEngine):
             return
         if not engine.reset_prefix_cache():
             raise EngineFailed("vLLM: its prefix cache could not be reset after new weights")
-        self._prove(version, prompts)
+        self._prove(version)
         self._version = version
         self._metrics["time/transfer_seconds"] += time.perf_counter() - start
 
-    def _prove(self, version: int, prompts: Sequence[Prompt]) -> None:
+    def _prove(self, version: int) -> None:
         """Raises EngineFailed, with step and size of the difference, if weights are not the learner's."""
-        self._probe_prompts = self._probe_prompts or choose_prompts(prompts)
         generate = self._running().generate
         probe = take_probe(generate, self._model, self._compute_dtype, self._probe_prompts)
         before, self._last_probe = self._last_probe, probe
