@@ -65,6 +65,7 @@ def main() -> None:
         return
     if "COMP_LINE" in os.environ:
         os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])
+    sys.argv[1:] = map(choose_by_slash, sys.argv[1:])
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
     try:
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # else Hydra prints and exits itself
@@ -76,6 +77,14 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Composing failed: jobs report for themselves.
         raise SystemExit(report(error if FULL_ERROR else ConfigError(condense(error)))) from None
+
+
+def choose_by_slash(argument: str) -> str:
+    """`rollout.correction=token_mask` as Hydra wants the choice of a nested group: with a slash."""
+    key, equals, value = argument.partition("=")
+    group = key.replace(".", "/")
+    chosen = equals and "." in key and not value.startswith("{") and _is_group(group)
+    return f"{group}={value}" if chosen else argument
 
 
 def job(cfg: DictConfig) -> None:
@@ -144,9 +153,6 @@ def condense(error: Exception) -> str:
         given = next((a for a in sys.argv[1:] if a.endswith("=null")), "")
         return f"{given}: expected one of {', '.join(_choices(given.partition('=')[0]))}"
     if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text):
-        group = match[2].replace(".", "/")
-        if _is_group(group):  # a dot where the choice of a nested group wants a slash
-            return f"{match[2]}={match[3]}: expected {group}= with one of {', '.join(_choices(group))}"
         expected = expected_type(match[2]) or _first_line(error.__cause__ or error)
         return f"{match[2]}={match[3]}: expected {expected}"
     if match := re.search(r"full_key: (\S+)", text):

@@ -24,7 +24,7 @@ from rich.text import Text
 from yaml import YAMLError
 
 from capo_exp import parts
-from capo_exp.__main__ import FULL_ERROR, condense, report
+from capo_exp.__main__ import FULL_ERROR, choose_by_slash, condense, report
 from capo_exp.checks import check
 from capo_exp.config import ConfigError, RunFailed, TrainConfig, conf_dir, register, to_config
 from capo_exp.doctor_checks import (
@@ -127,7 +127,7 @@ def configure(arguments: Sequence[str]) -> TrainConfig:
     register()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            cfg = compose("config", list(arguments), return_hydra_config=True)
+            cfg = compose("config", [choose_by_slash(a) for a in arguments], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise (error if FULL_ERROR else ConfigError(condense(error))) from None
     with open_dict(cfg):

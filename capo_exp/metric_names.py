@@ -38,6 +38,7 @@ METRICS: dict[str, str] = {
     "policy/entropy": "Mean entropy of the next-token distribution at the training temperature.",
     "policy/grad_norm": "Norm of the gradient before clipping.",
     "policy/ratio_max": "Largest exp(log_probs - old_log_probs) of a token, before any clipping.",
+    "policy/sampler_kl_k3": "The same as mismatch/kl_k3; a key that scripts from outside rely on.",
     # mismatch: sampler against learner, at the weights that sampled; corrected/: the correction's weights
     "mismatch/kl_k1": "Mean -ln ratio, k1 of KL(sampler, learner); ratio = learner over sampler.",
     "mismatch/kl_k3": "Mean ratio - 1 - ln ratio, k3 of the same; never negative.",

@@ -34,6 +34,7 @@ def summarise(record: StepRecord) -> dict[str, float]:
         **_distribution("curvature/token/objective_shift", record.shifts.objective_shift, mask),
         "curvature/token/objective_shift/min": -masked_max(-record.shifts.objective_shift, mask),
     }
+    metrics["policy/sampler_kl_k3"] = metrics["mismatch/kl_k3"]
     return {name: value.item() for name, value in metrics.items()}
 
 

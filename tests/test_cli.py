@@ -158,10 +158,7 @@ def subprocess_run(
         (["algo.reference_reset_every=5"], "algo.reference_reset_every=5: expected 0 without a KL"),
         (["algo.num_minibatches=97"], "algo.num_minibatches=97: expected at most"),
         (["seed=15"], "model.vocab_size=1: expected 2"),
-        (
-            ["rollout.correction=token_mask"],
-            "rollout.correction=token_mask: expected rollout/correction= with one of none, sequence_mask,",
-        ),
+        (["rollout.correction=mask"], "rollout/correction=mask: unknown choice; expected one of none"),
         (
             ["-m", "rollout/correction=none,mask"],
             "rollout/correction=mask: unknown choice; expected one of none, sequence_mask, token_mask",
@@ -225,6 +222,14 @@ def test_trains_with_the_typed_configuration(run: Run, trained: list[TrainConfig
     assert [(type(c), c.algo.name, c.seed) for c in trained] == [(TrainConfig, "grpo", 3)]
     assert list(work_dir.iterdir()) == []  # no .hydra, no log file, no dated directory
     assert Path.cwd() == work_dir
+
+
+def test_the_choice_of_a_nested_group_can_be_typed_like_a_key(run: Run, trained: list[TrainConfig]) -> None:
+    assert run("rollout.correction=token_mask", "rollout.correction.ratio_high=4").status == 0
+    assert run("-m", "rollout.correction=none,sequence_mask").status == 0
+    targets = [config.rollout.correction["_target_"].rpartition(".")[2] for config in trained]
+    assert targets == ["mask_tokens", "uncorrected", "mask_sequences"]
+    assert trained[0].rollout.correction["ratio_high"] == 4
 
 
 def test_interrupt_is_status_130(run: Run, trained: list[TrainConfig]) -> None:

@@ -327,6 +327,7 @@ def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
     assert losses[-1]["loss/total"] < 0.5 * losses[0]["loss/total"]
     gaps = {key for key, value in losses[0].items() if isnan(value)}
     four = ("kl_k1", "kl_k3", "ratio_max", "beyond_2x_fraction")
-    assert gaps == {f"mismatch/{part}{name}" for part in ("", "corrected/") for name in four}
+    family = {f"mismatch/{part}{name}" for part in ("", "corrected/") for name in four}
+    assert gaps == {*family, "policy/sampler_kl_k3"}
     assert losses[0]["mismatch/dropped_fraction"] == 0.0
     assert all(parameter.isfinite().all() for parameter in weights(ours))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from capo_exp.config import RunFailed
 from capo_exp.types import Prompt, RolloutGroup
@@ -11,7 +12,7 @@ class EngineFailed(RunFailed):
     """The engine reported an error, died, did not answer in time, or holds other weights than the learner."""
 
 
-class RolloutEngine:
+class RolloutEngine(Protocol):
     """What train.py and evaluate.py ask of an engine; see hf.HFRollout.generate for the arguments."""
 
     def generate(
@@ -31,7 +32,7 @@ class RolloutEngine:
         Raises:
             EngineFailed: if an engine outside this process cannot do that.
         """
-        raise NotImplementedError
+        ...
 
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
         """Starts what has to run before the first call.
@@ -40,10 +41,12 @@ class RolloutEngine:
             directory: of the run; takes the engine's log.
             prompts: some of the run's, the same after a resume; an engine proves its weights with them.
         """
+        ...
 
     def metrics(self) -> dict[str, float]:
-        """What the calls since the last one cost and showed; 0 for the learner's own model."""
-        return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
+        """What transfers since the last call took, and what the last proof of the weights showed."""
+        ...
 
     def close(self) -> None:
         """Returns all memory; the engine cannot be used afterwards."""
+        ...

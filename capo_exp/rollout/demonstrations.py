@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from capo_exp.config import ConfigError
-from capo_exp.rollout import RolloutEngine
 from capo_exp.types import Completion, Prompt, RolloutGroup
 
 
-class DemonstrationRollout(RolloutEngine):
+class DemonstrationRollout:
     """Hands out `Problem.demonstration` with an end-of-sequence token, as if the model had written it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,6 +1,7 @@
 """Rollouts with transformers' `generate` and the learner's own weights."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,12 @@ from transformers import (
 )
 
 from capo_exp import policy
-from capo_exp.rollout import RolloutEngine
 from capo_exp.types import Completion, Prompt, RolloutGroup
 
 Cut = Callable[[Tensor, Tensor], Tensor]  # (context, logits) -> the same, -inf at what must not be sampled
 
 
-class HFRollout(RolloutEngine):
+class HFRollout:
     """Samples completions. Shares the model with the learner, so its weights are never stale."""
 
     def __init__(
@@ -87,6 +87,16 @@ class HFRollout(RolloutEngine):
                 for i, prompt in enumerate(part)
             ]
         return groups
+
+    def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
+        """Nothing has to run beside the learner."""
+
+    def metrics(self) -> dict[str, float]:
+        """Weights are not sent, and never stale."""
+        return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
+
+    def close(self) -> None:
+        """Nothing is held beside the learner's model."""
 
     def _sample(
         self,
