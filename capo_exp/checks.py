@@ -14,12 +14,7 @@ from typing import Any
 from capo_exp.config import TrainConfig
 from capo_exp.memory_report import describe
 from capo_exp.parts import check_target, find_parts, is_local_path, resolve_model_path
-from capo_exp.rules import OPEN_BETAS, PART_RULES, RULES, apply, error, one_of
-
-VLLM_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "weight_transfer": ("auto", "ipc", "nccl", "safetensors"),
-}
+from capo_exp.rules import OPEN_BETAS, PART_RULES, RULES, VLLM_RULES, apply, error
 
 GROUP_BASELINES = (
     "group_normalised", "group_centred", "first_of_group", "leave_one_out", "clip_filter_weighted",
@@ -168,10 +163,8 @@ def _check_rollout(config: TrainConfig) -> None:
         if group.temperature > 2:
             name = "rollout" if group is rollout else "evaluation"
             raise error(f"{name}.temperature", group.temperature, "at most 2, the limit of vLLM")
-    for key, choices in VLLM_CHOICES.items():
-        apply(one_of(*choices), f"rollout.engine.{key}", engine[key])
-    if engine["kv_cache_gib"] is not None and not engine["kv_cache_gib"] > 0:
-        raise error("rollout.engine.kv_cache_gib", engine["kv_cache_gib"], "null or a positive number")
+    for key, rule in VLLM_RULES.items():
+        apply(rule, f"rollout.engine.{key}", engine[key])
 
 
 def _check_sampling(config: TrainConfig) -> None:

@@ -50,6 +50,7 @@ class RunLogger:
         self.run_dir = run_dir
         kept = {name: drop_after(run_dir / name, resume_step) for name in ("metrics.jsonl", "eval.jsonl")}
         drop_completions_after(run_dir / "completions", resume_step)
+        self.evaluated_step = max((row[names.STEP] for row in kept["eval.jsonl"]), default=-1)
         self._wandb = start_wandb(run_dir, config, run_id=run_id, resume=resume_step > 0)
         if self._wandb is not None and not self._wandb.resumed:
             remove_older_wandb_runs(run_dir, self._wandb)

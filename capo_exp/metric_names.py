@@ -90,7 +90,7 @@ METRICS: dict[str, str] = {
     "optim/step_scale": "Share of the proposed step that the step rule took; 1 = all.",
     # time: the only keys that differ between two runs of one seed
     "time/rollout_seconds": "Sampling.",
-    "time/transfer_seconds": "Of sampling: bringing new weights to the engine, and proving them.",
+    "time/transfer_seconds": "New weights to the engine, and their proof; of evaluations since, too.",
     "time/reward_seconds": "Verification.",
     "time/credit_seconds": "Shaping and advantages, with the log-probs that KL in the reward needs.",
     "time/scoring_seconds": "Forward passes before the first gradient, where the selection needs the step.",

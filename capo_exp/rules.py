@@ -127,6 +127,7 @@ PART_RULES: dict[str, Rule] = {
     "num_eval": AT_LEAST_1,
     "max_sequences_per_call": AT_LEAST_1,
     "max_num_seqs": AT_LEAST_1,
+    "max_model_len": AT_LEAST_1,
     "gpu_memory_utilization": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "tensor_parallel_size": AT_LEAST_1,
     "sleep_level": (lambda v: v in (0, 1, 2), "0, 1 or 2"),
@@ -140,6 +141,28 @@ PART_RULES: dict[str, Rule] = {
     "ratio_high": (lambda v: 1 <= v < math.inf, "a finite number of at least 1"),
 }
 """Numbers of parts, by parameter name."""
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+VLLM_RULES: dict[str, Rule] = {
+    "dtype": one_of("auto", *DTYPES),
+    "weight_transfer": one_of("auto", "ipc", "nccl", "safetensors"),
+    "kv_cache_gib": (lambda v: v is None or _positive(v), "null or a positive number"),
+    "visible_devices": (
+        lambda v: v is None or re.fullmatch(r"[\w-]+(,[\w-]+)*", str(v)) is not None,
+        "null, or GPUs as CUDA_VISIBLE_DEVICES names them",
+    ),
+    "model_path": (lambda v: isinstance(v, str) and v != "", "a directory or a hub id"),
+    "max_probe_difference": (
+        lambda v: isinstance(v, dict) and set(v) >= set(DTYPES) and all(map(_positive, v.values())),
+        f"a positive number for each of {', '.join(DTYPES)}",
+    ),
+}
+"""What numbers of rollout=vllm may be beside PART_RULES, which are for numbers only."""
 
 
 def apply(rule: Rule, key: str, value: Any) -> None:

@@ -64,7 +64,7 @@ def summarise(path: Path) -> Line:
     assert record is not None
     run = load_run(path) if (path / "metrics.jsonl").exists() else Run(path, {}, record, [], [])
     state = status(path)
-    rows = [row for row in run.metrics if names.STEP in row]
+    rows = list({row[names.STEP]: row for row in run.metrics if names.STEP in row}.values())
     recent = rows[-RECENT:]
     step = int(rows[-1][names.STEP]) if rows else 0
     total = run.setting("num_steps")

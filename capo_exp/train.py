@@ -200,12 +200,12 @@ def _loop(session: Run, stopped: threading.Event) -> None:
 
 def _steps(session: Run, stopped: threading.Event) -> None:
     config = session.config
-    if session.step == 0:
-        _evaluate(session)
+    if _evaluation_due(session) and session.logger.evaluated_step < session.step:
+        _evaluate(session)  # before the first step, or where the engine failed in one that was due
     while session.step < config.num_steps:
         rollout_step(session)
         last = session.step == config.num_steps
-        if last or _due(session.step, config.evaluation.every):
+        if _evaluation_due(session):
             _evaluate(session)
         if last or stopped.is_set() or _due(session.step, config.checkpoint.every):
             _save(session)
@@ -256,6 +256,7 @@ def _sample(session: Run, watch: Stopwatch) -> Sample:
     drawn = sample(
         session.sampler, step=session.step + 1, first=session.prompts, weight_version=version, watch=watch
     )
+    session.engine.rest()
     session.prompts += drawn.prompts
     session.completions += drawn.completions
     session.generated_tokens += drawn.tokens
@@ -286,6 +287,7 @@ def _evaluate(session: Run) -> None:
     line = metrics | session.counters()
     session.logger.log_evaluation(line | {"time/total_seconds": watch.seconds["total"]})
     session.progress.evaluation(line)
+    session.engine.rest()
 
 
 def _save(session: Run) -> None:
@@ -336,6 +338,12 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         digest.update(f"{prompt.text}\0{prompt.problem.answer}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def _evaluation_due(session: Run) -> bool:
+    """Before the first step, after every so many, and after the last."""
+    ends = session.step in (0, session.config.num_steps)
+    return ends or _due(session.step, session.config.evaluation.every)
 
 
 def _due(step: int, every: int) -> bool:

@@ -241,7 +241,7 @@ def test_a_small_difference_of_log_probs_passes(examine: Examine, monkeypatch: P
 
 @pytest.mark.parametrize(
     ("learner", "engine", "limit"),
-    [("float32", "auto", 1e-4), ("float32", "bfloat16", 0.1), ("bfloat16", "auto", 0.1)],
+    [("float32", "auto", 1e-4), ("float32", "bfloat16", 0.15), ("bfloat16", "auto", 0.15)],
 )
 def test_the_tolerance_follows_the_precision(
     composed: Callable[..., TrainConfig], monkeypatch: Patch, learner: str, engine: str, limit: float
@@ -249,7 +249,8 @@ def test_the_tolerance_follows_the_precision(
     config = composed("rollout=vllm", f"rollout.engine.dtype={engine}")
     inputs = SimpleNamespace(compute_dtype=getattr(torch, learner))
     for factor, passes in ((0.99, True), (1.01, False)):
-        differences = torch.tensor([0.0, factor * limit])
+        off = factor * limit  # the largest counts in float32, the mean elsewhere
+        differences = torch.tensor([0.0, off] if limit < 0.1 else [0.0, 2 * off])
         monkeypatch.setattr(doctor_checks, "_differences", lambda *_, d=differences: d)
         try:
             doctor_checks.compare_log_probs(config, None, inputs, [])  # pyright: ignore[reportArgumentType]

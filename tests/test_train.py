@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from capo_exp import train
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.config import ConfigError, RunFailed, TrainConfig
 from capo_exp.learner import TrainingDiverged
 from capo_exp.metric_names import check_known
+from capo_exp.rollout import EngineFailed
+from capo_exp.run_record import status
 
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
@@ -42,6 +45,7 @@ CONTRACT = [
     "loss/clip_fraction",
     "policy/entropy",
     "policy/grad_norm",
+    "policy/sampler_kl_k3",
     "mismatch/kl_k1",
     "mismatch/kl_k3",
     "mismatch/ratio_max",
@@ -148,6 +152,42 @@ def test_a_bad_input_leaves_no_directory(small: Callable[..., TrainConfig], tmp_
         with pytest.raises(ConfigError):
             train.run(small(wrong, *extra))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
+    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
+    unbroken = lines(train.run(small("experiment_name=unbroken")) / "eval.jsonl")
+    assert [row["counter/rollout_step"] for row in unbroken] == [0, 2, 3]
+    calls, evaluate = [], train.evaluate
+
+    def fails_once(*args: object, **kwargs: object) -> dict[str, float]:
+        calls.append(len(calls))
+        if calls[-1] == number:
+            raise EngineFailed("vLLM: sampling for 6 prompts: its process ended with exit code -9")
+        return evaluate(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(train, "evaluate", fails_once)
+    kept = ["nothing was trained yet", "step 2 is saved", "step 3 is saved"][number]
+    with pytest.raises(EngineFailed, match=f"exit code -9\n{kept}; the same command goes on from there"):
+        train.run(small())
+    directory = train.run(small())
+    assert lines(directory / "eval.jsonl") == unbroken
+    assert status(directory) == "finished"
+
+
+def test_gpu_memory_that_runs_out_names_the_keys(
+    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(train, "credited", full)
+    with pytest.raises(RunFailed, match=r"Tried to allocate 2 GiB. Lower model.micro_batch_size, ") as failed:
+        train.run(small())
+    assert "gpu_memory_utilization" in str(failed.value) and "more" not in str(failed.value).split()[:12]
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(

@@ -216,10 +216,10 @@ def test_stale_weights_are_seen_however_small_the_difference(
     """As in bfloat16, where rounding hides a step of a low rate: the engine's do not move at all."""
     running.sample()
     with torch.no_grad():
-        running.model.get_input_embeddings().weight[:, 0] += 1e-5  # pyright: ignore[reportIndexIssue]
+        running.model.get_input_embeddings().weight[:, 0] += 1e-3  # pyright: ignore[reportIndexIssue]
     running.version += 1
     with monkeypatch.context() as patch:
-        patch.setattr(running.engine, "_tolerance", 10.0)
+        patch.setattr(running.engine, "_tolerance", 0.005)
         patch.setattr(running.engine, "_send", lambda: None)
         with pytest.raises(EngineFailed, match="expected the engine's to change with the learner's"):
             running.sample()
@@ -248,9 +248,9 @@ def test_stale_last_layers_stop_the_run(running: Setup, monkeypatch: pytest.Monk
 def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
     running.sample()
     running.engine._running().update_weight_version("999")
-    with pytest.raises(EngineFailed, match=r"sampled with weights \['999'\]: expected version"):
+    with pytest.raises(EngineFailed, match=r"sampled with weights \['999'\]: expected"):
         running.sample()
-    running.engine._running().update_weight_version(str(running.version))
+    running.engine._running().update_weight_version(running.engine._label(running.version))
 
 
 @needs_vllm
@@ -311,6 +311,14 @@ def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
         guest.learn()
         assert differences(guest, guest.sample(temperature=1.0), 1.0).max() < 1e-4
     assert server.reset_prefix_cache()  # it is still there
+
+
+@needs_vllm
+def test_a_server_with_other_log_probs_is_refused(served: Setup, tmp_path: Path) -> None:
+    """Without top_k the learner's temperature has to be in them."""
+    url = served.engine._running()._url  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match="--logprobs-mode raw_logprobs: expected processed_logprobs"):
+        Setup(compose_vllm(f"rollout.server_url={url}"), tmp_path).__enter__()
 
 
 @needs_vllm
@@ -397,7 +405,7 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path: Pat
     assert "ended with exit code -9" in errors and "the same command goes on from there" in errors
     assert "vllm.log:" in errors and "INFO" in errors  # its last lines
     assert "Traceback" not in errors
-    assert not children_of(run.pid)
+    assert not Path(f"/proc/{worker[0]}").exists()
     goes_on = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert goes_on.returncode == 0, goes_on.stderr
     assert "goes on after step" in goes_on.stdout
@@ -407,7 +415,6 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path: Pat
     assert whole.returncode == 0, whole.stderr
     killed, unbroken = (deterministic_metrics(tmp_path / name) for name in ("killed", "whole"))
     assert killed == unbroken
-    assert not subprocess.run(["pgrep", "-f", f"vllm_worker.*{tmp_path}"], capture_output=True).stdout
 
 
 def deterministic_metrics(folder: Path) -> list[dict[str, float]]:
@@ -438,7 +445,10 @@ def test_the_last_log_lines_are_in_the_message(tmp_path: Path) -> None:
     log.write_text("\n".join(f"line {i}" for i in range(40)))
     message = str(engine_failed("starting", "CUDA out of memory", log))
     assert "line 39" in message and "line 28" in message and "line 27" not in message
-    assert "rollout.engine.max_num_seqs" in message
+    assert "lower rollout.engine.gpu_memory_utilization" in message
+    log.write_text("ValueError: No available memory for the cache blocks.")
+    message = str(engine_failed("starting", "its process ended with exit code 1", log))
+    assert "raise rollout.engine.gpu_memory_utilization" in message and "or lower" in message
 
 
 def test_what_hangs_is_left_behind() -> None:
@@ -447,7 +457,7 @@ def test_what_hangs_is_left_behind() -> None:
         within(0.1, "sending", release.wait)
     release.set()
     assert within(5, "adding", lambda: 2) == 2
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(EngineFailed, match="vLLM: dividing: ZeroDivisionError: division by zero"):
         within(5, "dividing", lambda: 1 / 0)
 
 
@@ -469,12 +479,29 @@ def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel)
 
 def test_backends() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_backend("auto", cpu, same_gpu=True) == "safetensors"
-    assert choose_backend("auto", gpu, same_gpu=True) == "ipc"
-    assert choose_backend("auto", gpu, same_gpu=False) == "nccl"
-    assert choose_backend("safetensors", gpu, same_gpu=True) == "safetensors"
-    with pytest.raises(ConfigError, match=r"rollout.engine.weight_transfer=nccl: expected auto"):
-        choose_backend("nccl", cpu, same_gpu=False)
+    beside, elsewhere = (
+        {"shares_memory": True, "other_gpu": False},
+        {"shares_memory": False, "other_gpu": True},
+    )
+    server_here = {"shares_memory": False, "other_gpu": False}
+    assert choose_backend("auto", cpu, **beside) == choose_backend("auto", cpu, **elsewhere) == "safetensors"
+    assert choose_backend("auto", gpu, **beside) == "ipc"
+    assert choose_backend("auto", gpu, **elsewhere) == "nccl"
+    assert choose_backend("auto", gpu, **server_here) == "safetensors"
+    assert choose_backend("safetensors", gpu, **beside) == "safetensors"
+    for wanted, device, where in (
+        ("nccl", cpu, elsewhere), ("ipc", gpu, elsewhere), ("nccl", gpu, beside), ("ipc", gpu, server_here)
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"rollout.engine.weight_transfer={wanted}: expected auto or "):
+            choose_backend(wanted, device, **where)
+
+
+def test_a_sender_that_waits_for_a_dead_engine_is_told() -> None:
+    """vLLM's senders call the engine from a thread and wait for the GPU meanwhile."""
+    dead, release = EngineFailed("vLLM: update_weights: its process ended"), threading.Event()
+    with pytest.raises(EngineFailed, match="its process ended"):
+        within(60, "sending", release.wait, failed=lambda: dead)
+    release.set()
 
 
 @pytest.mark.parametrize(
@@ -492,6 +519,13 @@ def test_backends() -> None:
         (["rollout.engine.dtype=int8"], "rollout.engine.dtype=int8: expected one of auto, float32"),
         (["rollout.engine.sleep_level=3"], "rollout.engine.sleep_level=3: expected 0, 1 or 2"),
         (["rollout.engine.gpu_memory_utilization=1.5"], "expected a number in (0, 1]"),
+        (["rollout.engine.kv_cache_gib=abc"], "rollout.engine.kv_cache_gib=abc: expected null or a"),
+        (["rollout.engine.kv_cache_gib=inf"], "rollout.engine.kv_cache_gib=inf: expected null or a"),
+        (["rollout.engine.max_model_len=abc"], "rollout.engine.max_model_len=abc: expected an integer"),
+        (["rollout.engine.model_path=null"], "rollout.engine.model_path=null: expected a directory"),
+        (["rollout.engine.visible_devices='a b'"], "rollout.engine.visible_devices=a b: expected null, or"),
+        (["rollout.engine.max_probe_difference=0.1"], "max_probe_difference=0.1: expected a positive"),
+        (["rollout.engine.max_probe_difference.float32=abc"], "expected a positive number for each of"),
         (["rollout.engine.kv_cache_gib=0"], "rollout.engine.kv_cache_gib=0: expected null or a"),
         (["rollout.engine.generate_seconds=0"], "rollout.engine.generate_seconds=0: expected a"),
     ],
@@ -515,6 +549,16 @@ def test_a_run_goes_on_with_more_time_or_memory_for_its_engine(composed: Compose
     for result in ("rollout.engine.dtype=bfloat16", "rollout.top_p=0.9", "rollout/correction=token_mask"):
         assert run_id(composed("rollout=vllm", result)) != before
     assert run_id(composed()) != before
+
+
+def test_a_gpu_of_its_own_can_be_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(compose_vllm("rollout.engine.visible_devices=0"), tmp_path)
+    check(setup.config)
+    setup.engine._on_cpu = False  # as far as the environment goes
+    assert setup.engine._environment()["CUDA_VISIBLE_DEVICES"] == "0"
+    setup.engine._visible_devices = None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert setup.engine._environment()["CUDA_VISIBLE_DEVICES"] == "5"  # the learner's
 
 
 def test_a_cpu_has_no_sleep_mode(tmp_path: Path) -> None:

@@ -43,6 +43,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Sampling is over for now: memory may go to the learner."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """What transfers since the last call took, and what the last proof of the weights showed."""
         ...

@@ -91,6 +91,9 @@ class HFRollout:
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
         """Nothing has to run beside the learner."""
 
+    def rest(self) -> None:
+        """Nothing is held between calls."""
+
     def metrics(self) -> dict[str, float]:
         """Weights are not sent, and never stale."""
         return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}

@@ -7,6 +7,7 @@ but the learner's can pass.
 
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ from capo_exp.rollout.weight_transfer import WeightClient, choose_backend, make_
 from capo_exp.types import Completion, Prompt, RolloutGroup
 
 LOG_FILE = "vllm.log"
+MOVED = 0.1
+"""Share of max_probe_difference by which the learner's log-probs have moved for certain, rounding apart."""
 
 
 class Engine(WeightClient, Protocol):
@@ -51,7 +54,7 @@ class VLLMRollout:
         model_path: str,
         revision: str | None,
         server_url: str | None,
-        visible_devices: str | None,
+        visible_devices: str | int | None,
         dtype: str,
         max_model_len: int,
         max_num_seqs: int,
@@ -106,7 +109,7 @@ class VLLMRollout:
         self._model_path = resolve_model_path(model_path)
         self._revision = revision
         self._server_url = server_url
-        self._visible_devices = visible_devices
+        self._visible_devices = None if visible_devices is None else str(visible_devices)
         self._dtype = str(compute_dtype).removeprefix("torch.") if dtype == "auto" else dtype
         self._limits = Limits(start_seconds, generate_seconds, transfer_seconds)
         self._tolerance = max_probe_difference[self._dtype]
@@ -117,12 +120,17 @@ class VLLMRollout:
         if sleep_level and self._on_cpu:
             wanted = "0 on a CPU, which has no sleep mode"
             raise ConfigError(f"rollout.engine.sleep_level={sleep_level}: expected {wanted}")
-        own = server_url is None or server_url == "start"
+        url = server_url not in (None, "start")
         self._backend = choose_backend(
             weight_transfer,
             model.device,
-            same_gpu=own and visible_devices is None and tensor_parallel_size == 1,
+            shares_memory=server_url is None and visible_devices is None,
+            other_gpu=url or visible_devices is not None,
         )
+        address = weight_transfer_address
+        if url and self._backend == "nccl" and _is_local(address) and not _is_local(str(server_url)):
+            wanted = "this machine's name as the server's node reaches it"
+            raise ConfigError(f"rollout.engine.weight_transfer_address={address}: expected {wanted}")
         self._world_size = tensor_parallel_size
         kv_cache_gib = 1 if kv_cache_gib is None and self._on_cpu else kv_cache_gib
         self._arguments: dict[str, Any] = {
@@ -142,6 +150,7 @@ class VLLMRollout:
             "logprobs_mode": "raw_logprobs" if top_k or top_p < 1 else "processed_logprobs",
             "weight_transfer_config": {"backend": self._backend},
         }
+        self._name = uuid.uuid4().hex[:8]
         self._engine: Engine | None = None
         self._version: int | None = None
         """Of the weights that the engine is proven to hold."""
@@ -169,6 +178,9 @@ class VLLMRollout:
         else:
             self._engine = Server(self._server_url, limits=self._limits, log_file=log)
             self._world_size = self._engine.world_size()
+            found, wanted = self._engine.log_probs_mode(), self._arguments["logprobs_mode"]
+            if found != wanted:
+                raise ConfigError(f"{self._server_url} runs with --logprobs-mode {found}: expected {wanted}")
         self._send = make_sender(
             self._backend, self._engine, self._model,
             address=self._address, world_size=self._world_size, seconds=self._limits.transfer_seconds,
@@ -210,11 +222,14 @@ class VLLMRollout:
             self._group(prompt, response, group_size, weight_version)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        if self._sleep_level:
+        return groups
+
+    def rest(self) -> None:
+        """Puts the engine to sleep, if it may; generate wakes it."""
+        if self._sleep_level and not self._asleep:
             self._running().sleep(self._sleep_level)
             self._asleep = True
             self._version = self._version if self._sleep_level == 1 else None
-        return groups
 
     def metrics(self) -> dict[str, float]:
         latest = dict(self._metrics)
@@ -226,14 +241,19 @@ class VLLMRollout:
         if engine is not None:
             engine.close()
 
+    def _label(self, version: int) -> str:
+        """Of weights that are this learner's, on whichever server."""
+        return f"{self._name}:{version}"
+
     def _running(self) -> Engine:
         assert self._engine is not None, "start() comes first, close() last"
         return self._engine
 
     def _group(self, prompt: Prompt, response: Response, size: int, version: int) -> RolloutGroup:
         versions = {label for sampled in response.completions for label in sampled.weight_versions}
-        if versions != {str(version)}:
-            raise EngineFailed(f"vLLM: sampled with weights {sorted(versions)}: expected version {version}")
+        if versions != {self._label(version)}:
+            wanted = f"expected {self._label(version)}; does another run use this server?"
+            raise EngineFailed(f"vLLM: sampled with weights {sorted(versions)}: {wanted}")
         rows = [sampled.token_ids for sampled in response.completions]
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         completions = [
@@ -247,10 +267,11 @@ class VLLMRollout:
         engine, start = self._running(), time.perf_counter()
         stale = self._version != version
         if self._asleep:  # the documented order: weights first, the KV cache when they are in place
+            torch.cuda.empty_cache()  # what the learner's last step left, and another process cannot use
             engine.wake_up(["weights"])
         if stale:
             self._send()
-            engine.update_weight_version(str(version))
+            engine.update_weight_version(self._label(version))
         if self._asleep:
             engine.wake_up(["kv_cache"])
             self._asleep = False
@@ -270,7 +291,7 @@ class VLLMRollout:
         mean, largest = probe.difference.mean().item(), probe.difference.max().item()
         self._metrics["mismatch/probe_difference"] = mean
         expected = f"on average at most rollout.engine.max_probe_difference.{self._dtype}={self._tolerance:g}"
-        if before is not None and probe.only_learner_moved(before):
+        if before is not None and probe.only_learner_moved(before, by=MOVED * self._tolerance):
             expected = "the engine's to change with the learner's"
         elif mean <= self._tolerance:
             return
@@ -286,12 +307,15 @@ class VLLMRollout:
             "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
-        if self._backend == "ipc":  # its workers get GPU memory handles as pickles
-            wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
         if not self._on_cpu:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             here = self._model.device.index or 0
             own = visible[here] if visible != [""] else str(here)
-            environment["CUDA_VISIBLE_DEVICES"] = self._visible_devices or own
+            chosen = self._visible_devices
+            environment["CUDA_VISIBLE_DEVICES"] = own if chosen is None else chosen
         return environment
+
+
+def _is_local(address: str) -> bool:
+    return any(name in address for name in ("127.0.0.1", "localhost"))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,16 @@ from typing import Any
 from capo_exp.rollout import EngineFailed
 
 LAST_LINES = 12
-OUT_OF_MEMORY = ("out of memory", "no available memory", "less than desired", "less than requested")
-"""How torch and vLLM say it, in lower case."""
+OUT_OF_MEMORY = {
+    "no available memory for the cache blocks": "raise rollout.engine.gpu_memory_utilization, or lower "
+    "rollout.engine.max_model_len or model.micro_batch_size",
+    **dict.fromkeys(
+        ("out of memory", "less than desired", "less than requested"),
+        "lower rollout.engine.gpu_memory_utilization (or kv_cache_gib), rollout.engine.max_num_seqs or "
+        "model.micro_batch_size",
+    ),
+}
+"""How torch and vLLM say it, in lower case -> what helps."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,9 @@ def common_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def engine_failed(what: str, reason: str, log_file: Path) -> EngineFailed:
     """The error for a call that did not work, with the end of vLLM's own log."""
     lines = log_file.read_text(errors="replace").splitlines()[-LAST_LINES:] if log_file.is_file() else []
-    if any(phrase in reason.lower() for phrase in OUT_OF_MEMORY):
-        reason += (
-            "; out of memory: lower rollout.engine.gpu_memory_utilization (or kv_cache_gib), "
-            "rollout.engine.max_num_seqs or model.micro_batch_size"
-        )
+    said = "\n".join([reason, *lines]).lower()
+    if remedy := next((remedy for phrase, remedy in OUT_OF_MEMORY.items() if phrase in said), None):
+        reason += f"; out of memory: {remedy}"
     log = f"; the last lines of {log_file}:" if lines else ""
     return EngineFailed("\n    ".join([f"vLLM: {what}: {reason}{log}", *lines]))
 
@@ -156,10 +163,11 @@ class EngineProcess:
 
     def close(self) -> None:
         """Ends the process and whatever it started; its memory is free afterwards. Again does no harm."""
-        if self._process.poll() is None:
-            self._kill()
-        self._process.wait()
+        if self._connection.closed:
+            return
         self._connection.close()
+        self._kill()
+        self._process.wait()
 
     def _transfer(self, method: str, *args: Any) -> Any:
         return self._call(method, method, self._limits.transfer_seconds, "transfer_seconds", *args)
@@ -192,4 +200,5 @@ class EngineProcess:
         return f"its process ended with exit code {self._process.wait()}"
 
     def _kill(self) -> None:
-        os.killpg(self.pid, signal.SIGKILL)  # its own group: tensor-parallel workers are in it
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # its own group: tensor-parallel workers are in it

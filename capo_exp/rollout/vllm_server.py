@@ -3,12 +3,15 @@
 A server that the user starts needs:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --logprobs-mode processed_logprobs \\
-        --generation-config vllm --weight-transfer-config '{"backend": "nccl"}'
+        --generation-config vllm --load-format dummy --weight-transfer-config '{"backend": "nccl"}'
 
-(`safetensors` in place of `nccl` for a learner on a CPU; capo_exp has to be installed beside that vLLM then).
+With rollout.top_k or top_p it is `raw_logprobs`; with a learner on a CPU `safetensors` in place of `nccl`,
+and capo_exp has to be installed beside that vLLM. Whoever reaches its port can replace its weights, also
+without an API key: bind a private address. One run at a time can use it.
 """
 
 import base64
+import ctypes
 import json
 import os
 import signal
@@ -18,8 +21,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import requests
 
@@ -27,6 +31,7 @@ from capo_exp.rollout.vllm_process import Limits, Request, Response, Sampled, co
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -58,8 +63,21 @@ class Server:
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
         """All completions of all requests, in order; the server batches them as they come."""
-        with ThreadPoolExecutor(min(len(requests), MAX_CONNECTIONS)) as pool:
-            return list(pool.map(self._generate, requests))
+        pool = ThreadPoolExecutor(min(len(requests), MAX_CONNECTIONS))
+        try:
+            answers = pool.map(self._generate, requests, timeout=self._limits.generate_seconds)
+            return list(answers)
+        except TimeoutError:
+            limit = f"rollout.engine.generate_seconds={self._limits.generate_seconds:g}"
+            self._fail(f"sampling for {len(requests)} prompts", f"no answer from {self._url} within {limit}")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def log_probs_mode(self) -> str:
+        """What the server's --logprobs-mode is."""
+        return self._ask("GET", "server_info?config_format=json")["vllm_config"]["model_config"][
+            "logprobs_mode"
+        ]
 
     def world_size(self) -> int:
         """Number of the server's workers."""
@@ -93,14 +111,15 @@ class Server:
 
     def close(self) -> None:
         """Ends a server that belongs to the run."""
-        if self._process is None or self._process.poll() is not None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.terminate()
+            process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its engine process, too
+        process.wait()
 
     def _generate(self, request: Request) -> Response:
         body = {"token_ids": list(request.token_ids), "sampling_params": common_params(request.params)}
@@ -156,7 +175,7 @@ class Server:
             return f"the server ended with exit code {code}"
         return f"{self._url} is not reached ({type(error).__name__})"
 
-    def _fail(self, what: str, reason: str) -> Any:
+    def _fail(self, what: str, reason: str) -> NoReturn:
         raise engine_failed(what, reason, self._log_file)
 
 
@@ -184,8 +203,15 @@ def start_server(
     own = {**os.environ, **environment, "VLLM_SERVER_DEV_MODE": "1"}
     own.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log_file.open("ab") as log:
-        process = subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=own, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+        )
     return Server(f"http://127.0.0.1:{port}", limits=limits, log_file=log_file, process=process)
+
+
+def _end_with_parent() -> None:
+    """In the new process: Linux ends it when the run is killed, which could not close it then."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _sampled(choice: Mapping[str, Any]) -> Sampled:

@@ -30,10 +30,11 @@ class Probe:
         """[N] nats, not negative; NaN if either is."""
         return (self.learner - self.engine).abs()
 
-    def only_learner_moved(self, before: "Probe") -> bool:
-        """Whether the engine says to the last bit what it said before, and the learner does not: then it has
-        not got the new weights, however small the difference, which in bfloat16 that of a step can be."""
-        return torch.equal(self.engine, before.engine) and not torch.equal(self.learner, before.learner)
+    def only_learner_moved(self, before: "Probe", *, by: float) -> bool:
+        """Whether the engine says to the last bit what it said before, although the learner's log-probs have
+        moved by more than `by` nats on average: then it has not got the new weights."""
+        moved = (self.learner - before.learner).abs().mean().item() > by
+        return moved and torch.equal(self.engine, before.engine)
 
 
 def take_probe(

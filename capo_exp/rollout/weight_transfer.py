@@ -5,6 +5,7 @@ anything else as safetensors bytes (vllm_plugin.py is the other end). No file is
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from capo_exp.config import ConfigError
 from capo_exp.rollout import EngineFailed
 
 CHUNK_BYTES = 64 * 2**20
+POLL_SECONDS = 0.1
 
 
 class WeightClient(Protocol):
@@ -28,19 +30,24 @@ class WeightClient(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-def choose_backend(wanted: str, device: torch.device, *, same_gpu: bool) -> str:
+def choose_backend(wanted: str, device: torch.device, *, shares_memory: bool, other_gpu: bool) -> str:
     """`auto`, resolved.
 
+    Args:
+        wanted: auto, ipc, nccl or safetensors.
+        device: the learner's.
+        shares_memory: whether the engine is a process of this run on the same device.
+        other_gpu: whether the engine has a GPU of its own.
+
     Raises:
-        ConfigError: for a backend that this device cannot have.
+        ConfigError: for a backend that cannot work between the two.
     """
-    if wanted == "auto":
-        return "safetensors" if device.type == "cpu" else "ipc" if same_gpu else "nccl"
-    if wanted != "safetensors" and device.type == "cpu":
-        raise ConfigError(
-            f"rollout.engine.weight_transfer={wanted}: expected auto or safetensors with the learner on a CPU"
-        )
-    return wanted
+    best = "ipc" if shares_memory else "nccl" if other_gpu else "safetensors"
+    possible = ["safetensors"] if device.type == "cpu" else list(dict.fromkeys([best, "safetensors"]))
+    if wanted != "auto" and wanted not in possible:
+        expected = f"{' or '.join(['auto', *possible])} between this learner and this engine"
+        raise ConfigError(f"rollout.engine.weight_transfer={wanted}: expected {expected}")
+    return possible[0] if wanted == "auto" else wanted
 
 
 def make_sender(
@@ -70,25 +77,46 @@ def make_sender(
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        info: Any = IPCTrainerInitInfo(rank=0, packed=True)
+        info: Any = IPCTrainerInitInfo(rank=0)  # not packed: its buffer would have to hold the largest tensor
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
         info = NCCLTrainerInitInfo(address, get_open_port(), 1 + world_size, rank=0)
 
+    watched: Any = _Watched(client)
+
     def join() -> Any:
-        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=weight_source(model))
+        return WeightTransferTrainerFactory.trainer_init(info, client=watched, source=weight_source(model))
 
     def limited(what: str, action: Callable[[], Any]) -> Any:
         def on_its_gpu() -> Any:
             with torch.cuda.device(model.device):  # a new thread's is the first
+                torch.cuda.synchronize()  # vLLM copies on streams of its own: the update has to be done
                 return action()
 
-        return within(seconds, what, on_its_gpu)
+        return within(seconds, what, on_its_gpu, failed=lambda: watched.failure)
 
     sender = limited(f"joining the engine for {backend} transfers", join)
     return lambda: limited(f"sending weights by {backend}", sender.send_weights)
+
+
+class _Watched:
+    """A client that remembers how it failed: vLLM's senders call it from a thread, and wait for the GPU."""
+
+    def __init__(self, client: WeightClient) -> None:
+        self._client = client
+        self.failure: EngineFailed | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return getattr(self._client, name)(*args, **kwargs)
+            except EngineFailed as error:
+                self.failure = error
+                raise
+
+        return call
 
 
 def weight_source(model: PreTrainedModel) -> Any:
@@ -112,26 +140,45 @@ def all_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.detach()
 
 
-def within(seconds: float, what: str, action: Callable[[], Any]) -> Any:
+def within(
+    seconds: float,
+    what: str,
+    action: Callable[[], Any],
+    *,
+    failed: Callable[[], EngineFailed | None] = lambda: None,
+) -> Any:
     """Runs what cannot be interrupted, such as a collective, where it can be left behind.
 
+    Args:
+        seconds: limit.
+        what: for the message.
+        action: its result is returned.
+        failed: asked now and then whether waiting is in vain.
+
     Raises:
-        EngineFailed: after `seconds`; the thread stays where it hangs, but ends with the process.
+        EngineFailed: if the action fails, `failed` says so, or after `seconds`. The thread may hang for ever;
+            it ends with the process.
     """
     results: list[Any] = []
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
             results.append(action())
-        except BaseException as error:
+        except Exception as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
-    if errors:
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < deadline and not failed():
+        thread.join(POLL_SECONDS)
+    if error := failed():
+        raise error
+    if errors and isinstance(errors[0], EngineFailed):
         raise errors[0]
+    if errors:
+        raise EngineFailed(f"vLLM: {what}: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
     if not results:
         raise EngineFailed(f"vLLM: {what}: no answer within rollout.engine.transfer_seconds={seconds:g}")
     return results[0]
