@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from capo_exp.run_record import run_id
 from capo_exp.types import Batch, Prompt, RolloutGroup
 
 Composed = Callable[..., TrainConfig]
+T = TypeVar("T")
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed: scripts/install_vllm_cpu.sh"
 )
@@ -332,6 +334,17 @@ def test_a_server_that_dies_is_named(served: Setup) -> None:
         served.sample()
 
 
+@needs_vllm
+def test_a_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """Nobody is left to close it then."""
+    command = [*RUN, "rollout.server_url=start", f"output_dir={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        server = wait_for(lambda: children_of(run.pid, "api_server"))[0]
+        wait_for(lambda: b"EngineCore" in b"".join(f.read_bytes() for f in tmp_path.glob("*/*/vllm.log")))
+        run.kill()
+    wait_for(lambda: not Path(f"/proc/{server}").exists())
+
+
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     config = compose_vllm("rollout.server_url=http://127.0.0.1:9", "rollout.engine.start_seconds=0.5")
     with pytest.raises(
@@ -379,9 +392,17 @@ RUN = [
 ]  # fmt: skip
 
 
-def children_of(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "vllm_worker"], capture_output=True, text=True)
+def children_of(pid: int, name: str = "vllm_worker") -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", name], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
+
+
+def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
+    deadline = time.monotonic() + seconds
+    while not (seen := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+    return seen
 
 
 @needs_vllm

@@ -204,7 +204,12 @@ def start_server(
     own.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            command, env=own, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+            command,
+            env=own,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     return Server(f"http://127.0.0.1:{port}", limits=limits, log_file=log_file, process=process)
 
