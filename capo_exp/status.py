@@ -29,7 +29,7 @@ class Line:
 
     name: str
     state: str
-    """running | finished | failed | interrupted."""
+    """running | finished | failed | interrupted | unreadable."""
     step: int
     num_steps: int | None
     """None if config.yaml is missing."""
@@ -59,9 +59,11 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def summarise(path: Path) -> Line:
-    """One run as it is now."""
-    record = read(path)
-    assert record is not None
+    """One run as it is now; a run.json that is not JSON hides no other run."""
+    try:
+        record = read(path) or {}
+    except ConfigError as error:
+        return Line(path.name, "unreadable", 0, None, None, None, None, None, str(error), path)
     run = load_run(path) if (path / "metrics.jsonl").exists() else Run(path, {}, record, [], [])
     state = status(path)
     rows = list({row[names.STEP]: row for row in run.metrics if names.STEP in row}.values())

@@ -149,6 +149,16 @@ def test_a_gpu_computes_in_bfloat16(composed: Composed) -> None:
     assert memory(same, gpu=True).activations == here.activations
 
 
+def test_the_plan_says_what_vllm_takes_beside_the_learner(composed: Composed) -> None:
+    lines = plan(composed("device=cpu", "rollout=vllm"))
+    assert "KV cache" not in lines[-3]  # not the learner's any more
+    expected = "vLLM beside it, in a process of its own: weights 3.7 MB, KV cache 1 GiB"
+    assert lines[-1] == expected
+    on_gpu = plan(composed("device=cuda", "rollout=vllm", "rollout.engine.gpu_memory_utilization=0.3"))
+    assert on_gpu[-1].endswith("weights 1.8 MB, KV cache up to 30% of its GPU in all")
+    assert plan(composed("rollout=vllm", "rollout.server_url=http://a:1"))[-1] == "vLLM at http://a:1"
+
+
 def test_the_plan_says_it(composed: Composed) -> None:
     lines = plan(composed("device=cpu"))[-3:]
     assert lines[0].startswith("919,680 parameters; estimated peak of tensors 184 MB on a CPU in float32, ")

@@ -72,6 +72,18 @@ def test_a_run_before_its_first_step_and_one_that_failed(
     assert directory.name in shown  # in one piece, also where the output is no terminal
 
 
+def test_a_broken_record_hides_no_other_run(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(run_dir(config)), RunRecord(run_dir(config), config):
+        write(run_dir(config), 40)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "run.json is not JSON" in shown and "1 unreadable, 1 finished" in shown
+
+
 def test_runs_are_found_once_at_any_depth(config: TrainConfig, tmp_path: Path) -> None:
     directory = run_dir(config)
     with locked(directory), RunRecord(directory, config):

@@ -106,8 +106,6 @@ class VLLMRollout:
         self._model = model
         self._tokenizer = tokenizer
         self._compute_dtype = compute_dtype
-        self._model_path = resolve_model_path(model_path)
-        self._revision = revision
         self._server_url = server_url
         self._visible_devices = None if visible_devices is None else str(visible_devices)
         self._dtype = str(compute_dtype).removeprefix("torch.") if dtype == "auto" else dtype
@@ -134,7 +132,7 @@ class VLLMRollout:
         self._world_size = tensor_parallel_size
         kv_cache_gib = 1 if kv_cache_gib is None and self._on_cpu else kv_cache_gib
         self._arguments: dict[str, Any] = {
-            "model": self._model_path,
+            "model": resolve_model_path(model_path),
             "revision": revision,
             "load_format": "dummy",
             "skip_tokenizer_init": True,
@@ -218,11 +216,10 @@ class VLLMRollout:
         seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(prompts))]
         requests = [Request(p.token_ids, params | {"seed": s}) for p, s in zip(prompts, seeds, strict=True)]
         responses = self._running().generate(requests)
-        groups = [
+        return [
             self._group(prompt, response, group_size, weight_version)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        return groups
 
     def rest(self) -> None:
         """Puts the engine to sleep, if it may; generate wakes it."""

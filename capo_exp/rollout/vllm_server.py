@@ -75,9 +75,8 @@ class Server:
 
     def log_probs_mode(self) -> str:
         """What the server's --logprobs-mode is."""
-        return self._ask("GET", "server_info?config_format=json")["vllm_config"]["model_config"][
-            "logprobs_mode"
-        ]
+        info = self._ask("GET", "server_info?config_format=json")
+        return info["vllm_config"]["model_config"]["logprobs_mode"]
 
     def world_size(self) -> int:
         """Number of the server's workers."""

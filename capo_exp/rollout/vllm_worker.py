@@ -37,9 +37,8 @@ class Worker:
 
 def serve(connection: Connection) -> NoReturn:
     """Ends when the parent closes the pipe or dies."""
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # schedulers signal all of a job; the parent ends its step first
+    # Schedulers signal all processes of a job; the parent ends its step first, and then this one.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker = None
     try:
         while True:
