@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 COMPLETION_TYPES = {
     "token_ids": pa.list_(pa.int64()),
+    "tokens": pa.list_(pa.string()),
+    "log_prob": pa.list_(pa.float32()),
     "policy_shift": pa.list_(pa.float32()),
     "objective_shift": pa.list_(pa.float32()),
     "keep": pa.list_(pa.bool_()),

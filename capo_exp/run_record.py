@@ -63,9 +63,14 @@ def _results(node: Any, prefix: str = "") -> Any:
 
 
 def run_name(config: TrainConfig) -> str:
-    """Such as `capo-tiny-arithmetic-aggressive-s0-1a2b3c4d`; safe in a shell, a URL and a Hydra override."""
-    parts = (config.algo.label, config.model.name, config.dataset.name, config.regime.name, f"s{config.seed}")
-    return "-".join([*map(_slug, parts), run_id(config)])
+    """Such as `capo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-1a2b3c4d`: what sweeps change, and the id.
+
+    Safe in a shell, a URL and a Hydra override.
+    """
+    regime = config.regime
+    batch = (f"lr{regime.learning_rate:g}", f"{regime.prompts_per_step}x{regime.group_size}")
+    subject = (config.algo.label, config.model.name, config.dataset.name, regime.name)
+    return "-".join([*map(_slug, (*subject, *batch, f"s{config.seed}")), run_id(config)])
 
 
 def run_dir(config: TrainConfig) -> Path:
@@ -206,7 +211,7 @@ class RunRecord:
             "seeds": {"seed": config.seed},
             "counters": before["counters"],
             "device": device_name,
-            "cpu_count": os.cpu_count(),
+            **hardware(),
             "platform": f"{platform.system()}-{platform.machine()}",
             "python": platform.python_version(),
             "packages": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
@@ -235,6 +240,25 @@ class RunRecord:
             self.finish("failed" if isinstance(error, Exception) else "interrupted", error)
         elif self.fields["status"] == "running":
             self.finish("finished")
+
+
+def hardware() -> dict[str, Any]:
+    """What the machine's own files say of it, without torch; null where they are silent."""
+    return {
+        "cpu": _line(Path("/proc/cpuinfo"), "model name"),
+        "cpu_count": os.cpu_count(),
+        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "memory": _line(Path("/proc/meminfo"), "MemTotal"),
+    }
+
+
+def _line(path: Path, key: str) -> str | None:
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return None
 
 
 def _now() -> str:

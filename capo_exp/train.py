@@ -144,7 +144,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     )
     stack.callback(engine.close)
     verifier = stack.enter_context(parts.build(config.reward.verifier, key="reward.verifier")())
-    record = stack.enter_context(RunRecord(directory, config, device_name=str(inputs.device)))
+    record = stack.enter_context(RunRecord(directory, config, device_name=device_name(inputs.device)))
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
     record.fields |= {"wandb": logger.wandb_location, "data": inputs.fingerprint}
     record.update({})
@@ -243,7 +243,9 @@ def rollout_step(session: Run) -> None:
         session.logger.log_step(shared | update.metrics)
     session.progress.update(shared | steps[-1].metrics)
     if _due(session.step, config.logger.completions_every):
-        rows = _completion_rows(drawn, batch, steps, config.logger.completions_groups)
+        rows = _completion_rows(
+            drawn, batch, steps, config.logger.completions_groups, session.inputs.tokenizer
+        )
         session.logger.log_completions(session.step, rows)
     if _due(session.step, config.algo.reference_reset_every):
         session.learner.reset_reference()
@@ -296,7 +298,7 @@ def _save(session: Run) -> None:
 
 
 def _completion_rows(
-    drawn: Sample, batch: Batch, steps: Sequence[Update], count: int
+    drawn: Sample, batch: Batch, steps: Sequence[Update], count: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, object]]:
     """The first `count` groups, one row a completion, with what the curvature model said of each token in the
     last pass; a completion that the filter took out keeps none of its tokens."""
@@ -309,6 +311,8 @@ def _completion_rows(
     policy_shift = whole(lambda r: r.shifts.policy_shift)
     objective_shift = whole(lambda r: r.shifts.objective_shift)
     size = drawn.rewards.shape[1]
+    seen = {i for group in drawn.groups[:count] for c in group.completions for i in c.token_ids}
+    texts = {i: tokenizer.decode([i]) for i in seen}
     rows: list[dict[str, object]] = []
     for p, group in enumerate(drawn.groups[:count]):
         for g, completion in enumerate(group.completions):
@@ -324,6 +328,8 @@ def _completion_rows(
                     "truncated": completion.truncated,
                     "weight_version": group.weight_version,
                     "token_ids": list(completion.token_ids),
+                    "tokens": [texts[i] for i in completion.token_ids],
+                    "log_prob": list(completion.sampler_log_probs),
                     "policy_shift": policy_shift[row, tokens].tolist(),
                     "objective_shift": objective_shift[row, tokens].tolist(),
                     "keep": keep[row, tokens].tolist(),
@@ -362,6 +368,11 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(f"device={name}: expected one of the {gpus} GPUs that torch sees here, or cpu")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU with its kind."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -321,7 +321,7 @@ def test_the_offline_run_has_what_the_files_have_also_after_a_resume(
 
     [run, *_] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.run_id, run.run_group, run.job_type) == ("1a2b3c4d", "default", "train")
-    assert run.display_name.startswith("grpo-tiny-arithmetic-aggressive-s0-")
+    assert run.display_name.startswith("grpo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-")
     assert list(run.tags) == ["a"]
     assert run.host == ""
     config = {item.key: json.loads(item.value_json) for item in run.config.update}

@@ -48,11 +48,13 @@ def test_what_changes_results_changes_the_id(
 
 
 def test_run_dir_is_readable_and_safe(config: TrainConfig, tmp_path: Path) -> None:
-    assert run_dir(config) == tmp_path / "default" / f"grpo-tiny-arithmetic-aggressive-s0-{run_id(config)}"
+    assert run_dir(config) == tmp_path / "default" / (
+        f"grpo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-{run_id(config)}"
+    )
     model = dataclasses.replace(config.model, name="org/My Model=2")
     odd = dataclasses.replace(config, model=model, experiment_name="../paper/figure 1")
     assert run_dir(odd) == tmp_path / "paper_figure_1" / (
-        f"grpo-org_My_Model_2-arithmetic-aggressive-s0-{run_id(odd)}"
+        f"grpo-org_My_Model_2-arithmetic-aggressive-lr0.0001-12x8-s0-{run_id(odd)}"
     )
 
 
@@ -73,6 +75,7 @@ def test_a_finished_run_is_on_record(config: TrainConfig, tmp_path: Path) -> Non
     assert written["run_id"] == run_id(config)
     assert written["counters"] == {"completions": 96, "rollout_step": 1}
     assert written["seeds"] == {"seed": 0}
+    assert written["cpu_count"] >= 1 and {"cpu", "memory"} <= written.keys()
     assert written["resumed"] == 0
     assert written["error"] is None
     assert written["packages"]["torch"]

@@ -92,12 +92,10 @@ def test_a_run_leaves_what_the_contract_says(small: Callable[..., TrainConfig]) 
     table = pq.read_table(directory / "completions" / "step_000002.parquet").to_pylist()
     assert len(table) == 12
     for row in table:
-        assert (
-            len(row["token_ids"])
-            == len(row["policy_shift"])
-            == len(row["objective_shift"])
-            == len(row["keep"])
-        )
+        of_tokens = ("token_ids", "tokens", "log_prob", "policy_shift", "objective_shift", "keep")
+        assert len({len(row[key]) for key in of_tokens}) == 1
+        assert "".join(row["tokens"]).startswith(row["completion"])  # then special tokens
+        assert all(value <= 0 for value in row["log_prob"])
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small: Callable[..., TrainConfig]) -> None:
