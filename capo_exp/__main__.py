@@ -9,27 +9,19 @@ import difflib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.checks import check, plan
-from capo_exp.config import ConfigError, RunFailed, conf_dir, expected_type, register, suggest, to_config
-from capo_exp.parts import check_parts
-from capo_exp.run_record import run_dir, status
-
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
-
+from capo_exp import sweep
+from capo_exp.config import ConfigError, conf_dir, expected_type, register, suggest
+from capo_exp.job import FULL_ERROR, report
 
 COMPLETION = """\
 _capo_exp_complete() {
@@ -45,14 +37,6 @@ complete -o nospace -o default -F _capo_exp_complete python python3
 """Hydra's own completion knows `python file.py` and installed programs, not `python -m`."""
 
 
-class JobFailed(Exception):
-    """A job of a sweep ended in an error, already reported; the sweep goes on and exits with its status."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
-
 def main() -> None:
     """Runs the command line; always ends in SystemExit unless all went well."""
     register()
@@ -66,17 +50,19 @@ def main() -> None:
     if "COMP_LINE" in os.environ:
         os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])
     sys.argv[1:] = map(choose_by_slash, sys.argv[1:])
-    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(sweep.task)
     try:
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # else Hydra prints and exits itself
             app()
-    except JobFailed as failed:
+    except sweep.JobFailed as failed:
         raise SystemExit(failed.status) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Composing failed: jobs report for themselves.
         raise SystemExit(report(error if FULL_ERROR else ConfigError(condense(error)))) from None
+    finally:
+        sweep.conclude()
 
 
 def choose_by_slash(argument: str) -> str:
@@ -85,59 +71,6 @@ def choose_by_slash(argument: str) -> str:
     group = key.replace(".", "/")
     chosen = equals and "." in key and not value.startswith("{") and _is_group(group)
     return f"{group}={value}" if chosen else argument
-
-
-def job(cfg: DictConfig) -> None:
-    """One job, of a sweep or alone."""
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep:
-        hydra_config = HydraConfig.get()
-        sys.stdout.write(f"job {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}\n")
-    try:
-        execute(cfg)
-    except Exception as error:
-        status = report(error)
-        raise JobFailed(status) if sweep else SystemExit(status) from None
-
-
-def execute(cfg: DictConfig) -> None:
-    """Checks, shows the plan, trains."""
-    config = to_config(cfg)
-    check(config)
-    sys.stdout.write("".join(f"{line}\n" for line in plan(config)))
-    sys.stdout.flush()
-    if config.plan_only:
-        return
-    check_parts(config)
-    if status(run_dir(config)) == "finished" and not config.overwrite:
-        sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config), fresh=False)
-        return
-    from capo_exp import train  # torch, so only now
-
-    show(train.run(config), fresh=True)
-
-
-def show(directory: Path, *, fresh: bool) -> None:
-    """Draws the run and says what came out and where it is."""
-    from rich.console import Console
-
-    from capo_exp.figures.plots import plot_run
-    from capo_exp.progress import summary_table
-
-    if fresh or not (directory / "run.png").exists():
-        plot_run(directory)
-    Console().print(summary_table(directory))
-
-
-def report(error: Exception) -> int:
-    """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
-    wrong_config = isinstance(error, ConfigError)
-    if (wrong_config or isinstance(error, RunFailed)) and not FULL_ERROR:
-        sys.stderr.write(f"{error}\n")
-    else:
-        traceback.print_exception(error)
-    return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
 def condense(error: Exception) -> str:

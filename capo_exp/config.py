@@ -201,6 +201,17 @@ class LoggerConfig:
 
 
 @dataclass
+class SweepConfig:
+    """How a sweep runs its jobs; changes no result."""
+
+    devices: list[str] = MISSING  # GPUs that jobs share, one job each; [] = every job sees all
+    objective: str = MISSING  # metric whose last value a search maximises; in eval.jsonl for a pruner
+    pruner: str = MISSING  # none | median: end a job whose evaluations are behind the median of earlier runs
+    pruner_startup_runs: int = MISSING  # runs that have to end before one can be pruned
+    pruner_warmup_steps: int = MISSING  # rollout steps that each run has at least
+
+
+@dataclass
 class TrainConfig:
     algo: AlgoConfig = MISSING
     model: ModelConfig = MISSING
@@ -213,6 +224,7 @@ class TrainConfig:
     curvature: CurvatureConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    sweep: SweepConfig = MISSING
     num_steps: int = MISSING  # rollout steps
     seed: int = MISSING
     device: str = MISSING  # auto | cpu | cuda | cuda:1 ...

@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.disk import writing
 
 ENGINE_RUNS_SO = (
     "server_url", "visible_devices", "max_num_seqs", "gpu_memory_utilization", "kv_cache_gib", "sleep_level",
@@ -29,7 +30,8 @@ ENGINE_RUNS_SO = (
     "max_probe_difference",
 )  # fmt: skip
 NOT_RESULTS = (
-    "output_dir", "overwrite", "plan_only", "logger", "checkpoint", "experiment_name", "rollout.server_url",
+    "output_dir", "overwrite", "plan_only", "logger", "sweep", "checkpoint", "experiment_name",
+    "rollout.server_url",
     *(f"rollout.engine.{name}" for name in ENGINE_RUNS_SO),
 )  # fmt: skip
 """Config keys that change a run's numbers by rounding at most, hence not its identity: a run whose engine
@@ -87,12 +89,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write; on success it is on disk and takes the place of `path` in one go."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with writing(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # such as of a disk that is read-only now
+            partial.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -116,10 +120,16 @@ def read(run_dir: Path) -> dict[str, Any] | None:
 
 
 def status(run_dir: Path) -> str:
-    """absent | running | finished | failed | interrupted; a run whose process is gone is not running."""
+    """absent | running | finished | failed | interrupted (also: its process is gone) | pruned."""
     record = read(run_dir) or {"status": "absent"}
     gone = record["status"] == "running" and not is_locked(run_dir)
     return "interrupted" if gone else record["status"]
+
+
+def amend(run_dir: Path, fields: Mapping[str, Any]) -> None:
+    """Changes fields of the run.json of a run that has ended."""
+    with locked(run_dir):
+        write_atomic(run_dir / "run.json", json.dumps({**(read(run_dir) or {}), **fields}, indent=2) + "\n")
 
 
 def clear(run_dir: Path) -> None:
@@ -237,7 +247,8 @@ class RunRecord:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self.finish("failed" if isinstance(error, Exception) else "interrupted", error)
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                self.finish("failed" if isinstance(error, Exception) else "interrupted", error)
         elif self.fields["status"] == "running":
             self.finish("finished")
 

@@ -11,7 +11,6 @@ without an API key: bind a private address. One run at a time can use it.
 """
 
 import base64
-import ctypes
 import json
 import os
 import signal
@@ -28,10 +27,10 @@ from typing import Any, NoReturn
 import requests
 
 from capo_exp.rollout.vllm_process import Limits, Request, Response, Sampled, common_params, engine_failed
+from capo_exp.signals import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -208,14 +207,9 @@ def start_server(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,  # when the run is killed, which could not close it then
         )
     return Server(f"http://127.0.0.1:{port}", limits=limits, log_file=log_file, process=process)
-
-
-def _end_with_parent() -> None:
-    """In the new process: Linux ends it when the run is killed, which could not close it then."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _sampled(choice: Mapping[str, Any]) -> Sampled:

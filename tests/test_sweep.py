@@ -1,0 +1,304 @@
+"""Sweeps: each job in a process of its own, with the configuration as it was, its log, its GPU; one bad job
+leaves the others going."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from capo_exp import __main__ as cli
+from capo_exp import sweep, train
+from capo_exp.config import SweepConfig, TrainConfig, conf_dir
+from capo_exp.pruning import Watch, behind
+from capo_exp.run_record import locked, run_dir, status
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CHILD = """
+import json, os, pathlib, signal, sys, time, yaml
+c = yaml.safe_load(sys.stdin)
+print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
+from capo_exp.job import read_config
+from capo_exp.run_record import run_dir
+folder = run_dir(read_config(yaml.safe_dump(c)))
+def record(status):
+    (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
+pathlib.Path("jobs.txt").open("a").write(f"{os.getpid()} {c['seed']} {c['regime']['learning_rate']}\\n")
+"""
+"""A job that stands in for training: says its seed, does what the test adds."""
+ENDS = "record('finished')\n"
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+@pytest.fixture
+def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a sweep whose jobs are CHILD and some more lines; returns the exit status."""
+
+    def run_here(lines: str, *arguments: str) -> int:
+        monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-c", CHILD + lines))
+        monkeypatch.setattr(sys, "argv", ["capo_exp", "-m", *arguments])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run_here
+
+
+def jobs() -> list[list[str]]:
+    return [line.split() for line in Path("jobs.txt").read_text().splitlines()]
+
+
+def test_each_job_has_a_process_and_a_log(run: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(ENDS, "algo=grpo,capo", "seed=range(2)", "num_steps=7") == 0
+    ran = jobs()
+    assert [seed for _, seed, _ in ran] == ["0", "1", "0", "1"]
+    assert len({pid for pid, *_ in ran} | {str(os.getpid())}) == 5
+    logs = sorted(Path("outputs/default").glob("*/log.txt"))
+    assert len(logs) == 4 and all("seed" in log.read_text() for log in logs)
+    out = capfd.readouterr().out
+    assert "job 2/4: algo=capo seed=0\n" in out  # num_steps=7 is the same in all
+    assert "seed 1 rate 0.0001\n" in out  # what the job says is shown
+    assert [p.name for p in Path("outputs/default").iterdir() if p.name.startswith(".")] == []
+    assert sweep.FOLDER not in os.environ
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(1)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_job_that_dies_leaves_the_others_going(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str], end: str
+) -> None:
+    dies = f"if c['seed'] == 1:\n    print('out of luck', flush=True)\n    {end}\n{ENDS}"
+    assert run(dies, "seed=0,1,2") == 1
+    assert [seed for _, seed, _ in jobs()] == ["0", "1", "2"]
+    out = capfd.readouterr().out
+    told, table = out.index("job 1 failed with exit status"), out.index("1: seed=1")
+    assert told < out.index("job 2/3") < table  # at once, and at the end
+    assert "log.txt" in out[table:] and "out of luck" in out[table:]
+    assert out[table:].count("finished") == 1 and out[:table].count("0: seed=0") == 1
+
+
+def test_the_same_command_skips_what_is_finished_and_repeats_the_rest(run: Callable[..., int]) -> None:
+    fails = f"if c['seed'] == 1:\n    raise SystemExit(1)\n{ENDS}"
+    assert run(fails, "seed=0,1") == 1
+    assert run(ENDS, "seed=0,1") == 0
+    assert [seed for _, seed, _ in jobs()] == ["0", "1", "1"]
+    assert run(ENDS, "seed=0,1", "overwrite=true") == 0
+    assert [seed for _, seed, _ in jobs()][3:] == ["0", "1"]
+
+
+def test_wrong_jobs_are_told_before_the_first_starts(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(ENDS, "seed=0,1", "regime.group_size=8,1") == 2
+    assert [seed for _, seed, _ in jobs()] == ["0", "1"]
+    captured = capfd.readouterr()
+    wrong = [line for line in captured.err.splitlines() if "cannot run" in line]
+    assert [line[:5] for line in wrong] == ["job 1", "job 3"]
+    assert "regime.group_size=1: expected at least 2" in captured.out.partition("run  ")[2]
+
+
+def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
+    run: Callable[..., int], work_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = Path(shutil.copytree(conf_dir(), work_dir / "conf"))
+    for module in (cli, sweep):
+        monkeypatch.setattr(module, "conf_dir", lambda: conf)
+    edits = "pathlib.Path('conf/regime/aggressive.yaml').write_text('broken: [')\n"
+    assert run(edits + ENDS, "seed=0,1") == 0
+    assert [rate for *_, rate in jobs()] == ["0.0001", "0.0001"]
+    assert run(ENDS, "seed=0,1") == 2  # the next sweep sees it
+
+
+def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> None:
+    waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
+    waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
+    start = f"from capo_exp import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
+    start += "from capo_exp.__main__ import main; main()"
+    command = [sys.executable, "-c", start, "-m", "seed=0,1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(300):
+        if Path("ready").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert len(jobs()) == 1
+    (directory,) = Path("outputs/default").glob("capo-*")
+    assert status(directory) == "interrupted"
+    assert "0: seed=0" in out and "interrupted" in out
+    assert "1 of 2 jobs have not run; the same command goes on" in out
+
+
+def test_plan_only_shows_each_jobs_plan_and_starts_none(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(ENDS, "seed=0,1", "plan_only=true") == 0
+    assert capfd.readouterr().out.count("completions a step") == 2
+    assert not Path("jobs.txt").exists() and not list(Path("outputs").rglob("log.txt"))
+
+
+def test_with_joblib_jobs_run_at_a_time(work_dir: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    arguments = ["seed=0,1", "plan_only=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "-m", "capo_exp", "-m", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("completions a step") == 2
+    assert {"job 0/2: seed=0", "job 1/2: seed=1"} <= set(done.stdout.splitlines())
+
+
+def test_a_gpu_has_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.tempfile, "gettempdir", lambda: str(tmp_path))
+    late: list[str | None] = []
+    with ExitStack() as all_of_them:
+        first = ExitStack()
+        taken = [sweep.take_device(["3", "5", "5"], stack) for stack in (first, all_of_them, all_of_them)]
+        assert taken == ["3", "5", "5"]
+        waiter = threading.Thread(target=lambda: late.append(sweep.take_device(["3", "5", "5"], all_of_them)))
+        waiter.start()
+        time.sleep(0.5)
+        assert not late
+        first.close()
+        waiter.join(timeout=30)
+        assert late == ["3"]
+        assert sweep.take_device([], all_of_them) is None
+
+
+def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    threads = [sweep.environment(None, n).get("OMP_NUM_THREADS") for n in (1, 2, 3, 16, -1)]
+    assert threads == [None, "4", "2", "1", "1"]
+    assert sweep.environment("2,3", 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert sweep.environment(None, 2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_training_in_a_sweep_is_the_same_as_alone(
+    work_dir: Path, composed: Callable[..., TrainConfig]
+) -> None:
+    small = [
+        "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4",
+        "evaluation.num_problems=4", "dataset.max_completion_tokens=16", "logger=files",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "capo_exp", *small, "-m", "seed=3", "experiment_name=sweep"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = train.run(composed(*small, "seed=3", "experiment_name=alone"))
+    swept = Path("outputs/sweep") / alone.name
+    assert _timeless(alone / "metrics.jsonl") == _timeless(swept / "metrics.jsonl")
+    assert "evaluation after step 2" in (swept / "log.txt").read_text()
+    with (swept / "config.yaml").open() as file:  # a recorded configuration runs again, by itself
+        command = [sys.executable, "-m", "capo_exp.job"]
+        again = subprocess.run(command, stdin=file, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0 and "this run is finished" in again.stdout
+
+
+def _timeless(path: Path) -> list[dict[str, float]]:
+    rows = map(json.loads, path.read_text().splitlines())
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+# Pruning.
+
+RULE = SweepConfig([], "eval/accuracy", "median", pruner_startup_runs=3, pruner_warmup_steps=20)
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "expected"),
+    [
+        ({0: 0.5, 20: 0.4}, [0.6, 0.7, 0.8], True),
+        ({0: 0.5, 20: 0.75}, [0.6, 0.7, 0.8], False),
+        ({0: 0.5, 20: 0.4}, [0.6, 0.7], False),  # too few to compare with
+        ({0: 0.1}, [0.6, 0.7, 0.8], False),  # too early
+        ({0: 0.75, 20: 0.1}, [0.6, 0.7, 0.8], False),  # its best counts
+    ],
+)
+def test_a_run_behind_the_median_is_pruned(
+    values: dict[int, float], others: list[float], expected: bool
+) -> None:
+    pytest.importorskip("optuna")
+    assert behind(values, [{0: 0.5, 20: value} for value in others], RULE) is expected
+
+
+def test_a_pruned_run_is_told_to_stop_recorded_and_not_repeated(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    lines = """
+signal.signal(signal.SIGTERM, lambda *_: (record('interrupted'), os._exit(130)))
+score = 0.1 if c["seed"] == 2 else 0.5
+rows = [{"counter/rollout_step": step, "eval/accuracy": score + step / 100} for step in (0, 20)]
+(folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+if c["seed"] == 2:
+    time.sleep(60)
+record('finished')
+"""
+    arguments = ["seed=0,1,2", "sweep.pruner=median", "sweep.pruner_startup_runs=2"]
+    assert run(lines, *arguments) == 0
+    (pruned,) = Path("outputs/default").glob("capo-*-s2-*")
+    assert status(pruned) == "pruned"
+    assert "2: seed=2  pruned" in capfd.readouterr().out
+    assert run(lines, *arguments) == 0
+    assert len(jobs()) == 3
+    assert "this run is pruned; overwrite=true repeats it" in capfd.readouterr().out
+
+
+def test_without_a_pruner_nothing_is_watched(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = composed(f"output_dir={tmp_path}")
+    child = subprocess.Popen(["sleep", "60"])
+    with locked(run_dir(config)):
+        Watch(config).look(child)
+    assert child.poll() is None
+    child.kill()
+    child.wait()
+
+
+def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = composed(f"output_dir={tmp_path}")
+    run_dir(config).mkdir(parents=True)
+    assert sweep.objective(config) is None
+    (run_dir(config) / "eval.jsonl").write_text('{"eval/accuracy": 0.25}\n{"eval/accuracy": 0.75}\n{"eval/')
+    assert sweep.objective(config) == 0.75
+    (run_dir(config) / "metrics.jsonl").write_text('{"reward/accuracy": 0.5}\n')
+    assert sweep.objective(composed(f"output_dir={tmp_path}", "sweep.objective=reward/accuracy")) == 0.5
+
+
+def test_optuna_proposes_the_same_jobs_again(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    lines = """
+score = -abs(c["regime"]["learning_rate"] - 2e-4)
+(folder / "eval.jsonl").write_text(json.dumps({"counter/rollout_step": 0, "eval/accuracy": score}) + "\\n")
+if len(pathlib.Path("jobs.txt").read_text().splitlines()) == 2:
+    raise SystemExit(1)
+record('finished')
+"""
+    search = ["experiment=tiny/search", "hydra.sweeper.n_trials=5"]
+    assert run(lines, *search) == 0  # a failed trial does not end the search
+    first = [rate for *_, rate in jobs()]
+    assert len(set(first)) == 5
+    assert "failed with exit status 1" in capfd.readouterr().out
+    assert run(lines, *search) == 0  # goes on: the four that ended are not repeated
+    assert [rate for *_, rate in jobs()][5:] == [first[1]]
+    best = Path("outputs/tiny_search/optimization_results.yaml").read_text()
+    nearest = min(first, key=lambda rate: abs(float(rate) - 2e-4))
+    assert f"regime.learning_rate: {nearest}" in best
