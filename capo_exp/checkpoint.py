@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from capo_exp.disk import writing
 from capo_exp.learner import Learner
 from capo_exp.types import AdamState
 
@@ -43,17 +44,21 @@ class Checkpointer:
     def save(
         self, step: int, learner: Learner, tokenizer: PreTrainedTokenizerBase, counters: dict[str, int]
     ) -> Path:
-        """Writes checkpoints/step_<step>, then removes all but the newest `keep`."""
+        """Writes checkpoints/step_<step>, then removes all but the newest `keep`.
+
+        Raises:
+            OSError: The disk takes no more. What was written is removed, the older ones are there.
+        """
         target = self._folder / f"step_{step:06d}"
         partial = self._folder / f".{target.name}"
-        learner.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if learner.reference is not None and learner.reference_resets:
-            learner.reference.save_pretrained(partial / _REFERENCE)
-        torch.save(_state(step, learner, counters), partial / _STATE)
-        _flush(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        try:
+            with writing(target):
+                _write(partial, step, learner, tokenizer, counters)
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         for old in sorted(self._folder.glob("step_*"))[: -self._keep]:
             shutil.rmtree(old)
         return target
@@ -72,6 +77,22 @@ class Checkpointer:
         if state["optimizer_model"] is not None:
             learner.optimizer_model = AdamState(**state["optimizer_model"])
         return state["rollout_step"], state["counters"]
+
+
+def _write(
+    folder: Path,
+    step: int,
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    counters: dict[str, int],
+) -> None:
+    learner.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if learner.reference is not None and learner.reference_resets:
+        learner.reference.save_pretrained(folder / _REFERENCE)
+    with (folder / _STATE).open("wb") as file:  # torch alone would not say why it cannot write
+        torch.save(_state(step, learner, counters), file)
+    _flush(folder)
 
 
 def _state(step: int, learner: Learner, counters: dict[str, int]) -> dict[str, Any]:

@@ -1,33 +1,31 @@
-"""Metrics, evaluations and sampled completions of one run: plain files first, Weights & Biases beside them.
-
-The W&B run has what the files have. Offline, W&B cannot resume: the run is written again from the files into
-one new W&B folder, so that `wandb sync` uploads the whole curve; the older folders of the run are removed.
-Nothing here holds an API key.
-"""
+"""Metrics, evaluations and sampled completions of one run: plain files first, W&B beside them."""
 
 import json
 import logging
 import math
-import netrc
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capo_exp import metric_names as names
 from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.run_record import as_dict, replacing, run_name, write_atomic
+from capo_exp.disk import writing
+from capo_exp.run_record import replacing, write_atomic
+from capo_exp.wandb_run import WandbRun
+from capo_exp.wandb_start import has_key as has_key
+from capo_exp.wandb_start import resolve_mode
 
 log = logging.getLogger(__name__)
 
 COMPLETION_TYPES = {
-    "token_ids": pa.list_(pa.int64()),
+    "token_ids": pa.list_(pa.int32()),
     "tokens": pa.list_(pa.string()),
     "log_prob": pa.list_(pa.float32()),
     "policy_shift": pa.list_(pa.float32()),
@@ -35,6 +33,9 @@ COMPLETION_TYPES = {
     "keep": pa.list_(pa.bool_()),
 }
 """Columns with one entry per completion token; the others get their type from their values."""
+
+SIGNIFICANT_BITS = 8
+"""Of a float per token: 0.4 % at most, as in bfloat16. The other 16 bits are most of the file and noise."""
 
 
 class RunLogger:
@@ -46,20 +47,28 @@ class RunLogger:
         Args:
             run_dir: Must exist.
             config: Only `logger`, names and the values that W&B shows are read.
-            run_id: W&B run id; the same after a resume.
+            run_id: Begins the id of the W&B run, which is the same after a resume.
             resume_step: Rollout steps in the checkpoint; what was logged later is dropped, everything if 0.
+
+        Raises:
+            ConfigError: A line of the files is not a row, or W&B refuses.
         """
         self.run_dir = run_dir
         kept = {name: drop_after(run_dir / name, resume_step) for name in ("metrics.jsonl", "eval.jsonl")}
         drop_completions_after(run_dir / "completions", resume_step)
+        last = max((row[names.STEP] for row in kept["metrics.jsonl"]), default=0)
+        if last < resume_step:
+            log.warning("%s: rows of steps %s to %s are missing", run_dir, last + 1, resume_step)
         self.evaluated_step = max((row[names.STEP] for row in kept["eval.jsonl"]), default=-1)
-        self._wandb = start_wandb(run_dir, config, run_id=run_id, resume=resume_step > 0)
-        if self._wandb is not None and not self._wandb.resumed:
-            remove_older_wandb_runs(run_dir, self._wandb)
-            for row in sorted([*kept["eval.jsonl"], *kept["metrics.jsonl"]], key=lambda row: row[names.STEP]):
-                self._send(row)
-        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._evaluations = (run_dir / "eval.jsonl").open("a", encoding="utf-8")
+        disabled = resolve_mode(config.logger.wandb_mode) == "disabled"  # then wandb is not imported
+        self._wandb = None if disabled else WandbRun(run_dir, config, run_id)
+        self._metrics = FileIO(run_dir / "metrics.jsonl", "a")
+        self._evaluations = FileIO(run_dir / "eval.jsonl", "a")
+
+    def describe(self, record: Mapping[str, Any]) -> None:
+        """Gives W&B what run.json says of the run."""
+        if self._wandb is not None:
+            self._wandb.describe(record)
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
         """Appends the metrics of one rollout step to metrics.jsonl and W&B."""
@@ -70,28 +79,42 @@ class RunLogger:
         self._append(self._evaluations, metrics)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes completions/step_<step>.parquet, one row per completion; every row has the same columns."""
+        """Writes completions/step_<step>.parquet, one row per completion; every row has the same columns.
+
+        Floats per token are rounded to SIGNIFICANT_BITS.
+        """
         folder = self.run_dir / "completions"
         folder.mkdir(exist_ok=True)
-        columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
-        arrays = {key: pa.array(values, COMPLETION_TYPES.get(key)) for key, values in columns.items()}
+        columns = {key: _column(key, [row[key] for row in rows]) for key in rows[0]} if rows else {}
         with replacing(folder / f"step_{step:06d}.parquet") as partial:
-            pq.write_table(pa.table(arrays), partial)
+            pq.write_table(
+                pa.table(columns),
+                partial,
+                compression="zstd",
+                compression_level=15,
+                use_dictionary=False,  # zstd finds the phrases that a group's completions share
+                use_byte_stream_split=[  # pyright: ignore[reportArgumentType]
+                    f"{key}.list.element" for key in columns if _is_floats(key)
+                ],
+            )
+
+    def sync(self) -> None:
+        """Forces the rows to disk: a checkpoint does not go beyond them, even after a power cut."""
+        for file in (self._metrics, self._evaluations):
+            with writing(Path(str(file.name))):
+                os.fsync(file)
 
     @property
     def wandb_location(self) -> str | None:
         """Where the W&B run is: its URL, the command that uploads it, or None if W&B is disabled."""
-        if self._wandb is None:
-            return None
-        return f"wandb sync {Path(self._wandb.dir).parent}" if self._wandb.offline else self._wandb.url
+        return self._wandb and self._wandb.location
 
     def finish(self, exit_code: int) -> None:
         """Closes the files and the W&B run; 0 means success. A second call does nothing."""
         self._metrics.close()
         self._evaluations.close()
-        run, self._wandb = self._wandb, None
-        if run is not None:
-            run.finish(exit_code=exit_code)
+        if self._wandb is not None:
+            self._wandb.finish(exit_code)
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -99,17 +122,30 @@ class RunLogger:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.finish(0 if error is None else 1)
 
-    def _append(self, file: Any, metrics: Mapping[str, float]) -> None:
+    def _append(self, file: FileIO, metrics: Mapping[str, float]) -> None:
         names.check_known(metrics)
         assert {names.STEP, names.COMPLETIONS} <= metrics.keys(), f"no {names.STEP} or {names.COMPLETIONS}"
         row = {key: _plain(value) for key, value in metrics.items()}
-        file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
-        file.flush()
-        self._send(row)
+        append(file, json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+        if self._wandb is not None:
+            self._wandb.send(row)
 
-    def _send(self, row: Mapping[str, float | None]) -> None:
-        if self._wandb is not None:  # no step=: W&B drops rows whose step is not larger than the last
-            self._wandb.log({key: value for key, value in row.items() if value is not None})
+
+def append(file: FileIO, line: str) -> None:
+    """Writes a line, the whole of it or nothing.
+
+    Raises:
+        OSError: The disk takes no more; the error names the file.
+    """
+    data, end = line.encode(), file.seek(0, os.SEEK_END)
+    try:
+        with writing(Path(str(file.name))):
+            while data:
+                data = data[file.write(data) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def _plain(value: float) -> float | int | None:
@@ -119,108 +155,52 @@ def _plain(value: float) -> float | int | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _is_floats(key: str) -> bool:
+    return COMPLETION_TYPES.get(key) == pa.list_(pa.float32())
+
+
+def _column(key: str, values: Sequence[Any]) -> pa.Array:
+    if not _is_floats(key):
+        return pa.array(values, COMPLETION_TYPES.get(key))
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    mantissa, exponent = np.frexp(np.concatenate(values, dtype=np.float32))
+    rounded = np.ldexp(np.round(mantissa * 2**SIGNIFICANT_BITS) / 2**SIGNIFICANT_BITS, exponent)
+    return pa.ListArray.from_arrays(ends, pa.array(rounded, pa.float32()))
+
+
 def drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keeps the rows of a .jsonl file up to a rollout step, none if it is 0; a line cut short goes too."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    rows = [(line, json.loads(line)) for line in lines]
-    kept = [(line, row) for line, row in rows if row[names.STEP] <= step and step > 0]
+    """Keeps the rows of a .jsonl file up to a rollout step, none if it is 0; a line cut short goes too.
+
+    Raises:
+        ConfigError: A line before that step is not a row.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept: list[tuple[str, dict[str, Any]]] = []
+    for number, line in enumerate(text.split("\n")[:-1] if step > 0 else [], start=1):
+        row = _row(path, number, line)
+        if row[names.STEP] > step:
+            break
+        kept.append((line, row))
     write_atomic(path, "".join(line + "\n" for line, _ in kept))
     return [row for _, row in kept]
 
 
-def drop_completions_after(folder: Path, step: int) -> None:
-    """Removes samples of rollout steps beyond `step`."""
-    for path in folder.glob("step_*.parquet"):
-        if int(path.stem.removeprefix("step_")) > step:
-            path.unlink()
-
-
-def resolve_mode(mode: str) -> str:
-    """online | offline | disabled; `auto` follows WANDB_MODE, else asks whether a key is there.
-
-    Raises:
-        ConfigError: The mode is unknown.
-    """
-    chosen = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
-    if chosen == "auto":
-        chosen = "online" if has_key() else "offline"
-    if chosen not in ("online", "offline", "disabled"):
-        raise ConfigError(f"logger.wandb_mode is {chosen!r}; expected auto, online, offline or disabled")
-    return chosen
-
-
-def has_key() -> bool:
-    """True if W&B credentials are configured; looks at the environment and ~/.netrc, asks no server."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    import wandb
-
-    servers = {os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url, "https://api.wandb.ai"}
-    with suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
-        return any((known.authenticators(urlsplit(url).netloc) or ("", "", ""))[2] for url in servers)
-    return False
-
-
-def start_wandb(run_dir: Path, config: TrainConfig, *, run_id: str, resume: bool) -> Any | None:
-    """Starts the W&B run; None if disabled (then wandb is not imported).
-
-    `auto` falls back to offline when the server cannot be reached.
-
-    Raises:
-        ConfigError: wandb_mode=online and W&B refuses or cannot be reached.
-    """
-    mode = resolve_mode(config.logger.wandb_mode)
-    if mode == "disabled":
-        return None
-    import wandb
-
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        run = _init(run_dir, config, run_id=run_id, mode=mode, resume="allow" if resume else None)
-    except wandb.Error as error:
-        if config.logger.wandb_mode == "online" or mode == "offline":
-            raise ConfigError(f"W&B did not start ({error}); or use logger.wandb_mode=offline") from error
-        reason = str(error).splitlines()[0]
-        log.warning("no W&B (%s): the run goes on offline, upload it later with `wandb sync`", reason)
-        wandb.teardown()  # the failed attempt still owns the run id
-        run = _init(run_dir, config, run_id=run_id, mode="offline", resume=None)
-    run.define_metric(names.COMPLETIONS)
-    run.define_metric("*", step_metric=names.COMPLETIONS)
-    return run
+        row = json.loads(line)
+        return row | {names.STEP: int(row[names.STEP])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path}, line {number}: expected one JSON object with {names.STEP} ({error}); "
+            "mend or remove the line, or start again with overwrite=true"
+        ) from None
 
 
-def _init(run_dir: Path, config: TrainConfig, *, run_id: str, mode: Any, resume: Any) -> Any:
-    import wandb
-
-    return wandb.init(
-        id=run_id,
-        resume=None if mode == "offline" else resume,  # offline the whole run is written again, see RunLogger
-        reinit="create_new",  # jobs of one Hydra process never share a run
-        mode=mode,
-        project=config.logger.project,
-        group=config.experiment_name,
-        job_type="train",
-        name=run_name(config),
-        tags=list(config.logger.tags),
-        config=as_dict(config),
-        dir=run_dir,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # wrapped pipes have hung runs
-            init_timeout=30,
-            disable_code=True,
-            disable_git=True,  # run.json has the git state
-            host="",
-            x_disable_meta=True,
-            x_save_requirements=False,
-        ),
-    )
-
-
-def remove_older_wandb_runs(run_dir: Path, run: Any) -> None:
-    """Removes what earlier processes of the run wrote for W&B; the current folder has all of it."""
-    current = Path(run.dir).parent
-    older: Iterable[Path] = (run_dir / "wandb").glob(f"*run-*-{run.id}*")
-    for folder in older:
-        if folder.resolve() != current.resolve():
-            shutil.rmtree(folder)
+def drop_completions_after(folder: Path, step: int) -> None:
+    """Removes samples of rollout steps beyond `step`, and what a kill left of one."""
+    for path in folder.glob("step_*.parquet"):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and int(number) > step:
+            path.unlink()
+    for path in folder.glob(".*.partial"):
+        path.unlink()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from capo_exp import metric_names as names
 from capo_exp.config import ConfigError
-from capo_exp.figures.load import Run, load_run, read_jsonl
+from capo_exp.figures.load import Run, find_runs, load_run, read_jsonl
 from capo_exp.run_record import read, status
 
 RECENT = 10
@@ -29,7 +29,7 @@ class Line:
 
     name: str
     state: str
-    """running | finished | failed | interrupted | unreadable."""
+    """running | finished | failed | interrupted | pruned | unreadable."""
     step: int
     num_steps: int | None
     """None if config.yaml is missing."""
@@ -41,21 +41,6 @@ class Line:
     """At the pace of the last steps, without evaluations; None unless it runs."""
     error: str | None
     path: Path
-
-
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Run directories in and below the folders: those with a run.json, in order of their paths.
-
-    Raises:
-        ConfigError: if a folder does not exist, or there is no run at all.
-    """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: expected a directory with runs, such as outputs")
-    found = sorted({path.parent for folder in folders for path in folder.rglob("run.json")})
-    if not found:
-        raise ConfigError(f"{', '.join(map(str, folders))}: no run there (no run.json)")
-    return found
 
 
 def summarise(path: Path) -> Line:
@@ -81,7 +66,7 @@ def summarise(path: Path) -> Line:
         eval_accuracy=evaluations[-1] if evaluations else None,
         rejection_rate=_mean(rows, names.REJECTION_RATE),
         seconds_left=pace * (total - step) if state == "running" and total and pace else None,
-        error=record.get("error") if state == "failed" else None,
+        error=(record.get("error") or "").split("\n")[0] or None if state == "failed" else None,
         path=path,
     )
 
@@ -93,7 +78,7 @@ def table(lines: Sequence[Line]) -> Table:
     for column in ("state", "step", "train", "held-out", "rejected", "left"):
         result.add_column(column, no_wrap=True)
     for line in lines:
-        name = f"{line.name}\n  {line.error.splitlines()[0]}" if line.error else line.name
+        name = "\n  ".join([line.name, *(line.error or "").splitlines()])
         left = "" if line.seconds_left is None else str(timedelta(seconds=round(line.seconds_left)))
         result.add_row(
             name, line.state, f"{line.step}/{'?' if line.num_steps is None else line.num_steps}",

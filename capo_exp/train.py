@@ -19,6 +19,7 @@ from capo_exp.checkpoint import Checkpointer
 from capo_exp.collate import join
 from capo_exp.config import ConfigError, RunFailed, TrainConfig
 from capo_exp.data.prompts import render
+from capo_exp.disk import stops_cleanly
 from capo_exp.evaluate import evaluate
 from capo_exp.learner import Learner, TrainingDiverged
 from capo_exp.logger import RunLogger
@@ -88,6 +89,7 @@ def run(config: TrainConfig) -> Path:
     Raises:
         ConfigError: before anything is written, if an input is missing or wrong.
         TrainingDiverged: if a loss is not finite; names the last good checkpoint.
+        RunFailed: if the disk takes no more; says where the same command goes on.
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
     directory = run_dir(config)
@@ -96,13 +98,14 @@ def run(config: TrainConfig) -> Path:
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
     inputs = read_inputs(config)
-    with ExitStack() as stack:
+    with stops_cleanly(directory), ExitStack() as stack:
         stack.enter_context(locked(directory))
         if config.overwrite:
             clear(directory)
         session = start(config, inputs, directory, stack)
         stopped = stack.enter_context(stop_signal(session.progress.message))
-        _loop(session, stopped)
+        with stops_cleanly(directory):  # inside, too, so that run.json has the reason
+            _loop(session, stopped)
     return directory
 
 
@@ -148,6 +151,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
     record.fields |= {"wandb": logger.wandb_location, "data": inputs.fingerprint}
     record.update({})
+    logger.describe(record.fields)
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
     engine.start(directory, inputs.train)
     if latest is not None:
@@ -293,6 +297,7 @@ def _evaluate(session: Run) -> None:
 
 
 def _save(session: Run) -> None:
+    session.logger.sync()
     session.checkpointer.save(session.step, session.learner, session.inputs.tokenizer, session.counters())
     session.record.update(session.counters())
 

@@ -17,7 +17,9 @@ from capo_exp.metric_names import METRICS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if "-m capo_exp" in line]
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line for line in LINES if re.search(r"-m capo_exp(\.doctor)?(\s|$)", line)]
+FIGURES = [line for line in LINES if "-m capo_exp.figures" in line]
 
 
 def overrides_of(command: str) -> list[str]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from capo_exp.figures import plots, style
-from capo_exp.figures.load import Run, load_run, series
+from capo_exp.figures.load import Run, load_run
 from capo_exp.figures.plots import plot_run, smoothing_window, title, trailing_mean
 
 CONFIG = {
@@ -100,24 +100,6 @@ def test_the_title_says_what_ran(tmp_path: Path) -> None:
         "aggressive · learning rate 1e-4 · 12 prompts x 8 completions a step · seed 3"
     )
     assert "?" in title(Run(tmp_path, {}, {}, [], []))
-
-
-def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
-    x_axis = "counter/completions"
-    rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}]
-    x, y = series(rows, "a")
-    np.testing.assert_array_equal(x, [1, 3])
-    np.testing.assert_array_equal(y, [2, np.nan])
-    assert series([], "a")[0].shape == (0,)
-
-
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    write_run(tmp_path, [row(1)])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"counter/rollout_st')
-    assert load_run(tmp_path).metrics == [row(1)]
-    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
-        load_run(tmp_path / "nowhere")
 
 
 def test_smoothing_by_hand() -> None:

@@ -1,31 +1,21 @@
+import errno
 import json
 import math
-import struct
+import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from capo_exp import logger as logger_module
 from capo_exp import metric_names as names
 from capo_exp.config import ConfigError, TrainConfig
 from capo_exp.figures.load import read_jsonl
-from capo_exp.logger import RunLogger, has_key, resolve_mode
-
-KEY = "0123456789abcdef0123456789abcdef01234567"
-CREDENTIALS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
-
-
-@pytest.fixture(autouse=True)
-def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CREDENTIALS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+from capo_exp.logger import RunLogger
 
 
 @pytest.fixture
@@ -37,11 +27,6 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def files_only(composed: Callable[..., TrainConfig]) -> TrainConfig:
     return composed("algo=grpo", "logger=files")
-
-
-@pytest.fixture
-def offline(composed: Callable[..., TrainConfig]) -> TrainConfig:
-    return composed("algo=grpo", "logger=wandb", "logger.wandb_mode=offline", "logger.tags=[a]")
 
 
 def row(step: int, **more: float) -> dict[str, float]:
@@ -178,157 +163,84 @@ assert not {"wandb", "torch"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True)
 
 
-# --- Weights & Biases ---
+@pytest.mark.parametrize(
+    "line",
+    ["{half", "[1]", "{}", '{"counter/rollout_step": null}', "\0\0\0\0", '{"counter/rollout_step": "1x"}'],
+)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
+def test_a_line_that_is_no_row_is_named(run_dir: Path, files_only: TrainConfig, name: str, line: str) -> None:
+    rows = [json.dumps(row(step)) for step in (1, 2)]
+    (run_dir / name).write_text("\n".join([rows[0], line, rows[1]]) + "\n")
+    before = (run_dir / name).read_bytes()
+    with pytest.raises(ConfigError, match=rf"{name}, line 2: expected .* \(.*\); mend .* overwrite=true"):
+        open_logger(run_dir, files_only, resume_step=2)
+    assert (run_dir / name).read_bytes() == before
+    open_logger(run_dir, files_only, resume_step=0).finish(0)  # begins again, reads none of it
 
 
-def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_mode("auto") == "offline"
-    (tmp_path / "netrc").write_text(f"machine other.example login user password {KEY}\n")
-    assert not has_key()
-    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert resolve_mode("auto") == "online"
-    (tmp_path / "netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert resolve_mode("auto") == "online"
-    assert resolve_mode("offline") == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve_mode("auto") == "disabled"
-    with pytest.raises(ConfigError, match=r"logger\.wandb_mode"):
-        resolve_mode("onlin")
+def test_what_comes_after_the_checkpoint_need_not_be_readable(run_dir: Path, files_only: TrainConfig) -> None:
+    rows = [json.dumps(row(step)) for step in (1, 2, 3)]
+    (run_dir / "metrics.jsonl").write_bytes("\n".join(rows).encode() + b"\n{half\n\xff\xfe\n")
+    open_logger(run_dir, files_only, resume_step=2).finish(0)
+    assert (run_dir / "metrics.jsonl").read_text().splitlines() == rows[:2]
 
 
-class FakeRun:
-    """Stands for an online run, which tests cannot have."""
-
-    def __init__(self, *, offline: bool, resumed: bool, folder: Path) -> None:
-        self.offline, self.resumed, self.id, self.url = (
-            offline,
-            resumed,
-            "1a2b3c4d",
-            "https://wandb.example/run",
-        )
-        self.dir = str(folder / "wandb" / "run-now-1a2b3c4d" / "files")
-        self.rows: list[dict[str, float]] = []
-        self.exit_codes: list[int] = []
-
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        del name, step_metric
-
-    def log(self, metrics: dict[str, float]) -> None:
-        self.rows.append(metrics)
-
-    def finish(self, exit_code: int) -> None:
-        self.exit_codes.append(exit_code)
+def test_rows_that_look_the_same_are_both_kept(run_dir: Path, files_only: TrainConfig) -> None:
+    (run_dir / "metrics.jsonl").write_text((json.dumps(row(1)) + "\n") * 2)
+    open_logger(run_dir, files_only, resume_step=1).finish(0)
+    assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2
 
 
-def test_auto_goes_on_offline_when_the_server_is_away(
-    run_dir: Path, composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+def test_rows_that_are_missing_are_said(
+    run_dir: Path, files_only: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import wandb
-
-    modes: list[str] = []
-
-    def init(*_: Any, mode: str, **__: Any) -> FakeRun:
-        modes.append(mode)
-        if mode == "online":
-            raise wandb.errors.CommError("no route")
-        return FakeRun(offline=True, resumed=False, folder=run_dir)
-
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr(logger_module, "_init", init)
-    open_logger(run_dir, composed("algo=grpo", "logger=wandb")).finish(0)
-    assert modes == ["online", "offline"]
-    with pytest.raises(ConfigError, match="wandb_mode=offline"):
-        open_logger(run_dir, composed("algo=grpo", "logger=wandb", "logger.wandb_mode=online"))
-
-
-@pytest.mark.parametrize("resumed", [True, False])
-def test_a_server_that_has_the_run_gets_only_what_is_new(
-    run_dir: Path, offline: TrainConfig, monkeypatch: pytest.MonkeyPatch, resumed: bool
-) -> None:
-    online = FakeRun(offline=False, resumed=resumed, folder=run_dir)
     (run_dir / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
-    monkeypatch.setattr(logger_module, "start_wandb", lambda *_, **__: online)
-    with pytest.raises(RuntimeError), open_logger(run_dir, offline, resume_step=1) as logger:
-        assert logger.wandb_location == online.url
-        logger.log_step(row(2))
-        raise RuntimeError
-    assert online.rows == ([row(2)] if resumed else [row(1), row(2)])
-    assert online.exit_codes == [1]
+    open_logger(run_dir, files_only, resume_step=1).finish(0)
+    assert not caplog.records
+    open_logger(run_dir, files_only, resume_step=3).finish(0)
+    assert "rows of steps 2 to 3 are missing" in caplog.text
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of an offline .wandb file: 7 bytes, then protobuf messages in LevelDB log blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, message = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        message += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole record, or its last part
-            yield wandb_internal_pb2.Record.FromString(message)
-            message = b""
-
-
-def finished_wandb_records(path: Path) -> list[Any]:
-    """Waits for the last record, which W&B writes a moment after finish() returns."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        records = list(wandb_records(path))
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            return records
-        time.sleep(0.05)
-    raise TimeoutError(f"no end in {path}")
-
-
-def history(records: list[Any]) -> list[dict[str, float]]:
-    """Logged rows without what W&B adds."""
-    rows: list[dict[str, float]] = []
-    for record in records:
-        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        if items:
-            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
-    return rows
-
-
-def in_order(rows: list[dict[str, float]]) -> list[str]:
-    return sorted(json.dumps(row, sort_keys=True) for row in rows)
-
-
-def test_the_offline_run_has_what_the_files_have_also_after_a_resume(
-    run_dir: Path, offline: TrainConfig, monkeypatch: pytest.MonkeyPatch
+def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(
+    run_dir: Path, files_only: TrainConfig
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with open_logger(run_dir, offline) as logger:
-        logger.log_evaluation(row(0, eval__accuracy=0.2))
-        for step in (1, 2, 3):
-            logger.log_step(row(step, loss__total=1 / 3, curvature__token__policy_shift__p99=1.2345e-7))
-    with open_logger(run_dir, offline, resume_step=2) as logger:
-        logger.log_step(row(3, loss__total=2 / 3, policy__ratio_max=math.inf))
-        logger.log_evaluation(row(3, eval__accuracy=0.4))
-        location = logger.wandb_location
-    [file] = (run_dir / "wandb").glob("offline-run-*/run-1a2b3c4d.wandb")
-    assert location == f"wandb sync {file.parent}"
-    records = finished_wandb_records(file)
-    logged = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
-    finite = [{key: value for key, value in line.items() if value is not None} for line in logged]
-    assert in_order(history(records)) == in_order(finite)
+    (run_dir / "completions").mkdir()
+    for name in (".step_000003.parquet.partial", "step_000001.parquet", "step_1 (copy).parquet"):
+        (run_dir / "completions" / name).touch()
+    open_logger(run_dir, files_only, resume_step=2).finish(0)
+    left = sorted(path.name for path in (run_dir / "completions").iterdir())
+    assert left == ["step_000001.parquet", "step_1 (copy).parquet"]
 
-    [run, *_] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.run_id, run.run_group, run.job_type) == ("1a2b3c4d", "default", "train")
-    assert run.display_name.startswith("grpo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-")
-    assert list(run.tags) == ["a"]
-    assert run.host == ""
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["regime"]["prompts_per_step"] == 12
-    metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
-    assert any(m.glob_name == "*" and m.step_metric == "counter/completions" for m in metrics)
 
-    written = [path for path in run_dir.rglob("*") if path.is_file()]
-    assert len(written) > 3
-    assert not [path for path in written if KEY.encode() in path.read_bytes()]
+def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir: Path, files_only: TrainConfig) -> None:
+    numbers = [0.0, 1 / 3, -1e-30, 3e-42, 65504.1, math.inf, -math.inf, math.nan, 1.0, -0.75]
+    sample = dict.fromkeys(("policy_shift", "objective_shift", "log_prob"), numbers)
+    with open_logger(run_dir, files_only) as logger:
+        logger.log_completions(1, [sample, {key: [] for key in sample}])
+        logger.log_completions(2, [{key: [] for key in sample}])
+        logger.log_completions(3, [])
+    [first, second] = pq.read_table(run_dir / "completions" / "step_000001.parquet").to_pylist()
+    assert second == {key: [] for key in sample}
+    for key in sample:
+        assert first[key] == pytest.approx(numbers, rel=2**-8, abs=0, nan_ok=True)
+        assert first[key][1] == torch.tensor(1 / 3).bfloat16().item() != pytest.approx(1 / 3, rel=1e-4)
+    assert pq.read_table(run_dir / "completions" / "step_000003.parquet").num_rows == 0
+
+
+def test_an_error_of_the_disk_at_a_checkpoint_names_the_file(
+    run_dir: Path, files_only: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+
+    def fsync(file: FileIO) -> None:
+        synced.append(file.fileno())
+        if len(synced) == 4:
+            raise OSError(errno.EIO, "in the system's words")
+
+    with open_logger(run_dir, files_only) as logger:
+        monkeypatch.setattr(os, "fsync", fsync)
+        logger.sync()
+        assert len(set(synced)) == 2
+        with pytest.raises(OSError, match=r"eval\.jsonl"):
+            logger.sync()
+        monkeypatch.undo()

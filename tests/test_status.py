@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.config import TrainConfig
 from capo_exp.run_record import RunRecord, locked, run_dir
-from capo_exp.status import find_runs, main, summarise
+from capo_exp.status import main, summarise
 
 
 def row(step: int, **metrics: float | None) -> str:
@@ -84,19 +84,21 @@ def test_a_broken_record_hides_no_other_run(
     assert "run.json is not JSON" in shown and "1 unreadable, 1 finished" in shown
 
 
-def test_runs_are_found_once_at_any_depth(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_run_is_shown_once_however_often_it_is_named(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = run_dir(config)
     with locked(directory), RunRecord(directory, config):
         write(directory, 40)
-    assert find_runs([tmp_path, directory, directory.parent]) == [directory]
-    assert summarise(directory).state == "finished"
+    assert main([str(tmp_path), str(directory), f"{directory.parent}/*"]) == 0
+    assert "1 runs: 1 finished" in capsys.readouterr().out
 
 
 def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match=r"no run there \(no run.json\)"):
-        find_runs([tmp_path])
+    assert main([str(tmp_path)]) == 2
+    assert "no run there; expected a directory with runs" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert "nowhere: expected a directory with runs" in capsys.readouterr().err
+    assert "nowhere: no such file or directory; expected" in capsys.readouterr().err
 
 
 def test_it_imports_no_torch() -> None:

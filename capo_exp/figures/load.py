@@ -1,19 +1,27 @@
 """Reads what a run left on disk. Runs may be short, unfinished, or older than a metric."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from capo_exp import metric_names as names
+from capo_exp.config import ConfigError
+from capo_exp.run_record import read, status
 
 Row = Mapping[str, Any]
 Array = NDArray[np.float64]
+
+MARKS = {"run.json", "metrics.jsonl"}
+"""A folder with one of these files is a run directory."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Run:
     record: dict[str, Any]
     """run.json; empty if missing."""
     metrics: list[Row]
-    """metrics.jsonl, one row a rollout step."""
+    """metrics.jsonl, one row an optimiser step; empty before the first."""
     evaluations: list[Row]
     """eval.jsonl, one row an evaluation."""
 
@@ -37,29 +45,140 @@ class Run:
             value = value.get(part) if isinstance(value, dict) else None
         return default if value is None else value
 
+    @property
+    def name(self) -> str:
+        """Name of the run directory."""
+        return self.path.name
 
-def load_run(run_dir: Path | str) -> Run:
-    """Reads a run directory.
+    @property
+    def state(self) -> str:
+        """As it is now: absent (no run.json) | running | finished | failed | interrupted | pruned."""
+        return status(self.path)
+
+
+def find_runs(patterns: Sequence[str | Path]) -> list[Path]:
+    """Run directories, each once, in order of their paths.
+
+    Args:
+        patterns: Each a run directory, a file in it, a folder with runs at any depth, or a glob of these.
+            Hidden folders, and what is inside a run directory, are not searched.
 
     Raises:
-        FileNotFoundError: There is no metrics.jsonl.
+        ConfigError: A pattern matches nothing on disk, or there is no run in any of them.
+    """
+    found: dict[str, Path] = {}
+    for pattern in patterns:
+        for place in _places(str(pattern)):
+            for run in _runs_in(place):
+                found.setdefault(os.path.realpath(run), run)
+    if not found:
+        what = ", ".join(map(str, patterns)) or "no folder given"
+        raise ConfigError(f"{what}: no run there; {_expected()}")
+    return sorted(found.values())
+
+
+def _places(pattern: str) -> list[Path]:
+    """What is on disk under a name or, if there is nothing of that name, a glob."""
+    text = os.path.expanduser(pattern)
+    if os.path.exists(text):
+        return [Path(text)]
+    matches = sorted(glob(text, recursive=True))
+    if not matches:
+        raise ConfigError(f"{pattern or 'an empty name'}: no such file or directory; {_expected()}")
+    return [Path(match) for match in matches]
+
+
+def _expected() -> str:
+    marks = " or ".join(sorted(MARKS, reverse=True))
+    return f"expected a directory with runs, such as outputs, or a run's own, which has a {marks}"
+
+
+def _runs_in(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        if not MARKS.isdisjoint(os.listdir(place.parent)):
+            yield place.parent
+        return
+    seen: set[str] = set()  # a link can lead back up
+    for folder, folders, files in os.walk(place, followlinks=True):
+        real = os.path.realpath(folder)
+        is_run = not MARKS.isdisjoint(files)
+        folders[:] = [] if is_run or real in seen else [name for name in folders if name[0] != "."]
+        seen.add(real)
+        if is_run:
+            yield Path(folder)
+
+
+def load_run(run_dir: Path | str) -> Run:
+    """Reads a run directory as far as it is.
+
+    Raises:
+        FileNotFoundError: There is neither a metrics.jsonl nor a run.json.
+        ConfigError: A file is damaged.
     """
     path = Path(run_dir)
-    if not (path / "metrics.jsonl").exists():
+    if not any((path / mark).exists() for mark in MARKS):
         raise FileNotFoundError(f"{path} has no metrics.jsonl; expected the directory of one run")
     return Run(
         path=path,
         config=_yaml(path / "config.yaml"),
-        record=_json(path / "run.json"),
-        metrics=read_jsonl(path / "metrics.jsonl"),
+        record=read(path) or {},
+        metrics=read_jsonl(path / "metrics.jsonl") or _archived(path / "metrics.parquet"),
         evaluations=read_jsonl(path / "eval.jsonl"),
     )
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """The rows of a .jsonl file; a missing file has none, a last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The rows of a .jsonl file; a missing file has none, a last line that a kill cut short is left out.
+
+    Raises:
+        ConfigError: Another line is not a JSON object.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _object(text: bytes, where: str) -> Row:
+    try:
+        row = json.loads(text)
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ConfigError(f"{where}: not JSON ({error}); remove the line, or the run") from None
+    if not isinstance(row, dict):
+        raise ConfigError(
+            f"{where}: got {str(row)[:40]}, expected a JSON object; remove the line, or the run"
+        )
+    return row
+
+
+def load_completions(run: Run, step: int | None = None) -> list[Row]:
+    """Sampled completions in the order of their steps, each with its `step`; none if there are none.
+
+    Args:
+        run: Older runs lack some columns.
+        step: Rollout step; None = all that are on disk.
+
+    Raises:
+        ConfigError: A file is damaged.
+    """
+    files = {int(path.stem[5:]): path for path in (run.path / "completions").glob("step_[0-9]*.parquet")}
+    wanted = sorted(files) if step is None else [step] if step in files else []
+    return [{**row, "step": number} for number in wanted for row in _parquet(files[number])]
+
+
+def _archived(path: Path) -> list[Row]:
+    """The same rows from what scripts/archive_runs.py makes of them: no value is no key, NaN is null."""
+    rows = _parquet(path) if path.exists() else []
+    known = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    return [{key: None if value != value else value for key, value in row.items()} for row in known]
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow.parquet as pq  # here, so that whoever reads no completions does not wait for it
+
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read as parquet ({reason}); remove the file") from None
 
 
 def series(rows: Sequence[Row], key: str, *, x: str = names.COMPLETIONS) -> tuple[Array, Array]:
@@ -70,14 +189,21 @@ def series(rows: Sequence[Row], key: str, *, x: str = names.COMPLETIONS) -> tupl
 
 
 def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    number = float("nan") if value is None else float(value)
+    return number if math.isfinite(number) else float("nan")
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
-    assert isinstance(plain, dict)
+    if not path.exists():
+        return {}
+    try:  # a resolved config is plain YAML: libyaml reads it 20 times faster than OmegaConf.load
+        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not YAML ({' '.join(str(error).split())}); restore or remove it"
+        ) from None
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"{path}: got {str(plain)[:40]!r}, expected the config of a run; restore or remove it"
+        )
     return {str(key): value for key, value in plain.items()}

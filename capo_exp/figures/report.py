@@ -1,0 +1,164 @@
+"""One HTML file about a set of runs: tables, figures, and what the model wrote, token by token.
+
+It needs no network and no other file. Its content security policy forbids both, and allows no script but
+those of assets/, whose hashes it states: what a model wrote cannot run, whatever it wrote.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import unescape
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from capo_exp.figures import report_tables as tables
+from capo_exp.figures import style
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.drawn import Drawn
+from capo_exp.figures.load import Run
+from capo_exp.figures.report_viewer import excerpts, script_json, viewer_data
+from capo_exp.run_record import write_atomic
+
+ASSETS = Path(__file__).parent / "assets"
+MAX_CSV_BYTES = 500_000
+"""A larger CSV stays a file beside the page."""
+CSS_DPI = 96
+RULE = re.compile(r"[|: ]*-{2,}[|:\- ]*")
+CELL = re.compile(r"\|((?:\\.|[^|\\])*)")
+ESCAPED = re.compile(r"\\(.)")
+"""Of Markdown: the line below a table's heading; a cell and the bar before it; what a backslash protects."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A figure as it stands in the page."""
+
+    name: str
+    title: str
+    caption: str
+    image: str
+    """data: URI of the PNG."""
+    size: tuple[int, int]
+    """Width and height on the screen, CSS pixels."""
+    csv: str | None
+    """data: URI; None if it is too large."""
+    csv_name: str
+    markdown: str
+    table: list[list[str]]
+    """The cells of `markdown`, heading first; empty if it is no table."""
+
+
+def write_report(
+    runs: Sequence[Run], curves: Sequence[Curve], figures: Sequence[Drawn], output: Path
+) -> Path:
+    """Writes the page.
+
+    Args:
+        runs: any.
+        curves: give the runs their order and their labels; a run of none is called by its folder, and last.
+        figures: drawn from these runs.
+        output: the file, or a folder that gets report.html.
+    """
+    runs = tables.in_order(runs, curves)
+    named = tables.labels(runs, curves)
+    taken = excerpts(runs)
+    data = viewer_data(taken, named)
+    css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
+    html = _template().render(
+        title=title(runs),
+        policy=content_security_policy([summary_js, viewer_js], [css]),
+        css=css,
+        summary_js=summary_js,
+        viewer_js=viewer_js,
+        columns=tables.COLUMNS,
+        recent=tables.RECENT,
+        summary=tables.summary(runs, named),
+        figures=[embedded(figure) for figure in figures],
+        differences=tables.differing(runs, named),
+        notes=[(label, part.note) for label, part in zip(named, taken, strict=True)],
+        provenance=tables.provenance(runs),
+        data=Markup(script_json(data)) if data["runs"] else None,
+    )
+    path = output if output.suffix == ".html" else output / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A lone surrogate of a JSON file has no UTF-8.
+    write_atomic(path, html.encode("utf-8", errors="replace").decode("utf-8"))
+    return path
+
+
+def title(runs: Sequence[Run]) -> str:
+    """The experiments' names and the number of runs."""
+    found = dict.fromkeys(str(run.setting("experiment_name", run.path.parent.name)) for run in runs)
+    return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
+def asset(name: str) -> Markup:
+    """A file of assets/ as it goes into the page: ours, hence not escaped."""
+    return Markup((ASSETS / name).read_text(encoding="utf-8"))
+
+
+def content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """No network, frames or forms; data: images; the scripts and styles with these texts and no others."""
+    return "; ".join(
+        (
+            "default-src 'none'",
+            "img-src data:",
+            f"script-src {' '.join(map(_hash, scripts))}",
+            f"style-src {' '.join(map(_hash, styles))}",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html")
+
+
+def embedded(figure: Drawn) -> Embedded:
+    """A figure's files as text."""
+    png, csv = figure.png.read_bytes(), figure.csv.read_bytes()
+    return Embedded(
+        name=figure.name,
+        title=figure.title,
+        caption=figure.caption,
+        image=data_uri("image/png", png),
+        size=screen_size(png),
+        csv=data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
+        csv_name=figure.csv.name,
+        markdown=figure.markdown,
+        table=pipe_table(figure.markdown),
+    )
+
+
+def screen_size(png: bytes) -> tuple[int, int]:
+    """Width and height that a figure was designed for: its pixels at the style's resolution, in CSS's."""
+    scale = CSS_DPI / style.SETTINGS["savefig.dpi"]
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the header chunk
+    return round(width * scale), round(height * scale)
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """The content as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def pipe_table(markdown: str) -> list[list[str]]:
+    """The cells of a Markdown table as people read them, its rule and all other lines left out."""
+    lines = [line.strip() for line in markdown.splitlines() if line.strip().startswith("|")]
+    rows = [CELL.findall(line.removesuffix("|")) for line in lines if not RULE.fullmatch(line)]
+    return [[unescape(ESCAPED.sub(r"\1", cell.strip())) for cell in row] for row in rows]

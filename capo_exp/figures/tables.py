@@ -1,0 +1,147 @@
+"""The numbers of a figure as text: CSV of what is drawn, and a table of them in Markdown and LaTeX."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from capo_exp.figures import tokens
+from capo_exp.figures.labels import short
+from capo_exp.figures.measure import Panel, thousands
+from capo_exp.figures.stats import Estimate
+from capo_exp.figures.study import Series
+
+CSV_HEADING = ("panel", "curve", "x", "centre", "low", "high", "seeds")
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#",
+    "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "\N{OPEN BOX}": r"\textvisiblespace{}",
+}  # fmt: skip
+MARKDOWN = {"\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", ">": "&gt;", "\n": " "}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as people read them."""
+
+    heading: list[str]
+    rows: list[list[str]]
+
+
+def csv_text(panels: Sequence[Panel]) -> str:
+    """Every number that is drawn, and the lines and counts beside them."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_HEADING)
+    for panel in panels:
+        writer.writerows(csv_rows(panel))
+    return out.getvalue()
+
+
+def csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
+    """Of one panel; an empty field is a number that there is not."""
+    for name, series in [("", one) for one in panel.series] + list(panel.further):
+        yield from _series_rows(f"{panel.title}: {name}" if name else panel.title, series)
+    for level in panel.levels:
+        yield panel.title, level.label, "", _exact(level.y), "", "", ""
+    for crossing in panel.crossings:
+        name = f"{crossing.curve.label} reaches {panel.levels[0].label}"
+        yield panel.title, name, _exact(crossing.x), _exact(crossing.y), "", "", ""
+    if panel.spec.draw == "settings":
+        for column in panel.columns:
+            for label, cell in column.cells.items():
+                yield panel.title, label, column.heading, cell_text(cell, column.unit), "", "", ""
+
+
+def _series_rows(title: str, series: Series) -> Iterator[tuple[object, ...]]:
+    numbers = zip(series.x, series.centre, series.low, series.high, series.seeds, strict=True)
+    for x, centre, low, high, seeds in numbers:
+        if np.isfinite(centre):
+            place = x if isinstance(x, str) else _exact(x)
+            yield title, series.curve.label, place, *map(_exact, (centre, low, high)), int(seeds)
+
+
+def _exact(number: float) -> str:
+    """All digits; 96 in place of 96.0."""
+    value = float(number)
+    if not np.isfinite(value):
+        return ""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+def summary(panels: Sequence[Panel]) -> Table:
+    """One row for each curve, or for each rejected token."""
+    if any(panel.spec.draw == "tokens" for panel in panels):
+        return _token_table(panels)
+    curves = {series.curve.label: series.curve for panel in panels for series in panel.series}
+    columns: dict[tuple[str, str], dict[str, Estimate | str]] = {}
+    for panel in panels:
+        for column in panel.columns:
+            columns.setdefault((column.heading, column.unit), {}).update(column.cells)
+    rows = [
+        [
+            label,
+            str(len(curve.runs)),
+            *(cell_text(cells.get(label), key[1]) for key, cells in columns.items()),
+        ]
+        for label, curve in curves.items()
+    ]
+    return Table(["curve", "seeds", *(name for name, _ in columns)], rows)
+
+
+def _token_table(panels: Sequence[Panel]) -> Table:
+    rows = []
+    for panel in panels:
+        drawn, further = panel.series[0], dict(panel.further)
+        names = (tokens.REJECTED, tokens.OCCURRENCES, tokens.OF_REJECTED, tokens.OF_ALL)
+        parts = [further[name].centre for name in names]
+        for name, share, gone, total, of_rejected, of_all in zip(drawn.x, drawn.centre, *parts, strict=True):
+            shares = [value_text(value, "percent") for value in (share, of_rejected, of_all)]
+            rows.append([drawn.curve.label, str(name), f"{gone:.0f}", f"{total:.0f}", *shares])
+    counted = ["rejected", "occurrences", "rejected of its occurrences", tokens.OF_REJECTED, tokens.OF_ALL]
+    return Table(["curve", "token", *counted], rows)
+
+
+def cell_text(cell: Estimate | str | None, unit: str) -> str:
+    """A number with its interval, such as `71.3 % [68.0, 74.5]`."""
+    if cell is None or isinstance(cell, str):
+        return cell or ""
+    text = value_text(cell.value, unit)
+    if not np.isfinite(cell.low):
+        return text
+    return f"{text} [{', '.join(value_text(bound, unit, bare=True) for bound in (cell.low, cell.high))}]"
+
+
+def value_text(value: float, unit: str, *, bare: bool = False) -> str:
+    """A number to three digits or so; bare = without its unit."""
+    if not np.isfinite(value):
+        return ""
+    if unit == "percent":
+        return f"{100 * value:.1f}" + ("" if bare else " %")
+    if unit == "completions":
+        return thousands(value)
+    after = {"seconds": " s", "times": "x"}.get(unit, "")
+    small = 0 < abs(value) < 1e-3
+    text = short(float(f"{value:.2e}")) if small else f"{value:.3g}".replace("e+0", "e")
+    return text + ("" if bare else after)
+
+
+def markdown(table: Table) -> str:
+    """A table of bars, with text in the first column to the left and numbers to the right."""
+    cells = [[_replaced(cell, MARKDOWN) for cell in row] for row in (table.heading, *table.rows)]
+    rule = ["---", *["---:"] * (len(table.heading) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (cells[0], rule, *cells[1:]))
+
+
+def latex(table: Table) -> str:
+    r"""A plain tabular with \hline, for any document class; needs no package."""
+    every = (table.heading, *table.rows)
+    head, *body = [" & ".join(_replaced(cell, LATEX) for cell in row) + r" \\" for row in every]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table.heading) - 1)}}}"
+    return "\n".join([begin, r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}", ""])
+
+
+def _replaced(text: str, table: dict[str, str]) -> str:
+    return "".join(table.get(letter, letter) for letter in text)

@@ -1,0 +1,72 @@
+"""Copies runs into a folder that is small enough to keep in git, for figures and reports.
+
+    python scripts/archive_runs.py runs=outputs/tiny_figure_1 output=outputs/reference/tiny_figure_1
+
+Of each run: config.yaml, run.json, eval.jsonl, and metrics.jsonl as metrics.parquet (every row, every key;
+a tenth of the bytes). Of the first `samples` runs of each algorithm and regime: the sampled completions.
+"""
+
+import math
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from capo_exp.config import ConfigError
+from capo_exp.figures.load import Run, find_runs, load_run
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    runs: str = MISSING  # as python -m capo_exp.figures takes them
+    output: Path = MISSING
+    samples: int = 1  # runs of each algorithm and regime whose completions are kept
+
+
+def archive(run: Run, folder: Path, *, completions: bool) -> None:
+    """Writes one run below `folder`; what is there of an earlier copy goes."""
+    target = folder / run.name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in ("config.yaml", "run.json", "eval.jsonl"):
+        if (run.path / name).exists():
+            shutil.copyfile(run.path / name, target / name)
+    keys = sorted({key for row in run.metrics for key in row})
+    numbers = {
+        key: [math.nan if row.get(key, 0) is None else row.get(key) for row in run.metrics] for key in keys
+    }
+    pq.write_table(pa.table(numbers), target / "metrics.parquet", compression="zstd")
+    if completions and (run.path / "completions").exists():
+        shutil.copytree(run.path / "completions", target / "completions")
+
+
+def main(arguments: list[str]) -> int:
+    """Archives what the command line names; returns the exit status."""
+    try:
+        given = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(arguments))
+        settings = OmegaConf.to_object(given)
+        assert isinstance(settings, Settings)
+        runs = [load_run(path) for path in find_runs(settings.runs.split(","))]
+    except (ConfigError, OmegaConfBaseException) as error:
+        sys.stderr.write(f"{str(error).splitlines()[0]}; expected runs=DIR output=DIR [samples=N]\n")
+        return 2
+    seen: Counter[tuple[str, str]] = Counter()
+    for run in runs:
+        kind = (str(run.setting("algo.name")), str(run.setting("regime.name")))
+        seen[kind] += 1
+        archive(run, settings.output, completions=seen[kind] <= settings.samples)
+    size = sum(path.stat().st_size for path in settings.output.rglob("*") if path.is_file())
+    sys.stdout.write(f"{len(runs)} runs, {size / 1e6:.2f} MB, in {settings.output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

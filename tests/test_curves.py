@@ -1,0 +1,363 @@
+"""Runs -> curves: what is a seed of what, what a curve is called, and what must not be drawn together."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.figures import labels, style
+from capo_exp.figures.curves import Curve, check_key, curves, differences, reference_of, start_value
+from capo_exp.figures.load import Row, Run
+from capo_exp.run_record import as_dict, run_id, run_name
+from tests.conftest import ALGORITHMS
+
+Make = Callable[..., Run]
+STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
+
+
+@pytest.fixture
+def make(composed: Callable[..., TrainConfig]) -> Make:
+    """A run as `python -m capo_exp OVERRIDES` would leave it."""
+
+    def run(*overrides: str, record: dict[str, Any] | None = None, metrics: list[Row] | None = None) -> Run:
+        config = composed(*overrides)
+        base = {"run_id": run_id(config), "device": "cpu", "data": "d1"}
+        return Run(
+            Path("outputs") / run_name(config), as_dict(config), base | (record or {}), metrics or [], []
+        )
+
+    return run
+
+
+def seeds(make: Make, *overrides: str, count: int = 2) -> list[Run]:
+    return [make(*overrides, f"seed={seed}") for seed in range(count)]
+
+
+def shape(found: list[Curve]) -> list[tuple[str, list[int]]]:
+    return [(curve.label, [run.setting("seed") for run in curve.runs]) for curve in found]
+
+
+def test_the_curves_of_figure_1(make: Make) -> None:
+    runs = [
+        *seeds(make, "algo=grpo", "regime=conservative", "num_steps=52"),
+        *seeds(make, "algo=grpo", count=3),
+        *seeds(make, "algo=grpo", "regime.name=zero", "regime.learning_rate=0.0", "num_steps=10"),
+        *reversed(seeds(make, "algo=capo")),
+    ]  # fmt: skip
+    found = curves(runs, mix=False)
+    assert shape(found) == [
+        ("CAPO (A)", [0, 1]),
+        ("GRPO", [0, 1]),
+        ("GRPO (A)", [0, 1, 2]),
+        ("GRPO (learning rate 0)", [0, 1]),
+    ]
+    assert [(curve.algorithm, curve.regime) for curve in found] == [
+        ("capo", "aggressive"), ("grpo", "conservative"), ("grpo", "aggressive"), ("grpo", "zero"),
+    ]  # fmt: skip
+    assert reference_of(found) is found[1]
+    assert reference_of(found, "capo", "aggressive") is found[0]
+    assert reference_of(found, "rloo") is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "logger=files", "checkpoint.every=3", "experiment_name=other", "output_dir=/elsewhere",
+        "overwrite=true", "evaluation.every=5", "curvature.calibrate_every=10",
+        "curvature.calibrate_tokens=64",
+    ],
+)  # fmt: skip
+def test_what_changes_no_training_makes_no_other_curve(make: Make, override: str) -> None:
+    [curve] = curves([make("seed=0"), make("seed=1", override)], mix=False)
+    assert len(curve.runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "labelled"),
+    [
+        ("regime.learning_rate=5e-4", "CAPO (A) lr 5e-4"),
+        ("regime.prompts_per_step=144", "CAPO (A) 144 prompts"),
+        ("regime.group_size=16", "CAPO (A) groups of 16"),
+        ("algo.selection.policy_shift_max=1e-5", "CAPO (A) m_F < 1e-5"),
+        ("algo.selection.objective_shift_max=0.1", "CAPO (A) m_H < 0.1"),
+        ("curvature.optimizer_model=sgd", "CAPO (A) sgd model"),
+        ("num_steps=200", "CAPO (A) 200 steps"),
+        ("optimizer.warmup_ratio=0.05", "CAPO (A) warmup_ratio 0.05"),
+        ("optimizer.betas=[0.9,0.95]", "CAPO (A) betas [0.9, 0.95]"),
+        ("algo.selection.policy_shift_max=inf", "CAPO (A) m_F < inf"),
+        ("algo.scoring_pass=true", "CAPO (A) scoring_pass on"),
+        ("algo.token_loss._target_=capo_exp.algorithms.pg.plain", "CAPO (A) token_loss plain"),
+        ("optimizer.max_grad_norm=2.0", "CAPO (A) max_grad_norm 2"),
+    ],
+)
+def test_what_tells_a_curve_from_the_default_one(make: Make, override: str, labelled: str) -> None:
+    found = curves([make("seed=0"), make("seed=1"), make(override, "seed=0")], mix=False)
+    assert [len(curve.runs) for curve in found if curve.label == labelled] == [1]
+    assert len(found) == 2 and all(curve.label.startswith("CAPO (A) ") for curve in found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "labelled"),
+    [
+        (["algo=dr_capo"], "Dr. CAPO (A)"),
+        (["algo=reinforce_pp"], "REINFORCE++ (A)"),
+        (["algo=grpo", "selection=random_matched"], "GRPO (A) selection random_matched"),
+        (["algo=cpgd", "selection=capo", "regime=conservative"], "CPGD selection capo"),
+        (["algo=dr_grpo", "algo.variant=2_passes_clip_0.2"], "Dr. GRPO (A) 2 passes clip 0.2"),
+        (["algo=grpo", "regime.name=bold"], "GRPO (bold)"),
+        (["algo=grpo", "algo.name=mine"], "mine (A)"),
+    ],
+)
+def test_labels(make: Make, overrides: list[str], labelled: str) -> None:
+    [curve] = curves([make(*overrides)], mix=False)
+    assert curve.label == labelled
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_has_a_name(algorithm: str) -> None:
+    assert algorithm in labels.ALGORITHMS
+
+
+def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Make) -> None:
+    rates, batches = ("2e-5", "1e-4", "1e-3"), (12, 144, 48)
+    runs = [
+        make(f"regime.learning_rate={rate}", f"regime.prompts_per_step={batch}", f"num_steps={9600 // batch}")
+        for batch in batches
+        for rate in rates
+    ]
+    assert [curve.label for curve in curves(runs, mix=False)] == [
+        f"CAPO (A) lr {rate} {batch} prompts" for rate in rates for batch in sorted(batches)
+    ]
+
+
+def test_labels_that_shortening_makes_the_same_are_numbered(make: Make) -> None:
+    runs = [make(f"algo.variant={'x' * 80}", f"regime.learning_rate={rate}") for rate in ("1e-4", "2e-4")]
+    found = [curve.label for curve in curves(runs, mix=False)]
+    assert len(set(found)) == 2 and found[0].endswith("… #1") and max(map(len, found)) < 61
+    runs = [make(f"regime.learning_rate={rate}") for rate in ("1.00001e-4", "1.00002e-4")]
+    assert sorted(curve.label for curve in curves(runs, mix=False)) == [
+        "CAPO (A) lr 1e-4 #1",
+        "CAPO (A) lr 1e-4 #2",
+    ]
+
+
+def test_order_is_that_of_the_colours_then_of_unknown_ones(make: Make) -> None:
+    names = ["zeta", *reversed(style.ALGORITHM_COLOURS), "alpha"]
+    base = make("algo=grpo")
+    runs = [
+        Run(Path(n), base.config | {"algo": base.config["algo"] | {"name": n}}, {}, [], []) for n in names
+    ]
+    found = [curve.algorithm for curve in curves(runs, mix=False)]
+    assert found == [*style.ALGORITHM_COLOURS, "alpha", "zeta"]
+
+
+def test_a_copy_counts_once_and_the_one_that_came_further_counts(make: Make) -> None:
+    run = make("seed=0")
+    short, long = replace(run, path=Path("a"), metrics=[{}]), replace(run, path=Path("b"), metrics=[{}, {}])
+    for order in ([short, long], [long, short]):
+        [curve] = curves(order, mix=False)
+        assert [each.path for each in curve.runs] == [Path("b")]
+
+
+def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
+    run = make("seed=3")
+    for ids in ("aaaa", "bbbb"), (None, None), ("aaaa", None):
+        same = [
+            replace(run, path=Path(f"x{i}"), record={"run_id": name, "data": "d1"})
+            for i, name in enumerate(ids)
+        ]
+        for mix in (False, True):
+            with pytest.raises(
+                ConfigError, match=r"x0, x1: different runs .* seed 3; expected one run for each"
+            ):
+                curves(same, mix=mix)
+    often = make("seed=3", "evaluation.every=1")  # trains to the same numbers
+    with pytest.raises(ConfigError, match="same settings and seed 3"):
+        curves([run, often], mix=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.name=large"], "model.name: tiny (2 runs), large (1 run)"),
+        (["model.path=org/large"], "model.path: tiny (2 runs), large (1 run)"),
+        (["dataset.max_completion_tokens=128"], "dataset.max_completion_tokens: 96 (2 runs), 128 (1 run)"),
+        (["dataset.source.seed=1"], "dataset.source.seed: 0 (2 runs), 1 (1 run)"),
+        (["reward.name=lenient"], "reward.name: exact (2 runs), lenient (1 run)"),
+        (["rollout.temperature=0.9"], "rollout.temperature: 1.0 (2 runs), 0.9 (1 run)"),
+        (["rollout.top_k=5"], "rollout.top_k"),
+        (["rollout.top_p=0.9"], "rollout.top_p"),
+        (["evaluation.temperature=1.0"], "evaluation.temperature"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(make: Make, overrides: list[str], key: str) -> None:
+    runs = [*seeds(make, "algo=grpo"), make("algo=capo", *overrides)]
+    with pytest.raises(ConfigError) as caught:
+        curves(runs, mix=False)
+    message = str(caught.value)
+    assert key in message and "mix=true" in message and "narrow runs=" in message and "\n" not in message
+    assert [len(curve.runs) for curve in curves(runs, mix=True)] == [1, 2]
+
+
+def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) -> None:
+    one, same = make("seed=0", "dataset.path=/here"), make("seed=1", "dataset.path=/there")
+    assert len(curves([one, same], mix=False)) == 1
+    other = replace(same, record=same.record | {"data": "d2"})
+    with pytest.raises(ConfigError, match=r"data: d1 \(1 run\), d2 \(1 run\)"):
+        curves([one, other], mix=False)
+    assert len(curves([one, other], mix=True)) == 2
+    unknown = [replace(run, record={"run_id": run.name}) for run in (one, same)]
+    assert len(curves(unknown, mix=False)) == 2  # perhaps the same, perhaps not
+
+
+def test_a_long_list_of_differences_is_cut(make: Make) -> None:
+    numbers = ("max_prompt_tokens", "max_completion_tokens", "source.num_train", "source.num_eval")
+    runs = [make(f"rollout.top_k={i}", *(f"dataset.{key}={i + 1}" for key in numbers)) for i in range(6)]
+    with pytest.raises(ConfigError, match=r"; and 1 more; ") as caught:
+        curves(runs, mix=False)
+    assert "4 (1 run), ..." in str(caught.value)
+
+
+def test_mixed_curves_say_their_model(make: Make) -> None:
+    runs = [make("algo=grpo", "model.name=large"), make("algo=capo"), Run(Path("bare"), {}, {}, [], [])]
+    assert [curve.label for curve in curves(runs, mix=True)] == ["CAPO (A) tiny", "GRPO (A) large", "bare"]
+
+
+def test_runs_without_a_config_are_curves_of_their_own() -> None:
+    runs = [Run(Path(f"{folder}/x"), {}, {}, [], []) for folder in "ab"] + [Run(Path("c/y"), {}, {}, [], [])]
+    found = curves(runs, mix=False)
+    assert [(curve.label, curve.algorithm, len(curve.runs)) for curve in found] == [
+        ("x #1", "", 1), ("x #2", "", 1), ("y", "", 1),
+    ]  # fmt: skip
+    assert curves([], mix=False) == []
+
+
+def test_a_run_that_is_older_than_a_neutral_key_is_a_seed_of_a_newer_one(make: Make) -> None:
+    old = make("seed=1", "algo=grpo")
+    for group, keys in {"algo": ["credit", "variant", "kl_estimator"], "curvature": ["hidden_shift"],
+                        "rollout": ["correction", "train_engine", "chunking"],
+                        "model": ["hidden_size", "model_type", "revision"]}.items():  # fmt: skip
+        for key in keys:
+            del old.config[group][key]
+    [curve] = curves([make("seed=0", "algo=grpo"), old], mix=False)
+    assert len(curve.runs) == 2
+    newer = make("seed=0", "algo=grpo", "curvature.hidden_shift=1", "algo.kl_coefficient=0.1")
+    assert len(curves([newer, old], mix=False)) == 2
+    del old.config["optimizer"]["weight_decay"]  # and one without a known neutral value is shown
+    assert "GRPO (A) without weight_decay" in [c.label for c in curves([make("algo=grpo"), old], mix=False)]
+
+
+def test_length_counts_where_the_learning_rate_follows_it(make: Make) -> None:
+    def number(*overrides: str) -> int:
+        return len(curves([make("seed=0", *overrides), make("seed=1", "num_steps=7", *overrides)], mix=False))
+
+    assert number() == 2
+    assert number("optimizer.schedule=constant") == 1
+    assert number("regime.learning_rate=0.0") == 1
+    runs = [make("optimizer.schedule=constant"), make()]
+    assert {curve.label for curve in curves(runs, mix=False)} == {
+        "CAPO (A) constant schedule",
+        "CAPO (A) cosine schedule",
+    }
+
+
+def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
+    def run(seed: int, name: str, device: str | None) -> Run:
+        return make(f"seed={seed}", f"device={name}", record={"device": device})
+
+    assert len(curves([run(0, "auto", "cpu"), run(1, "cpu", "cpu")], mix=False)) == 1
+    assert len(curves([run(0, "cuda:0", "NVIDIA X"), run(1, "cuda:1", None)], mix=False)) == 1
+    found = curves([run(0, "auto", "cpu"), run(1, "auto", "NVIDIA X")], mix=False)  # float32 and bfloat16
+    assert [curve.label for curve in found] == ["CAPO (A) device cpu", "CAPO (A) device gpu"]
+
+
+def test_differences(make: Make) -> None:
+    runs = [
+        make("algo=capo", "seed=0", "output_dir=/a"),
+        make("algo=grpo", "seed=1", "evaluation.every=5", "dataset.path=/b"),
+    ]
+    table = differences(runs)
+    assert table["algo.name"] == ["capo", "grpo"] and table["seed"] == [0, 1]
+    assert table["evaluation.every"] == [20, 5]
+    assert table["algo.selection.policy_shift_max"] == [1e-4, None]
+    assert table["algo.selection._target_"] == [
+        "capo_exp.algorithms.capo.shift_bounds",
+        "capo_exp.algorithm.keep_all",
+    ]
+    assert len(table) == 7 and next(iter(table)) == "algo.name"
+    assert differences([runs[0], runs[0]]) == {} == differences([])
+
+
+def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:
+    runs = [
+        *seeds(make, "algo=grpo", "regime=conservative", "num_steps=10", count=1),
+        *seeds(make, "algo=grpo", "regime=conservative", "num_steps=20", count=2),
+        *seeds(make, "algo=grpo", "regime=conservative", "selection=random", count=3),
+    ]
+    found = reference_of(curves(runs, mix=False))
+    assert found is not None and found.label == "GRPO 20 steps"
+
+
+def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> Run:
+    rows = [
+        {STEP: first + i, COMPLETIONS: 96 * (first + i), "reward/accuracy": a}
+        for i, a in enumerate(accuracies)
+    ]
+    return make("algo=grpo", "regime.name=zero", "regime.learning_rate=0", f"seed={seed}", metrics=rows)
+
+
+def test_where_accuracy_curves_start(make: Make) -> None:
+    long, short = still(make, 0, [0.1] * 9 + [0.4, 0.9, 0.9]), still(make, 1, [0.2, 0.6])
+    moving = make("algo=grpo", metrics=[{STEP: 10, "reward/accuracy": 0.99}])
+    assert start_value([long, short, moving], "reward/accuracy") == pytest.approx((0.4 + 0.6) / 2)
+    smooth = ((0.9 * 0.1 + 0.1 * 0.4) + (0.9 * 0.2 + 0.1 * 0.6)) / 2
+    assert start_value([long, short], "reward/accuracy", alpha=0.1) == pytest.approx(smooth)
+    assert start_value([moving], "reward/accuracy") is None
+    assert start_value([still(make, 0, [None]), still(make, 1, [0.3], first=11)], "reward/accuracy") is None
+    assert start_value([Run(Path("x"), {}, {}, long.metrics, [])], "reward/accuracy") is None
+
+
+def test_evaluations_have_a_real_start(make: Make) -> None:
+    rows = [
+        {STEP: 0, COMPLETIONS: 0, "eval/accuracy": 0.5},
+        {STEP: 20, COMPLETIONS: 1920, "eval/accuracy": 0.8},
+    ]
+    runs = [
+        replace(make(), evaluations=rows),
+        replace(make(), evaluations=[rows[0] | {"eval/accuracy": 0.7}]),
+        make(),
+    ]
+    assert start_value(runs, "eval/accuracy", source="eval", alpha=0.1) == pytest.approx(0.6)
+    assert start_value(runs[2:], "eval/accuracy", source="eval") is None
+
+
+def test_a_metric_that_does_not_exist() -> None:
+    run = Run(Path("x"), {}, {}, [{"reward/accuracy": 1}, {"own/number": None}], [{"eval/accuracy": 0.5}])
+    for key in ("reward/accuracy", "eval/accuracy", "own/number"):
+        check_key([run], key)
+    with pytest.raises(ConfigError, match="reward/acuracy: no such metric; nearest: reward/accuracy"):
+        check_key([run], "reward/acuracy")
+    with pytest.raises(ConfigError, match="own/numbr: no such metric; nearest: own/number"):
+        check_key([run], "own/numbr")
+    with pytest.raises(ConfigError, match="loss/kl: none of these runs logged it"):
+        check_key([run], "loss/kl")
+    with pytest.raises(ConfigError, match="@@@@: no such metric; the metrics are"):
+        check_key([run], "@@@@")
+
+
+def test_a_config_that_has_been_through_javascript_is_the_same(make: Make) -> None:
+    run = make("seed=0", "optimizer.betas=[0.0,0.95]")
+    text = (
+        json.dumps(make("seed=1", "optimizer.betas=[0.0,0.95]").config)
+        .replace(".0,", ",")
+        .replace(".0}", "}")
+    )
+    exported = replace(make("seed=1"), config=json.loads(text))
+    assert exported.config["optimizer"]["betas"] == [0, 0.95] and '"top_p": 1,' in text
+    assert len(curves([run, exported], mix=False)) == 1
+    whole = make("seed=1", "algo.scoring_pass=true", "optimizer.betas=[0.0,0.95]")
+    assert len(curves([run, whole], mix=False)) == 2

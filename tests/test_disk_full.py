@@ -1,0 +1,307 @@
+"""A disk that takes no more stops a run in one line, loses nothing, and the same command goes on.
+
+Real full disks: a small tmpfs where mounting is allowed, and everywhere the largest file size that the system
+grants a process, and /dev/full.
+"""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from capo_exp import train
+from capo_exp.checkpoint import Checkpointer
+from capo_exp.config import RunFailed, TrainConfig
+from capo_exp.disk import reason, stops_cleanly, writing
+from capo_exp.figures.load import read_jsonl
+from capo_exp.logger import RunLogger, append
+from capo_exp.run_record import RunRecord, replacing, status, write_atomic
+from capo_exp.wandb_file import history, is_whole
+
+SMALL = [
+    "algo=grpo", "num_steps=4", "regime.prompts_per_step=3", "regime.group_size=4",
+    "evaluation.num_problems=4", "dataset.max_completion_tokens=16", "checkpoint.every=2",
+    "checkpoint.keep=1", "logger.completions_every=1", "evaluation.every=3",
+]  # fmt: skip
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of its own; skips the test where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small disk: {error}")
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # an error holds on to open files
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process beyond so many bytes, as `ulimit -f` does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+# --- what the libraries raise ---
+
+BIG = torch.zeros(500_000)
+SAVE: dict[str, Callable[[Path], object]] = {
+    "torch": lambda path: torch.save(BIG, path.open("wb")),
+    "safetensors": lambda path: save_file({"a": BIG}, path),
+    "parquet": lambda path: pq.write_table(pa.table({"a": torch.rand(500_000).numpy()}), path),
+    "text": lambda path: path.write_text("a" * 2_000_000),
+    "a Rust library": lambda path: rust(path),
+}
+
+
+def rust(path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({f"word {i}": i for i in range(100_000)}, "word 0")).save(str(path))
+
+
+@pytest.mark.parametrize("library", SAVE)
+def test_every_library_says_which_file_and_why_on_a_full_disk(library: str, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "1m") as disk:
+        with pytest.raises(OSError, match="No space left") as caught, writing(disk / "a"):
+            SAVE[library](disk / "b")
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(disk / "a"))
+
+
+@pytest.mark.parametrize("library", SAVE)
+def test_every_library_says_so_at_the_largest_file_allowed(library: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="File too large") as caught,
+        largest_file(100_000),
+        writing(tmp_path / "a"),
+    ):
+        SAVE[library](tmp_path / "b")
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "a"))
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), stops_cleanly(tmp_path), writing(tmp_path):
+        (tmp_path / "none" / "a").write_text("")
+    assert reason(ValueError("os error 28")) is None
+    for number in (errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE):
+        expected = f"{tmp_path}, or the output of this command, could not be written: {os.strerror(number)} ."
+        with pytest.raises(RunFailed, match=expected), stops_cleanly(tmp_path):
+            raise OSError(number, "in the library's words")
+
+
+# --- files ---
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with FileIO(tmp_path / "rows", "a") as file:
+        append(file, "first\n")
+        with largest_file(10), pytest.raises(OSError, match="rows") as caught:
+            append(file, "second row\n")
+        assert caught.value.errno == errno.EFBIG
+        assert (tmp_path / "rows").read_text() == "first\n"
+        append(file, "third\n")
+    assert (tmp_path / "rows").read_text() == "first\nthird\n"
+    with FileIO("/dev/full", "a") as full, pytest.raises(OSError, match="/dev/full") as caught:
+        append(full, "row\n")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", "old")
+    with largest_file(10), pytest.raises(OSError, match="a"), replacing(tmp_path / "a") as partial:
+        partial.write_text("a" * 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_record_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, composed: Callable[..., TrainConfig]
+) -> None:
+    record = RunRecord(tmp_path, composed(*SMALL))
+    with pytest.raises(ValueError, match="the reason"), largest_file(10), record:
+        raise ValueError("the reason")
+    assert status(tmp_path) == "interrupted"  # as after a kill: what is on disk says that it was running
+
+
+# --- runs ---
+
+
+def numbers(directory: Path) -> list[dict[str, float]]:
+    rows = [*read_jsonl(directory / "metrics.jsonl"), *read_jsonl(directory / "eval.jsonl")]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "checkpoints" / "step_000004" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken")
+    subprocess.run(command(output), check=True, capture_output=True)
+    (directory,) = (output / "default").glob("*")
+    return directory
+
+
+def command(output: Path) -> list[str]:
+    return [sys.executable, "-m", "capo_exp", *SMALL, "logger=files", f"output_dir={output}"]
+
+
+def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -> None:
+    """What a stopped run left is readable, and the same command comes to the same numbers."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert all(json.loads(line) for line in (directory / name).read_text().splitlines())
+    assert not list((directory / "checkpoints").glob(".*")) and not list(directory.rglob("*.partial"))
+    run()
+    assert status(directory) == "finished"
+    assert numbers(directory) == numbers(unbroken)
+    expected, found = weights(unbroken), weights(directory)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(list((directory / "completions").iterdir())) == 4
+
+
+WHERE = {
+    "rows": (RunLogger, "log_step", ""),  # a row may fit into what its file has of the disk
+    "evaluations": (RunLogger, "log_evaluation", ""),
+    "completions": (RunLogger, "log_completions", "completions/step_000003.parquet"),
+    "checkpoints": (Checkpointer, "save", "checkpoints/step_000004"),
+    "the record": (RunRecord, "update", "run.json"),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
+    where: str,
+    unbroken: Path,
+    tmp_path: Path,
+    composed: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, method, name = WHERE[where]
+    genuine = getattr(owner, method)
+    with mounted(tmp_path / "disk", "64m") as disk:
+        config = composed(*SMALL, "logger=files", f"output_dir={disk}")
+
+        def on_a_full_disk(self: object, *args: object, **kwargs: object) -> object:
+            if saved(disk) and not (disk / "filler").exists():
+                fill(disk)
+            return genuine(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, on_a_full_disk)
+        with pytest.raises(RunFailed, match="No space left on device") as failed:
+            train.run(config)
+        monkeypatch.undo()
+        last = max(path.name for path in saved(disk))
+        assert str(failed.value).startswith(f"{disk}/default/") and "\n" not in str(failed.value)
+        assert f"{name} could not be written" in str(failed.value)
+        assert f"(0.0 MB free); step {int(last[-6:])} is saved. " in str(failed.value)
+        (directory,) = (disk / "default").glob("*")
+        (disk / "filler").unlink()
+        assert_goes_on(directory, unbroken, lambda: train.run(config))
+
+
+def test_a_checkpoint_is_not_ahead_of_the_rows_on_disk(
+    tmp_path: Path, composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for owner, method in ((RunLogger, "sync"), (Checkpointer, "save")):
+        genuine = getattr(owner, method)
+
+        def call(*args: Any, method: str = method, genuine: Callable[..., Any] = genuine) -> Any:
+            order.append(method)
+            return genuine(*args)
+
+        monkeypatch.setattr(owner, method, call)
+    train.run(composed(*SMALL, "logger=files", f"output_dir={tmp_path}"))
+    assert order == ["sync", "save", "sync", "save"]
+
+
+def saved(disk: Path) -> list[Path]:
+    return [
+        path for path in disk.glob("default/*/checkpoints/step_*") if (path / "trainer_state.pt").exists()
+    ]
+
+
+def test_from_outside_it_is_one_line_and_exit_status_1(unbroken: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000,) * 2),
+    )
+    assert done.returncode == 1, done.stderr
+    (directory,) = (tmp_path / "default").glob("*")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{directory}/checkpoints/step_000002 could not be written: File too large (")
+    assert "; nothing was saved yet. Make room" in line
+    assert json.loads((directory / "run.json").read_text())["error"].startswith("RunFailed: ")
+    assert_goes_on(
+        directory, unbroken, lambda: subprocess.run(command(tmp_path), check=True, capture_output=True)
+    )
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(
+    tmp_path: Path, composed: Callable[..., TrainConfig]
+) -> None:
+    with mounted(tmp_path / "disk", "1m") as disk:
+        fill(disk)
+        with pytest.raises(
+            RunFailed, match=r"could not be written: No space left on device .*; nothing was saved"
+        ):
+            train.run(composed(*SMALL, "logger=files", f"output_dir={disk}"))
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_wandb_s_full_disk_loses_nothing(
+    freed: bool, tmp_path: Path, composed: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = composed(*SMALL, "logger=wandb", "logger.wandb_mode=offline")
+    with mounted(tmp_path / "wandb", "1m") as disk:
+        with RunLogger(tmp_path, config, run_id="1a2b3c4d", resume_step=0) as logger:
+            fill(disk)
+            for step in range(1, 201):
+                logger.log_step(
+                    {"counter/rollout_step": step, "counter/completions": step, "loss/kl": 1 / step}
+                )
+            if freed:
+                (disk / "filler").unlink()
+        assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 200
+        assert "has no end" in caplog.text
+        if freed:
+            [file] = disk.glob("offline-run-*/run-*.wandb")
+            assert is_whole(file)
+            assert [row["counter/rollout_step"] for row in history(file)] == list(range(1, 201))
+        else:
+            assert "W&B's run is not complete" in caplog.text

@@ -1,0 +1,282 @@
+"""`python -m capo_exp.figures` as a user meets it: files, their provenance, messages, exit status."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from capo_exp.config import ConfigError
+from capo_exp.figures import __main__ as cli
+from capo_exp.figures.catalogue import defaults, figure_names
+from capo_exp.figures.command import parse, smoothing
+from capo_exp.run_record import replacing
+from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
+
+SUFFIXES = (".png", ".pdf", ".csv", ".md", ".tex")
+NO_HEAVY = """
+import runpy, sys
+sys.argv = ["capo_exp.figures", *sys.argv[1:]]
+try:
+    runpy.run_module("capo_exp.figures", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "transformers", "datasets", "vllm", "wandb", "matplotlib.pyplot"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def run_here(*arguments: object) -> Result:
+        status = cli.main([str(argument) for argument in arguments])
+        return Result(status, *capsys.readouterr())
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study"), FIGURE_1, steps=12)
+
+
+def test_help_lists_keys_and_figures(run) -> None:
+    result = run("--help")
+    assert (result.status, result.err) == (0, "")
+    for name in figure_names():
+        assert re.search(rf"^  {name}\b.*\w{{4}}", result.out, re.MULTILINE), name
+    for key in defaults()["command"]:
+        assert f"\n  {key}=" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rns=x"], "rns=x: unknown key; .*nearest: runs"),
+        (["runs"], "runs: expected key=value"),
+        ([], "runs: no value"),
+        (["runs=x", "figure=stabilty"], "figure=stabilty: no such figure; .*nearest: stability"),
+        (["runs=x", "statistic=median"], "statistic=median; expected one of mean, iqm"),
+        (["runs=x", "interval=bootsrap"], "interval=bootsrap; .*nearest: bootstrap"),
+        (["runs=x", "smoothing=papr"], "smoothing=papr; expected paper, off or a number"),
+        (["runs=x", "smoothing=0"], "smoothing=0; expected"),
+        (["runs=x", "smoothing=1.5"], "smoothing=1.5; expected"),
+        (["runs=x", "x=counter/completion"], "x=counter/completion; .*nearest: counter/completions"),
+        (["runs=x", "report=htm"], "report=htm; .*nearest: html"),
+        (["runs=x", "mix=maybe"], "mix: .*maybe"),
+        (["runs=x", "keys=policy/entropi"], "keys: no metric policy/entropi; nearest: policy/entropy"),
+        (["runs=/nowhere/at/all"], "/nowhere/at/all: no such file or directory"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(arguments: list[str], message: str, run) -> None:
+    result = run(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert re.search(message, result.err)
+    assert result.err.count("\n") == 1
+
+
+def test_all_goes_on_without_what_it_lacks(study: Path, tmp_path: Path, run) -> None:
+    result = run(f"runs={study}", f"output={tmp_path}")
+    assert (result.status, result.err) == (0, "")
+    lines = {line.split(":")[0].removeprefix("figure "): line for line in result.out.splitlines()}
+    assert list(lines) == figure_names()
+    skipped = {name for name, line in lines.items() if "skipped, " in line}
+    assert skipped == {"6", "7", "8", "constraint"}
+    assert lines["8"].endswith(
+        "skipped, needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"
+    )
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {f"{name}{suffix}" for name in set(lines) - skipped for suffix in SUFFIXES}
+
+
+def test_what_was_asked_for_and_cannot_be_drawn_is_an_error(study: Path, tmp_path: Path, run) -> None:
+    result = run(f"runs={study}", "figure=8", f"output={tmp_path}")
+    assert (result.status, result.out) == (2, "")
+    assert (
+        result.err
+        == "figure 8: needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    both = run(f"runs={study}", "figure=8,5", f"output={tmp_path}")
+    assert (both.status, both.out) == (2, f"figure 5: {tmp_path}/5.png\n")
+
+
+def test_nothing_at_all_to_draw(tmp_path: Path, run) -> None:
+    write_run(tmp_path / "runs", "zero_learning_rate", steps=0)
+    result = run(f"runs={tmp_path / 'runs'}")
+    assert result.status == 2
+    assert result.out.count("skipped, ") == len(figure_names())
+
+
+def test_where_from_is_inside_every_file(study: Path, tmp_path: Path, run) -> None:
+    command = [f"runs={study}/capo*,{study}/grpo*", "figure=1", f"output={tmp_path}", "interval=sem"]
+    assert run(*command).status == 0
+    found = {
+        "png": Image.open(tmp_path / "1.png").info["capo_exp"],
+        "pdf": pdf_text(tmp_path / "1.pdf"),
+        "csv": (tmp_path / "1.csv").read_text().splitlines()[1].removeprefix("# "),
+        "md": (tmp_path / "1.md").read_text().splitlines()[0].removeprefix("<!-- ").removesuffix(" -->"),
+        "tex": (tmp_path / "1.tex").read_text().splitlines()[1].removeprefix("% "),
+    }
+    values = {kind: json.loads(text) for kind, text in found.items()}
+    assert all(value == values["png"] for value in values.values())
+    origin = values["png"]
+    assert origin["command"] == "python -m capo_exp.figures " + " ".join(
+        f"'{part}'" if "*" in part else part for part in command
+    )
+    assert len(origin["runs"]) == 8  # those at learning rate 0 too: the start point
+    for one in origin["runs"]:
+        assert (one["commit"], one["dirty"], one["id"] in one["name"]) == (COMMIT, False, True)
+    assert origin["seeds"] == {"CAPO (A)": 2, "GRPO": 2, "GRPO (A)": 2}
+    assert (origin["interval"], origin["statistic"]) == ("sem", "mean")
+    assert origin["smoothing"] == {"reward/accuracy": 0.1}
+    assert set(origin["packages"]) == {"matplotlib", "numpy", "scipy"}
+
+
+def pdf_text(path: Path) -> str:
+    """The document's subject; PDF puts a backslash before parentheses and backslashes."""
+    found = re.search(rb"/Subject \((.*?[^\\])\)\s", path.read_bytes(), re.DOTALL)
+    assert found is not None
+    return re.sub(rb"\\([()\\])", rb"\1", found[1]).decode()
+
+
+def test_two_dashes_in_a_command_do_not_end_a_comment(study: Path, tmp_path: Path, run) -> None:
+    assert run(f"runs={study}", "figure=5", f"output={tmp_path / 'a--b -->'}").status == 0
+    first = (tmp_path / "a--b -->" / "5.md").read_text().splitlines()[0]
+    assert first.count("--") == 2
+    assert json.loads(first[5:-4])["command"].endswith("a--b -->'")
+
+
+def test_the_same_again_is_the_same_bytes(study: Path, tmp_path: Path, run) -> None:
+    command = [
+        f"runs={study}",
+        "figure=1,regimes,stability,rejected_tokens,time,settings",
+        f"output={tmp_path}",
+    ]
+    assert run(*command).status == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    subprocess.run([sys.executable, "-m", "capo_exp.figures", *command], check=True, capture_output=True)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(after) == 30
+    assert [name for name in after if after[name] != before[name]] == []
+
+
+def test_default_output_and_table(study: Path, run) -> None:
+    assert run(f"runs={study}", "figure=1").status == 0
+    folder = study / "figures"
+    with (folder / "1.csv").open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    assert {row["curve"] for row in rows} >= {"CAPO (A)", "GRPO", "GRPO (A)"}
+    text = (folder / "1.md").read_text()
+    assert "| CAPO (A) | 2 | " in text
+    assert "Mean of n = 2 seeds; band: 95 % bootstrap interval over seeds; EMA 0.1." in text
+    assert "\\begin{tabular}" in (folder / "1.tex").read_text()
+    assert run(f"runs={study}", "figure=5").status == 0  # the folder with figures is no run
+
+
+def test_the_folder_of_all_runs() -> None:
+    assert cli.common_parent([Path("a/b/c"), Path("a/b/d")]) == Path("a/b")
+    assert cli.common_parent([Path("a/b")]) == Path("a/b")
+    assert cli.common_parent([Path("a"), Path("/b")]) == Path("/")
+
+
+def test_any_metric(study: Path, tmp_path: Path, run) -> None:
+    assert run(f"runs={study}", "keys=loss/total,eval/accuracy", f"output={tmp_path}").status == 0
+    text = (tmp_path / "metrics.csv").read_text()
+    panels = {row.split(",")[0] for row in text.splitlines()[3:]}
+    assert panels == {"loss/total", "eval/accuracy"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"metrics"}
+
+
+def test_runs_that_cannot_be_compared(study: Path, tmp_path: Path, run) -> None:
+    write_run(tmp_path / "more", "grpo_aggressive model.name=other", 7, steps=3)
+    refused = run(f"runs={study},{tmp_path}/more", "figure=1", f"output={tmp_path}/out")
+    assert refused.status == 2
+    assert "model.name" in refused.err and "mix=true" in refused.err
+    assert refused.err.count("\n") == 1
+    assert run(f"runs={study},{tmp_path}/more", "figure=1", f"output={tmp_path}/out", "mix=true").status == 0
+
+
+def test_the_report_gets_what_was_drawn(
+    study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capo_exp.figures import report
+
+    given = {}
+
+    def write_report(runs, curves, figures, output):  # type: ignore[no-untyped-def]
+        given.update(runs=runs, curves=curves, figures=figures, output=output)
+        return output / "report.html"
+
+    monkeypatch.setattr(report, "write_report", write_report)
+    result = run(f"runs={study}", "figure=1,5", "report=html", f"output={tmp_path}")
+    assert result.out.splitlines()[-1] == f"report: {tmp_path}/report.html"
+    assert [figure.name for figure in given["figures"]] == ["1", "5"]
+    first = given["figures"][0]
+    assert all(path.is_file() for path in (first.png, first.pdf, first.csv))
+    assert first.markdown.startswith("| curve | seeds |")
+    assert first.caption.startswith("Mean of n = 2 seeds")
+    assert (len(given["runs"]), len(given["curves"])) == (8, 4)
+
+
+def test_a_failure_leaves_the_old_files(
+    study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(f"runs={study}", "figure=5", f"output={tmp_path}").status == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    full = []
+
+    def replacing_until_full(path: Path):
+        full.append(path)
+        if len(full) == 4:
+            raise OSError(28, "No space left on device")
+        return replacing(path)
+
+    monkeypatch.setattr(cli, "replacing", replacing_until_full)
+    result = run(f"runs={study}", "figure=5", "smoothing=0.5", f"output={tmp_path}")
+    assert result.status == 2
+    assert re.fullmatch(r".*No space left on device.*\n", result.err)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made(study: Path, tmp_path: Path, run) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(f"runs={study}", "figure=5", f"output={tmp_path}/file/figures")
+    assert result.status == 2
+    assert re.fullmatch(
+        r"output=.*/file/figures: no folder can be made there \(Not a directory\)\n", result.err
+    )
+
+
+def test_values_of_the_command_line() -> None:
+    command = parse(
+        ["runs=[a,b]", "figure=1, 2", "smoothing=0.25", "mix=true", "output=null", "x=counter/prompts"]
+    )
+    assert (command.runs, command.figure, command.mix) == (["a", "b"], ["1", "2"], True)
+    assert (command.output, command.x, smoothing(command)) == (None, "counter/prompts", 0.25)
+    assert smoothing(parse(["runs=a"])) is None
+    assert smoothing(parse(["runs=a", "smoothing=off"])) == 1.0
+    assert parse(["runs=a", "keys=loss/kl"]).figure == ["metrics"]
+    assert parse(["runs=a", "keys=loss/kl", "figure=all"]).figure == ["all"]
+    with pytest.raises(ConfigError, match="figure: no value"):
+        parse(["runs=a", "figure="])
+
+
+def test_it_starts_without_torch(study: Path, tmp_path: Path) -> None:
+    arguments = [f"runs={study}", "figure=1,time,rejected_tokens", f"output={tmp_path}"]
+    subprocess.run([sys.executable, "-c", NO_HEAVY, *arguments], check=True, capture_output=True)
+    assert (tmp_path / "1.png").exists()

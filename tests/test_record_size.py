@@ -1,0 +1,97 @@
+"""How many bytes a run's record takes: of real rows, for 1,000 steps at the default sampling."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from capo_exp import train
+from capo_exp.config import TrainConfig
+from capo_exp.figures.load import read_jsonl
+from capo_exp.logger import RunLogger
+
+ROOT = Path(__file__).parents[1]
+STEPS, SCALE = 100, 10
+LIMIT = 20_000_000
+
+
+@pytest.fixture(scope="module")
+def text() -> list[str]:
+    """Words and signs of this repository's prose, about as long as a language model's tokens."""
+    prose = "\n".join(
+        path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    )
+    return re.findall(r"\s?[A-Za-z]{1,7}|\d|\s?[^\sA-Za-z\d]+|\s", prose)
+
+
+def completions(text: list[str], tokens: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """4 prompts x 8 completions; those of a prompt share phrases as answers to one question do, no numbers.
+
+    With 500 tokens it is as large, column by column, as Qwen2.5-Math's answers to 4 problems of MATH.
+    """
+    ids = {token: int(i) for token, i in zip(sorted(set(text)), rng.permutation(150_000), strict=False)}
+    rows = []
+    for start in rng.integers(len(text) - 2 * tokens, size=4):
+        passage = text[start : start + 2 * tokens]
+        rows += [_row(passage[:60], _phrases(passage, tokens, rng), ids, rng) for _ in range(8)]
+    return rows
+
+
+def _phrases(text: list[str], tokens: int, rng: np.random.Generator) -> list[str]:
+    starts = rng.integers(len(text) - 12, size=tokens // 10)
+    return [word for start in starts for word in text[start : start + 12]][:tokens]
+
+
+def _row(
+    prompt: list[str], words: list[str], ids: dict[str, int], rng: np.random.Generator
+) -> dict[str, Any]:
+    n = len(words)
+    return {
+        "prompt": "".join(prompt), "completion": "".join(words), "answer": "42", "family": "algebra",
+        "reward": 1.0, "advantage": 0.35, "truncated": False, "weight_version": 9,
+        "token_ids": [ids[word] for word in words], "tokens": words,
+        "log_prob": (-np.exp(rng.normal(-4, 3, n))).tolist(),
+        "policy_shift": np.exp(rng.normal(-18, 3, n)).tolist(),
+        "objective_shift": (np.exp(rng.normal(-12, 2, n)) * rng.choice([-1, 1], n)).tolist(),
+        "keep": (rng.random(n) > 0.01).tolist(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [30, 500])
+def test_a_thousand_steps_take_less_than_20_mb(
+    tokens: int, text: list[str], composed: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = composed("algo=capo", "logger=wandb", "logger.wandb_mode=offline", "num_steps=1",
+                      "evaluation.num_problems=4", f"output_dir={tmp_path}")  # fmt: skip
+    done = train.run(config)
+    row, evaluation = read_jsonl(done / "metrics.jsonl")[0], read_jsonl(done / "eval.jsonl")[0]
+    rng = np.random.default_rng(0)
+
+    def noisy(value: Any) -> Any:
+        """Another number with as many digits."""
+        return value * rng.uniform(0.5, 1.5) if isinstance(value, float) else value
+
+    record = tmp_path / "record"
+    record.mkdir()
+    with RunLogger(record, config, run_id="1a2b3c4d", resume_step=0) as logger:
+        for step in range(1, STEPS + 1):
+            counters = {"counter/rollout_step": step, "counter/completions": 1000 * step}
+            logger.log_step({key: noisy(value) for key, value in row.items()} | counters)
+            if step % config.evaluation.every == 0:
+                logger.log_evaluation({key: noisy(value) for key, value in evaluation.items()} | counters)
+            if step % config.logger.completions_every == 0:
+                logger.log_completions(step, completions(text, tokens, rng))
+    size = {place.name: _bytes(place) for place in record.iterdir()}
+    assert {"metrics.jsonl", "eval.jsonl", "completions", "wandb"} == size.keys()
+    assert min(size.values()) > 1000
+    assert SCALE * sum(size.values()) < LIMIT, {name: SCALE * count for name, count in size.items()}
+
+
+def _bytes(place: Path) -> int:
+    files = (
+        [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file() and not p.is_symlink()]
+    )
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,78 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capo_exp.figures import report_viewer as viewer
+from capo_exp.figures.load import Run, load_run
+from tests.report_pieces import CAPO, TOKENS, completion, config, write_completions, write_run
+
+
+def test_bounds_are_read_only_from_a_selection_that_tests_each_token(tmp_path: Path) -> None:
+    def bounds(selection: dict[str, Any]) -> Any:
+        return viewer.bounds_of(Run(tmp_path, config("capo", 0, selection), {}, [], []))
+
+    assert bounds(CAPO) == (1e-4, -1e-2, 1e-2)
+    assert bounds(CAPO | {"_target_": "capo_exp.algorithms.capo.completion_bounds"}) is None
+    assert bounds(CAPO | {"objective_shift_max": math.inf}) == (1e-4, -1e-2, math.inf)
+    assert bounds({}) is None
+
+
+def test_text_that_no_token_has_is_there_as_well(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
+    split = completion(["�", "�"]) | {"completion": "🦊"}
+    write_completions(path, 1, [split, completion(["�", "x"])])
+    data = viewer.viewer_data(viewer.excerpts([load_run(path)]), ["a"])
+    assert [row["text"] for row in data["runs"][0]["steps"][0]["rows"]] == ["🦊", None]
+
+
+def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
+    for step in range(10, 210, 10):
+        write_completions(path, step, [completion(TOKENS) for _ in range(4)])
+    run, size = load_run(path), 4 * viewer.row_bytes(completion(TOKENS))
+
+    def taken(steps: float) -> tuple[list[int], int]:
+        part = viewer.excerpt(run, steps * size)
+        return list(part.steps), part.shown
+
+    assert taken(100)[1] == 4 * viewer.MAX_STEPS
+    assert taken(5) == ([10, 60, 110, 150, 200], 20)
+    assert taken(2) == ([10, 200], 8)
+    assert taken(1) == ([10, 200], 4)
+    assert taken(0.01) == ([10, 200], 2)
+    write_completions(path, 60, [completion(TOKENS * 9) for _ in range(4)])
+    assert taken(5)[0] == [10, 70, 140, 200]  # one less, rather than cutting the long one short
+    note = viewer.excerpt(run, size).note
+    assert note == "2 of 20 logged steps: 10, 200; the first 4 of 8 completions of these"
+
+
+def test_three_digits() -> None:
+    assert [viewer.digits(v) for v in (1.23456e-7, -0.0123456, 123456.7, 1.0, 0.0)] == [
+        1.23e-7,
+        -0.0123,
+        123000,
+        1,
+        0,
+    ]
+    assert [viewer.digits(v) for v in (math.nan, math.inf, None)] == [None] * 3
+
+
+def test_colours_begin_at_one_and_three(tmp_path: Path) -> None:
+    assert viewer.edges([-2e-3] * 5000 + [9.0, 0.0, None], 4) == [3e-5, 1e-4, 3e-4, 1e-3]
+    assert viewer.edges([4e-6], 3) == [3e-7, 1e-6, 3e-6]
+    assert viewer.edges([0.0, None], 2) == [0.3, 1.0]
+
+
+def test_a_kept_token_is_kept_and_a_bound_itself_is_beyond() -> None:
+    limit = float(np.float32(1e-4))  # as parquet has it
+
+    def code(policy: float, objective: float, keep: bool, bounds: Any = (1e-4, -1e-2, 1e-2)) -> int:
+        return viewer.reasons([policy], [objective], [keep], bounds)[0]
+
+    assert code(1.0, 1.0, True) == viewer.KEPT
+    assert code(limit, 0.0, False) == viewer.BY_POLICY
+    assert code(limit * 0.999999, 0.0, False) == viewer.OTHER
+    assert code(0.0, -1e-2, False) == viewer.BY_OBJECTIVE
+    assert code(1.0, 1.0, False, None) == viewer.OTHER

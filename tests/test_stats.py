@@ -1,0 +1,439 @@
+"""Statistics on curves whose answer is known by construction."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from capo_exp.figures.bands import Band
+from capo_exp.figures.intervals import RESAMPLES, Interval, Statistic
+from capo_exp.figures.load import Array, Run
+from capo_exp.figures.stats import band, centre, ema, interval, noise, sample_efficiency, stability
+
+X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"
+KINDS: tuple[Interval, ...] = ("bootstrap", "t", "sem")
+STATISTICS: tuple[Statistic, ...] = ("mean", "iqm")
+NAN = float("nan")
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def run(values: Sequence[float | None], size: float = 10, first: int = 1, **more: list[Any]) -> Run:
+    """One row a step, `size` completions each."""
+    rows = [{STEP: first + i, X: size * (first + i), KEY: value} for i, value in enumerate(values)]
+    return Run(Path("x"), {}, {}, rows, more.get("evaluations", []))
+
+
+def drawn(
+    runs: Sequence[Run], alpha: float = 1.0, statistic: Statistic = "mean", kind: Interval = "t", **more: Any
+) -> Band:
+    options = {"source": "metrics", "x": X, "statistic": statistic, "interval": kind, "alpha": alpha} | more
+    found = band(runs, KEY, **options)
+    assert found is not None
+    return found
+
+
+def of(values: Sequence[Sequence[float]], size: float = 10, alpha: float = 1.0) -> Band:
+    return drawn([run(each, size) for each in values], alpha)
+
+
+# smoothing
+
+
+def test_moving_average_by_hand() -> None:
+    np.testing.assert_allclose(ema(np.array([1.0, 2.0, 4.0]), 0.5), [1.0, 1.5, 2.75])
+    np.testing.assert_allclose(ema(np.array([NAN, 1.0, NAN, 2.0]), 0.25), [NAN, 1.0, NAN, 1.25])
+    values = np.random.default_rng(0).normal(size=50)
+    np.testing.assert_array_equal(ema(values, 1.0), values)
+    assert ema(np.array([]), 0.1).shape == (0,)
+    assert np.isnan(ema(np.array([NAN, NAN]), 0.1)).all()
+
+
+# centre and interval
+
+
+@pytest.mark.parametrize("seeds", range(1, 13))
+def test_the_interquartile_mean_is_that_of_scipy(seeds: int) -> None:
+    values = np.random.default_rng(seeds).normal(size=(seeds, 6))
+    expected = scipy_stats.trim_mean(values, 0.25, axis=0)
+    np.testing.assert_allclose(centre(values, "iqm"), expected)
+    holes = np.insert(values, seeds // 2, NAN, axis=0)  # not by scipy
+    np.testing.assert_allclose(centre(holes, "iqm"), expected)
+    np.testing.assert_allclose(centre(holes.T, "iqm", axis=1), expected)
+    np.testing.assert_allclose(centre(values.T, "mean", axis=1), values.mean(axis=0))
+
+
+def test_a_centre_leaves_nan_out() -> None:
+    values = np.array([[1.0, NAN, 9.0], [2.0, NAN, NAN], [3.0, NAN, NAN], [NAN, NAN, NAN], [9.0, NAN, NAN]])
+    np.testing.assert_allclose(centre(values, "mean"), [3.75, NAN, 9.0])
+    np.testing.assert_allclose(centre(values, "iqm"), [2.5, NAN, 9.0])
+
+
+def test_intervals_of_the_mean_are_those_of_scipy() -> None:
+    values = np.random.default_rng(0).normal(size=7)
+    error = scipy_stats.sem(values)
+    low, high = interval(values, "mean", "t")
+    np.testing.assert_allclose((low, high), scipy_stats.t.interval(0.95, 6, values.mean(), error))
+    np.testing.assert_allclose(
+        interval(values, "mean", "sem"), [values.mean() - error, values.mean() + error]
+    )
+    low, high = interval(values, "mean", "bootstrap")
+    expected = values.mean() + 1.96 * values.std() / np.sqrt(7) * np.array([-1, 1])  # its large-sample limit
+    np.testing.assert_allclose((low, high), expected, atol=0.1)
+    assert low.shape == high.shape == ()
+
+
+def test_yuens_standard_error_by_hand() -> None:
+    """8 seeds: 2 cut at either end, 4 kept; winsorised 3 3 3 4 5 6 6 6, squares about 4.5 sum to 14."""
+    low, high = interval(np.array([1.0, -9.0, 3.0, 4.0, 5.0, 6.0, 99.0, 7.0]), "iqm", "sem")
+    error = np.sqrt(14 / (4 * 3))
+    np.testing.assert_allclose((low, high), [4.5 - error, 4.5 + error])
+    low, high = interval(np.array([1.0, -9.0, 3.0, 4.0, 5.0, 6.0, 99.0, 7.0]), "iqm", "t")
+    np.testing.assert_allclose(high - low, 2 * 3.18245 * error, rtol=1e-5)  # Student, 3 degrees of freedom
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_degenerate_intervals(statistic: Statistic, kind: Interval) -> None:
+    values = np.array(
+        [[0.1, NAN, 0.5, 1.0], [0.1, NAN, NAN, 2.0], [0.1, NAN, NAN, NAN], [0.1, NAN, NAN, NAN]]
+    )
+    low, high = interval(values, statistic, kind)
+    np.testing.assert_allclose([low[0], high[0]], 0.1)
+    assert np.isnan([low[1:3], high[1:3]]).all()
+    assert low[3] < 1.5 < high[3]
+    for few in (values[:1], values[:0]):
+        assert np.isnan(interval(few, statistic, kind)).all()
+    assert interval(values[:, :0], statistic, kind)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_each_column_is_resampled_as_if_it_were_alone(statistic: Statistic) -> None:
+    values = np.random.default_rng(0).normal(size=(5, 4))
+    values[4, 2:] = NAN
+    low, high = interval(values, statistic, "bootstrap")
+    for column in range(4):
+        alone = interval(values[:, column], statistic, "bootstrap")
+        np.testing.assert_allclose([low[column], high[column]], alone)
+
+
+COVERED = {
+    (3, "mean"): (0.75, 0.95, 0.57), (3, "iqm"): (0.75, 0.95, 0.58),
+    (5, "mean"): (0.84, 0.95, 0.63), (5, "iqm"): (0.90, 0.94, 0.56),
+    (10, "mean"): (0.90, 0.95, 0.65), (10, "iqm"): (0.94, 0.94, 0.63),
+}  # fmt: skip
+"""The table in capo_exp/figures/intervals.py."""
+
+
+@pytest.mark.parametrize(("seeds", "statistic"), COVERED)
+def test_coverage_is_as_the_docstring_says(seeds: int, statistic: Statistic) -> None:
+    values = np.random.default_rng(1).normal(size=(seeds, 1500))
+    for kind, expected in zip(KINDS, COVERED[seeds, statistic], strict=True):
+        low, high = interval(values, statistic, kind)
+        assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(expected, abs=0.03)
+
+
+# bands
+
+
+def test_a_band_by_hand() -> None:
+    found = drawn([run([0.0, 1.0, 1.0]), run([1.0, 1.0, 0.0])], alpha=0.5)
+    np.testing.assert_allclose(found.x, [10, 20, 30])
+    np.testing.assert_allclose(found.values, [[0.0, 0.5, 0.75], [1.0, 1.0, 0.5]])
+    np.testing.assert_allclose(found.centre, [0.5, 0.75, 0.625])
+    np.testing.assert_allclose(found.high - found.centre, 12.7062 * 0.5 * np.array([1, 0.5, 0.25]), rtol=1e-5)
+    assert (found.seeds, found.statistic, found.alpha, found.end) == (2, "mean", 0.5, 2)
+
+
+def test_no_run_has_the_metric() -> None:
+    options = {"source": "metrics", "x": X, "statistic": "mean", "interval": "t", "alpha": 1.0}
+    assert band([], KEY, **options) is None
+    assert band([run([0.5])], "loss/kl", **options) is None
+    assert band([run([0.5])], KEY, **(options | {"source": "eval"})) is None
+    assert band([run([None])], KEY, **options) is None
+    only = band([run([0.5]), Run(Path("y"), {}, {}, [{X: 10}], [])], KEY, **options)
+    assert only is not None and only.seeds == 1 and np.isnan(only.low).all()
+
+
+def test_evaluations_and_another_axis() -> None:
+    rows = [{STEP: 0, X: 0, KEY: 0.2}, {STEP: 5, X: 50, KEY: 0.4}]
+    found = drawn([run([0.9], evaluations=rows)], source="eval", x=STEP)
+    np.testing.assert_array_equal(found.x, [0, 5])
+    np.testing.assert_array_equal(found.centre, [0.2, 0.4])
+
+
+def test_several_values_at_one_x_count_as_their_mean_before_smoothing() -> None:
+    rows = [{X: 10, KEY: 1.0}, {X: 10, KEY: 3.0}, {X: 20, KEY: 4.0}, {X: 20, KEY: None}]
+    found = drawn([Run(Path("x"), {}, {}, rows, [])], alpha=0.5)
+    np.testing.assert_allclose(found.x, [10, 20])
+    np.testing.assert_allclose(found.centre, [2.0, 3.0])
+
+
+def test_runs_of_different_length_and_missing_values() -> None:
+    found = drawn([run([1.0, 2.0]), run([3.0, None, 5.0]), run([5.0, 4.0, 7.0, 8.0])])
+    np.testing.assert_allclose(found.x, [10, 20, 30, 40])
+    np.testing.assert_allclose(found.centre, [3.0, 3.0, 6.0, 8.0])
+    np.testing.assert_array_equal(found.count, [3, 2, 2, 1])
+    assert np.isfinite(found.low[:3]).all() and np.isnan(found.low[3])
+    assert found.end == 2  # one seed of three is not the curve
+    assert drawn([run([1.0, 2.0]), run([1.0, 2.0, 3.0])]).end == 1  # nor is one of two
+
+
+def test_x_that_few_seeds_have_are_left_out_but_never_filled_in() -> None:
+    often = [run([float(i) for i in range(11)], first=0) for _ in range(3)]
+    rare = run([100.0, 100.0, 100.0], size=40, first=0)  # 0, 40, 80
+    found = drawn([*often, rare])
+    np.testing.assert_allclose(found.x, [10 * i for i in range(11)])
+    np.testing.assert_array_equal(found.count, [4, 3, 3, 3, 4, 3, 3, 3, 4, 3, 3])
+    assert found.centre[1] == 1.0 and found.centre[4] == 28.0
+    odd = run([100.0, 100.0, 100.0], size=45, first=0)  # 45 is nobody else's
+    found = drawn([*often, odd])
+    np.testing.assert_allclose(found.x, [10 * i for i in range(11)])
+    np.testing.assert_array_equal(found.count, [4, *[3] * 8, 4, 3])
+
+
+def test_seeds_whose_x_differ_are_interpolated_within_their_own_range() -> None:
+    runs = [run([s * i for i in range(1, 11)], size=s) for s in (10.0, 11.0, 12.0)]  # each is y = x
+    found = drawn(runs)
+    np.testing.assert_allclose(found.centre, found.x)
+    assert len(found.x) == 10 and (found.x[0], found.x[-1]) == (10, 120)
+    assert found.count[0] == 1 and found.count[4] == 3 and found.count[-1] == 1
+    for row, size in zip(found.values, (10, 11, 12), strict=True):
+        there = np.isfinite(row)
+        assert found.x[there].min() >= size and found.x[there].max() <= 10 * size
+    np.testing.assert_allclose(found.high[4], found.centre[4])
+
+
+def test_two_seeds_without_a_common_x() -> None:
+    found = drawn([run([1.0, 2.0]), run([5.0, 6.0], first=8)])
+    assert found.count.max() == 1 and found.end == len(found.x) - 1
+
+
+# sample efficiency
+
+
+def step_at(x: int, *, end: int, low: float = 0.2, high: float = 0.7) -> list[float]:
+    """Jumps from low to high at the x-th step."""
+    return [low if i < x else high for i in range(1, end + 1)]
+
+
+def test_the_factor_of_step_functions_is_exact() -> None:
+    reference = of([step_at(30, end=50)] * 3, size=120)
+    method = of([step_at(12, end=40)] * 3, size=10)
+    found = sample_efficiency(reference, method)
+    assert found.target == pytest.approx(0.7) and (found.reference_x, found.method_x) == (3600, 120)
+    assert (found.factor, found.low, found.high, found.reached_share, found.undefined_share) == (
+        30,
+        30,
+        30,
+        1,
+        0,
+    )
+
+
+def test_the_reference_is_read_as_the_method_is() -> None:
+    """It counts where the reference first is as good as at its end, not where it ends."""
+    reference = of([[0.2, 0.6, 0.5, 0.5, 0.5]] * 2)
+    found = sample_efficiency(reference, reference)
+    assert (found.target, found.reference_x, found.method_x, found.factor) == (0.5, 20, 20, 1)
+    smooth = of([step_at(30, end=50)] * 2, size=120, alpha=0.1)  # its end is reached at its end only
+    found = sample_efficiency(smooth, of([step_at(12, end=200)] * 2, alpha=0.1))
+    assert found.reference_x == 50 * 120 and found.target == pytest.approx(0.7 - 0.5 * 0.9**21)
+    assert found.method_x == 10 * (11 + 21)  # as many steps after the jump as the reference has
+
+
+def test_a_level_in_place_of_the_end() -> None:
+    reference, method = of([[0.1, 0.2, 0.3, 0.4]] * 2, size=100), of([[0.1, 0.3, 0.4, 0.5]] * 2)
+    assert sample_efficiency(reference, method, level=0.25).factor == 300 / 20
+    assert np.isnan(sample_efficiency(reference, method, level=0.45).target)  # the reference never gets there
+
+
+def test_a_method_that_never_gets_there() -> None:
+    found = sample_efficiency(of([step_at(3, end=9)] * 3), of([[0.2] * 9] * 3))
+    assert (found.method_x, found.factor, found.reached_share, found.low, found.high) == (None, None, 0, 0, 0)
+    assert found.target == pytest.approx(0.7) and found.reference_x == 30
+
+
+def test_seeds_that_do_not_get_there_count() -> None:
+    """One seed of four reaches the target 10 times as fast, the others never: the mean does if that seed is
+    drawn twice."""
+    reference = of([step_at(10, end=20, low=0.0, high=0.5)] * 4)
+    method = of([step_at(1, end=20, low=0.0, high=1.0), [0.0] * 20, [0.0] * 20, [1e-9] * 20])
+    found = sample_efficiency(reference, method)
+    share = 1 - sum(scipy_stats.binom(4, 1 / 4).pmf([0, 1]))  # at least twice among four
+    assert found.factor is None and found.reached_share == pytest.approx(share, abs=0.03)
+    assert (found.low, found.high, found.undefined_share) == (0, 10, 0)
+
+
+@pytest.mark.parametrize(("lazy", "low"), [(0.025, 10), (0.026, 0)])
+def test_the_lower_bound_is_zero_once_more_than_a_fortieth_do_not_get_there(
+    lazy: float, low: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resampled(values: Array, statistic: Statistic, stream: int) -> Array:
+        curves = np.repeat(values[:1], RESAMPLES, axis=0)
+        if stream == 1:
+            curves[: int(lazy * RESAMPLES)] = 0.0
+        return curves
+
+    monkeypatch.setattr("capo_exp.figures.stats._resampled", resampled)
+    found = sample_efficiency(of([step_at(10, end=20)] * 3), of([step_at(1, end=20)] * 3))
+    assert (found.low, found.factor, found.reached_share) == (low, 10, 1 - lazy)
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [[0.5] * 9, [0.5, 0.6, 0.4], step_at(3, end=9, low=0.7, high=0.2)],
+    ids=["flat", "back", "collapse"],
+)
+def test_a_reference_that_does_not_improve_sets_no_target(curve: list[float]) -> None:
+    """Else a conservative step of 1,152 completions would make any method of 96 twelve times as good."""
+    found = sample_efficiency(of([curve] * 3, size=1152), of([[0.5, 0.6, 0.9]] * 3, size=96))
+    assert np.isnan([found.target, found.reference_x, found.low, found.high, found.reached_share]).all()
+    assert (found.method_x, found.factor, found.undefined_share) == (None, None, 1)
+
+
+def test_the_accuracy_before_training_can_be_given() -> None:
+    reference, method = of([[0.5, 0.6]] * 2), of([[0.55, 0.6]] * 2)
+    assert sample_efficiency(reference, method, start=0.55).factor == 1
+    assert np.isnan(sample_efficiency(reference, method, start=0.6).target)
+
+
+def test_resamples_without_a_target_are_told() -> None:
+    """One seed of the reference gains, one loses: twice the latter, a quarter of draws, sets no target."""
+    reference = of([[0.0, 0.5], [0.2, 0.1]])
+    found = sample_efficiency(reference, of([[0.0, 0.6]] * 2))
+    assert found.undefined_share == pytest.approx(0.25, abs=0.03) and found.factor == 1
+    assert found.reached_share == 1
+
+
+def test_one_seed_has_no_interval() -> None:
+    one, two = of([step_at(4, end=9)]), of([step_at(2, end=9)] * 2)
+    for reference, method in ((one, two), (two, one)):
+        found = sample_efficiency(reference, method)
+        assert found.factor in (2, 0.5) and np.isnan([found.low, found.high]).all()
+        assert (found.reached_share, found.undefined_share) == (1, 0)
+    assert sample_efficiency(one, of([[0.2] * 9])).reached_share == 0
+    assert sample_efficiency(of([[0.5, 0.4]]), two).undefined_share == 1
+
+
+def test_zero_completions_do_not_count_as_reaching() -> None:
+    reference = drawn([run([0.2, 0.5], first=0)] * 2)
+    method = drawn([run([0.6, 0.6], first=0)] * 2)  # evaluations that happen to start higher
+    assert sample_efficiency(reference, method).method_x == 10
+
+
+def test_a_seed_of_the_reference_that_is_still_going_sets_no_target() -> None:
+    whole, begun, longer = step_at(6, end=9), step_at(6, end=9)[:3], [*step_at(6, end=9), 0.8, 0.8]
+    reference = drawn([run(whole), run(whole), run(longer), run(begun), run([0.9, 0.9])])
+    found = sample_efficiency(reference, of([step_at(3, end=9)] * 2))
+    assert reference.end == 8
+    assert (found.factor, found.low, found.high, found.undefined_share) == (2, 2, 2, 0)
+
+
+def test_the_interval_of_a_factor_holds_it_as_often_as_it_should() -> None:
+    """Ramps that reach the target at 400 and 40 completions, by seeds' slopes; few seeds: below 95 %."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(25):
+        slopes = rng.normal(1.0, 0.1, size=(2, 8))
+        ramp = np.arange(1, 101)
+        reference = of(np.minimum(slopes[0][:, None] * ramp / 50, 1.0).tolist(), size=10)
+        method = of((slopes[1][:, None] * ramp / 50).tolist(), size=1)
+        found = sample_efficiency(reference, method, level=0.8)
+        held += found.low <= 10 <= found.high
+    assert 0.8 < held / 25 <= 1
+
+
+# stability
+
+
+def test_noise_is_that_of_the_smoothed_curve() -> None:
+    rng = np.random.default_rng(0)
+    for alpha in (0.05, 0.35, 1.0):
+        raw = rng.normal(0.5, 0.05, 20_000)
+        smooth = ema(raw, alpha)
+        assert noise(smooth, alpha) == pytest.approx(smooth[1000:].std(), rel=0.05)
+        trend = ema(raw + np.linspace(0, 3, 20_000), alpha)  # neither a trend
+        trend[10_000:] = ema(raw[10_000:] - 3, alpha)  # nor a jump is noise
+        assert noise(trend, alpha) == pytest.approx(smooth[1000:].std(), rel=0.05)
+    assert noise(raw[:19], 1.0) == 0 < noise(raw[:20], 1.0)
+
+
+def test_a_collapse_at_a_known_step() -> None:
+    rises = [0.4 + 0.01 * i for i in range(20)]
+    falls = [*rises, 0.59, 0.55, 0.51, 0.49, 0.2, 0.3]
+    found = stability(of([falls, [*rises, *[0.59] * 6]]), start=0.4)
+    assert found.seeds == 2 and found.collapses == (240, None) and found.first_collapse == 240
+    assert found.collapsed_share.value == 0.5
+    expected = scipy_stats.binomtest(1, 2).proportion_ci(0.95, method="wilson")
+    assert (found.collapsed_share.low, found.collapsed_share.high) == (expected.low, expected.high)
+    assert found.peak.value == pytest.approx(0.59) and found.final.value == pytest.approx((0.3 + 0.59) / 2)
+    assert found.worst_after_peak.value == pytest.approx((0.2 + 0.59) / 2)
+
+
+@pytest.mark.parametrize(
+    ("curve", "collapse"),
+    [
+        ([0.4, 0.6, 0.8, 0.61, 0.61], None),  # has lost less than half
+        ([0.4, 0.6, 0.8, 0.59, 0.61], 40),
+        ([0.4, 0.8, 0.5, 0.9, 0.9], None),  # came back, higher
+        ([0.4, 0.8, 0.5, 0.7, 0.7], 30),  # came back, not quite
+        ([0.4, 0.1, 0.1, 0.1], 20),  # broke at once
+        ([0.1, 0.1, 0.1, 0.1], 10),  # before the first row
+        ([0.4, 0.5, 0.6, 0.7], None),
+        ([0.4], None),
+    ],
+)
+def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
+    found = stability(of([curve]), start=0.4)
+    assert found.collapses == (collapse,) and found.first_collapse == collapse
+    assert found.collapsed_share.value == (collapse is not None)
+    assert np.isnan(found.final.low) and found.final.value == curve[-1]
+    assert found.worst_after_peak.value == min(curve[curve.index(max(curve)) :])
+
+
+def test_a_run_that_never_is_as_good_as_before_training_has_collapsed_from_its_first_row_on() -> None:
+    found = stability(of([[0.1, 0.3, 0.3]]), start=0.8)
+    assert found.collapses == (10,) and found.worst_after_peak.value == 0.1 and found.peak.value == 0.3
+
+
+def test_the_first_collapse_is_the_median_of_those_that_collapsed() -> None:
+    curves = [step_at(at, end=30, low=0.8, high=0.1) for at in (5, 9, 20)] + [[0.8] * 30]
+    assert stability(of(curves), start=0.2).first_collapse == 90
+
+
+def test_the_area_is_a_mean_height_at_any_spacing() -> None:
+    assert stability(of([[0.0, 1.0, 1.0]]), start=0).auc.value == 0.75
+    assert stability(of([[0.0, 0.5, 1.0]], size=7), start=0).auc.value == 0.5
+    rows = [{X: 10, KEY: 0.0}, {X: 20, KEY: 0.0}, {X: 110, KEY: 1.0}]
+    assert stability(drawn([Run(Path("x"), {}, {}, rows, [])]), start=0).auc.value == pytest.approx(0.45)
+
+
+def test_intervals_are_those_over_seeds() -> None:
+    finals = np.array([0.5, 0.6, 0.9])
+    curves = of([[0.4, value] for value in finals])
+    for kind in KINDS:
+        found = stability(curves, start=0.4, kind=kind).final
+        np.testing.assert_allclose((found.low, found.high), interval(finals, "mean", kind))
+
+
+def test_a_seed_that_broke_off_is_judged_as_far_as_it_went() -> None:
+    found = stability(drawn([run([0.4, 0.8, 0.1]), run([0.4, 0.6, 0.8, 0.8])]), start=0.4)
+    assert found.collapses == (30, None) and found.final.value == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.35])
+def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha: float) -> None:
+    """Training accuracy of 96 completions a step from 0.45; as simulated for the docstring."""
+    rng = np.random.default_rng(0)
+
+    def share(chances: Array) -> float:
+        seeds = [[0.45, *rng.binomial(96, chances) / 96] for _ in range(300)]
+        return stability(of(seeds, alpha=alpha), start=0.45).collapsed_share.value
+
+    assert share(np.full(100, 0.45)) < 0.02
+    assert share(np.r_[np.linspace(0.45, 0.65, 40), np.full(60, 0.65)]) < 0.02
+    lost = np.r_[np.linspace(0.45, 0.65, 40), np.linspace(0.65, 0.45, 10), np.full(50, 0.45)]
+    assert share(lost) > 0.95
