@@ -12,6 +12,7 @@ from capo_exp.config import ConfigError, TrainConfig
 from capo_exp.figures import labels, style
 from capo_exp.figures.curves import Curve, check_key, curves, differences, reference_of, start_value
 from capo_exp.figures.load import Row, Run
+from capo_exp.figures.settings import within
 from capo_exp.run_record import as_dict, run_id, run_name
 from tests.conftest import ALGORITHMS
 
@@ -212,6 +213,12 @@ def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) 
     assert len(curves([one, other], mix=True)) == 2
     unknown = [replace(run, record={"run_id": run.name}) for run in (one, same)]
     assert len(curves(unknown, mix=False)) == 2  # perhaps the same, perhaps not
+    assert len(curves([one, unknown[1]], mix=False)) == 2
+
+
+def test_a_group_is_more_than_how_a_key_begins() -> None:
+    assert within("logger", ["seed", "logger"]) and within("logger.tags", ["logger"])
+    assert not within("loggers.tags", ["logger"]) and not within("rollout.top_kk", ["rollout.top_k"])
 
 
 def test_a_long_list_of_differences_is_cut(make: Make) -> None:

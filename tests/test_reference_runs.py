@@ -1,0 +1,45 @@
+"""outputs/reference: the logged runs that are kept, and the figures that are drawn from them."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from capo_exp.figures.__main__ import main
+from capo_exp.figures.load import find_runs, load_run
+
+REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
+FIGURES = sorted(path.stem for path in (REFERENCE / "tiny_figure_1" / "figures").glob("*.csv"))
+
+
+def numbers(path: Path) -> list[list[str]]:
+    return list(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+
+
+def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None:
+    assert {"1", "3", "5", "stability"} <= set(FIGURES)
+    assert main([f"runs={REFERENCE}/tiny_figure_1", f"figure={','.join(FIGURES)}", f"output={tmp_path}"]) == 0
+    for name in FIGURES:
+        kept, drawn = (numbers(folder / f"{name}.csv") for folder in (_figures(), tmp_path))
+        assert [row[:2] for row in drawn] == [row[:2] for row in kept]
+        for ours, theirs in zip(drawn, kept, strict=True):
+            for a, b in zip(ours[2:], theirs[2:], strict=True):
+                assert a == b or float(a) == pytest.approx(float(b), rel=1e-9, nan_ok=True), (name, ours[:2])
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def _figures() -> Path:
+    return REFERENCE / "tiny_figure_1" / "figures"
+
+
+def test_they_are_whole_runs_of_one_clean_commit_and_small() -> None:
+    runs = [load_run(path) for path in find_runs([REFERENCE / "tiny_figure_1"])]
+    assert len(runs) == 20
+    assert {run.record["git"]["commit"] for run in runs} == {runs[0].record["git"]["commit"]}
+    assert not any(run.record["git"]["dirty"] for run in runs)
+    for run in runs:
+        assert run.state == "finished"
+        assert len(run.metrics) == run.setting("num_steps")
+        assert "/tmp" not in json.dumps([run.record, run.config])
+    assert sum(path.stat().st_size for path in REFERENCE.rglob("*") if path.is_file()) < 3_000_000
