@@ -297,6 +297,7 @@ def test_differences(make: Make) -> None:
     ]
     assert len(table) == 7 and next(iter(table)) == "algo.name"
     assert differences([runs[0], runs[0]]) == {} == differences([])
+    assert "dataset.path" not in differences([replace(run, record={}) for run in runs])
 
 
 def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:

@@ -304,6 +304,13 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Pa
     assert line[3] == "4.9k"
 
 
+def test_a_log_axis_needs_a_decade(everything: Study) -> None:
+    norms = drawn(compose(read_figure("8"), everything), everything).axes[1]
+    assert (norms.get_xscale(), read_figure("8").panels[1].log) == ("linear", True)  # 45 in all
+    token, update, *_ = drawn(compose(read_figure("3"), everything), everything).axes
+    assert (token.get_yscale(), update.get_yscale()) == ("linear", "log")  # 0.1 in all; 1e-7 to 3e-6
+
+
 def test_heat_map_cells(tmp_path: Path) -> None:
     for rate in (0.1, 0.2):
         for prompts in (2, 4):

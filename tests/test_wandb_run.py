@@ -23,7 +23,7 @@ from capo_exp.run_record import RunRecord, clear
 from capo_exp.wandb_file import history, is_whole, records
 from capo_exp.wandb_run import BEST, RECORD
 from capo_exp.wandb_start import has_key, resolve_mode
-from tests.wandb_server import SUMMARY, Server, serve
+from tests.wandb_server import HISTORY, SUMMARY, Server, serve
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CREDENTIALS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
@@ -94,6 +94,7 @@ def the_other_half(run_dir: Path, config: TrainConfig) -> str | None:
         third_step(logger)
         log_step(logger, 4, loss__kl=4 / 7)
         log_evaluation(logger, 4, 0.4)
+        assert logger._wandb and logger._wandb._run.step == 7  # W&B holds no row back
         return logger.wandb_location
 
 
@@ -139,7 +140,7 @@ def test_the_offline_run_is_what_the_files_are_also_after_a_resume(
     rows = list(history(file))
     assert comparable(rows) == logged(run_dir)
     assert [row["_step"] for row in rows] == list(range(7))
-    assert logged(run_dir)[1]["loss/kl"] == "NaN"
+    assert math.isnan(rows[1]["loss/kl"])  # null in metrics.jsonl; an export would not see a null
 
     [run] = [record.run for record in records(file) if record.WhichOneof("record_type") == "run"]
     assert (run.run_group, run.job_type, list(run.tags)) == ("default", "train", ["a"])
@@ -266,15 +267,14 @@ def test_an_offline_file_without_an_end_is_written_again(
     run_dir: Path, offline: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a disk that was full for a moment: W&B's process writes nothing more and says nothing."""
-    monkeypatch.setattr("capo_exp.wandb_run.END_SECONDS", 0.1)
-    ends = iter([False, False])
-    genuine = is_whole
-    monkeypatch.setattr(
-        "capo_exp.wandb_run.is_whole", lambda path: next(ends, None) is None and genuine(path)
-    )
-    half_a_run(run_dir, offline)
+    monkeypatch.setattr("capo_exp.wandb_run.END_SECONDS", 2.0)
+    with open_logger(run_dir, offline) as logger:
+        log_step(logger, 1)
+        [first] = files(run_dir)
+        whole = "capo_exp.wandb_run.is_whole"
+        monkeypatch.setattr(whole, lambda path: path.parent != first.parent and is_whole(path))
     [file] = files(run_dir)
-    assert is_whole(file) and comparable(list(history(file))) == logged(run_dir)
+    assert file.parent != first.parent and comparable(list(history(file))) == logged(run_dir)
 
 
 # --- online ---
@@ -290,7 +290,9 @@ def test_online_a_resume_goes_on_in_the_same_run_and_repeats_nothing(
     the_other_half(run_dir, online)
     assert list(server.runs) == [wandb_id]
     assert comparable(server.rows(wandb_id)) == logged(run_dir)
-    assert len(logged(run_dir)) == 7
+    assert steps(server) == list(range(7))
+    logs = "".join(path.read_text() for path in run_dir.rglob("debug-internal.log"))
+    assert "stream: started" in logs and "ignoring" not in logs  # it would warn of each row that it has
     assert json.loads(run["files"][SUMMARY][-1])[BEST] == 0.5
 
 
@@ -319,6 +321,12 @@ def test_an_upload_in_the_middle_of_an_offline_run_repeats_nothing(
     upload(location, run_dir)
     assert list(server.runs) == [wandb_id]
     assert comparable(server.rows(wandb_id)) == logged(run_dir)
+    assert steps(server) == list(range(7))
+
+
+def steps(server: Server) -> list[int]:
+    [run] = server.runs.values()
+    return [json.loads(line)["_step"] for line in run["files"][HISTORY]]
 
 
 def test_a_run_that_lost_its_server_is_uploaded_as_another_one(
