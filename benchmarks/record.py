@@ -2,8 +2,8 @@
 
 The share is the time inside the logger's calls (medians: a row, and a tenth of a sample of completions with
 the making of its rows) over the median step of that variant; the ratio of whole steps is beside it, with its
-noise.
-W&B's own process works beside training: its CPU time is a column. Its start and end are no part of a step.
+noise. W&B's own process works beside training: its CPU time is a column. Its start and end are no part of a
+step.
 
     python benchmarks/record.py --steps 42
 """

@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -283,6 +284,14 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
             train.run(composed(*SMALL, "logger=files", f"output_dir={disk}"))
 
 
+def wait_for(true: Callable[[], bool]) -> None:
+    """W&B's process writes when it comes to it."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("freed", [True, False])
 def test_wandb_s_full_disk_loses_nothing(
     freed: bool, tmp_path: Path, composed: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
@@ -295,6 +304,8 @@ def test_wandb_s_full_disk_loses_nothing(
                 logger.log_step(
                     {"counter/rollout_step": step, "counter/completions": step, "loss/kl": 1 / step}
                 )
+            [said] = disk.glob("offline-run-*/logs/debug-internal.log")
+            wait_for(lambda: "no space left" in said.read_text())
             if freed:
                 (disk / "filler").unlink()
         assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 200
