@@ -319,6 +319,7 @@ def test_idle_worker_that_was_killed_is_replaced(rough):
 
 def test_interrupted_score_leaves_nothing_behind():
     """Also with more tasks waiting than the pipe to the workers holds."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = set(workers())
     with MathVerifier(timeout_seconds=60.0, workers=1) as own:
         own.grader = misbehave
