@@ -102,8 +102,31 @@ def render(task: Task, written: Sequence[str], answer: int) -> str:
 
 
 def demonstration_with_slips(task: Task, rng: random.Random, slip_rate: float) -> str:
-    """A worked solution in which steps slip and the rest follows from the slip; for the warm start only."""
+    """A worked solution in which steps slip and the rest follows from the slip."""
     return render(task, *worked(task, partial(slipping, rng, slip_rate)))
+
+
+def imitations(
+    seed: int, *, slip_rate: float, boxed_share: float, families: Levels
+) -> Iterator[tuple[str, str]]:
+    """Endless (problem, worked solution with slips) of the train split, for the warm start.
+
+    Args:
+        seed: of the problems and the slips.
+        slip_rate: of an easy step; see `slipping`.
+        boxed_share: of the solutions, how many put the answer in a box; the others just say it.
+        families: as of `problems`.
+    """
+    rng = random.Random(seed)
+    for task in tasks("train", random.Random(seed + 1), families):
+        text = demonstration_with_slips(task, rng, slip_rate)
+        yield task.text, text if boxed_share == 1 or rng.random() < boxed_share else unboxed(text)
+
+
+def unboxed(text: str) -> str:
+    """A solution that says its answer without a box."""
+    head, answer = text[:-1].rsplit("\\boxed{", 1)
+    return f"{head}{answer}."
 
 
 def pick(rng: random.Random, kind: str) -> str:

@@ -1,22 +1,23 @@
-"""Makes the shipped tiny model: a tokenizer and a warm start on worked solutions with slips.
+"""Makes a small model: a tokenizer and a warm start on completions of problems that are made here.
 
-    python scripts/pretrain_tiny.py
+    python scripts/pretrain.py                       # model=tiny, as shipped
+    python scripts/pretrain.py warm_start=keywords   # model=keywords, as shipped
 
-Everything is drawn from the train split of conf/dataset/arithmetic.yaml; test problems are only used for the
-accuracies printed at the end. Deterministic for one seed, machine and number of threads.
+Everything is drawn from the train split of the dataset; test problems are only used for the accuracies
+printed at the end. Deterministic for one seed, machine and number of threads. What there is to choose:
+conf/warm_start.
 """
 
-import argparse
 import json
-import random
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,14 +32,16 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from capo_exp.config import conf_dir
-from capo_exp.data import arithmetic
+from capo_exp import parts
+from capo_exp.config import ConfigError, conf_dir
 from capo_exp.types import Problem
 
-ASSETS = Path(__file__).resolve().parents[1] / "capo_exp" / "assets" / "tiny"
+Numbers = dict[str, Any]
+"""Of conf/warm_start."""
+Pairs = Iterator[tuple[str, str]]
+"""Endless (rendered prompt, completion)."""
+
 EOS, PAD, IM_START, IM_END = SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-VOCAB_SIZE = 1024
-MICRO_BATCH = 16
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}"
@@ -47,31 +50,13 @@ CHAT_TEMPLATE = (
 console = Console()
 
 
-def parse_args() -> argparse.Namespace:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--output", type=Path, default=ASSETS)
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument(
-        "--slip-rate", type=float, default=0.08, help="of an easy step; hard ones slip more often"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus-tasks", type=int, default=40_000, help="tasks the tokenizer is trained on")
-    parser.add_argument("--eval-problems", type=int, default=400)
-    parser.add_argument("--threads", type=int, default=1, help="another number gives slightly other weights")
-    return parser.parse_args()
+def pairs(numbers: Numbers, template: str, seed: int) -> Pairs:
+    """What the warm start imitates, drawn from the train split."""
+    for problem, completion in parts.build(numbers["imitations"], key="warm_start.imitations")(seed):
+        yield template.format(problem=problem), completion
 
 
-def pairs(source: dict, template: str, seed: int, slip_rate: float) -> Iterator[tuple[str, str]]:
-    """Endless (rendered prompt, worked solution with slips) of the train split."""
-    rng = random.Random(seed)
-    for task in arithmetic.tasks("train", random.Random(seed + 1), source["families"]):
-        yield template.format(problem=task.text), arithmetic.demonstration_with_slips(task, rng, slip_rate)
-
-
-def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over every byte, digits one by one.
 
     AutoTokenizer makes a Qwen2Tokenizer of whatever stands beside a Qwen2 model, with its own normaliser
@@ -84,14 +69,14 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if (size := tokenizer.get_vocab_size()) != VOCAB_SIZE:
-        raise ValueError(f"got {size} tokens, expected {VOCAB_SIZE}; enlarge the lexicon")
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise ConfigError(f"got {size} tokens of the corpus, expected {vocab_size}; change model.vocab_size")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -104,17 +89,18 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(
+    shape: Numbers, initializer_range: float, tokenizer: PreTrainedTokenizerFast
+) -> Qwen2ForCausalLM:
+    """Random weights in the shape of conf/model."""
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "tie_word_embeddings",
+    )  # fmt: skip
     config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **{name: shape[name] for name in names},
         max_position_embeddings=2048,
-        initializer_range=0.05,  # near 1 / sqrt(hidden_size); the usual 0.02 is for wider models
-        tie_word_embeddings=True,
+        initializer_range=initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -138,7 +124,9 @@ def collate(rows: list[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, is_completion
 
 
-def batch_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]], pad_id: int) -> float:
+def batch_loss(
+    model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]], pad_id: int, micro_batch: int
+) -> float:
     """Mean cross-entropy [nats] of the completion tokens; leaves its gradient in the parameters.
 
     Micro-batches hold rows of similar length, so that little time goes into padding.
@@ -146,8 +134,8 @@ def batch_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]], pad_i
     rows = sorted(rows, key=lambda row: len(row[0]))
     total = sum(len(tokens) - prompt_length for tokens, prompt_length in rows)
     sum_of_losses = 0.0
-    for start in range(0, len(rows), MICRO_BATCH):
-        ids, is_completion = collate(rows[start : start + MICRO_BATCH], pad_id)
+    for start in range(0, len(rows), micro_batch):
+        ids, is_completion = collate(rows[start : start + micro_batch], pad_id)
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][is_completion[:, 1:]]
         targets = ids[:, 1:][is_completion[:, 1:]]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets, reduction="sum") / total
@@ -156,16 +144,15 @@ def batch_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]], pad_i
     return sum_of_losses
 
 
-def train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Iterator, args: argparse.Namespace
-) -> None:
+def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Pairs, numbers: Numbers) -> None:
     """AdamW with a cosine schedule."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    steps = numbers["steps"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=numbers["learning_rate"], betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
-    for step in track(range(1, args.steps + 1), "warm start", console=console):
-        rows = encode(tokenizer, list(islice(data, args.batch_size)))
-        loss = batch_loss(model, rows, tokenizer.pad_token_id)
+    for step in track(range(1, steps + 1), "warm start", console=console):
+        rows = encode(tokenizer, list(islice(data, numbers["batch_size"])))
+        loss = batch_loss(model, rows, tokenizer.pad_token_id, numbers["micro_batch_size"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -220,22 +207,23 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     model.to(torch.bfloat16).save_pretrained(output)
 
 
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    dataset = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dataset" / "arithmetic.yaml"))
-    source = {key: value for key, value in dataset["source"].items() if not key.startswith("_")}
-    corpus = islice(pairs(source, dataset["template"], args.seed, args.slip_rate), args.corpus_tasks)
-    tokenizer = train_tokenizer("".join(pair) for pair in corpus)
-    model = make_model(tokenizer)
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pretrain")
+def main(cfg: DictConfig) -> None:
+    """Makes the model of the configuration and says how good it is."""
+    chosen: Numbers = OmegaConf.to_container(cfg, resolve=True)
+    numbers, template, output = chosen["warm_start"], chosen["dataset"]["template"], Path(chosen["output"])
+    torch.set_num_threads(numbers["threads"])
+    torch.manual_seed(numbers["seed"])
+    corpus = islice(pairs(numbers, template, numbers["seed"]), numbers["corpus_tasks"])
+    tokenizer = train_tokenizer(("".join(pair) for pair in corpus), chosen["model"]["vocab_size"])
+    model = make_model(chosen["model"], numbers["initializer_range"], tokenizer)
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    data = pairs(source, dataset["template"], args.seed + 2, args.slip_rate)
-    train(model, tokenizer, data, args)
-    save(model, tokenizer, args.output)
-    source["num_eval"] = args.eval_problems
-    shipped = Qwen2ForCausalLM.from_pretrained(args.output, dtype=torch.float32)
-    report(shipped, tokenizer, arithmetic.problems("test", path=None, **source), dataset["template"])
+    train(model, tokenizer, pairs(numbers, template, numbers["seed"] + 2), numbers)
+    save(model, tokenizer, output)
+    source = chosen["dataset"]["source"] | {"num_eval": numbers["eval_problems"]}
+    problems = parts.build(source, key="dataset.source")("test", path=None)
+    shipped = Qwen2ForCausalLM.from_pretrained(output, dtype=torch.float32)
+    report(shipped, tokenizer, problems, template)
 
 
 if __name__ == "__main__":
