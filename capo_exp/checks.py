@@ -213,7 +213,9 @@ def _check_model(config: TrainConfig) -> None:
     model = config.model
     if not is_local_path(model.path):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
-            raise error("model.path", model.path, "a directory, pkg://capo_exp/..., or a hub id org/name")
+            wanted = "a directory, pkg://capo_exp/..., or a hub id org/name"
+            made = f"; python scripts/pretrain.py warm_start={model.name} makes it"
+            raise error("model.path", model.path, wanted + made * (model.path.startswith("outputs/models/")))
     elif not (Path(resolve_model_path(model.path)) / "config.json").is_file():
         raise error("model.path", model.path, f"config.json in {resolve_model_path(model.path)}")
     elif model.revision is not None:

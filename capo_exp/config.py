@@ -187,6 +187,7 @@ class CurvatureConfig:
     calibrate_every: int = MISSING  # optimiser steps between measurements of the real shifts; 0 = never
     calibrate_completions: int = MISSING  # completions of a measurement
     calibrate_tokens: int = MISSING  # tokens of a measurement, drawn from them
+    diagnose_every: int = 0  # optimiser steps between comparisons with the unmasked step; 0 = never
 
 
 @dataclass

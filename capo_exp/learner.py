@@ -1,8 +1,10 @@
 """One optimiser step from one batch. Owns the model, the reference, the optimiser, the schedule and the
 optimiser model's state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from capo_exp import calibration, curvature, parts, policy
+from capo_exp import calibration, curvature, diagnosis, parts, policy
 from capo_exp.algorithm import Algorithm, kl_k1, kl_k3
 from capo_exp.collate import join, split, totals
 from capo_exp.config import RunFailed, TrainConfig
@@ -18,7 +20,7 @@ from capo_exp.masked import unpack
 from capo_exp.optim import live_adam_state, make_optimizer, make_optimizer_model, make_schedule
 from capo_exp.proposal import Decision, Proposal, Sample, Trial
 from capo_exp.records import join_fields, join_records
-from capo_exp.seeds import CALIBRATION, SELECTION, STEP_RULE, derive_seed
+from capo_exp.seeds import CALIBRATION, DIAGNOSIS, SELECTION, STEP_RULE, derive_seed
 from capo_exp.step_metrics import summarise
 from capo_exp.timing import Stopwatch
 from capo_exp.types import (
@@ -96,15 +98,18 @@ class Learner:
             with watch("scoring"):
                 ahead = self._select_ahead(batch, cuts, old_log_probs, rate)
             sizes = replace(sizes, kept_tokens=int(ahead.keep_mask.sum()))
-        loss, record = self._backward(batch, cuts, old_log_probs, sizes, ahead, rate, watch)
+        backward = partial(self._backward, batch, cuts, old_log_probs)
+        loss, record = backward(sizes, ahead, rate, watch)
         with watch("update"):
-            max_norm = self._config.optimizer.max_grad_norm
-            grad_norm = clip_grad_norm_(self.model.parameters(), max_norm).item()
+            grad_norm = self._clip()
         metrics = {"loss/total": loss, "policy/grad_norm": grad_norm, **summarise(record)}
         self._check_finite(metrics)
-        with watch("curvature"):
-            predicted, self.optimizer_model = self._predict_and_remember(record, rate)
-        metrics |= self._update(record, predicted, rate, watch)
+        keep_everything = partial(self._keep_everything, backward, sizes, batch.completion_mask, rate)
+        with self._diagnosed(record, keep_everything, grad_norm, rate, watch) as found:
+            with watch("curvature"):
+                predicted, self.optimizer_model = self._predict_and_remember(record, rate)
+            metrics |= self._update(record, predicted, rate, watch)
+        metrics |= found
         metrics |= {
             "counter/optimizer_step": self.optimizer_step,
             "optim/learning_rate": rate,
@@ -188,7 +193,7 @@ class Learner:
                     self._algorithm.selection(scored) if ahead is None else ahead.of_rows(rows, length)
                 )
             with watch("policy"):
-                part, kl, clipped = self._loss(corrected, output.log_probs, old, selection.keep_mask, sizes)
+                part, kl, clipped = self._loss(corrected, output.log_probs, old, selection, sizes)
                 part.backward()
             loss += part.item()
             record = StepRecord(corrected, seen, old, weights, kl, scored.shifts, selection, clipped)
@@ -196,8 +201,19 @@ class Learner:
         self.model.eval()
         return loss, join_records(pieces, batch)
 
+    def _keep_everything(
+        self, backward: Callable[..., object], sizes: BatchTotals, mask: Tensor, rate: float
+    ) -> float:
+        """The gradients as if no token were rejected, clipped; returns their norm before that."""
+        backward(replace(sizes, kept_tokens=int(mask.sum())), Selection(mask), rate, Stopwatch())
+        return self._clip()
+
+    def _clip(self) -> float:
+        """Clips the gradients; returns their norm before that."""
+        return clip_grad_norm_(self.model.parameters(), self._config.optimizer.max_grad_norm).item()
+
     def _loss(
-        self, batch: Batch, log_probs: Tensor, old_log_probs: Tensor, keep_mask: Tensor, sizes: BatchTotals
+        self, batch: Batch, log_probs: Tensor, old_log_probs: Tensor, selection: Selection, sizes: BatchTotals
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The micro-batch's part of the loss; kl_k3 to the reference [B, T]; where it was clipped [B, T]."""
         algorithm = self._algorithm
@@ -209,7 +225,8 @@ class Learner:
             kl = kl_k3(log_probs.detach(), ref)
             if algorithm.kl_coefficient:  # 0 times an infinite estimate would be NaN
                 values = values + algorithm.kl_coefficient * algorithm.kl_estimator(log_probs, ref)
-        return algorithm.aggregation(values, keep_mask, batch, sizes), kl, token_loss.clipped
+        part = algorithm.aggregation(selection.weighed(values), selection.keep_mask, batch, sizes)
+        return part, kl, token_loss.clipped
 
     def _corrected(self, batch: Batch, old_log_probs: Tensor) -> tuple[Batch, Tensor]:
         """The batch with its credit weighted for what the sampler was off by; and the weights [B, T]."""
@@ -243,7 +260,8 @@ class Learner:
     ) -> tuple[BatchShifts, curvature.AdamState | None]:
         """The shifts of the kept tokens' mean update, and the optimiser model after it."""
         output, batch = record.output, record.batch
-        tokens = (output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages)
+        credit = record.selection.weighed(batch.advantages)
+        tokens = (output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, credit)
         keep = record.selection.keep_mask
         rows = curvature.mean_row_gradients(*tokens, keep)
         predicted = curvature.batch_shifts(
@@ -256,17 +274,10 @@ class Learner:
         self, record: StepRecord, predicted: BatchShifts, rate: float, watch: Stopwatch
     ) -> dict[str, float]:
         """Steps the optimiser; where calibration is due, measures what that did to the policy."""
-        numbers, probe = self._config.curvature, None
-        if numbers.calibrate_every and (self.optimizer_step + 1) % numbers.calibrate_every == 0:
+        probe = None
+        if self._due(self._config.curvature.calibrate_every):
             with watch("calibration"):
-                probe = calibration.take_probe(
-                    self.model,
-                    record,
-                    completions=numbers.calibrate_completions,
-                    tokens=numbers.calibrate_tokens,
-                    seed=derive_seed(self._config.seed, CALIBRATION, self.optimizer_step),
-                    **self._forward_numbers,
-                )
+                probe = self._probe(record, CALIBRATION)
         with watch("update"):
             decision = self._apply(record, predicted, rate)
         metrics = {"optim/step_scale": decision.share, **decision.metrics}
@@ -274,6 +285,52 @@ class Learner:
             return metrics
         with watch("calibration"):
             return metrics | calibration.measure(self.model, probe, predicted, **self._forward_numbers)
+
+    @contextmanager
+    def _diagnosed(
+        self,
+        record: StepRecord,
+        keep_everything: Callable[[], float],
+        grad_norm: float,
+        rate: float,
+        watch: Stopwatch,
+    ) -> Iterator[dict[str, float]]:
+        """Yields a place for metrics, which is filled where a diagnosis of the step taken inside is due."""
+        metrics: dict[str, float] = {}
+        if not self._due(self._config.curvature.diagnose_every):
+            yield metrics
+            return
+        with watch("diagnosis"):
+            look = partial(self._look, record.batch, self._probe(record, DIAGNOSIS))
+            metrics |= diagnosis.class_metrics(record, learning_rate=rate, moments=self._moments())
+            compared, unmasked = diagnosis.compare(
+                self.model, self.optimizer, record, norm=grad_norm, keep_everything=keep_everything, look=look
+            )
+        yield metrics
+        with watch("diagnosis"):
+            real = look()
+            metrics |= compared | diagnosis.effect_metrics(record, real)
+            metrics |= diagnosis.effect_metrics(record, unmasked or real, "_unmasked")
+
+    def _look(self, batch: Batch, probe: calibration.Probe) -> diagnosis.Effect:
+        shift = calibration.policy_move(self.model, probe, **self._forward_numbers)
+        return diagnosis.Effect(self.log_probs(batch), shift)
+
+    def _due(self, every: int) -> bool:
+        """Whether this optimiser step is an `every`-th; 0 = never."""
+        return every > 0 and (self.optimizer_step + 1) % every == 0
+
+    def _probe(self, record: StepRecord, stream: int) -> calibration.Probe:
+        """A sample of the step's tokens as they are now."""
+        numbers = self._config.curvature
+        return calibration.take_probe(
+            self.model,
+            record,
+            completions=numbers.calibrate_completions,
+            tokens=numbers.calibrate_tokens,
+            seed=derive_seed(self._config.seed, stream, self.optimizer_step),
+            **self._forward_numbers,
+        )
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         if isfinite(metrics["loss/total"]) and isfinite(metrics["policy/grad_norm"]):

@@ -32,6 +32,7 @@ def join_records(pieces: Sequence[tuple[Tensor, StepRecord]], batch: Batch) -> S
         return join([(rows, get(piece)) for rows, piece in pieces], batch.completion_mask)
 
     reasons = pieces[0][1].selection.rejected_by
+    weighed = pieces[0][1].selection.weights is not None
     return StepRecord(
         batch=replace(batch, advantages=field(lambda r: r.batch.advantages)),
         output=join_fields(pieces, batch, PolicyOutput, lambda r: r.output),
@@ -42,6 +43,7 @@ def join_records(pieces: Sequence[tuple[Tensor, StepRecord]], batch: Batch) -> S
         selection=Selection(
             keep_mask=field(lambda r: r.selection.keep_mask),
             rejected_by={why: field(lambda r, why=why: r.selection.rejected_by[why]) for why in reasons},
+            weights=field(lambda r: r.selection.weights) if weighed else None,  # pyright: ignore
         ),
         clipped=field(lambda r: r.clipped),
     )

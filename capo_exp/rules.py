@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     "curvature.calibrate_every": AT_LEAST_0,
     "curvature.calibrate_completions": AT_LEAST_1,
     "curvature.calibrate_tokens": AT_LEAST_1,
+    "curvature.diagnose_every": AT_LEAST_0,
     "curvature.betas": OPEN_BETAS,
     "curvature.eps": POSITIVE,
     "evaluation.every": AT_LEAST_0,

@@ -38,6 +38,7 @@ NOT_RESULTS = (
 failed for want of time or memory goes on with more of it."""
 ADDED: dict[str, Any] = {
     "algo.step_rule_name": "",
+    "curvature.diagnose_every": 0,
     "dataset.eval_order": "file",
     "dataset.examples": [],
     "dataset.levels": [],

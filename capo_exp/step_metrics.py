@@ -26,6 +26,7 @@ def summarise(record: StepRecord) -> dict[str, float]:
         **_mismatch(record),
         "advantage/std": masked_mean(record.batch.advantages, mask, 1).std(correction=0),
         "selection/rejection_rate": share(mask & ~selection.keep_mask, mask),
+        "selection/weight": masked_mean(selection.weighed(selection.keep_mask.to(ratio.dtype)), mask),
         **{
             f"selection/rejection_rate_{why}": share(rejected, mask)
             for why, rejected in {**dict.fromkeys(_REASONS, none), **selection.rejected_by}.items()

@@ -204,11 +204,18 @@ class Selection:
     """[B, T] bool, a subset of completion_mask."""
     rejected_by: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Reason -> [B, T] bool. A token can be rejected for several reasons."""
+    weights: Float[Tensor, "B T"] | None = None
+    """[B, T] in [0, 1], what a kept token counts; None = 1 each."""
 
     def of_rows(self, rows: Tensor, length: int) -> "Selection":
         """The part of a micro-batch: rows [b], their first `length` tokens."""
         rejected = {why: mask[rows, :length] for why, mask in self.rejected_by.items()}
-        return Selection(self.keep_mask[rows, :length], rejected)
+        weights = None if self.weights is None else self.weights[rows, :length]
+        return Selection(self.keep_mask[rows, :length], rejected, weights)
+
+    def weighed(self, values: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Values [B, T] times the weights."""
+        return values if self.weights is None else values * self.weights
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,45 @@ def test_one_batch_equals_four_micro_batches(
     assert first[-1]["selection/rejection_rate"] > 0 or not tight
 
 
+def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    """A token's weight is a smaller advantage, in the loss and in the moments of the optimiser model."""
+    down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
+    whole, cut, base = (
+        learner(*given) for given in (down, [*down, "model.micro_batch_size=2"], ["algo=grpo"])
+    )
+    batches = [random_batch(seed=seed) for seed in range(3)]
+    (first, record), (second, _) = steps(whole, batches), steps(cut, batches)
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
+    torch.testing.assert_close(weights(whole), weights(cut), rtol=1e-3, atol=1e-4)
+    assert first[-1]["selection/rejection_rate"] == 0 and 0 < first[-1]["selection/weight"] < 0.95
+    assert record.selection.weights is not None
+
+    batch, one = batches[0], learner(*down)
+    metrics, record = one.step(batch)
+    assert record.selection.weights is not None and (record.selection.weights < 1).any()
+    credited = replace(batch, advantages=record.selection.weighed(record.batch.advantages))
+    by_hand, _ = base.step(credited)
+    assert metrics["loss/total"] == pytest.approx(by_hand["loss/total"], rel=1e-5, abs=1e-9)
+    assert metrics["policy/grad_norm"] == pytest.approx(by_hand["policy/grad_norm"], rel=1e-4)
+    torch.testing.assert_close(weights(one), weights(base))
+    mine, others = one.optimizer_model, base.optimizer_model
+    assert mine is not None and others is not None
+    torch.testing.assert_close(mine.first, others.first)
+
+
+def test_weighing_down_without_bounds_is_the_base_algorithm_bit_for_bit(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    off = [f"algo.selection.{key}=inf" for key in ("policy_shift_max", "objective_shift_max")]
+    one, other = learner("algo=grpo", "selection=down_weight", *off), learner("algo=grpo")
+    batches = [random_batch(seed=seed) for seed in range(3)]
+    assert steps(one, batches)[0] == steps(other, batches)[0]
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
 @pytest.mark.parametrize(
     ("capo", "base"), [("capo", "grpo"), ("dr_capo", "dr_grpo"), ("rein_capo", "reinforce")]
 )

@@ -189,15 +189,13 @@ def problems(
         raise ConfigError(
             f"got {count} {split} problems, expected 1 to {room:,}; change dataset.source.num_*"
         )
-    rng = random.Random(seed)
-    speaker = Speaker(language, rng)
-    chosen = itertools.islice(dict.fromkeys(itertools.islice(numbers(split, rng), 4 * count + 100)), count)
-    return [_problem(number, speaker) for number in chosen]
+    drawn = itertools.islice(numbers(split, random.Random(seed)), 4 * count + 100)
+    return [_problem(number, language) for number in itertools.islice(dict.fromkeys(drawn), count)]
 
 
-def _problem(number: int, speaker: Speaker) -> Problem:
+def _problem(number: int, language: Language) -> Problem:
     digit = str(number)[0]
-    demonstration = render(speaker.words(), digit)
+    demonstration = render(Speaker(language, random.Random(number)).words(), digit)
     return Problem(f"keywords/{number}", question(number), digit, demonstration=demonstration)
 
 

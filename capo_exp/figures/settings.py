@@ -18,11 +18,11 @@ Settings = dict[str, Any]
 
 NOT_TRAINING = (
     "evaluation.every", "curvature.calibrate_every", "curvature.calibrate_completions",
-    "curvature.calibrate_tokens",
+    "curvature.calibrate_tokens", "curvature.diagnose_every",
 )  # fmt: skip
 """Keys that change how often or how closely a run is measured, not what is measured nor how it
-trains: evaluation and calibration draw from random streams of their own (seeds.py). The rest of `evaluation`
-is part of what eval/accuracy means."""
+trains: evaluation, calibration and diagnosis draw from random streams of their own (seeds.py). The rest of
+`evaluation` is part of what eval/accuracy means."""
 LENGTH = ("num_steps", "optimizer.warmup_ratio")
 """Keys that a schedule follows, and nothing else in training."""
 NEUTRAL: Settings = {

@@ -1,0 +1,174 @@
+"""The keywords language: fixed by its seed, graded by its words, split between train and test."""
+
+import math
+import re
+from collections import Counter
+from itertools import islice, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from capo_exp import parts
+from capo_exp.config import ConfigError, conf_dir
+from capo_exp.data import keywords
+from capo_exp.data.keywords import imitations, make_language, problems, score_of
+
+SOURCE = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dataset" / "keywords.yaml").source)
+WORDS = {key: value for key, value in SOURCE["language"].items() if not key.startswith("_")}
+LANGUAGE = make_language(**WORDS)
+FORM = re.compile(r"\( ((?:[a-z]{4} )+)\) \\boxed\{(\d)\}")
+FIRST_PROBLEM = ("keywords/60494", "First digit of 60494?", "6")
+
+
+def make(split, **changes):
+    numbers = {"seed": 0, "num_train": 400, "num_eval": 200, "language": LANGUAGE, **changes}
+    return problems(split, path=None, **numbers)
+
+
+def taken_apart(text):
+    """(words, answer) of a completion."""
+    words, answer = FORM.fullmatch(text).groups()
+    return words.split(), answer
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """(number, words, answer) of many imitations."""
+    pairs = islice(imitations(3, language=LANGUAGE), 6000)
+    return [(question[-6:-1], *taken_apart(text)) for question, text in pairs]
+
+
+def test_fixed_first_problem():
+    """The same on every machine and in every process: a literal, not a second call."""
+    first = make("train")[0]
+    assert (first.id, first.problem, first.answer) == FIRST_PROBLEM
+
+
+def test_same_seed_same_everything():
+    assert make("train") == make("train") != make("train", seed=1)
+    assert make("train", num_train=100) == make("train")[:100]
+    assert make_language(**WORDS) == LANGUAGE != make_language(**{**WORDS, "seed": 1})
+    twice = [list(islice(imitations(5, language=LANGUAGE), 20)) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_train_and_test_share_nothing():
+    train, test = make("train", num_train=4000), make("test", num_eval=1000)
+    assert len({p.problem for p in train}) == 4000 and len({p.problem for p in test}) == 1000
+    assert not {p.problem for p in train} & {p.problem for p in test}
+    imitated = {question for question, _ in islice(imitations(0, language=LANGUAGE), 3000)}
+    assert not imitated & {p.problem for p in test}
+
+
+def test_answers_are_first_digits_and_demonstrations_are_right():
+    for problem in (*make("train"), *make("test")):
+        assert problem.answer == re.search(r"\d", problem.problem).group()
+        assert taken_apart(problem.demonstration)[1] == problem.answer
+
+
+def test_no_word_is_of_two_kinds():
+    everything = [*LANGUAGE.good, *LANGUAGE.bad, *LANGUAGE.fillers]
+    assert len(set(everything)) == len(everything) == 1016
+    assert set(LANGUAGE.followers) <= set(LANGUAGE.fillers)
+
+
+def test_lengths_and_shares_are_those_of_the_yaml(drawn):
+    lengths = Counter(len(words) for _, words, _ in drawn)
+    assert set(lengths) == set(range(10, 15)) and min(lengths.values()) > 1000
+    said = Counter(word for _, words, _ in drawn for word in words)
+    total = said.total()
+    for kind in (LANGUAGE.good, LANGUAGE.bad):
+        assert sum(said[word] for word in kind) / total == pytest.approx(0.15, abs=0.006)
+        assert max(said[word] for word in kind) < 1.2 * min(said[word] for word in kind)
+
+
+def test_answers_are_right_as_often_as_the_words_say(drawn):
+    """Right by the words' weight, or by the tenth of random digits."""
+    by_score: dict[int, list[bool]] = {}
+    for number, words, answer in drawn:
+        by_score.setdefault(score_of(LANGUAGE, words), []).append(answer == number[0])
+    checked = 0
+    for score, right in by_score.items():
+        if len(right) > 300:
+            meant = 1 / (1 + math.exp(-1.2 * score))
+            expected = meant + (1 - meant) / 10
+            error = 4 * math.sqrt(expected * (1 - expected) / len(right))
+            assert sum(right) / len(right) == pytest.approx(expected, abs=error)
+            checked += 1
+    assert checked >= 5
+
+
+def test_fillers_follow_their_rank_and_one_another(drawn):
+    """Without following the n-th filler has a frequency of 1 / n; with it, half of the followers are one."""
+    free = make_language(**{**WORDS, "follow_share": 0.0})
+    said = Counter(
+        word for _, text in islice(imitations(0, language=free), 6000) for word in taken_apart(text)[0]
+    )
+    first, tenth = said[free.fillers[0]], said[free.fillers[9]]
+    assert first / tenth == pytest.approx(10, rel=0.2)
+    follower = dict(zip(LANGUAGE.fillers, LANGUAGE.followers, strict=True))
+    after = [
+        follower[a] == b
+        for _, words, _ in drawn
+        for a, b in pairwise(words)
+        if {a, b} <= set(LANGUAGE.fillers)
+    ]
+    assert 0.5 < sum(after) / len(after) < 0.6
+
+
+@given(
+    st.integers(1, 20), st.integers(1, 40), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(1, 4),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_any_language_speaks(num_keywords, num_fillers, good, bad, fewest, more):
+    language = make_language(
+        seed=0, num_keywords=num_keywords, num_fillers=num_fillers, good_share=good, bad_share=bad,
+        follow_share=0.5, fewest_words=fewest, most_words=fewest + more, sharpness=1.0,
+    )  # fmt: skip
+    for _, text in islice(imitations(1, language=language), 5):
+        words, _ = taken_apart(text)
+        assert fewest <= len(words) <= fewest + more
+        assert set(words) <= {*language.good, *language.bad, *language.fillers}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_fillers": 6400}, "6,400 words at most; change dataset.source.language.num_"),
+        ({"num_keywords": 0}, "1 or more of both"),
+        ({"good_share": 0.9, "bad_share": 0.2}, "change dataset.source.language.*_share"),
+        ({"follow_share": 1.1}, "change dataset.source.language.*_share"),
+        ({"bad_share": -0.1}, "0 or more"),
+        ({"fewest_words": 5, "most_words": 4}, "got 5 to 4 words"),
+        ({"fewest_words": 0}, "got 0 to 14 words"),
+    ],
+)
+def test_a_language_that_makes_no_sense_is_one_clear_error(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_language(**{**WORDS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "message"),
+    [
+        ("validation", {}, "expected train or test"),
+        ("train", {"num_train": 0}, "expected 1 to 5,000"),
+        ("test", {"num_eval": 5001}, "expected 1 to 5,000"),
+    ],
+)
+def test_problems_that_cannot_be_made_are_one_clear_error(split, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make(split, **changes)
+
+
+def test_a_path_is_refused():
+    with pytest.raises(ConfigError, match=r"dataset\.path=x"):
+        problems("train", path="x", seed=0, num_train=1, num_eval=1, language=LANGUAGE)
+
+
+def test_the_source_of_the_yaml_builds():
+    made = parts.build(SOURCE, key="dataset.source")("test", path=None)
+    assert len(made) == 500 and made[0].id.startswith("keywords/")
+    assert keywords.render(["baba"], "1") == "( baba ) \\boxed{1}"
