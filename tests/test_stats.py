@@ -369,6 +369,7 @@ def test_a_collapse_at_a_known_step() -> None:
     assert found.collapsed_share.value == 0.5
     expected = scipy_stats.binomtest(1, 2).proportion_ci(0.95, method="wilson")
     assert (found.collapsed_share.low, found.collapsed_share.high) == (expected.low, expected.high)
+    assert found.kept_share == found.collapsed_share  # one of two again
     assert found.peak.value == pytest.approx(0.59) and found.final.value == pytest.approx((0.3 + 0.59) / 2)
     assert found.worst_after_peak.value == pytest.approx((0.2 + 0.59) / 2)
 
@@ -392,6 +393,12 @@ def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
     assert found.collapsed_share.value == (collapse is not None)
     assert np.isnan(found.final.low) and found.final.value == curve[-1]
     assert found.worst_after_peak.value == min(curve[curve.index(max(curve)) :])
+
+
+@pytest.mark.parametrize(("final", "kept"), [(0.73, True), (0.71, False), (0.8, True), (0.2, False)])
+def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final: float, kept: bool) -> None:
+    assert stability(of([[0.4, 0.8, 0.1, final]]), start=0.4).kept_share.value == kept
+    assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept_share.value == 1
 
 
 def test_a_run_that_never_is_as_good_as_before_training_has_collapsed_from_its_first_row_on() -> None:

@@ -20,7 +20,7 @@ CHOICES = {
     "x_end": ("methods", "all"),
     "reference": ("none", "end", "max"),
     "unit": ("number", "percent", "seconds", "completions"),
-    "measure": ("final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "first_collapse"),
+    "measure": ("final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse"),
 }
 """What the words of a panel can be."""
 

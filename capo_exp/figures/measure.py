@@ -13,7 +13,10 @@ from capo_exp.figures.stats import Band, Estimate
 from capo_exp.figures.study import Series, Study, band, end, estimate, series_of, start_of
 
 NAN = float("nan")
-STABILITY = {"worst": "worst_after_peak", "peak": "peak", "auc": "auc", "collapsed": "collapsed_share"}
+STABILITY = {
+    "worst": "worst_after_peak", "peak": "peak", "auc": "auc", "collapsed": "collapsed_share",
+    "kept": "kept_share",
+}  # fmt: skip
 """Word of a panel -> field of stats.Stability."""
 
 

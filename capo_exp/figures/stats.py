@@ -23,6 +23,8 @@ NOISE_DROP = 8.0
 """Standard deviations of its smoothed curve that a seed loses more than, if it collapsed; see `stability`."""
 FEW = 20
 """Values below which a curve's noise cannot be told from its shape."""
+KEPT = 0.9
+"""Share of its peak's accuracy that a seed ends with, or more, if it has kept it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Stability:
     seeds: int
     collapsed_share: Estimate
     """Interval: Wilson's for a share."""
+    kept_share: Estimate
+    """Of seeds that end with KEPT of their peak; likewise."""
     collapses: tuple[float | None, ...]
     """x of each seed's collapse; None if it did not."""
     first_collapse: float | None
@@ -175,11 +179,12 @@ def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
     fates = [_fate(band.x[there], y[there], start, band.alpha) for there, y in seeds if there.any()]
     collapses = [fate.collapse for fate in fates]
     when = [x for x in collapses if x is not None]
-    wilson = stats.binomtest(len(when), len(fates)).proportion_ci(LEVEL, method="wilson")
+    kept = [fate.final >= KEPT * fate.peak for fate in fates]
     over = partial(_estimate, statistic=band.statistic, kind=kind)
     return Stability(
         seeds=len(fates),
-        collapsed_share=Estimate(len(when) / len(fates), float(wilson.low), float(wilson.high)),
+        collapsed_share=_share(len(when), len(fates)),
+        kept_share=_share(sum(kept), len(fates)),
         collapses=tuple(collapses),
         first_collapse=float(np.median(when)) if when else None,
         final=over([fate.final for fate in fates]),
@@ -212,6 +217,11 @@ def _fate(x: Array, y: Array, start: float, alpha: float) -> _Fate:
         auc=float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0]),
         collapse=float(x[after][fallen.argmax()]) if fallen.any() else None,
     )
+
+
+def _share(count: int, seeds: int) -> Estimate:
+    wilson = stats.binomtest(count, seeds).proportion_ci(LEVEL, method="wilson")
+    return Estimate(count / seeds, float(wilson.low), float(wilson.high))
 
 
 def _estimate(of_seeds: Sequence[float], statistic: Statistic, kind: Interval) -> Estimate:
