@@ -451,3 +451,24 @@ def test_every_figure_says_what_it_is() -> None:
     assert all(len(spec.summary) > 20 and spec.title for spec in specs)
     aliases = [alias for spec in specs for alias in spec.alias]
     assert len({*aliases, *figure_names()}) == len(aliases) + len(specs)
+
+
+def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -> None:
+    """Constant curves, so that areas are their heights; seed 2 of the method has no partner."""
+    slow, fast = "grpo_aggressive regime.learning_rate=1e-5", "grpo_aggressive regime.learning_rate=2e-4"
+    heights = {slow: (0.5, 0.5), fast: (0.6, 0.7), "capo": (0.65, 0.72, 0.1), "grpo_conservative": (0.9, 0.9)}
+    for job, of_seeds in heights.items():
+        for seed in range(len(of_seeds)):
+            write_run(tmp_path, job, seed, steps=6, accuracy=lambda _, s, of_seeds=of_seeds: of_seeds[s])
+    study = study_in(tmp_path)
+    picture = compose(read_figure("criterion"), study)
+    (column,) = [c for c in picture.panels[-1].columns if "Lead" in c.heading]
+    found = dict(column.cells)
+    assert found["CAPO (A)"].value == pytest.approx((0.05 + 0.02) / 2)
+    assert found["GRPO"].value == pytest.approx((0.3 + 0.2) / 2)  # conservative: no rival
+    assert sorted(cell for cell in found.values() if isinstance(cell, str)) == ["the best rival"]
+
+
+def test_without_plain_runs_there_is_no_lead(tmp_path: Path) -> None:
+    picture = compose(read_figure("criterion"), study_in(write_study(tmp_path, ["capo"], steps=3)))
+    assert set(picture.panels[-1].columns[0].cells.values()) == {"no rival"}

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from capo_exp.figures.bands import Band
 from capo_exp.figures.intervals import RESAMPLES, Interval, Statistic
 from capo_exp.figures.load import Array, Run
-from capo_exp.figures.stats import band, centre, ema, interval, noise, sample_efficiency, stability
+from capo_exp.figures.stats import areas, band, centre, ema, interval, noise, sample_efficiency, stability
 
 X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"
 KINDS: tuple[Interval, ...] = ("bootstrap", "t", "sem")
@@ -444,3 +444,8 @@ def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha: float) -> Non
     assert share(np.r_[np.linspace(0.45, 0.65, 40), np.full(60, 0.65)]) < 0.02
     lost = np.r_[np.linspace(0.45, 0.65, 40), np.linspace(0.65, 0.45, 10), np.full(50, 0.45)]
     assert share(lost) > 0.95
+
+
+def test_areas_are_mean_heights_of_each_seeds_own_length() -> None:
+    found = areas(of([[0.0, 1.0, 1.0], [0.2, 0.4, np.nan], [np.nan, 0.3, np.nan]]))
+    assert found == pytest.approx([0.75, 0.3, 0.3])

@@ -20,8 +20,10 @@ CHOICES = {
     "x_end": ("methods", "all"),
     "reference": ("none", "end", "max"),
     "unit": ("number", "percent", "seconds", "completions"),
-    "measure": ("final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse"),
-}
+    "measure": (
+        "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead",
+    ),
+}  # fmt: skip
 """What the words of a panel can be."""
 
 Conditions = list[dict[str, Any]]
@@ -46,6 +48,7 @@ class PanelSpec:
     efficiency: bool = MISSING  # mark where curves reach that line, and the sample-efficiency factor
     levels: dict[str, float] = field(default_factory=dict)  # label -> y of a further line
     measure: str = MISSING  # bars, heat: the number that stands for a curve
+    rivals: Conditions = field(default_factory=list)  # lead: the curves whose best one is compared with
     summary: list[str] = field(default_factory=list)  # columns of the table: final | mean | max | min
     unit: str = MISSING
     y_label: str = MISSING

@@ -9,6 +9,7 @@ from capo_exp.figures import stats
 from capo_exp.figures.catalogue import PanelSpec, defaults
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.load import Array
+from capo_exp.figures.matching import meets
 from capo_exp.figures.stats import Band, Estimate
 from capo_exp.figures.study import Series, Study, band, end, estimate, series_of, start_of
 
@@ -209,9 +210,36 @@ def one_number(spec: PanelSpec, study: Study, curve: Curve, found: Band) -> Esti
     """The panel's measure of a curve."""
     if spec.measure in ("final", "mean", "max", "min"):
         return reduced(study, found, spec.measure)
+    if spec.measure == "lead":
+        return lead(spec, study, curve)
     start = start_of(study, curve, spec)
     first = float(found.centre[np.isfinite(found.centre)][0])
     stable = stats.stability(found, start=first if start is None else start, kind=study.interval)
     if spec.measure == "first_collapse":
         return "none" if stable.first_collapse is None else Estimate(stable.first_collapse, NAN, NAN)
     return getattr(stable, STABILITY[spec.measure])
+
+
+def lead(spec: PanelSpec, study: Study, curve: Curve) -> Estimate | str:
+    """Area under a curve less that of the best of its rivals, over the seeds that both have."""
+    rivals = [one for one in study.curves if any(meets(one.runs[0], wanted) for wanted in spec.rivals)]
+    areas = [(one, seeds) for one in rivals if (seeds := areas_of_seeds(spec, study, one))]
+    if not areas:
+        return "no rival"
+    best, theirs = max(areas, key=lambda pair: float(np.mean(list(pair[1].values()))))
+    if best.runs[0].path == curve.runs[0].path:
+        return "the best rival"
+    own = areas_of_seeds(spec, study, curve)
+    shared = sorted(own.keys() & theirs.keys())
+    if not shared:
+        return "no seed in common"
+    return estimate(study, np.array([own[seed] - theirs[seed] for seed in shared]))
+
+
+def areas_of_seeds(spec: PanelSpec, study: Study, curve: Curve) -> dict[int, float]:
+    """Area under the curve of each seed; empty if not all runs have the metric."""
+    found = band(study, curve, spec)
+    if found is None or found.seeds < len(curve.runs):
+        return {}
+    areas = stats.areas(found)
+    return {run.setting("seed"): float(area) for run, area in zip(curve.runs, areas, strict=True)}

@@ -214,9 +214,19 @@ def _fate(x: Array, y: Array, start: float, alpha: float) -> _Fate:
         final=float(y[-1]),
         worst=float(y[after].min()),
         peak=float(y[top]),
-        auc=float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0]),
+        auc=_area(x, y),
         collapse=float(x[after][fallen.argmax()]) if fallen.any() else None,
     )
+
+
+def areas(band: Band) -> Array:
+    """Mean height of each seed's curve, [s]: the area under it over its length."""
+    there = np.isfinite(band.values)
+    return np.array([_area(band.x[own], y[own]) for own, y in zip(there, band.values, strict=True)])
+
+
+def _area(x: Array, y: Array) -> float:
+    return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
 
 
 def _share(count: int, seeds: int) -> Estimate:
