@@ -1,5 +1,6 @@
 """Made problems: always right, never shared between splits, the same everywhere."""
 
+import itertools
 import operator
 import random
 import re
@@ -43,6 +44,23 @@ def calculations(text):
     """(operation, left, right, result) of each written step."""
     found = re.findall(r"(-?\d+)(//|[-+*/])(-?\d+)=(-?\d+)", text)
     return [(op, int(a), int(b), int(c)) for a, op, b, c in found]
+
+
+def test_imitations_box_the_share_that_is_asked_for():
+    numbers = {"slip_rate": 0.0, "families": NUMBERS["families"]}
+
+    def some(share, count=400):
+        drawn = list(itertools.islice(arithmetic.imitations(3, boxed_share=share, **numbers), count))
+        assert all(text.strip() and question.strip() for question, text in drawn)
+        return drawn
+
+    assert all("\\boxed{" in text for _, text in some(1.0))
+    plain = [text for _, text in some(0.0)]
+    assert not any("boxed" in text for text in plain)
+    assert all(re.search(r" -?\d+\.$", text) for text in plain)
+    assert 0.3 < sum("\\boxed{" in text for _, text in some(0.4)) / 400 < 0.5
+    [boxed], [bare] = some(1.0, 1), some(0.0, 1)
+    assert bare == (boxed[0], boxed[1].replace("\\boxed{", "").replace("}", "."))
 
 
 def test_same_seed_same_problems(train):

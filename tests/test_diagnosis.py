@@ -321,6 +321,21 @@ def test_if_nothing_is_rejected_there_is_no_second_step(
         assert values[f"log_prob_change/{name}"] == values[f"log_prob_change_unmasked/{name}"] != 0.0
 
 
+def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
+    learner: Make, random_batch: Callable[..., Batch]
+) -> None:
+    """The step with every token kept is that of the algorithm without a selection."""
+    down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
+    ours, plain = learner(*down), learner("algo=grpo")
+    metrics, whole = (one.step(random_batch())[0] for one in (ours, plain))
+    assert metrics["selection/rejection_rate"] == 0 and metrics["selection/weight"] < 1
+    assert metrics["diagnosis/gradient/cosine"] < 0.9999 and metrics["diagnosis/gradient/norm_ratio"] < 0.99
+    assert metrics["diagnosis/policy_shift_unmasked"] == pytest.approx(
+        whole["diagnosis/policy_shift"], rel=1e-3
+    )
+    assert metrics["diagnosis/gain_unmasked"] == pytest.approx(whole["diagnosis/gain"], rel=1e-3)
+
+
 def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
     learner: Make, random_batch: Callable[..., Batch]
 ) -> None:
