@@ -22,15 +22,22 @@ def build(part: Mapping[str, Any], *, key: str, runtime: Collection[str] = ()) -
         runtime: parameters that the caller passes later; the YAML must not set them.
 
     Raises:
-        ConfigError: for a target outside this package or absent, an unknown parameter, or a missing number.
+        ConfigError: for a target outside this package or absent, an unknown parameter, or a missing number;
+            and those that the target, or a part inside it, raises.
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate  # 0.1 s that `--help` does not need
 
     parameters = check_names(part, key=key, runtime=runtime)
     missing = [p.name for p in parameters.values() if _is_number(p) and p.name not in {*part, *runtime}]
     if missing:
         raise ConfigError(f"{key}.{missing[0]}: no value; {part['_target_']} needs a number here")
-    return instantiate(dict(part), _convert_="all")
+    try:
+        return instantiate(dict(part), _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
 
 
 def check_parts(config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ conf/warm_start.
 """
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -34,6 +35,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from capo_exp import parts
 from capo_exp.config import ConfigError, conf_dir
+from capo_exp.job import report as report_error
 from capo_exp.types import Problem
 
 Numbers = dict[str, Any]
@@ -209,8 +211,15 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
-    """Makes the model of the configuration and says how good it is."""
-    chosen: Numbers = OmegaConf.to_container(cfg, resolve=True)
+    """Makes the model of the configuration; a mistake in it is one line and exit status 2."""
+    try:
+        make(OmegaConf.to_container(cfg, resolve=True))
+    except ConfigError as error:
+        sys.exit(report_error(error))
+
+
+def make(chosen: Numbers) -> None:
+    """Tokenizer, warm start, files, and how good the model is."""
     numbers, template, output = chosen["warm_start"], chosen["dataset"]["template"], Path(chosen["output"])
     torch.set_num_threads(numbers["threads"])
     torch.manual_seed(numbers["seed"])

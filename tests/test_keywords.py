@@ -164,6 +164,13 @@ def test_problems_that_cannot_be_made_are_one_clear_error(split, changes, messag
         make(split, **changes)
 
 
+def test_a_mistake_inside_the_yaml_is_the_same_error():
+    """Not Hydra's, which would be a traceback."""
+    wrong = {**SOURCE, "language": {**SOURCE["language"], "num_fillers": 7000}}
+    with pytest.raises(ConfigError, match=r"^got 8 keywords of each kind and 7000 fillers"):
+        parts.build(wrong, key="dataset.source")
+
+
 def test_a_path_is_refused():
     with pytest.raises(ConfigError, match=r"dataset\.path=x"):
         problems("train", path="x", seed=0, num_train=1, num_eval=1, language=LANGUAGE)

@@ -75,6 +75,16 @@ def test_a_vocabulary_that_the_corpus_does_not_fill_is_one_clear_error():
         pretrain.train_tokenizer(iter(["a b c"]), 5000)
 
 
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path):
+    root, made = Path(__file__).parents[1], tmp_path / "model"
+    given = ["warm_start=keywords", f"output={made}", "dataset.source.language.num_fillers=7000"]
+    command = [sys.executable, root / "scripts" / "pretrain.py", *given]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert found.returncode == 2 and not made.exists()
+    (line,) = found.stderr.splitlines()
+    assert line.endswith("6,400 words at most; change dataset.source.language.num_*")
+
+
 def test_the_script_makes_a_model_that_trains(tmp_path):
     """As a user does, with two steps instead of 900; then one step of the main command with what it made."""
     root, made = Path(__file__).parents[1], tmp_path / "model"
