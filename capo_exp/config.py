@@ -241,6 +241,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = MISSING
     sweep: SweepConfig = MISSING
     num_steps: int = MISSING  # rollout steps
+    stop_after_unrewarded: int = (
+        MISSING  # rollout steps in a row without a reward that end a run; 0 = none do
+    )
     seed: int = MISSING
     device: str = MISSING  # auto | cpu | cuda | cuda:1 ...
     experiment_name: str = MISSING  # folder under output_dir

@@ -266,7 +266,7 @@ def round_trip(
     if config.algo.needs_reference:
         reference = policy.load_model(config.model, model.device).requires_grad_(False)
     rewards = torch.tensor([[1.0, 0.0]] * len(completions))  # made up: equal ones would teach nothing
-    sample, pad = Sample(completions, rewards, 0, 0, 0, {}), inputs.tokenizer.pad_token_id
+    sample, pad = Sample(completions, rewards, True, 0, 0, 0, {}), inputs.tokenizer.pad_token_id
     assert isinstance(pad, int)
 
     def learner() -> Learner:

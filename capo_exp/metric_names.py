@@ -13,6 +13,7 @@ METRICS: dict[str, str] = {
     "counter/prompts": "Prompts drawn for training, those of filtered groups too.",
     "counter/completions": "Completions sampled for training; the x axis of every figure.",
     "counter/generated_tokens": "Tokens sampled for training.",
+    "counter/unrewarded_steps": "Rollout steps in a row, up to this one, without any reward.",
     "counter/reference_resets": "How often the reference has become the policy.",
     # reward: what the verifier said about this step's completions, and how often it could not say
     "reward/accuracy": "Share of completions whose answer is right; correctness alone, whatever is rewarded.",
@@ -153,6 +154,8 @@ FAMILIES: dict[str, str] = {
 STEP = "counter/rollout_step"
 COMPLETIONS = "counter/completions"
 GENERATED_TOKENS = "counter/generated_tokens"
+UNREWARDED_STEPS = "counter/unrewarded_steps"
+TRAIN_REWARD = "reward/mean"
 TRAIN_ACCURACY = "reward/accuracy"
 EVAL_ACCURACY = "eval/accuracy"
 POLICY_SHIFT = "curvature/token/policy_shift/"

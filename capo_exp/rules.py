@@ -35,6 +35,7 @@ def one_of(*choices: str) -> Rule:
 
 RULES: dict[str, Rule] = {
     "num_steps": AT_LEAST_1,
+    "stop_after_unrewarded": AT_LEAST_0,
     "seed": (lambda v: 0 <= v < 2**32, "an integer in [0, 2**32)"),
     "device": DEVICE,
     "experiment_name": FOLDER,

@@ -31,6 +31,7 @@ ENGINE_RUNS_SO = (
 )  # fmt: skip
 NOT_RESULTS = (
     "output_dir", "overwrite", "plan_only", "logger", "sweep", "checkpoint", "experiment_name",
+    "stop_after_unrewarded",
     "rollout.server_url", "dataset.prompt_style",
     *(f"rollout.engine.{name}" for name in ENGINE_RUNS_SO),
 )  # fmt: skip

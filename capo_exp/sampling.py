@@ -39,6 +39,8 @@ class Sample:
     groups: list[RolloutGroup]
     rewards: Tensor
     """[P, G] total: the verifier's and the terms'."""
+    rewarded: bool
+    """Whether any completion, one of a filtered group too, has a reward other than 0."""
     prompts: int
     """Prompts drawn from the data."""
     completions: int
@@ -92,7 +94,7 @@ def sample(sampler: Sampler, *, step: int, first: int, weight_version: int, watc
     lengths = [len(completion.token_ids) for group in seen for completion in group.completions]
     metrics = _rollout_metrics(seen, every, grades) | _merge(verdicts)
     metrics |= {"rollout/sampling_rounds": float(len(verdicts)), "rollout/filtered_group_fraction": filtered}
-    return Sample(used, used_rewards, len(seen), len(lengths), sum(lengths), metrics)
+    return Sample(used, used_rewards, bool(every.any()), len(seen), len(lengths), sum(lengths), metrics)
 
 
 def credited(

@@ -82,6 +82,8 @@ class Run:
     prompts: int
     completions: int
     generated_tokens: int
+    unrewarded_steps: int
+    """In a row, up to the last one."""
 
     def counters(self) -> dict[str, int]:
         return {
@@ -90,6 +92,7 @@ class Run:
             "counter/prompts": self.prompts,
             "counter/completions": self.completions,
             "counter/generated_tokens": self.generated_tokens,
+            "counter/unrewarded_steps": self.unrewarded_steps,
             "counter/reference_resets": self.learner.reference_resets,
         }
 
@@ -194,6 +197,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
         prompts=counters.get("counter/prompts", 0),
         completions=counters.get("counter/completions", 0),
         generated_tokens=counters.get("counter/generated_tokens", 0),
+        unrewarded_steps=counters.get("counter/unrewarded_steps", 0),
     )
 
 
@@ -237,9 +241,9 @@ def _steps(session: Run, stopped: threading.Event) -> None:
     config = session.config
     if _evaluation_due(session) and session.logger.evaluated_step < session.step:
         _evaluate(session)  # before the first step, or where the engine failed in one that was due
-    while session.step < config.num_steps:
+    while not _ended(session):
         rollout_step(session)
-        last = session.step == config.num_steps
+        last = _ended(session)
         if _evaluation_due(session):
             _evaluate(session)
         if last or stopped.is_set() or _due(session.step, config.checkpoint.every):
@@ -249,6 +253,17 @@ def _steps(session: Run, stopped: threading.Event) -> None:
                 f"stopped and saved after step {session.step}; the same command goes on from there"
             )
             raise KeyboardInterrupt
+    if session.step < config.num_steps:
+        count = session.unrewarded_steps
+        session.progress.message(
+            f"ended after step {session.step}: {count} steps in a row without any reward"
+        )
+
+
+def _ended(session: Run) -> bool:
+    """After the last step, or with nothing left to learn from, unless a KL to a reference can bring it back."""
+    limit = 0 if session.config.algo.needs_reference else session.config.stop_after_unrewarded
+    return session.step >= session.config.num_steps or 0 < limit <= session.unrewarded_steps
 
 
 def rollout_step(session: Run) -> None:
@@ -297,6 +312,7 @@ def _sample(session: Run, watch: Stopwatch) -> Sample:
     session.prompts += drawn.prompts
     session.completions += drawn.completions
     session.generated_tokens += drawn.tokens
+    session.unrewarded_steps = 0 if drawn.rewarded else session.unrewarded_steps + 1
     return drawn
 
 
@@ -376,8 +392,7 @@ def _completion_rows(
 
 def _evaluation_due(session: Run) -> bool:
     """Before the first step, after every so many, and after the last."""
-    ends = session.step in (0, session.config.num_steps)
-    return ends or _due(session.step, session.config.evaluation.every)
+    return session.step == 0 or _ended(session) or _due(session.step, session.config.evaluation.every)
 
 
 def _due(step: int, every: int) -> bool:

@@ -254,7 +254,7 @@ def some_sample() -> Sample:
     rewards = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     lengths = [[3, 1, 4, 2], [5, 2, 2, 1], [1, 3, 2, 4]]
     groups = groups_of(rewards, lengths)
-    return Sample(groups, torch.tensor(rewards), len(groups), 12, 30, {})
+    return Sample(groups, torch.tensor(rewards), True, len(groups), 12, 30, {})
 
 
 def drawn_batch(ours: Learner) -> tuple[Batch, Tensor, Tensor]:

@@ -81,6 +81,7 @@ def test_one_round_without_a_filter(composed: Compose) -> None:
     assert got.rewards.tolist() == [[float(i % 2 == 0), 0.0] for i in ids(got.groups)]
     assert (got.prompts, got.completions, got.tokens) == (4, 8, 4 * (1 + 2))
     assert {group.weight_version for group in got.groups} == {7}
+    assert got.rewarded
     call = {
         key: engine.calls[0][key] for key in ("group_size", "max_tokens", "temperature", "top_k", "top_p")
     }
@@ -131,7 +132,7 @@ def test_after_the_last_round_a_step_trains_on_what_passed(composed: Compose) ->
 def test_if_nothing_passed_a_step_trains_on_its_last_round(composed: Compose) -> None:
     config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=3")
     got, engine, _ = draw(config, lambda i: False)
-    assert ids(got.groups) == order(config, 12)[8:] == engine.calls[-1]["prompts"]
+    assert ids(got.groups) == order(config, 12)[8:] == engine.calls[-1]["prompts"] and not got.rewarded
     assert not got.rewards.any() and got.rewards.shape == (4, 2)
     assert got.metrics["rollout/filtered_group_fraction"] == 1.0
 
@@ -316,7 +317,7 @@ def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
     )
     engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
     groups = engine.generate(demonstrated("7 8", "9 10 11"), **(NUMBERS | {"group_size": 1}))
-    drawn = Sample(groups, torch.ones(2, 1), 2, 2, 7, {})
+    drawn = Sample(groups, torch.ones(2, 1), True, 2, 2, 7, {})
     ours = make_learner(config, small_model)
     batch, _ = credited(drawn, ours._algorithm, ours, pad_token_id=0)
     exact = -policy.log_probs(

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import torch
 
 from capo_exp import train
 from capo_exp.config import ConfigError, RunFailed, TrainConfig
+from capo_exp.figures.load import load_run, series, to_its_end
 from capo_exp.learner import TrainingDiverged
 from capo_exp.metric_names import check_known
 from capo_exp.rollout import EngineFailed
@@ -174,6 +176,51 @@ def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
     directory = train.run(small())
     assert lines(directory / "eval.jsonl") == unbroken
     assert status(directory) == "finished"
+
+
+def test_a_run_without_any_reward_ends_early(
+    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the engine fails on the way; figures see the steps that were left out."""
+    config = small("algo=grpo", "num_steps=9", "stop_after_unrewarded=3", "dataset.max_completion_tokens=1")
+    calls, draw = [], train.sample
+
+    def fails_once(*args: object, **kwargs: object) -> object:
+        calls.append(len(calls))
+        if calls[-1] == 2:
+            raise EngineFailed("vLLM: its process ended with exit code -9")
+        return draw(*args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    monkeypatch.setattr(train, "sample", fails_once)
+    with pytest.raises(EngineFailed, match="step 2 is saved"):
+        train.run(config)
+    run = load_run(train.run(config))
+    assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
+    assert [row["counter/rollout_step"] for row in run.evaluations] == [0, 2, 3]
+    assert status(run.path) == "finished" and len(calls) == 4
+    assert train.run(config) == run.path and len(calls) == 4
+    whole = to_its_end(run)
+    x, accuracy = series(whole.metrics, "reward/accuracy")
+    assert x.tolist() == [12 * step for step in range(1, 10)] and not accuracy.any()
+    assert [row["counter/completions"] for row in whole.evaluations] == [0, 24, 36, 108]
+    assert to_its_end(whole).metrics == whole.metrics
+    unfinished = replace(run, record={**run.record, "status": "interrupted"})
+    assert to_its_end(unfinished) is unfinished
+
+
+def test_a_reward_starts_the_count_again(
+    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, rewarded = train.sample, iter([False, True, False])
+    monkeypatch.setattr(train, "sample", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded)))
+    run = load_run(train.run(small("algo=grpo", "stop_after_unrewarded=2")))
+    assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 0, 1]
+
+
+def test_a_policy_that_a_penalty_can_bring_back_is_not_given_up(small: Callable[..., TrainConfig]) -> None:
+    hopeless = ("stop_after_unrewarded=1", "dataset.max_completion_tokens=1")
+    run = load_run(train.run(small("algo=grpo_kl", *hopeless)))
+    assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
 
 
 def test_gpu_memory_that_runs_out_names_the_keys(

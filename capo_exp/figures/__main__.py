@@ -17,7 +17,7 @@ from capo_exp.figures.command import Command, as_typed, help_text, parse, smooth
 from capo_exp.figures.compose import Picture, compose
 from capo_exp.figures.curves import curves
 from capo_exp.figures.drawn import Drawn
-from capo_exp.figures.load import find_runs, load_run
+from capo_exp.figures.load import find_runs, load_run, to_its_end
 from capo_exp.figures.stats import Interval, Statistic
 from capo_exp.figures.study import Study
 from capo_exp.run_record import replacing
@@ -89,7 +89,7 @@ def study_of(command: Command, paths: Sequence[Path]) -> Study:
     Raises:
         ConfigError: a file is damaged, or the runs cannot be compared.
     """
-    runs = tuple(load_run(path) for path in paths)
+    runs = tuple(to_its_end(load_run(path)) for path in paths)
     return Study(
         runs=runs,
         curves=tuple(curves(runs, mix=command.mix)),

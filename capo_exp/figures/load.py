@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,35 @@ def load_run(run_dir: Path | str) -> Run:
         metrics=read_jsonl(path / "metrics.jsonl") or _archived(path / "metrics.parquet"),
         evaluations=[*read_jsonl(path / "eval.jsonl"), *_tests(path / "evaluations" / "test.jsonl")],
     )
+
+
+def to_its_end(run: Run) -> Run:
+    """A run that ended early for want of any reward (stop_after_unrewarded), with the steps that it left out.
+
+    They have a reward and an accuracy of 0; its last evaluation stands at the end, too. Other runs stay
+    as they are.
+    """
+    left_out = _left_out(run)
+    if not left_out:
+        return run
+    evaluations = [*run.evaluations, {**run.evaluations[-1], **left_out[-1]}] if run.evaluations else []
+    return replace(run, metrics=[*run.metrics, *left_out], evaluations=evaluations)
+
+
+def _left_out(run: Run) -> list[Row]:
+    if run.record.get("status") != "finished" or not run.metrics:
+        return []
+    last = run.metrics[-1]
+    if not last.get(names.UNREWARDED_STEPS):
+        return []
+    step, completions = int(last[names.STEP]), last[names.COMPLETIONS]
+    batch = run.setting("regime.prompts_per_step") * run.setting("regime.group_size")
+    batch *= last.get("rollout/sampling_rounds", 1)  # as often as it sampled in vain
+    zero = {names.TRAIN_ACCURACY: 0.0, names.TRAIN_REWARD: 0.0}
+    return [
+        {names.STEP: at, names.COMPLETIONS: completions + (at - step) * batch, **zero}
+        for at in range(step + 1, run.setting("num_steps") + 1)
+    ]
 
 
 def _tests(path: Path) -> list[Row]:
