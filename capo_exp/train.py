@@ -261,7 +261,7 @@ def _steps(session: Run, stopped: threading.Event) -> None:
 
 
 def _ended(session: Run) -> bool:
-    """After the last step, or with nothing left to learn from, unless a KL to a reference can bring it back."""
+    """After the last step, or with nothing left to learn from, unless a KL to a reference can change that."""
     limit = 0 if session.config.algo.needs_reference else session.config.stop_after_unrewarded
     return session.step >= session.config.num_steps or 0 < limit <= session.unrewarded_steps
 
