@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -24,6 +25,8 @@ Accuracy = Callable[[int, int], float]
 """Training completions and seed -> accuracy."""
 
 FIGURE_1 = ("grpo_conservative", "grpo_aggressive", "capo", "zero_learning_rate")
+# Garbage of earlier tests may be collected in these: W&B never waits for its process where it was killed.
+NO_WARNINGS = pytest.mark.filterwarnings("error", "ignore:subprocess [0-9]+ is still running:ResourceWarning")
 PAPER = (
     *FIGURE_1, "dr_grpo_aggressive", "reinforce_aggressive", "dr_capo", "rein_capo",
     "capo_sgd", "dr_capo_sgd", "rein_capo_sgd", "capo_policy_bound", "capo_objective_bound",

@@ -501,7 +501,7 @@ def test_weights_that_do_not_arrive(examine: Examine, monkeypatch: Patch) -> Non
         return lambda: None if sent else (sent.append(1), send())[1]
 
     monkeypatch.setattr(vllm, "make_sender", only_once)
-    rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25")
+    rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25", "rollout.engine.enforce_eager=true")
     assert results(rows) == {"FAIL": ["weight transfer"], "not run": ["log-probs"]}
     assert "its weights are not the learner's" in rows["weight transfer"].seen
     assert "rollout.engine.weight_transfer" in rows["weight transfer"].remedy

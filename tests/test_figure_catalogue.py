@@ -23,9 +23,9 @@ from capo_exp.figures.compose import Picture, compose
 from capo_exp.figures.matching import describe, matching, present
 from capo_exp.figures.measure import Level, Panel
 from capo_exp.figures.study import Lacking, Study
-from tests.figure_pieces import FIGURE_1, PAPER, study_in, write_run, write_study
+from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_run, write_study
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = NO_WARNINGS
 
 CLIMBS = {
     "grpo_conservative": lambda x, seed: 0.4 + 2e-6 * x + 0.02 * seed,

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from capo_exp.figures import plots, style
 from capo_exp.figures.load import Run, load_run
 from capo_exp.figures.plots import plot_run, smoothing_window, title, trailing_mean
+from tests.figure_pieces import NO_WARNINGS
 
 CONFIG = {
     "algo": {
@@ -52,7 +53,7 @@ def write_run(path: Path, rows: list[dict[str, Any]], config: dict[str, Any] | N
     return path
 
 
-@pytest.mark.filterwarnings("error")
+@NO_WARNINGS
 @pytest.mark.parametrize("steps", [0, 1, 2, 100])
 def test_a_picture_of_any_length(tmp_path: Path, steps: int) -> None:
     path = plot_run(write_run(tmp_path, [row(step) for step in range(1, steps + 1)], CONFIG))
@@ -61,7 +62,7 @@ def test_a_picture_of_any_length(tmp_path: Path, steps: int) -> None:
     assert (width, height) == (1280, 1376)
 
 
-@pytest.mark.filterwarnings("error")
+@NO_WARNINGS
 def test_a_picture_of_an_old_run_without_most_of_it(tmp_path: Path) -> None:
     short = {"counter/completions": 96, "reward/accuracy": 0.5}
     assert plot_run(write_run(tmp_path, [short, {"counter/rollout_step": 2}])).exists()

@@ -12,13 +12,14 @@ from capo_exp.figures.bands import Band
 from capo_exp.figures.intervals import RESAMPLES, Interval, Statistic
 from capo_exp.figures.load import Array, Run
 from capo_exp.figures.stats import areas, band, centre, ema, interval, noise, sample_efficiency, stability
+from tests.figure_pieces import NO_WARNINGS
 
 X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"
 KINDS: tuple[Interval, ...] = ("bootstrap", "t", "sem")
 STATISTICS: tuple[Statistic, ...] = ("mean", "iqm")
 NAN = float("nan")
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = NO_WARNINGS
 
 
 def run(values: Sequence[float | None], size: float = 10, first: int = 1, **more: list[Any]) -> Run:

@@ -246,14 +246,7 @@ def test_training_goes_on_when_the_process_of_wandb_dies(
             if step <= times:
                 os.kill(wandb_process(), signal.SIGKILL)
                 time.sleep(0.2)
-    assert [row["counter/rollout_step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+    assert [row["counter/rollout_step"] for row in read_jsonl(run_dir / "metrics.jsonl")] == [*range(1, 7)]
     assert "its run is written again from the files" in caplog.text
     if times == 1:
         [file] = files(run_dir)
