@@ -122,6 +122,8 @@ PART_RULES: dict[str, Rule] = {
     "rate": SHARE,
     "clip_eps_low": NON_NEGATIVE_OR_INF,
     "clip_eps_high": NON_NEGATIVE_OR_INF,
+    "delta_low": NON_NEGATIVE_OR_INF,
+    "delta_high": NON_NEGATIVE_OR_INF,
     "weight_eps": NON_NEGATIVE_OR_INF,
     "dual_clip": (lambda v: v > 1, f"a number above 1 ({OFF})"),
     "tightness": SHARE,

@@ -206,6 +206,64 @@ def test_a_dropped_token_still_counts_in_the_ratio_but_has_no_gradient(
     torch.testing.assert_close(gradient, whole * keep * weight[:, None])
 
 
+# DPPO
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "advantage", "free"),
+    [
+        ("dppo", 0.001, 0.1, 1.0, True),  # a ratio of 100, and little moved
+        ("dppo", 0.5, 0.64, 1.0, True),
+        ("dppo", 0.5, 0.66, 1.0, False),
+        ("dppo", 0.5, 0.34, 1.0, True),  # away, but against A
+        ("dppo", 0.5, 0.34, -1.0, False),
+        ("dppo", 0.5, 0.66, -1.0, True),
+        ("dppo_kl", 0.5, 0.65, 1.0, True),  # .5 ln(.25 / (.65 * .35)) = .0472
+        ("dppo_kl", 0.5, 0.66, 1.0, False),  # .0541
+        (
+            "dppo_kl",
+            0.01,
+            0.11,
+            1.0,
+            False,
+        ),  # .99 ln(.99 / .89) - .01 ln 11 = .0815, in total variation only .1
+        ("dppo_kl", 0.5, 0.34, -1.0, False),
+        ("dppo_kl", 1.0, 1.0, 1.0, True),
+    ],
+)
+def test_dppo_masks_by_probability(
+    built: Callable[..., Algorithm], name: str, old: float, new: float, advantage: float, free: bool
+) -> None:
+    log_probs = torch.tensor([[new]]).double().log().requires_grad_()
+    got = built(name).token_loss(
+        log_probs, torch.tensor([[old]]).double().log(), torch.tensor([[advantage]]).double(),
+        torch.ones(1, 1).bool(),
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
+    capped = min(new / old, 20.0)
+    assert got.values.item() == pytest.approx(-capped * advantage)
+    assert gradient.item() == pytest.approx(-capped * advantage if free else 0.0)
+    assert got.clipped.item() != free
+
+
+def test_dppos_gradient_is_the_capped_ratio(built: Callable[..., Algorithm], random_batch: Batches) -> None:
+    """Without bounds, of GRPO's ratio up to the cap; with a bound of its own for each sign of A."""
+    batch = random_batch()
+    log_probs, old, advantages = off_policy(batch, 1.0)
+    free = built(
+        "dppo",
+        "algo.token_loss.delta_low=inf",
+        "algo.token_loss.delta_high=inf",
+        "algo.token_loss.ratio_cap=1.5",
+    )
+    got = free.token_loss(log_probs, old, advantages, batch.completion_mask)
+    (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
+    torch.testing.assert_close(gradient, -(log_probs - old).exp().clamp(max=1.5).detach() * advantages)
+    one_sided = built("dppo", "algo.token_loss.delta_high=inf")
+    left = one_sided.token_loss(log_probs, old, advantages, batch.completion_mask).clipped
+    assert left[advantages < 0].any() and not left[advantages >= 0].any()
+
+
 # REINFORCE++
 
 

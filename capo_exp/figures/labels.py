@@ -23,6 +23,8 @@ ALGORITHMS = {
     "reinforce_pp_baseline": "REINFORCE++ baseline",
     "rloo": "RLOO",
     "dapo": "DAPO",
+    "dppo": "DPPO",
+    "dppo_kl": "DPPO, binary KL",
     "gspo": "GSPO",
     "cispo": "CISPO",
     "prorl": "ProRL",
