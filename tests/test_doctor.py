@@ -481,7 +481,7 @@ def worker_processes() -> list[int]:
 
 @needs_vllm
 def test_vllm_passes_and_is_gone(examine: Examine) -> None:
-    rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25")
+    rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25", "rollout.engine.enforce_eager=true")
     assert results(rows) == {}, json.dumps([vars(row) for row in rows.values()], indent=1)
     assert "vllm 0.3" in rows["versions"].seen
     assert rows["engine"].seen.startswith("VLLMRollout started in")

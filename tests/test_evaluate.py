@@ -595,7 +595,8 @@ def test_vllm_answers_as_transformers_do_with_the_weights_of_each_checkpoint(
     """Greedy, so that both engines have one right answer; one engine takes the weights of both models."""
     command = [f"run={trained}", "samples=1", "temperature=0", "num_problems=16"]
     evaluated(*command, f"output={tmp_path / 'hf'}")
-    evaluated(*command, "rollout=vllm", "rollout.engine.kv_cache_gib=0.25", f"output={tmp_path / 'vllm'}")
+    small = ["rollout.engine.kv_cache_gib=0.25", "rollout.engine.enforce_eager=true"]
+    evaluated(*command, "rollout=vllm", *small, f"output={tmp_path / 'vllm'}")
     for label in ("step_000002", "tiny"):
         one, two = (folder(tmp_path / engine, label) for engine in ("hf", "vllm"))
         assert one.name != two.name
