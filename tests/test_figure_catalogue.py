@@ -325,6 +325,7 @@ def test_heat_map_cells(tmp_path: Path) -> None:
     assert [text.get_text() for text in final.get_yticklabels()] == ["0.1", "0.2"]
     cells = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in final.texts}
     assert cells == {(0, 0): "12.0 %", (1, 0): "14.0 %", (0, 1): "22.0 %", (1, 1): "24.0 %"}
+    assert {text.get_va() for text in final.texts} == {"center"}  # one seed: nothing stands below
     assert worst.get_title("left") == "CAPO: worst accuracy"
     write_run(tmp_path, "capo regime.learning_rate=0.1 regime.prompts_per_step=2 num_steps=5", steps=4)
     write_run(

@@ -112,8 +112,10 @@ def draw_heat(axes: Axes, panel: Panel, grid: Grid) -> None:
         face = mpl.colormaps[style.HEAT](grid.norm(value))
         axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=face)
         ink = ink_on(face[:3])
-        axes.text(x, y, value_text(value, panel.spec.unit), ha="center", va="bottom", color=ink, fontsize=9)
-        if np.isfinite(series.low[0]):
+        seeds = bool(np.isfinite(series.low[0]))  # their interval is the cell's second line
+        above = "bottom" if seeds else "center"
+        axes.text(x, y, value_text(value, panel.spec.unit), ha="center", va=above, color=ink, fontsize=9)
+        if seeds:
             bounds = (float(series.low[0]), float(series.high[0]))
             spread = " to ".join(value_text(bound, panel.spec.unit, bare=True) for bound in bounds)
             axes.text(x, y - 0.06, spread, ha="center", va="top", color=ink, fontsize=7)
