@@ -74,4 +74,5 @@ def _tv(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _kl(new: Tensor, old: Tensor) -> Tensor:
+    """Not a number, hence above no bound, where both are 1."""
     return torch.xlogy(old, old / new) + torch.xlogy(1 - old, (1 - old) / (1 - new))
