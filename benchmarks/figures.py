@@ -25,13 +25,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from capo_exp import metric_names as names
-from capo_exp.config import conf_dir, register, to_config
+from capo_exp.config.schema import conf_dir, register, to_config
 from capo_exp.figures.__main__ import draw, study_of
 from capo_exp.figures.catalogue import figure_names, read_figure
 from capo_exp.figures.command import parse
 from capo_exp.figures.study import Lacking
-from capo_exp.run_record import as_dict
+from capo_exp.runs import metrics as names
+from capo_exp.runs.record import as_dict
 
 JOBS = ("grpo_conservative", "grpo_aggressive", "capo", "dr_capo", "reinforce_aggressive", "capo_sgd")
 TOKENS, COMPLETIONS, EVERY = 30, 32, 10

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from capo_exp.answers import read_gold
-from capo_exp.grading import Grade
-from capo_exp.rewards import MathVerifier
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.extract import read_gold
+from capo_exp.grading.verifier import MathVerifier
 
 DATA = Path(os.environ.get("CAPO_DATA_DIR", Path(__file__).resolve().parents[2] / "shared" / "data"))
 WORKERS = 2

@@ -23,11 +23,12 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from capo_exp import policy, train
-from capo_exp.config import TrainConfig, conf_dir, register
-from capo_exp.figures.load import load_run
-from capo_exp.rewards import exact_match
-from capo_exp.run_record import run_dir
+from capo_exp.config.schema import TrainConfig, conf_dir, register
+from capo_exp.core import policy
+from capo_exp.grading.verifier import exact_match
+from capo_exp.runs.read import load_run
+from capo_exp.runs.record import run_dir
+from capo_exp.training import loop as train
 
 
 class Alternate(TrainerCallback):

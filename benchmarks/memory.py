@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from capo_exp import train
-from capo_exp.config import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
-from capo_exp.memory import estimate
-from capo_exp.parts import resolve_model_path
-from capo_exp.run_record import run_dir
+from capo_exp.config.build import resolve_model_path
+from capo_exp.config.memory import estimate
+from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
+from capo_exp.runs.record import run_dir
+from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]
 FIXED = ["device=cpu", "logger=files", "logger.completions_every=0", "evaluation.num_problems=1"]

@@ -25,10 +25,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from capo_exp import train
-from capo_exp.config import TrainConfig, conf_dir, register
-from capo_exp.logger import RunLogger
-from capo_exp.run_record import run_dir
+from capo_exp.config.schema import TrainConfig, conf_dir, register
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.record import run_dir
+from capo_exp.training import loop as train
 
 VARIANTS = {
     "nothing": ["logger=files", "logger.completions_every=0"],

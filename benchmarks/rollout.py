@@ -20,10 +20,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from capo_exp import parts, policy, train
-from capo_exp.config import TrainConfig, conf_dir, register
+from capo_exp.config.build import build_part
+from capo_exp.config.schema import TrainConfig, conf_dir, register
+from capo_exp.core import policy
+from capo_exp.core.types import Prompt
 from capo_exp.rollout import RolloutEngine
-from capo_exp.types import Prompt
+from capo_exp.training import loop as train
 
 GROUP = 8
 TRANSFERS = 10
@@ -61,7 +63,7 @@ def main() -> None:
         inputs = train.read_inputs(configs["hf"])
         model = policy.load_model(configs["hf"].model, inputs.device)
         for name, config in configs.items():
-            build = parts.build(config.rollout.engine, key="rollout.engine")
+            build = build_part(config.rollout.engine, key="rollout.engine")
             engines[name] = build(model, inputs.tokenizer, inputs.compute_dtype)
             stack.callback(engines[name].close)
             engines[name].start(directory, inputs.train)

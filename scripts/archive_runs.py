@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo_exp.config import ConfigError
-from capo_exp.figures.load import Run, find_runs, load_run
+from capo_exp.config.schema import ConfigError
+from capo_exp.runs.read import Run, find_runs, load_run
 
 
 @dataclass

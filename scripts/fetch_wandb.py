@@ -23,11 +23,11 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from capo_exp import metric_names as names
-from capo_exp.config import ConfigError
-from capo_exp.run_record import read, write_atomic
-from capo_exp.wandb_run import RECORD
-from capo_exp.wandb_start import has_key
+from capo_exp.config.schema import ConfigError
+from capo_exp.runs import metrics as names
+from capo_exp.runs.record import read, write_atomic
+from capo_exp.runs.wandb_run import RECORD
+from capo_exp.runs.wandb_start import has_key
 
 Row = dict[str, Any]
 

@@ -33,10 +33,10 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from capo_exp import parts
-from capo_exp.config import ConfigError, conf_dir
-from capo_exp.job import report as report_error
-from capo_exp.types import Problem
+from capo_exp.config.build import build_part
+from capo_exp.config.schema import ConfigError, conf_dir
+from capo_exp.core.types import Problem
+from capo_exp.sweep.job import report as report_error
 
 Numbers = dict[str, Any]
 """Of conf/warm_start."""
@@ -54,7 +54,7 @@ console = Console()
 
 def pairs(numbers: Numbers, template: str, seed: int) -> Pairs:
     """What the warm start imitates, drawn from the train split."""
-    for problem, completion in parts.build(numbers["imitations"], key="warm_start.imitations")(seed):
+    for problem, completion in build_part(numbers["imitations"], key="warm_start.imitations")(seed):
         yield template.format(problem=problem), completion
 
 
@@ -230,7 +230,7 @@ def make(chosen: Numbers) -> None:
     train(model, tokenizer, pairs(numbers, template, numbers["seed"] + 2), numbers)
     save(model, tokenizer, output)
     source = chosen["dataset"]["source"] | {"num_eval": numbers["eval_problems"]}
-    problems = parts.build(source, key="dataset.source")("test", path=None)
+    problems = build_part(source, key="dataset.source")("test", path=None)
     shipped = Qwen2ForCausalLM.from_pretrained(output, dtype=torch.float32)
     report(shipped, tokenizer, problems, template)
 

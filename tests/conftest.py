@@ -17,12 +17,15 @@ from jaxtyping import install_import_hook
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from capo_exp.config.schema import TrainConfig, conf_dir, register
+
 # The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
-SHAPED = ("aggregation", "algorithms", "calibration", "correction", "curvature", "masked", "types")
+ALGORITHM_FILES = (conf_dir().parent / "capo_exp" / "algorithms").glob("[a-z]*.py")
+SHAPED = [f"algorithms.{file.stem}" for file in ALGORITHM_FILES if file.stem != "protocols"]
+SHAPED += ["curvature", "core.masked", "core.types"]
 install_import_hook([f"capo_exp.{name}" for name in SHAPED], "beartype.beartype")
 
-from capo_exp.config import TrainConfig, conf_dir, register  # noqa: E402
-from capo_exp.types import Batch  # noqa: E402
+from capo_exp.core.types import Batch  # noqa: E402
 
 if os.environ.get("CAPO_REQUIRE_VLLM") and find_spec("vllm") is None:  # CI skips nothing
     raise pytest.UsageError(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp.algorithm import build_algorithm
-from capo_exp.config import TrainConfig
-from capo_exp.learner import Learner
-from capo_exp.proposal import Decision
-from capo_exp.rewards import Grade, RewardResult
-from capo_exp.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepRecord
-from capo_exp.updates import updates
+from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepRecord
+from capo_exp.curvature.step_trial import Decision
+from capo_exp.grading.verifier import Grade, RewardResult
+from capo_exp.training.learner import Learner
+from capo_exp.training.updates import updates
 
 SMALL = (
     "model.vocab_size=40", "curvature.top_k=8", "optimizer.schedule=constant", "num_steps=10",

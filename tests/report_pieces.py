@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.drawn import Drawn
-from capo_exp.figures.load import load_run
-from capo_exp.logger import COMPLETION_TYPES
+from capo_exp.runs.logger import COMPLETION_TYPES
+from capo_exp.runs.read import load_run
 
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capo_exp.aggregation import (
+from capo_exp.algorithms.aggregation import (
     constant_length_mean,
     prompt_token_mean,
     sequence_mean,
@@ -18,26 +18,18 @@ from capo_exp.aggregation import (
     token_mean,
     token_mean_over_kept,
 )
-from capo_exp.algorithm import (
-    all_completions,
-    all_groups,
-    every_token,
-    full_step,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    unshaped,
-)
 from capo_exp.algorithms.cpgd import clip_filter_weighted
 from capo_exp.algorithms.dr_grpo import group_centred
 from capo_exp.algorithms.grpo import clipped_surrogate, first_of_group, group_normalised
+from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
+from capo_exp.algorithms.neutral import all_completions, all_groups, every_token, full_step, unshaped
 from capo_exp.algorithms.reinforce import raw_reward
 from capo_exp.algorithms.rloo import leave_one_out
-from capo_exp.collate import totals
-from capo_exp.config import ConfigError
-from capo_exp.masked import masked_max, masked_mean, masked_quantile
-from capo_exp.proposal import Decision, Proposal
-from capo_exp.types import Batch, BatchShifts
+from capo_exp.config.schema import ConfigError
+from capo_exp.core.batch import totals
+from capo_exp.core.masked import masked_max, masked_mean, masked_quantile
+from capo_exp.core.types import Batch, BatchShifts
+from capo_exp.curvature.step_trial import Decision, Proposal
 
 CENTRED: dict[str, Callable[[Tensor], Tensor]] = {
     "group_normalised": lambda r: group_normalised(r, eps=1e-4, target_std=1.0),

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capo_exp.figures.load import find_runs, load_completions, load_run
+from capo_exp.runs.read import find_runs, load_completions, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [

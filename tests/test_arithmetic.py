@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from omegaconf import OmegaConf
 
-from capo_exp.config import ConfigError, conf_dir
+from capo_exp.config.schema import ConfigError, conf_dir
 from capo_exp.data import arithmetic
 from capo_exp.data.arithmetic import exact, is_hard, problems, slipping, tasks, worked
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
-from capo_exp import calibration, curvature, policy
-from capo_exp.calibration import Probe, measure, spearman, take_probe
-from capo_exp.types import Batch, BatchShifts, Selection, StepRecord
+from capo_exp.core import policy
+from capo_exp.core.types import Batch, BatchShifts, Selection, StepRecord
+from capo_exp.curvature import calibration
+from capo_exp.curvature import model as curvature
+from capo_exp.curvature.calibration import Probe, measure, spearman, take_probe
 from tests.conftest import VOCABULARY
 
 PREDICTED = BatchShifts(2e-3, 1e-3)

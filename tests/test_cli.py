@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import capo_exp
-from capo_exp import __main__ as cli
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.cli import compose as cli
+from capo_exp.config.schema import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
@@ -88,9 +87,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
             raise ConfigError("model.vocab_size=1: expected 2")
 
     fake = SimpleNamespace(run=record)
-    monkeypatch.setitem(sys.modules, "capo_exp.train", fake)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("capo_exp.job.show", lambda directory, fresh: None)
-    monkeypatch.setattr(capo_exp, "train", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "capo_exp.training.loop", fake)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr("capo_exp.sweep.job.show", lambda directory, fresh: None)
     return calls
 
 
@@ -171,7 +169,8 @@ def subprocess_run(
         ),
         (
             ["+rollout.correction.ratio_cap=2"],
-            "rollout.correction.ratio_cap: unknown parameter of capo_exp.correction.uncorrected; known: none",
+            "rollout.correction.ratio_cap: unknown parameter of capo_exp.algorithms.correction.uncorrected; "
+            "known: none",
         ),
     ],
 )

@@ -6,10 +6,18 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from capo_exp.checks import check, count_evaluations, plan
-from capo_exp.config import ConfigError, TrainConfig, conf_dir, expected_type, register, suggest, to_config
-from capo_exp.parts import find_parts
-from capo_exp.rules import RULES
+from capo_exp.config.build import find_parts
+from capo_exp.config.checks import check, count_evaluations, plan
+from capo_exp.config.ranges import RULES
+from capo_exp.config.schema import (
+    ConfigError,
+    TrainConfig,
+    conf_dir,
+    expected_type,
+    register,
+    suggest,
+    to_config,
+)
 
 Make = Callable[..., TrainConfig]
 
@@ -301,7 +309,7 @@ def test_what_nobody_sampled_cannot_be_corrected(make: Make, model_dir: str) -> 
     check(make(model_dir, "rollout=demonstrations"))
     for choice in choices("rollout/correction"):
         if choice != "none":
-            with pytest.raises(ConfigError, match=r"rollout/correction=none\) with rollout\.train_engine"):
+            with pytest.raises(ConfigError, match=r"rollout/correction=none with rollout.train_engine"):
                 check(make(model_dir, "rollout=demonstrations", f"rollout/correction={choice}"))
 
 

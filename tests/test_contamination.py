@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capo_exp import policy, train
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.types import Problem
 from capo_exp.data.contamination import normalised, overlap, repeated
 from capo_exp.data.prepare import chosen, prepare, read_split
-from capo_exp.rewards import ExactVerifier
-from capo_exp.types import Problem
+from capo_exp.grading.verifier import ExactVerifier
+from capo_exp.training import loop as train
 
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
@@ -297,7 +298,7 @@ class Watched(ExactVerifier):
 
 
 def test_bad_data_close_the_verifier(made: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capo_exp.rewards.ExactVerifier", Watched)
+    monkeypatch.setattr("capo_exp.grading.verifier.ExactVerifier", Watched)
     with pytest.raises(ConfigError):
         train.read_inputs(made("dataset.levels=[6]"))
     assert Watched.closed == 1

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp.checks import check
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
-from capo_exp.learner import Learner
-from capo_exp.types import Batch, Scored, Selection
+from capo_exp.algorithms.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
+from capo_exp.config.checks import check
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.core.types import Batch, Scored, Selection
+from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, gradients, make_learner, plain_log_probs, run_updates, same_weights, weights
 
 Compose = Callable[..., TrainConfig]

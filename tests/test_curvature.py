@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capo_exp.curvature import (
+from capo_exp.curvature.model import (
     AdamState,
     apply_row_gradients,
     batch_shifts,

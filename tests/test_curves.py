@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.config.schema import ConfigError, TrainConfig
 from capo_exp.figures import labels, style
 from capo_exp.figures.curves import Curve, check_key, curves, differences, reference_of, start_value
-from capo_exp.figures.load import Row, Run
 from capo_exp.figures.settings import within
-from capo_exp.run_record import as_dict, run_id, run_name
+from capo_exp.runs.read import Row, Run
+from capo_exp.runs.record import as_dict, run_id, run_name
 from tests.conftest import ALGORITHMS
 
 Make = Callable[..., Run]
@@ -293,7 +293,7 @@ def test_differences(make: Make) -> None:
     assert table["algo.selection.policy_shift_max"] == [1e-4, None]
     assert table["algo.selection._target_"] == [
         "capo_exp.algorithms.capo.shift_bounds",
-        "capo_exp.algorithm.keep_all",
+        "capo_exp.algorithms.neutral.keep_all",
     ]
     assert len(table) == 7 and next(iter(table)) == "algo.name"
     assert differences([runs[0], runs[0]]) == {} == differences([])

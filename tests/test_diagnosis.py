@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from capo_exp import curvature
-from capo_exp.config import TrainConfig
-from capo_exp.diagnosis import COMPARED, Effect, class_metrics, effect_metrics
-from capo_exp.learner import Learner
-from capo_exp.metric_names import check_known
-from capo_exp.proposal import Decision
-from capo_exp.types import AdamState, Batch, PolicyOutput, Selection, StepRecord, TokenShifts
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import AdamState, Batch, PolicyOutput, Selection, StepRecord, TokenShifts
+from capo_exp.curvature import model as curvature
+from capo_exp.curvature.diagnosis import COMPARED, Effect, class_metrics, effect_metrics
+from capo_exp.curvature.step_trial import Decision
+from capo_exp.runs.metrics import check_known
+from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, make_learner, plain_log_probs, weights
 
 CLASSES = ("kept", "rejected")
@@ -59,7 +59,7 @@ def moments(learner: Learner) -> list[Tensor]:
         CAPO,
         (*CAPO, "model.micro_batch_size=3", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.1"),
         (*CAPO, "model.micro_batch_size=3", "algo.scoring_pass=true",
-         "algo.aggregation._target_=capo_exp.aggregation.token_mean_over_kept"),
+         "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept"),
         (*CAPO, "curvature.optimizer_model=adam_live"),
         (*RANDOM, "curvature.optimizer_model=sgd", "curvature.calibrate_every=2"),
         (*CAPO, "step_rule=measured", "algo.step_rule.policy_shift_max=1e-3"),
@@ -132,7 +132,7 @@ def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
     """The second step, so that there are moments, clipped; taken whole and shortened by a step rule."""
     mean = "token_mean_over_kept" if over_kept else "sequence_mean"
     ours = learner(
-        *RANDOM, *ALL, f"algo.aggregation._target_=capo_exp.aggregation.{mean}",
+        *RANDOM, *ALL, f"algo.aggregation._target_=capo_exp.algorithms.aggregation.{mean}",
         f"model.micro_batch_size={size}", "optimizer.max_grad_norm=0.3", "optimizer.weight_decay=0.1",
     )  # fmt: skip
     ours._algorithm = replace(ours._algorithm, step_rule=lambda _: Decision(share))

@@ -23,14 +23,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capo_exp import train
-from capo_exp.checkpoint import Checkpointer
-from capo_exp.config import RunFailed, TrainConfig
-from capo_exp.disk import reason, stops_cleanly, writing
-from capo_exp.figures.load import read_jsonl
-from capo_exp.logger import RunLogger, append
-from capo_exp.run_record import RunRecord, replacing, status, write_atomic
-from capo_exp.wandb_file import history, is_whole
+from capo_exp.config.schema import RunFailed, TrainConfig
+from capo_exp.runs.checkpoint import Checkpointer
+from capo_exp.runs.files import reason, stops_cleanly, writing
+from capo_exp.runs.logger import RunLogger, append
+from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.record import RunRecord, replacing, status, write_atomic
+from capo_exp.runs.wandb_file import history, is_whole
+from capo_exp.training import loop as train
 
 SMALL = [
     "algo=grpo", "num_steps=4", "regime.prompts_per_step=3", "regime.group_size=4",

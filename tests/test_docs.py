@@ -10,9 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from capo_exp.checks import check
-from capo_exp.config import conf_dir, register, to_config
-from capo_exp.metric_names import METRICS
+from capo_exp.config.checks import check
+from capo_exp.config.schema import conf_dir, register, to_config
+from capo_exp.runs.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

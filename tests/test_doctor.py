@@ -17,14 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capo_exp import doctor, doctor_checks, rewards
-from capo_exp.checkpoint import Checkpointer
-from capo_exp.config import TrainConfig
-from capo_exp.doctor_checks import CheckFailed
-from capo_exp.grading import Grade
-from capo_exp.parts import resolve_model_path
+from capo_exp.cli import doctor, doctor_checks
+from capo_exp.cli.doctor_checks import CheckFailed
+from capo_exp.config.build import resolve_model_path
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import RolloutGroup
+from capo_exp.grading import verifier as rewards
+from capo_exp.grading.compare import Grade
 from capo_exp.rollout.hf import HFRollout
-from capo_exp.types import RolloutGroup
+from capo_exp.runs.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 WRONG = "\\boxed{-31415926}"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from capo_exp.algorithms.capo import shift_bounds
 from capo_exp.algorithms.down_weight import to_bounds
-from capo_exp.types import Selection, TokenShifts
+from capo_exp.core.types import Selection, TokenShifts
 from tests.test_curvature import random_tokens
 from tests.test_selection import score
 

@@ -20,17 +20,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from capo_exp import evaluate_config, evaluate_model
+from capo_exp.cli import evaluate_config
+from capo_exp.cli.evaluate import main
+from capo_exp.cli.evaluate_config import benchmark_config
+from capo_exp.core.types import Problem
 from capo_exp.data.prepare import evaluation_order
-from capo_exp.evaluate import main
-from capo_exp.evaluate_config import benchmark_config
 from capo_exp.evaluation import benchmark
+from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import weights_digest
 from capo_exp.evaluation.table import Result, gains
 from capo_exp.figures.__main__ import main as figures
-from capo_exp.figures.load import load_run, read_jsonl
-from capo_exp.run_record import locked
-from capo_exp.types import Problem
+from capo_exp.runs.read import load_run, read_jsonl
+from capo_exp.runs.record import locked
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -484,7 +485,7 @@ def test_runs_that_cannot_be_evaluated(
 
 def test_help_and_bad_input_import_no_torch() -> None:
     code = (
-        "import sys; from capo_exp.evaluate import main; main(['--help']); main(['samples=0']);"
+        "import sys; from capo_exp.cli.evaluate import main; main(['--help']); main(['samples=0']);"
         "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -574,7 +575,7 @@ def test_a_file_that_is_none(
 def test_accuracy_of_every_model_is_that_of_the_labels(name: str, evaluated: Evaluate) -> None:
     """Within 0.5 points, all rows."""
     from capo_exp.evaluation.stored import score_stored
-    from capo_exp.rewards import MathVerifier
+    from capo_exp.grading.verifier import MathVerifier
 
     with MathVerifier(timeout_seconds=5.0, workers=2) as verifier:
         found = score_stored(SHARED / name / "all.parquet", verifier).groups

@@ -16,11 +16,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
-from capo_exp import __main__ as cli
-from capo_exp import run_record, train
-from capo_exp.checks import check, plan
-from capo_exp.config import TrainConfig, conf_dir, register, to_config
-from capo_exp.run_record import as_dict, run_id
+from capo_exp.cli import compose as cli
+from capo_exp.config.checks import check, plan
+from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.runs import record as run_record
+from capo_exp.runs.record import as_dict, run_id
+from capo_exp.training import loop as train
 
 EXPERIMENTS = sorted(
     path.stem
@@ -176,7 +177,7 @@ class Published:
 
 
 SELECTION = "algo.selection"
-NO_SELECTION = {f"{SELECTION}._target_": "capo_exp.algorithm.keep_all"}
+NO_SELECTION = {f"{SELECTION}._target_": "capo_exp.algorithms.neutral.keep_all"}
 
 
 def bounds(policy: float, objective: float) -> dict[str, Any]:
@@ -271,7 +272,7 @@ DASH_RUN = Published(256, 89_856, 351, {
 })  # fmt: skip
 FILTER = {"algo.name": "dash", "algo.completion_filter.threshold": 0.1, "algo.advantage.eps": 1e-4}
 NO_FILTER = {
-    "algo.completion_filter._target_": "capo_exp.algorithm.all_completions",
+    "algo.completion_filter._target_": "capo_exp.algorithms.neutral.all_completions",
     "algo.aggregation.length": 2048,
     "algo.advantage.eps": 1e-4,
 }
@@ -308,7 +309,7 @@ PUBLISHED: dict[str, Published] = {
     "advantage_std": RECIPE.but({**GRPO, "algo.advantage.target_std": 0.75}),
     "no_advantage_normalisation": RECIPE.but({
         "algo.advantage._target_": "capo_exp.algorithms.dr_grpo.group_centred",
-        "algo.aggregation._target_": "capo_exp.aggregation.sequence_mean",
+        "algo.aggregation._target_": "capo_exp.algorithms.aggregation.sequence_mean",
     }),
     # 24 x 4 GPUs x 8 accumulated = 768 completions
     "minibatch_8_actions": RECIPE.but(
@@ -374,7 +375,7 @@ PUBLISHED: dict[str, Published] = {
     )),
     "extension_differences": RECIPE.but(CAPO, grid=cross(
         over("curvature.hidden_shift", 0, 1),
-        over("algo.aggregation._target_", *(f"capo_exp.aggregation.{k}" for k in MEANS)),
+        over("algo.aggregation._target_", *(f"capo_exp.algorithms.aggregation.{k}" for k in MEANS)),
     )),
     "extension_methods": PLAIN.but(NO_SELECTION, grid=over("algo.name", *METHODS)),
     "extension_capo_on_top": PLAIN.but(
@@ -428,7 +429,7 @@ PUBLISHED: dict[str, Published] = {
         "regime.prompts_per_step": 256, "regime.group_size": 16, "regime.learning_rate": 2e-6,
         "rollout.temperature": 1.2, "algo.token_loss.clip_eps_low": 0.2, "algo.token_loss.clip_eps_high": 0.4,
         "algo.kl_coefficient": 1e-4, "algo.reference_reset_every": 200,
-        "algo.aggregation._target_": "capo_exp.aggregation.token_mean",
+        "algo.aggregation._target_": "capo_exp.algorithms.aggregation.token_mean",
         "algo.group_filter._target_": "capo_exp.algorithms.dapo.mixed_rewards",
     }),
 }  # fmt: skip

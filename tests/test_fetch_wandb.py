@@ -11,12 +11,12 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from capo_exp import train
-from capo_exp.config import TrainConfig
-from capo_exp.figures.load import load_run, read_jsonl
-from capo_exp.logger import RunLogger
-from capo_exp.run_record import read, run_name, status, write_atomic
-from capo_exp.wandb_file import history
+from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.read import load_run, read_jsonl
+from capo_exp.runs.record import read, run_name, status, write_atomic
+from capo_exp.runs.wandb_file import history
+from capo_exp.training import loop as train
 from scripts.fetch_wandb import RENAMED, export, main, split
 from tests.wandb_server import Server, serve
 
@@ -270,7 +270,7 @@ def test_runs_of_the_authors_program_are_translated() -> None:
 
 
 def test_every_translation_is_to_a_key_of_ours() -> None:
-    from capo_exp.metric_names import METRICS
+    from capo_exp.runs.metrics import METRICS
 
     assert METRICS.keys() >= RENAMED.keys() and len(RENAMED) > 20
 

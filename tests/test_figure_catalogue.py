@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from capo_exp.config import ConfigError, conf_dir
+from capo_exp.config.schema import ConfigError, conf_dir
 from capo_exp.figures import catalogue, picture, style, tables
 from capo_exp.figures.captions import caption, footer
 from capo_exp.figures.catalogue import FigureSpec, figure_names, find_figure, read_figure
@@ -230,8 +230,8 @@ def test_a_panel_without_the_metric_is_left_out(tmp_path: Path) -> None:
         ("8", "needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"),
         ("7", "needs runs with algo.num_iterations > 1; these have algo.num_iterations = 1"),
         ("4", "needs runs with algo.name = dr_capo|capo|rein_capo; these have algo.name = grpo"),
-        ("5", "needs runs with algo.selection._target_ not capo_exp.algorithm.keep_all; these have"
-              " algo.selection._target_ = capo_exp.algorithm.keep_all"),
+        ("5", "needs runs with algo.selection._target_ not capo_exp.algorithms.neutral.keep_all; these have"
+              " algo.selection._target_ = capo_exp.algorithms.neutral.keep_all"),
         ("constraint", "needs runs with algo.selection.policy_shift_max = inf or "
                        "algo.selection.objective_shift_max = inf; these have "
                        "algo.selection.policy_shift_max = none, algo.selection.objective_shift_max = none"),
@@ -369,7 +369,7 @@ def test_neighbours_in_a_bar_differ_in_lightness() -> None:
 
 def test_conditions() -> None:
     def run(**config: Any) -> Any:
-        from capo_exp.figures.load import Run
+        from capo_exp.runs.read import Run
 
         return Run(Path("r"), {"algo": config}, {}, [], [])
 

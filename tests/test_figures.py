@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from capo_exp.figures import plots, style
-from capo_exp.figures.load import Run, load_run
 from capo_exp.figures.plots import plot_run, smoothing_window, title, trailing_mean
+from capo_exp.runs.read import Run, load_run
 from tests.figure_pieces import NO_WARNINGS
 
 CONFIG = {

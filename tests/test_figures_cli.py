@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from capo_exp.config import ConfigError
+from capo_exp.config.schema import ConfigError
 from capo_exp.figures import __main__ as cli
 from capo_exp.figures.catalogue import defaults, figure_names
 from capo_exp.figures.command import parse, smoothing
-from capo_exp.run_record import replacing
+from capo_exp.runs.record import replacing
 from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
 
 SUFFIXES = (".png", ".pdf", ".csv", ".md", ".tex")

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.figures.load import Run, find_runs, load_completions, load_run, read_jsonl, series
-from capo_exp.run_record import RunRecord, as_dict, locked
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.runs.read import Run, find_runs, load_completions, load_run, read_jsonl, series
+from capo_exp.runs.record import RunRecord, as_dict, locked
 
 ROWS = [
     {"counter/rollout_step": 1, "reward/accuracy": 0.5},
@@ -239,7 +239,7 @@ def test_reading_needs_neither_torch_nor_a_display(tmp_path: Path) -> None:
     code = """
 import sys
 from capo_exp.figures import curves, stats
-from capo_exp.figures.load import find_runs, load_run
+from capo_exp.runs.read import find_runs, load_run
 curves.curves([load_run(path) for path in find_runs(sys.argv[1:])], mix=False)
 assert not {"torch", "wandb", "transformers", "datasets", "pandas", "matplotlib.pyplot"} & set(sys.modules)
 """

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp import grading, rewards
-from capo_exp.grading import Grade, best, grade, grade_any, last_boxed, plainly_readable, readable_gold
-from capo_exp.rewards import ExactVerifier, MathVerifier
-from capo_exp.verdict_cache import VerdictCache, _digest
-from capo_exp.workers import Failed, Workers
+from capo_exp.grading import compare as grading
+from capo_exp.grading import verifier as rewards
+from capo_exp.grading.cache import VerdictCache, _digest
+from capo_exp.grading.compare import (
+    Grade,
+    best,
+    grade,
+    grade_any,
+    last_boxed,
+    plainly_readable,
+    readable_gold,
+)
+from capo_exp.grading.pool import Failed, Workers
+from capo_exp.grading.verifier import ExactVerifier, MathVerifier
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -254,7 +263,7 @@ def test_agreement_with_labels(verifier: MathVerifier, name: str, every: int, le
 HASHED = """
 import json, os, sys
 import pyarrow.parquet as pq
-from capo_exp.grading import grade
+from capo_exp.grading.compare import grade
 rows = pq.read_table(sys.argv[1]).to_pylist()
 print(json.dumps([list(vars(grade(row["completion"], row["gold"])).values()) for row in rows[6000::25]]))
 """

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from capo_exp import parts
-from capo_exp.config import ConfigError, conf_dir
+from capo_exp.config.build import build_part
+from capo_exp.config.schema import ConfigError, conf_dir
 from capo_exp.data import keywords
 from capo_exp.data.keywords import imitations, make_language, problems
 
@@ -168,7 +168,7 @@ def test_a_mistake_inside_the_yaml_is_the_same_error():
     """Not Hydra's, which would be a traceback."""
     wrong = {**SOURCE, "language": {**SOURCE["language"], "num_fillers": 7000}}
     with pytest.raises(ConfigError, match=r"^got 8 keywords of each kind and 7000 fillers"):
-        parts.build(wrong, key="dataset.source")
+        build_part(wrong, key="dataset.source")
 
 
 def test_a_path_is_refused():
@@ -177,6 +177,6 @@ def test_a_path_is_refused():
 
 
 def test_the_source_of_the_yaml_builds():
-    made = parts.build(SOURCE, key="dataset.source")("test", path=None)
+    made = build_part(SOURCE, key="dataset.source")("test", path=None)
     assert len(made) == 500 and made[0].id.startswith("keywords/")
     assert keywords.render(["baba"], "1") == "( baba ) \\boxed{1}"

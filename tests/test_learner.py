@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp import curvature
-from capo_exp.algorithm import build_algorithm
-from capo_exp.config import TrainConfig
-from capo_exp.learner import Learner, TrainingDiverged
-from capo_exp.proposal import Decision
-from capo_exp.types import Batch, StepRecord
+from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import Batch, StepRecord
+from capo_exp.curvature import model as curvature
+from capo_exp.curvature.step_trial import Decision
+from capo_exp.training.learner import Learner, TrainingDiverged
 from tests.conftest import ALGORITHMS
 
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]

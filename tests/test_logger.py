@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from capo_exp import metric_names as names
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.figures.load import read_jsonl
-from capo_exp.logger import RunLogger
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.runs import metrics as names
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.read import read_jsonl
 
 
 @pytest.fixture
@@ -151,8 +151,8 @@ import sys
 from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from capo_exp.config import conf_dir, register
-from capo_exp.logger import RunLogger
+from capo_exp.config.schema import conf_dir, register
+from capo_exp.runs.logger import RunLogger
 register()
 with initialize_config_dir(str(conf_dir()), version_base="1.3"):
     config = OmegaConf.to_object(compose("config", ["algo=grpo", "logger=files"]))

@@ -1,8 +1,8 @@
 """Which samples count as the same answer, without the gold's help."""
 
 from capo_exp.evaluation.majority import MAX_COMPARED, classes
-from capo_exp.grading import exact_match, grade
-from capo_exp.rewards import RewardResult
+from capo_exp.grading.compare import exact_match, grade
+from capo_exp.grading.verifier import RewardResult
 
 
 class Judge:

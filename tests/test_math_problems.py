@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capo_exp import parts
-from capo_exp.config import ConfigError
+from capo_exp.config.build import build_part
+from capo_exp.config.schema import ConfigError
 from capo_exp.data import multiple_choice
 from capo_exp.data.math_problems import last_box, problems
-from capo_exp.grading import last_boxed
+from capo_exp.grading.compare import last_boxed
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -425,7 +425,7 @@ def test_columns_of_the_hub(dataset, composed, monkeypatch):
         return datasets.Dataset.from_list([row])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    (only,) = parts.build(source, key="dataset.source")("test", path=None)
+    (only,) = build_part(source, key="dataset.source")("test", path=None)
     assert only.problem.lower().startswith(("text of problem", "text of question")) and only.answer
     names, options = asked[0]
     assert names == (source["hub_id"], source["hub_config"]) and options["revision"] == source["hub_revision"]
@@ -436,7 +436,7 @@ def test_columns_of_the_hub(dataset, composed, monkeypatch):
 def test_dataset_configuration_builds_and_reads_files(dataset, composed, tmp_path):
     write(tmp_path / dataset / "test.parquet", OWN_ROWS)
     config = composed("algo=grpo", f"dataset={dataset}", f"dataset.path={tmp_path}").dataset
-    source = parts.build(config.source, key="dataset.source", runtime=("path",))
+    source = build_part(config.source, key="dataset.source", runtime=("path",))
     assert [p.answer for p in source(config.eval_split, path=config.path)] == ["2", "4"]
 
 
@@ -463,7 +463,7 @@ def test_dataset_brings_its_reward_and_the_command_line_wins(overrides, reward, 
 @pytest.mark.parametrize(("dataset", "count"), BENCHMARKS.items())
 def test_real_benchmarks(dataset, count, composed):
     config = composed(f"dataset={dataset}").dataset
-    found = parts.build(config.source, key="dataset.source")(config.eval_split, path=str(SHARED))
+    found = build_part(config.source, key="dataset.source")(config.eval_split, path=str(SHARED))
     assert len(found) == len({p.id for p in found}) == found.rows == count
     assert all(p.problem and p.answer for p in found)
     if dataset == "minerva":

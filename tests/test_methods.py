@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp.algorithm import Algorithm, build_algorithm, kl_k1, kl_k2, kl_k3
 from capo_exp.algorithms.cpgd import clip_filter_weighted, policy_drift_surrogate, reweighted
 from capo_exp.algorithms.dapo import mixed_rewards, overlong_penalty
 from capo_exp.algorithms.grpo import first_of_group
+from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
+from capo_exp.algorithms.protocols import Algorithm, build_algorithm
 from capo_exp.algorithms.reinforce_pp import whitened_return
 from capo_exp.algorithms.rloo import kl_in_reward, leave_one_out
-from capo_exp.checkpoint import Checkpointer
-from capo_exp.collate import totals
-from capo_exp.config import TrainConfig
-from capo_exp.learner import Learner
-from capo_exp.sampling import Sample, credited
-from capo_exp.types import Batch, TokenLoss
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.batch import totals
+from capo_exp.core.types import Batch, TokenLoss
+from capo_exp.runs.checkpoint import Checkpointer
+from capo_exp.training.learner import Learner
+from capo_exp.training.rollout_step import Sample, credited
 from tests.pieces import (
     SMALL,
     gradients,
@@ -360,7 +361,7 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
     shared = [*SMALL, "algo.num_iterations=3", "regime.learning_rate=1e-2"]
     same = [
         "algo.token_loss.clip_eps_high=0.2",
-        "algo.aggregation._target_=capo_exp.aggregation.sequence_mean",
+        "algo.aggregation._target_=capo_exp.algorithms.aggregation.sequence_mean",
     ]
     configs = (
         composed(*shared, "algo=grpo"),
@@ -602,7 +603,7 @@ def sparse(batch: Batch, *rows: int) -> Batch:
 
 
 UNFILTERED = [
-    "algo.completion_filter._target_=capo_exp.algorithm.all_completions",
+    "algo.completion_filter._target_=capo_exp.algorithms.neutral.all_completions",
     "~algo.completion_filter.threshold",
 ]
 NO_KL = ["algo.kl_coefficient=0.0", "algo.completion_filter.threshold=0.0", "regime.learning_rate=1e-3"]
@@ -706,8 +707,18 @@ def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("overrides", "estimator", "coefficient", "mean"),
     [
-        (["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithm.kl_k1"], kl_k1, 0.01, mean_of_rows),
-        (["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithm.kl_k2"], kl_k2, 0.01, mean_of_rows),
+        (
+            ["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithms.kl.kl_k1"],
+            kl_k1,
+            0.01,
+            mean_of_rows,
+        ),
+        (
+            ["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithms.kl.kl_k2"],
+            kl_k2,
+            0.01,
+            mean_of_rows,
+        ),
         (["algo=grpo_kl"], kl_k3, 0.01, mean_of_rows),
         (["algo=reinforce_pp_baseline"], kl_k2, 0.01, mean_of_tokens),
         (["algo=prorl"], kl_k3, 1e-4, mean_of_tokens),
@@ -806,12 +817,14 @@ def test_a_checkpoint_keeps_a_moved_reference(
 ) -> None:
     ours, keeper = learner("algo=prorl", "regime.learning_rate=1e-3"), Checkpointer(tmp_path, keep=1)
     ours.step(random_batch())
-    keeper.save(1, ours, Nothing(), {})  # pyright: ignore[reportArgumentType]
+    keeper.save(1, ours.state_dict(), ours.model, Nothing())  # pyright: ignore[reportArgumentType]
     assert keeper.latest_reference() is None  # still the base model
     ours.reset_reference()
     kept = copy.deepcopy(ours.reference)
     ours.step(random_batch(seed=1))
-    path = keeper.save(2, ours, Nothing(), {"counter/completions": 7})  # pyright: ignore[reportArgumentType]
+    counters = {"counter/completions": 7}
+    state = ours.state_dict() | {"counters": counters}
+    path = keeper.save(2, state, ours.model, Nothing(), ours.reference)  # pyright: ignore[reportArgumentType]
     saved = keeper.latest_reference()
     assert saved is not None and kept is not None
     again = learner("algo=prorl", "regime.learning_rate=1e-3")
@@ -819,7 +832,9 @@ def test_a_checkpoint_keeps_a_moved_reference(
     again = Learner(
         again.model, type(kept).from_pretrained(saved).eval(), again._algorithm, again._config, torch.float32
     )
-    assert keeper.restore(path, again) == (2, {"counter/completions": 7})
+    state = keeper.restore(path, torch.device("cpu"))
+    assert state["counters"] == counters
+    again.load_state_dict(state)
     assert again.reference_resets == 1 and again.reference is not None
     assert all(
         torch.equal(a, b) for a, b in zip(again.reference.parameters(), kept.parameters(), strict=True)

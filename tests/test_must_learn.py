@@ -7,10 +7,10 @@ from statistics import fmean
 import pytest
 from transformers import PreTrainedModel
 
-from capo_exp.config import TrainConfig
-from capo_exp.rewards import RewardResult
-from capo_exp.sampling import Sampler, credited, sample
-from capo_exp.timing import Stopwatch
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.timing import Stopwatch
+from capo_exp.grading.verifier import RewardResult
+from capo_exp.training.rollout_step import Sampler, credited, sample
 from tests.conftest import ALGORITHMS
 from tests.pieces import SMALL, graded, make_learner, run_updates
 from tests.test_rollout_hf import engine, prompts

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from capo_exp.grading import STYLES, grade, grade_any, last_boxed, readable_gold
-from capo_exp.rewards import MathVerifier
+from capo_exp.grading.compare import STYLES, grade, grade_any, last_boxed, readable_gold
+from capo_exp.grading.verifier import MathVerifier
 
 REASONS = {"correct", "wrong", "no_answer", "gold_unparsable", "error", "timeout", "crash"}
 RIGHT = r"\boxed{7}"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from capo_exp.config import ConfigError
-from capo_exp.parts import build, check_names, check_target, is_local_path, resolve_model_path
+from capo_exp.config.build import build_part, check_names, check_target, is_local_path, resolve_model_path
+from capo_exp.config.schema import ConfigError
 
 BOUNDS: dict[str, Any] = {
     "_target_": "capo_exp.algorithms.capo.shift_bounds",
@@ -21,12 +21,12 @@ BOUNDS: dict[str, Any] = {
 
 def refusal(part: dict[str, Any], **options: Any) -> str:
     with pytest.raises(ConfigError) as error:
-        build(part, key="algo.selection", **options)
+        build_part(part, key="algo.selection", **options)
     return str(error.value)
 
 
 def test_binds_the_numbers() -> None:
-    built = build(BOUNDS, key="algo.selection")
+    built = build_part(BOUNDS, key="algo.selection")
     assert isinstance(built, partial)
     assert built.keywords == {k: v for k, v in BOUNDS.items() if not k.startswith("_")}
 
@@ -38,7 +38,7 @@ def test_a_built_function_runs() -> None:
         "eps": 1e-4,
         "target_std": 1.0,
     }
-    assert build(part, key="algo.advantage")(torch.tensor([[0.0, 1.0]])).shape == (1, 2)
+    assert build_part(part, key="algo.advantage")(torch.tensor([[0.0, 1.0]])).shape == (1, 2)
 
 
 def test_nested_values_stay_plain() -> None:
@@ -50,7 +50,7 @@ def test_nested_values_stay_plain() -> None:
         "num_eval": 1,
         "seed": 0,
     }
-    assert type(build(part, key="dataset.source").keywords["families"]) is dict
+    assert type(build_part(part, key="dataset.source").keywords["families"]) is dict
 
 
 def test_unknown_parameter_names_key_function_and_known() -> None:
@@ -66,8 +66,8 @@ def test_a_tensor_argument_is_no_setting() -> None:
 
 
 def test_function_without_numbers_says_none() -> None:
-    part = {"_target_": "capo_exp.algorithm.keep_all", "_partial_": True, "x": 1}
-    assert refusal(part).endswith("unknown parameter of capo_exp.algorithm.keep_all; known: none")
+    part = {"_target_": "capo_exp.algorithms.neutral.keep_all", "_partial_": True, "x": 1}
+    assert refusal(part).endswith("unknown parameter of capo_exp.algorithms.neutral.keep_all; known: none")
 
 
 def test_missing_number() -> None:
@@ -78,7 +78,7 @@ def test_missing_number() -> None:
 
 def test_what_the_caller_passes_may_be_missing_and_must_not_be_set() -> None:
     part = {k: v for k, v in BOUNDS.items() if k != "policy_shift_max"}
-    build(part, key="algo.selection", runtime=["policy_shift_max"])
+    build_part(part, key="algo.selection", runtime=["policy_shift_max"])
     assert "unknown parameter" in refusal(BOUNDS, runtime=["policy_shift_max"])
 
 
@@ -105,7 +105,7 @@ def test_target_whose_dependency_is_absent(monkeypatch: pytest.MonkeyPatch) -> N
     def absent(name: str) -> None:
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
 
-    monkeypatch.setattr("capo_exp.parts.importlib.import_module", absent)
+    monkeypatch.setattr("capo_exp.config.build.importlib.import_module", absent)
     assert "expected the package vllm to be installed" in refusal(BOUNDS)
 
 

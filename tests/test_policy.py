@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp import policy
-from capo_exp.collate import join, split
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.types import Batch, PolicyOutput
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.batch import join, split
+from capo_exp.core.types import Batch, PolicyOutput
 
 
 def run(

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import capo_exp
-from capo_exp.config import ConfigError, conf_dir
+from capo_exp.config.schema import ConfigError, conf_dir
 from capo_exp.data.keywords import make_language, problems
 from scripts import pretrain
 

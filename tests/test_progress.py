@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from capo_exp.progress import Progress, clock, describe, summary_table
+from capo_exp.runs.console import Progress, clock, describe, summary_table
 
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:

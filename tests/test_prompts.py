@@ -13,16 +13,16 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from capo_exp.checks import check
-from capo_exp.config import ConfigError, DatasetConfig, conf_dir
+from capo_exp.config.checks import check
+from capo_exp.config.schema import ConfigError, DatasetConfig, conf_dir
+from capo_exp.core.policy import load_tokenizer
+from capo_exp.core.types import Problem
 from capo_exp.data.prompts import preview, render, visited, with_special_tokens
-from capo_exp.figures.load import load_run
 from capo_exp.figures.settings import flat, results
-from capo_exp.grading import last_boxed
-from capo_exp.policy import load_tokenizer
-from capo_exp.progress import Progress
-from capo_exp.run_record import ADDED, as_dict, run_id
-from capo_exp.types import Problem
+from capo_exp.grading.compare import last_boxed
+from capo_exp.runs.console import Progress
+from capo_exp.runs.read import load_run
+from capo_exp.runs.record import ADDED, as_dict, run_id
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capo_exp import train
-from capo_exp.config import TrainConfig
-from capo_exp.figures.load import read_jsonl
-from capo_exp.logger import RunLogger
+from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.read import read_jsonl
+from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]
 STEPS, SCALE = 100, 10

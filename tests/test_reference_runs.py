@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capo_exp.figures.__main__ import main
-from capo_exp.figures.load import find_runs, load_run
+from capo_exp.runs.read import find_runs, load_run
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 FIGURES = sorted(path.stem for path in (REFERENCE / "tiny_figure_1" / "figures").glob("*.csv"))

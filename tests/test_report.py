@@ -14,9 +14,9 @@ import pytest
 
 from capo_exp.figures import report_viewer as viewer
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.load import Run, load_run
 from capo_exp.figures.report import pipe_table, write_report
 from capo_exp.figures.report_tables import differing, labels, summary
+from capo_exp.runs.read import Run, load_run
 from tests.report_pieces import (
     CAPO,
     HOSTILE,
@@ -235,7 +235,7 @@ def test_no_torch(written: Study) -> None:
     code = """
 import sys
 from pathlib import Path
-from capo_exp.figures.load import load_run
+from capo_exp.runs.read import load_run
 from capo_exp.figures.report import write_report
 write_report([load_run(sys.argv[1])], [], [], Path(sys.argv[2]))
 assert not {"torch", "wandb", "transformers", "datasets", "vllm"} & set(sys.modules)

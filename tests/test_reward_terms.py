@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from capo_exp import reward_terms
-from capo_exp.algorithm import build_algorithm
-from capo_exp.checks import check
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.metric_names import check_known
-from capo_exp.parts import check_parts
-from capo_exp.reward_terms import RewardTerms, build_terms
-from capo_exp.run_record import _results, as_dict, run_id
-from capo_exp.sampling import Sample, Sampler, sample, total_reward
-from capo_exp.timing import Stopwatch
-from capo_exp.types import Prompt, RolloutGroup
+from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.build import check_parts
+from capo_exp.config.checks import check
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import Prompt, RolloutGroup
+from capo_exp.grading import terms as reward_terms
+from capo_exp.grading.terms import RewardTerms, build_terms
+from capo_exp.runs.metrics import check_known
+from capo_exp.runs.record import _results, as_dict, run_id
+from capo_exp.training.rollout_step import Sample, Sampler, sample, total_reward
 from tests.pieces import Reader, completion, prompt
 
 Compose = Callable[..., TrainConfig]
@@ -88,9 +88,9 @@ def draw(config: TrainConfig) -> Sample:
 
 
 LENGTH = (
-    "reward.length._target_=capo_exp.reward_terms.brevity",
+    "reward.length._target_=capo_exp.grading.terms.brevity",
     "+reward.length.max_tokens=4",
-    "reward.format._target_=capo_exp.reward_terms.one_box",
+    "reward.format._target_=capo_exp.grading.terms.one_box",
 )
 
 
@@ -122,7 +122,7 @@ def test_group_filters_see_correctness_alone(composed: Compose) -> None:
 def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> None:
     config = composed("algo=grpo")
     assert build_terms(config.reward) == RewardTerms()
-    named = ("reward.length_weight=0.0", "reward.format._target_=capo_exp.reward_terms.no_format")
+    named = ("reward.length_weight=0.0", "reward.format._target_=capo_exp.grading.terms.no_format")
     assert run_id(composed("algo=grpo", *named)) == run_id(config)
     assert run_id(composed("algo=grpo", *LENGTH)) != run_id(config)
     strict = composed("algo=grpo", "reward=math_verify")

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_exp.config import ConfigError
-from capo_exp.grading import last_boxed
-from capo_exp.rewards import (
+from capo_exp.config.schema import ConfigError
+from capo_exp.grading.compare import last_boxed
+from capo_exp.grading.verifier import (
     ExactVerifier,
     Grade,
     MathVerifier,
@@ -366,7 +366,8 @@ def test_bad_numbers_name_their_key(key):
 
 
 def test_imports_neither_torch_nor_math_verify():
-    code = "import sys, capo_exp.rewards; print(sorted({'torch', 'math_verify', 'sympy'} & set(sys.modules)))"
+    unwanted = "{'torch', 'math_verify', 'sympy'}"
+    code = f"import sys, capo_exp.grading.verifier; print(sorted({unwanted} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -374,7 +375,7 @@ def test_imports_neither_torch_nor_math_verify():
 PROGRAM = """
 import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
-from capo_exp.rewards import MathVerifier
+from capo_exp.grading.verifier import MathVerifier
 from tests.test_rewards import misbehave
 
 def main():

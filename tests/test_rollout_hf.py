@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from capo_exp import policy
-from capo_exp.collate import collate
+from capo_exp.core import policy
+from capo_exp.core.batch import collate
+from capo_exp.core.types import Problem, Prompt, RolloutGroup
 from capo_exp.rollout.hf import HFRollout
-from capo_exp.types import Problem, Prompt, RolloutGroup
 
 
 class Tokenizer:

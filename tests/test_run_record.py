@@ -11,9 +11,19 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from capo_exp import run_record
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.run_record import RunRecord, as_dict, clear, locked, read, run_dir, run_id, status, write_atomic
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.runs import record as run_record
+from capo_exp.runs.record import (
+    RunRecord,
+    as_dict,
+    clear,
+    locked,
+    read,
+    run_dir,
+    run_id,
+    status,
+    write_atomic,
+)
 
 
 @pytest.fixture
@@ -160,7 +170,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from capo_exp.run_record import locked
+from capo_exp.runs.record import locked
 with locked(Path(sys.argv[1])):
     if os.fork():
         sys.stdout.write("held\\n"); sys.stdout.flush()
@@ -191,7 +201,7 @@ def test_a_second_process_is_refused_and_a_kill_frees_the_run(tmp_path: Path) ->
 
 def test_git_state_and_diff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
     checkout, run = tmp_path / "checkout", tmp_path / "run"
-    module = checkout / "capo_exp" / "run_record.py"
+    module = checkout / "capo_exp" / "runs" / "record.py"
     for folder in (module.parent, checkout / "conf", run):
         folder.mkdir(parents=True)
     module.write_text("a = 1\n")
@@ -220,7 +230,7 @@ def test_git_state_and_diff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, con
 
 
 def test_the_package_is_importable_without_torch() -> None:
-    modules = "capo_exp.run_record, capo_exp.metric_names, capo_exp.progress"
+    modules = "capo_exp.runs.record, capo_exp.runs.metrics, capo_exp.runs.console"
     code = f"import sys, {modules}; assert not {{'torch', 'wandb', 'matplotlib'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

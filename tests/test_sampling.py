@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from capo_exp import policy, train
-from capo_exp.algorithm import build_algorithm
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.seeds import ORDER, derive_seed
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import Problem, Prompt, RolloutGroup
 from capo_exp.data.prompts import visited
 from capo_exp.rollout.demonstrations import DemonstrationRollout
-from capo_exp.sampling import Sample, Sampler, credited, sample
-from capo_exp.seeds import ORDER, derive_seed
-from capo_exp.timing import Stopwatch
-from capo_exp.types import Problem, Prompt, RolloutGroup
+from capo_exp.training import loop as train
+from capo_exp.training.rollout_step import Sample, Sampler, credited, sample
 from tests.pieces import SMALL, Reader, completion, make_learner, prompt, run_updates, weights
 
 Compose = Callable[..., TrainConfig]

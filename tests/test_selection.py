@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
-from capo_exp import curvature, policy
-from capo_exp.algorithm import build_algorithm, keep_all
 from capo_exp.algorithms.capo import (
     batch_bounds,
     bounds_by_sign,
@@ -30,10 +28,14 @@ from capo_exp.algorithms.controls import (
     policy_shift_score,
     random_score,
 )
-from capo_exp.collate import totals
-from capo_exp.config import ConfigError, TrainConfig, conf_dir
-from capo_exp.learner import Learner
-from capo_exp.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenShifts
+from capo_exp.algorithms.neutral import keep_all
+from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.schema import ConfigError, TrainConfig, conf_dir
+from capo_exp.core import policy
+from capo_exp.core.batch import totals
+from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenShifts
+from capo_exp.curvature import model as curvature
+from capo_exp.training.learner import Learner
 from tests.conftest import ALGORITHMS
 from tests.pieces import (
     BOUNDS,
@@ -418,7 +420,7 @@ def test_a_scoring_pass_counts_the_kept_tokens(
     for aggregation in ("token_mean", "token_mean_over_kept"):
         config = composed(
             *SMALL, "algo=dapo", *partly("capo"), "algo.scoring_pass=true", "model.micro_batch_size=3",
-            f"algo.aggregation._target_=capo_exp.aggregation.{aggregation}",
+            f"algo.aggregation._target_=capo_exp.algorithms.aggregation.{aggregation}",
         )  # fmt: skip
         ours = make_learner(config, small_model)
         seen = watch_gradients(ours)

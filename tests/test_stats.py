@@ -10,8 +10,8 @@ from scipy import stats as scipy_stats
 
 from capo_exp.figures.bands import Band
 from capo_exp.figures.intervals import RESAMPLES, Interval, Statistic
-from capo_exp.figures.load import Array, Run
 from capo_exp.figures.stats import areas, band, centre, ema, interval, noise, sample_efficiency, stability
+from capo_exp.runs.read import Array, Run
 from tests.figure_pieces import NO_WARNINGS
 
 X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp.config import TrainConfig
-from capo_exp.run_record import RunRecord, locked, run_dir
-from capo_exp.status import main, summarise
+from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.record import RunRecord, locked, run_dir
+from capo_exp.sweep.table import main, summarise
 
 
 def row(step: int, **metrics: float | None) -> str:
@@ -102,5 +102,5 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import sys, capo_exp.status; assert 'torch' not in sys.modules"
+    code = "import sys, capo_exp.sweep.table; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp import policy
 from capo_exp.algorithms import step_bound
-from capo_exp.checkpoint import Checkpointer
-from capo_exp.config import TrainConfig
-from capo_exp.learner import Learner
-from capo_exp.proposal import Decision, Proposal, Sample, Trial
-from capo_exp.types import Batch
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.types import Batch
+from capo_exp.curvature.step_trial import Decision, Proposal, Sample, Trial
+from capo_exp.runs.checkpoint import Checkpointer
+from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, make_learner, same_weights, weights
 
 ALL = Sample(completions=99, tokens=9999)
@@ -217,10 +217,10 @@ def test_a_resumed_run_remembers_the_ratio(learner: Make, random_batch, tmp_path
     class Tokenizer:
         def save_pretrained(self, folder: Path) -> None: ...
 
-    path = checkpointer.save(2, straight, Tokenizer(), {})  # pyright: ignore[reportArgumentType]
+    path = checkpointer.save(2, straight.state_dict(), straight.model, Tokenizer())  # pyright: ignore[reportArgumentType]
     resumed = learner(rule)
     resumed.model.load_state_dict(straight.model.state_dict())
-    checkpointer.restore(path, resumed)
+    resumed.load_state_dict(checkpointer.restore(path, torch.device("cpu")))
     assert resumed.step_memory == straight.step_memory and resumed.step_memory["since"] == 2
     for one in (straight, resumed):
         one.step(random_batch(seed=2))

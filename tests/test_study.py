@@ -6,9 +6,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict
 
-from capo_exp.checks import check
-from capo_exp.config import conf_dir, register, to_config
-from capo_exp.run_record import run_id
+from capo_exp.config.checks import check
+from capo_exp.config.schema import conf_dir, register, to_config
+from capo_exp.runs.record import run_id
 
 SETTINGS = sorted(path.stem for path in (conf_dir() / "setting").glob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (conf_dir() / "experiment" / "study").glob("[!_]*.yaml"))

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp import __main__ as cli
-from capo_exp import sweep, train
-from capo_exp.config import SweepConfig, TrainConfig, conf_dir
-from capo_exp.pruning import Watch, behind
-from capo_exp.run_record import locked, run_dir, status
+from capo_exp.cli import compose as cli
+from capo_exp.config.schema import SweepConfig, TrainConfig, conf_dir
+from capo_exp.runs.record import locked, run_dir, status
+from capo_exp.sweep import sweep
+from capo_exp.sweep.pruning import Watch, behind
+from capo_exp.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,8 +28,8 @@ CHILD = """
 import json, os, pathlib, signal, sys, time, yaml
 c = yaml.safe_load(sys.stdin)
 print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
-from capo_exp.job import read_config
-from capo_exp.run_record import run_dir
+from capo_exp.sweep.job import read_config
+from capo_exp.runs.record import run_dir
 folder = run_dir(read_config(yaml.safe_dump(c)))
 def record(status):
     (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
@@ -129,7 +130,7 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> No
     waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
     waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
     start = f"from capo_exp import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
-    start += "from capo_exp.__main__ import main; main()"
+    start += "from capo_exp.cli.compose import main; main()"
     command = [sys.executable, "-c", start, "-m", "seed=0,1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(300):
@@ -206,7 +207,7 @@ def test_training_in_a_sweep_is_the_same_as_alone(
     assert _timeless(alone / "metrics.jsonl") == _timeless(swept / "metrics.jsonl")
     assert "evaluation after step 2" in (swept / "log.txt").read_text()
     with (swept / "config.yaml").open() as file:  # a recorded configuration runs again, by itself
-        command = [sys.executable, "-m", "capo_exp.job"]
+        command = [sys.executable, "-m", "capo_exp.sweep.job"]
         again = subprocess.run(command, stdin=file, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0 and "this run is finished" in again.stdout
 

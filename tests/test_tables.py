@@ -13,11 +13,11 @@ from capo_exp.figures.captions import seeds
 from capo_exp.figures.catalogue import read_figure
 from capo_exp.figures.compose import Picture
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.load import Run
 from capo_exp.figures.measure import Column, Crossing, Level, Panel, thousands
 from capo_exp.figures.stats import Estimate
 from capo_exp.figures.study import Series
 from capo_exp.figures.tables import Table, cell_text, value_text
+from capo_exp.runs.read import Run
 
 NAN = float("nan")
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import capo_exp
-from capo_exp.config import conf_dir
+from capo_exp.config.schema import conf_dir
 from capo_exp.data.arithmetic import problems
 
 ASSETS = Path(capo_exp.__file__).parent / "assets" / "tiny"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp import train
-from capo_exp.config import TrainConfig
+from capo_exp.config.schema import TrainConfig
+from capo_exp.training import loop as train
 
 TRACE = Path(__file__).parent / "trace_20_steps.jsonl"
 KEYS = (

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from capo_exp import train
-from capo_exp.config import ConfigError, RunFailed, TrainConfig
-from capo_exp.figures.load import load_run, series, to_its_end
-from capo_exp.learner import TrainingDiverged
-from capo_exp.metric_names import check_known
+from capo_exp.config.schema import ConfigError, RunFailed, TrainConfig
 from capo_exp.rollout import EngineFailed
-from capo_exp.run_record import status
+from capo_exp.runs.metrics import check_known
+from capo_exp.runs.read import load_run, series, to_its_end
+from capo_exp.runs.record import status
+from capo_exp.training import loop as train
+from capo_exp.training.learner import TrainingDiverged
 
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",

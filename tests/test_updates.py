@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp.collate import minibatches
-from capo_exp.config import TrainConfig
-from capo_exp.learner import Learner
-from capo_exp.metric_names import check_known
-from capo_exp.sampling import Sample, Sampler, credited, sample
-from capo_exp.timing import Stopwatch
-from capo_exp.types import Batch, Prompt, RolloutGroup
-from capo_exp.updates import updates
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.batch import minibatches
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import Batch, Prompt, RolloutGroup
+from capo_exp.runs.metrics import check_known
+from capo_exp.training.learner import Learner
+from capo_exp.training.rollout_step import Sample, Sampler, credited, sample
+from capo_exp.training.updates import updates
 from tests.conftest import ALGORITHMS
 from tests.pieces import SMALL, Reader, groups_of, make_learner, prompt, run_updates, same_weights, weights
 
@@ -261,7 +261,10 @@ def test_an_all_equal_group_teaches_nothing(composed: Compose, small_model: PreT
     same: list[list[int]] = [[3] * 4] * 3
     for algo in ("grpo", "dr_grpo", "rloo", "cpgd", "dapo"):
         extra = ["algo.shaping.kl_coefficient=0.0"] if algo == "rloo" else []
-        extra += ["algo.max_sampling_rounds=1", "algo.group_filter._target_=capo_exp.algorithm.all_groups"]
+        extra += [
+            "algo.max_sampling_rounds=1",
+            "algo.group_filter._target_=capo_exp.algorithms.neutral.all_groups",
+        ]
         _, _, _, batch = through(
             composed, small_model, algo, rewards, same, *extra, "dataset.max_completion_tokens=3"
         )

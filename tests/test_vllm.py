@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp import parts, policy
-from capo_exp.checks import check
-from capo_exp.collate import collate
-from capo_exp.config import ConfigError, TrainConfig
+from capo_exp.config.build import build_part
+from capo_exp.config.checks import check
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.batch import collate
+from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import render
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout
 from capo_exp.rollout.vllm_process import EngineProcess, Limits, engine_failed
 from capo_exp.rollout.weight_transfer import all_parameters, choose_backend, weight_source, within
-from capo_exp.run_record import run_id
-from capo_exp.types import Batch, Prompt, RolloutGroup
+from capo_exp.runs.record import run_id
 
 Composed = Callable[..., TrainConfig]
 T = TypeVar("T")
@@ -53,9 +54,9 @@ class Setup:
         self.directory = directory
         self.tokenizer = policy.load_tokenizer(config.model)
         self.model = policy.load_model(config.model, torch.device("cpu"))
-        source = parts.build(config.dataset.source, key="dataset.source")
+        source = build_part(config.dataset.source, key="dataset.source")
         self.prompts = render(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
-        build = parts.build(config.rollout.engine, key="rollout.engine")
+        build = build_part(config.rollout.engine, key="rollout.engine")
         self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32)
         self.version = 0
 
@@ -101,7 +102,7 @@ def compose_vllm(*overrides: str) -> TrainConfig:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from capo_exp.config import conf_dir, register
+    from capo_exp.config.schema import conf_dir, register
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -15,14 +15,15 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from capo_exp import train, wandb_start
-from capo_exp.config import ConfigError, TrainConfig
-from capo_exp.figures.load import read_jsonl
-from capo_exp.logger import RunLogger
-from capo_exp.run_record import RunRecord, clear
-from capo_exp.wandb_file import history, is_whole, records
-from capo_exp.wandb_run import BEST, RECORD
-from capo_exp.wandb_start import has_key, resolve_mode
+from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.runs import wandb_start
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.record import RunRecord, clear
+from capo_exp.runs.wandb_file import history, is_whole, records
+from capo_exp.runs.wandb_run import BEST, RECORD
+from capo_exp.runs.wandb_start import has_key, resolve_mode
+from capo_exp.training import loop as train
 from tests.wandb_server import HISTORY, SUMMARY, Server, serve
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -260,11 +261,11 @@ def test_an_offline_file_without_an_end_is_written_again(
     run_dir: Path, offline: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a disk that was full for a moment: W&B's process writes nothing more and says nothing."""
-    monkeypatch.setattr("capo_exp.wandb_run.END_SECONDS", 2.0)
+    monkeypatch.setattr("capo_exp.runs.wandb_run.END_SECONDS", 2.0)
     with open_logger(run_dir, offline) as logger:
         log_step(logger, 1)
         [first] = files(run_dir)
-        whole = "capo_exp.wandb_run.is_whole"
+        whole = "capo_exp.runs.wandb_run.is_whole"
         monkeypatch.setattr(whole, lambda path: path.parent != first.parent and is_whole(path))
     [file] = files(run_dir)
     assert file.parent != first.parent and comparable(list(history(file))) == logged(run_dir)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from capo_exp import curvature
-from capo_exp.algorithm import require_whole_step
-from capo_exp.types import BatchShifts, Scored, Selection, TokenShifts
+from capo_exp.algorithms.neutral import require_whole_step
+from capo_exp.core.types import BatchShifts, Scored, Selection, TokenShifts
+from capo_exp.curvature import model as curvature
 
 
 def shift_bounds(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capo_exp.algorithm import require_whole_step
-from capo_exp.types import Scored, Selection
+from capo_exp.algorithms.neutral import require_whole_step
+from capo_exp.core.types import Scored, Selection
 
 Score = Float[Tensor, "B T"]
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.algorithm import clipped_objective
-from capo_exp.masked import centre
-from capo_exp.types import TokenLoss
+from capo_exp.algorithms.surrogates import clipped_objective
+from capo_exp.core.masked import centre
+from capo_exp.core.types import TokenLoss
 
 TokenValues = Float[Tensor, "B T"]
 

@@ -4,7 +4,7 @@ clip-higher is grpo.clipped_surrogate with two bounds, its token mean aggregatio
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.types import Scored, Selection
+from capo_exp.core.types import Scored, Selection
 
 
 def mixed_rewards(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:

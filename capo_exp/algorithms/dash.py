@@ -3,7 +3,7 @@
 from jaxtyping import Bool
 from torch import Tensor
 
-from capo_exp.types import Batch
+from capo_exp.core.types import Batch
 
 
 def advantage_above(batch: Batch, *, threshold: float) -> Bool[Tensor, " B"]:

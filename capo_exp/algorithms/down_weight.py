@@ -3,7 +3,7 @@ just up to the bound. Ours; the shifts are those of CAPO, arXiv 2510.00819, sect
 
 import torch
 
-from capo_exp.types import Scored, Selection
+from capo_exp.core.types import Scored, Selection
 
 
 def to_bounds(scored: Scored, *, policy_shift_max: float, objective_shift_max: float) -> Selection:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.types import TokenLoss
+from capo_exp.core.types import TokenLoss
 
 TokenValues = Float[Tensor, "B T"]
 

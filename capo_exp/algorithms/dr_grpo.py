@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from capo_exp.masked import centre
+from capo_exp.core.masked import centre
 
 
 def group_centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:

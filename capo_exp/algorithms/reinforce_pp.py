@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.masked import masked_mean
+from capo_exp.core.masked import masked_mean
 
 
 def whitened_return(

@@ -3,9 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.algorithm import clipped_objective, completion_ratio
-from capo_exp.masked import centre, masked_sum
-from capo_exp.types import TokenLoss
+from capo_exp.algorithms.surrogates import clipped_objective, completion_ratio
+from capo_exp.core.masked import centre, masked_sum
+from capo_exp.core.types import TokenLoss
 
 
 def kl_in_reward(

@@ -4,7 +4,7 @@ completions (any sampling engine): with A = R the wrong ones weigh nothing."""
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.types import TokenLoss
+from capo_exp.core.types import TokenLoss
 
 
 def negative_log_likelihood(

@@ -8,7 +8,7 @@ sqrt(1 / k).
 
 from math import sqrt
 
-from capo_exp.proposal import Decision, Proposal, Sample, Trial
+from capo_exp.curvature.step_trial import Decision, Proposal, Sample, Trial
 
 SHORT_OF = 0.95
 """Share of the way to the bound that a search aims at, so that the next look need not find it just above."""

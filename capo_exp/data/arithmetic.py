@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from capo_exp.config import ConfigError
-from capo_exp.types import Problem
+from capo_exp.config.schema import ConfigError
+from capo_exp.core.types import Problem
 
 Calculate = Callable[[str, int, int], int]  # (operation, left, right) -> result; + - * / //
 Step = tuple[str, int | str, int | str]  # operation and operands; "#0" is the result of the first step

@@ -5,7 +5,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 
-from capo_exp.types import Problem
+from capo_exp.core.types import Problem
 
 _UNSEEN = re.compile(
     r"(?P<line_break>\\\\)"

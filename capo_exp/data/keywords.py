@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 
-from capo_exp.config import ConfigError
-from capo_exp.types import Problem
+from capo_exp.config.schema import ConfigError
+from capo_exp.core.types import Problem
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
 SYLLABLES = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from capo_exp.config import ConfigError
+from capo_exp.config.schema import ConfigError
+from capo_exp.core.types import Problem
 from capo_exp.data.rows import Problems, Table, read_table, require
-from capo_exp.grading import last_boxed
-from capo_exp.types import Problem
+from capo_exp.grading.compare import last_boxed
 
 OWN_COLUMNS = {"problem": "problem", "answer": "answer"}
 """Field of Problem -> column of this project's own parquet files."""

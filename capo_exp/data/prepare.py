@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from capo_exp import parts
-from capo_exp.checks import check_trains
-from capo_exp.config import ConfigError, DatasetConfig, TrainConfig
+from capo_exp.config.build import build_part
+from capo_exp.config.checks import check_trains
+from capo_exp.config.schema import ConfigError, DatasetConfig, TrainConfig
+from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.contamination import overlap, repeated
 from capo_exp.data.prompts import render, visited, with_special_tokens
 from capo_exp.data.rows import Problems
-from capo_exp.types import Problem, Prompt
 
 Gradable = Callable[[list[tuple[str, ...]]], list[bool]]
 """Verifier.gradable: which golds it can grade by."""
@@ -103,7 +103,7 @@ def read_split(dataset: DatasetConfig, split: str) -> list[Problem]:
     Raises:
         ConfigError: as the dataset's source.
     """
-    return parts.build(dataset.source, key="dataset.source")(split, path=dataset.path)
+    return build_part(dataset.source, key="dataset.source")(split, path=dataset.path)
 
 
 def evaluation_order(problems: Sequence[Problem], order: str) -> list[Problem]:

@@ -8,8 +8,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from capo_exp.config import ConfigError, DatasetConfig
-from capo_exp.types import Problem, Prompt
+from capo_exp.config.schema import ConfigError, DatasetConfig
+from capo_exp.core.types import Problem, Prompt
 
 PLACEHOLDER = "{problem}"
 MAX_CHARACTERS_PER_TOKEN = 256

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from capo_exp.core.seeds import EVALUATION, derive_seed
+from capo_exp.core.types import Prompt
 from capo_exp.evaluation.card import Card
 from capo_exp.evaluation.draw import Answered
 from capo_exp.evaluation.records import read_rows, scores_of, write_rows
-from capo_exp.rewards import Verifier
-from capo_exp.run_record import is_locked, locked, write_atomic
-from capo_exp.seeds import EVALUATION, derive_seed
-from capo_exp.types import Prompt
+from capo_exp.grading.verifier import Verifier
+from capo_exp.runs.record import is_locked, locked, write_atomic
 
 Scores = dict[str, Any]
 Answer = Callable[[Sequence[Prompt], int], list[Answered]]

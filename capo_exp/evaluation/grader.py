@@ -6,7 +6,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from capo_exp import answers, grading
+from capo_exp.grading import compare as grading
+from capo_exp.grading import extract as answers
 
 KEYS = ("style", "timeout_seconds", "memory_limit_gib", "unparsable_gold")
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from capo_exp.rewards import Verifier
+from capo_exp.grading.verifier import Verifier
 
 MAX_COMPARED = 200
 """Characters; a longer answer is the same as another only as text."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from capo_exp.evaluation.majority import classes
 from capo_exp.evaluation.scores import Solved, estimate, summary
-from capo_exp.rewards import Verifier
-from capo_exp.run_record import replacing
+from capo_exp.grading.verifier import Verifier
+from capo_exp.runs.record import replacing
 
 Row = dict[str, Any]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from capo_exp.config import ConfigError
+from capo_exp.config.schema import ConfigError
 from capo_exp.evaluation import grader
 from capo_exp.evaluation.records import Row, scores_of, write_rows
-from capo_exp.rewards import Verifier
-from capo_exp.run_record import write_atomic
+from capo_exp.grading.verifier import Verifier
+from capo_exp.runs.record import write_atomic
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from capo_exp.config import ConfigError
+from capo_exp.config.schema import ConfigError
 from capo_exp.figures import picture as page
 from capo_exp.figures import provenance, style, tables
 from capo_exp.figures.captions import caption, footer
@@ -17,10 +17,10 @@ from capo_exp.figures.command import Command, as_typed, help_text, parse, smooth
 from capo_exp.figures.compose import Picture, compose
 from capo_exp.figures.curves import curves
 from capo_exp.figures.drawn import Drawn
-from capo_exp.figures.load import find_runs, load_run, to_its_end
 from capo_exp.figures.stats import Interval, Statistic
 from capo_exp.figures.study import Study
-from capo_exp.run_record import replacing
+from capo_exp.runs.read import find_runs, load_run, to_its_end
+from capo_exp.runs.record import replacing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from capo_exp.figures.intervals import Interval, Statistic, centre, ema
 from capo_exp.figures.intervals import interval as bounds
-from capo_exp.figures.load import Array, Row, Run, series
+from capo_exp.runs.read import Array, Row, Run, series
 
 Source = Literal["metrics", "eval"]
 

@@ -11,8 +11,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp import metric_names as names
-from capo_exp.config import ConfigError, conf_dir, suggest
+from capo_exp.config.schema import ConfigError, conf_dir, suggest
+from capo_exp.runs import metrics as names
 
 CHOICES = {
     "draw": ("lines", "bars", "stages", "heat", "tokens", "settings"),
@@ -153,7 +153,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     choices = list(known)
     last = name.rsplit("/", 1)[-1]
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) or [c for c in choices if last in c][:3]
-    return f"nearest: {', '.join(close)}" if close else "capo_exp/metric_names.py has them all"
+    return f"nearest: {', '.join(close)}" if close else "capo_exp/runs/metrics.py has them all"
 
 
 def typed(kind: type[Spec], values: Mapping[str, Any], where: str) -> Spec:

@@ -12,12 +12,12 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 from capo_exp.figures import labels, style
-from capo_exp.figures.load import Array
 from capo_exp.figures.measure import Panel, y_label
 from capo_exp.figures.panels import format_values, is_log
 from capo_exp.figures.per_run import cell_of
 from capo_exp.figures.style import Look
 from capo_exp.figures.tables import cell_text, value_text
+from capo_exp.runs.read import Array
 
 
 def rows_of(axes: Axes, names: Sequence[str]) -> Array:

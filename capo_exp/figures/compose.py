@@ -5,14 +5,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capo_exp import metric_names as names
 from capo_exp.figures import labels, measure, per_run, tokens
 from capo_exp.figures.catalogue import Conditions, FigureSpec, PanelSpec, metric_keys
 from capo_exp.figures.curves import Curve, curves
-from capo_exp.figures.load import Run
 from capo_exp.figures.matching import describe, matching, present, unmet
 from capo_exp.figures.measure import Panel
 from capo_exp.figures.study import Lacking, NoMetric, Study, Unfit, x_of
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Run
 
 MEASURES = {
     "lines": measure.lines,

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp import metric_names as names
-from capo_exp.config import ConfigError
+from capo_exp.config.schema import ConfigError
 from capo_exp.figures import labels, settings, style
-from capo_exp.figures.load import Run, series
 from capo_exp.figures.stats import Source, ema
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Run, series
 
 START_STEP = 10
 """Rollout step of runs with learning rate 0 that accuracy curves start from, as in the paper's figures."""
@@ -177,4 +177,4 @@ def check_key(runs: Sequence[Run], key: str) -> None:
         reason = "none of these runs logged it"
     else:
         reason = f"no such metric; nearest: {', '.join(near)}" if near else "no such metric"
-    raise ConfigError(f"{key}: {reason}; the metrics are those in capo_exp/metric_names.py")
+    raise ConfigError(f"{key}: {reason}; the metrics are those in capo_exp/runs/metrics.py")

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from capo_exp.figures.load import Array
+from capo_exp.runs.read import Array
 
 Statistic = Literal["mean", "iqm"]
 Interval = Literal["bootstrap", "t", "sem"]

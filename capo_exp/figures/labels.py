@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capo_exp.config import conf_dir
+from capo_exp.config.schema import conf_dir
 from capo_exp.figures.settings import Settings, shorten, varying
 
 ALGORITHMS = {

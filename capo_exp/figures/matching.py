@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capo_exp.figures.load import Run
+from capo_exp.runs.read import Run
 
 
 def matching(runs: Sequence[Run], conditions: Sequence[Mapping[str, Any]]) -> list[Run]:

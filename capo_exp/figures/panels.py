@@ -10,11 +10,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, ScalarFormatter
 
 from capo_exp.figures import style
-from capo_exp.figures.load import Array
 from capo_exp.figures.measure import Crossing, Panel, y_label
 from capo_exp.figures.study import Series
 from capo_exp.figures.style import Look
 from capo_exp.figures.tables import value_text
+from capo_exp.runs.read import Array
 
 MARKS = 7
 """Markers along a line, about."""

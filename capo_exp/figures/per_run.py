@@ -7,9 +7,9 @@ import numpy as np
 from capo_exp.figures import labels
 from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.load import Run
 from capo_exp.figures.measure import Column, Panel, bars, parts
 from capo_exp.figures.study import Lacking, Series, Study, Unfit, estimate
+from capo_exp.runs.read import Run
 
 
 def cell_of(curve: Curve) -> tuple[float, int]:

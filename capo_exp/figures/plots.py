@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from capo_exp import metric_names as names
 from capo_exp.figures import style
-from capo_exp.figures.load import Array, Run, load_run, series
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Array, Run, load_run, series
 
 
 def plot_run(run_dir: Path | str) -> Path:

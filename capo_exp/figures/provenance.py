@@ -6,8 +6,8 @@ from importlib import metadata
 from typing import Any
 
 from capo_exp.figures.compose import Picture
-from capo_exp.figures.load import Run
 from capo_exp.figures.study import Study, alpha
+from capo_exp.runs.read import Run
 
 KEY = "capo_exp"
 """Of the PNG's text chunk."""

@@ -19,9 +19,9 @@ from capo_exp.figures import report_tables as tables
 from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.drawn import Drawn
-from capo_exp.figures.load import Run
 from capo_exp.figures.report_viewer import excerpts, script_json, viewer_data
-from capo_exp.run_record import write_atomic
+from capo_exp.runs.read import Run
+from capo_exp.runs.record import write_atomic
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_CSV_BYTES = 500_000

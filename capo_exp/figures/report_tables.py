@@ -8,14 +8,14 @@ from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
-from capo_exp import metric_names as names
 from capo_exp.figures import style
 from capo_exp.figures.command import as_typed
 from capo_exp.figures.curves import Curve, differences
-from capo_exp.figures.load import Row, Run
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Row, Run
 
 RECENT = 10
-"""Steps that a run's training accuracy is the mean of, as in capo_exp.status."""
+"""Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
 COLUMNS = (
     "run", "state", "steps", "training", "held-out, first → last", "best", "rejected, mean", "largest",
     "completions", "wall time",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.figures.load import Row, Run, load_completions
+from capo_exp.runs.read import Row, Run, load_completions
 
 MAX_BYTES = 5_500_000
 """Of all completions in the page together; what does not fit is left out, and the page says so."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from capo_exp.config import ARCHITECTURE, AlgoConfig, ConfigError
-from capo_exp.figures.load import Run
-from capo_exp.run_record import ADDED, NOT_RESULTS
+from capo_exp.config.schema import ARCHITECTURE, AlgoConfig, ConfigError
+from capo_exp.runs.read import Run
+from capo_exp.runs.record import ADDED, NOT_RESULTS
 
 Settings = dict[str, Any]
 """Dotted key -> value; lists are values."""
@@ -28,7 +28,7 @@ LENGTH = ("num_steps", "optimizer.warmup_ratio")
 NEUTRAL: Settings = {
     "rollout.chunking": "per_step",
     "rollout.train_engine": None,
-    "rollout.correction._target_": "capo_exp.correction.uncorrected",
+    "rollout.correction._target_": "capo_exp.algorithms.correction.uncorrected",
     "curvature.hidden_shift": 0,
 }
 """What runs that are older than a key did, beside the defaults of AlgoConfig and run_record.ADDED."""

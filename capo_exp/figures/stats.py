@@ -12,7 +12,7 @@ from scipy import stats
 
 from capo_exp.figures.bands import Band, Source, band
 from capo_exp.figures.intervals import LEVEL, RESAMPLES, Estimate, Interval, Statistic, centre, ema, interval
-from capo_exp.figures.load import Array
+from capo_exp.runs.read import Array
 
 __all__ = [
     "Band", "Estimate", "Factor", "Interval", "Source", "Stability", "Statistic", "band", "centre", "ema",

@@ -6,12 +6,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from capo_exp.config import ConfigError
+from capo_exp.config.schema import ConfigError
 from capo_exp.figures import stats
 from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve, reference_of, start_value
-from capo_exp.figures.load import Array, Run
 from capo_exp.figures.stats import Band, Estimate, Interval, Source, Statistic
+from capo_exp.runs.read import Array, Run
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 
 from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.load import Run, load_completions
 from capo_exp.figures.measure import NAN, Panel
 from capo_exp.figures.study import Lacking, Series, Study
+from capo_exp.runs.read import Run, load_completions
 
 OCCURRENCES, REJECTED, OF_ALL, OF_REJECTED = (
     "occurrences", "rejected occurrences", "share of all tokens", "share of rejected tokens",

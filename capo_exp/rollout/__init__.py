@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from capo_exp.config import RunFailed
-from capo_exp.types import Prompt, RolloutGroup
+from capo_exp.config.schema import RunFailed
+from capo_exp.core.types import Prompt, RolloutGroup
 
 
 class EngineFailed(RunFailed):

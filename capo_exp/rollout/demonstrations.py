@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from capo_exp.config import ConfigError
-from capo_exp.types import Completion, Prompt, RolloutGroup
+from capo_exp.config.schema import ConfigError
+from capo_exp.core.types import Completion, Prompt, RolloutGroup
 
 
 class DemonstrationRollout:

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from capo_exp import policy
-from capo_exp.types import Completion, Prompt, RolloutGroup
+from capo_exp.core import policy
+from capo_exp.core.types import Completion, Prompt, RolloutGroup
 
 Cut = Callable[[Tensor, Tensor], Tensor]  # (context, logits) -> the same, -inf at what must not be sampled
 

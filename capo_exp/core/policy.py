@@ -1,0 +1,267 @@
+"""The language model as a policy: loading it, and one forward pass over a batch.
+
+The shift by one (a state at position p predicts the token at p + 1) and the temperature live here, once.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from capo_exp.config.build import resolve_model_path
+from capo_exp.config.schema import ARCHITECTURE, ConfigError, ModelConfig
+from capo_exp.core.masked import unpack
+from capo_exp.core.types import Batch, PolicyOutput
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left.
+
+    Raises:
+        ConfigError: if it cannot be found, or has no end-of-sequence token.
+    """
+    path = resolve_model_path(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path={config.path}: expected a tokenizer with an end-of-sequence token")
+    encoded = tokenizer("1", add_special_tokens=False)["input_ids"]
+    if not encoded:  # transformers makes an empty tokenizer where the files are missing
+        raise ConfigError(f"model.path={config.path}: expected a tokenizer that can encode text")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_architecture(config: ModelConfig) -> None:
+    """Reads the model's own config, not its weights.
+
+    Raises:
+        ConfigError: if it cannot be found, has another architecture than the configuration says, or its
+            logits are not W h.
+    """
+    try:
+        facts = AutoConfig.from_pretrained(
+            resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+    wrong = [
+        f"model.{name}={getattr(config, name)}: expected {stated}"
+        for name in ARCHITECTURE
+        if (stated := getattr(facts, name, None)) not in (None, getattr(config, name))
+    ]
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}, as {config.path} says")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(facts, name, None)
+        if value not in (None, 1.0):
+            raise ConfigError(
+                f"model.path={config.path}: {name}={value}; expected logits linear in the last state"
+            )
+    # transformers checkpoints activations in training mode only, where dropout would make learner and sampler
+    # disagree.
+    dropout = {
+        name: value
+        for name, value in facts.to_dict().items()
+        if name.endswith(("dropout", "pdrop")) and value
+    }
+    if config.gradient_checkpointing and dropout:
+        raise ConfigError(
+            f"model.gradient_checkpointing=true: expected a model without dropout, got {dropout}"
+        )
+
+
+def check_length(config: ModelConfig, tokens: int) -> None:
+    """Compares the longest prompt and completion with the positions that the model was made for.
+
+    Raises:
+        ConfigError: there are fewer; transformers would go on beyond them in silence.
+    """
+    facts = AutoConfig.from_pretrained(
+        resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
+    )
+    positions = getattr(facts, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ConfigError(
+            f"dataset.max_prompt_tokens + dataset.max_completion_tokens = {tokens}: expected at most "
+            f"{positions}, the positions of {config.path}"
+        )
+
+
+def load_model(config: ModelConfig, device: torch.device, weights: Path | None = None) -> PreTrainedModel:
+    """The model with float32 weights, in evaluation mode (no dropout: rollout and learner must agree).
+
+    Args:
+        config: which model, and how to run it.
+        device: where it goes.
+        weights: a checkpoint to load instead of config.path.
+
+    Raises:
+        ConfigError: if the weights cannot be loaded, or the last layer has a bias.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            weights or resolve_model_path(config.path),
+            revision=None if weights else config.revision,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ImportError, SafetensorError) as error:
+        raise _not_loadable(config, error) from error
+    if last_layer(model).bias is not None:
+        raise ConfigError(
+            f"model.path={config.path}: its last layer has a bias; expected logits W h without one"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device=device).eval()  # pyright: ignore[reportCallIssue]
+
+
+def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
+    """W of logits = W h."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    return head
+
+
+def forward(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    temperature: float,
+    top_k: int,
+    chunk_tokens: int,
+    compute_dtype: torch.dtype,
+    hidden_shift: int = 0,
+) -> PolicyOutput:
+    """Log-probs, entropy and top-K of the sampled tokens.
+
+    The last layer runs over at most `chunk_tokens` tokens at a time and its logits are made again in the
+    backward pass, so that no tensor of B*T*V elements exists. Curvature inputs are float32 whatever the
+    compute dtype.
+
+    Args:
+        model: a causal language model whose logits are W h.
+        batch: rows of tokens.
+        temperature: divides the logits, as it did when the tokens were sampled.
+        top_k: K, the support of the curvature model.
+        chunk_tokens: tokens of the last layer computed at once.
+        compute_dtype: float32, or bfloat16 for autocast.
+        hidden_shift: how many tokens late the returned `hidden` is; 0, or 1 for the authors' program, which
+            takes the state of the sampled token itself. Everything else stays where it belongs.
+    """
+    mask = batch.completion_mask
+    length = mask.shape[1]
+    with autocast(mask.device, compute_dtype):
+        states = _states(model, batch, extra=hidden_shift)
+        hidden = states[:, :length][mask] / temperature
+        log_probs, entropy, probs, ids = _last_layer(
+            last_layer(model), hidden, batch.token_ids[mask], top_k, chunk_tokens
+        )
+    late = states[:, hidden_shift:][mask] / temperature if hidden_shift else hidden
+    hidden = late.detach().float()
+    return PolicyOutput(*(unpack(values, mask) for values in (log_probs, entropy, probs, ids, hidden)))
+
+
+@torch.no_grad()
+def log_probs(
+    model: PreTrainedModel, batch: Batch, *, temperature: float, chunk_tokens: int, compute_dtype: torch.dtype
+) -> Tensor:
+    """[B, T] log-probs [nats] without a gradient."""
+    output = forward(
+        model, batch, temperature=temperature, top_k=1, chunk_tokens=chunk_tokens, compute_dtype=compute_dtype
+    )
+    return output.log_probs
+
+
+def _states(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
+    """[B, T + extra, H]: for each completion token, the state of the token BEFORE it, which produced its
+    logits; with extra = 1 the last token's own state comes after them."""
+    width = batch.input_ids.shape[1] - 1 + extra
+    attention_mask = batch.attention_mask[:, :width]
+    states = model.base_model(
+        input_ids=batch.input_ids[:, :width],
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -batch.completion_mask.shape[1] - extra :]
+
+
+def _last_layer(
+    head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int, chunk_tokens: int
+) -> tuple[Tensor, ...]:
+    """log_probs [N], entropy [N], topk_probs [N, K], topk_ids [N, K]."""
+    chunks = zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True)
+    if len(hidden) <= chunk_tokens:
+        return _score(head, hidden, token_ids, top_k)
+    scored = [checkpoint(_score, head, h, ids, top_k, use_reentrant=False) for h, ids in chunks]
+    return tuple(torch.cat(columns) for columns in zip(*scored, strict=True))  # pyright: ignore[reportArgumentType]
+
+
+def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    logits = head(hidden).float()
+    log_normaliser = logits.logsumexp(1)
+    log_probs = logits.gather(1, token_ids[:, None]).squeeze(1) - log_normaliser
+    # After what the gradient needs: a checkpoint's second run stops before it gets here.
+    with torch.no_grad():
+        probs = (logits - log_normaliser[:, None]).exp_()
+        entropy = log_normaliser - probs.mul_(logits).sum(1)
+        values, ids = logits.topk(top_k, dim=1)
+        return log_probs, entropy, values.softmax(1), ids
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The precision of every forward pass, the learner's and the sampler's alike."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def _not_loadable(config: ModelConfig, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"model.path={config.path}: could not be loaded ({reason}); "
+        "expected a local directory with safetensors weights and a tokenizer, or a hub id that can be reached"
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, resolved.
+
+    Raises:
+        ConfigError: for a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device, gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"device={name}: expected one of the {gpus} GPUs that torch sees here, or cpu")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU with its kind."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """What forward passes compute in."""
+    if compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, compute_dtype)

@@ -1,0 +1,212 @@
+"""Which tokens a selection rejects, and what rejecting them does to the optimiser step.
+
+The step that training takes is compared with the same step with every token kept: another backward pass, and
+the real optimiser from the same weights and moments, undone afterwards. Training never sees any of it.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import nan, sqrt
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from capo_exp.core.masked import masked_mean, masked_sum
+from capo_exp.core.types import AdamState, StepRecord
+from capo_exp.curvature import model as curvature
+
+Metrics = dict[str, float]
+Parts = Sequence[Tensor | None]
+"""Of a vector over all weights: one a parameter; None where it takes no part in the loss."""
+COMPARED = tuple(f"diagnosis/{x}/{y}" for x in ("gradient", "update") for y in ("cosine", "norm_ratio"))
+"""What `compare` returns."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The policy after a step, real or imagined."""
+
+    log_probs: Float[Tensor, "B T"]
+    """[B, T] nats, of the step's completion tokens."""
+    policy_shift: float
+    """Mean KL(policy before || after), nats, of a sample of them."""
+
+
+def class_metrics(record: StepRecord, *, learning_rate: float, moments: AdamState | None) -> Metrics:
+    """What the kept and the rejected tokens are like; NaN for a class without tokens.
+
+    Args:
+        record: of the step.
+        learning_rate: that its shifts were predicted with.
+        moments: likewise.
+    """
+    mask, columns = record.batch.completion_mask, _columns(record, learning_rate, moments)
+    signal = record.batch.advantages.abs() * -record.output.log_probs.expm1()  # |A| (1 - p)
+    metrics: Metrics = {}
+    for name, tokens in _classes(record).items():
+        means = {key: _mean(values, weights, tokens[mask]) for key, (values, weights) in columns.items()}
+        part = masked_sum(signal, tokens).item() if tokens.any() else nan
+        means["signal_share"] = _ratio(part, masked_sum(signal, mask).item())
+        metrics |= {f"diagnosis/{name}/{key}": value for key, value in means.items()}
+    return metrics
+
+
+def compare(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    record: StepRecord,
+    *,
+    norm: float,
+    keep_everything: Callable[[], float],
+    look: Callable[[], Effect],
+) -> tuple[Metrics, Effect | None]:
+    """The step against the same step with every token kept; call it before the optimiser steps.
+
+    Args:
+        model: with the clipped gradients of the kept tokens; it, they and the optimiser stay as they are.
+        optimizer: at the rate of the whole step.
+        record: what the step saw.
+        norm: of the gradients before they were clipped.
+        keep_everything: makes the clipped gradients of all tokens; returns their norm before that.
+        look: at the model as it is when called.
+
+    Returns:
+        The metrics, and what the step with every token kept whole does: None where the step rejects none and
+        weighs none down, for then it is the step itself.
+    """
+    if record.selection.weights is None and not _classes(record)["rejected"].any():
+        return dict.fromkeys(COMPARED, 1.0), None
+    with imagined_step(model, optimizer) as update:
+        pass
+    with gradients_aside(model) as gradients:
+        whole_norm = keep_everything()
+        whole_gradients = [parameter.grad for parameter in model.parameters()]
+        with imagined_step(model, optimizer) as whole_update:
+            effect = look()
+    values = (
+        _cosine(gradients, whole_gradients),
+        _ratio(norm, whole_norm),
+        _cosine(update, whole_update),
+        _ratio(_length(update), _length(whole_update)),
+    )
+    return dict(zip(COMPARED, values, strict=True)), effect
+
+
+def effect_metrics(record: StepRecord, effect: Effect, suffix: str = "") -> Metrics:
+    """What a step did to the tokens of its record; NaN for a class without tokens.
+
+    `suffix` says in the keys which step it was.
+    """
+    mask, advantages = record.batch.completion_mask, record.batch.advantages
+    change = effect.log_probs - record.output.log_probs
+    ones, signs = torch.ones_like(change), {"positive": advantages > 0, "negative": advantages < 0}
+    metrics = {
+        f"diagnosis/log_prob_change{suffix}/{name}_{sign}": _mean(change, ones, tokens & signed)
+        for name, tokens in _classes(record).items()
+        for sign, signed in signs.items()
+    }
+    metrics[f"diagnosis/policy_shift{suffix}"] = effect.policy_shift
+    metrics[f"diagnosis/gain{suffix}"] = masked_mean(advantages * change.expm1(), mask).item()
+    return metrics
+
+
+@contextmanager
+def imagined_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
+    """Lets the optimiser step, yields what that added to each weight, and undoes it, bit for bit.
+
+    The optimiser works on a copy of its moments, so that the real ones are never written.
+    """
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    moments = optimizer.state
+    copies = {parameter: copy.deepcopy(values) for parameter, values in moments.items()}
+    optimizer.state = defaultdict(dict, copies)
+    try:
+        optimizer.step()
+        yield [now.detach() - old for now, old in zip(model.parameters(), before, strict=True)]
+    finally:
+        optimizer.state = moments
+        with torch.no_grad():
+            for parameter, old in zip(model.parameters(), before, strict=True):
+                parameter.copy_(old)
+
+
+@contextmanager
+def gradients_aside(model: PreTrainedModel) -> Iterator[Parts]:
+    """Yields the gradients, leaves the model without any, and gives it the same tensors back."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    try:
+        yield gradients
+    finally:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _classes(record: StepRecord) -> dict[str, Bool[Tensor, "B T"]]:
+    """Together all completion tokens."""
+    mask, keep = record.batch.completion_mask, record.selection.keep_mask
+    return {"kept": keep, "rejected": mask & ~keep}
+
+
+def _columns(
+    record: StepRecord, learning_rate: float, moments: AdamState | None
+) -> dict[str, tuple[Float[Tensor, " N"], Float[Tensor, " N"]]]:
+    """Values and weights [N] of the completion tokens: a class's metric is the sum of the values over the
+    sum of the weights."""
+    mask = record.batch.completion_mask
+    ids, advantages = record.batch.token_ids[mask], record.batch.advantages[mask]
+    one, ranks = torch.ones_like(advantages), mask.cumsum(1) - 1
+    places = ranks / ranks[:, -1:].clamp(min=1)
+    policy_shift, objective_shift = record.shifts.policy_shift[mask], record.shifts.objective_shift[mask]
+    credited = (advantages != 0).float()
+    return {
+        "probability": (record.output.log_probs[mask].exp(), one),
+        "positive": ((advantages > 0).float(), one),
+        "negative": ((advantages < 0).float(), one),
+        "position": (places[mask], one),
+        "frequency": (torch.bincount(ids)[ids] / len(ids), one),
+        "agreement": ((objective_shift > 0) * credited, credited),
+        "momentum": (_momentum_shift(record, learning_rate, moments), policy_shift),
+    }
+
+
+def _momentum_shift(
+    record: StepRecord, learning_rate: float, moments: AdamState | None
+) -> Float[Tensor, " N"]:
+    """m_F [N] nats of the moments alone, as if no token had a gradient of its own; NaN without moments."""
+    mask, output = record.batch.completion_mask, record.output
+    if moments is None or moments.step == 0:
+        return output.log_probs.new_full((int(mask.sum()),), nan)
+    none = torch.zeros_like(record.batch.advantages)
+    fields = (output.hidden, output.topk_probs, output.topk_ids, record.batch.token_ids, none)
+    hidden, probs, ids, token_ids, advantages = (values[mask][:, None] for values in fields)
+    shifts = curvature.token_shifts(hidden, probs, ids, token_ids, advantages, learning_rate, moments)
+    return shifts.policy_shift[:, 0]
+
+
+def _mean(values: Tensor, weights: Tensor, members: Tensor) -> float:
+    """Sum of the members' values over the sum of their weights; NaN if that is 0."""
+    return _ratio(masked_sum(values, members).item(), masked_sum(weights, members).item())
+
+
+def _cosine(first: Parts, second: Parts) -> float:
+    return _ratio(_dot(first, second), _length(first) * _length(second))
+
+
+def _length(vector: Parts) -> float:
+    return sqrt(_dot(vector, vector))
+
+
+def _dot(first: Parts, second: Parts) -> float:
+    """Over all parameters, added up in float64."""
+    pairs = zip(first, second, strict=True)
+    return sum((a * b).sum(dtype=torch.float64).item() for a, b in pairs if a is not None and b is not None)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else nan

@@ -1,0 +1,231 @@
+"""Models on benchmarks: one model in memory whose weights are exchanged, one engine that follows it."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from omegaconf import OmegaConf
+from transformers.utils.logging import disable_progress_bar
+
+from capo_exp.config.build import build_part
+from capo_exp.config.schema import ConfigError, DatasetConfig, TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.types import Prompt
+from capo_exp.data.contamination import overlap
+from capo_exp.data.prepare import chosen, evaluation_order, read_split
+from capo_exp.data.prompts import render
+from capo_exp.data.rows import Problems
+from capo_exp.evaluation.benchmark import Scores, Told, evaluate_benchmark
+from capo_exp.evaluation.card import digest, make_card, weights_digest
+from capo_exp.evaluation.draw import Answered, Sampling, draw
+from capo_exp.evaluation.records import read_rows
+from capo_exp.evaluation.table import Result
+from capo_exp.evaluation.target import Command, Target
+from capo_exp.grading.verifier import Verifier
+from capo_exp.rollout import RolloutEngine
+from capo_exp.runs.console import clock
+
+Tell = Callable[[str], None]
+PROGRESS_SECONDS = 10.0
+"""Between two lines of progress."""
+FAILED = ("timeout", "crash", "error", "gold_unparsable")
+"""Reasons of verdicts that say nothing about the completion."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark as the model reads it."""
+
+    config: TrainConfig
+    prompts: list[Prompt]
+    dropped: int
+    """Problems whose prompt is too long."""
+    where: str
+    """The file or hub dataset."""
+    verifier: Verifier
+
+
+class Subject:
+    """The model under test and its engine, which starts when something has to be sampled."""
+
+    def __init__(self, config: TrainConfig, log_folder: Path) -> None:
+        """Loads the tokenizer and the base weights.
+
+        Raises:
+            ConfigError: as training does.
+        """
+        disable_progress_bar()
+        self._config = config
+        self._log_folder = log_folder
+        self.device = policy.choose_device(config.device)
+        self.dtype = policy.choose_dtype(config.model.compute_dtype, self.device)
+        policy.check_architecture(config.model)
+        longest = config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens
+        policy.check_length(config.model, longest)
+        self.tokenizer = policy.load_tokenizer(config.model)
+        self._model = policy.load_model(config.model, self.device)
+        self._base = True
+        self._engine: RolloutEngine | None = None
+        self.version = 0
+
+    def load(self, weights: Path | None) -> str:
+        """Takes the weights of a checkpoint, or those of model.path; returns their digest."""
+        if weights is not None or not self._base:
+            loaded = policy.load_model(self._config.model, torch.device("cpu"), weights=weights)
+            self._model.load_state_dict(loaded.state_dict())
+            self.version += 1
+        self._base = weights is None
+        return weights_digest(self._model)
+
+    def engine(self, prompts: Sequence[Prompt]) -> RolloutEngine:
+        """The engine; started with these prompts, which prove its weights, if it does not run yet."""
+        if self._engine is None:
+            make = build_part(self._config.rollout.engine, key="rollout.engine")
+            engine = make(self._model, self.tokenizer, self.dtype)
+            self._log_folder.mkdir(parents=True, exist_ok=True)
+            self._engine = engine  # first, so that one that fails to start is closed
+            engine.start(self._log_folder, prompts)
+            return engine
+        return self._engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def evaluate_targets(
+    command: Command,
+    configs: Sequence[TrainConfig],
+    targets: Sequence[Target],
+    *,
+    trained_on: Mapping[str, Any] | None,
+    tell: Tell,
+) -> Iterator[Result]:
+    """Every target on every benchmark, one after another; what has been done before is read.
+
+    Args:
+        command: how to sample.
+        configs: one a benchmark; they differ in data, lengths and reward.
+        targets: weights.
+        trained_on: config.yaml of the run, whose training problems are looked for in the benchmarks.
+        tell: takes lines of progress.
+
+    Raises:
+        ConfigError: as training does.
+        EngineFailed: what was sampled is kept.
+    """
+    widest = max(configs, key=lambda c: c.dataset.max_prompt_tokens + c.dataset.max_completion_tokens)
+    with ExitStack() as stack:
+        subject = stack.enter_context(Subject(widest, targets[0].root))
+        verifiers: dict[str, Verifier] = {}
+        for config in configs:
+            if (known := repr(config.reward.verifier)) not in verifiers:
+                made = build_part(config.reward.verifier, key="reward.verifier")()
+                verifiers[known] = stack.enter_context(made)
+        benchmarks = [
+            _load(config, subject, command, verifiers[repr(config.reward.verifier)], tell)
+            for config in configs
+        ]
+        for line in _overlaps(benchmarks, trained_on):
+            tell(line)
+        for target in targets:
+            weights = subject.load(target.weights)
+            for benchmark in benchmarks:
+                yield _evaluate(command, subject, target, benchmark, weights, tell)
+
+
+def _load(
+    config: TrainConfig, subject: Subject, command: Command, verifier: Verifier, tell: Tell
+) -> Benchmark:
+    dataset = config.dataset
+    found = read_split(dataset, dataset.eval_split)
+    where = found.where if isinstance(found, Problems) else str(dataset.source["_target_"])
+    if isinstance(found, Problems) and found.note:
+        tell(found.note)
+    asked = evaluation_order(chosen(found, dataset.levels, dataset.types), dataset.eval_order)
+    prompts, dropped = render(asked, subject.tokenizer, dataset)
+    if dropped:
+        tell(f"{dataset.name}: {dropped} problems exceed dataset.max_prompt_tokens and are not asked")
+    return Benchmark(config, prompts[: command.num_problems], dropped, where, verifier)
+
+
+def _overlaps(benchmarks: Sequence[Benchmark], run: Mapping[str, Any] | None) -> list[str]:
+    """A line for each benchmark that shares problems with the split that a run was trained on."""
+    if run is None or run["dataset"].get("train_split") is None:
+        return []
+    dataset = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DatasetConfig), run["dataset"]))
+    assert isinstance(dataset, DatasetConfig) and dataset.train_split is not None
+    try:
+        train = read_split(dataset, dataset.train_split)
+    except ConfigError as error:
+        return [f"not known whether training had seen the benchmarks: {error}"]
+    counts = {
+        each.config.dataset.name: len({j for _, j in overlap(train, [p.problem for p in each.prompts])})
+        for each in benchmarks
+    }
+    split = f"{dataset.name}/{dataset.train_split}, which training drew from"
+    return [f"{name}: {count} problems are also in {split}" for name, count in counts.items() if count]
+
+
+def _evaluate(
+    command: Command, subject: Subject, target: Target, benchmark: Benchmark, weights: str, tell: Tell
+) -> Result:
+    config, prompts = benchmark.config, benchmark.prompts
+    name, limit = config.dataset.name, config.dataset.max_completion_tokens
+    sampling = Sampling(command.samples, command.temperature, command.top_k, command.top_p, limit)
+    card = make_card(
+        config,
+        prompts,
+        sampling,
+        model={"name": config.model.name, "step": target.step, "weights": weights},
+        source_of_data=benchmark.where,
+        dropped=benchmark.dropped,
+        tokenizer=subject.tokenizer,
+        seed=command.seed,
+        part_size=command.problems_per_part,
+        device=subject.device.type,
+        dtype=str(subject.dtype).removeprefix("torch."),
+    )
+
+    def answer(some: Sequence[Prompt], seed: int) -> list[Answered]:
+        engine = subject.engine(prompts)
+        return draw(engine, benchmark.verifier, some, sampling, seed=seed, weight_version=subject.version)
+
+    folder = target.root / f"{target.label}-{weights[:8]}" / f"{name}-{digest(card)}"
+    told = _progress(f"{target.label} {name}", len(prompts), tell)
+    scores = evaluate_benchmark(
+        folder, card, prompts, answer, benchmark.verifier, overwrite=command.overwrite, told=told
+    )
+    failed = {reason: count for reason, count in scores["reasons"].items() if reason in FAILED}
+    if failed:
+        counts = ", ".join(f"{count} {reason}" for reason, count in failed.items())
+        tell(f"{target.label} {name}: not judged and counted as wrong: {counts}")
+    return _result(target, name, scores, folder)
+
+
+def _result(target: Target, benchmark: str, scores: Scores, folder: Path) -> Result:
+    rows = read_rows(folder / "problems.parquet")
+    accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
+    return Result(target.label, target.step, target.completions, benchmark, folder.name, scores, accuracies)
+
+
+def _progress(label: str, total: int, tell: Tell) -> Told:
+    """Tells at most every PROGRESS_SECONDS, and at the end, how far it is."""
+    began = last = time.monotonic()
+
+    def told(sampled: int, done: int, right: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= PROGRESS_SECONDS:
+            last = now
+            left = clock((now - began) / sampled * (total - done))
+            tell(f"{label}: {done:,}/{total:,} problems, {right / done:.1%} so far, left {left}")
+
+    return told

@@ -1,0 +1,90 @@
+"""Terms beside correctness: what the text looks like and how long it is. They count in training only.
+
+Total reward = correctness + format_weight x format + length_weight x length. A term is a function; its number
+is logged on its own, also with weight 0. Group filters see correctness alone; algo.shaping (such as DAPO's
+overlong punishment, which is not repeated here) gets the total. Imports no torch.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from capo_exp.config.build import build_part
+from capo_exp.config.schema import Part, RewardConfig
+from capo_exp.grading.compare import last_boxed
+
+
+def no_format(text: str) -> float:
+    """No format term."""
+    del text
+    return 0.0
+
+
+def think_then_answer(text: str) -> float:
+    """1 if the text is <think> reasoning </think> and then an answer, each tag once; else 0.
+
+    Source: the format reward of DeepSeek-R1 (arXiv 2501.12948).
+    """
+    once = text.count("<think>") == text.count("</think>") == 1
+    return float(once and re.fullmatch(r"\s*<think>.*</think>\s*\S.*", text, re.DOTALL) is not None)
+
+
+def one_box(text: str) -> float:
+    r"""1 if there is exactly one \boxed{...} and its braces balance; else 0."""
+    return float(text.count(r"\boxed") == 1 and bool(last_boxed(text)))
+
+
+def think_then_one_box(text: str) -> float:
+    """1 if think_then_answer holds and the answer, not the reasoning, has the one box; else 0."""
+    return think_then_answer(text) * one_box(text.rpartition("</think>")[2])
+
+
+def no_length(tokens: int) -> float:
+    """No length term."""
+    del tokens
+    return 0.0
+
+
+def brevity(tokens: int, *, max_tokens: int) -> float:
+    """1 for an empty completion, linearly down to 0 at max_tokens: a positive weight rewards few tokens."""
+    return max(0.0, 1.0 - tokens / max_tokens)
+
+
+@dataclass(frozen=True)
+class RewardTerms:
+    """The terms of a run; None = no such term."""
+
+    format: Callable[[str], float] | None = None
+    format_weight: float = 0.0
+    length: Callable[[int], float] | None = None
+    length_weight: float = 0.0
+
+
+def build_terms(config: RewardConfig) -> RewardTerms:
+    """The terms that do something.
+
+    Raises:
+        ConfigError: as parts.build.
+    """
+    return RewardTerms(
+        _build(config.format, "format", "text", no_format),
+        config.format_weight,
+        _build(config.length, "length", "tokens", no_length),
+        config.length_weight,
+    )
+
+
+def measure(terms: RewardTerms, completions: Sequence[tuple[str, int]]) -> dict[str, list[float]]:
+    """Text and tokens of completions -> the numbers of each term there is, by the key it is logged under."""
+    found: dict[str, list[float]] = {}
+    if terms.format is not None:
+        found["reward/format"] = [terms.format(text) for text, _ in completions]
+    if terms.length is not None:
+        found["reward/length"] = [terms.length(tokens) for _, tokens in completions]
+    return found
+
+
+def _build(part: Part, name: str, runtime: str, neutral: Callable[..., float]) -> Callable[..., float] | None:
+    if part["_target_"] == f"{__name__}.{neutral.__name__}":
+        return None
+    return build_part(part, key=f"reward.{name}", runtime=(runtime,))

@@ -1,0 +1,156 @@
+"""What a person sees of a run: a live line on a terminal, plain lines in a log, a table at the end."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as LiveBar
+from rich.table import Table
+
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Row, load_run
+
+SHOWN = {
+    names.TRAIN_ACCURACY: "acc {:.1%}",
+    names.REJECTION_RATE: "rejected {:.2%}",
+    names.POLICY_SHIFT + "p99": "shift {:.1e}",
+    names.TOKENS_PER_SECOND: "{:,.0f} tok/s",
+}
+"""What a step's line shows, short enough for 80 columns; a metric that is not there is left out."""
+
+
+class Progress:
+    """Owns the console while a run goes on. Context manager.
+
+    On a terminal one live line; elsewhere a plain line for the first and the last step and at most one every
+    `every_seconds` between them.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        every_seconds: float = 10.0,
+        console: Console | None = None,
+    ) -> None:
+        """Prepares the display.
+
+        Args:
+            total_steps: Rollout steps of the whole run.
+            first_step: Rollout steps done before, when a run is resumed.
+            every_seconds: Pause between plain lines.
+            console: Standard output if None.
+        """
+        self._console = console or Console(highlight=False)
+        self._total, self._first, self._every = total_steps, first_step, every_seconds
+        self._began = self._last_line = -float("inf")
+        shown = TextColumn("{task.fields[shown]}")
+        columns = (MofNCompleteColumn(), BarColumn(8), shown, TimeRemainingColumn())
+        self._bar = LiveBar(*columns, console=self._console) if self._console.is_terminal else None
+        if self._bar is not None:
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step, shown="")
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Shows a rollout step that is done; `counter/rollout_step` has to be there."""
+        step, shown = int(metrics[names.STEP]), describe(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+        elif step == self._total or time.monotonic() - self._last_line >= self._every:
+            self._last_line = time.monotonic()
+            self.message(f"step {step}/{self._total}  {shown}  left {self._time_left(step)}")
+
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Shows the score of an evaluation."""
+        self.message(f"evaluation after step {metrics[names.STEP]:.0f}: {metrics[names.EVAL_ACCURACY]:.1%}")
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own above the live line; what a console of few characters lacks is escaped."""
+        encoding = self._console.encoding
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first
+        seconds = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else 0.0
+        return clock(seconds)
+
+    def __enter__(self) -> "Progress":
+        self._began = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Such as `acc 41.7%  rejected 0.35%  shift 3.1e-05  2,410 tok/s`; the shift is policy_shift's p99."""
+    return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def summary_table(run_dir: Path) -> Table:
+    """What a run came to and where each file is, from the files of its directory.
+
+    Raises:
+        FileNotFoundError: There is no metrics.jsonl.
+    """
+    run = load_run(run_dir)
+    table = Table(title=str(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in (*_outcome(run.metrics, run.evaluations), *_places(run_dir, run.record.get("wandb"))):
+        table.add_row(label, text)
+    seconds = run.record.get("wall_seconds")
+    if seconds is not None:
+        table.add_row("wall time", clock(seconds))
+    return table
+
+
+def _outcome(metrics: list[Row], evaluations: list[Row]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    if held_out := _values(evaluations, names.EVAL_ACCURACY):
+        first, last = held_out[0], held_out[-1]
+        rows.append(("held-out accuracy", f"{first:.1%} -> {last:.1%}, best {max(held_out):.1%}"))
+    if training := _values(metrics, names.TRAIN_ACCURACY):
+        recent = training[-10:]
+        rows.append(("training accuracy", f"{fmean(recent):.1%}, mean of the last {len(recent)} steps"))
+    if rejected := _values(metrics, names.REJECTION_RATE):
+        rows.append(("rejected tokens", f"mean {fmean(rejected):.2%}, max {max(rejected):.2%}"))
+    counters = {"steps": names.STEP, "completions": names.COMPLETIONS, "tokens": names.GENERATED_TOKENS}
+    for label, key in counters.items():
+        if values := _values(metrics, key):
+            rows.append((label, f"{values[-1]:,.0f}"))
+    return rows
+
+
+def _values(rows: list[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _places(run_dir: Path, wandb_location: str | None) -> list[tuple[str, str]]:
+    files = (
+        "metrics.jsonl",
+        "eval.jsonl",
+        "completions",
+        "checkpoints",
+        "config.yaml",
+        "run.json",
+        "run.png",
+    )
+    places = [
+        ("directory", str(run_dir)),
+        ("files", " ".join(name for name in files if (run_dir / name).exists())),
+    ]
+    return [*places, ("W&B", wandb_location)] if wandb_location else places

@@ -1,0 +1,96 @@
+"""One job: check it, show the plan, train, show what came out; whatever goes wrong is an exit status.
+
+`python -m capo_exp.sweep.job < outputs/.../config.yaml` runs a recorded configuration;
+a sweep starts its jobs so.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from capo_exp.config.build import check_parts
+from capo_exp.config.checks import check, check_trains, plan
+from capo_exp.config.schema import ConfigError, RunFailed, TrainConfig, to_config
+from capo_exp.runs.record import run_dir, status
+
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def execute(config: TrainConfig) -> None:
+    """Checks, shows the plan, trains.
+
+    Raises:
+        ConfigError: The configuration is wrong; nothing was written.
+    """
+    check(config)
+    check_trains(config)
+    sys.stdout.write("".join(f"{line}\n" for line in plan(config)))
+    sys.stdout.flush()
+    if config.plan_only:
+        return
+    check_parts(config)
+    if status(run_dir(config)) == "finished" and not config.overwrite:
+        sys.stdout.write("this run is finished; overwrite=true repeats it\n")
+        show(run_dir(config), fresh=False)
+        return
+    from capo_exp.training.loop import run  # torch, so only now
+
+    show(run(config), fresh=True)
+
+
+def show(directory: Path, *, fresh: bool) -> None:
+    """Draws the run and says what came out and where it is."""
+    from rich.console import Console
+
+    from capo_exp.figures.plots import plot_run
+    from capo_exp.runs.console import summary_table
+
+    if fresh or not (directory / "run.png").exists():
+        plot_run(directory)
+    Console().print(summary_table(directory))
+
+
+def report(error: Exception) -> int:
+    """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
+    wrong_config = isinstance(error, ConfigError)
+    if (wrong_config or isinstance(error, RunFailed)) and not FULL_ERROR:
+        sys.stderr.write(f"{error}\n")
+    else:
+        traceback.print_exception(error)
+    return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
+
+
+def read_config(text: str) -> TrainConfig:
+    """A resolved configuration, such as a run's config.yaml.
+
+    Raises:
+        ConfigError: It is not YAML, or not of this version's keys.
+    """
+    try:
+        given = OmegaConf.create(text)
+        if not isinstance(given, DictConfig):
+            raise ConfigError("standard input: expected a run's config.yaml")
+        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), given))  # pyright: ignore[reportArgumentType]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"standard input: {str(error).splitlines()[0]}; expected config.yaml") from error
+
+
+def main() -> int:
+    """Runs the configuration on standard input."""
+    try:
+        execute(read_config(sys.stdin.read()))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

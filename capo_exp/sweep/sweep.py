@@ -1,0 +1,310 @@
+"""The jobs of a sweep, each in a process of its own. Hydra's sweeper lists them and its launcher starts them;
+here they get the YAML files as they were at the start, a process, a log and a GPU, and are reported.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from capo_exp.config.checks import check, plan
+from capo_exp.config.schema import ConfigError, TrainConfig, conf_dir, to_config
+from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.record import amend, as_dict, locked, run_dir, status, write_atomic
+from capo_exp.runs.signals import end_with_parent, forwarded_to
+from capo_exp.sweep.job import execute, report
+from capo_exp.sweep.pruning import Watch
+from capo_exp.sweep.table import WIDTH, Line, summarise, table
+
+FOLDER = "CAPO_EXP_SWEEP"
+"""Environment variable: what the processes of one sweep share; a launcher hands it on to its workers."""
+COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
+POLL_SECONDS = 0.2
+TAIL_LINES = 8
+
+
+class JobFailed(Exception):
+    """A job ended in an error, already reported; the sweep goes on and exits with its status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a job ended."""
+
+    number: int
+    title: str
+    directory: str
+    """Empty if the configuration gave none."""
+    state: str
+    """finished | failed | interrupted | pruned | planned."""
+    details: str = ""
+    """For a failed one, the end of its log."""
+
+
+class Submission(Callback):
+    """Hydra tells it that a sweep begins; named in conf/config.yaml."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Keeps the YAML files as they are now, and tells which jobs cannot run before the first does."""
+        sweep_dir = Path(config.hydra.sweep.dir)
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=sweep_dir)).resolve()
+        os.environ[FOLDER] = str(folder)
+        loader: Any = GlobalHydra.instance().config_loader()
+        read_from(loader, Path(shutil.copytree(conf_dir(), folder / "conf")))
+        jobs = list_jobs(config, loader)
+        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        write_atomic(folder / "jobs.json", json.dumps({"count": len(jobs), "shared": sorted(shared)}))
+        for number, overrides in enumerate(jobs):
+            try:
+                check(to_config(_composed(loader, config, overrides)))
+            except ConfigError as error:
+                sys.stderr.write(f"job {number} cannot run: {error}\n")
+            except (HydraException, OmegaConfBaseException):
+                return  # the sweeper composes all jobs next, and ends with this error
+
+
+def task(cfg: DictConfig) -> float | None:
+    """What Hydra calls: once for a run, once for each job of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(cfg)
+    try:
+        execute(to_config(cfg))
+    except Exception as error:
+        raise SystemExit(report(error)) from None
+    return None
+
+
+def read_from(loader: Any, folder: Path) -> None:
+    """Makes Hydra compose from a copy of conf/: edits made while the sweep runs do not reach its jobs."""
+    path = loader.get_search_path()
+    for element in path.get_path():
+        if element.provider == "main":
+            element.path = f"file://{folder}"
+    loader.repository.initialize_sources(path)
+
+
+def list_jobs(config: DictConfig, loader: Any) -> list[list[str]]:
+    """The overrides of each job; none where a search proposes them as it goes."""
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=loader)
+    overrides = parser.parse_overrides([*swept, *config.hydra.overrides.task])
+    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _composed(loader: Any, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    cfg = loader.load_sweep_config(config, list(overrides))
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """One job, from the launcher's process; returns what a search optimises.
+
+    Raises:
+        JobFailed: once it is reported.
+        KeyboardInterrupt: after a signal, once the job has saved and ended.
+    """
+    hydra = HydraConfig.get()
+    about = _jobs()
+    shown = [o for o in hydra.overrides.task if o not in about["shared"]] or hydra.overrides.task
+    title = " ".join(shown)
+    of = f"/{about['count']}" if about["count"] else ""
+    say(f"job {hydra.job.num}{of}: {title}")
+    directory = ""
+    try:
+        config = to_config(cfg)
+        check(config)
+        directory = str(run_dir(config))
+        state = _run(config, hydra.job.num, parallel=int(hydra.launcher.get("n_jobs") or 1))
+    except Exception as error:
+        _record(Result(hydra.job.num, title, "", "failed", str(error)))
+        raise JobFailed(report(error)) from None
+    except KeyboardInterrupt:
+        _record(Result(hydra.job.num, title, directory, "interrupted"))
+        raise
+    failed = state not in ("finished", "pruned", "planned")
+    details = "\n".join(_tail(Path(directory) / "log.txt")) if failed else ""
+    _record(Result(hydra.job.num, title, directory, "failed" if failed else state, details))
+    if failed:
+        raise JobFailed(2 if state == "refused" else 1)
+    return 0.0 if config.plan_only else objective(config)
+
+
+def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
+    """finished | pruned | planned | refused (a wrong configuration) | failed."""
+    if config.plan_only:
+        say("\n".join(plan(config)))
+        return "planned"
+    directory = run_dir(config)
+    before = status(directory)
+    done = ("finished",) if config.sweep.pruner == "none" else ("finished", "pruned")
+    if before in done and not config.overwrite:
+        say(f"this run is {before}; overwrite=true repeats it")
+        return before
+    watch = Watch(config)
+    with ExitStack() as stack:
+        env = environment(take_device(config.sweep.devices, stack), parallel)
+        code = _wait(config, env, watch, echo=parallel == 1)
+    if code == 0:
+        say(f"job {number} finished: {directory}")
+    elif watch.pruned:
+        amend(directory, {"status": "pruned"})
+        say(f"job {number} pruned: {directory}")
+        return "pruned"
+    else:
+        tail = "" if parallel == 1 else "\n".join(["", *_tail(directory / "log.txt")])
+        say(f"job {number} failed with exit status {code}: {directory}/log.txt{tail}")
+    return {0: "finished", 2: "refused"}.get(code, "failed")
+
+
+def _wait(config: TrainConfig, env: Mapping[str, str], watch: Watch, *, echo: bool) -> int:
+    """Runs the job to its end, its output in the log and on the console if nothing else writes there.
+
+    Raises:
+        KeyboardInterrupt: if this process was told to stop; the job was, too, and has ended.
+    """
+    log_file = run_dir(config) / "log.txt"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("wb" if config.overwrite else "ab") as log:
+        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        log.flush()
+        end = log.tell()
+        child = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches it from here only
+            preexec_fn=end_with_parent,
+        )
+    with forwarded_to(child) as stopped, log_file.open("rb") as output:
+        assert child.stdin is not None
+        with suppress(BrokenPipeError), child.stdin as stdin:
+            stdin.write(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))).encode())
+        output.seek(end)
+        while (code := child.poll()) is None:
+            _copy(output, echo)
+            watch.look(child)
+            time.sleep(POLL_SECONDS)
+        _copy(output, echo)
+    if stopped.is_set() and code != 0:
+        raise KeyboardInterrupt
+    return code
+
+
+def _copy(output: Any, echo: bool) -> None:
+    if echo and (text := output.read()):
+        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+def take_device(devices: Sequence[str], stack: ExitStack) -> str | None:
+    """Waits for the first free one of the GPUs and keeps it for the stack's time; None if none is named.
+
+    A GPU named twice takes two jobs. Other sweeps of this user on this machine wait for the same GPUs.
+    """
+    root = Path(tempfile.gettempdir()) / f"capo_exp-{os.getuid()}"
+    while devices:
+        for number, device in enumerate(devices):
+            place = root / f"device-{device}-{list(devices[:number]).count(device)}"
+            with suppress(ConfigError):
+                stack.enter_context(locked(place))
+                return device
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def environment(device: str | None, parallel: int) -> dict[str, str]:
+    """This process's, with the job's GPU, and its share of the cores where several jobs run at a time."""
+    env = dict(os.environ)
+    if device is not None:
+        env["CUDA_VISIBLE_DEVICES"] = device
+    if parallel != 1:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel) if parallel > 0 else 1))
+    return env
+
+
+def objective(config: TrainConfig) -> float | None:
+    """The last value of config.sweep.objective in the run's files; None if it has logged none."""
+    for name in ("eval.jsonl", "metrics.jsonl"):
+        values = [row.get(config.sweep.objective) for row in read_jsonl(run_dir(config) / name)]
+        if known := [float(value) for value in values if value is not None]:
+            return known[-1]
+    return None
+
+
+def conclude() -> None:
+    """Shows what came of the jobs and removes what they shared; does nothing if there was no sweep."""
+    folder = Path(os.environ.pop(FOLDER, ""))
+    if folder.name:
+        count = _jobs(folder)["count"]
+        results = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
+        shutil.rmtree(folder, ignore_errors=True)
+        if shown := [result for result in results if result.state != "planned"]:
+            Console(width=None if sys.stdout.isatty() else WIDTH).print(table(list(map(_line, shown))))
+        if 0 < len(results) < count:
+            say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
+
+
+def _line(result: Result) -> Line:
+    directory = Path(result.directory)
+    known = Line("", "", 0, None, None, None, None, None, None, directory)
+    if result.directory and (directory / "run.json").exists():
+        known = summarise(directory)
+    log_file = [str(directory / "log.txt")] if result.directory and result.details else []
+    error = "\n".join([*log_file, result.details]) or None
+    return replace(known, name=f"{result.number}: {result.title}", state=result.state, error=error)
+
+
+def _jobs(folder: Path | None = None) -> dict[str, Any]:
+    known = {"count": 0, "shared": []}
+    with suppress(OSError):
+        known = json.loads(((folder or Path(os.environ.get(FOLDER, ""))) / "jobs.json").read_text())
+    return known
+
+
+def _record(result: Result) -> None:
+    folder = Path(os.environ.get(FOLDER, "?"))
+    if folder.is_dir():  # a job that Slurm started again outlives its sweep
+        write_atomic(folder / f"result_{result.number:05d}.json", json.dumps(asdict(result)))
+
+
+def _tail(log_file: Path) -> list[str]:
+    with suppress(OSError):
+        return log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return []
+
+
+def say(text: str) -> None:
+    """A line on the console, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

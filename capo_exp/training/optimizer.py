@@ -1,0 +1,68 @@
+"""The optimiser, its schedule, and the optimiser model: own moments, or a view of the real ones."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.types import AdamState
+from capo_exp.curvature import model as curvature
+
+
+def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamState | None:
+    """The optimiser model's own moments; None where it has none."""
+    if config.curvature.optimizer_model != "adam":
+        return None
+    beta1, beta2 = config.curvature.betas
+    return curvature.init_adam_state(
+        config.model.vocab_size,
+        policy.last_layer(model).in_features,
+        (beta1, beta2),
+        config.curvature.eps,
+        device=model.device,
+    )
+
+
+def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters."""
+    numbers = config.optimizer
+    beta1, beta2 = numbers.betas
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.regime.learning_rate,
+        betas=(beta1, beta2),
+        eps=numbers.eps,
+        weight_decay=numbers.weight_decay,
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over the optimiser steps of the run."""
+    total = config.num_steps * config.algo.num_iterations * config.algo.num_minibatches
+    warmup = round(config.optimizer.warmup_ratio * total)
+    return get_scheduler(
+        config.optimizer.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total
+    )
+
+
+def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> AdamState:
+    """The real optimiser's moments of the last layer as an optimiser model: views, no copies. Before its
+    first step they are zero. With tied weights they hold the input embedding's gradients too."""
+    group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+    moments: dict[str, Any] = optimizer.state.get(weight, {})
+    zero = weight.new_zeros(1, weight.shape[1])
+    ids = torch.arange(len(weight), device=weight.device)
+    return AdamState(
+        slot_of_id=ids if moments else torch.zeros_like(ids),
+        first=moments.get("exp_avg", zero),
+        second=moments.get("exp_avg_sq", zero),
+        step=int(moments.get("step", 0)),
+        betas=group["betas"],
+        eps=group["eps"],
+        live=True,
+    )
