@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.runs.read import Run, find_runs, load_run
 
 

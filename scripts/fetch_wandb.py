@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
 from capo_exp.runs.record import read, write_atomic
 from capo_exp.runs.wandb_run import RECORD

@@ -34,7 +34,8 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import ConfigError, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import conf_dir
 from capo_exp.core.types import Problem
 from capo_exp.sweep.job import report as report_error
 

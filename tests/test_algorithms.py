@@ -25,7 +25,7 @@ from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
 from capo_exp.algorithms.neutral import all_completions, all_groups, every_token, full_step, unshaped
 from capo_exp.algorithms.reinforce import raw_reward
 from capo_exp.algorithms.rloo import leave_one_out
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.batch import totals
 from capo_exp.core.masked import masked_max, masked_mean, masked_quantile
 from capo_exp.core.types import Batch, BatchShifts

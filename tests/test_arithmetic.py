@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 from omegaconf import OmegaConf
 
-from capo_exp.config.schema import ConfigError, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import conf_dir
 from capo_exp.data import arithmetic
 from capo_exp.data.arithmetic import exact, is_hard, problems, slipping, tasks, worked
 

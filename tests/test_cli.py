@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from capo_exp.cli import compose as cli
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")

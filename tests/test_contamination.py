@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Problem
 from capo_exp.data.contamination import normalised, overlap, repeated

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
 from capo_exp.config.checks import check
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, Scored, Selection
 from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, gradients, make_learner, plain_log_probs, run_updates, same_weights, weights

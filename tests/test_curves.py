@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.figures import labels, style
 from capo_exp.figures.curves import Curve, check_key, curves, differences, reference_of, start_value
 from capo_exp.figures.settings import within

@@ -23,7 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capo_exp.config.schema import RunFailed, TrainConfig
+from capo_exp.config.errors import RunFailed
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.files import reason, stops_cleanly, writing
 from capo_exp.runs.logger import RunLogger, append

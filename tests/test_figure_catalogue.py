@@ -14,7 +14,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from capo_exp.config.schema import ConfigError, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import conf_dir
 from capo_exp.figures import catalogue, picture, style, tables
 from capo_exp.figures.captions import caption, footer
 from capo_exp.figures.catalogue import FigureSpec, figure_names, find_figure, read_figure

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.figures import __main__ as cli
 from capo_exp.figures.catalogue import defaults, figure_names
 from capo_exp.figures.command import parse, smoothing

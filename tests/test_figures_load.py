@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.read import Run, find_runs, load_completions, load_run, read_jsonl, series
 from capo_exp.runs.record import RunRecord, as_dict, locked
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import ConfigError, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import conf_dir
 from capo_exp.data import keywords
 from capo_exp.data.keywords import imitations, make_language, problems
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.data import multiple_choice
 from capo_exp.data.math_problems import last_box, problems
 from capo_exp.grading.compare import last_boxed

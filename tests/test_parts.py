@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capo_exp.config.build import build_part, check_names, check_target, is_local_path, resolve_model_path
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 
 BOUNDS: dict[str, Any] = {
     "_target_": "capo_exp.algorithms.capo.shift_bounds",

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import capo_exp
-from capo_exp.config.schema import ConfigError, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import conf_dir
 from capo_exp.data.keywords import make_language, problems
 from scripts import pretrain
 

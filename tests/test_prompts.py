@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from capo_exp.config.checks import check
-from capo_exp.config.schema import ConfigError, DatasetConfig, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import DatasetConfig, conf_dir
 from capo_exp.core.policy import load_tokenizer
 from capo_exp.core.types import Problem
 from capo_exp.data.prompts import preview, render, visited, with_special_tokens

@@ -9,7 +9,8 @@ import torch
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.grading import terms as reward_terms

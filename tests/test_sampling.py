@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch

@@ -30,7 +30,8 @@ from capo_exp.algorithms.controls import (
 )
 from capo_exp.algorithms.neutral import keep_all
 from capo_exp.algorithms.protocols import build_algorithm
-from capo_exp.config.schema import ConfigError, TrainConfig, conf_dir
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.core import policy
 from capo_exp.core.batch import totals
 from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenShifts

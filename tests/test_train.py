@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from capo_exp.config.schema import ConfigError, RunFailed, TrainConfig
+from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.schema import TrainConfig
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.metrics import check_known
 from capo_exp.runs.read import load_run, series, to_its_end

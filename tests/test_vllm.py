@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Prompt, RolloutGroup

@@ -15,7 +15,8 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import wandb_start
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl

@@ -9,7 +9,7 @@ tokens, rejecting a token changes nothing else; over kept tokens, the survivors 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Batch, BatchTotals
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.types import Batch, Scored, Selection
 from capo_exp.curvature.step_trial import Decision, Proposal
 

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.config.schema import ConfigError, conf_dir, expected_type, register, suggest
+from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.schema import conf_dir, expected_type, register
 from capo_exp.sweep import sweep
 from capo_exp.sweep.job import FULL_ERROR, report
 

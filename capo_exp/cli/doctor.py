@@ -42,7 +42,8 @@ from capo_exp.cli.doctor_checks import (
 )
 from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
-from capo_exp.config.schema import ConfigError, RunFailed, TrainConfig, conf_dir, register, to_config
+from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 
 USAGE = """\
 python -m capo_exp.doctor [key=value ...]

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from capo_exp.cli.evaluate_config import Command, benchmark_config, help_text, parse, run_config
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.target import Target
 from capo_exp.runs.files import reason
 from capo_exp.sweep.job import report

@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from capo_exp.config.schema import ConfigError, TrainConfig, suggest
+from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.schema import TrainConfig
 
 PACKAGE = "capo_exp"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from capo_exp.config.build import check_target, find_parts, is_local_path, resolve_model_path
+from capo_exp.config.errors import error
 from capo_exp.config.plan import describe
-from capo_exp.config.ranges import OPEN_BETAS, PART_RULES, RULES, VLLM_RULES, apply, error
+from capo_exp.config.ranges import OPEN_BETAS, PART_RULES, RULES, VLLM_RULES, apply
 from capo_exp.config.schema import TrainConfig
 
 GROUP_BASELINES = (

@@ -3,8 +3,7 @@
 Imports no torch, so that `--help`, `--cfg` and figures start at once. Cross-field checks are in checks.py.
 """
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,16 +12,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from capo_exp.config.errors import ConfigError, suggest
+
 Part = dict[str, Any]
 """`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by parts.build."""
-
-
-class ConfigError(ValueError):
-    """Bad input. The message is one line: what was got, what is expected, which key to change."""
-
-
-class RunFailed(RuntimeError):
-    """A run that has to end although its configuration is right. The message says why, and how to go on."""
 
 
 def _neutral(function: str, module: str = "algorithms.neutral") -> Callable[[], Part]:
@@ -297,13 +290,6 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
         child = node[name]
         if isinstance(child, DictConfig):
             _check_keys(child, f"{prefix}{name}.")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The second half of a message about an unknown name: the choices, and the one probably meant."""
-    choices = list(known)
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"expected one of {', '.join(choices)}" + (f"; nearest: {near[0]}" if near else "")
 
 
 def expected_type(key: str) -> str:

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from capo_exp.config.build import resolve_model_path
-from capo_exp.config.schema import ARCHITECTURE, ConfigError, ModelConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import ARCHITECTURE, ModelConfig
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.types import Problem
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.types import Problem
 from capo_exp.data.rows import Problems, Table, read_table, require
 from capo_exp.grading.compare import last_boxed

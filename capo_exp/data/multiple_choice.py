@@ -6,7 +6,7 @@ from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.data.math_problems import as_text, check_columns, is_own, own_problems, to_problems
 from capo_exp.data.rows import Problems, read_table, require
 

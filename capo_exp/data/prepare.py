@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check_trains
-from capo_exp.config.schema import ConfigError, DatasetConfig, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.contamination import overlap, repeated
 from capo_exp.data.prompts import render, visited, with_special_tokens

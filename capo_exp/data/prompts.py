@@ -8,7 +8,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from capo_exp.config.schema import ConfigError, DatasetConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import DatasetConfig
 from capo_exp.core.types import Problem, Prompt
 
 PLACEHOLDER = "{problem}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.evaluation import grader
 from capo_exp.evaluation.records import Row, scores_of, write_rows
 from capo_exp.grading.verifier import Verifier

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import ConfigError, DatasetConfig, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Prompt
 from capo_exp.data.contamination import overlap

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.figures import picture as page
 from capo_exp.figures import provenance, style, tables
 from capo_exp.figures.captions import caption, footer

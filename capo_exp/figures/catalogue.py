@@ -11,7 +11,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.config.schema import ConfigError, conf_dir, suggest
+from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.schema import conf_dir
 from capo_exp.runs import metrics as names
 
 CHOICES = {

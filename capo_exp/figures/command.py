@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from omegaconf import MISSING
 
-from capo_exp.config.schema import ConfigError, suggest
+from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.figures.catalogue import check_metric, defaults, figure_names, read_figure, typed
 from capo_exp.figures.stats import Interval, Statistic
 

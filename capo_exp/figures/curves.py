@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.figures import labels, settings, style
 from capo_exp.figures.stats import Source, ema
 from capo_exp.runs import metrics as names

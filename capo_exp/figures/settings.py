@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from capo_exp.config.schema import ARCHITECTURE, AlgoConfig, ConfigError
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import ARCHITECTURE, AlgoConfig
 from capo_exp.runs.read import Run
 from capo_exp.runs.record import ADDED, NOT_RESULTS
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.figures import stats
 from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve, reference_of, start_value

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, Self
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.grading.cache import Pair, VerdictCache
 from capo_exp.grading.compare import (
     STYLES,

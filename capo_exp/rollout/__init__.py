@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from capo_exp.config.schema import RunFailed
+from capo_exp.config.errors import RunFailed
 from capo_exp.core.types import Prompt, RolloutGroup
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capo_exp.config.build import resolve_model_path
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.types import Completion, Prompt, RolloutGroup
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.hf import end_token_ids

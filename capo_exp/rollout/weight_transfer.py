@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.rollout import EngineFailed
 
 CHUNK_BYTES = 64 * 2**20

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from capo_exp.config.schema import ConfigError, RunFailed
+from capo_exp.config.errors import ConfigError, RunFailed
 
 STOPS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 """Full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's)."""

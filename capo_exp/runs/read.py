@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
 from capo_exp.runs.record import read, status
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capo_exp.config.schema import ConfigError, TrainConfig
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.files import writing
 
 ENGINE_RUNS_SO = (

@@ -16,7 +16,8 @@ from yaml import YAMLError
 
 from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check, check_trains, plan
-from capo_exp.config.schema import ConfigError, RunFailed, TrainConfig, to_config
+from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.record import run_dir, status
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"

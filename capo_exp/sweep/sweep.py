@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from capo_exp.config.checks import check, plan
-from capo_exp.config.schema import ConfigError, TrainConfig, conf_dir, to_config
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import amend, as_dict, locked, run_dir, status, write_atomic
 from capo_exp.runs.signals import end_with_parent, forwarded_to

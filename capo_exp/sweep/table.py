@@ -11,7 +11,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from capo_exp.config.schema import ConfigError
+from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import Run, find_runs, load_run, read_jsonl
 from capo_exp.runs.record import read, status

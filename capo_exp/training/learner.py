@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from capo_exp.algorithms.kl import kl_k1, kl_k3
 from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import RunFailed, TrainConfig
+from capo_exp.config.errors import RunFailed
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import join, split, totals
 from capo_exp.core.masked import unpack

@@ -14,7 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
 from capo_exp.config.build import build_part
-from capo_exp.config.schema import ConfigError, RunFailed, TrainConfig
+from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import join
 from capo_exp.core.seeds import EVALUATION, derive_seed

@@ -1,0 +1,39 @@
+"""What a part says of itself beside its signature, so that nothing is guessed from names. Imports no torch.
+
+A function of algorithms/, or of a user's package, is decorated; `declares` looks through functools.partial.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compares_group(function: Function) -> Function:
+    """Marks an advantage that compares the completions of a prompt: it needs a group_size of at least 2."""
+    function.compares_group = True  # type: ignore[attr-defined]
+    return function
+
+
+def whole_step(function: Function) -> Function:
+    """Marks a selection that decides about all tokens of an optimiser step at once, after a scoring pass."""
+    function.whole_step = True  # type: ignore[attr-defined]
+    return function
+
+
+def needs_kl(*, unless_zero: str) -> Callable[[Function], Function]:
+    """Marks a shaping or a credit that uses the KL to the reference unless its number `unless_zero` is 0."""
+
+    def mark(function: Function) -> Function:
+        function.needs_kl = unless_zero  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def declares(function: Callable[..., Any], what: str) -> Any:
+    """Returns what a function, or that of a partial, declares under a name; None where it is silent."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, what, None)
