@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from capo_exp.config.choices import list_choices, name_choices
 from capo_exp.config.errors import ConfigError, suggest
 
 Part = dict[str, Any]
@@ -258,6 +259,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: float(a) * float(b), replace=True)
     OmegaConf.register_new_resolver("add", lambda a, b: int(a) + int(b), replace=True)
     OmegaConf.register_new_resolver("div", lambda a, b: max(1, int(a) // int(b)), replace=True)
+    OmegaConf.register_new_resolver("name_choices", lambda _root_: name_choices(_root_), replace=True)
+    OmegaConf.register_new_resolver("list_choices", lambda _root_: list_choices(_root_), replace=True)
 
 
 def to_config(cfg: DictConfig) -> TrainConfig:

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from capo_exp.config.checks import check, plan
+from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.runs.read import read_jsonl
@@ -119,10 +120,7 @@ def list_jobs(config: DictConfig, loader: Any) -> list[list[str]]:
 
 
 def _composed(loader: Any, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    cfg = loader.load_sweep_config(config, list(overrides))
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return cfg
+    return without_hydra(loader.load_sweep_config(config, list(overrides)))
 
 
 def run_job(cfg: DictConfig) -> float | None:
