@@ -43,7 +43,7 @@ def make_runs(root: Path, seeds: int, steps: int) -> None:
     register()
     for job in JOBS:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            config = as_dict(to_config(compose("config", [f"experiment=tiny/{job}"])))
+            config = as_dict(to_config(compose("config", [f"experiment=paper/{job}", "scale=tiny"])))
         for seed in range(seeds):
             folder = root / f"{job}-s{seed}"
             folder.mkdir(parents=True)

@@ -42,7 +42,7 @@ def config_of(job: str) -> TrainConfig:
     register()
     experiment, *overrides = job.split()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return to_config(compose("config", [f"experiment=tiny/{experiment}", *overrides]))
+        return to_config(compose("config", [f"experiment=paper/{experiment}", "scale=tiny", *overrides]))
 
 
 def steady(x: int, seed: int) -> float:

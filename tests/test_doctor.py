@@ -397,10 +397,10 @@ def test_a_package_that_is_not_installed(examine: Examine, monkeypatch: Patch) -
         (["seed=0", "-m"], "-m: expected key=value only, since the doctor examines one run"),
         (["--cfg", "job"], "--cfg: expected key=value only"),
         (
-            ["experiment=tiny/figure_1"],
+            ["experiment=paper/figure_1", "scale=tiny"],
             "seed=range(5): expected one of them, since the doctor examines one run",
         ),
-        (["experiment=tiny/figure_1", "seed=0"], "experiment/paper=grpo_conservative,"),
+        (["experiment=paper/figure_1", "scale=tiny", "seed=0"], "experiment/paper=grpo_conservative,"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_status_2(
@@ -413,7 +413,7 @@ def test_a_wrong_configuration_is_one_line_and_status_2(
 
 
 def test_one_job_of_a_sweep_can_be_examined() -> None:
-    config = doctor.configure(["experiment=tiny/figure_1", "seed=3", "experiment/paper=capo"])
+    config = doctor.configure(["experiment=paper/figure_1", "scale=tiny", "seed=3", "experiment/paper=capo"])
     assert (config.seed, config.algo.name) == (3, "capo")
 
 

@@ -293,13 +293,13 @@ if len(pathlib.Path("jobs.txt").read_text().splitlines()) == 2:
     raise SystemExit(1)
 record('finished')
 """
-    search = ["experiment=tiny/search", "hydra.sweeper.n_trials=5"]
+    search = ["experiment=paper/capo", "scale=tiny", "hparams_search=bounds", "hydra.sweeper.n_trials=5"]
     assert run(lines, *search) == 0  # a failed trial does not end the search
     first = [rate for *_, rate in jobs()]
     assert len(set(first)) == 5
     assert "failed with exit status 1" in capfd.readouterr().out
     assert run(lines, *search) == 0  # goes on: the four that ended are not repeated
     assert [rate for *_, rate in jobs()][5:] == [first[1]]
-    best = Path("outputs/tiny_search/optimization_results.yaml").read_text()
+    best = Path("outputs/paper_capo-tiny-bounds/optimization_results.yaml").read_text()
     nearest = min(first, key=lambda rate: abs(float(rate) - 2e-4))
     assert f"regime.learning_rate: {nearest}" in best
