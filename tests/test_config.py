@@ -76,11 +76,6 @@ def test_every_correction_composes_and_passes(make: Make) -> None:
     assert make("rollout/correction=none").rollout == make().rollout
 
 
-def test_every_debug_overlay_composes_and_passes(make: Make) -> None:
-    for choice in choices("debug"):  # experiments are in test_experiments.py
-        check(make(f"debug={choice}"))
-
-
 def test_every_regime_divides_into_the_micro_batches_of_every_model(made: Make) -> None:
     for model in choices("model"):
         for regime in choices("regime"):

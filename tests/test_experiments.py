@@ -1,4 +1,4 @@
-"""conf/setting, conf/experiment, conf/scale: every job composes and passes the checks, numbers are as published,
+"""conf/setting, conf/experiment, conf/scale: every job composes and passes the checks, numbers are published,
 every algorithm and every feature that an experiment uses runs a step."""
 
 import json
@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from capo_exp.cli import compose as cli
+from capo_exp.__main__ import main
 from capo_exp.config.checks import check, plan
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
@@ -275,8 +275,8 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     },
     "experiment=paper/prorl": {  # second-hand; 256 / 64 prompts = 4 updates a step
         "num_steps": 2000, "regime.prompts_per_step": 256, "regime.group_size": 16,
-        "regime.learning_rate": 2e-6, "rollout.temperature": 1.2, "algo.num_minibatches": 4, "algo.kl_coefficient": 1e-4,
-        "algo.reference_reset_every": 200, "algo.token_loss.clip_eps_low": 0.2,
+        "regime.learning_rate": 2e-6, "rollout.temperature": 1.2, "algo.num_minibatches": 4,
+        "algo.kl_coefficient": 1e-4, "algo.reference_reset_every": 200, "algo.token_loss.clip_eps_low": 0.2,
         "algo.token_loss.clip_eps_high": 0.4,
         "algo.aggregation._target_": "capo_exp.algorithms.aggregation.token_mean",
         "algo.group_filter._target_": "capo_exp.algorithms.dapo.mixed_rewards",
@@ -373,8 +373,8 @@ SWEEPS: dict[str, tuple[int, Mapping[str, list[Any] | str]]] = {
     "extension_levels": (4, {"algo.name": "grpo", "algo.variant": "capo completion batch levels"}),
     "extension_controls": (8, {
         "algo.name": "grpo",
-        "algo.variant": "capo random_matched advantage_matched low_probability_matched top_policy_shift random "
-        "by_sign drop_truncated",
+        "algo.variant": "capo random_matched advantage_matched low_probability_matched top_policy_shift "
+        "random by_sign drop_truncated",
     }),
     "extension_differences": (4, {"curvature.hidden_shift": [0, 1], "algo.aggregation._target_": [
         f"capo_exp.algorithms.aggregation.{k}" for k in ("sequence_mean", "sequence_mean_over_all")]}),
@@ -546,6 +546,12 @@ def test_every_algorithm_and_feature_runs_a_step(overrides: str, tmp_path: Path)
 # The command line.
 
 
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments])
+    with suppress(SystemExit):
+        main()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected", "folder"),
@@ -567,8 +573,7 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
     seen = []
     monkeypatch.setattr(sweep, "run_dir", lambda config: seen.append(config.experiment_name))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["capo_exp", "experiment=paper/figure_5", "plan_only=true", *arguments])
-    cli.main()
+    run_command(monkeypatch, "experiment=paper/figure_5", "plan_only=true", *arguments)
     out = capsys.readouterr().out
     assert out.count("job ") == expected == len(seen)
     assert out.count("completions a step") == max(1, expected)
@@ -580,15 +585,18 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
 def test_parts_of_others_are_not_offered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["capo_exp", "experiment=paper/figure_9"])
-    with pytest.raises(SystemExit):
-        cli.main()
+    run_command(monkeypatch, "experiment=paper/figure_9")
     error = capsys.readouterr().err
     assert "expected one of paper/advantage_std, paper/calibration" in error and "/_" not in error
     assert "nearest: paper/figure_" in error
-    monkeypatch.setattr(sys, "argv", ["capo_exp", "--help"])
-    with suppress(SystemExit):
-        cli.main()
+
+
+def test_help_names_each_choice_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(monkeypatch, "--help")
     shown = capsys.readouterr().out
-    assert shown.count("paper/figure_2,") == 1 and "paper/capo_sgd" in shown
-    assert not [word for word in shown.split() if word.startswith("_") or "/_" in word]
+    words = [word.rstrip(",") for word in shown[shown.index("Config groups") :].split()]
+    assert shown.index("Common tasks") < shown.index("Config groups")
+    assert [words.count(name) for name in EXPERIMENTS] == [1] * len(EXPERIMENTS)
+    assert not [word for word in words if word.startswith("_") or "/_" in word]

@@ -52,5 +52,5 @@ def _list_names(group: str) -> list[str]:
 
 def _find_choices(root: DictConfig) -> dict[str, Any]:
     """Reads the choices where Hydra has them: in the tree while it composes, later in HydraConfig."""
-    known = root if "hydra" in root else HydraConfig.instance().cfg
+    known: Any = root if "hydra" in root else HydraConfig.instance().cfg
     return dict(known.hydra.runtime.choices) if known is not None else {}
