@@ -135,7 +135,7 @@ def child(folder: str, overrides: list[str]) -> None:
     config = compose_config([*overrides, f"model.path={folder}", f"output_dir={folder}/outputs"])
     take_steps(config)
     peak = resident("VmHWM") - before
-    estimated = estimate(config, reference=config.algo.needs_reference, gpu=False).total
+    estimated = estimate(config, gpu=False).total
     sys.stdout.write(f"\n{json.dumps([peak, estimated])}\n")
 
 

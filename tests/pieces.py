@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepRecord
 from capo_exp.curvature.step_trial import Decision
@@ -35,7 +36,7 @@ def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float
         model: stays as it is.
         distance: standard deviation of the noise that tells the reference's weights from the model's.
     """
-    reference = copy.deepcopy(model).requires_grad_(False) if config.algo.needs_reference else None
+    reference = copy.deepcopy(model).requires_grad_(False) if needs_reference(config.algo) else None
     if reference is not None and distance:
         generator = torch.Generator().manual_seed(0)
         for parameter in reference.parameters():

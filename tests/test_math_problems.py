@@ -436,7 +436,7 @@ def test_columns_of_the_hub(dataset, composed, monkeypatch):
 def test_dataset_configuration_builds_and_reads_files(dataset, composed, tmp_path):
     write(tmp_path / dataset / "test.parquet", OWN_ROWS)
     config = composed("algo=grpo", f"dataset={dataset}", f"dataset.path={tmp_path}").dataset
-    source = build_part(config.source, key="dataset.source", runtime=("path",))
+    source = build_part(config.source, key="dataset.source")
     assert [p.answer for p in source(config.eval_split, path=config.path)] == ["2", "4"]
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from capo_exp.config.build import build_part
+from capo_exp.config.build import build_part, uses_reward_kl
 from capo_exp.config.schema import AlgoConfig
 from capo_exp.core.types import Batch, BatchTotals, Scored, Selection, TokenLoss
 from capo_exp.curvature.step_trial import Decision, Proposal
@@ -113,7 +113,7 @@ def build_algorithm(config: AlgoConfig) -> Algorithm:
     return Algorithm(
         name=config.name,
         kl_coefficient=config.kl_coefficient,
-        kl_in_reward=config.kl_in_reward,
+        kl_in_reward=uses_reward_kl(config),
         scoring_pass=config.scoring_pass,
         **built,
     )

@@ -40,7 +40,6 @@ from capo_exp.cli.doctor_checks import (
     start_engine,
     transfer_weights,
 )
-from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
@@ -139,7 +138,6 @@ def configure(arguments: Sequence[str]) -> TrainConfig:
             raise ConfigError(f"{key}={values}: expected one of them, since the doctor examines one run")
     config = to_config(cfg)
     check(config)
-    check_parts(config)
     return config
 
 

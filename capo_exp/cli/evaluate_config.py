@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from capo_exp.cli.compose import FULL_ERROR, choose_by_slash, condense
-from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
@@ -162,7 +161,6 @@ def benchmark_config(
         raise (error if FULL_ERROR else ConfigError(condense(error))) from None
     config = to_config(cfg)
     check(config)
-    check_parts(config)
     return config
 
 

@@ -67,9 +67,9 @@ def build_terms(config: RewardConfig) -> RewardTerms:
         ConfigError: as parts.build.
     """
     return RewardTerms(
-        _build(config.format, "format", "text", no_format),
+        _build(config.format, "format", no_format),
         config.format_weight,
-        _build(config.length, "length", "tokens", no_length),
+        _build(config.length, "length", no_length),
         config.length_weight,
     )
 
@@ -84,7 +84,7 @@ def measure(terms: RewardTerms, completions: Sequence[tuple[str, int]]) -> dict[
     return found
 
 
-def _build(part: Part, name: str, runtime: str, neutral: Callable[..., float]) -> Callable[..., float] | None:
+def _build(part: Part, name: str, neutral: Callable[..., float]) -> Callable[..., float] | None:
     if part["_target_"] == f"{__name__}.{neutral.__name__}":
         return None
-    return build_part(part, key=f"reward.{name}", runtime=(runtime,))
+    return build_part(part, key=f"reward.{name}")

@@ -93,6 +93,7 @@ class MathVerifier:
 
     def __init__(
         self,
+        *,
         timeout_seconds: float,
         workers: int,
         memory_limit_gib: float = 4.0,

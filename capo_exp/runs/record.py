@@ -94,7 +94,7 @@ def run_name(config: TrainConfig) -> str:
     """
     regime = config.regime
     batch = (f"lr{regime.learning_rate:g}", f"{regime.prompts_per_step}x{regime.group_size}")
-    subject = (config.algo.label, config.model.name, config.dataset.name, regime.name)
+    subject = (config.algo.full_name, config.model.name, config.dataset.name, regime.name)
     return "-".join([*map(_slug, (*subject, *batch, f"s{config.seed}")), run_id(config)])
 
 

@@ -26,9 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from capo_exp.config.checks import check, plan
+from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import amend, as_dict, locked, run_dir, status, write_atomic

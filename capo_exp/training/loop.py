@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
-from capo_exp.config.build import build_part
+from capo_exp.config.build import build_part, needs_reference
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
@@ -151,7 +151,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     latest = checkpointer.latest()
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = None
-    if config.algo.needs_reference:
+    if needs_reference(config.algo):
         kept = checkpointer.latest_reference()
         reference = policy.load_model(config.model, inputs.device, weights=kept).requires_grad_(False)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
@@ -267,7 +267,7 @@ def _steps(session: Run, stopped: threading.Event) -> None:
 
 def _ended(session: Run) -> bool:
     """After the last step, or with nothing left to learn from, unless a KL to a reference can change that."""
-    limit = 0 if session.config.algo.needs_reference else session.config.stop_after_unrewarded
+    limit = 0 if needs_reference(session.config.algo) else session.config.stop_after_unrewarded
     return session.step >= session.config.num_steps or 0 < limit <= session.unrewarded_steps
 
 
