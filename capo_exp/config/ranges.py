@@ -33,6 +33,8 @@ FOLDER = Rule(
     lambda v: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", v) is not None,
     "the name of one folder: letters, digits, dot, underscore, hyphen",
 )
+ABOVE_0_TO_1 = Rule(lambda v: 0 < v <= 1, "a number in (0, 1]")
+NUM_PROBLEMS = Rule(lambda v: 1 <= v <= 1_000_000, "an integer in [1, 1,000,000]")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 

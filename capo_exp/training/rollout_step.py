@@ -16,7 +16,7 @@ from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import visited
 from capo_exp.grading.terms import RewardTerms, measure
 from capo_exp.grading.verifier import Grade, RewardResult, Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.training.learner import Learner
 
 
@@ -126,7 +126,7 @@ def _generate(
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     groups: list[RolloutGroup] = []
     for position, chunk in enumerate(chunks):
-        groups += sampler.engine.generate(
+        request = SamplingRequest(
             chunk,
             group_size=regime.group_size,
             max_tokens=config.dataset.max_completion_tokens,
@@ -136,6 +136,7 @@ def _generate(
             seed=derive_seed(config.seed, ROLLOUT, step, number * len(chunks) + position),
             weight_version=weight_version,
         )
+        groups += sampler.engine.generate(request)
     return groups
 
 
