@@ -18,7 +18,7 @@ from capo_exp.grading.compare import (
     best,
     grade,
     grade_any,
-    last_boxed,
+    find_last_box,
     plainly_readable,
     readable_gold,
 )
@@ -201,9 +201,9 @@ def test_what_the_library_raises_is_a_verdict(monkeypatch: pytest.MonkeyPatch, e
 
 def test_last_boxed_takes_one_pass() -> None:
     """Two million boxes that never close, and backslashes without end."""
-    assert last_boxed("\\boxed{" * 2_000_000) is None
-    assert last_boxed("\\boxed{5} " + "\\" * 2_000_000) == "5"
-    assert last_boxed("\\boxed{5}" + "\\boxed" + " " * 2_000_000) == "5"
+    assert find_last_box("\\boxed{" * 2_000_000) is None
+    assert find_last_box("\\boxed{5} " + "\\" * 2_000_000) == "5"
+    assert find_last_box("\\boxed{5}" + "\\boxed" + " " * 2_000_000) == "5"
 
 
 def test_only_the_end_of_a_very_long_text_is_read() -> None:

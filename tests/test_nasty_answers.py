@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from capo_exp.grading.compare import STYLES, grade, grade_any, last_boxed, readable_gold
+from capo_exp.grading.compare import STYLES, grade, grade_any, find_last_box, readable_gold
 from capo_exp.grading.verifier import MathVerifier
 
 REASONS = {"correct", "wrong", "no_answer", "gold_unparsable", "error", "timeout", "crash"}
@@ -186,7 +186,7 @@ def test_grade_never_raises_and_says_the_same_twice(text, gold, style):
     assert first.correct == (first.reason == "correct")
     assert readable_gold(gold) == (first.reason != "gold_unparsable") or first.reason == "error"
     assert grade_any(text, (gold, gold), style) == first
-    last_boxed(text)
+    find_last_box(text)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

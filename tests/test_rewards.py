@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.grading.compare import last_boxed
+from capo_exp.grading.compare import find_last_box
 from capo_exp.grading.verifier import (
     ExactVerifier,
     Grade,
@@ -146,7 +146,7 @@ def test_every_gold_answer_is_right_about_itself():
     ],
 )
 def test_last_boxed(text, content):
-    assert last_boxed(text) == content
+    assert find_last_box(text) == content
 
 
 @given(
@@ -156,7 +156,7 @@ def test_last_boxed(text, content):
 )
 def test_last_boxed_finds_balanced_content(content):
     content = content.replace("\\", "")
-    assert last_boxed(rf"\boxed{{7}} so \boxed{{{content}}} }} {{") == content
+    assert find_last_box(rf"\boxed{{7}} so \boxed{{{content}}} }} {{") == content
 
 
 def test_exact_match():

@@ -14,7 +14,7 @@ from capo_exp.core.seeds import ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import visited
-from capo_exp.grading.terms import RewardTerms, measure
+from capo_exp.grading.terms import RewardTerms, measure_terms
 from capo_exp.grading.verifier import Grade, RewardResult, Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.training.learner import Learner
@@ -146,7 +146,9 @@ def _score(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
 
 
 def _measure(terms: RewardTerms, groups: Sequence[RolloutGroup]) -> dict[str, list[float]]:
-    return measure(terms, [(one.text, len(one.token_ids)) for group in groups for one in group.completions])
+    return measure_terms(
+        terms, [(one.text, len(one.token_ids)) for group in groups for one in group.completions]
+    )
 
 
 def total_reward(rewards: Tensor, measured: Mapping[str, Sequence[float]], terms: RewardTerms) -> Tensor:
