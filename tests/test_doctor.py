@@ -24,6 +24,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import RolloutGroup
 from capo_exp.grading import verifier as rewards
 from capo_exp.grading.compare import Grade
+from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.checkpoint import Checkpointer
 
@@ -160,8 +161,8 @@ def always(correct: bool) -> Callable[[Patch], None]:
 def sampler_off_by(nats: float) -> Callable[[Patch], None]:
     genuine = HFRollout.generate
 
-    def generate(self: HFRollout, *args: object, **kwargs: object) -> list[RolloutGroup]:
-        groups = genuine(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    def generate(self: HFRollout, request: SamplingRequest) -> list[RolloutGroup]:
+        groups = genuine(self, request)
         off = [
             tuple(
                 replace(c, sampler_log_probs=tuple(x + nats for x in c.sampler_log_probs))
@@ -175,8 +176,8 @@ def sampler_off_by(nats: float) -> Callable[[Patch], None]:
 
 
 def engine_without_completions(patch: Patch) -> None:
-    def generate(self: HFRollout, prompts: list[object], **numbers: object) -> list[object]:
-        return [SimpleNamespace(completions=()) for _ in prompts]
+    def generate(self: HFRollout, request: SamplingRequest) -> list[object]:
+        return [SimpleNamespace(completions=()) for _ in request.prompts]
 
     patch.setattr(HFRollout, "generate", generate)
 

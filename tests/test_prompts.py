@@ -20,7 +20,7 @@ from capo_exp.core.policy import load_tokenizer
 from capo_exp.core.types import Problem
 from capo_exp.data.prompts import preview, render, visited, with_special_tokens
 from capo_exp.figures.settings import flat, results
-from capo_exp.grading.compare import last_boxed
+from capo_exp.grading.compare import find_last_box
 from capo_exp.runs.console import Progress
 from capo_exp.runs.read import load_run
 from capo_exp.runs.record import ADDED, as_dict, run_id
@@ -193,7 +193,7 @@ def test_worked_examples_as_turns(composed, tokenizer):
 def test_worked_examples_end_in_right_answers(composed):
     golds = ["89", r"\frac{15}{2}", r"\frac{1}{8}", "60"]
     config = styled(composed, "few_shot")
-    assert [last_boxed(example["solution"]) for example in config.examples] == golds
+    assert [find_last_box(example["solution"]) for example in config.examples] == golds
 
 
 def test_a_style_is_a_label_and_what_is_neutral_is_no_part_of_the_identity(composed):

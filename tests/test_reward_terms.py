@@ -1,7 +1,7 @@
 """Format and length: what they measure, that they count in training's credit and nowhere else."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Prompt, RolloutGroup
+from capo_exp.core.types import RolloutGroup
 from capo_exp.grading import terms as reward_terms
 from capo_exp.grading.terms import RewardTerms, build_terms
+from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.metrics import check_known
 from capo_exp.runs.record import _results, as_dict, run_id
 from capo_exp.training.rollout_step import Sample, Sampler, sample, total_reward
@@ -66,7 +67,7 @@ def test_total_is_correctness_and_weighted_terms() -> None:
 class Written:
     """Completions of one and two tokens; those of even prompts are both right."""
 
-    def generate(self, prompts: Sequence[Prompt], **_: object) -> list[RolloutGroup]:
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
         return [
             RolloutGroup(
                 p,
@@ -76,7 +77,7 @@ class Written:
                 ),
                 0,
             )
-            for p in prompts
+            for p in request.prompts
         ]
 
 

@@ -303,7 +303,9 @@ def _requirements(package: str, names: Sequence[str]) -> Iterator[tuple[str, Req
 def _generate(
     config: TrainConfig, engine: "RolloutEngine", inputs: "Inputs", *, version: int
 ) -> "list[RolloutGroup]":
-    return engine.generate(
+    from capo_exp.rollout import SamplingRequest
+
+    request = SamplingRequest(
         inputs.train[:PROMPTS],
         group_size=GROUP_SIZE,
         max_tokens=min(MAX_TOKENS, config.dataset.max_completion_tokens),
@@ -313,6 +315,7 @@ def _generate(
         seed=config.seed,
         weight_version=version,
     )
+    return engine.generate(request)
 
 
 def _differences(

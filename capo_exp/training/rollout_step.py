@@ -14,9 +14,9 @@ from capo_exp.core.seeds import ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import visited
-from capo_exp.grading.terms import RewardTerms, measure
+from capo_exp.grading.terms import RewardTerms, measure_terms
 from capo_exp.grading.verifier import Grade, RewardResult, Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.training.learner import Learner
 
 
@@ -126,7 +126,7 @@ def _generate(
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     groups: list[RolloutGroup] = []
     for position, chunk in enumerate(chunks):
-        groups += sampler.engine.generate(
+        request = SamplingRequest(
             chunk,
             group_size=regime.group_size,
             max_tokens=config.dataset.max_completion_tokens,
@@ -136,6 +136,7 @@ def _generate(
             seed=derive_seed(config.seed, ROLLOUT, step, number * len(chunks) + position),
             weight_version=weight_version,
         )
+        groups += sampler.engine.generate(request)
     return groups
 
 
@@ -145,7 +146,9 @@ def _score(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
 
 
 def _measure(terms: RewardTerms, groups: Sequence[RolloutGroup]) -> dict[str, list[float]]:
-    return measure(terms, [(one.text, len(one.token_ids)) for group in groups for one in group.completions])
+    return measure_terms(
+        terms, [(one.text, len(one.token_ids)) for group in groups for one in group.completions]
+    )
 
 
 def total_reward(rewards: Tensor, measured: Mapping[str, Sequence[float]], terms: RewardTerms) -> Tensor:
