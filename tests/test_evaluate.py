@@ -30,8 +30,8 @@ from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import weights_digest
 from capo_exp.evaluation.table import Result, gains
 from capo_exp.figures.__main__ import main as figures
+from capo_exp.runs.lock import locked
 from capo_exp.runs.read import load_run, read_jsonl
-from capo_exp.runs.record import locked
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))

@@ -20,7 +20,7 @@ from capo_exp.cli import compose as cli
 from capo_exp.config.checks import check, plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.runs import record as run_record
-from capo_exp.runs.record import as_dict, run_id
+from capo_exp.runs.identity import as_dict, run_id
 from capo_exp.training import loop as train
 
 EXPERIMENTS = sorted(
@@ -491,7 +491,7 @@ RUNS = [*(f"paper/{name}" for name in EXPERIMENTS), *(f"tiny/{name}" for name in
 @pytest.mark.parametrize("name", RUNS)
 def test_every_experiment_runs(name: str, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        run_record, "_git_state", lambda directory: None
+        run_record, "read_git_state", lambda directory: None
     )  # a second where much is uncommitted
     line, config = next(iter(jobs(name).configs.items()))
     line = [o for o in line if not o.startswith(("model=", "regime.group_size="))]

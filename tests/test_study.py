@@ -8,7 +8,7 @@ from omegaconf import open_dict
 
 from capo_exp.config.checks import check
 from capo_exp.config.schema import conf_dir, register, to_config
-from capo_exp.runs.record import run_id
+from capo_exp.runs.identity import run_id
 
 SETTINGS = sorted(path.stem for path in (conf_dir() / "setting").glob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (conf_dir() / "experiment" / "study").glob("[!_]*.yaml"))

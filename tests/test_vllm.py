@@ -31,7 +31,7 @@ from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout
 from capo_exp.rollout.vllm_process import EngineProcess, Limits, engine_failed
 from capo_exp.rollout.weight_transfer import all_parameters, choose_backend, weight_source, within
-from capo_exp.runs.record import run_id
+from capo_exp.runs.identity import run_id
 
 Composed = Callable[..., TrainConfig]
 T = TypeVar("T")

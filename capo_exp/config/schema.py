@@ -18,6 +18,10 @@ Part = dict[str, Any]
 """`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by parts.build."""
 
 
+NO_RESULT = {"result": False}
+"""Metadata of a field that changes no number of a run, hence not its id (runs/identity.py)."""
+
+
 def _neutral(function: str, module: str = "algorithms.neutral") -> Callable[[], Part]:
     """Makes a part that does nothing: what a YAML leaves out."""
     return lambda: {"_target_": f"capo_exp.{module}.{function}", "_partial_": True}
@@ -107,7 +111,8 @@ class DatasetConfig:
     eval_order: str = "file"  # file | shuffled: which are the first num_problems of an evaluation
     levels: list[str] = field(default_factory=list[str])  # difficulties to train on, as in [3,4,5]; [] = all
     types: list[str] = field(default_factory=list[str])  # families or subjects to train on; [] = all
-    prompt_style: str = "own"  # name of the choice prompt=; a label
+    # The name of the choice prompt=; a label.
+    prompt_style: str = field(default="own", metadata=NO_RESULT)
     system_prompt: str | None = MISSING
     apply_chat_template: bool = MISSING
     template: str = MISSING  # user message; {problem} is replaced
@@ -129,9 +134,8 @@ class RegimeConfig:
 class RolloutConfig:
     name: str = MISSING
     engine: Part = MISSING  # samples; also what evaluation uses
-    server_url: str | None = (
-        None  # rollout=vllm: null = an engine of the run's own, start = a server of its own
-    )
+    # rollout=vllm: null = an engine of the run's own, start = a server of its own.
+    server_url: str | None = field(default=None, metadata=NO_RESULT)
     train_engine: Part | None = MISSING  # where training completions come from instead; null = engine
     chunking: str = MISSING  # per_step = one call a rollout step | per_micro_batch = one call a micro-batch
     temperature: float = MISSING
@@ -228,21 +232,21 @@ class TrainConfig:
     rollout: RolloutConfig = MISSING
     reward: RewardConfig = MISSING
     optimizer: OptimizerConfig = MISSING
-    logger: LoggerConfig = MISSING
+    logger: LoggerConfig = field(default=MISSING, metadata=NO_RESULT)
     curvature: CurvatureConfig = MISSING
     evaluation: EvaluationConfig = MISSING
-    checkpoint: CheckpointConfig = MISSING
-    sweep: SweepConfig = MISSING
+    checkpoint: CheckpointConfig = field(default=MISSING, metadata=NO_RESULT)
+    sweep: SweepConfig = field(default=MISSING, metadata=NO_RESULT)
     num_steps: int = MISSING  # rollout steps
-    stop_after_unrewarded: int = (
-        MISSING  # rollout steps in a row without a reward that end a run; 0 = none do
-    )
+    # Rollout steps in a row without a reward that end a run; 0 = none do.
+    stop_after_unrewarded: int = field(default=MISSING, metadata=NO_RESULT)
     seed: int = MISSING
     device: str = MISSING  # auto | cpu | cuda | cuda:1 ...
-    experiment_name: str = MISSING  # folder under output_dir
-    output_dir: str = MISSING
-    overwrite: bool = MISSING  # start again although a run with this identity exists
-    plan_only: bool = MISSING  # print the batch arithmetic and stop
+    experiment_name: str = field(default=MISSING, metadata=NO_RESULT)  # folder under output_dir
+    output_dir: str = field(default=MISSING, metadata=NO_RESULT)
+    # Start again although a run with this identity exists.
+    overwrite: bool = field(default=MISSING, metadata=NO_RESULT)
+    plan_only: bool = field(default=MISSING, metadata=NO_RESULT)  # print the batch arithmetic and stop
 
 
 def conf_dir() -> Path:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import requests
 
 from capo_exp.rollout.vllm_process import Limits, Request, Response, Sampled, common_params, engine_failed
-from capo_exp.runs.signals import end_with_parent
+from capo_exp.runs.processes import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
