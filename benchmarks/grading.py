@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from capo_exp.grading import Grade
+from capo_exp.grading.compare import Grade
 from capo_exp.grading.extract import read_gold
 from capo_exp.grading.verifier import MathVerifier
 

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.memory import estimate
 from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.record import run_dir
+from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]

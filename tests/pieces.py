@@ -14,7 +14,8 @@ from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepRecord
 from capo_exp.curvature.step_trial import Decision
-from capo_exp.grading.verifier import Grade, RewardResult
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.verifier import RewardResult
 from capo_exp.training.learner import Learner
 from capo_exp.training.updates import updates
 

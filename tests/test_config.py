@@ -7,8 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from capo_exp.config.build import find_parts
-from capo_exp.config.checks import check, count_evaluations, plan
+from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.plan import count_evaluations, plan
 from capo_exp.config.ranges import RULES
 from capo_exp.config.schema import TrainConfig, conf_dir, expected_type, register, to_config
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from capo_exp.core.types import AdamState
 from capo_exp.curvature.model import (
-    AdamState,
     apply_row_gradients,
     batch_shifts,
     init_adam_state,

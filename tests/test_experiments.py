@@ -17,11 +17,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capo_exp.__main__ import main
-from capo_exp.config.checks import check, plan
+from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.record import as_dict, run_id
+from capo_exp.runs.identity import as_dict, run_id
 from capo_exp.sweep import sweep
 from capo_exp.training import loop as train
 from tests.conftest import ALGORITHMS

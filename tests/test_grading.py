@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp.grading import Grade, compare, grade
+from capo_exp.grading import compare
 from capo_exp.grading.cache import VerdictCache, digest_pair
-from capo_exp.grading.compare import can_read_gold, choose_best, grade_any, is_plain_number
+from capo_exp.grading.compare import Grade, can_read_gold, choose_best, grade, grade_any, is_plain_number
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import Failed, Workers
 from capo_exp.grading.verifier import ExactVerifier, MathVerifier
@@ -299,7 +299,7 @@ def test_agreement_with_labels(
 HASHED = """
 import json, os, sys
 import pyarrow.parquet as pq
-from capo_exp.grading import grade
+from capo_exp.grading.compare import grade
 rows = pq.read_table(sys.argv[1]).to_pylist()
 print(json.dumps([list(vars(grade(row["completion"], row["gold"])).values()) for row in rows[6000::25]]))
 """

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from benchmarks.memory import CHECKPOINTING, LARGE, measure
 from capo_exp.config.build import resolve_model_path
-from capo_exp.config.checks import check, plan
+from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.memory import Memory, estimate
-from capo_exp.config.model_size import count_parameters
-from capo_exp.config.plan import human
+from capo_exp.config.memory import Memory, count_parameters, estimate, human
+from capo_exp.config.plan import plan
 from capo_exp.config.ranges import RULES
 from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig, conf_dir
 from capo_exp.core import policy

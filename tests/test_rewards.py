@@ -17,8 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_exp.grading import Grade
-from capo_exp.grading.compare import exact_match
+from capo_exp.grading.compare import Grade, exact_match
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.verifier import ExactVerifier, MathVerifier
 from tests.grading_pieces import math_verifier

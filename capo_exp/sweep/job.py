@@ -19,7 +19,8 @@ from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, to_config
-from capo_exp.runs.record import run_dir, status
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.record import run_status
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -36,7 +37,7 @@ def execute(config: TrainConfig) -> None:
     sys.stdout.flush()
     if config.plan_only:
         return
-    if status(run_dir(config)) == "finished" and not config.overwrite:
+    if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), fresh=False)
         return

@@ -29,10 +29,12 @@ from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import EngineFailed, RolloutEngine
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.console import Progress
-from capo_exp.runs.files import stops_cleanly
+from capo_exp.runs.files import stop_on_disk_error
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.lock import locked
 from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.record import RunRecord, clear, locked, read, run_dir, run_id, status
-from capo_exp.runs.signals import stop_signal
+from capo_exp.runs.processes import stop_signal
+from capo_exp.runs.record import RunRecord, clear, read_record, run_status
 from capo_exp.training.learner import Learner, TrainingDiverged
 from capo_exp.training.rollout_step import Sample, Sampler, credited, sample
 from capo_exp.training.updates import Update, updates
@@ -112,19 +114,19 @@ def run(config: TrainConfig) -> Path:
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
     directory = run_dir(config)
-    if status(directory) == "finished" and not config.overwrite:
+    if run_status(directory) == "finished" and not config.overwrite:
         return directory
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
     inputs = read_inputs(config)
-    with stops_cleanly(directory), ExitStack() as stack:
+    with stop_on_disk_error(directory), ExitStack() as stack:
         stack.enter_context(inputs.verifier)
         stack.enter_context(locked(directory))
         if config.overwrite:
             clear(directory)
         session = start(config, inputs, directory, stack)
         stopped = stack.enter_context(stop_signal(session.progress.message))
-        with stops_cleanly(directory):  # inside, too, so that run.json has the reason
+        with stop_on_disk_error(directory):  # inside, too, so that run.json has the reason
             _loop(session, stopped)
     return directory
 
@@ -155,7 +157,7 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
         kept = checkpointer.latest_reference()
         reference = policy.load_model(config.model, inputs.device, weights=kept).requires_grad_(False)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
-    before = (read(directory) or {}).get("data", inputs.fingerprint)
+    before = (read_record(directory) or {}).get("data", inputs.fingerprint)
     if latest is not None and before != inputs.fingerprint:
         raise ConfigError(
             f"{directory} began with other problems ({before}): expected those, or overwrite=true"
@@ -170,10 +172,9 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
-    logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
-    record.fields |= {"wandb": logger.wandb_location} | _data_on_record(inputs)
-    record.update({})
-    logger.describe(record.fields)
+    record.add(_data_on_record(inputs))  # before the logger, which gives W&B the record
+    logger = stack.enter_context(RunLogger(directory, resume_step=step, wandb_mode=config.logger.wandb_mode))
+    record.add({"wandb": logger.wandb_location})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
     for line in (*inputs.data.lines(), f"first prompt: {preview(inputs.train[0].text)}"):
         progress.message(line)

@@ -14,8 +14,9 @@ from capo_exp.core.seeds import ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import visited
+from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms, measure_terms
-from capo_exp.grading.verifier import Grade, RewardResult, Verifier
+from capo_exp.grading.verifier import RewardResult, Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.training.learner import Learner
 

@@ -1,4 +1,4 @@
-"""Stopping a run with a signal, so that the step can end and be saved."""
+"""How processes end each other: a signal lets the step end and be saved; children end with their parent."""
 
 import ctypes
 import signal
@@ -18,10 +18,10 @@ Handler = Callable[[int, object], None]
 
 @contextmanager
 def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second signal raises KeyboardInterrupt at once.
+    """Gives an event that Ctrl-C or SIGTERM sets; a second signal raises KeyboardInterrupt at once.
 
     Args:
-        message: says to the user what a signal has done.
+        message: A function that tells the user what a signal has done.
     """
     stopped = threading.Event()
     first = 0.0

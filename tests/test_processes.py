@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from capo_exp.runs import signals
-from capo_exp.runs.signals import forwarded_to, stop_signal
+from capo_exp.runs import processes
+from capo_exp.runs.processes import forwarded_to, stop_signal
 
 
 def test_signals_at_once_count_as_one_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    monkeypatch.setattr(signals, "ONE_PRESS", 0.2)
+    monkeypatch.setattr(processes, "ONE_PRESS", 0.2)
     with pytest.raises(KeyboardInterrupt), stop_signal(messages.append) as stopped:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -36,7 +36,7 @@ def test_a_signal_goes_on_to_the_child_and_the_handlers_come_back() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_child_ends_with_its_killed_parent() -> None:
     code = (
-        "import subprocess, sys, time; from capo_exp.runs.signals import end_with_parent as e;"
+        "import subprocess, sys, time; from capo_exp.runs.processes import end_with_parent as e;"
         "c = subprocess.Popen(['sleep', '60'], preexec_fn=e, start_new_session=True);"
         "print(c.pid, flush=True); time.sleep(60)"
     )
@@ -64,7 +64,7 @@ def _alive(pid: int) -> bool:
 def test_a_guarded_command_that_ignores_the_signal_ends_with_its_killed_parent() -> None:
     deaf = "import os, signal, time; signal.signal(15, 1); print(os.getpid(), flush=True); time.sleep(60)"
     code = (
-        "import subprocess, sys; from capo_exp.runs.signals import end_with_parent as e;"
+        "import subprocess, sys; from capo_exp.runs.processes import end_with_parent as e;"
         f"c = [sys.executable, '-m', 'capo_exp.rollout.guard', sys.executable, '-c', {deaf!r}];"
         "subprocess.Popen(c, preexec_fn=e, start_new_session=True).wait()"
     )

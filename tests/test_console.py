@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from capo_exp.runs.console import Progress, clock, describe, summary_table
+from capo_exp.runs.console import Progress, format_duration, format_step, summary_table
 
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
@@ -64,8 +64,8 @@ def test_a_terminal_gets_one_live_line_and_messages_above() -> None:
 
 
 def test_missing_metrics_are_left_out() -> None:
-    assert describe({"counter/rollout_step": 1, "reward/accuracy": 0.5}) == "acc 50.0%"
-    assert clock(3723.4) == "1:02:03"
+    assert format_step({"counter/rollout_step": 1, "reward/accuracy": 0.5}) == "acc 50.0%"
+    assert format_duration(3723.4) == "1:02:03"
 
 
 def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.read import Run, find_runs, load_completions, load_run, read_jsonl, series
-from capo_exp.runs.record import RunRecord, as_dict, locked
+from capo_exp.runs.identity import as_dict
+from capo_exp.runs.lock import locked
+from capo_exp.runs.read import LoggedRun, find_runs, load_completions, load_run, read_jsonl, read_series
+from capo_exp.runs.record import RunRecord
 
 ROWS = [
     {"counter/rollout_step": 1, "reward/accuracy": 0.5},
@@ -203,10 +205,10 @@ def test_not_a_run(tmp_path: Path) -> None:
 def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
     x_axis = "counter/completions"
     rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, {x_axis: 5, "a": "Infinity"}]
-    x, y = series(rows, "a")
+    x, y = read_series(rows, "a")
     np.testing.assert_array_equal(x, [1, 3, 5])
     np.testing.assert_array_equal(y, [2, np.nan, np.nan])
-    assert series([], "a")[0].shape == (0,)
+    assert read_series([], "a")[0].shape == (0,)
 
 
 def completions(path: Path, step: int, count: int, **columns: Any) -> None:
@@ -219,7 +221,7 @@ def completions(path: Path, step: int, count: int, **columns: Any) -> None:
 
 
 def test_completions(tmp_path: Path) -> None:
-    run = Run(tmp_path, {}, {}, [], [])
+    run = LoggedRun(tmp_path, {}, {}, [], [])
     assert load_completions(run) == [] and load_completions(run, 10) == []
     completions(tmp_path, 1_000_000, 1)  # in the order of steps, not of names
     completions(tmp_path, 20, 2, tokens=[["a", "b"], []])
