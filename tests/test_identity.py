@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.identity import ENGINE_RUNS_SO, as_dict, run_dir, run_id, select_results
+from capo_exp.runs.identity import as_dict, list_engine_conditions, run_dir, run_id, select_results
 
 Composed = Callable[..., TrainConfig]
 
@@ -72,8 +72,9 @@ def test_the_schema_says_what_counts(config: TrainConfig) -> None:
 
 def test_what_an_engine_runs_with_is_its_own_affair(composed: Composed) -> None:
     vllm = composed("algo=grpo", "rollout=vllm")
-    assert set(ENGINE_RUNS_SO) < vllm.rollout.engine.keys()
-    more = dict.fromkeys(ENGINE_RUNS_SO, 9)
+    conditions = list_engine_conditions(vllm)
+    assert {"gpu_memory_utilization", "start_seconds"} < set(conditions) < vllm.rollout.engine.keys()
+    more = dict.fromkeys(conditions, 9)
     other = dataclasses.replace(vllm.rollout, engine=vllm.rollout.engine | more)
     assert run_id(dataclasses.replace(vllm, rollout=other)) == run_id(vllm)
     assert run_id(composed("algo=grpo", "rollout=vllm", "rollout.engine.dtype=float16")) != run_id(vllm)

@@ -16,15 +16,8 @@ from typing import Any, get_type_hints
 import omegaconf
 from omegaconf import OmegaConf
 
+from capo_exp.config.build import locate
 from capo_exp.config.schema import TrainConfig
-
-ENGINE_RUNS_SO = (
-    "server_url", "visible_devices", "max_num_seqs", "gpu_memory_utilization", "kv_cache_gib", "sleep_level",
-    "weight_transfer", "weight_transfer_address", "start_seconds", "generate_seconds", "transfer_seconds",
-    "max_probe_difference",
-)  # fmt: skip
-"""Settings of rollout.engine that change a run's numbers by rounding at most: a run whose engine failed for
-want of time or memory goes on with more of it. The engines import torch, so their own word cannot be read."""
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
@@ -52,9 +45,15 @@ def read_schema(schema: type = TrainConfig, prefix: str = "") -> tuple[frozenset
         elif is_dataclass(hints[field.name]):
             inner = read_schema(hints[field.name], f"{key}.")
             left_out, neutral = left_out | inner[0], neutral | inner[1]
-        elif key == "rollout.engine":
-            left_out |= {f"{key}.{name}" for name in ENGINE_RUNS_SO}
     return frozenset(left_out), neutral
+
+
+def list_engine_conditions(config: TrainConfig) -> list[str]:
+    """Returns the settings of rollout.engine that change no result, as the dataclass of rollout=vllm says."""
+    if not config.rollout.is_vllm:
+        return []
+    settings: Any = locate(config.rollout.engine, "rollout.engine")
+    return [field.name for field in fields(settings) if not field.metadata.get("result", True)]
 
 
 def run_id(config: TrainConfig) -> str:
@@ -66,6 +65,7 @@ def run_id(config: TrainConfig) -> str:
 def select_results(config: TrainConfig) -> dict[str, Any]:
     """Returns the config as plain values without what changes no result and what is neutral."""
     left_out, neutral = read_schema(type(config))
+    left_out |= {f"rollout.engine.{name}" for name in list_engine_conditions(config)}
 
     def counted(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found = {}
