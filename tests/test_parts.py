@@ -1,5 +1,4 @@
-"""Parts: what a YAML may name and set, the ranges and declarations that functions carry, and where a mistake is
-reported."""
+"""Parts: what a YAML may name and set, what ranges and declarations functions carry, how a mistake is told."""
 
 import importlib
 import re
