@@ -12,7 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from capo_exp.config import build
 from capo_exp.config.build import find_parts, needs_reference
 from capo_exp.config.checks import check
-from capo_exp.config.declare import compares_group, needs_kl, whole_step
+from capo_exp.config.declare import compares_group, needs_kl
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
@@ -190,7 +190,6 @@ def change(config: TrainConfig, override: str) -> TrainConfig:
         "algo.step_rule.max_looks=0 | algo=grpo step_rule=calibrated",
         "algo.step_rule.memory_share=7 | algo=grpo step_rule=calibrated",
         "algo.selection.token.policy_shift_max=-1 | algo=grpo selection=levels",
-        "algo.scoring_pass=false | algo=grpo selection=random",
         "rollout.correction.ratio_cap=0 | rollout/correction=token_truncation",
         "rollout.correction.ratio_cap=inf | rollout/correction=token_truncation",
         "rollout.correction.ratio_low=0 | rollout/correction=token_mask",
@@ -261,7 +260,6 @@ def test_combinations_that_cannot_work(composed: Composed, overrides: list[str],
         ["device=cuda:1"],
         ["rollout=demonstrations"],
         ["algo.label='GRPO, mine'", "algo.colour='#00aaFF'", "algo.marker='*'"],
-        ["algo=grpo", "selection=random", "algo.scoring_pass=false", "regime.prompts_per_step=2"],
     ],
 )
 def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
@@ -334,11 +332,6 @@ def charged(rewards: float, *, beta: float) -> float:
     return rewards * beta
 
 
-@whole_step
-def at_once(scored: float) -> float:
-    return scored
-
-
 def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "tests"])
     config = composed("algo=reinforce", "regime.group_size=1", "algo.reference_reset_every=5")
@@ -349,13 +342,6 @@ def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: 
     assert not needs_reference(algo)
     algo.shaping["beta"] = 0.1
     assert needs_reference(algo)
-    check(config)
-    algo.selection = {"_target_": f"{__name__}.at_once", "_partial_": True}
-    check(config)  # 12 completions: one micro-batch
-    config.model.micro_batch_size = 4
-    with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true, since at_once needs"):
-        check(config)
-    algo.scoring_pass = True
     check(config)
     algo.advantage = {"_target_": f"{__name__}.halved", "_partial_": True}
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Parts: what a YAML may name and set, what ranges and declarations functions carry, how a mistake is told."""
+"""Parts: what a YAML may name and set, which ranges functions carry, what they declare, how mistakes are told."""
 
 import importlib
 import re

@@ -158,7 +158,7 @@ class RolloutConfig:
 
     @property
     def is_vllm(self) -> bool:
-        """Is true where sampling happens in an engine of its own, beside the learner."""
+        """Whether sampling happens in an engine of its own, beside the learner."""
         return str(self.engine.get("_target_")).startswith("capo_exp.rollout.vllm.")
 
 
