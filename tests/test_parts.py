@@ -1,4 +1,4 @@
-"""Parts: what a YAML may name and set, which ranges functions carry, what they declare, how mistakes are told."""
+"""Parts: what a YAML may name and set, what functions carry and declare, how mistakes are told."""
 
 import importlib
 import re
