@@ -17,7 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
 from capo_exp.cli import compose as cli
-from capo_exp.config.checks import check, plan
+from capo_exp.config.checks import check
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.runs import record as run_record
 from capo_exp.runs.record import as_dict, run_id
