@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from capo_exp.algorithms.protocols import build_algorithm
-from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
@@ -140,7 +139,6 @@ def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> Non
 def test_shipped_rewards_with_terms(composed: Compose, name: str) -> None:
     config = composed("algo=grpo", f"reward={name}")
     check(config)
-    check_parts(config)
     terms = build_terms(config.reward)
     assert (terms.format is None) != (terms.length is None) and config.reward.verifier["style"] == "boxed"
 

@@ -208,7 +208,7 @@ def compare_disk(config: TrainConfig) -> Result:
     output = Path(config.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
     parts, count = memory.estimate(config, gpu=False), config.checkpoint.keep + 1
-    size = parts.weights + parts.adam + parts.curvature
+    size = parts.weights + parts.adam + parts.moments
     free = shutil.disk_usage(folder).free
     seen = f"{count} checkpoints of {memory.human(size)}; free {memory.human(free)} in {folder}"
     if count * size > free:

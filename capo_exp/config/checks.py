@@ -125,20 +125,13 @@ def _check_model(config: TrainConfig) -> None:
 
 def _check_algorithm(config: TrainConfig) -> None:
     """Compares what the parts declare with the rest of the configuration."""
-    algo, group_size = config.algo, config.regime.group_size
+    algo = config.algo
     advantage = build.locate(algo.advantage, "algo.advantage")
-    if group_size == 1 and declares(advantage, "compares_group"):
+    if config.regime.group_size == 1 and declares(advantage, "compares_group"):
         wanted = f"at least 2, since {advantage.__name__} compares the completions of a prompt"
         raise error("regime.group_size", 1, wanted)
     if algo.reference_reset_every and not build.needs_reference(algo):
         raise error("algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference")
-    rows = -(-config.regime.prompts_per_step * group_size // algo.num_minibatches)
-    if rows > config.model.micro_batch_size and not algo.scoring_pass:
-        for key, part in build.find_parts(algo.selection, "algo.selection"):
-            select = build.locate(part, key)
-            if declares(select, "whole_step"):
-                wanted = f"true, since {select.__name__} needs the whole step and sees a micro-batch of it"
-                raise error("algo.scoring_pass", False, wanted)
 
 
 def _check_vllm(config: TrainConfig) -> None:

@@ -21,7 +21,7 @@ LOWER = {
     "activations": "lower model.micro_batch_size or set model.gradient_checkpointing=true",
     "logits": "lower model.logits_chunk_tokens",
     "kv_cache": "lower rollout.engine.max_sequences_per_call",
-    "curvature": "lower regime.prompts_per_step or curvature.top_k",
+    "records": "lower regime.prompts_per_step or curvature.top_k",
     "engine": "lower rollout.engine.gpu_memory_utilization or kv_cache_gib",
 }
 """The largest part -> what helps, if it is not a smaller model."""
@@ -35,8 +35,10 @@ class Memory:
     gradients: int
     adam: int
     reference: int
-    curvature: int
-    """Moments of the optimiser model, and what a step remembers of each token."""
+    moments: int
+    """Of the optimiser model that predicts shifts."""
+    records: int
+    """What a step remembers of each token."""
     activations: int
     logits: int
     kv_cache: int
@@ -45,8 +47,8 @@ class Memory:
     @property
     def total(self) -> int:
         """Adds up what is there at once: nothing is differentiated while completions are sampled."""
-        kept = self.weights + self.gradients + self.adam + self.reference + self.curvature
-        return kept + max(self.activations + self.logits, self.kv_cache)
+        differentiating, sampling = self.activations + self.logits, self.kv_cache
+        return sum(vars(self).values()) - min(differentiating, sampling)
 
 
 def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
@@ -61,8 +63,6 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
     )
     weights, head = FLOAT * count_parameters(model), FLOAT * model.vocab_size * width
     chunk = min(rows * dataset.max_completion_tokens, model.logits_chunk_tokens)
-    # Of each token the hidden state, and probabilities and ids of its top K.
-    remembered = batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k)
     # Of each token a layer keeps both norms' inputs and normalised inputs in float32, and in compute_dtype
     # the norms' outputs, queries, keys, values, attention's output, four of the MLP and a row of the mask.
     scores = {"sdpa": number, "eager": 2 * FLOAT * model.num_attention_heads}
@@ -79,7 +79,9 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         gradients=weights,
         adam=2 * weights,
         reference=weights if needs_reference(algo) else 0,
-        curvature=remembered + (2 * head if config.curvature.optimizer_model == "adam" else 0),
+        moments=2 * head if config.curvature.optimizer_model == "adam" else 0,
+        # The hidden state, and probabilities and ids of the top K.
+        records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
         activations=rows * longest * layers + (weights // 2 if half else 0),
         logits=LOGITS_COPIES * FLOAT * chunk * model.vocab_size + head,
         kv_cache=0 if config.rollout.is_vllm else (cached + drawing) * sequences_at_once(config),
@@ -134,7 +136,8 @@ def measure_memory(device: str) -> tuple[int, int]:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.mem_get_info(device)
+        if (torch.device(device).index or 0) < torch.cuda.device_count():  # else the run says so as it starts
+            return torch.cuda.mem_get_info(device)
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, ValueError):  # the file says `max` where there is no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))

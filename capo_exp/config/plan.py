@@ -3,6 +3,8 @@
 from capo_exp.config.memory import count_parameters, estimate, human, learner_device
 from capo_exp.config.schema import TrainConfig
 
+NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
+
 
 def plan(config: TrainConfig) -> list[str]:
     """Returns the batch arithmetic of a run and the memory it takes, at most six lines of 80 characters."""
@@ -41,8 +43,8 @@ def _memory(config: TrainConfig) -> list[str]:
     device = learner_device(config)
     memory = estimate(config, gpu=device != "cpu")
     largest = sorted(vars(memory).items(), key=lambda part: -part[1])[:3]
-    parts = ", ".join(f"{name.replace('_', ' ')} {human(size)}" for name, size in largest)
-    lines = [f"memory on {device}: about {human(memory.total)}, largest {parts}"]
+    parts = ", ".join(f"{NAMES.get(name, name)} {human(size)}" for name, size in largest)
+    lines = [f"about {human(memory.total)} on {device}; the most: {parts}"]
     engine, url = config.rollout.engine, config.rollout.server_url
     if config.rollout.is_vllm and url in (None, "start"):
         cache = f"{engine['kv_cache_gib'] or 1:g} GiB"
