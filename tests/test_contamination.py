@@ -15,8 +15,8 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Problem
-from capo_exp.data.contamination import normalised, overlap, repeated
-from capo_exp.data.prepare import chosen, prepare, read_split
+from capo_exp.data.contamination import count_repeated, find_overlap, normalise
+from capo_exp.data.prepare import choose_problems, prepare, read_split
 from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.training import loop as train
 
@@ -52,7 +52,7 @@ def everything(golds: list[tuple[str, ...]]) -> list[bool]:
     ],
 )
 def test_what_does_not_count(other: str) -> None:
-    assert normalised(other) == normalised("Find $x$ if $x + 1 = 2$.")
+    assert normalise(other) == normalise("Find $x$ if $x + 1 = 2$.")
 
 
 @pytest.mark.parametrize(
@@ -68,23 +68,23 @@ def test_what_does_not_count(other: str) -> None:
     ],
 )
 def test_what_counts(other: str) -> None:
-    assert normalised(other) != normalised("Find $x$ if $x + 1 = 2$.")
+    assert normalise(other) != normalise("Find $x$ if $x + 1 = 2$.")
 
 
 def test_a_line_break_before_a_bracket_is_no_mark_of_a_formula() -> None:
-    assert normalised(r"\\[2pt] \[a\]") == r"\\[2pt]a"
+    assert normalise(r"\\[2pt] \[a\]") == r"\\[2pt]a"
 
 
 def test_a_command_whose_name_begins_like_a_space_is_none() -> None:
-    assert normalised(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
+    assert normalise(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
 
 
 def test_all_pairs_in_order() -> None:
     train_set = [problem(text) for text in ("1+1?", "new", "1 + 1?", "2+2?")]
     evaluation = [problem(text) for text in ("2+2 ?", "$1+1$?", "other", "1+1?")]
-    assert overlap(train_set, evaluation) == [(0, 1), (0, 3), (2, 1), (2, 3), (3, 0)]
-    assert overlap(train_set, []) == overlap([], evaluation) == []
-    assert repeated(train_set) == repeated(evaluation) == 1
+    assert find_overlap(train_set, evaluation) == [(0, 1), (0, 3), (2, 1), (2, 3), (3, 0)]
+    assert find_overlap(train_set, []) == find_overlap([], evaluation) == []
+    assert count_repeated(train_set) == count_repeated(evaluation) == 1
 
 
 @needs_data
@@ -92,13 +92,13 @@ def test_math_holds_three_pairs(composed: Composed) -> None:
     """2948 and 4656 differ in the end of a line, the others in white space and the place of a dollar sign."""
     dataset = composed("dataset=math", f"dataset.path={SHARED}").dataset
     train_set, evaluation = read_split(dataset, "train"), read_split(dataset, "test")
-    pairs = [(train_set[i].id, evaluation[j].id) for i, j in overlap(train_set, evaluation)]
+    pairs = [(train_set[i].id, evaluation[j].id) for i, j in find_overlap(train_set, evaluation)]
     assert pairs == [
         ("math/train/750", "math/test/3023"),
         ("math/train/1414", "math/test/1038"),
         ("math/train/2948", "math/test/4656"),
     ]
-    assert repeated(train_set) == 4 and repeated(evaluation) == 0
+    assert count_repeated(train_set) == 4 and count_repeated(evaluation) == 0
 
 
 @needs_data
@@ -108,10 +108,10 @@ def test_no_benchmark_is_in_the_training_data(
     def read(name: str, split: str) -> list[Problem]:
         return read_split(composed(f"dataset={name}", f"dataset.path={SHARED}").dataset, split)
 
-    assert len(overlap(read("math500", "test"), read("math", "test"))) == 500
+    assert len(find_overlap(read("math500", "test"), read("math", "test"))) == 500
     train_set = read("math", "train") + read("gsm8k", "train")
     for name in ("math500", "gsm8k", "aime24", "aime25", "amc23", "minerva", "olympiadbench"):
-        assert overlap(train_set, read(name, "test")) == []
+        assert find_overlap(train_set, read(name, "test")) == []
 
 
 # --- filters ---
@@ -140,7 +140,7 @@ SET = [
     ],
 )
 def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> None:
-    assert "".join(found.id for found in chosen(SET, levels, types)) == kept
+    assert "".join(found.id for found in choose_problems(SET, levels, types)) == kept
 
 
 @pytest.mark.parametrize(
@@ -155,19 +155,19 @@ def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> Non
 )
 def test_unknown_and_empty_choices(levels: list[str], types: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        chosen(SET, levels, types)
+        choose_problems(SET, levels, types)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_set_that_states_no_levels() -> None:
     with pytest.raises(ConfigError, match=r"expected \[\], since this dataset states none"):
-        chosen([problem("a")], ["1"], [])
+        choose_problems([problem("a")], ["1"], [])
 
 
 def test_levels_on_the_command_line(composed: Composed) -> None:
     for written in ("[3,4,5]", "[Level 3,Level 4,Level 5]", "['3',4,Level 5]"):
         levels = composed(f"dataset.levels={written}").dataset.levels
-        assert [found.level for found in chosen(SET, [levels[2]], [])] == ["Level 5"] * 2
+        assert [found.level for found in choose_problems(SET, [levels[2]], [])] == ["Level 5"] * 2
         assert all(isinstance(level, str) for level in levels)
 
 

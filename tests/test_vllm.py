@@ -29,7 +29,7 @@ from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
-from capo_exp.data.prompts import render
+from capo_exp.data.prompts import render_prompts
 from capo_exp.rollout import EngineFailed, SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
@@ -69,7 +69,7 @@ class Setup:
         self.tokenizer = policy.load_tokenizer(config.model)
         self.model = policy.load_model(config.model, torch.device("cpu"))
         source = build_part(config.dataset.source, key="dataset.source")
-        self.prompts = render(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
+        self.prompts = render_prompts(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
         build = build_part(config.rollout.engine, key="rollout.engine")
         self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32)
         self.version = 0
