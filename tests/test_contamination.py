@@ -55,27 +55,15 @@ def test_what_does_not_count(other: str) -> None:
     assert normalise(other) == normalise("Find $x$ if $x + 1 = 2$.")
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "Find $x$ if $x + 1 = 3$.",
-        "Find $x$ if $x - 1 = 2$.",
-        "Find $y$ if $y + 1 = 2$.",
-        "Find $x$ if $x + 1 = 2$",
-        "Find $x$ if $x + 1 = 20$.",
-        r"Find $x$ if $x \\+ 1 = 2$.",
-        r"Find $x$ if $x + 1 = \quadratic 2$.",
-    ],
-)
-def test_what_counts(other: str) -> None:
-    assert normalise(other) != normalise("Find $x$ if $x + 1 = 2$.")
+def test_what_counts() -> None:
+    for formula in ("$x + 1 = 3$.", "$x - 1 = 2$.", "$y + 1 = 2$.", "$x + 1 = 2$", "$x + 1 = 20$.",
+                    r"$x \\+ 1 = 2$.", r"$x + 1 = \quadratic 2$."):  # fmt: skip
+        assert normalise(f"Find $x$ if {formula}") != normalise("Find $x$ if $x + 1 = 2$.")
 
 
-def test_a_line_break_before_a_bracket_is_no_mark_of_a_formula() -> None:
+def test_what_looks_like_a_space_or_a_mark_is_none() -> None:
+    """A line break before a bracket, and a command whose name begins like a space."""
     assert normalise(r"\\[2pt] \[a\]") == r"\\[2pt]a"
-
-
-def test_a_command_whose_name_begins_like_a_space_is_none() -> None:
     assert normalise(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
 
 
@@ -87,6 +75,7 @@ def test_all_pairs_in_order() -> None:
     assert count_repeated(train_set) == count_repeated(evaluation) == 1
 
 
+@pytest.mark.slow
 @needs_data
 def test_math_holds_three_pairs(composed: Composed) -> None:
     """2948 and 4656 differ in the end of a line, the others in white space and the place of a dollar sign."""
@@ -101,10 +90,9 @@ def test_math_holds_three_pairs(composed: Composed) -> None:
     assert count_repeated(train_set) == 4 and count_repeated(evaluation) == 0
 
 
+@pytest.mark.slow
 @needs_data
-def test_no_benchmark_is_in_the_training_data(
-    composed: Composed,
-) -> None:
+def test_no_benchmark_is_in_the_training_data(composed: Composed) -> None:
     def read(name: str, split: str) -> list[Problem]:
         return read_split(composed(f"dataset={name}", f"dataset.path={SHARED}").dataset, split)
 
@@ -157,9 +145,6 @@ def test_unknown_and_empty_choices(levels: list[str], types: list[str], message:
     with pytest.raises(ConfigError) as error:
         choose_problems(SET, levels, types)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_set_that_states_no_levels() -> None:
     with pytest.raises(ConfigError, match=r"expected \[\], since this dataset states none"):
         choose_problems([problem("a")], ["1"], [])
 
@@ -241,9 +226,8 @@ def test_the_arithmetic_set_loses_nothing(composed: Composed) -> None:
 
 
 def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
-        {"problem": text, "answer": "1", "level": "5"} for text in ("a<|im_end|>?", "b?", "<|endoftext|>c?")
-    ]
+    texts = ("a<|im_end|>?", "b?", "<|endoftext|>c?")
+    rows = [{"problem": text, "answer": "1", "level": "5"} for text in texts]
     folder = Path(str(made().dataset.path))
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     data = prepare(made(), policy.load_tokenizer(made().model), everything)
@@ -254,9 +238,8 @@ def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pyt
 def test_an_open_revision_is_said_once(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAPO_DATA_DIR", raising=False)
     rows = {split: [{"question": f"{split}?", "answer": "#### 1"}] for split in ("train", "test")}
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, split, **__: datasets.Dataset.from_list(rows[split])
-    )
+    load = datasets.Dataset.from_list
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: load(rows[split]))
     config = composed("dataset=gsm8k", "prompt=plain", "reward=exact", "dataset.source.hub_revision=null")
     data = prepare(config, policy.load_tokenizer(config.model), everything)
     assert data.lines() == [
@@ -269,14 +252,10 @@ def test_an_open_revision_is_said_once(composed: Composed, monkeypatch: pytest.M
 def test_nothing_left_says_why(made: Composed, tmp_path: Path) -> None:
     config = made("dataset.levels=[]")
     tokenizer = policy.load_tokenizer(config.model)
-    with pytest.raises(
-        ConfigError, match="none with an answer that the verifier can read; expected formulas"
-    ):
+    with pytest.raises(ConfigError, match="none with an answer that the verifier can read; expected form"):
         prepare(config, tokenizer, lambda golds: [False] * len(golds))
     same = replace(config, dataset=replace(config.dataset, eval_split="train"))
-    with pytest.raises(
-        ConfigError, match="got 8 training problems, all of which are in the evaluation split"
-    ):
+    with pytest.raises(ConfigError, match="got 8 training problems, all of which are in the evaluation"):
         prepare(same, tokenizer, everything)
     with pytest.raises(ConfigError, match=r"dataset\.train_split=null: expected a dataset with") as error:
         prepare(made("dataset.train_split=null"), tokenizer, everything)
@@ -317,6 +296,7 @@ def read_prompts(directory: Path) -> list[list[str]]:
     return [pq.read_table(file, columns=["prompt"]).column(0).to_pylist() for file in files]
 
 
+@pytest.mark.slow
 def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     made: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
