@@ -448,10 +448,9 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path: Pat
     assert "vllm.log:" in errors and "INFO" in errors and "Traceback" not in errors  # the log's last lines
     assert not Path(f"/proc/{worker[0]}").exists()
     whole = [*RUN, f"output_dir={tmp_path / 'whole'}"]
-    goes_on, _ = (
-        subprocess.run(c, stdout=PIPE, text=True, timeout=300, check=True) for c in (command, whole)
-    )
-    assert "goes on after step" in goes_on.stdout
+    options: Any = {"stdout": PIPE, "text": True, "timeout": 300, "check": True}
+    said = [subprocess.run(each, **options).stdout for each in (command, whole)]
+    assert "goes on after step" in said[0]
     assert timeless_metrics(tmp_path / "killed") == timeless_metrics(tmp_path / "whole")
 
 
@@ -527,18 +526,13 @@ def test_backends() -> None:
         ("rollout.engine.max_model_len=100", "at least dataset.max_prompt_tokens"),
         ("rollout.temperature=2.5", "at most 2"),
         ("rollout.engine.tensor_parallel_size=2", "1, or rollout.engine.visible_devices"),
-        ("rollout.engine.dtype=int8", "one of auto, float32"),
-        ("rollout.engine.weight_transfer=mail", "one of auto, ipc"),
         ("rollout.engine.sleep_level=3", "0, 1 or 2"),
-        ("rollout.engine.gpu_memory_utilization=1.5", "a number in (0, 1]"),
         ("rollout.engine.kv_cache_gib=abc", "null or a"),
         ("rollout.engine.kv_cache_gib=inf", "null or a"),
         ("rollout.engine.kv_cache_gib=0", "null or a"),
-        ("rollout.engine.max_model_len=abc", "an integer"),
         ("rollout.engine.model_path=null", "a directory"),
         ("rollout.engine.visible_devices=a b", "null, or"),
         ("rollout.engine.max_probe_difference=0.1", "a positive number for each of"),
-        ("rollout.engine.generate_seconds=0", "a positive"),
     ],
 )
 def test_bad_settings_are_refused(override: str, expected: str) -> None:

@@ -30,20 +30,20 @@ class DataCounts:
     """Rows of the source."""
     unusable: int
     """Rows without question or answer, or flagged as broken by the source."""
-    filtered: int
-    """Problems of another level or type than dataset.levels and dataset.types."""
-    contaminated: int
-    """Training problems that are evaluation problems, too; see contamination.normalise."""
-    too_long: int
-    """Prompts of more than dataset.max_prompt_tokens."""
-    ungradable: int
-    """Answers that the verifier cannot read: not trained on; in evaluation all completions count as wrong."""
-    repeated: int
-    """Problems, among those kept, that ask the same as an earlier one."""
     kept: int
     used: int
     """Problems, among those kept, that are asked: all in training, the first evaluation.num_problems in
     evaluation."""
+    repeated: int
+    """Problems, among those kept, that ask the same as an earlier one."""
+    filtered: int = 0
+    """Problems of another level or type than dataset.levels and dataset.types."""
+    contaminated: int = 0
+    """Training problems that are evaluation problems, too; see contamination.normalise."""
+    too_long: int = 0
+    """Prompts of more than dataset.max_prompt_tokens."""
+    ungradable: int = 0
+    """Answers that the verifier cannot read: not trained on; in evaluation all completions count as wrong."""
 
     def describe(self, split: str) -> str:
         """Tells what is not 0, such as `training data: 7,500 rows, 2 unusable, 35 too long; 7,463 kept`."""
@@ -197,17 +197,8 @@ def _evaluation(
 
 def _counts(found: Sequence[Problem], kept: Sequence[Prompt]) -> DataCounts:
     rows = found.rows if isinstance(found, Problems) else len(found)
-    return DataCounts(
-        rows=rows,
-        unusable=rows - len(found),
-        filtered=0,
-        contaminated=0,
-        too_long=0,
-        ungradable=0,
-        repeated=count_repeated([prompt.problem for prompt in kept]),
-        kept=len(kept),
-        used=len(kept),
-    )
+    repeats = count_repeated([prompt.problem for prompt in kept])
+    return DataCounts(rows, rows - len(found), kept=len(kept), used=len(kept), repeated=repeats)
 
 
 def _notes(found: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[str]:
