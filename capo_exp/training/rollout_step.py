@@ -13,7 +13,7 @@ from capo_exp.core.batch import collate
 from capo_exp.core.seeds import ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
-from capo_exp.data.prompts import visited
+from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms, measure_terms
 from capo_exp.grading.verifier import RewardResult, Verifier
@@ -119,7 +119,7 @@ def _generate(
     config = sampler.config
     regime = config.regime
     order = derive_seed(config.seed, ORDER, 0)
-    indices = visited(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
+    indices = choose_visits(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
     prompts = [sampler.prompts[i] for i in indices]
     size = len(prompts)
     if config.rollout.chunking == "per_micro_batch":
