@@ -14,6 +14,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.identity import run_name
 from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.metrics import METRICS
 from capo_exp.runs.read import load_run, read_jsonl
 from capo_exp.runs.record import RunRecord, read_record, run_status
 from capo_exp.training import loop as train
@@ -113,27 +114,19 @@ def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(
 def test_filters_choose_runs(logged: str, tmp_path: Path, server: Server) -> None:
     [wandb_id] = server.runs
     for number, (filters, found) in enumerate(
-        [
-            (["--group", "sweep"], True),
-            (["--group", "other", "sweep"], True),
-            (["--group", "other"], False),
-            (["--tag", "a"], True),
-            (["--tag", "b"], False),
-            (["--run", wandb_id], True),
-            (["--run", "none", "--tag", "a"], False),
-        ]
-    ):
+        {
+            "--group sweep": True, "--group other sweep": True, "--group other": False, "--tag a": True,
+            "--tag b": False, f"--run {wandb_id}": True, "--run none --tag a": False,
+        }.items()
+    ):  # fmt: skip
         folder = tmp_path / str(number)
-        assert main(["me/capo_exp", str(folder), *filters]) == (0 if found else 2)
+        assert main(["me/capo_exp", str(folder), *filters.split()]) == (0 if found else 2)
         assert folder.exists() == found
 
 
+@pytest.mark.usefixtures("logged")
 def test_what_is_wrong_is_one_line(
-    logged: str,
-    tmp_path: Path,
-    server: Server,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def error(*command: str) -> str:
         capsys.readouterr()
@@ -248,11 +241,6 @@ def test_runs_of_the_authors_program_are_translated() -> None:
     ]  # fmt: skip
     assert found.evaluations == [{**before, "eval/accuracy": 0.32}, {**two, "eval/accuracy": 0.33}]
     assert found.dropped == {"train/all_logprobs/p1": 1, "test/custom|gsm8k|0/maj@1": 1}
-
-
-def test_every_translation_is_to_a_key_of_ours() -> None:
-    from capo_exp.runs.metrics import METRICS
-
     assert METRICS.keys() >= RENAMED.keys() and len(RENAMED) > 20
 
 
@@ -272,8 +260,6 @@ def test_folders_of_runs_with_one_name_and_of_runs_trained_here(tmp_path: Path) 
     write_atomic(own / "run.json", json.dumps({"status": "finished"}))
     with pytest.raises(ValueError, match=f"{own} was trained here; expected another folder"):
         export(Run([], name="own"), tmp_path)
-
-
-def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
-    export(Run([row(1, loss__kl=1.0)], name="../../x", group=".."), tmp_path / "out")
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("run.json")] == ["out/unnamed/x/run.json"]
+    export(Run([], name="../../x", group=".."), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "out"}
+    assert (tmp_path / "out" / "unnamed" / "x" / "run.json").exists()
