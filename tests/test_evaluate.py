@@ -20,14 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from capo_exp.cli import evaluate_config
+from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate import main
-from capo_exp.cli.evaluate_config import benchmark_config
+from capo_exp.cli.evaluate_config import benchmark_config, run_config
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.core.types import Problem
 from capo_exp.data.prepare import evaluation_order
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import weights_digest
+from capo_exp.evaluation.command import EvaluateCommand
 from capo_exp.evaluation.table import Result, gains
 from capo_exp.figures.__main__ import main as figures
 from capo_exp.runs.read import load_run, read_jsonl
@@ -326,7 +329,7 @@ def test_a_level_that_is_asked_for_is_all_that_is_asked(
 
 
 def test_what_a_run_was_trained_on_does_not_limit_what_is_asked(trained: Path) -> None:
-    run = evaluate_config.run_config(trained)
+    run = run_config(trained)
     run["dataset"] |= {"levels": ["2"], "max_completion_tokens": 33}
     dataset = benchmark_config("arithmetic", [], run=run).dataset
     assert (dataset.levels, dataset.max_completion_tokens) == ([], 33)
@@ -414,11 +417,14 @@ def test_training_problems_in_a_benchmark_are_told(
         (["model=tiny", "completions=x"], "got model=tiny and completions=x; expected one of"),
         (["model=tiny"], "benchmarks: no value; expected one of aime24"),
         (["model=tiny", "benchmarks=math_500"], "benchmarks=math_500: unknown; expected one of aime24"),
-        (["model=tiny", "benchmarks=arithmetic", "sample=3"], "sample=3: no key of an evaluation; "),
-        (["model=tiny", "benchmarks=arithmetic", "num_steps=3"], "num_steps=3: no key of an evaluation; "),
+        (["model=tiny", "benchmarks=arithmetic", "sample=3"], "sample=3: unknown key; nearest: samples"),
+        (
+            ["model=tiny", "benchmarks=arithmetic", "num_steps=3"],
+            "num_steps=3: unknown key; expected one of run, model,",
+        ),
         (
             ["model=tiny", "benchmarks=arithmetic", "dataset=gsm8k"],
-            "dataset=gsm8k: no key of an evaluation; ",
+            "dataset=gsm8k: unknown key; expected one of run, model,",
         ),
         (["model=tiny", "benchmarks=arithmetic", "temperature=nan"], "temperature=nan: expected a number"),
         (["model=tiny", "benchmarks=arithmetic", "seed=-1"], "seed=-1: expected at least 0"),
@@ -432,7 +438,10 @@ def test_training_problems_in_a_benchmark_are_told(
         (["model=tiny", "benchmarks=arithmetic", "top_p=0"], "top_p=0.0: expected a number above 0 up to 1"),
         (["model=tiny", "benchmarks=arithmetic", "temperature=0"], "samples=16: expected 1 at temperature=0"),
         (["model=tiny", "benchmarks=arithmetic", "num_problems=0"], "num_problems=0: expected at least 1"),
-        (["model=tiny", "benchmarks=arithmetic", "--all"], "--all: expected key=value"),
+        (
+            ["model=tiny", "benchmarks=arithmetic", "--all"],
+            "--all: no flag of this command; expected one of --help, --cfg",
+        ),
         (
             ["model=tiny", "benchmarks=arithmetic", "checkpoint=best"],
             "checkpoint=best: expected last, all or a step",
@@ -456,11 +465,24 @@ def test_bad_input_is_one_line(
     assert message in refused(capsys, *arguments)
 
 
-def test_a_suite_names_several_benchmarks() -> None:
-    command, overrides = evaluate_config.parse(["model=tiny", "benchmarks=[math500,paper]", "rollout=vllm"])
-    assert command.benchmarks[:3] == ["math500", "aime25", "aime24"] and len(command.benchmarks) == 8
-    assert set(command.benchmarks) <= set(evaluate_config.benchmark_names())
-    assert overrides == ["rollout=vllm"]
+def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "dataset").mkdir()
+    own = (conf_dir() / "dataset" / "gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
+    (tmp_path / "dataset" / "mine.yaml").write_text(own)
+    seen: list[TrainConfig] = []
+
+    def record(command: EvaluateCommand, configs: list[TrainConfig], *_: object, **__: object) -> None:
+        seen.extend(configs)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evaluate_model, "evaluate_targets", record)
+    changed = ["rollout=vllm", "dataset.template='{problem} $x'"]
+    assert main(["model=tiny", "benchmarks=math500,paper,mine", *changed, "--config-dir", str(tmp_path)]) == 2
+    names = [config.dataset.name for config in seen]
+    assert names[:3] == ["math500", "aime25", "aime24"] and names[8:] == ["mine"]
+    assert {(c.rollout.is_vllm, c.dataset.template) for c in seen} == {(True, "{problem} $x")}
 
 
 def test_an_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -490,7 +512,7 @@ def test_help_and_bad_input_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert all(name in done.stdout for name in evaluate_config.benchmark_names())
+    assert all(name in done.stdout for name in find_choices("dataset"))
 
 
 # --- completions on disk

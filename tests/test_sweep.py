@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp.cli import compose as cli
+from capo_exp.cli import front
 from capo_exp.config.schema import SweepConfig, TrainConfig, conf_dir
 from capo_exp.runs.record import locked, run_dir, status
 from capo_exp.sweep import sweep
@@ -53,11 +53,7 @@ def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run_here(lines: str, *arguments: str) -> int:
         monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-c", CHILD + lines))
         monkeypatch.setattr(sys, "argv", ["capo_exp", "-m", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
+        return front.train()
 
     return run_here
 
@@ -118,7 +114,7 @@ def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
     run: Callable[..., int], work_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conf = Path(shutil.copytree(conf_dir(), work_dir / "conf"))
-    for module in (cli, sweep):
+    for module in (front, sweep):
         monkeypatch.setattr(module, "conf_dir", lambda: conf)
     edits = "pathlib.Path('conf/regime/aggressive.yaml').write_text('broken: [')\n"
     assert run(edits + ENDS, "seed=0,1") == 0
@@ -129,8 +125,10 @@ def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
 def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> None:
     waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
     waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
-    start = f"from capo_exp import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
-    start += "from capo_exp.cli.compose import main; main()"
+    start = (
+        f"from capo_exp.sweep import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
+    )
+    start += "from capo_exp.cli.front import train; raise SystemExit(train())"
     command = [sys.executable, "-c", start, "-m", "seed=0,1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(300):

@@ -46,7 +46,7 @@ GPU_DRIFT = 0.05
 
 
 @dataclass(frozen=True)
-class Result:
+class Finding:
     """A check that did not fail."""
 
     seen: str
@@ -63,7 +63,7 @@ class CheckFailed(Exception):
         self.remedy = remedy
 
 
-def compare_versions(config: TrainConfig) -> Result:
+def compare_versions(config: TrainConfig) -> Finding:
     """What is installed, against what capo_exp asks for and, where it samples, vLLM."""
     names = (*PACKAGES, "vllm") if config.rollout.is_vllm else PACKAGES
     if _distribution("capo_exp") is None:
@@ -79,10 +79,10 @@ def compare_versions(config: TrainConfig) -> Result:
         seen = [f"{r.name} {found.get(r.name, 'is missing')}, {who} needs {r.specifier}" for who, r in wrong]
         wanted = [GET_VLLM if r.name == "vllm" else f'pip install "{r.name}{r.specifier}"' for _, r in wrong]
         raise CheckFailed("; ".join(seen), "; ".join(wanted))
-    return Result(", ".join(f"{name} {version}" for name, version in found.items()))
+    return Finding(", ".join(f"{name} {version}" for name, version in found.items()))
 
 
-def find_device(config: TrainConfig) -> Result:
+def find_device(config: TrainConfig) -> Finding:
     """Where the learner computes."""
     import torch
 
@@ -91,10 +91,10 @@ def find_device(config: TrainConfig) -> Result:
     device = policy.choose_device(config.device)
     gpu = device.type == "cuda"
     detail = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
-    return Result(f"{device}, {detail}", {"device": device})
+    return Finding(f"{device}, {detail}", {"device": device})
 
 
-def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
+def compare_memory(config: TrainConfig, device: "torch.device") -> Finding:
     """The plan's estimate and the engine's share, against what is free before anything is loaded."""
     memory = estimate(config, reference=config.algo.needs_reference, gpu=device.type == "cuda")
     engine, free = _engine_memory(config, device, memory.parameters), free_memory(device)
@@ -102,10 +102,10 @@ def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
     seen = f"estimated peak {human(memory.total)}{also}; free {human(free)}"
     if memory.total + engine > free:
         raise CheckFailed(seen)
-    return Result(seen)
+    return Finding(seen)
 
 
-def load_model(config: TrainConfig, device: "torch.device") -> Result:
+def read_model(config: TrainConfig, device: "torch.device") -> Finding:
     """Tokenizer, weights, and one forward pass."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -122,10 +122,10 @@ def load_model(config: TrainConfig, device: "torch.device") -> Result:
         finite = bool(model(input_ids=ids).logits.isfinite().all())
     if not finite:
         raise CheckFailed("logits are not finite", "other weights at model.path; model.compute_dtype=float32")
-    return Result(f"{model.num_parameters():,} parameters, finite logits", {"model": model})
+    return Finding(f"{model.num_parameters():,} parameters, finite logits", {"model": model})
 
 
-def read_data(config: TrainConfig) -> Result:
+def read_data(config: TrainConfig) -> Finding:
     """Problems of both splits, rendered for the model."""
     from capo_exp.training import loop as train
 
@@ -133,10 +133,12 @@ def read_data(config: TrainConfig) -> Result:
     inputs.verifier.close()  # its workers may have read the golds; grade_answers starts its own
     train_size, held_out, dropped = len(inputs.train), len(inputs.held_out), inputs.dropped
     counts = f"{train_size:,} training prompts, {held_out:,} held out, {dropped:,} dropped"
-    return Result(f"{counts}; the first ends in {inputs.train[0].text[-40:]!r}", {"inputs": inputs})
+    return Finding(f"{counts}; the first ends in {inputs.train[0].text[-40:]!r}", {"inputs": inputs})
 
 
-def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs") -> Result:
+def start_engine(
+    config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs"
+) -> Finding:
     """What samples for training and evaluation starts, and samples."""
     folder = stack.enter_context(TemporaryDirectory(prefix="capo_doctor_"))
     build = build_part(config.rollout.engine, key="rollout.engine")
@@ -154,7 +156,7 @@ def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel"
     )
     if len(lengths) != GROUP_SIZE * len(inputs.train[:PROMPTS]) or 0 in lengths:
         raise CheckFailed(f"{seen}; expected {GROUP_SIZE} for each prompt, none of them empty")
-    return Result(seen, {"engine": engine, "completions": groups})
+    return Finding(seen, {"engine": engine, "completions": groups})
 
 
 def transfer_weights(
@@ -163,12 +165,12 @@ def transfer_weights(
     inputs: "Inputs",
     engine: "RolloutEngine",
     completions: "list[RolloutGroup]",
-) -> Result:
+) -> Finding:
     """New weights reach the engine, which raises EngineFailed unless it is seen to sample with them."""
     import torch
 
     if not config.rollout.is_vllm:
-        return Result("the learner's own weights", {"new_completions": completions}, applies=False)
+        return Finding("the learner's own weights", {"new_completions": completions}, applies=False)
     engine.metrics()  # forgets the first transfer
     generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
@@ -180,12 +182,12 @@ def transfer_weights(
     cost = engine.metrics()
     seconds, probe = cost["time/transfer_seconds"], cost["mismatch/probe_difference"]
     seen = f"noise moved log-probs by {moved:.2g} nats; probe difference {probe:.1g}; {seconds:.2f} s"
-    return Result(seen, {"new_completions": groups})
+    return Finding(seen, {"new_completions": groups})
 
 
 def compare_log_probs(
     config: TrainConfig, model: "PreTrainedModel", inputs: "Inputs", new_completions: "list[RolloutGroup]"
-) -> Result:
+) -> Finding:
     """The sampler's log-probs against the learner's."""
     engine = config.rollout.engine.get("dtype", "auto")
     exact = str(inputs.compute_dtype) == "torch.float32" and engine in ("auto", "float32")
@@ -195,10 +197,10 @@ def compare_log_probs(
     seen = f"{name} difference {value:.2g} nats over {len(differences)} tokens; expected at most {limit:g}"
     if not value <= limit:
         raise CheckFailed(seen)
-    return Result(seen)
+    return Finding(seen)
 
 
-def grade_answers(config: TrainConfig, inputs: "Inputs") -> Result:
+def grade_answers(config: TrainConfig, inputs: "Inputs") -> Finding:
     """The verifier on a right and a wrong answer."""
     answer = inputs.train[0].problem.answer
     texts = [f"\\boxed{{{text}}}" for text in (answer, WRONG_ANSWER)]
@@ -207,10 +209,10 @@ def grade_answers(config: TrainConfig, inputs: "Inputs") -> Result:
     seen = " and ".join(f"{text} earns {reward:g}" for text, reward in zip(texts, rewards, strict=True))
     if rewards != [1, 0]:
         raise CheckFailed(f"{seen}; expected 1 and 0")
-    return Result(seen)
+    return Finding(seen)
 
 
-def compare_disk(config: TrainConfig) -> Result:
+def compare_disk(config: TrainConfig) -> Finding:
     """Room for the checkpoints that stay and the one being written."""
     output = Path(config.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
@@ -220,10 +222,10 @@ def compare_disk(config: TrainConfig) -> Result:
     seen = f"{count} checkpoints of {human(size)}; free {human(free)} in {folder}"
     if count * size > free:
         raise CheckFailed(seen)
-    return Result(seen, {"disk_space": folder})
+    return Finding(seen, {"disk_space": folder})
 
 
-def resolve_wandb(config: TrainConfig) -> Result:
+def resolve_wandb(config: TrainConfig) -> Finding:
     """What W&B will do here, and why."""
     from capo_exp.runs.logger import has_key, resolve_mode
 
@@ -233,12 +235,12 @@ def resolve_wandb(config: TrainConfig) -> Result:
     if asked == "auto" and variable:
         why += f" and WANDB_MODE={variable}"
     if mode == "disabled":
-        return Result(f"disabled by {why}", applies=False)
+        return Finding(f"disabled by {why}", applies=False)
     key = has_key()
     seen = f"{mode}: {why}, {'a' if key else 'no'} key is configured"
     if mode == "online" and not key:
         raise CheckFailed(seen)
-    return Result(f"{seen}; `wandb sync` uploads the run" if mode == "offline" else seen)
+    return Finding(f"{seen}; `wandb sync` uploads the run" if mode == "offline" else seen)
 
 
 def round_trip(
@@ -247,7 +249,7 @@ def round_trip(
     inputs: "Inputs",
     completions: "list[RolloutGroup]",
     disk_space: Path,
-) -> Result:
+) -> Finding:
     """Step, checkpoint, step; then back to the checkpoint, and the second step must come out the same.
 
     One learner after the other: two may not fit.
@@ -288,7 +290,9 @@ def round_trip(
     off, step = _distance(_on_cpu(model), expected), _distance(restored, expected)
     if not off <= (0 if model.device.type == "cpu" else GPU_DRIFT * step):
         raise CheckFailed(f"the step after a resume is off by {off:.2g}, a step is {step:.2g} (norms)")
-    return Result(f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}")
+    return Finding(
+        f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}"
+    )
 
 
 def free_memory(device: "torch.device") -> int:

@@ -292,9 +292,8 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
             _check_keys(child, f"{prefix}{name}.")
 
 
-def expected_type(key: str) -> str:
+def expected_type(key: str, kind: Any = TrainConfig) -> str:
     """What kind of value the schema wants at a dotted key, in words; empty for a key outside the schema."""
-    kind: Any = TrainConfig
     for name in key.split("."):
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     return _WORDS.get(kind, "a group with its keys" if is_dataclass(kind) else "")
@@ -302,6 +301,7 @@ def expected_type(key: str) -> str:
 
 _WORDS: dict[Any, str] = {
     int: "an integer",
+    int | None: "an integer or null",
     float: "a number",
     bool: "true or false",
     str: "text",

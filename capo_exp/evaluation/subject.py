@@ -22,10 +22,10 @@ from capo_exp.data.prompts import render
 from capo_exp.data.rows import Problems
 from capo_exp.evaluation.benchmark import Scores, Told, evaluate_benchmark
 from capo_exp.evaluation.card import digest, make_card, weights_digest
+from capo_exp.evaluation.command import EvaluateCommand, WeightSet
 from capo_exp.evaluation.draw import Answered, Sampling, draw
 from capo_exp.evaluation.records import read_rows
 from capo_exp.evaluation.table import Result
-from capo_exp.evaluation.target import Command, Target
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
 from capo_exp.runs.console import clock
@@ -102,9 +102,9 @@ class Subject:
 
 
 def evaluate_targets(
-    command: Command,
+    command: EvaluateCommand,
     configs: Sequence[TrainConfig],
-    targets: Sequence[Target],
+    targets: Sequence[WeightSet],
     *,
     trained_on: Mapping[str, Any] | None,
     tell: Tell,
@@ -143,7 +143,7 @@ def evaluate_targets(
 
 
 def _load(
-    config: TrainConfig, subject: Subject, command: Command, verifier: Verifier, tell: Tell
+    config: TrainConfig, subject: Subject, command: EvaluateCommand, verifier: Verifier, tell: Tell
 ) -> Benchmark:
     dataset = config.dataset
     found = read_split(dataset, dataset.eval_split)
@@ -176,7 +176,12 @@ def _overlaps(benchmarks: Sequence[Benchmark], run: Mapping[str, Any] | None) ->
 
 
 def _evaluate(
-    command: Command, subject: Subject, target: Target, benchmark: Benchmark, weights: str, tell: Tell
+    command: EvaluateCommand,
+    subject: Subject,
+    target: WeightSet,
+    benchmark: Benchmark,
+    weights: str,
+    tell: Tell,
 ) -> Result:
     config, prompts = benchmark.config, benchmark.prompts
     name, limit = config.dataset.name, config.dataset.max_completion_tokens
@@ -211,7 +216,7 @@ def _evaluate(
     return _result(target, name, scores, folder)
 
 
-def _result(target: Target, benchmark: str, scores: Scores, folder: Path) -> Result:
+def _result(target: WeightSet, benchmark: str, scores: Scores, folder: Path) -> Result:
     rows = read_rows(folder / "problems.parquet")
     accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
     return Result(target.label, target.step, target.completions, benchmark, folder.name, scores, accuracies)

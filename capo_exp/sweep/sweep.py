@@ -34,7 +34,7 @@ from capo_exp.runs.record import amend, as_dict, locked, run_dir, status, write_
 from capo_exp.runs.signals import end_with_parent, forwarded_to
 from capo_exp.sweep.job import execute, report
 from capo_exp.sweep.pruning import Watch
-from capo_exp.sweep.table import WIDTH, Line, summarise, table
+from capo_exp.sweep.table import WIDTH, RunSummary, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
 """Environment variable: what the processes of one sweep share; a launcher hands it on to its workers."""
@@ -271,16 +271,16 @@ def conclude() -> None:
         results = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
         shutil.rmtree(folder, ignore_errors=True)
         if shown := [result for result in results if result.state != "planned"]:
-            Console(width=None if sys.stdout.isatty() else WIDTH).print(table(list(map(_line, shown))))
+            Console(width=None if sys.stdout.isatty() else WIDTH).print(runs_table(list(map(_line, shown))))
         if 0 < len(results) < count:
             say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
 
 
-def _line(result: Result) -> Line:
+def _line(result: Result) -> RunSummary:
     directory = Path(result.directory)
-    known = Line("", "", 0, None, None, None, None, None, None, directory)
+    known = RunSummary("", "", 0, None, None, None, None, None, None, directory)
     if result.directory and (directory / "run.json").exists():
-        known = summarise(directory)
+        known = summarise_run(directory)
     log_file = [str(directory / "log.txt")] if result.directory and result.details else []
     error = "\n".join([*log_file, result.details]) or None
     return replace(known, name=f"{result.number}: {result.title}", state=result.state, error=error)

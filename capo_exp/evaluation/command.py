@@ -1,35 +1,35 @@
-"""What is evaluated: a set of weights."""
+"""What to evaluate: the keys of the command, and the sets of weights that it names."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
 
 
 @dataclass(frozen=True)
-class Target:
-    """One set of weights."""
+class WeightSet:
+    """One set of weights to be evaluated."""
 
     label: str
     """Such as step_000100, or the model's name."""
     weights: Path | None
     """A checkpoint; None = those of model.path."""
     step: int | None
-    """Of the checkpoint; 0 = the model that a run began with; None = no run."""
+    """Rollout step of the checkpoint; 0 = the model that a run began with; None = no run."""
     completions: float | None
-    """That training had sampled by then."""
+    """Completions that training had sampled by then."""
     root: Path
-    """Folder of its evaluations."""
+    """The folder of its evaluations."""
 
 
 @dataclass(frozen=True)
-class Command:
-    """What conf/evaluate.yaml has, with what the command line says."""
+class EvaluateCommand:
+    """The keys of conf/evaluate.yaml, which says what each one means."""
 
-    run: list[str] = field(default_factory=list)
+    run: list[str] = MISSING
     model: str | None = MISSING
     completions: str | None = MISSING
-    benchmarks: list[str] = field(default_factory=list)
+    benchmarks: list[str] = MISSING
     checkpoint: str = MISSING
     base: bool = MISSING
     samples: int = MISSING
@@ -41,4 +41,6 @@ class Command:
     problems_per_part: int = MISSING
     output: str | None = MISSING
     overwrite: bool = MISSING
-    suites: dict[str, list[str]] = field(default_factory=dict)
+    overrides: list[str] = MISSING
+    config_dir: str | None = MISSING
+    suites: dict[str, list[str]] = MISSING
