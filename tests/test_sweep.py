@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from capo_exp.cli import front
-from capo_exp.config.schema import SweepConfig, TrainConfig, conf_dir
-from capo_exp.runs.record import locked, run_dir, status
+from capo_exp.config.schema import TrainConfig, conf_dir
+from capo_exp.runs.record import run_dir, status
 from capo_exp.sweep import sweep
-from capo_exp.sweep.pruning import Watch, behind
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,59 +214,16 @@ def _timeless(path: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-# Pruning.
-
-RULE = SweepConfig([], "eval/accuracy", "median", pruner_startup_runs=3, pruner_warmup_steps=20)
-
-
-@pytest.mark.parametrize(
-    ("values", "others", "expected"),
-    [
-        ({0: 0.5, 20: 0.4}, [0.6, 0.7, 0.8], True),
-        ({0: 0.5, 20: 0.75}, [0.6, 0.7, 0.8], False),
-        ({0: 0.5, 20: 0.4}, [0.6, 0.7], False),  # too few to compare with
-        ({0: 0.1}, [0.6, 0.7, 0.8], False),  # too early
-        ({0: 0.75, 20: 0.1}, [0.6, 0.7, 0.8], False),  # its best counts
-    ],
-)
-def test_a_run_behind_the_median_is_pruned(
-    values: dict[int, float], others: list[float], expected: bool
-) -> None:
-    pytest.importorskip("optuna")
-    assert behind(values, [{0: 0.5, 20: value} for value in others], RULE) is expected
-
-
-def test_a_pruned_run_is_told_to_stop_recorded_and_not_repeated(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("optuna")
-    lines = """
-signal.signal(signal.SIGTERM, lambda *_: (record('interrupted'), os._exit(130)))
-score = 0.1 if c["seed"] == 2 else 0.5
-rows = [{"counter/rollout_step": step, "eval/accuracy": score + step / 100} for step in (0, 20)]
-(folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-if c["seed"] == 2:
-    time.sleep(60)
-record('finished')
-"""
-    arguments = ["seed=0,1,2", "sweep.pruner=median", "sweep.pruner_startup_runs=2"]
-    assert run(lines, *arguments) == 0
-    (pruned,) = Path("outputs/default").glob("capo-*-s2-*")
-    assert status(pruned) == "pruned"
-    assert "2: seed=2  pruned" in capfd.readouterr().out
-    assert run(lines, *arguments) == 0
-    assert len(jobs()) == 3
-    assert "this run is pruned; overwrite=true repeats it" in capfd.readouterr().out
-
-
-def test_without_a_pruner_nothing_is_watched(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    config = composed(f"output_dir={tmp_path}")
-    child = subprocess.Popen(["sleep", "60"])
-    with locked(run_dir(config)):
-        Watch(config).look(child)
-    assert child.poll() is None
-    child.kill()
-    child.wait()
+@pytest.mark.slow
+def test_a_failed_jobs_error_is_one_line(work_dir: Path) -> None:
+    """Although Hydra is told to raise all errors; on request with its traceback."""
+    command = [sys.executable, "-m", "capo_exp", "-m", "seed=0", "device=cuda:99"]
+    env = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    for wanted in ({}, {"HYDRA_FULL_ERROR": "1"}):
+        done = subprocess.run(command, env=env | wanted, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert "device=cuda:99: expected" in done.stdout
+        assert ("Traceback" in done.stdout + done.stderr) == bool(wanted)
 
 
 def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -50,9 +50,6 @@ RULES: dict[str, Rule] = {
     "sweep.devices": Rule(
         lambda v: all(re.fullmatch(r"[\w,-]+", d) for d in v), "a list of GPUs, such as [0,1]"
     ),
-    "sweep.pruner": one_of("none", "median"),
-    "sweep.pruner_startup_runs": AT_LEAST_1,
-    "sweep.pruner_warmup_steps": AT_LEAST_0,
     "algo.variant": Rule(lambda v: v == "" or FOLDER[0](v), "empty, or a short name without spaces"),
     "algo.max_sampling_rounds": AT_LEAST_1,
     "algo.filter_denominator": one_of("all", "kept"),

@@ -213,10 +213,7 @@ class SweepConfig:
     """How a sweep runs its jobs; changes no result."""
 
     devices: list[str] = MISSING  # GPUs that jobs share, one job each; [] = every job sees all
-    objective: str = MISSING  # metric whose last value a search maximises; in eval.jsonl for a pruner
-    pruner: str = MISSING  # none | median: end a job whose evaluations are behind the median of earlier runs
-    pruner_startup_runs: int = MISSING  # runs that have to end before one can be pruned
-    pruner_warmup_steps: int = MISSING  # rollout steps that each run has at least
+    objective: str = MISSING  # metric whose last value a search maximises
 
 
 @dataclass

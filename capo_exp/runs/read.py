@@ -53,7 +53,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """As it is now: absent (no run.json) | running | finished | failed | interrupted | pruned."""
+        """As it is now: absent (no run.json) | running | finished | failed | interrupted."""
         return status(self.path)
 
 

@@ -143,7 +143,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
 
 
 def status(run_dir: Path) -> str:
-    """absent | running | finished | failed | interrupted (also: its process is gone) | pruned."""
+    """absent | running | finished | failed | interrupted (also: its process is gone)."""
     record = read(run_dir) or {"status": "absent"}
     gone = record["status"] == "running" and not is_locked(run_dir)
     return "interrupted" if gone else record["status"]
