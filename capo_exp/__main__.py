@@ -3,4 +3,4 @@
 from capo_exp.cli import front
 
 if __name__ == "__main__":
-    raise SystemExit(front.train())
+    raise SystemExit(front.run_training())

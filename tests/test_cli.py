@@ -63,7 +63,7 @@ def run(
     def run_here(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, f"model.path={model_dir}"])
         try:
-            status = front.train()
+            status = front.run_training()
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capsys.readouterr()

@@ -29,9 +29,9 @@ from capo_exp.core.types import Problem
 from capo_exp.data.prepare import evaluation_order
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
-from capo_exp.evaluation.card import weights_digest
 from capo_exp.evaluation.command import EvaluateCommand
-from capo_exp.evaluation.table import Result, gains
+from capo_exp.evaluation.subject import weights_digest
+from capo_exp.evaluation.table import BenchmarkScore, gains
 from capo_exp.figures.__main__ import main as figures
 from capo_exp.runs.read import load_run, read_jsonl
 from capo_exp.runs.record import locked
@@ -157,7 +157,7 @@ def test_the_weights_digest_sees_every_parameter_and_not_where_it_came_from(
 def test_the_same_command_samples_nothing_and_shows_the_same(
     scored: Path, trained: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_model, "draw", None)
+    monkeypatch.setattr(evaluate_model, "draw_completions", None)
     shown = evaluated(f"run={trained}", *FEW)
     average = json.loads((scored / "scores.json").read_text())["average"]["value"]
     assert f"{100 * average:.1f} [" in shown
@@ -208,7 +208,7 @@ def test_a_run_without_a_checkpoint_is_told_before_anything_is_sampled(
 ) -> None:
     bare = tmp_path / "zzz"
     shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("evaluations", "checkpoints"))
-    monkeypatch.setattr(evaluate_model, "draw", None)
+    monkeypatch.setattr(evaluate_model, "draw_completions", None)
     assert "zzz: no checkpoint there" in refused(capsys, f"run={trained},{bare}", "samples=3")
 
 
@@ -236,7 +236,7 @@ def test_who_comes_second_waits_and_reads(
     thread = threading.Thread(target=other)
     thread.start()
     held.wait()
-    monkeypatch.setattr(evaluate_model, "draw", None)
+    monkeypatch.setattr(evaluate_model, "draw_completions", None)
     monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.05)
     evaluated(f"run={trained}", *FEW)
     thread.join()
@@ -259,7 +259,7 @@ def test_interrupted_it_goes_on_to_the_same_completions(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     command = [f"run={trained}", *FEW, "base=false", f"output={tmp_path}"]
-    genuine, calls = evaluate_model.draw, []
+    genuine, calls = evaluate_model.draw_completions, []
 
     def interrupted(*args: object, **kwargs: object) -> object:
         calls.append(kwargs["seed"])
@@ -267,7 +267,7 @@ def test_interrupted_it_goes_on_to_the_same_completions(
             raise KeyboardInterrupt
         return genuine(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(evaluate_model, "draw", interrupted)
+    monkeypatch.setattr(evaluate_model, "draw_completions", interrupted)
     assert main(command) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*/step_000002-*/arithmetic-*/parts/*.parquet"))) == 2
@@ -410,6 +410,9 @@ def test_training_problems_in_a_benchmark_are_told(
     )
 
 
+MODEL = ["model=tiny", "benchmarks=arithmetic"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -417,48 +420,29 @@ def test_training_problems_in_a_benchmark_are_told(
         (["model=tiny", "completions=x"], "got model=tiny and completions=x; expected one of"),
         (["model=tiny"], "benchmarks: no value; expected one of aime24"),
         (["model=tiny", "benchmarks=math_500"], "benchmarks=math_500: unknown; expected one of aime24"),
-        (["model=tiny", "benchmarks=arithmetic", "sample=3"], "sample=3: unknown key; nearest: samples"),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "num_steps=3"],
-            "num_steps=3: unknown key; expected one of run, model,",
-        ),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "dataset=gsm8k"],
-            "dataset=gsm8k: unknown key; expected one of run, model,",
-        ),
-        (["model=tiny", "benchmarks=arithmetic", "temperature=nan"], "temperature=nan: expected a number"),
-        (["model=tiny", "benchmarks=arithmetic", "seed=-1"], "seed=-1: expected at least 0"),
-        (["completions=x", "samples=3"], "samples=3: expected only output and reward keys with completions="),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "dataset.max_completion_tokens=2000"],
-            "max_completion_tokens = 2064: expected at most 2048, the positions of pkg://",
-        ),
-        (["model=tiny", "benchmarks=arithmetic", "samples=two"], "samples"),
-        (["model=tiny", "benchmarks=arithmetic", "samples=0"], "samples=0: expected at least 1"),
-        (["model=tiny", "benchmarks=arithmetic", "top_p=0"], "top_p=0.0: expected a number above 0 up to 1"),
-        (["model=tiny", "benchmarks=arithmetic", "temperature=0"], "samples=16: expected 1 at temperature=0"),
-        (["model=tiny", "benchmarks=arithmetic", "num_problems=0"], "num_problems=0: expected at least 1"),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "--all"],
-            "--all: no flag of this command; expected one of --help, --cfg",
-        ),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "checkpoint=best"],
-            "checkpoint=best: expected last, all or a step",
-        ),
-        (["model=tiny", "benchmarks=arithmetic", "rollout=sglang"], "rollout=sglang: unknown choice; "),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "rollout.top_x=1"],
-            "rollout.top_x: unknown key; nearest: rollout.top_p",
-        ),
-        (
-            ["model=/nowhere", "benchmarks=arithmetic"],
-            "model=/nowhere: expected a directory with a model, a hub id",
-        ),
+        ([*MODEL, "sample=3"], "sample=3: unknown key; nearest: samples"),
+        ([*MODEL, "num_steps=3"], "num_steps=3: unknown key; expected one of run, model,"),
+        ([*MODEL, "dataset=gsm8k"], "dataset=gsm8k: unknown key; expected one of run, model,"),
+        ([*MODEL, "samples=two"], "samples=two: expected an integer"),
+        ([*MODEL, "samples=0"], "samples=0: expected an integer of at least 1"),
+        ([*MODEL, "num_problems=0"], "num_problems=0: expected an integer of at least 1"),
+        ([*MODEL, "seed=-1"], "seed=-1: expected an integer of at least 0"),
+        ([*MODEL, "temperature=nan"], "temperature=nan: expected a finite number of at least 0"),
+        ([*MODEL, "temperature=0"], "samples=16: expected 1 at temperature=0"),
+        ([*MODEL, "top_p=0"], "top_p=0.0: expected a number above 0 up to 1"),
+        ([*MODEL, "checkpoint=best"], "checkpoint=best: expected last, all or a step"),
+        ([*MODEL, "--all"], "--all: no flag of this command; expected one of --help, --cfg"),
+        ([*MODEL, "dataset.max_completion_tokens=2000"],
+         "max_completion_tokens = 2064: expected at most 2048, the positions of pkg://"),
+        ([*MODEL, "rollout=sglang"], "rollout=sglang: unknown choice; "),
+        ([*MODEL, "rollout.top_x=1"], "rollout.top_x: unknown key; nearest: rollout.top_p"),
+        (["model=/nowhere", "benchmarks=arithmetic"], "model=/nowhere: expected a directory with a model, a"),
         (["run=/nowhere"], "/nowhere: no such file or directory"),
         (["completions=/nowhere.parquet"], "completions=/nowhere.parquet: expected a parquet file"),
+        (["completions=x", "samples=3"], "samples=3: expected only output and reward keys with completions="),
+        (["completions=x", "rollout=hf"], "rollout=hf: expected only output and reward keys with completions="),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -559,8 +543,8 @@ def test_completions_on_disk_are_scored_by_model_against_their_labels(
 
 
 def test_gains_are_differences_on_the_same_problems() -> None:
-    def result(model: str, step: int, right: dict[str, float]) -> Result:
-        return Result(model, step, None, "b", "b-1", {}, right)
+    def result(model: str, step: int, right: dict[str, float]) -> BenchmarkScore:
+        return BenchmarkScore(model, step, None, "b", "b-1", {}, right)
 
     base, own = (
         result("base", 0, {"x": 0.0, "y": 1.0, "z": 0.5}),

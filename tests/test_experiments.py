@@ -526,7 +526,7 @@ def test_a_sweep_from_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["capo_exp", "experiment=paper/figure_5", "plan_only=true", *arguments])
-    assert front.train() == 0
+    assert front.run_training() == 0
     out = capsys.readouterr().out
     assert out.count("job ") == expected
     assert out.count("completions a step") == max(1, expected)
@@ -536,7 +536,7 @@ def test_a_sweep_from_the_command_line(
 
 def test_recipes_are_not_offered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["capo_exp", "experiment=paper/figure_9"])
-    assert front.train() == 2
+    assert front.run_training() == 2
     error = capsys.readouterr().err
     assert "expected one of paper/advantage_std, paper/calibration" in error and "/_" not in error
     assert "nearest: paper/figure_" in error

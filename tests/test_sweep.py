@@ -52,7 +52,7 @@ def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run_here(lines: str, *arguments: str) -> int:
         monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-c", CHILD + lines))
         monkeypatch.setattr(sys, "argv", ["capo_exp", "-m", *arguments])
-        return front.train()
+        return front.run_training()
 
     return run_here
 
@@ -112,13 +112,18 @@ def test_wrong_jobs_are_told_before_the_first_starts(
 def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
     run: Callable[..., int], work_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither those of conf/ nor those of a user's own folder; the next sweep sees them."""
     conf = Path(shutil.copytree(conf_dir(), work_dir / "conf"))
-    for module in (front, sweep):
-        monkeypatch.setattr(module, "conf_dir", lambda: conf)
-    edits = "pathlib.Path('conf/regime/aggressive.yaml').write_text('broken: [')\n"
-    assert run(edits + ENDS, "seed=0,1") == 0
-    assert [rate for *_, rate in jobs()] == ["0.0001", "0.0001"]
-    assert run(ENDS, "seed=0,1") == 2  # the next sweep sees it
+    monkeypatch.setattr(front, "conf_dir", lambda: conf)
+    own = work_dir / "own" / "regime" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text((conf / "regime" / "aggressive.yaml").read_text().replace("mul:5", "mul:10"))
+    arguments = ["--config-dir", "own", "regime=aggressive,mine"]
+    edited = ["conf/config.yaml", "own/regime/mine.yaml"]
+    edits = f"for path in {edited}:\n    pathlib.Path(path).write_text('broken: [')\n"
+    assert run(edits + ENDS, *arguments) == 0
+    assert [rate for *_, rate in jobs()] == ["0.0001", "0.0002"]
+    assert run(ENDS, *arguments) == 2
 
 
 def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> None:
@@ -127,7 +132,7 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> No
     start = (
         f"from capo_exp.sweep import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
     )
-    start += "from capo_exp.cli.front import train; raise SystemExit(train())"
+    start += "from capo_exp.cli.front import run_training; raise SystemExit(run_training())"
     command = [sys.executable, "-c", start, "-m", "seed=0,1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(300):

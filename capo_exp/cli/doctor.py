@@ -20,7 +20,7 @@ from rich.text import Text
 from capo_exp.cli import front
 from capo_exp.cli.doctor_checks import (
     CheckFailed,
-    Finding,
+    Result,
     compare_disk,
     compare_log_probs,
     compare_memory,
@@ -54,7 +54,7 @@ class Check:
     """A check: one line of the table to come."""
 
     name: str
-    run: Callable[..., Finding]
+    run: Callable[..., Result]
     """Its parameters are what it needs: the configuration, the exit stack, or what earlier checks made."""
     remedy: str
     """For a failure that names none itself."""
@@ -99,7 +99,7 @@ CHECKS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which closes the engine
-    return front.run(show_checks, front.CommandLine("config", TrainConfig, lambda: USAGE), arguments)
+    return front.run_command(show_checks, front.CommandLine("config", TrainConfig, lambda: USAGE), arguments)
 
 
 def show_checks(config: TrainConfig) -> int:

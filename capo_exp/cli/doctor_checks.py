@@ -46,7 +46,7 @@ GPU_DRIFT = 0.05
 
 
 @dataclass(frozen=True)
-class Finding:
+class Result:
     """A check that did not fail."""
 
     seen: str
@@ -63,7 +63,7 @@ class CheckFailed(Exception):
         self.remedy = remedy
 
 
-def compare_versions(config: TrainConfig) -> Finding:
+def compare_versions(config: TrainConfig) -> Result:
     """What is installed, against what capo_exp asks for and, where it samples, vLLM."""
     names = (*PACKAGES, "vllm") if config.rollout.is_vllm else PACKAGES
     if _distribution("capo_exp") is None:
@@ -79,10 +79,10 @@ def compare_versions(config: TrainConfig) -> Finding:
         seen = [f"{r.name} {found.get(r.name, 'is missing')}, {who} needs {r.specifier}" for who, r in wrong]
         wanted = [GET_VLLM if r.name == "vllm" else f'pip install "{r.name}{r.specifier}"' for _, r in wrong]
         raise CheckFailed("; ".join(seen), "; ".join(wanted))
-    return Finding(", ".join(f"{name} {version}" for name, version in found.items()))
+    return Result(", ".join(f"{name} {version}" for name, version in found.items()))
 
 
-def find_device(config: TrainConfig) -> Finding:
+def find_device(config: TrainConfig) -> Result:
     """Where the learner computes."""
     import torch
 
@@ -91,10 +91,10 @@ def find_device(config: TrainConfig) -> Finding:
     device = policy.choose_device(config.device)
     gpu = device.type == "cuda"
     detail = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
-    return Finding(f"{device}, {detail}", {"device": device})
+    return Result(f"{device}, {detail}", {"device": device})
 
 
-def compare_memory(config: TrainConfig, device: "torch.device") -> Finding:
+def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
     """The plan's estimate and the engine's share, against what is free before anything is loaded."""
     memory = estimate(config, reference=config.algo.needs_reference, gpu=device.type == "cuda")
     engine, free = _engine_memory(config, device, memory.parameters), free_memory(device)
@@ -102,10 +102,10 @@ def compare_memory(config: TrainConfig, device: "torch.device") -> Finding:
     seen = f"estimated peak {human(memory.total)}{also}; free {human(free)}"
     if memory.total + engine > free:
         raise CheckFailed(seen)
-    return Finding(seen)
+    return Result(seen)
 
 
-def read_model(config: TrainConfig, device: "torch.device") -> Finding:
+def read_model(config: TrainConfig, device: "torch.device") -> Result:
     """Tokenizer, weights, and one forward pass."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -122,10 +122,10 @@ def read_model(config: TrainConfig, device: "torch.device") -> Finding:
         finite = bool(model(input_ids=ids).logits.isfinite().all())
     if not finite:
         raise CheckFailed("logits are not finite", "other weights at model.path; model.compute_dtype=float32")
-    return Finding(f"{model.num_parameters():,} parameters, finite logits", {"model": model})
+    return Result(f"{model.num_parameters():,} parameters, finite logits", {"model": model})
 
 
-def read_data(config: TrainConfig) -> Finding:
+def read_data(config: TrainConfig) -> Result:
     """Problems of both splits, rendered for the model."""
     from capo_exp.training import loop as train
 
@@ -133,12 +133,10 @@ def read_data(config: TrainConfig) -> Finding:
     inputs.verifier.close()  # its workers may have read the golds; grade_answers starts its own
     train_size, held_out, dropped = len(inputs.train), len(inputs.held_out), inputs.dropped
     counts = f"{train_size:,} training prompts, {held_out:,} held out, {dropped:,} dropped"
-    return Finding(f"{counts}; the first ends in {inputs.train[0].text[-40:]!r}", {"inputs": inputs})
+    return Result(f"{counts}; the first ends in {inputs.train[0].text[-40:]!r}", {"inputs": inputs})
 
 
-def start_engine(
-    config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs"
-) -> Finding:
+def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs") -> Result:
     """What samples for training and evaluation starts, and samples."""
     folder = stack.enter_context(TemporaryDirectory(prefix="capo_doctor_"))
     build = build_part(config.rollout.engine, key="rollout.engine")
@@ -156,7 +154,7 @@ def start_engine(
     )
     if len(lengths) != GROUP_SIZE * len(inputs.train[:PROMPTS]) or 0 in lengths:
         raise CheckFailed(f"{seen}; expected {GROUP_SIZE} for each prompt, none of them empty")
-    return Finding(seen, {"engine": engine, "completions": groups})
+    return Result(seen, {"engine": engine, "completions": groups})
 
 
 def transfer_weights(
@@ -165,12 +163,12 @@ def transfer_weights(
     inputs: "Inputs",
     engine: "RolloutEngine",
     completions: "list[RolloutGroup]",
-) -> Finding:
+) -> Result:
     """New weights reach the engine, which raises EngineFailed unless it is seen to sample with them."""
     import torch
 
     if not config.rollout.is_vllm:
-        return Finding("the learner's own weights", {"new_completions": completions}, applies=False)
+        return Result("the learner's own weights", {"new_completions": completions}, applies=False)
     engine.metrics()  # forgets the first transfer
     generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
@@ -182,12 +180,12 @@ def transfer_weights(
     cost = engine.metrics()
     seconds, probe = cost["time/transfer_seconds"], cost["mismatch/probe_difference"]
     seen = f"noise moved log-probs by {moved:.2g} nats; probe difference {probe:.1g}; {seconds:.2f} s"
-    return Finding(seen, {"new_completions": groups})
+    return Result(seen, {"new_completions": groups})
 
 
 def compare_log_probs(
     config: TrainConfig, model: "PreTrainedModel", inputs: "Inputs", new_completions: "list[RolloutGroup]"
-) -> Finding:
+) -> Result:
     """The sampler's log-probs against the learner's."""
     engine = config.rollout.engine.get("dtype", "auto")
     exact = str(inputs.compute_dtype) == "torch.float32" and engine in ("auto", "float32")
@@ -197,10 +195,10 @@ def compare_log_probs(
     seen = f"{name} difference {value:.2g} nats over {len(differences)} tokens; expected at most {limit:g}"
     if not value <= limit:
         raise CheckFailed(seen)
-    return Finding(seen)
+    return Result(seen)
 
 
-def grade_answers(config: TrainConfig, inputs: "Inputs") -> Finding:
+def grade_answers(config: TrainConfig, inputs: "Inputs") -> Result:
     """The verifier on a right and a wrong answer."""
     answer = inputs.train[0].problem.answer
     texts = [f"\\boxed{{{text}}}" for text in (answer, WRONG_ANSWER)]
@@ -209,10 +207,10 @@ def grade_answers(config: TrainConfig, inputs: "Inputs") -> Finding:
     seen = " and ".join(f"{text} earns {reward:g}" for text, reward in zip(texts, rewards, strict=True))
     if rewards != [1, 0]:
         raise CheckFailed(f"{seen}; expected 1 and 0")
-    return Finding(seen)
+    return Result(seen)
 
 
-def compare_disk(config: TrainConfig) -> Finding:
+def compare_disk(config: TrainConfig) -> Result:
     """Room for the checkpoints that stay and the one being written."""
     output = Path(config.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
@@ -222,10 +220,10 @@ def compare_disk(config: TrainConfig) -> Finding:
     seen = f"{count} checkpoints of {human(size)}; free {human(free)} in {folder}"
     if count * size > free:
         raise CheckFailed(seen)
-    return Finding(seen, {"disk_space": folder})
+    return Result(seen, {"disk_space": folder})
 
 
-def resolve_wandb(config: TrainConfig) -> Finding:
+def resolve_wandb(config: TrainConfig) -> Result:
     """What W&B will do here, and why."""
     from capo_exp.runs.logger import has_key, resolve_mode
 
@@ -235,12 +233,12 @@ def resolve_wandb(config: TrainConfig) -> Finding:
     if asked == "auto" and variable:
         why += f" and WANDB_MODE={variable}"
     if mode == "disabled":
-        return Finding(f"disabled by {why}", applies=False)
+        return Result(f"disabled by {why}", applies=False)
     key = has_key()
     seen = f"{mode}: {why}, {'a' if key else 'no'} key is configured"
     if mode == "online" and not key:
         raise CheckFailed(seen)
-    return Finding(f"{seen}; `wandb sync` uploads the run" if mode == "offline" else seen)
+    return Result(f"{seen}; `wandb sync` uploads the run" if mode == "offline" else seen)
 
 
 def round_trip(
@@ -249,7 +247,7 @@ def round_trip(
     inputs: "Inputs",
     completions: "list[RolloutGroup]",
     disk_space: Path,
-) -> Finding:
+) -> Result:
     """Step, checkpoint, step; then back to the checkpoint, and the second step must come out the same.
 
     One learner after the other: two may not fit.
@@ -290,9 +288,7 @@ def round_trip(
     off, step = _distance(_on_cpu(model), expected), _distance(restored, expected)
     if not off <= (0 if model.device.type == "cpu" else GPU_DRIFT * step):
         raise CheckFailed(f"the step after a resume is off by {off:.2g}, a step is {step:.2g} (norms)")
-    return Finding(
-        f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}"
-    )
+    return Result(f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}")
 
 
 def free_memory(device: "torch.device") -> int:

@@ -20,7 +20,7 @@ from capo_exp.sweep.job import full_error
 
 
 @contextmanager
-def one_line(config: str = "config", schema: type = TrainConfig) -> Iterator[None]:
+def in_one_line(config: str = "config", schema: type = TrainConfig) -> Iterator[None]:
     """Turns an error in composing conf/CONFIG.yaml into a ConfigError, unless the user wants all of it."""
     try:
         yield

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE.replace("{benchmarks}", ", ".join(find_choices("dataset")))
 
     line = front.CommandLine("evaluate", EvaluateCommand, usage, others=OTHERS)
-    return front.run(show_scores, line, arguments)
+    return front.run_command(show_scores, line, arguments)
 
 
 def show_scores(given: EvaluateCommand) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from capo_exp.cli.compose import compose_config, find_choices
-from capo_exp.cli.errors import one_line
+from capo_exp.cli.errors import in_one_line
 from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, suggest
@@ -53,25 +52,14 @@ def _check(command: EvaluateCommand) -> None:
             raise ConfigError(f"benchmarks={name}: unknown; {suggest(name, [*known, *command.suites])}")
     if command.model and not command.benchmarks:
         raise ConfigError(f"benchmarks: no value; {suggest('', known)}")
-    for name, least in (("samples", 1), ("problems_per_part", 1), ("top_k", 0), ("seed", 0)):
-        if getattr(command, name) < least:
-            raise ConfigError(f"{name}={getattr(command, name)}: expected at least {least}")
-    if not 0 <= command.temperature < inf:
-        raise ConfigError(f"temperature={command.temperature}: expected a number of at least 0")
-    if command.num_problems is not None and command.num_problems < 1:
-        raise ConfigError(f"num_problems={command.num_problems}: expected at least 1, or null")
-    if not 0 < command.top_p <= 1:
-        raise ConfigError(f"top_p={command.top_p}: expected a number above 0 up to 1")
     if command.temperature == 0 and command.samples > 1:
         raise ConfigError(
             f"samples={command.samples}: expected 1 at temperature=0, which draws the same one each time"
         )
-    if command.checkpoint not in ("last", "all") and not command.checkpoint.isdecimal():
-        raise ConfigError(f"checkpoint={command.checkpoint}: expected last, all or a step")
 
 
 def _check_completions(command: EvaluateCommand) -> None:
-    defaults = OmegaConf.load(conf_dir() / "evaluate.yaml")
+    defaults: Any = OmegaConf.load(conf_dir() / "evaluate.yaml")
     for name, value in vars(command).items():
         if name not in ("completions", "output", "overrides", "config_dir") and value != defaults[name]:
             raise ConfigError(f"{name}={value}: expected only output and reward keys with completions=")
@@ -108,7 +96,7 @@ def benchmark_config(
     first = [f"dataset={benchmark}"] + ([f"model={model}"] if named else [])
     if run and "rollout" not in chosen and run["rollout"]["name"] in find_choices("rollout", config_dir):
         first.append(f"rollout={run['rollout']['name']}")
-    with one_line():
+    with in_one_line():
         cfg = compose_config([*first, *overrides], config_dir=config_dir)
         values = _inherited(run, benchmark, chosen, cfg.rollout.engine) if run else {}
         values |= _described(model, cfg.model.revision) if model and not named else {}

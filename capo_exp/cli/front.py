@@ -1,8 +1,8 @@
 """The command line of every command: Hydra's flags and key=value, read by Hydra itself.
 
-`train` runs Hydra's application, which also sweeps. `run` lets Hydra compose one configuration, checks it
-against a schema and hands the typed values to a command. Whatever is wrong ends in one line on stderr and
-exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. Composing, help and completion import no torch.
+`run_training` runs Hydra's application, which also sweeps. `run_command` lets Hydra compose one
+configuration, checks it against a schema and hands the typed values to a command. Whatever is wrong ends in
+one line on stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. Composing and help import no torch.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,8 +21,8 @@ from hydra.core.utils import env_override
 from omegaconf import DictConfig, OmegaConf
 
 from capo_exp.cli.compose import is_group
-from capo_exp.cli.errors import one_line
-from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.cli.errors import in_one_line
+from capo_exp.config.errors import ConfigError, error, suggest
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
 from capo_exp.sweep.job import SHORT_ERRORS, full_error, report
@@ -66,7 +66,8 @@ class CommandLine:
     config: str
     """conf/CONFIG.yaml holds the keys and their defaults."""
     schema: type
-    """Frozen dataclass with their types. A field `config_dir` receives the folder of --config-dir."""
+    """Frozen dataclass with their types, and ranges in the fields' metadata; its `config_dir` receives
+    the folder of --config-dir."""
     usage: Callable[[], str]
     """Returns the text of --help; `{keys}` in it stands for the keys with their defaults and meanings."""
     others: tuple[str, ...] = ()
@@ -75,7 +76,7 @@ class CommandLine:
     """Key, a list, that takes arguments without `=`."""
 
 
-def train() -> int:
+def run_training() -> int:
     """Runs `python -m capo_exp` and returns its exit status."""
     arguments = sys.argv[1:]
     if {"-sc", "--shell-completion"} & set(arguments) and "install=bash" in arguments:
@@ -95,7 +96,7 @@ def train() -> int:
         sweep.conclude()
 
 
-def run(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
+def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
     """Composes one configuration, runs a command with it and returns the exit status.
 
     Args:
@@ -125,8 +126,12 @@ def run(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] 
             return 0
         config, swept = found[0]
         _refuse_sweep(swept, given)
-        with one_line(line.config, line.schema):
+        with in_one_line(line.config, line.schema):
             typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
+        for key in fields(line.schema):
+            rule, value = key.metadata.get("range"), getattr(typed, key.name)
+            if line.schema is not TrainConfig and rule and value is not None and not rule.holds(value):
+                raise error(key.name, value, rule.expected)
         return task(typed)
 
     return exit_status(call)
@@ -140,8 +145,8 @@ def exit_status(call: Callable[[], int | None]) -> int:
         return failed.status
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        return report(error)
+    except Exception as raised:
+        return report(raised)
 
 
 def choose_by_slash(argument: str) -> str:
@@ -183,7 +188,7 @@ def _call_hydra(task: Callable[[DictConfig], Any], config: str, schema: type, ar
     application = hydra.main(*where, version_base="1.3")(task)
     # Without the first variable Hydra would print and exit itself; the second says what the user wants.
     variables = {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "" if full_error() else "1"}
-    with _argv(arguments), one_line(config, schema), env_override(variables):
+    with _argv(arguments), in_one_line(config, schema), env_override(variables):
         application()
 
 

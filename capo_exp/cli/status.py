@@ -31,7 +31,7 @@ class StatusCommand:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     line = front.CommandLine("status", StatusCommand, lambda: USAGE, words="runs")
-    return front.run(show_status, line, arguments)
+    return front.run_command(show_status, line, arguments)
 
 
 def show_status(command: StatusCommand) -> int:

@@ -1,9 +1,19 @@
 """What to evaluate: the keys of the command, and the sets of weights that it names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
+
+from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, NON_NEGATIVE, Rule
+
+CHECKPOINT = Rule(lambda v: v in ("last", "all") or v.isdecimal(), "last, all or a step")
+SHARE_ABOVE_0 = Rule(lambda v: 0 < v <= 1, "a number above 0 up to 1")
+
+
+def _ranged(rule: Rule) -> Any:
+    return field(default=MISSING, metadata={"range": rule})
 
 
 @dataclass(frozen=True)
@@ -30,15 +40,15 @@ class EvaluateCommand:
     model: str | None = MISSING
     completions: str | None = MISSING
     benchmarks: list[str] = MISSING
-    checkpoint: str = MISSING
+    checkpoint: str = _ranged(CHECKPOINT)
     base: bool = MISSING
-    samples: int = MISSING
-    temperature: float = MISSING
-    top_k: int = MISSING
-    top_p: float = MISSING
-    seed: int = MISSING
-    num_problems: int | None = MISSING
-    problems_per_part: int = MISSING
+    samples: int = _ranged(AT_LEAST_1)
+    temperature: float = _ranged(NON_NEGATIVE)
+    top_k: int = _ranged(AT_LEAST_0)
+    top_p: float = _ranged(SHARE_ABOVE_0)
+    seed: int = _ranged(AT_LEAST_0)
+    num_problems: int | None = _ranged(AT_LEAST_1)
+    problems_per_part: int = _ranged(AT_LEAST_1)
     output: str | None = MISSING
     overwrite: bool = MISSING
     overrides: list[str] = MISSING
