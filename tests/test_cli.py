@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capo_exp.cli import compose as cli
+from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 
@@ -63,8 +63,7 @@ def run(
     def run_here(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, f"model.path={model_dir}"])
         try:
-            cli.main()
-            status = 0
+            status = front.run_training()
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capsys.readouterr()

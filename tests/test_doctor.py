@@ -66,11 +66,8 @@ def results(rows: Rows) -> dict[str, list[str]]:
     return {kind: [name for name, row in rows.items() if row.result == kind] for kind in kinds}
 
 
-def run_main(monkeypatch: Patch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
-    with pytest.raises(SystemExit) as end:
-        doctor.main()
-    return int(end.value.code or 0)
+def run_main(*arguments: str) -> int:
+    return doctor.main(arguments)
 
 
 def in_process_of_its_own(*arguments: str, cwd: Path, code: str = "") -> subprocess.CompletedProcess[str]:
@@ -372,11 +369,12 @@ def test_a_package_that_is_not_installed(examine: Examine, monkeypatch: Patch) -
         (["+algo.selection.bound=1"], "algo.selection.bound: unknown parameter of capo_exp"),
         (["+foo=1"], "foo=1: unknown key"),
         (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
-        (["seed=0", "-m"], "-m: expected key=value only, since the doctor examines one run"),
-        (["--cfg", "job"], "--cfg: expected key=value only"),
+        (["seed=0", "-m"], "-m: no flag of this command; expected one of --help, --cfg,"),
+        (["--cfg", "jobs"], "--cfg jobs: expected job, hydra or all"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder; expected one with YAML files"),
         (
             ["experiment=paper/figure_1", "scale=tiny"],
-            "seed=range(5): expected one of them, since the doctor examines one run",
+            "seed=range(5): expected one of them, since this command takes one run",
         ),
         (["experiment=paper/figure_1", "scale=tiny", "seed=0"], "experiment/paper=grpo_conservative,"),
     ],
@@ -384,22 +382,24 @@ def test_a_package_that_is_not_installed(examine: Examine, monkeypatch: Patch) -
 def test_a_wrong_configuration_is_one_line_and_status_2(
     monkeypatch: Patch, capsys: pytest.CaptureFixture[str], elsewhere: Path, arguments: list[str], line: str
 ) -> None:
-    assert run_main(monkeypatch, *arguments) == 2
+    assert run_main(*arguments) == 2
     out, err = capsys.readouterr()
     assert err.startswith(line) and err.count("\n") == 1, err
     assert out == "" and list(elsewhere.iterdir()) == []
 
 
-def test_one_job_of_a_sweep_can_be_examined() -> None:
-    config = doctor.configure(["experiment=paper/figure_1", "scale=tiny", "seed=3", "experiment/paper=capo"])
-    assert (config.seed, config.algo.name) == (3, "capo")
+def test_one_job_of_a_sweep_can_be_examined(monkeypatch: Patch) -> None:
+    examined: list[TrainConfig] = []
+    monkeypatch.setattr(doctor, "examine", lambda config: examined.append(config) or [])
+    assert doctor.main(["experiment=paper/figure_1", "scale=tiny", "seed=3", "experiment/paper=capo"]) == 0
+    assert (examined[0].seed, examined[0].algo.name) == (3, "capo")
 
 
 def test_a_failure_is_shown_and_status_1(
     monkeypatch: Patch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     full_disk(monkeypatch)
-    assert run_main(monkeypatch, "seed=1") == 1
+    assert run_main("seed=1") == 1
     out, err = capsys.readouterr()
     words = " ".join(out.replace("│", " ").split())
     assert "FAIL 3 checkpoints of 12 MB; free 30 MB" in words

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from capo_exp.__main__ import main
+from capo_exp.cli import front
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
@@ -549,8 +548,7 @@ def test_every_algorithm_and_feature_runs_a_step(overrides: str, tmp_path: Path)
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments])
-    with suppress(SystemExit):
-        main()
+    front.run_training()
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
     return Result(memory.check_memory(config, str(device)))
 
 
-def load_model(config: TrainConfig, device: "torch.device") -> Result:
+def read_model(config: TrainConfig, device: "torch.device") -> Result:
     """Tokenizer, weights, and one forward pass."""
     import torch
     from transformers.utils.logging import disable_progress_bar

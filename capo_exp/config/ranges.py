@@ -68,7 +68,5 @@ COLOUR = matches(r"(#[0-9a-fA-F]{6})?", "empty, or a colour as #rrggbb")
 MARKER = matches(
     r"[.o^v<>sphHPXDd*8]?", "empty, or one of matplotlib's markers . o ^ v < > s p h H P X D d * 8"
 )
-ABOVE_0_TO_1 = Rule(lambda v: 0 < v <= 1, "a number in (0, 1]")
-NUM_PROBLEMS = Rule(lambda v: 1 <= v <= 1_000_000, "an integer in [1, 1,000,000]")
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 ATTENTION = Rule(lambda v: v in _ATTENTION or "/" in v, f"{', '.join(_ATTENTION)} or a hub kernel org/name")

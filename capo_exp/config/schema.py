@@ -237,11 +237,7 @@ class SweepConfig:
     """How a sweep runs its jobs."""
 
     devices: list[str] = setting(ranges.GPUS)  # GPUs that jobs share, one job each; [] = every job sees all
-    objective: str = MISSING  # metric whose last value a search maximises; in eval.jsonl for a pruner
-    # none | median: end a job whose evaluations are behind the median of earlier runs
-    pruner: str = setting(ranges.one_of("none", "median"))
-    pruner_startup_runs: int = setting(ranges.AT_LEAST_1)  # runs that have to end before one can be pruned
-    pruner_warmup_steps: int = setting(ranges.AT_LEAST_0)  # rollout steps that each run has at least
+    objective: str = MISSING  # metric whose last value a search maximises
 
 
 @dataclass
@@ -319,9 +315,8 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
             _check_keys(child, f"{prefix}{name}.")
 
 
-def expected_type(key: str) -> str:
+def expected_type(key: str, kind: Any = TrainConfig) -> str:
     """Returns in words what the schema wants at a dotted key; empty for a key outside the schema."""
-    kind: Any = TrainConfig
     for name in key.split("."):
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     return _WORDS.get(kind, "a group with its keys" if is_dataclass(kind) else "")
@@ -329,6 +324,7 @@ def expected_type(key: str) -> str:
 
 _WORDS: dict[Any, str] = {
     int: "an integer",
+    int | None: "an integer or null",
     float: "a number",
     bool: "true or false",
     str: "text",

@@ -36,7 +36,7 @@ class Answered:
     grades: tuple[Grade, ...]
 
 
-def draw(
+def draw_completions(
     engine: RolloutEngine,
     verifier: Verifier,
     prompts: Sequence[Prompt],
@@ -74,16 +74,18 @@ def evaluate(
     seed: int,
     weight_version: int,
 ) -> dict[str, float]:
-    """What training logs of its held-out problems, with the sampling of config.evaluation."""
+    """Returns what training logs of its held-out problems, sampled as config.evaluation says."""
     numbers = config.evaluation
     sampling = Sampling(
         numbers.samples, numbers.temperature, 0, numbers.top_p, config.dataset.max_completion_tokens
     )
-    return metrics(draw(engine, verifier, prompts, sampling, seed=seed, weight_version=weight_version))
+    return summarise_answers(
+        draw_completions(engine, verifier, prompts, sampling, seed=seed, weight_version=weight_version)
+    )
 
 
-def metrics(answered: Sequence[Answered]) -> dict[str, float]:
-    """Of all completions alike, under the names of eval.jsonl."""
+def summarise_answers(answered: Sequence[Answered]) -> dict[str, float]:
+    """Returns the means over all completions alike, under the names of eval.jsonl."""
     completions = [completion for each in answered for completion in each.completions]
     grades = [grade for each in answered for grade in each.grades]
     return {

@@ -54,7 +54,7 @@ class LoggedRun:
 
     @property
     def state(self) -> str:
-        """What it is now: absent (no run.json) | running | finished | failed | interrupted | pruned."""
+        """What it is now: absent (no run.json) | running | finished | failed | interrupted."""
         return run_status(self.path)
 
 

@@ -45,7 +45,7 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
 
 
 def run_status(run_dir: Path) -> str:
-    """Returns absent | running | finished | failed | interrupted (also: its process is gone) | pruned."""
+    """Returns absent | running | finished | failed | interrupted (also: its process is gone)."""
     record = read_record(run_dir) or {"status": "absent"}
     gone = record["status"] == "running" and not is_locked(run_dir)
     return "interrupted" if gone else record["status"]

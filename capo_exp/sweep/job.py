@@ -22,7 +22,9 @@ from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.record import run_status
 
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
+"""Environment variable. The command line sets HYDRA_FULL_ERROR for Hydra's sake, and this one with it where
+the user had not set the first; a sweep's processes inherit both."""
 
 
 def execute(config: TrainConfig) -> None:
@@ -60,10 +62,15 @@ def show(directory: Path, *, fresh: bool) -> None:
     Console().print(summary_table(directory))
 
 
+def full_error() -> bool:
+    """Returns whether the user wants the traceback of every error."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and not os.environ.get(SHORT_ERRORS)
+
+
 def report(error: Exception) -> int:
     """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
     wrong_config = isinstance(error, ConfigError)
-    if (wrong_config or isinstance(error, RunFailed)) and not FULL_ERROR:
+    if (wrong_config or isinstance(error, RunFailed)) and not full_error():
         sys.stderr.write(f"{error}\n")
     else:
         traceback.print_exception(error)
