@@ -201,7 +201,7 @@ def test_the_plan_is_six_short_lines(composed: Composed) -> None:
     ) == [
         "grpo on arithmetic with tiny, aggressive, seed 0",
         "12 prompts x 8 = 96 completions a step = 4 micro-batches of 24",
-        "100 steps x 2 iterations = 200 optimiser steps, learning rate 0.0001",
+        "100 steps x 2 iterations = 200 optimiser steps, lr 0.0001",
         "9,600 completions of at most 96 tokens; 6 evaluations of 200",
         "about 257 MB on cpu; the most: activations 183 MB, KV cache 102 MB, logits 48 MB",
     ]
