@@ -22,7 +22,8 @@ def plan(config: TrainConfig) -> list[str]:
         f"seed {config.seed}",
         f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step"
         f" = {_count(batch // micro, 'micro-batch', 'es')} of {micro}",
-        f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}, lr {regime.learning_rate:g}",
+        f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}"
+        f", lr {regime.learning_rate:g}",
         f"{batch * steps:,} completions of at most {config.dataset.max_completion_tokens:,} tokens;"
         f" {evaluations} of {problems:,}",
         *_memory(config),
