@@ -199,11 +199,11 @@ def test_the_plan_is_six_short_lines(composed: Composed) -> None:
     assert plan(
         composed("device=cpu", "algo=grpo", "model.micro_batch_size=24", "algo.num_iterations=2")
     ) == [
-        "grpo on arithmetic with tiny, aggressive (lr 0.0001), seed 0",
+        "grpo on arithmetic with tiny, aggressive, seed 0",
         "12 prompts x 8 = 96 completions a step = 4 micro-batches of 24",
-        "100 steps x 2 iterations = 200 optimiser steps",
+        "100 steps x 2 iterations = 200 optimiser steps, lr 0.0001",
         "9,600 completions of at most 96 tokens; 6 evaluations of 200",
-        "about 246 MB on cpu; the most: activations 183 MB, KV cache 102 MB, logits 43 MB",
+        "about 257 MB on cpu; the most: activations 183 MB, KV cache 102 MB, logits 48 MB",
     ]
     several = ["algo=cpgd_unprocessed", "selection=capo", "algo.num_minibatches=4", "rollout=vllm"]
     long = composed("experiment=paper/capo", "device=cpu", *several)

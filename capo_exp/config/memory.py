@@ -53,14 +53,12 @@ class Memory:
 
 def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
     """Estimates the parts; a GPU computes in bfloat16 where model.compute_dtype is auto."""
-    model, dataset, algo = config.model, config.dataset, config.algo
+    model, dataset = config.model, config.dataset
     half = model.compute_dtype == "bfloat16" or (model.compute_dtype == "auto" and gpu)
     number, width = HALF if half else FLOAT, model.hidden_size
     batch = config.regime.prompts_per_step * config.regime.group_size
-    rows, longest = (
-        min(model.micro_batch_size, batch),
-        dataset.max_prompt_tokens + dataset.max_completion_tokens,
-    )
+    rows = min(model.micro_batch_size, batch)
+    longest = dataset.max_prompt_tokens + dataset.max_completion_tokens
     weights, head = FLOAT * count_parameters(model), FLOAT * model.vocab_size * width
     chunk = min(rows * dataset.max_completion_tokens, model.logits_chunk_tokens)
     # Of each token a layer keeps both norms' inputs and normalised inputs in float32, and in compute_dtype
@@ -78,7 +76,7 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         weights=weights,
         gradients=weights,
         adam=2 * weights,
-        reference=weights if needs_reference(algo) else 0,
+        reference=weights if needs_reference(config.algo) else 0,
         moments=2 * head if config.curvature.optimizer_model == "adam" else 0,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),

@@ -18,11 +18,12 @@ def plan(config: TrainConfig) -> list[str]:
     evaluations = _count(count_evaluations(steps, config.evaluation.every), "evaluation")
     problems = config.evaluation.num_problems * config.evaluation.samples
     return [
-        f"{algo.full_name} on {config.dataset.name} with {config.model.name}, "
-        f"{regime.name} (lr {regime.learning_rate:g}), seed {config.seed}",
+        f"{algo.full_name} on {config.dataset.name} with {config.model.name}, {regime.name}, "
+        f"seed {config.seed}",
         f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step"
         f" = {_count(batch // micro, 'micro-batch', 'es')} of {micro}",
-        f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}",
+        f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}"
+        f", lr {regime.learning_rate:g}",
         f"{batch * steps:,} completions of at most {config.dataset.max_completion_tokens:,} tokens;"
         f" {evaluations} of {problems:,}",
         *_memory(config),
