@@ -47,7 +47,6 @@ class Variant:
     """A session and what its steps took, in seconds."""
 
     session: train.Run
-    start: float
     steps: list[float] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=lambda: {"row": [], "sample": [], "write": []})
 
@@ -71,14 +70,13 @@ def begin(name: str, output_dir: Path, overrides: Sequence[str], stack: ExitStac
     directory = run_dir(config)
     directory.mkdir(parents=True)
     inputs = train.read_inputs(config)
-    began = time.perf_counter()
     if name == "nothing":
         train.RunLogger, genuine = NoLogger, train.RunLogger
         session = train.start(config, inputs, directory, stack)
         train.RunLogger = genuine
     else:
         session = train.start(config, inputs, directory, stack)
-    variant = Variant(session, time.perf_counter() - began)
+    variant = Variant(session)
     session.logger.log_step = timed(variant.calls["row"], session.logger.log_step)
     session.logger.log_completions = timed(variant.calls["write"], session.logger.log_completions)
     session.progress.update = lambda metrics: None  # the console is no record
