@@ -2,7 +2,8 @@
 
 `run_training` runs Hydra's application, which also sweeps. `run_command` lets Hydra compose one
 configuration, checks it against a schema and hands the typed values to a command. Whatever is wrong ends in
-one line on stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. Composing and help import no torch.
+one line on stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. Composing and help import no
+torch.
 """
 
 import os
