@@ -302,7 +302,8 @@ def shown(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Show
         (["model=null"], {}),
         (["model=tiny", "model.path='/a b'", "algo=${x}"],
          {"model": "tiny", "overrides": ["model.path='/a b'", "algo=${x}"]}),
-        (["count=4", "--config-dir", "conf", "model=x"], {"count": 4, "model": "x", "config_dir": "HERE/conf"}),
+        (["count=4", "--config-dir", "conf", "model=x"],
+         {"count": 4, "model": "x", "config_dir": "HERE/conf"}),
     ],
 )  # fmt: skip
 def test_paths_lists_and_flags_need_no_quotes(
