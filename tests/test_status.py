@@ -1,8 +1,6 @@
 """The table of runs: from files alone, whatever state they are in."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,8 +100,3 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run there; expected a directory with runs" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such file or directory; expected" in capsys.readouterr().err
-
-
-def test_it_imports_no_torch() -> None:
-    code = "import sys, capo_exp.cli.status; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -158,6 +158,7 @@ def test_plan_only_shows_each_jobs_plan_and_starts_none(
     assert not Path("jobs.txt").exists() and not list(Path("outputs").rglob("log.txt"))
 
 
+@pytest.mark.slow
 def test_with_joblib_jobs_run_at_a_time(work_dir: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["seed=0,1", "plan_only=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -195,6 +196,7 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.environment(None, 2)["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.slow
 def test_training_in_a_sweep_is_the_same_as_alone(
     work_dir: Path, composed: Callable[..., TrainConfig]
 ) -> None:
@@ -230,6 +232,7 @@ def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig],
     assert sweep.objective(composed(f"output_dir={tmp_path}", "sweep.objective=reward/accuracy")) == 0.5
 
 
+@pytest.mark.slow
 def test_optuna_proposes_the_same_jobs_again(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,14 +10,12 @@ from capo_exp.config.choices import without_hydra
 from capo_exp.config.schema import conf_dir, expected_type, register
 
 
-def compose_config(
-    overrides: Sequence[str], *, name: str = "config", config_dir: str | None = None
-) -> DictConfig:
-    """Composes conf/NAME.yaml with these overrides; a user's own YAML files are found in `config_dir`."""
+def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:
+    """Composes the training configuration; a user's own YAML files are found in `config_dir`."""
     register()
     extra = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return without_hydra(compose(name, [*extra, *overrides], return_hydra_config=True))
+        return without_hydra(compose("config", [*extra, *overrides], return_hydra_config=True))
 
 
 def find_choices(group: str, config_dir: str | None = None) -> list[str]:

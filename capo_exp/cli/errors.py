@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -20,19 +20,18 @@ from capo_exp.sweep.job import full_error
 
 
 @contextmanager
-def in_one_line(config: str = "config", schema: type = TrainConfig) -> Iterator[None]:
-    """Turns an error in composing conf/CONFIG.yaml into a ConfigError, unless the user wants all of it."""
+def in_one_line(schema: type = TrainConfig) -> Iterator[None]:
+    """Turns an error in composing a configuration into a ConfigError, unless the user wants all of it."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if full_error() or isinstance(error, ConfigError):
             raise
-        raise ConfigError(_Composing(config, schema).condense(error)) from None
+        raise ConfigError(_Composing(schema).condense(error)) from None
 
 
 @dataclass(frozen=True)
 class _Composing:
-    config: str
     schema: type
 
     def condense(self, error: Exception) -> str:
@@ -78,11 +77,13 @@ class _Composing:
 
     def _known_keys(self) -> list[str]:
         """Returns the keys of the configuration that the command line's group choices compose."""
+        if self.schema is not TrainConfig:
+            return [key.name for key in fields(self.schema)]
         plain = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/]+", a)]
         choices = [a for a in plain if (conf_dir() / a.partition("=")[0]).is_dir()]
         for attempt in (choices, []):  # the second for a choice that does not compose or stands elsewhere
             with suppress(HydraException):
-                return list(_dotted(OmegaConf.to_container(compose_config(attempt, name=self.config))))
+                return list(_dotted(OmegaConf.to_container(compose_config(attempt))))
         return []
 
 

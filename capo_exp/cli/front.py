@@ -2,7 +2,7 @@
 
 `run_training` runs Hydra's application, which also sweeps. `run_command` lets Hydra compose one
 configuration, checks it against a schema and hands the typed values to a command. Whatever is wrong ends in
-one line on stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. Help imports no torch.
+one line on stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. None of it imports torch.
 """
 
 import os
@@ -126,7 +126,7 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
             return 0
         config, swept = found[0]
         _refuse_sweep(swept, given)
-        with in_one_line(line.config, line.schema):
+        with in_one_line(line.schema):
             typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
         for key in fields(line.schema):
             rule, value = key.metadata.get("range"), getattr(typed, key.name)
@@ -188,7 +188,7 @@ def _call_hydra(task: Callable[[DictConfig], Any], config: str, schema: type, ar
     application = hydra.main(*where, version_base="1.3")(task)
     # Without the first variable Hydra would print and exit itself; the second says what the user wants.
     variables = {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "" if full_error() else "1"}
-    with _argv(arguments), in_one_line(config, schema), env_override(variables):
+    with _argv(arguments), in_one_line(schema), env_override(variables):
         application()
 
 
