@@ -29,6 +29,7 @@ from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.record import run_dir
 from capo_exp.training import loop as train
+from capo_exp.training import session as opening
 
 VARIANTS = {
     "nothing": ["logger=files", "logger.completions_every=0"],
@@ -49,7 +50,7 @@ class NoLogger(RunLogger):
 class Variant:
     """A session and what its steps took, in seconds."""
 
-    session: train.Run
+    session: train.Session
     start: float
     steps: list[float] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=lambda: {"row": [], "sample": [], "write": []})
@@ -76,11 +77,11 @@ def begin(name: str, output_dir: Path, overrides: Sequence[str], stack: ExitStac
     inputs = train.read_inputs(config)
     began = time.perf_counter()
     if name == "nothing":
-        train.RunLogger, genuine = NoLogger, train.RunLogger
-        session = train.start(config, inputs, directory, stack)
-        train.RunLogger = genuine
+        opening.RunLogger, genuine = NoLogger, opening.RunLogger
+        session = train.open_session(config, inputs, directory, stack)
+        opening.RunLogger = genuine
     else:
-        session = train.start(config, inputs, directory, stack)
+        session = train.open_session(config, inputs, directory, stack)
     variant = Variant(session, time.perf_counter() - began)
     session.logger.log_step = timed(variant.calls["row"], session.logger.log_step)
     session.logger.log_completions = timed(variant.calls["write"], session.logger.log_completions)
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="for all variants")
     arguments = parser.parse_args()
     register()
-    rows = train._completion_rows
+    rows = train.tabulate_completions
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         variants = {
@@ -113,9 +114,9 @@ def main() -> None:
             if round_ == WARM_UP:
                 cpu = wandb_cpu_seconds()
             for variant in variants.values():
-                train._completion_rows = timed(variant.calls["sample"], rows)
+                train.tabulate_completions = timed(variant.calls["sample"], rows)
                 began = time.perf_counter()
-                train.rollout_step(variant.session)
+                train.take_step(variant.session)
                 variant.steps.append(time.perf_counter() - began)
         cpu = wandb_cpu_seconds() - cpu
         logger = variants["files, W&B offline"].session.logger

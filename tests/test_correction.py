@@ -14,11 +14,21 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
 from capo_exp.config.checks import check
+from capo_exp.config.declare import whole_step
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, Scored, Selection
 from capo_exp.training.learner import Learner
-from tests.pieces import SMALL, gradients, make_learner, plain_log_probs, run_updates, same_weights, weights
+from tests.pieces import (
+    SMALL,
+    gradients,
+    make_learner,
+    plain_log_probs,
+    run_updates,
+    same_weights,
+    take_step,
+    weights,
+)
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
@@ -168,7 +178,7 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
     corrected, plain = make(*command, f"rollout/correction={correction}"), make(*command)
     weighted = replace(batch, advantages=batch.advantages * weigh())
     for _ in range(2):  # the second update has the shifts of Adam's moments
-        (metrics, record), (expected, other) = corrected.step(batch), plain.step(weighted)
+        (metrics, record), (expected, other) = take_step(corrected, batch), take_step(plain, weighted)
         corrected.model.load_state_dict(small_model.state_dict())
         plain.model.load_state_dict(small_model.state_dict())
     for key in ("loss/total", "policy/grad_norm", "advantage/std", "selection/rejection_rate"):
@@ -192,7 +202,7 @@ def test_a_masked_token_has_no_gradient(
     nowhere = off_by(batch, small_model, 3.0)  # ratios of 20: all are masked
     ours = make("algo=grpo", "rollout/correction=token_mask")
     before = weights(ours)
-    metrics, _ = ours.step(nowhere)
+    metrics, _ = take_step(ours, nowhere)
     assert metrics["mismatch/dropped_fraction"] == 1.0
     assert metrics["loss/total"] == metrics["policy/grad_norm"] == 0.0
     assert {metrics[f"mismatch/corrected/{name}"] for name in FOUR} == {0.0}
@@ -217,7 +227,7 @@ def test_without_a_correction_the_samplers_log_probs_change_no_bit(
     unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
     learners = [make("algo=capo", "rollout/correction=none") for _ in range(3)]
     for one, given_ in zip(learners, (batch, far, unknown), strict=True):
-        one.step(given_)
+        take_step(one, given_)
     assert same_weights(learners[0], learners[1]) and same_weights(learners[0], learners[2])
 
 
@@ -227,7 +237,7 @@ def test_nothing_is_corrected_where_sampler_and_learner_agree(
 ) -> None:
     batch = off_by(random_batch(), small_model, 0.0)
     plain, ours = make("algo=grpo"), make("algo=grpo", f"rollout/correction={correction}")
-    (_, record), (metrics, same) = plain.step(batch), ours.step(batch)
+    (_, record), (metrics, same) = take_step(plain, batch), take_step(ours, batch)
     torch.testing.assert_close(same.batch.advantages, record.batch.advantages, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-3, atol=1e-4)
     for part in ("mismatch", "mismatch/corrected"):
@@ -254,7 +264,7 @@ def test_metrics_are_of_the_ratios_before_and_after(
     log_ratio = uneven(random_batch())
     batch = off_by(random_batch(), small_model, log_ratio)
     mask = batch.completion_mask
-    metrics, _ = make("algo=grpo", f"rollout/correction={correction}").step(batch)
+    metrics, _ = take_step(make("algo=grpo", f"rollout/correction={correction}"), batch)
     raw, rows = log_ratio.exp()[mask], (log_ratio * mask).sum(1, keepdim=True).exp().expand_as(mask)[mask]
     left = {
         "none": raw,
@@ -283,7 +293,7 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
             *SMALL, "algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2",
             f"rollout/correction={correction}", f"model.micro_batch_size={size}",
         )  # fmt: skip
-        results.append(run_updates(make_learner(config, small_model), config, batch))
+        results.append(run_updates(make_learner(config, small_model), batch))
     (whole, record), (cut, same) = results
     torch.testing.assert_close(record.weights, same.weights, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(record.batch.advantages, same.batch.advantages, rtol=1e-4, atol=1e-6)
@@ -312,12 +322,12 @@ def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
         return Selection(scored.batch.completion_mask)
 
     ours = make("algo=grpo", "rollout/correction=token_mask", f"model.micro_batch_size={size}")
-    ours._algorithm = replace(ours._algorithm, selection=look, scoring_pass=True)
+    ours.algorithm = replace(ours.algorithm, selection=whole_step(look))
     log_ratio = uneven(batch, seed=2 if later else 1)
-    _, record = ours.step(batch, batch.sampler_log_probs + log_ratio if later else None)
+    _, record = take_step(ours, batch, batch.sampler_log_probs + log_ratio if later else None)
     expected = batch.advantages * mask_tokens(log_ratio, mask, ratio_low=0.5, ratio_high=5.0)
     (scored,) = seen
-    assert scored.whole_step
+    assert len(scored.batch.group_ids) == 8
     torch.testing.assert_close(scored.batch.advantages, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(vars(scored.shifts), vars(record.shifts), rtol=1e-3, atol=1e-9)
 
@@ -327,7 +337,7 @@ def test_log_probs_that_nobody_sampled_are_not_corrected_but_logged_as_gaps(
 ) -> None:
     batch = random_batch()
     unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
-    metrics, _ = make("algo=sft").step(unknown)
+    metrics, _ = take_step(make("algo=sft"), unknown)
     family = {f"mismatch/{part}{name}" for part in ("", "corrected/") for name in FOUR}
     gaps = {key for key, value in metrics.items() if isnan(value)}
     assert gaps == {*family, "policy/sampler_kl_k3"}

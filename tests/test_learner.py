@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, StepRecord
 from capo_exp.curvature import model as curvature
-from capo_exp.curvature.step_trial import Decision
-from capo_exp.training.learner import Learner, TrainingDiverged
+from capo_exp.curvature.step_trial import StepDecision
+from capo_exp.training.learner import Learner
+from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.conftest import ALGORITHMS
+from tests.pieces import take_step, weights
 
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
 
@@ -39,12 +40,8 @@ def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) 
     return make
 
 
-def weights(learner: Learner) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in learner.model.parameters()]
-
-
 def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]], StepRecord]:
-    results = [learner.step(batch) for batch in batches]
+    results = [take_step(learner, batch) for batch in batches]
     timeless = [{k: v for k, v in metrics.items() if not k.startswith("time/")} for metrics, _ in results]
     return timeless, results[-1][1]
 
@@ -81,10 +78,10 @@ def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
     assert record.selection.weights is not None
 
     batch, one = batches[0], learner(*down)
-    metrics, record = one.step(batch)
+    metrics, record = take_step(one, batch)
     assert record.selection.weights is not None and (record.selection.weights < 1).any()
     credited = replace(batch, advantages=record.selection.weighed(record.batch.advantages))
-    by_hand, _ = base.step(credited)
+    by_hand, _ = take_step(base, credited)
     assert metrics["loss/total"] == pytest.approx(by_hand["loss/total"], rel=1e-5, abs=1e-9)
     assert metrics["policy/grad_norm"] == pytest.approx(by_hand["policy/grad_norm"], rel=1e-4)
     torch.testing.assert_close(weights(one), weights(base))
@@ -148,20 +145,20 @@ def test_a_rejected_token_has_exactly_no_gradient(
     bound = "algo.selection.policy_shift_max=0.0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
     rejecting, keeping = learner("algo=capo", bound), learner("algo=grpo")
     before = weights(rejecting)
-    metrics, record = rejecting.step(batch)
+    metrics, record = take_step(rejecting, batch)
     assert metrics["selection/rejection_rate"] == metrics["selection/rejection_rate_policy"] == 1.0
     assert metrics["loss/total"] == 0.0 and metrics["policy/grad_norm"] == 0.0
     assert not record.selection.keep_mask.any()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(rejecting), strict=True))
-    assert keeping.step(batch)[0]["policy/grad_norm"] > 0
+    assert take_step(keeping, batch)[0]["policy/grad_norm"] > 0
 
 
 def test_kept_and_rejected_are_all_tokens(
     learner: Callable[..., Learner], random_batch: Callable[..., Batch]
 ) -> None:
     capo = learner("algo=capo", *TIGHT)
-    capo.step(random_batch(seed=1))
-    metrics, record = capo.step(random_batch())
+    take_step(capo, random_batch(seed=1))
+    metrics, record = take_step(capo, random_batch())
     mask, keep, why = record.batch.completion_mask, record.selection.keep_mask, record.selection.rejected_by
     assert torch.equal(keep | why["policy"] | why["objective"], mask)
     assert not (keep & (why["policy"] | why["objective"])).any()
@@ -173,7 +170,7 @@ def test_the_moments_follow_kept_tokens_of_every_algorithm(
 ) -> None:
     grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0.0")
     for one in (grpo, rejecting):
-        one.step(random_batch())
+        take_step(one, random_batch())
     assert grpo.optimizer_model is not None and rejecting.optimizer_model is not None
     assert grpo.optimizer_model.first.any() and grpo.optimizer_model.step == 1
     assert not rejecting.optimizer_model.first.any() and rejecting.optimizer_model.step == 1
@@ -199,7 +196,7 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
     ours = learner("algo=grpo", "regime.learning_rate=1e-4", "rollout.temperature=0.7")
-    metrics, _ = ours.step(batch)
+    metrics, _ = take_step(ours, batch)
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
@@ -210,8 +207,8 @@ def test_a_second_iteration_sees_the_ratio_and_clips(
 ) -> None:
     batch = random_batch()
     ours = learner("algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2")
-    first, record = ours.step(batch)
-    second, _ = ours.step(batch, record.old_log_probs)
+    first, record = take_step(ours, batch)
+    second, _ = take_step(ours, batch, record.old_log_probs)
     assert first["policy/ratio_max"] == 1.0 and first["loss/clip_fraction"] == 0.0
     assert second["policy/ratio_max"] > 1.2 and second["loss/clip_fraction"] > 0.0
     assert second["counter/optimizer_step"] == 2
@@ -222,11 +219,11 @@ def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
 ) -> None:
     kl = ["algo.kl_coefficient=0.1", "rollout.temperature=0.7", "regime.learning_rate=1e-3"]
     ours = learner("algo=grpo", *kl, reference=True)
-    first, _ = ours.step(random_batch())
-    second, _ = ours.step(random_batch())
+    first, _ = take_step(ours, random_batch())
+    second, _ = take_step(ours, random_batch())
     assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
     idle = replace(random_batch(), advantages=torch.zeros(8, 7))
-    divergence = [ours.step(idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
+    divergence = [take_step(ours, idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
     assert divergence[-1] < 0.5 * max(divergence)
 
 
@@ -234,10 +231,10 @@ def test_a_step_rule_shortens_the_step(
     learner: Callable[..., Learner], random_batch: Callable[..., Batch]
 ) -> None:
     full, half = learner("algo=grpo"), learner("algo=grpo")
-    half._algorithm = replace(half._algorithm, step_rule=lambda proposal: Decision(0.5))
+    half.algorithm = replace(half.algorithm, step_rule=lambda trial: StepDecision(0.5))
     start = weights(full)
     for one in (full, half):
-        one.step(random_batch())
+        take_step(one, random_batch())
     moves = [[(w - s) for w, s in zip(weights(one), start, strict=True)] for one in (full, half)]
     torch.testing.assert_close([m / 2 for m in moves[0]], moves[1], rtol=1e-2, atol=1e-6)
 
@@ -249,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     before = weights(ours)
     batch = replace(random_batch(), advantages=torch.full((8, 7), float("inf")))
     with pytest.raises(TrainingDiverged, match=r"optimizer step 1: not finite: .*loss/total="):
-        ours.step(batch)
+        take_step(ours, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
     assert ours.optimizer_step == 0
 
@@ -261,7 +258,7 @@ def test_gradient_checkpointing_changes_no_number(
     saving.model.gradient_checkpointing_enable({"use_reentrant": False})
     passes: list[int] = []
     saving.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    expected, metrics = (one.step(random_batch())[0] for one in (plain, saving))
+    expected, metrics = (take_step(one, random_batch())[0] for one in (plain, saving))
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], rel=1e-5)
     assert metrics["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=1e-5)
     assert len(passes) == 2 and not saving.model.training
@@ -276,7 +273,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(
     rates = []
     for seed in range(4):
         batch, state = random_batch(seed=seed), ours.optimizer_model
-        metrics, record = ours.step(batch)
+        metrics, record = take_step(ours, batch)
         rates.append(metrics["optim/learning_rate"])
         out, mask = record.output, batch.completion_mask
         tokens = (out.hidden, out.topk_probs, out.topk_ids, batch.token_ids, batch.advantages)
@@ -291,7 +288,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(
 def test_the_gradient_is_clipped(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
     """Adam's first step hides the gradient's length; the moments do not."""
     ours = learner("algo=grpo", "optimizer.max_grad_norm=0.01")
-    assert ours.step(random_batch())[0]["policy/grad_norm"] > 0.1
+    assert take_step(ours, random_batch())[0]["policy/grad_norm"] > 0.1
     first = [state["exp_avg"] for state in ours.optimizer.state.values()]
     assert torch.cat([m.flatten() for m in first]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
@@ -302,7 +299,7 @@ def test_a_second_iteration_is_the_same_in_micro_batches(
     batch, seconds = random_batch(), []
     for size in (96, 2):
         ours = learner("algo=grpo", "regime.learning_rate=1e-3", f"model.micro_batch_size={size}")
-        record = ours.step(batch)[1]
-        seconds.append(ours.step(batch, record.old_log_probs)[0])
+        record = take_step(ours, batch)[1]
+        seconds.append(take_step(ours, batch, record.old_log_probs)[0])
     for key in ("loss/total", "policy/ratio_max", "loss/clip_fraction", "policy/grad_norm"):
         assert seconds[0][key] == pytest.approx(seconds[1][key], rel=5e-3, abs=1e-6), key

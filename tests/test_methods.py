@@ -26,15 +26,17 @@ from capo_exp.core.batch import totals
 from capo_exp.core.types import Batch, TokenLoss
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.training.learner import Learner
-from capo_exp.training.rollout_step import Sample, credited
+from capo_exp.training.rollout_step import Rollout, assign_credit
 from tests.pieces import (
     SMALL,
     gradients,
     groups_of,
+    inputs_of,
     make_learner,
     plain_log_probs,
     run_updates,
     same_weights,
+    take_step,
     watch_gradients,
     weights,
 )
@@ -61,7 +63,7 @@ def one_token(loss: Callable[..., TokenLoss], ratio: float, advantage: float) ->
     """Value, gradient with respect to ln pi, and `clipped` of a completion of one token; ln pi is 0."""
     log_probs = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     old, mask = -torch.tensor([[ratio]], dtype=torch.float64).log(), torch.ones(1, 1).bool()
-    got = loss(log_probs, old, torch.tensor([[advantage]], dtype=torch.float64), mask)
+    got = loss(inputs_of(log_probs, old, torch.tensor([[advantage]], dtype=torch.float64), mask))
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     return got.values.item(), gradient.item(), bool(got.clipped.item())
 
@@ -81,7 +83,7 @@ def loss_and_gradient(
     """Loss, its gradient [B, T] with respect to log_probs, and `clipped` [B, T] of an algorithm's two
     parts."""
     log_probs, old, advantages = off_policy(batch, spread)
-    token_loss = algorithm.token_loss(log_probs, old, advantages, batch.completion_mask)
+    token_loss = algorithm.token_loss(inputs_of(log_probs, old, advantages, batch.completion_mask))
     keep = batch.completion_mask if keep_mask is None else keep_mask
     loss = algorithm.aggregation(token_loss.values, keep, batch, totals(batch))
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0], token_loss.clipped
@@ -230,10 +232,8 @@ def test_dppo_masks_by_probability(
     built: Callable[..., Algorithm], name: str, old: float, new: float, advantage: float, free: bool
 ) -> None:
     log_probs = torch.tensor([[new]]).double().log().requires_grad_()
-    got = built(name).token_loss(
-        log_probs, torch.tensor([[old]]).double().log(), torch.tensor([[advantage]]).double(),
-        torch.ones(1, 1).bool(),
-    )  # fmt: skip
+    before, credit = torch.tensor([[old]]).double().log(), torch.tensor([[advantage]]).double()
+    got = built(name).token_loss(inputs_of(log_probs, before, credit, torch.ones(1, 1).bool()))
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     capped = min(new / old, 20.0)
     assert got.values.item() == pytest.approx(-capped * advantage)
@@ -251,11 +251,12 @@ def test_dppos_gradient_is_the_capped_ratio(built: Callable[..., Algorithm], ran
         "algo.token_loss.delta_high=inf",
         "algo.token_loss.ratio_cap=1.5",
     )
-    got = free.token_loss(log_probs, old, advantages, batch.completion_mask)
+    inputs = inputs_of(log_probs, old, advantages, batch.completion_mask)
+    got = free.token_loss(inputs)
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     torch.testing.assert_close(gradient, -(log_probs - old).exp().clamp(max=1.5).detach() * advantages)
     one_sided = built("dppo", "algo.token_loss.delta_high=inf")
-    left = one_sided.token_loss(log_probs, old, advantages, batch.completion_mask).clipped
+    left = one_sided.token_loss(inputs).clipped
     assert left[advantages < 0].any() and not left[advantages >= 0].any()
 
 
@@ -302,23 +303,23 @@ def test_equal_returns_are_exactly_no_credit(value: float, rows: int) -> None:
     assert not whitened_return(advantages, mask, torch.zeros(rows, 3), kl_coefficient=0.0, eps=1e-8).any()
 
 
-def some_sample() -> Sample:
+def some_rollout() -> Rollout:
     """3 prompts with 4 completions each, of different lengths."""
     rewards = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     lengths = [[3, 1, 4, 2], [5, 2, 2, 1], [1, 3, 2, 4]]
     groups = groups_of(rewards, lengths)
-    return Sample(groups, torch.tensor(rewards), True, len(groups), 12, 30, {})
+    return Rollout(groups, torch.tensor(rewards), True, len(groups), 12, 30, {})
 
 
 def drawn_batch(ours: Learner) -> tuple[Batch, Tensor, Tensor]:
-    """The credited batch of some_sample, ln(policy / reference) [B, T], and rewards [P, G]."""
-    sample = some_sample()
-    batch, _ = credited(sample, ours._algorithm, ours, pad_token_id=0)
+    """The credited batch of some_rollout, ln(policy / reference) [B, T], and rewards [P, G]."""
+    rollout = some_rollout()
+    batch, _ = assign_credit(rollout, ours, pad_token_id=0)
     if ours.reference is None:
-        return batch, torch.zeros_like(batch.advantages), sample.rewards
+        return batch, torch.zeros_like(batch.advantages), rollout.rewards
     with torch.no_grad():
         kl = plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)
-    return batch, kl, sample.rewards
+    return batch, kl, rollout.rewards
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
@@ -369,8 +370,8 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
         composed(*shared, "algo=dapo"),
     )
     grpo, dapo, other = (make_learner(config, small_model) for config in configs)
-    for one, config in zip((grpo, dapo, other), configs, strict=True):
-        metrics, _ = run_updates(one, config, random_batch())
+    for one in (grpo, dapo, other):
+        metrics, _ = run_updates(one, random_batch())
         assert metrics[-1]["loss/clip_fraction"] > 0
     assert same_weights(grpo, dapo) and not same_weights(grpo, other)
 
@@ -419,7 +420,7 @@ def test_overlong_filtering_drops_every_token_of_a_truncated_completion(
     learner: Callable[..., Learner], random_batch: Batches
 ) -> None:
     ours, batch = learner("algo=dapo", "selection=drop_truncated"), random_batch()
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     mask, cut = batch.completion_mask, batch.truncated
     assert 0 < cut.sum() < 8
     assert torch.equal(record.selection.keep_mask, mask & ~cut[:, None])
@@ -528,7 +529,8 @@ def test_bounds_go_from_tight_to_loose_along_a_completion(built: Callable[..., A
         for sign in (1.0, -1.0):
             for factor, outside in ((0.99, False), (1.01, True)):
                 log_ratio = (1 + sign * factor * limit).log() * mask
-                got = loss(log_ratio, torch.zeros_like(log_ratio), sign * mask.double(), mask)
+                zeros = torch.zeros_like(log_ratio)
+                got = loss(inputs_of(log_ratio, zeros, sign * mask.double(), mask))
                 assert torch.equal(got.clipped, mask & outside)
 
 
@@ -571,9 +573,8 @@ def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> Non
         "drift_max": 9.0,
     }
 
-    def loss(*args: Tensor) -> TokenLoss:
-        return reweighted(*args, token_loss=partial(policy_drift_surrogate, **numbers), weight_eps=0.05)
-
+    plain = partial(policy_drift_surrogate, **numbers)
+    loss = partial(reweighted, token_loss=plain, weight_eps=0.05)
     for advantage in (2.0, -2.0):
         _, gradient, _ = one_token(loss, ratio, advantage)
         assert gradient == pytest.approx(-advantage * weight + 0.5 * (ratio - 1))
@@ -616,7 +617,7 @@ def updated(
     config = compose(*SMALL, *overrides)
     ours = make_learner(config, model)
     seen = watch_gradients(ours)
-    run_updates(ours, config, batch)
+    run_updates(ours, batch)
     return ours, seen[-1]
 
 
@@ -651,7 +652,7 @@ def test_the_learner_does_not_see_what_dash_filters(
             seen[name] += len(kwargs["input_ids"])
 
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    metrics, record = run_updates(ours, config, batch)
+    metrics, record = run_updates(ours, batch)
     assert seen == {"model": len(kept), "reference": len(kept)}
     assert torch.equal(record.batch.input_ids, batch.input_ids[kept])
     assert metrics[0]["selection/filtered_completion_fraction"] == pytest.approx(1 - len(kept) / 8)
@@ -740,7 +741,7 @@ def test_the_kl_in_the_loss_is_the_estimators(
     model, reference = copy.deepcopy(ours.model), ours.reference
     assert reference is not None
     seen = watch_gradients(ours)
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     mask, ref = batch.completion_mask, plain_log_probs(reference, batch, 0.7)
     log_probs = plain_log_probs(model, batch, 0.7)
     loss = coefficient * mean(estimator(log_probs, ref) * mask, mask)
@@ -762,20 +763,24 @@ def test_a_kl_in_the_reward_alone_leaves_the_loss_finite_however_far_the_referen
     for one in (ours, plain):
         with torch.no_grad():
             one.model.get_output_embeddings().weight.mul_(300.0)
-    metrics = ours.step(random_batch())[0]
+    metrics = take_step(ours, random_batch())[0]
     assert metrics["loss/kl"] == float("inf")
-    assert metrics["loss/total"] == plain.step(random_batch())[0]["loss/total"] and same_weights(ours, plain)
+    assert metrics["loss/total"] == take_step(plain, random_batch())[0]["loss/total"] and same_weights(
+        ours, plain
+    )
 
 
 def test_a_reset_reference_is_the_policy(learner: Callable[..., Learner], random_batch: Batches) -> None:
     ours = learner("algo=prorl", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3")
-    ours.step(random_batch())
-    assert ours.step(random_batch())[0]["loss/kl"] > 0
+    take_step(ours, random_batch())
+    assert take_step(ours, random_batch())[0]["loss/kl"] > 0
     ours.reset_reference()
     assert ours.reference_resets == 1 and ours.reference is not None
     assert ours.optimizer.state and ours.optimizer_model is not None and ours.optimizer_model.step == 2
-    assert ours.step(random_batch())[0]["loss/kl"] == 0.0
-    assert ours.step(random_batch())[0]["loss/kl"] > 0  # the reference is a copy: it stays where it was put
+    assert take_step(ours, random_batch())[0]["loss/kl"] == 0.0
+    assert (
+        take_step(ours, random_batch())[0]["loss/kl"] > 0
+    )  # the reference is a copy: it stays where it was put
 
 
 def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
@@ -790,7 +795,7 @@ def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
     ]
     ours, fresh = learner(*rates), learner(*rates)
     for seed in range(3):
-        ours.step(random_batch(seed=seed))
+        take_step(ours, random_batch(seed=seed))
     ours.reset_optimizer()
     assert not ours.optimizer.state
     assert (
@@ -800,7 +805,7 @@ def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
     )
     fresh.model.load_state_dict(ours.model.state_dict())
     fresh.optimizer.param_groups[0]["lr"] = ours.optimizer.param_groups[0]["lr"]
-    metrics, again = ours.step(random_batch())[0], fresh.step(random_batch())[0]
+    metrics, again = take_step(ours, random_batch())[0], take_step(fresh, random_batch())[0]
     assert metrics["optim/learning_rate"] == again["optim/learning_rate"] == pytest.approx(0.7e-3)
     assert same_weights(ours, fresh)
 
@@ -816,12 +821,12 @@ def test_a_checkpoint_keeps_a_moved_reference(
     learner: Callable[..., Learner], random_batch: Batches, tmp_path: Path
 ) -> None:
     ours, keeper = learner("algo=prorl", "regime.learning_rate=1e-3"), Checkpointer(tmp_path, keep=1)
-    ours.step(random_batch())
+    take_step(ours, random_batch())
     keeper.save(1, ours.state_dict(), ours.model, Nothing())  # pyright: ignore[reportArgumentType]
     assert keeper.latest_reference() is None  # still the base model
     ours.reset_reference()
     kept = copy.deepcopy(ours.reference)
-    ours.step(random_batch(seed=1))
+    take_step(ours, random_batch(seed=1))
     counters = {"counter/completions": 7}
     state = ours.state_dict() | {"counters": counters}
     path = keeper.save(2, state, ours.model, Nothing(), ours.reference)  # pyright: ignore[reportArgumentType]
@@ -830,7 +835,7 @@ def test_a_checkpoint_keeps_a_moved_reference(
     again = learner("algo=prorl", "regime.learning_rate=1e-3")
     again.model = type(ours.model).from_pretrained(path).eval()
     again = Learner(
-        again.model, type(kept).from_pretrained(saved).eval(), again._algorithm, again._config, torch.float32
+        again.model, type(kept).from_pretrained(saved).eval(), again.algorithm, again.config, torch.float32
     )
     state = keeper.restore(path, torch.device("cpu"))
     assert state["counters"] == counters
@@ -839,7 +844,7 @@ def test_a_checkpoint_keeps_a_moved_reference(
     assert all(
         torch.equal(a, b) for a, b in zip(again.reference.parameters(), kept.parameters(), strict=True)
     )
-    first, second = (one.step(random_batch(seed=2))[0] for one in (ours, again))
+    first, second = (take_step(one, random_batch(seed=2))[0] for one in (ours, again))
     assert first["loss/kl"] == second["loss/kl"] > 0
     assert same_weights(ours, again)
 

@@ -18,9 +18,8 @@ from capo_exp.core.types import Batch, PolicyOutput
 def run(
     model: PreTrainedModel, batch: Batch, temperature: float = 1.0, top_k: int = 5, chunk: int = 1000
 ) -> PolicyOutput:
-    return policy.forward(
-        model, batch, temperature=temperature, top_k=top_k, chunk_tokens=chunk, compute_dtype=torch.float32
-    )
+    settings = policy.ForwardSettings(temperature, chunk, torch.float32)
+    return policy.forward(model, batch, settings, top_k=top_k)
 
 
 def row_logits(model: PreTrainedModel, batch: Batch, row: int) -> tuple[Tensor, Tensor]:

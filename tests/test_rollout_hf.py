@@ -70,9 +70,7 @@ def test_log_probs_are_the_learners_at_the_same_temperature(small_model: PreTrai
     own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens, own.num_beams = 1.5, 2, 5, 2
     groups = sample(small_model, ROWS, temperature=0.8, max_tokens=20)
     batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
-    output = policy.forward(
-        small_model, batch, temperature=0.8, top_k=3, chunk_tokens=1000, compute_dtype=torch.float32
-    )
+    output = policy.forward(small_model, batch, policy.ForwardSettings(0.8, 1000, torch.float32), top_k=3)
     torch.testing.assert_close(batch.sampler_log_probs, output.log_probs.detach(), rtol=1e-4, atol=1e-4)
     assert batch.completion_mask.sum() < batch.completion_mask.numel()  # rows ended at different places
 
@@ -111,9 +109,7 @@ def test_log_probs_are_the_learners_whatever_is_cut_off(
     batch = collate(
         sample(small_model, ROWS, temperature=0.8, **limit), pad_token_id=0, device=torch.device("cpu")
     )
-    log_probs = policy.log_probs(
-        small_model, batch, temperature=0.8, chunk_tokens=1000, compute_dtype=torch.float32
-    )
+    log_probs = policy.log_probs(small_model, batch, policy.ForwardSettings(0.8, 1000, torch.float32))
     torch.testing.assert_close(batch.sampler_log_probs, log_probs, rtol=1e-4, atol=1e-4)
 
 

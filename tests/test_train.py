@@ -17,7 +17,8 @@ from capo_exp.runs.metrics import check_known
 from capo_exp.runs.read import load_run, series, to_its_end
 from capo_exp.runs.record import status
 from capo_exp.training import loop as train
-from capo_exp.training.learner import TrainingDiverged
+from capo_exp.training import rollout_step
+from capo_exp.training.optimizer_step import TrainingDiverged
 
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
@@ -184,7 +185,7 @@ def test_a_run_without_any_reward_ends_early(
 ) -> None:
     """Also if the engine fails on the way; figures see the steps that were left out."""
     config = small("algo=grpo", "num_steps=9", "stop_after_unrewarded=3", "dataset.max_completion_tokens=1")
-    calls, draw = [], train.sample
+    calls, draw = [], rollout_step.sample_rollout
 
     def fails_once(*args: object, **kwargs: object) -> object:
         calls.append(len(calls))
@@ -192,7 +193,7 @@ def test_a_run_without_any_reward_ends_early(
             raise EngineFailed("vLLM: its process ended with exit code -9")
         return draw(*args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
-    monkeypatch.setattr(train, "sample", fails_once)
+    monkeypatch.setattr(rollout_step, "sample_rollout", fails_once)
     with pytest.raises(EngineFailed, match="step 2 is saved"):
         train.run(config)
     run = load_run(train.run(config))
@@ -212,8 +213,10 @@ def test_a_run_without_any_reward_ends_early(
 def test_a_reward_starts_the_count_again(
     small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, rewarded = train.sample, iter([False, True, False])
-    monkeypatch.setattr(train, "sample", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded)))
+    draw, rewarded = rollout_step.sample_rollout, iter([False, True, False])
+    monkeypatch.setattr(
+        rollout_step, "sample_rollout", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded))
+    )
     run = load_run(train.run(small("algo=grpo", "stop_after_unrewarded=2")))
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 0, 1]
 
@@ -230,7 +233,7 @@ def test_gpu_memory_that_runs_out_names_the_keys(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(train, "credited", full)
+    monkeypatch.setattr(rollout_step, "assign_credit", full)
     with pytest.raises(RunFailed, match=r"Tried to allocate 2 GiB. Lower model.micro_batch_size, ") as failed:
         train.run(small())
     assert "gpu_memory_utilization" in str(failed.value) and "more" not in str(failed.value).split()[:12]
@@ -240,7 +243,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
     small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small("algo=grpo")
-    genuine = train.credited
+    genuine = rollout_step.assign_credit
 
     def poisoned(*args: object, **kwargs: object) -> object:
         batch, metrics = genuine(*args, **kwargs)
@@ -250,7 +253,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
         return batch, metrics
 
     poisoned.calls = 0
-    monkeypatch.setattr(train, "credited", poisoned)
+    monkeypatch.setattr(rollout_step, "assign_credit", poisoned)
     with pytest.raises(
         TrainingDiverged, match=r"optimizer step 3: not finite: .*loss/total=nan.*step_000002"
     ):

@@ -84,9 +84,7 @@ def batch_of(groups: list[RolloutGroup]) -> Batch:
 
 
 def learner_log_probs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    return policy.log_probs(
-        model, batch, temperature=temperature, chunk_tokens=1000, compute_dtype=torch.float32
-    )
+    return policy.log_probs(model, batch, policy.ForwardSettings(temperature, 1000, torch.float32))
 
 
 def differences(setup: Setup, groups: list[RolloutGroup], temperature: float) -> Tensor:
@@ -294,9 +292,7 @@ def test_a_server_samples_what_the_learner_scores(served: Setup) -> None:
     assert differences(served, groups, 1.0).max() < 1e-4
     assert {group.weight_version for group in groups} == {0}
     batch = batch_of(groups)
-    output = policy.forward(
-        served.model, batch, temperature=1.0, top_k=5, chunk_tokens=1000, compute_dtype=torch.float32
-    )
+    output = policy.forward(served.model, batch, policy.ForwardSettings(1.0, 1000, torch.float32), top_k=5)
     among = (output.topk_ids == batch.token_ids[..., None]).any(-1)[batch.completion_mask]
     assert among.all()
 

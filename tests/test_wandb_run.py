@@ -167,15 +167,15 @@ def test_a_real_run_that_was_interrupted_has_every_key_in_wandb(
         "regime.group_size=4", "evaluation.num_problems=6", "dataset.max_completion_tokens=16",
         "checkpoint.every=2", "evaluation.every=2", "curvature.calibrate_every=2", f"output_dir={tmp_path}",
     )  # fmt: skip
-    genuine, calls = train.rollout_step, []
+    genuine, calls = train.take_step, []
 
-    def interrupted(session: train.Run) -> None:
+    def interrupted(session: train.Session) -> None:
         genuine(session)
         calls.append(session.step)
         if calls == [1, 2, 3]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "rollout_step", interrupted)
+    monkeypatch.setattr(train, "take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.run(config)
     directory = train.run(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig
 
 PACKAGE = "capo_exp"
@@ -130,6 +131,7 @@ def _is_setting(parameter: inspect.Parameter) -> bool:
 def _is_number(parameter: inspect.Parameter) -> bool:
     """Whether the parameter is a number that the YAML has to give."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)  # those of a Callable cannot be hashed
+    kinds = [kind for kind in kinds if not isinstance(kind, Rule)]
     keyword = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
     return keyword and all(kind in (int, float, bool) for kind in kinds)
 

@@ -50,8 +50,6 @@ class Memory:
     """What the optimiser steps of one pass remember of each token."""
     joined: int
     """Those of one optimiser step, there a second time while its micro-batches become one record."""
-    scoring: int
-    """The same and its curvature, before the first gradient; 0 without a scoring pass."""
     curvature: int
     """Working memory of the step's predicted shifts and of the moments update."""
     update: int
@@ -73,7 +71,6 @@ class Memory:
         start = self.accumulated + self.activations + max(self.layer, self.logits)
         return {
             "rollout": weights + self.copies + self.kv_cache,
-            "scoring": remembering + self.scoring,
             "backward": remembering + max(start, self.gradients + self.layer),
             "curvature": remembering + self.gradients + max(self.joined, self.curvature),
             "update": remembering + self.gradients + self.update,
@@ -91,7 +88,7 @@ class Memory:
             return self
         shared = (
             "parameters", "gradients", "optimizer", "reference", "moments", "accumulated", "records",
-            "joined", "scoring", "curvature", "update", "copies", "kv_cache_of_all",
+            "joined", "curvature", "update", "copies", "kv_cache_of_all",
         )  # fmt: skip
         parts = {name: -(-getattr(self, name) // count) for name in shared}
         parts["parameters"] += self.unit
@@ -129,7 +126,6 @@ def estimate(config: TrainConfig, *, reference: bool, gpu: bool) -> Memory:
         # A further pass starts while the last step before it is still remembered.
         records=record * max(batch, 2 * step if algo.num_iterations > 1 else 0),
         joined=record * step,
-        scoring=record * step + curvature if algo.scoring_pass else 0,
         curvature=curvature,
         update=(weights if gpu else 2 * largest_tensor) + _trial(config, step),
         copies=_half_copies(model) if half and not config.rollout.is_vllm else 0,
@@ -141,7 +137,7 @@ def estimate(config: TrainConfig, *, reference: bool, gpu: bool) -> Memory:
 
 def _trial(config: TrainConfig, step: int) -> int:
     """The weights before the step, its last layer twice, and the log-probs of the sampled tokens; see
-    proposal.Trial. 0 for a step rule that does not look."""
+    step_trial.StepTrial. 0 for a step rule that does not look."""
     rule, model = config.algo.step_rule, config.model
     if "tokens" not in rule:
         return 0

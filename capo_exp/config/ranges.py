@@ -34,6 +34,10 @@ FOLDER = Rule(
     "the name of one folder: letters, digits, dot, underscore, hyphen",
 )
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+AT_LEAST_1_OR_INF = Rule(lambda v: v >= 1, f"a number of at least 1 ({OFF})")
+ABOVE_1_OR_INF = Rule(lambda v: v > 1, f"a number above 1 ({OFF})")
+UP_TO_1 = Rule(lambda v: 0 < v <= 1, "a number in (0, 1]")
+FROM_1 = Rule(lambda v: 1 <= v < math.inf, "a finite number of at least 1")
 
 
 def one_of(*choices: str) -> Rule:

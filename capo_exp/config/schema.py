@@ -42,7 +42,6 @@ class AlgoConfig:
     num_iterations: int = 1  # passes over the batch of a rollout step
     num_minibatches: int = 1  # optimiser steps a pass
     selection: Part = field(default_factory=_neutral("keep_all"))
-    scoring_pass: bool = False  # one more forward pass, for a selection that needs the whole optimiser step
     token_loss: Part = MISSING
     kl_estimator: Part = field(default_factory=_neutral("kl_k3", "algorithms.kl"))
     kl_coefficient: float = 0.0  # weight of the KL to the reference in the loss

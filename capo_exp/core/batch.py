@@ -1,17 +1,30 @@
 """RolloutGroups -> tensors, and back and forth between a batch and its micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from capo_exp.core.types import Batch, BatchTotals, RolloutGroup
+from capo_exp.core.types import (
+    Batch,
+    BatchTotals,
+    PolicyOutput,
+    RolloutGroup,
+    Scored,
+    Selection,
+    StepRecord,
+    TokenShifts,
+)
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.device) -> Batch:
-    """Prompts padded on the left, completions on the right; row p * G + g is completion g of prompt p. The
-    advantages are 0 until they are known.
+    """Makes a batch: prompts padded on the left, completions on the right; row p * G + g is completion g of
+    prompt p. The advantages are 0 until they are known.
 
     Args:
         groups: P groups of G completions.
@@ -43,7 +56,7 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.
 
 
 def totals(batch: Batch) -> BatchTotals:
-    """Sizes of an optimiser step."""
+    """Counts the sizes of an optimiser step."""
     lengths = batch.completion_mask.sum(1)
     return BatchTotals(
         sequences=len(lengths),
@@ -53,13 +66,13 @@ def totals(batch: Batch) -> BatchTotals:
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """The rows with these numbers [b], all columns."""
+    """Returns the rows with these numbers [b], all columns."""
     return Batch(*(tensor[rows] for tensor in vars(batch).values()))
 
 
 def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
-    """Micro-batches of up to `size` rows, each with the row numbers it holds and without columns of padding
-    alone.
+    """Cuts micro-batches of up to `size` rows, each with the row numbers it holds and without columns of
+    padding alone.
 
     Rows of similar length go together, which changes no result and saves the padding.
     """
@@ -68,8 +81,8 @@ def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
 
 
 def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
-    """Row numbers of each optimiser step of one pass over a batch: all of them in order for one, else a
-    random partition into `count` nearly equal parts (no empty ones)."""
+    """Returns the row numbers of each optimiser step of one pass over a batch: all of them in order for one,
+    else a random partition into `count` nearly equal parts (no empty ones)."""
     if count == 1:
         return [torch.arange(rows)]
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
@@ -77,7 +90,7 @@ def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
 
 
 def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
-    """Micro-batch results [b, t, ...] put back at their rows of a [B, T, ...] tensor; 0 elsewhere.
+    """Puts micro-batch results [b, t, ...] back at their rows of a [B, T, ...] tensor; 0 elsewhere.
 
     Args:
         pieces: row numbers [b] and values [b, t, ...].
@@ -88,6 +101,53 @@ def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     for rows, values in pieces:
         out[rows, : values.shape[1]] = values
     return out
+
+
+def join_fields(
+    pieces: Sequence[tuple[Tensor, Item]], batch: Batch, kind: type[Value], get: Callable[[Item], Value]
+) -> Value:
+    """Joins a dataclass of [b, t, ...] tensors of each micro-batch to one of [B, T, ...] tensors."""
+    return kind(
+        **{
+            name: join([(rows, vars(get(piece))[name]) for rows, piece in pieces], batch.completion_mask)
+            for name in vars(get(pieces[0][1]))
+        }
+    )
+
+
+def join_records(pieces: Sequence[tuple[Tensor, StepRecord]], batch: Batch) -> StepRecord:
+    """Joins the micro-batches' records, in the rows' own order."""
+
+    def field(get: Callable[[StepRecord], Tensor]) -> Tensor:
+        return join([(rows, get(piece)) for rows, piece in pieces], batch.completion_mask)
+
+    reasons = pieces[0][1].selection.rejected_by
+    weighed = pieces[0][1].selection.weights is not None
+    return StepRecord(
+        batch=replace(batch, advantages=field(lambda r: r.batch.advantages)),
+        output=join_fields(pieces, batch, PolicyOutput, lambda r: r.output),
+        old_log_probs=field(lambda r: r.old_log_probs),
+        weights=field(lambda r: r.weights),
+        kl=field(lambda r: r.kl),
+        shifts=join_fields(pieces, batch, TokenShifts, lambda r: r.shifts),
+        selection=Selection(
+            keep_mask=field(lambda r: r.selection.keep_mask),
+            rejected_by={why: field(lambda r, why=why: r.selection.rejected_by[why]) for why in reasons},
+            weights=field(lambda r: r.selection.weights) if weighed else None,  # pyright: ignore
+        ),
+        clipped=field(lambda r: r.clipped),
+    )
+
+
+def join_scored(pieces: Sequence[tuple[Tensor, Scored]], batch: Batch) -> Scored:
+    """Joins what is known of the micro-batches of an optimiser step."""
+    credit = join([(rows, piece.batch.advantages) for rows, piece in pieces], batch.completion_mask)
+    return replace(
+        pieces[0][1],
+        batch=replace(batch, advantages=credit),
+        output=join_fields(pieces, batch, PolicyOutput, lambda piece: piece.output),
+        shifts=join_fields(pieces, batch, TokenShifts, lambda piece: piece.shifts),
+    )
 
 
 def _trim(batch: Batch) -> Batch:
