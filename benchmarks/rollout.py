@@ -79,9 +79,8 @@ def main() -> None:
                 table.add_row(f"{batch:,}", str(length), f"{hf:,.0f}", f"{vllm:,.0f}", f"{vllm / hf:.2f}")
         Console(width=100).print(table)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"transfer of {parameters:,} parameters: {transfer(engines['vllm'], model, inputs.data.train[:1])}"
-        )
+        spent = transfer(engines["vllm"], model, inputs.data.train[:1])
+        print(f"transfer of {parameters:,} parameters: {spent}")
 
 
 def transfer(engine: RolloutEngine, model: torch.nn.Module, prompts: list[Prompt]) -> str:

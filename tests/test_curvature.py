@@ -1,5 +1,6 @@
 """The last-layer model against autograd, torch.optim and the authors' program."""
 
+import inspect
 import os
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import capo_exp.curvature
 from capo_exp.curvature.model import (
     AdamState,
     apply_row_gradients,
@@ -287,3 +289,16 @@ class LargestTensor(TorchDispatchMode):
 def test_a_beta_outside_the_open_interval_is_refused() -> None:
     with pytest.raises(ValueError, match=r"curvature\.betas=\[0\.0, 0\.999\]: expected"):
         init_adam_state(10, 4, betas=(0.0, 0.999))
+
+
+def test_the_room_exports_its_contract() -> None:
+    """For tests from outside: these functions, and no name of an argument changes."""
+    assert set(capo_exp.curvature.__all__) == {"init_adam_state", "token_shifts", "update_adam_state"}
+    tokens = ["hidden", "topk_probs", "topk_ids", "token_ids", "advantages"]
+    names = {
+        "init_adam_state": ["vocab_size", "hidden_size", "betas", "eps", "dtype", "device"],
+        "token_shifts": [*tokens, "learning_rate", "state"],
+        "update_adam_state": ["state", *tokens, "keep_mask"],
+    }
+    for name, expected in names.items():
+        assert list(inspect.signature(getattr(capo_exp.curvature, name)).parameters) == expected

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch, StepRecord
+from capo_exp.core.types import Batch, StepRecord, TokenLoss, TokenLossInput
 from capo_exp.curvature import model as curvature
 from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.training.learner import Learner
@@ -303,3 +303,30 @@ def test_a_second_iteration_is_the_same_in_micro_batches(
         seconds.append(take_step(ours, batch, record.old_log_probs)[0])
     for key in ("loss/total", "policy/ratio_max", "loss/clip_fraction", "policy/grad_norm"):
         assert seconds[0][key] == pytest.approx(seconds[1][key], rel=5e-3, abs=1e-6), key
+
+
+def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
+    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+) -> None:
+    """Of its own rows, in micro-batches, too; the old log-probs are the learner's."""
+    ours, batch, seen = (
+        learner("algo=grpo", "model.micro_batch_size=3"),
+        random_batch(),
+        list[TokenLossInput](),
+    )
+    batch = replace(batch, sampler_log_probs=-torch.rand(8, 7) * batch.completion_mask)
+
+    def look(inputs: TokenLossInput) -> TokenLoss:
+        seen.append(inputs)
+        return TokenLoss(-inputs.advantages * inputs.log_probs, torch.zeros_like(inputs.completion_mask))
+
+    ours.algorithm = replace(ours.algorithm, token_loss=look)
+    before = ours.log_probs(batch)
+    _, record = take_step(ours, batch)
+    assert len(seen) == 3
+    for name, whole in (
+        ("sampler_log_probs", batch.sampler_log_probs), ("old_log_probs", before),
+        ("entropy", record.output.entropy),
+    ):  # fmt: skip
+        found = torch.cat([getattr(inputs, name)[inputs.completion_mask] for inputs in seen]).sort().values
+        torch.testing.assert_close(found, whole[batch.completion_mask].sort().values, rtol=1e-4, atol=1e-5)

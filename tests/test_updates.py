@@ -228,7 +228,7 @@ def test_nothing_crashes_an_algorithm_and_it_is_counted(
     ours, drawn, logged, batch = through(composed, small_model, algo, rewards, lengths, *extra)
     algorithm, last = ours.algorithm, logged[-1]
     moved = not all(torch.equal(a, b) for a, b in zip(weights(ours), small_model.parameters(), strict=True))
-    penalised = algorithm.kl_coefficient > 0 or algorithm.kl_in_reward
+    penalised = algorithm.kl_coefficient > 0 or algorithm.uses_reward_kl
     assert last["reward/accuracy"] == pytest.approx(sum(map(sum, rewards)) / 12)
     assert last["rollout/completion_length/mean"] == pytest.approx(sum(map(sum, lengths)) / 12)
     if case == "all rejected":

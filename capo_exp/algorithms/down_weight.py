@@ -14,11 +14,6 @@ def to_bounds(
 
     m_F grows with the square of a token's update and m_H with the update itself, to first order. An infinite
     bound switches a test off. A token whose shift is not finite has weight 0.
-
-    Args:
-        scored: the micro-batch.
-        policy_shift_max: nats.
-        objective_shift_max: reward units.
     """
     policy = (policy_shift_max / scored.shifts.policy_shift).sqrt()
     objective = objective_shift_max / scored.shifts.objective_shift.abs()

@@ -109,14 +109,14 @@ class Algorithm:
         return any(declares(part, "whole_step") for part in (self.selection, self.aggregation))
 
     @property
-    def kl_in_reward(self) -> bool:
+    def uses_reward_kl(self) -> bool:
         """Whether rewards or credit use the KL to the reference."""
         return any(map(_uses_kl, (self.shaping, self.credit)))
 
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen reference model has to be there."""
-        return self.kl_coefficient > 0 or self.kl_in_reward
+        return self.kl_coefficient > 0 or self.uses_reward_kl
 
 
 def build_algorithm(config: AlgoConfig) -> Algorithm:

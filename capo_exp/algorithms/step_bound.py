@@ -19,15 +19,8 @@ SHORT_OF = 0.95
 def measured(
     trial: StepTrial, *, policy_shift_max: PositiveOrInf, completions: Count, tokens: Count, max_looks: Count
 ) -> StepDecision:
-    """Shortens the step until the measured shift is within the bound.
-
-    Args:
-        trial: the step.
-        policy_shift_max: nats a token.
-        completions: that the shift is measured on, a forward pass each look and one before.
-        tokens: of these completions, at most.
-        max_looks: after so many the last scale is taken, whatever its shift.
-    """
+    """Shortens the step until the measured shift [nats a token] is within the bound. Each look, of max_looks
+    at most, is a forward pass over the completions; after the last one its scale is taken all the same."""
     trial.take(SampleSize(completions, tokens), measurable=True)
     step_scale, shift = _search(trial, 1.0, policy_shift_max, max_looks)
     return StepDecision(step_scale, metrics={"step/policy_shift_measured": shift})
@@ -36,15 +29,8 @@ def measured(
 def predicted(
     trial: StepTrial, *, policy_shift_max: PositiveOrInf, completions: Count, tokens: Count
 ) -> StepDecision:
-    """Shortens the step until the shift that the last layer alone would make is within the bound; no forward
-    pass.
-
-    Args:
-        trial: the step.
-        policy_shift_max: nats a token, of the last layer's part: a small share of the whole.
-        completions: that the shift is predicted on.
-        tokens: of these completions, at most.
-    """
+    """Shortens the step until the shift [nats a token] that the last layer alone would make, a small share of
+    the whole, is within the bound; no forward pass."""
     trial.take(SampleSize(completions, tokens), measurable=False)
     whole = trial.last_layer(1.0)
     step_scale = _shorten(whole, policy_shift_max)
@@ -61,19 +47,9 @@ def calibrated(
     memory_share: Share,
     max_looks: Count,
 ) -> StepDecision:
-    """As predicted, with the prediction multiplied by how much more the whole model moved when it was last
-    measured. Every `every`-th step is measured, and shortened as by `measured`; until a ratio is known, every
-    step.
-
-    Args:
-        trial: the step.
-        policy_shift_max: nats a token, of the whole model.
-        completions: that shifts are predicted and measured on.
-        tokens: of these completions, at most.
-        every: steps from one measurement to the next; 1 = measured at every step.
-        memory_share: weight of the old ratio in the geometric mean with the new; 0 = none.
-        max_looks: of a measured step.
-    """
+    """Does as `predicted`, with the prediction multiplied by how much more the whole model moved when it was
+    last measured. Every `every`-th step is measured, and shortened as by `measured`; until a ratio is known,
+    every step. memory_share is the weight of the old ratio in the geometric mean with the new; 0 = none."""
     memory = trial.proposed.memory
     since, ratio = memory.get("since", 0.0), memory.get("ratio")
     due = ratio is None or since >= every

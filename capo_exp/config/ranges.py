@@ -36,7 +36,7 @@ FOLDER = Rule(
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 AT_LEAST_1_OR_INF = Rule(lambda v: v >= 1, f"a number of at least 1 ({OFF})")
 ABOVE_1_OR_INF = Rule(lambda v: v > 1, f"a number above 1 ({OFF})")
-UP_TO_1 = Rule(lambda v: 0 < v <= 1, "a number in (0, 1]")
+ABOVE_0_TO_1 = Rule(lambda v: 0 < v <= 1, "a number in (0, 1]")
 FROM_1 = Rule(lambda v: 1 <= v < math.inf, "a finite number of at least 1")
 
 

@@ -1,8 +1,8 @@
 """RolloutGroups -> tensors, and back and forth between a batch and its micro-batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from capo_exp.core.types import (
     TokenShifts,
 )
 
-Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
@@ -92,9 +91,7 @@ def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
 def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     """Puts micro-batch results [b, t, ...] back at their rows of a [B, T, ...] tensor; 0 elsewhere.
 
-    Args:
-        pieces: row numbers [b] and values [b, t, ...].
-        like: a [B, T] tensor whose shape and device the result takes.
+    A piece is row numbers [b] and values [b, t, ...]; `like` is a [B, T] tensor on the device of the result.
     """
     first = pieces[0][1]
     out = torch.zeros(*like.shape, *first.shape[2:], dtype=first.dtype, device=like.device)
@@ -103,51 +100,25 @@ def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     return out
 
 
-def join_fields(
-    pieces: Sequence[tuple[Tensor, Item]], batch: Batch, kind: type[Value], get: Callable[[Item], Value]
-) -> Value:
-    """Joins a dataclass of [b, t, ...] tensors of each micro-batch to one of [B, T, ...] tensors."""
-    return kind(
-        **{
-            name: join([(rows, vars(get(piece))[name]) for rows, piece in pieces], batch.completion_mask)
-            for name in vars(get(pieces[0][1]))
-        }
-    )
+def join_records(pieces: Sequence[tuple[Tensor, Value]], batch: Batch) -> Value:
+    """Joins what is known of the micro-batches of an optimiser step, in the rows' own order: each tensor
+    [b, t, ...] of a record, and of the records in it, to [B, T, ...]. Of batches the advantages are
+    joined."""
+    rows = [numbers for numbers, _ in pieces]
 
+    def merge(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Batch):
+            return replace(batch, advantages=merge([value.advantages for value in values]))
+        if isinstance(first, Tensor):
+            return join(list(zip(rows, values, strict=True)), batch.completion_mask)
+        if isinstance(first, dict):
+            return {key: merge([value[key] for value in values]) for key in first}
+        if isinstance(first, (StepRecord, Scored, PolicyOutput, TokenShifts, Selection)):
+            return replace(first, **{name: merge([vars(v)[name] for v in values]) for name in vars(first)})
+        return first  # the same for all
 
-def join_records(pieces: Sequence[tuple[Tensor, StepRecord]], batch: Batch) -> StepRecord:
-    """Joins the micro-batches' records, in the rows' own order."""
-
-    def field(get: Callable[[StepRecord], Tensor]) -> Tensor:
-        return join([(rows, get(piece)) for rows, piece in pieces], batch.completion_mask)
-
-    reasons = pieces[0][1].selection.rejected_by
-    weighed = pieces[0][1].selection.weights is not None
-    return StepRecord(
-        batch=replace(batch, advantages=field(lambda r: r.batch.advantages)),
-        output=join_fields(pieces, batch, PolicyOutput, lambda r: r.output),
-        old_log_probs=field(lambda r: r.old_log_probs),
-        weights=field(lambda r: r.weights),
-        kl=field(lambda r: r.kl),
-        shifts=join_fields(pieces, batch, TokenShifts, lambda r: r.shifts),
-        selection=Selection(
-            keep_mask=field(lambda r: r.selection.keep_mask),
-            rejected_by={why: field(lambda r, why=why: r.selection.rejected_by[why]) for why in reasons},
-            weights=field(lambda r: r.selection.weights) if weighed else None,  # pyright: ignore
-        ),
-        clipped=field(lambda r: r.clipped),
-    )
-
-
-def join_scored(pieces: Sequence[tuple[Tensor, Scored]], batch: Batch) -> Scored:
-    """Joins what is known of the micro-batches of an optimiser step."""
-    credit = join([(rows, piece.batch.advantages) for rows, piece in pieces], batch.completion_mask)
-    return replace(
-        pieces[0][1],
-        batch=replace(batch, advantages=credit),
-        output=join_fields(pieces, batch, PolicyOutput, lambda piece: piece.output),
-        shifts=join_fields(pieces, batch, TokenShifts, lambda piece: piece.shifts),
-    )
+    return merge([record for _, record in pieces])
 
 
 def _trim(batch: Batch) -> Batch:

@@ -147,12 +147,9 @@ def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
 class ForwardSettings:
     """How the logits of every forward pass of a run are computed."""
 
-    temperature: float
-    """Divides the logits, as it did when the tokens were sampled."""
-    chunk_tokens: int
-    """Tokens of the last layer computed at once."""
-    compute_dtype: torch.dtype
-    """float32, or bfloat16 for autocast."""
+    temperature: float  # Divides the logits, as it did when the tokens were sampled
+    chunk_tokens: int  # Tokens of the last layer computed at once
+    compute_dtype: torch.dtype  # float32, or bfloat16 for autocast
 
     @classmethod
     def of(cls, config: TrainConfig, compute_dtype: torch.dtype) -> "ForwardSettings":

@@ -54,13 +54,7 @@ class StepTrial:
     def __init__(
         self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, proposed: ProposedStep
     ) -> None:
-        """Changes nothing yet.
-
-        Args:
-            model: with gradients.
-            optimizer: its groups' `lr` is that of the whole step.
-            proposed: the step.
-        """
+        """Changes nothing yet; the model has gradients, and the optimiser the rate of the whole step."""
         self.proposed = proposed
         self._model = model
         self._optimizer = optimizer
@@ -68,12 +62,8 @@ class StepTrial:
         self._step_scale = 0.0
 
     def take(self, size: SampleSize, *, measurable: bool) -> None:
-        """Draws the tokens to look at, keeps a copy of the weights, and takes the whole step; at most once.
-
-        Args:
-            size: of the sample that a shift is the mean over.
-            measurable: whether `measured` will be asked; takes a forward pass over the sampled completions.
-        """
+        """Draws the tokens that a shift is the mean over, keeps a copy of the weights, and takes the whole
+        step; at most once. `measured` may be asked later if `measurable`, which takes a forward pass."""
         assert not self._before, "a step is taken once"
         step, self._measurable = self.proposed, measurable
         if measurable or not step.states_on_record:

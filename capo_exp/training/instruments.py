@@ -60,14 +60,8 @@ def look_before(learner: Learner, gradient: Gradient, watch: Stopwatch) -> Befor
 
 
 def look_after(learner: Learner, before: Before, predicted: float, watch: Stopwatch) -> Metrics:
-    """Measures what the step did; call it after `learner.apply`.
-
-    Args:
-        learner: after the step.
-        before: of the same step.
-        predicted: policy shift [nats] of the whole step, by the optimiser model.
-        watch: takes the time.
-    """
+    """Measures what the step did; call it after `learner.apply`. `predicted` is the policy shift [nats] of
+    the whole step by the optimiser model."""
     metrics: Metrics = {}
     if before.calibration is not None:
         with watch("calibration"):

@@ -13,7 +13,7 @@ from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
-from capo_exp.core.batch import join, join_records, join_scored, split
+from capo_exp.core.batch import join, join_records, split
 from capo_exp.core.seeds import SELECTION, STEP_RULE, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import (
@@ -31,7 +31,7 @@ from capo_exp.training.loss import compute_loss
 from capo_exp.training.optimizer import live_adam_state, make_optimizer, make_optimizer_model, make_schedule
 from capo_exp.training.scoring import predict_step, score
 
-COUNTED = ("optimizer_step", "reference_resets", "step_memory")
+PLAIN_STATE = ("optimizer_step", "reference_resets", "step_memory")
 """Attributes of a learner that a checkpoint keeps as they are."""
 
 
@@ -129,7 +129,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the next step depends on besides the weights of model and reference."""
-        return {name: getattr(self, name) for name in COUNTED} | {
+        return {name: getattr(self, name) for name in PLAIN_STATE} | {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "optimizer_model": self.optimizer_model and dict(vars(self.optimizer_model)),
@@ -137,7 +137,7 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` returned."""
-        for name in COUNTED:
+        for name in PLAIN_STATE:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -178,7 +178,7 @@ class Learner:
             with torch.no_grad():
                 *_, scored = self._score(given, rows, cut, Stopwatch())
             pieces.append((rows, scored))
-        return join_scored(pieces, given.batch)
+        return join_records(pieces, given.batch)
 
     def _score(
         self, given: StepInput, rows: Tensor, cut: Batch, watch: Stopwatch

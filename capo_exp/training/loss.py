@@ -26,16 +26,8 @@ def compute_loss(
     batch: Batch,
     totals: BatchTotals,
 ) -> Loss:
-    """Computes the loss of a micro-batch.
-
-    Args:
-        algorithm: its token loss, KL estimator and aggregation.
-        inputs: what the token loss sees.
-        ref_log_probs: [B, T] nats of the reference; the policy's own where there is none.
-        selection: which tokens count, and how much.
-        batch: the micro-batch.
-        totals: sizes of the whole optimiser step.
-    """
+    """Computes the loss of a micro-batch; ref_log_probs [B, T] nats are the policy's own where there is no
+    reference, totals those of the whole optimiser step."""
     token_loss = algorithm.token_loss(inputs)
     values = token_loss.values
     if algorithm.kl_coefficient:  # 0 times an infinite estimate would be NaN

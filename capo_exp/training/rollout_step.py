@@ -154,7 +154,7 @@ def assign_credit(rollout: Rollout, learner: Learner, *, pad_token_id: int) -> t
     algorithm = learner.algorithm
     batch = collate(rollout.groups, pad_token_id=pad_token_id, device=learner.model.device)
     mask, shape, kl = batch.completion_mask, rollout.rewards.shape, torch.zeros_like(batch.advantages)
-    if algorithm.kl_in_reward:
+    if algorithm.uses_reward_kl:
         own = learner.log_probs(batch)
         kl = kl_k1(own, learner.reference_log_probs(batch, own))
     sums = [values.sum(1).float().view(shape) for values in (mask, kl)]
