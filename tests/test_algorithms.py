@@ -320,7 +320,8 @@ def test_parts_declare_what_they_need() -> None:
 @pytest.mark.parametrize(
     ("overrides", "in_reward", "reference"),
     [(["algo=rloo"], True, True), (["algo=rloo", "algo.shaping.kl_coefficient=0.0"], False, False),
-     (["algo=reinforce_pp"], True, True), (["algo=reinforce_pp_baseline"], False, True), (["algo=grpo"], False, False)],
+     (["algo=reinforce_pp"], True, True), (["algo=reinforce_pp_baseline"], False, True),
+     (["algo=grpo"], False, False)],
 )  # fmt: skip
 def test_a_kl_in_the_reward_follows_from_what_a_part_declares(
     composed: Callable[..., TrainConfig], overrides: list[str], in_reward: bool, reference: bool

@@ -9,6 +9,5 @@ from capo_exp.core.masked import centre
 
 @compares_group
 def group_centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """Returns R - mean within each prompt's group. [P, G] -> [P, G]. Source: arXiv 2503.20783, section
-    3.2."""
+    """Returns R - mean within each prompt's group. Source: arXiv 2503.20783, section 3.2."""
     return centre(rewards)

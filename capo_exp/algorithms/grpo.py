@@ -15,8 +15,7 @@ from capo_exp.core.types import TokenLoss, TokenLossInput
 def group_normalised(
     rewards: Float[Tensor, "P G"], *, eps: Positive, target_std: Positive
 ) -> Float[Tensor, "P G"]:
-    """Returns (R - mean) / (std * target_std + eps) within each prompt's group, unbiased std. [P, G] -> [P,
-    G].
+    """Returns (R - mean) / (std * target_std + eps) within each prompt's group, unbiased std.
 
     Equal rewards give exactly zero. Source: arXiv 2402.03300, section 4.1.2; eps as in TRL; target_std, 1 in
     GRPO, as in the CAPO authors' program, where it divides what its name says it sets.

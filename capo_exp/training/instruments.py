@@ -88,11 +88,8 @@ def _begin_diagnosis(learner: Learner, gradient: Gradient) -> Diagnosis:
 def _imagine_unmasked(learner: Learner, gradient: Gradient, sample: TokenSample) -> tuple[Metrics, Effect]:
     """Compares the step with the same step with every token kept, which is taken and undone; the model, its
     gradients and the optimiser stay as they are."""
-    model, optimizer, everything = (
-        learner.model,
-        learner.optimizer,
-        Selection(gradient.given.batch.completion_mask),
-    )
+    model, optimizer = learner.model, learner.optimizer
+    everything = Selection(gradient.given.batch.completion_mask)
     with imagined_step(model, optimizer) as update:
         pass
     with gradients_aside(model) as gradients:
