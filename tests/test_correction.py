@@ -307,11 +307,7 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
 @pytest.mark.parametrize("size", [96, 3])
 @pytest.mark.parametrize("later", [False, True])
 def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
-    make: Callable[..., Learner],
-    random_batch: Batches,
-    small_model: PreTrainedModel,
-    size: int,
-    later: bool,
+    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, size: int, later: bool
 ) -> None:
     """By the log-probs of the weights that sampled: the forward pass's own, or those of an earlier update."""
     batch = off_by(random_batch(), small_model, uneven(random_batch()))

@@ -42,6 +42,7 @@ class EvenFirst:
     def __exit__(self, *_: object) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_learns_a_trivial_reward(
     algo: str, small_model: PreTrainedModel, composed: Callable[..., TrainConfig]

@@ -38,48 +38,19 @@ def lines(path: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-CONTRACT = [
-    "counter/optimizer_step",
-    "counter/completions",
-    "counter/generated_tokens",
-    "reward/accuracy",
-    "reward/mean",
-    "advantage/std",
-    "loss/total",
-    "loss/clip_fraction",
-    "policy/entropy",
-    "policy/grad_norm",
-    "policy/sampler_kl_k3",
-    "mismatch/kl_k1",
-    "mismatch/kl_k3",
-    "mismatch/ratio_max",
-    "mismatch/beyond_2x_fraction",
-    "mismatch/corrected/kl_k1",
-    "mismatch/corrected/kl_k3",
-    "mismatch/corrected/ratio_max",
-    "mismatch/corrected/beyond_2x_fraction",
-    "mismatch/dropped_fraction",
-    "rollout/completion_length/mean",
-    "rollout/truncated_fraction",
-    "curvature/token/policy_shift/mean",
-    "curvature/token/policy_shift/p99",
-    "curvature/token/policy_shift/max",
-    "curvature/token/objective_shift/mean",
-    "curvature/token/objective_shift/p99",
-    "curvature/token/objective_shift/max",
-    "curvature/batch/policy_shift",
-    "curvature/batch/objective_shift",
-    "selection/rejection_rate",
-    "selection/rejection_rate_policy",
-    "selection/rejection_rate_objective",
-    "optim/learning_rate",
-    "time/rollout_seconds",
-    "time/reward_seconds",
-    "time/policy_seconds",
-    "time/curvature_seconds",
-    "time/update_seconds",
-    "time/total_seconds",
-]
+CONTRACT = """
+    counter/optimizer_step counter/completions counter/generated_tokens reward/accuracy reward/mean
+    advantage/std loss/total loss/clip_fraction policy/entropy policy/grad_norm policy/sampler_kl_k3
+    mismatch/kl_k1 mismatch/kl_k3 mismatch/ratio_max mismatch/beyond_2x_fraction
+    mismatch/corrected/kl_k1 mismatch/corrected/kl_k3 mismatch/corrected/ratio_max
+    mismatch/corrected/beyond_2x_fraction mismatch/dropped_fraction rollout/completion_length/mean
+    rollout/truncated_fraction curvature/token/policy_shift/mean curvature/token/policy_shift/p99
+    curvature/token/policy_shift/max curvature/token/objective_shift/mean
+    curvature/token/objective_shift/p99 curvature/token/objective_shift/max curvature/batch/policy_shift
+    curvature/batch/objective_shift selection/rejection_rate selection/rejection_rate_policy
+    selection/rejection_rate_objective optim/learning_rate time/rollout_seconds time/reward_seconds
+    time/policy_seconds time/curvature_seconds time/update_seconds time/total_seconds
+""".split()
 
 
 def test_a_run_leaves_what_the_contract_says(small: Callable[..., TrainConfig]) -> None:

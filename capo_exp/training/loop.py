@@ -98,10 +98,8 @@ def _take_steps(session: Session, stopped: threading.Event) -> None:
 def take_step(session: Session) -> None:
     """Takes one rollout step, counts it and logs it."""
     learner, inputs, logger = session.learner, session.inputs, session.logger
-    done = take_rollout_step(
-        learner, session.sampler,
-        step=session.step + 1, first=session.counts["counter/prompts"], pad_token_id=inputs.pad_token_id,
-    )  # fmt: skip
+    step, first, pad = session.step + 1, session.counts["counter/prompts"], inputs.pad_token_id
+    done = take_rollout_step(learner, session.sampler, step=step, first=first, pad_token_id=pad)
     session.count(done.rollout)
     dropped = {"data/dropped_prompts": inputs.data.counts["training"].too_long}
     shared = session.counters() | done.metrics | dropped | session.engine.metrics()
