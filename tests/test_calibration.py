@@ -26,6 +26,8 @@ from capo_exp.curvature.calibration import (
 )
 from tests.conftest import VOCABULARY
 
+Batches = Callable[..., Batch]
+
 PREDICTED = 2e-3
 ALL = SampleSize(1000, 1000)
 
@@ -115,7 +117,7 @@ def by_ranks(first: Tensor, second: Tensor) -> float:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_metrics_are_those_of_the_full_logits(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float
+    small_model: PreTrainedModel, random_batch: Batches, temperature: float
 ) -> None:
     record = record_of(small_model, random_batch(), temperature=temperature)
     after = moved(small_model, 0.03)
@@ -144,7 +146,7 @@ def test_the_metrics_are_those_of_the_full_logits(
 
 @pytest.mark.parametrize(("start", "size"), [(0.0, 1e-5), (0.0, 100.0), (100.0, -100.0)])
 def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], start: float, size: float
+    small_model: PreTrainedModel, random_batch: Batches, start: float, size: float
 ) -> None:
     """1e-9 nats, where -sum p d in float32 is rounding; 100 nats; back from a policy so sharp that q / p
     overflows."""
@@ -158,7 +160,7 @@ def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(
 
 
 def test_if_only_the_last_layer_moves_it_explains_everything(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     model = untied(small_model)
     probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
@@ -171,7 +173,7 @@ def test_if_only_the_last_layer_moves_it_explains_everything(
 
 
 def test_if_only_another_layer_moves_the_last_layer_explains_nothing(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     model = untied(small_model)
     probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
@@ -185,7 +187,7 @@ def test_if_only_another_layer_moves_the_last_layer_explains_nothing(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_if_nothing_moves_all_is_exactly_zero(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], dtype: torch.dtype
+    small_model: PreTrainedModel, random_batch: Batches, dtype: torch.dtype
 ) -> None:
     record = record_of(small_model, random_batch())
     probe = sample_tokens(small_model, record, SampleSize(3, 9), settings(dtype=dtype), seed=0)
@@ -201,7 +203,7 @@ def test_if_nothing_moves_all_is_exactly_zero(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("advantage", [1.5, -0.5])
 def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float, advantage: float
+    small_model: PreTrainedModel, random_batch: Batches, temperature: float, advantage: float
 ) -> None:
     """W' = W + lr A v h^T, so u = A |h|^2 v is exact, and with F = diag(p) - p p^T
 
@@ -240,9 +242,7 @@ def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
     assert small[0] < 0.2 * large[0] and small[1] < 0.2 * large[1] and small[2] < 0.03 * large[2], errors
 
 
-def test_the_sample_is_a_function_of_the_seed(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
-) -> None:
+def test_the_sample_is_a_function_of_the_seed(small_model: PreTrainedModel, random_batch: Batches) -> None:
     record = record_of(small_model, random_batch())
     one, same, other = (
         sample_tokens(small_model, record, SampleSize(4, 9), settings(), seed=seed) for seed in (0, 0, 1)
@@ -259,7 +259,7 @@ def test_the_sample_is_a_function_of_the_seed(
 
 @pytest.mark.parametrize("completions", [1, 1000])
 def test_rows_and_tokens_are_drawn_and_not_taken_from_the_front(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], completions: int
+    small_model: PreTrainedModel, random_batch: Batches, completions: int
 ) -> None:
     record, rows = record_of(small_model, random_batch()), set()
     for seed in range(80):
@@ -271,7 +271,7 @@ def test_rows_and_tokens_are_drawn_and_not_taken_from_the_front(
 
 @pytest.mark.parametrize(("completions", "tokens"), [(1, 2), (4, 9), (8, 1000), (1000, 5), (1000, 1000)])
 def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], completions: int, tokens: int
+    small_model: PreTrainedModel, random_batch: Batches, completions: int, tokens: int
 ) -> None:
     batch = random_batch()
     record = record_of(small_model, batch)
@@ -293,7 +293,7 @@ def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
 
 
 def test_extra_padding_changes_neither_the_sample_nor_the_metrics(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     batch, after = random_batch(), moved(small_model, 0.03)
     changed = {"input_ids": (3, 2), "attention_mask": (3, 2), "completion_mask": (0, 2)}
@@ -315,7 +315,7 @@ def test_extra_padding_changes_neither_the_sample_nor_the_metrics(
 
 
 def test_logits_are_made_of_the_sample_alone_and_block_by_block(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    small_model: PreTrainedModel, random_batch: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, after = record_of(small_model, random_batch()), moved(small_model, 0.03)
 
@@ -341,9 +341,7 @@ def test_logits_are_made_of_the_sample_alone_and_block_by_block(
     assert shapes == [(12, VOCABULARY), *blocks, (12, VOCABULARY), *blocks, *blocks]
 
 
-def test_nothing_that_is_measured_holds_a_graph(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
-) -> None:
+def test_nothing_that_is_measured_holds_a_graph(small_model: PreTrainedModel, random_batch: Batches) -> None:
     probe = sample_tokens(small_model, record_of(small_model, random_batch()), ALL, settings(), seed=0)
     assert not probe.log_probs.requires_grad and not probe.hidden.requires_grad
 

@@ -30,6 +30,8 @@ from tests.pieces import (
     weights,
 )
 
+Make = Callable[..., Learner]
+
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 CORRECTIONS = ("none", "token_truncation", "token_mask", "sequence_mask")
@@ -122,7 +124,7 @@ def test_a_product_that_overflows_drops_the_completion() -> None:
 
 
 @pytest.fixture
-def make(small_model: PreTrainedModel, composed: Compose) -> Callable[..., Learner]:
+def make(small_model: PreTrainedModel, composed: Compose) -> Make:
     return lambda *overrides: make_learner(composed(*SMALL, *overrides), small_model, distance=0.05)
 
 
@@ -142,11 +144,7 @@ def uneven(batch: Batch, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize(("log_ratio", "weight"), [(0.4, exp(0.4)), (1.5, 2.0), (-1.0, exp(-1.0))])
 def test_the_same_ratio_everywhere_scales_the_gradient(
-    make: Callable[..., Learner],
-    random_batch: Batches,
-    small_model: PreTrainedModel,
-    log_ratio: float,
-    weight: float,
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, log_ratio: float, weight: float
 ) -> None:
     batch = off_by(random_batch(), small_model, log_ratio)
     plain = gradients(make("algo=grpo"), batch)
@@ -157,11 +155,7 @@ def test_the_same_ratio_everywhere_scales_the_gradient(
 @pytest.mark.parametrize("correction", CORRECTIONS[1:])
 @pytest.mark.parametrize("algo", ["grpo", "dr_capo", "gspo", "reinforce_pp", "grpo_kl"])
 def test_corrected_is_the_plain_loss_of_weighted_advantages(
-    make: Callable[..., Learner],
-    random_batch: Batches,
-    small_model: PreTrainedModel,
-    algo: str,
-    correction: str,
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, algo: str, correction: str
 ) -> None:
     """In loss, shifts, selection and the moments after it; the KL to the reference stays as it is."""
     log_ratio = uneven(random_batch())
@@ -196,7 +190,7 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
 
 
 def test_a_masked_token_has_no_gradient(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+    make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     batch = random_batch()
     nowhere = off_by(batch, small_model, 3.0)  # ratios of 20: all are masked
@@ -210,7 +204,7 @@ def test_a_masked_token_has_no_gradient(
 
 
 def test_the_kl_to_the_reference_is_not_weighted(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+    make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     batch = off_by(random_batch(), small_model, 3.0)
     idle = replace(batch, advantages=torch.zeros_like(batch.advantages))
@@ -220,7 +214,7 @@ def test_the_kl_to_the_reference_is_not_weighted(
 
 
 def test_without_a_correction_the_samplers_log_probs_change_no_bit(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+    make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     batch = random_batch()
     far = off_by(batch, small_model, uneven(batch))
@@ -233,7 +227,7 @@ def test_without_a_correction_the_samplers_log_probs_change_no_bit(
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_nothing_is_corrected_where_sampler_and_learner_agree(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, correction: str
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, correction: str
 ) -> None:
     batch = off_by(random_batch(), small_model, 0.0)
     plain, ours = make("algo=grpo"), make("algo=grpo", f"rollout/correction={correction}")
@@ -259,7 +253,7 @@ def by_hand(ratio: Tensor) -> dict[str, Any]:
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_metrics_are_of_the_ratios_before_and_after(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, correction: str
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, correction: str
 ) -> None:
     log_ratio = uneven(random_batch())
     batch = off_by(random_batch(), small_model, log_ratio)
@@ -307,7 +301,7 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
 @pytest.mark.parametrize("size", [96, 3])
 @pytest.mark.parametrize("later", [False, True])
 def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, size: int, later: bool
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, size: int, later: bool
 ) -> None:
     """By the log-probs of the weights that sampled: the forward pass's own, or those of an earlier update."""
     batch = off_by(random_batch(), small_model, uneven(random_batch()))
@@ -329,7 +323,7 @@ def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
 
 
 def test_log_probs_that_nobody_sampled_are_not_corrected_but_logged_as_gaps(
-    make: Callable[..., Learner], random_batch: Batches, composed: Compose
+    make: Make, random_batch: Batches, composed: Compose
 ) -> None:
     batch = random_batch()
     unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))

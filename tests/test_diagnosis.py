@@ -21,6 +21,8 @@ from capo_exp.training import instruments
 from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, make_learner, plain_log_probs, take_step, weights
 
+Batches = Callable[..., Batch]
+
 CLASSES = ("kept", "rejected")
 CHANGES = tuple(f"{name}_{sign}" for name in CLASSES for sign in ("positive", "negative"))
 RANDOM = ("algo=grpo", "selection=random", "algo.selection.rate=0.4")
@@ -70,7 +72,7 @@ def moments(learner: Learner) -> list[Tensor]:
 )  # fmt: skip
 @pytest.mark.parametrize("every", [1, 2])
 def test_training_does_not_notice(
-    learner: Make, random_batch: Callable[..., Batch], overrides: tuple[str, ...], every: int
+    learner: Make, random_batch: Batches, overrides: tuple[str, ...], every: int
 ) -> None:
     """Bit for bit: weights, moments, metrics, random numbers."""
     plain, watched = learner(*overrides, every=0), learner(*overrides, every=every)
@@ -123,12 +125,7 @@ def mean_kl(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> fl
     ("size", "over_kept", "old_noise"), [(96, False, 0.0), (3, True, 0.0), (3, False, 0.3)]
 )
 def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
-    learner: Make,
-    random_batch: Callable[..., Batch],
-    step_scale: float,
-    size: int,
-    over_kept: bool,
-    old_noise: float,
+    learner: Make, random_batch: Batches, step_scale: float, size: int, over_kept: bool, old_noise: float
 ) -> None:
     """The second step, so that there are moments, clipped; taken whole and shortened by a step rule."""
     mean = "token_mean_over_kept" if over_kept else "sequence_mean"
@@ -247,7 +244,7 @@ def test_momentum_is_m_f_of_the_moments_alone_over_m_f() -> None:
     assert found(class_metrics(record, learning_rate=lr, moments=idle))["kept/momentum"] == 0.0
 
 
-def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: Callable[..., Batch]) -> None:
+def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: Batches) -> None:
     ours, batch = learner(*CAPO), random_batch()
     take_step(ours, random_batch(seed=1))
     values = found(take_step(ours, replace(batch, advantages=torch.zeros(8, 7)))[0])
@@ -258,7 +255,7 @@ def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: 
 
 @pytest.mark.parametrize(("model", "later"), [("sgd", False), ("adam", True), ("adam_live", True)])
 def test_without_moments_momentum_is_nan(
-    learner: Make, random_batch: Callable[..., Batch], model: str, later: bool
+    learner: Make, random_batch: Batches, model: str, later: bool
 ) -> None:
     ours = learner(*RANDOM, f"curvature.optimizer_model={model}")
     for moments in (False, later):
@@ -269,9 +266,7 @@ def test_without_moments_momentum_is_nan(
         )
 
 
-def test_momentum_is_of_the_moments_before_the_step(
-    learner: Make, random_batch: Callable[..., Batch]
-) -> None:
+def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch: Batches) -> None:
     ours, batch = learner("algo=grpo"), random_batch()
     take_step(ours, random_batch(seed=1))
     state, mask = ours.optimizer_model, batch.completion_mask
@@ -302,9 +297,7 @@ def test_effects_by_hand() -> None:
     )
 
 
-def test_if_nothing_is_rejected_there_is_no_second_step(
-    learner: Make, random_batch: Callable[..., Batch]
-) -> None:
+def test_if_nothing_is_rejected_there_is_no_second_step(learner: Make, random_batch: Batches) -> None:
     ours, plain, passes = learner("algo=grpo"), learner("algo=grpo", every=0), [0, 0]
     for index, one in enumerate((ours, plain)):
         one.model.register_full_backward_hook(lambda *_, i=index: passes.__setitem__(i, passes[i] + 1))
@@ -323,7 +316,7 @@ def test_if_nothing_is_rejected_there_is_no_second_step(
 
 
 def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
-    learner: Make, random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """The step with every token kept is that of the algorithm without a selection."""
     down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
@@ -338,7 +331,7 @@ def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
 
 
 def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
-    learner: Make, random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """First step: no momentum moves the weights; the second is momentum alone."""
     ours = learner("algo=capo", "algo.selection.policy_shift_max=0.0")
@@ -359,7 +352,7 @@ def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
     assert not any(p.any() for s in ours.optimizer.state.values() for k, p in s.items() if k != "step")
 
 
-def test_at_rate_0_nothing_moves(learner: Make, random_batch: Callable[..., Batch]) -> None:
+def test_at_rate_0_nothing_moves(learner: Make, random_batch: Batches) -> None:
     ours = learner(*RANDOM, "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2")
     values = found(take_step(ours, random_batch())[0])
     effects = [key for key in values if key.startswith(("log_prob_change", "policy_shift", "gain"))]
@@ -368,7 +361,7 @@ def test_at_rate_0_nothing_moves(learner: Make, random_batch: Callable[..., Batc
 
 
 def test_a_failure_on_the_way_leaves_the_learner_as_it_was(
-    learner: Make, random_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    learner: Make, random_batch: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as a lack of memory while the unmasked step is looked at."""
     ours = learner(*RANDOM)

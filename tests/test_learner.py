@@ -18,11 +18,14 @@ from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.conftest import ALGORITHMS
 from tests.pieces import take_step, weights
 
+Make = Callable[..., Learner]
+Batches = Callable[..., Batch]
+
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
 
 
 @pytest.fixture
-def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) -> Callable[..., Learner]:
+def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) -> Make:
     """A learner on its own copy of the small model; the rate is constant from the first step on."""
 
     def make(*overrides: str, reference: bool = False) -> Learner:
@@ -47,9 +50,7 @@ def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_one_batch_equals_four_micro_batches(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch], algo: str
-) -> None:
+def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batches, algo: str) -> None:
     tight = TIGHT if "capo" in algo else []
     whole, cut = (learner(f"algo={algo}", f"model.micro_batch_size={size}", *tight) for size in (96, 2))
     batches = [random_batch(seed=seed) for seed in range(3)]
@@ -62,7 +63,7 @@ def test_one_batch_equals_four_micro_batches(
 
 
 def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """A token's weight is a smaller advantage, in the loss and in the moments of the optimiser model."""
     down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
@@ -91,7 +92,7 @@ def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
 
 
 def test_weighing_down_without_bounds_is_the_base_algorithm_bit_for_bit(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     off = [f"algo.selection.{key}=inf" for key in ("policy_shift_max", "objective_shift_max")]
     one, other = learner("algo=grpo", "selection=down_weight", *off), learner("algo=grpo")
@@ -104,7 +105,7 @@ def test_weighing_down_without_bounds_is_the_base_algorithm_bit_for_bit(
     ("capo", "base"), [("capo", "grpo"), ("dr_capo", "dr_grpo"), ("rein_capo", "reinforce")]
 )
 def test_without_bounds_capo_is_its_base_algorithm_bit_for_bit(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch], capo: str, base: str
+    learner: Make, random_batch: Batches, capo: str, base: str
 ) -> None:
     off = [
         f"algo.selection.{key}"
@@ -116,9 +117,7 @@ def test_without_bounds_capo_is_its_base_algorithm_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-def test_the_order_of_rows_and_extra_padding_change_nothing(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, random_batch: Batches) -> None:
     batch = random_batch()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     shuffled = Batch(*(tensor[order] for tensor in vars(batch).values()))
@@ -137,9 +136,7 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(
     assert 0 < record.selection.keep_mask.sum() < batch.completion_mask.sum()
 
 
-def test_a_rejected_token_has_exactly_no_gradient(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_rejected_token_has_exactly_no_gradient(learner: Make, random_batch: Batches) -> None:
     """With every token rejected the loss is 0, has a graph, and moves no weight."""
     batch = random_batch()
     bound = "algo.selection.policy_shift_max=0.0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
@@ -153,9 +150,7 @@ def test_a_rejected_token_has_exactly_no_gradient(
     assert take_step(keeping, batch)[0]["policy/grad_norm"] > 0
 
 
-def test_kept_and_rejected_are_all_tokens(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_kept_and_rejected_are_all_tokens(learner: Make, random_batch: Batches) -> None:
     capo = learner("algo=capo", *TIGHT)
     take_step(capo, random_batch(seed=1))
     metrics, record = take_step(capo, random_batch())
@@ -165,9 +160,7 @@ def test_kept_and_rejected_are_all_tokens(
     assert metrics["selection/rejection_rate"] == pytest.approx(1 - keep.sum().item() / mask.sum().item())
 
 
-def test_the_moments_follow_kept_tokens_of_every_algorithm(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_the_moments_follow_kept_tokens_of_every_algorithm(learner: Make, random_batch: Batches) -> None:
     grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0.0")
     for one in (grpo, rejecting):
         take_step(one, random_batch())
@@ -178,7 +171,7 @@ def test_the_moments_follow_kept_tokens_of_every_algorithm(
 
 
 def test_the_step_is_adamws_on_the_loss_of_the_formula(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch], small_model: PreTrainedModel
+    learner: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     """GRPO from scratch: full logits, F.cross_entropy, torch.optim.AdamW."""
     batch = random_batch()
@@ -202,9 +195,7 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
     torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
 
 
-def test_a_second_iteration_sees_the_ratio_and_clips(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_second_iteration_sees_the_ratio_and_clips(learner: Make, random_batch: Batches) -> None:
     batch = random_batch()
     ours = learner("algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2")
     first, record = take_step(ours, batch)
@@ -215,7 +206,7 @@ def test_a_second_iteration_sees_the_ratio_and_clips(
 
 
 def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     kl = ["algo.kl_coefficient=0.1", "rollout.temperature=0.7", "regime.learning_rate=1e-3"]
     ours = learner("algo=grpo", *kl, reference=True)
@@ -227,9 +218,7 @@ def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
     assert divergence[-1] < 0.5 * max(divergence)
 
 
-def test_a_step_rule_shortens_the_step(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_step_rule_shortens_the_step(learner: Make, random_batch: Batches) -> None:
     full, half = learner("algo=grpo"), learner("algo=grpo")
     half.algorithm = replace(half.algorithm, step_rule=lambda trial: StepDecision(0.5))
     start = weights(full)
@@ -240,7 +229,7 @@ def test_a_step_rule_shortens_the_step(
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     ours = learner("algo=grpo")
     before = weights(ours)
@@ -251,9 +240,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     assert ours.optimizer_step == 0
 
 
-def test_gradient_checkpointing_changes_no_number(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_gradient_checkpointing_changes_no_number(learner: Make, random_batch: Batches) -> None:
     plain, saving = learner("algo=grpo"), learner("algo=grpo", "model.gradient_checkpointing=true")
     saving.model.gradient_checkpointing_enable({"use_reentrant": False})
     passes: list[int] = []
@@ -264,9 +251,7 @@ def test_gradient_checkpointing_changes_no_number(
     assert len(passes) == 2 and not saving.model.training
 
 
-def test_the_learner_uses_the_curvature_model_of_this_step(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random_batch: Batches) -> None:
     """Shifts with the moments and the rate from before the step; moments after it from the kept tokens."""
     schedule = ["optimizer.schedule=linear", "optimizer.warmup_ratio=0.5", "regime.learning_rate=1e-4"]
     ours = learner("algo=capo", "model.micro_batch_size=3", *schedule, *TIGHT)
@@ -285,7 +270,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(
     assert rates == pytest.approx([0.0, 2e-5, 4e-5, 6e-5])
 
 
-def test_the_gradient_is_clipped(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
+def test_the_gradient_is_clipped(learner: Make, random_batch: Batches) -> None:
     """Adam's first step hides the gradient's length; the moments do not."""
     ours = learner("algo=grpo", "optimizer.max_grad_norm=0.01")
     assert take_step(ours, random_batch())[0]["policy/grad_norm"] > 0.1
@@ -293,9 +278,7 @@ def test_the_gradient_is_clipped(learner: Callable[..., Learner], random_batch: 
     assert torch.cat([m.flatten() for m in first]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
-def test_a_second_iteration_is_the_same_in_micro_batches(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_second_iteration_is_the_same_in_micro_batches(learner: Make, random_batch: Batches) -> None:
     batch, seconds = random_batch(), []
     for size in (96, 2):
         ours = learner("algo=grpo", "regime.learning_rate=1e-3", f"model.micro_batch_size={size}")
@@ -306,7 +289,7 @@ def test_a_second_iteration_is_the_same_in_micro_batches(
 
 
 def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """Of its own rows, in micro-batches, too; the old log-probs are the learner's."""
     ours, batch, seen = (

@@ -41,18 +41,21 @@ from tests.pieces import (
     weights,
 )
 
+Make = Callable[..., Learner]
+Built = Callable[..., Algorithm]
+
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
 
 @pytest.fixture
-def built(composed: Compose) -> Callable[..., Algorithm]:
+def built(composed: Compose) -> Built:
     """`built("cpgd", ...)` is the algorithm of conf/algo/cpgd.yaml."""
     return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
 
 
 @pytest.fixture
-def learner(small_model: PreTrainedModel, composed: Compose) -> Callable[..., Learner]:
+def learner(small_model: PreTrainedModel, composed: Compose) -> Make:
     def make(*overrides: str, distance: float = 0.0) -> Learner:
         return make_learner(composed(*SMALL, *overrides), small_model, distance=distance)
 
@@ -111,7 +114,7 @@ def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(values: list[l
 
 
 def test_rloo_at_ratio_one_is_the_advantage_times_the_log_likelihood(
-    built: Callable[..., Algorithm], random_batch: Batches
+    built: Built, random_batch: Batches
 ) -> None:
     """Gradient of -mean_i A_i sum_t ln pi_it: -A_i / B at every token, however long the completion."""
     batch = random_batch()
@@ -133,7 +136,7 @@ def plain_sequence_gradient(batch: Batch, spread: float, *, mean: bool, low: flo
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rloo_off_policy_has_the_gradient_of_the_clipped_completion(
-    built: Callable[..., Algorithm], random_batch: Batches, seed: int
+    built: Built, random_batch: Batches, seed: int
 ) -> None:
     batch = random_batch(rows=32, seed=seed)
     _, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.15)
@@ -157,9 +160,7 @@ def test_kl_in_reward_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gspo_is_the_sequence_formula(
-    built: Callable[..., Algorithm], random_batch: Batches, seed: int
-) -> None:
+def test_gspo_is_the_sequence_formula(built: Built, random_batch: Batches, seed: int) -> None:
     """GSPO-token's value and gradient are those of -min(s A, clip(s) A), s = exp(mean_t ln r_t), eps of the
     paper."""
     batch = random_batch(rows=32, seed=seed)
@@ -182,9 +183,7 @@ def test_gspo_is_the_sequence_formula(
         (1e-2, -1.0, True),
     ],
 )
-def test_gspo_quadrants(
-    built: Callable[..., Algorithm], log_ratio: float, advantage: float, free: bool
-) -> None:
+def test_gspo_quadrants(built: Built, log_ratio: float, advantage: float, free: bool) -> None:
     ratio = torch.tensor(log_ratio).double().exp().item()
     _, gradient, clipped = one_token(built("gspo").token_loss, ratio, advantage)
     assert gradient == pytest.approx(-ratio * advantage if free else 0.0)
@@ -193,7 +192,7 @@ def test_gspo_quadrants(
 
 @pytest.mark.parametrize("name", ["gspo", "rloo"])
 def test_a_dropped_token_still_counts_in_the_ratio_but_has_no_gradient(
-    built: Callable[..., Algorithm], random_batch: Batches, name: str
+    built: Built, random_batch: Batches, name: str
 ) -> None:
     """The others' gradients are those of the sequence ratio over all tokens: s does not see the selection."""
     batch, algorithm = (
@@ -229,7 +228,7 @@ def test_a_dropped_token_still_counts_in_the_ratio_but_has_no_gradient(
     ],
 )
 def test_dppo_masks_by_probability(
-    built: Callable[..., Algorithm], name: str, old: float, new: float, advantage: float, free: bool
+    built: Built, name: str, old: float, new: float, advantage: float, free: bool
 ) -> None:
     log_probs = torch.tensor([[new]]).double().log().requires_grad_()
     before, credit = torch.tensor([[old]]).double().log(), torch.tensor([[advantage]]).double()
@@ -241,7 +240,7 @@ def test_dppo_masks_by_probability(
     assert got.clipped.item() != free
 
 
-def test_dppos_gradient_is_the_capped_ratio(built: Callable[..., Algorithm], random_batch: Batches) -> None:
+def test_dppos_gradient_is_the_capped_ratio(built: Built, random_batch: Batches) -> None:
     """Without bounds, of GRPO's ratio up to the cap; with a bound of its own for each sign of A."""
     batch = random_batch()
     log_probs, old, advantages = off_policy(batch, 1.0)
@@ -327,7 +326,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - kept.mean()) / kept.std(correction=0) * mask
 
 
-def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Callable[..., Learner]) -> None:
+def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Make) -> None:
     ours = learner("algo=reinforce_pp", "algo.credit.kl_coefficient=0.5", distance=0.1)
     batch, kl, rewards = drawn_batch(ours)
     to_go = torch.stack([kl[:, t:].sum(1) for t in range(kl.shape[1])], 1)
@@ -336,14 +335,14 @@ def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Calla
     assert kl.abs().max() > 0.1
 
 
-def test_reinforce_pp_baseline_whitens_the_centred_reward(learner: Callable[..., Learner]) -> None:
+def test_reinforce_pp_baseline_whitens_the_centred_reward(learner: Make) -> None:
     ours = learner("algo=reinforce_pp_baseline", distance=0.1)
     batch, _, rewards = drawn_batch(ours)
     centred = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1).expand_as(batch.advantages)
     torch.testing.assert_close(batch.advantages, whiten(centred, batch.completion_mask), rtol=1e-4, atol=1e-5)
 
 
-def test_rloo_takes_the_kl_of_the_whole_completion_off_the_reward(learner: Callable[..., Learner]) -> None:
+def test_rloo_takes_the_kl_of_the_whole_completion_off_the_reward(learner: Make) -> None:
     ours = learner("algo=rloo", "algo.shaping.kl_coefficient=0.5", distance=0.1)
     batch, kl, rewards = drawn_batch(ours)
     shaped = rewards - 0.5 * kl.sum(1).view(3, 4)
@@ -387,9 +386,7 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
         (1.5, -1.0, 1.5),
     ],
 )
-def test_clip_higher_quadrants(
-    built: Callable[..., Algorithm], ratio: float, advantage: float, gradient: float
-) -> None:
+def test_clip_higher_quadrants(built: Built, ratio: float, advantage: float, gradient: float) -> None:
     """0.2 below, 0.28 above."""
     assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
 
@@ -406,7 +403,7 @@ def test_the_overlong_penalty_is_piecewise_linear() -> None:
     torch.testing.assert_close(got - 1, torch.tensor([[0.0, 0.0, -0.2, -0.4, -0.8, -1.0, -1.0, -1.0]]))
 
 
-def test_dapo_punishes_before_it_normalises(learner: Callable[..., Learner]) -> None:
+def test_dapo_punishes_before_it_normalises(learner: Make) -> None:
     """5 tokens at most, so a cache of 1: only the completion of 5 tokens pays, in prompt 1, and its group's
     advantages follow."""
     ours = learner("algo=dapo", "dataset.max_completion_tokens=5")
@@ -417,7 +414,7 @@ def test_dapo_punishes_before_it_normalises(learner: Callable[..., Learner]) -> 
 
 
 def test_overlong_filtering_drops_every_token_of_a_truncated_completion(
-    learner: Callable[..., Learner], random_batch: Batches
+    learner: Make, random_batch: Batches
 ) -> None:
     ours, batch = learner("algo=dapo", "selection=drop_truncated"), random_batch()
     metrics, record = take_step(ours, batch)
@@ -434,7 +431,7 @@ def test_overlong_filtering_drops_every_token_of_a_truncated_completion(
 
 @pytest.mark.parametrize("advantage", [-2.0, -0.5, 0.0, 0.5, 2.0])
 def test_dual_clip_bounds_the_loss_of_wrong_completions_and_nothing_else(
-    built: Callable[..., Algorithm], advantage: float
+    built: Built, advantage: float
 ) -> None:
     single, dual = (built(name).token_loss for name in ("grpo", "grpo_dual_clip"))
     for ratio in (0.1, 0.79, 0.9, 1.0, 1.3, 2.9, 3.1, 50.0):
@@ -445,7 +442,7 @@ def test_dual_clip_bounds_the_loss_of_wrong_completions_and_nothing_else(
             assert two == one
 
 
-def test_grpo_without_clip_is_the_plain_ratio(built: Callable[..., Algorithm], random_batch: Batches) -> None:
+def test_grpo_without_clip_is_the_plain_ratio(built: Built, random_batch: Batches) -> None:
     batch, algorithm = random_batch(), built("grpo_no_clip")
     loss, gradient, clipped = loss_and_gradient(algorithm, batch, spread=2.0)
     log_probs, old, advantages = off_policy(batch, 2.0)
@@ -458,9 +455,7 @@ def test_grpo_without_clip_is_the_plain_ratio(built: Callable[..., Algorithm], r
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.1, 1.5])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 2.0])
-def test_grpo_with_drift_adds_cpgds_drift(
-    built: Callable[..., Algorithm], ratio: float, advantage: float
-) -> None:
+def test_grpo_with_drift_adds_cpgds_drift(built: Built, ratio: float, advantage: float) -> None:
     plain = one_token(built("grpo").token_loss, ratio, advantage)
     got = one_token(built("grpo_drift").token_loss, ratio, advantage)
     assert got[1] - plain[1] == pytest.approx(0.01 * min(ratio - 1, 0.2), abs=1e-12)
@@ -472,9 +467,7 @@ def test_grpo_with_drift_adds_cpgds_drift(
 
 @pytest.mark.parametrize("ratio", [0.85, 1.0, 1.15])
 @pytest.mark.parametrize("advantage", [-1.5, 2.0])
-def test_inside_the_bounds_the_gradient_has_no_ratio(
-    built: Callable[..., Algorithm], ratio: float, advantage: float
-) -> None:
+def test_inside_the_bounds_the_gradient_has_no_ratio(built: Built, ratio: float, advantage: float) -> None:
     """-A grad ln pi, where GRPO has -r A; at ratio 1 the drift adds nothing."""
     _, gradient, clipped = one_token(built("cpg").token_loss, ratio, advantage)
     assert (gradient, clipped) == (-advantage, False)
@@ -488,7 +481,7 @@ def test_inside_the_bounds_the_gradient_has_no_ratio(
     [(1.21, 1.0, -1.2, False), (0.5, 1.0, -0.5, True), (0.79, -1.0, 0.8, False), (3.0, -1.0, 3.0, True)],
 )
 def test_the_clip_acts_in_two_quadrants(
-    built: Callable[..., Algorithm], ratio: float, advantage: float, value: float, free: bool
+    built: Built, ratio: float, advantage: float, value: float, free: bool
 ) -> None:
     """-A ln(r), held at -A ln(1.2) and -A ln(0.8) where the policy has gone far enough already."""
     got, gradient, clipped = one_token(built("cpg").token_loss, ratio, advantage)
@@ -497,7 +490,7 @@ def test_the_clip_acts_in_two_quadrants(
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.7, 1.0, 1.1, 1.19, 1.21, 3.0])
-def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Callable[..., Algorithm], ratio: float) -> None:
+def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Built, ratio: float) -> None:
     """k3 of KL(old || policy) = r - 1 - ln r; alpha = 0.01, and r - 1 counts as 0.2 at most."""
     log_probs = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
     (k3,) = torch.autograd.grad(log_probs.exp() - 1 - log_probs, log_probs)
@@ -509,16 +502,14 @@ def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Callable[..., Algor
     ("name", "clipped", "drift"),
     [("cpgd", 0.0, 0.2), ("cpg", 0.0, 0.0), ("pgd", -1.0, 0.2), ("pg", -1.0, 0.0)],
 )
-def test_ablations_switch_off_clip_and_drift(
-    built: Callable[..., Algorithm], name: str, clipped: float, drift: float
-) -> None:
+def test_ablations_switch_off_clip_and_drift(built: Built, name: str, clipped: float, drift: float) -> None:
     """A > 0 and r far above the bound: the clip removes -A, the drift adds 0.01 * 0.2. And far below it."""
     loss = built(name).token_loss
     assert one_token(loss, 9.0, 1.0)[1] == pytest.approx(clipped + 0.01 * drift)
     assert one_token(loss, 0.01, -1.0)[1] == pytest.approx(-clipped - 0.01 * 0.99 * (drift > 0))
 
 
-def test_bounds_go_from_tight_to_loose_along_a_completion(built: Callable[..., Algorithm]) -> None:
+def test_bounds_go_from_tight_to_loose_along_a_completion(built: Built) -> None:
     """eps (1/4 + 3/4 i / n) for the i-th of n tokens: 0.0875, 0.125, 0.1625, 0.2 of four and 0.125, 0.2 of
     two; tightness 1 is 0.2 everywhere."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
@@ -549,7 +540,7 @@ def test_clip_filter_weights_by_hand() -> None:
     assert not clip_filter_weighted(torch.tensor([equal] * 4), max_weight=3.0).any()
 
 
-def test_cpgds_prompt_weights(built: Callable[..., Algorithm]) -> None:
+def test_cpgds_prompt_weights(built: Built) -> None:
     """1 / std is GRPO's advantage; equal is Dr. GRPO's; unprocessed is the reward."""
     rewards = torch.rand(5, 4)
     got = {name: built(f"cpgd_{name}").advantage(rewards) for name in ("std", "equal", "unprocessed")}
@@ -581,7 +572,7 @@ def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> Non
 
 
 def test_cpgd_averages_over_the_tokens_of_a_prompt_then_over_prompts(
-    learner: Callable[..., Learner], small_model: PreTrainedModel, random_batch: Batches
+    learner: Make, small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     """At ratio 1: the gradient of -mean_x (1 / sum_k |y_k|) sum_k A_k sum_t ln pi; rows 2p and 2p + 1 are of
     prompt p."""
@@ -727,7 +718,7 @@ def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
     ],
 )
 def test_the_kl_in_the_loss_is_the_estimators(
-    learner: Callable[..., Learner],
+    learner: Make,
     random_batch: Batches,
     overrides: list[str],
     estimator: Callable[[Tensor, Tensor], Tensor],
@@ -755,7 +746,7 @@ def test_the_kl_in_the_loss_is_the_estimators(
 
 
 def test_a_kl_in_the_reward_alone_leaves_the_loss_finite_however_far_the_reference(
-    learner: Callable[..., Learner], random_batch: Batches
+    learner: Make, random_batch: Batches
 ) -> None:
     """The k3 of RLOO's metric overflows; its loss has no KL term."""
     ours, plain = learner("algo=rloo"), learner("algo=rloo", "algo.shaping.kl_coefficient=0.0")
@@ -770,7 +761,7 @@ def test_a_kl_in_the_reward_alone_leaves_the_loss_finite_however_far_the_referen
     )
 
 
-def test_a_reset_reference_is_the_policy(learner: Callable[..., Learner], random_batch: Batches) -> None:
+def test_a_reset_reference_is_the_policy(learner: Make, random_batch: Batches) -> None:
     ours = learner("algo=prorl", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3")
     take_step(ours, random_batch())
     assert take_step(ours, random_batch())[0]["loss/kl"] > 0
@@ -783,9 +774,7 @@ def test_a_reset_reference_is_the_policy(learner: Callable[..., Learner], random
     )  # the reference is a copy: it stays where it was put
 
 
-def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
-    learner: Callable[..., Learner], random_batch: Batches
-) -> None:
+def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(learner: Make, random_batch: Batches) -> None:
     """Moments of a fresh learner with the same weights; the schedule goes on where it was."""
     rates = [
         "algo=capo",
@@ -817,9 +806,7 @@ class Nothing:
         folder.mkdir(exist_ok=True)
 
 
-def test_a_checkpoint_keeps_a_moved_reference(
-    learner: Callable[..., Learner], random_batch: Batches, tmp_path: Path
-) -> None:
+def test_a_checkpoint_keeps_a_moved_reference(learner: Make, random_batch: Batches, tmp_path: Path) -> None:
     ours, keeper = learner("algo=prorl", "regime.learning_rate=1e-3"), Checkpointer(tmp_path, keep=1)
     take_step(ours, random_batch())
     keeper.save(1, ours.state_dict(), ours.model, Nothing())  # pyright: ignore[reportArgumentType]
@@ -852,7 +839,7 @@ def test_a_checkpoint_keeps_a_moved_reference(
 # The CAPO authors' "minibatch" recipe
 
 
-def test_only_the_first_of_a_group_learns_with_the_weight_of_all(built: Callable[..., Algorithm]) -> None:
+def test_only_the_first_of_a_group_learns_with_the_weight_of_all(built: Built) -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
     got = first_of_group(rewards, eps=1e-4)
     torch.testing.assert_close(got[:, 0], 4 * built("grpo").advantage(rewards)[:, 0])
