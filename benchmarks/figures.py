@@ -31,7 +31,7 @@ from capo_exp.figures.catalogue import figure_names, read_figure
 from capo_exp.figures.command import parse
 from capo_exp.figures.study import Lacking
 from capo_exp.runs import metrics as names
-from capo_exp.runs.record import as_dict
+from capo_exp.runs.identity import as_dict
 
 JOBS = ("grpo_conservative", "grpo_aggressive", "capo", "dr_capo", "reinforce_aggressive", "capo_sgd")
 TOKENS, COMPLETIONS, EVERY = 30, 32, 10
@@ -43,7 +43,7 @@ def make_runs(root: Path, seeds: int, steps: int) -> None:
     register()
     for job in JOBS:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            config = as_dict(to_config(compose("config", [f"experiment=tiny/{job}"])))
+            config = as_dict(to_config(compose("config", [f"experiment=paper/{job}", "scale=tiny"])))
         for seed in range(seeds):
             folder = root / f"{job}-s{seed}"
             folder.mkdir(parents=True)

@@ -25,9 +25,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.core import policy
-from capo_exp.grading.verifier import exact_match
+from capo_exp.grading.compare import exact_match
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.read import load_run
-from capo_exp.runs.record import run_dir
 from capo_exp.training import loop as train
 
 

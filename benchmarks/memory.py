@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.memory import estimate
 from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.record import run_dir
+from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def child(folder: str, overrides: list[str]) -> None:
     config = compose_config([*overrides, f"model.path={folder}", f"output_dir={folder}/outputs"])
     take_steps(config)
     peak = resident("VmHWM") - before
-    estimated = estimate(config, reference=config.algo.needs_reference, gpu=False).total
+    estimated = estimate(config, gpu=False).total
     sys.stdout.write(f"\n{json.dumps([peak, estimated])}\n")
 
 

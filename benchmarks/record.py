@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.schema import TrainConfig, conf_dir, register
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.record import run_dir
 from capo_exp.training import loop as train
 from capo_exp.training import session as opening
 

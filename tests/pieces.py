@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.types import (
@@ -25,7 +26,8 @@ from capo_exp.core.types import (
     own_log_probs,
 )
 from capo_exp.curvature.step_trial import StepDecision
-from capo_exp.grading.verifier import Grade, RewardResult
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.verifier import RewardResult
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
 from capo_exp.training.rollout_step import take_updates
@@ -48,7 +50,7 @@ def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float
         model: stays as it is.
         distance: standard deviation of the noise that tells the reference's weights from the model's.
     """
-    reference = copy.deepcopy(model).requires_grad_(False) if config.algo.needs_reference else None
+    reference = copy.deepcopy(model).requires_grad_(False) if needs_reference(config.algo) else None
     if reference is not None and distance:
         generator = torch.Generator().manual_seed(0)
         for parameter in reference.parameters():

@@ -261,8 +261,10 @@ def test_looking_imports_nothing_heavy(tmp_path: Path, arguments: list[str]) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_only_imports_nothing_heavy(tmp_path: Path, model_dir: Path) -> None:
-    done = subprocess_run("plan_only=true", f"model.path={model_dir}", cwd=tmp_path, code=NO_HEAVY)
+def test_a_wrong_value_is_found_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    code = NO_HEAVY.replace("not end.code", "end.code == 2")
+    done = subprocess_run("regime.prompts_per_step=7", cwd=tmp_path, code=code)
+    assert done.stderr.startswith("model.micro_batch_size=16: expected a divisor of")
     assert done.returncode == 0, done.stderr
 
 

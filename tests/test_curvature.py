@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import capo_exp.curvature
+from capo_exp.core.types import AdamState
 from capo_exp.curvature.model import (
-    AdamState,
     apply_row_gradients,
     batch_shifts,
     init_adam_state,

@@ -13,11 +13,11 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.figures import labels, style
 from capo_exp.figures.curves import Curve, check_key, curves, differences, reference_of, start_value
 from capo_exp.figures.settings import within
-from capo_exp.runs.read import Row, Run
-from capo_exp.runs.record import as_dict, run_id, run_name
+from capo_exp.runs.identity import as_dict, run_id, run_name
+from capo_exp.runs.read import LoggedRow, LoggedRun
 from tests.conftest import ALGORITHMS
 
-Make = Callable[..., Run]
+Make = Callable[..., LoggedRun]
 STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
 
 
@@ -25,17 +25,19 @@ STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
 def make(composed: Callable[..., TrainConfig]) -> Make:
     """A run as `python -m capo_exp OVERRIDES` would leave it."""
 
-    def run(*overrides: str, record: dict[str, Any] | None = None, metrics: list[Row] | None = None) -> Run:
+    def run(
+        *overrides: str, record: dict[str, Any] | None = None, metrics: list[LoggedRow] | None = None
+    ) -> LoggedRun:
         config = composed(*overrides)
         base = {"run_id": run_id(config), "device": "cpu", "data": "d1"}
-        return Run(
+        return LoggedRun(
             Path("outputs") / run_name(config), as_dict(config), base | (record or {}), metrics or [], []
         )
 
     return run
 
 
-def seeds(make: Make, *overrides: str, count: int = 2) -> list[Run]:
+def seeds(make: Make, *overrides: str, count: int = 2) -> list[LoggedRun]:
     return [make(*overrides, f"seed={seed}") for seed in range(count)]
 
 
@@ -150,7 +152,8 @@ def test_order_is_that_of_the_colours_then_of_unknown_ones(make: Make) -> None:
     names = ["zeta", *reversed(style.ALGORITHM_COLOURS), "alpha"]
     base = make("algo=grpo")
     runs = [
-        Run(Path(n), base.config | {"algo": base.config["algo"] | {"name": n}}, {}, [], []) for n in names
+        LoggedRun(Path(n), base.config | {"algo": base.config["algo"] | {"name": n}}, {}, [], [])
+        for n in names
     ]
     found = [curve.algorithm for curve in curves(runs, mix=False)]
     assert found == [*style.ALGORITHM_COLOURS, "alpha", "zeta"]
@@ -230,12 +233,14 @@ def test_a_long_list_of_differences_is_cut(make: Make) -> None:
 
 
 def test_mixed_curves_say_their_model(make: Make) -> None:
-    runs = [make("algo=grpo", "model.name=large"), make("algo=capo"), Run(Path("bare"), {}, {}, [], [])]
+    runs = [make("algo=grpo", "model.name=large"), make("algo=capo"), LoggedRun(Path("bare"), {}, {}, [], [])]
     assert [curve.label for curve in curves(runs, mix=True)] == ["CAPO (A) tiny", "GRPO (A) large", "bare"]
 
 
 def test_runs_without_a_config_are_curves_of_their_own() -> None:
-    runs = [Run(Path(f"{folder}/x"), {}, {}, [], []) for folder in "ab"] + [Run(Path("c/y"), {}, {}, [], [])]
+    runs = [LoggedRun(Path(f"{folder}/x"), {}, {}, [], []) for folder in "ab"] + [
+        LoggedRun(Path("c/y"), {}, {}, [], [])
+    ]
     found = curves(runs, mix=False)
     assert [(curve.label, curve.algorithm, len(curve.runs)) for curve in found] == [
         ("x #1", "", 1), ("x #2", "", 1), ("y", "", 1),
@@ -273,7 +278,7 @@ def test_length_counts_where_the_learning_rate_follows_it(make: Make) -> None:
 
 
 def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
-    def run(seed: int, name: str, device: str | None) -> Run:
+    def run(seed: int, name: str, device: str | None) -> LoggedRun:
         return make(f"seed={seed}", f"device={name}", record={"device": device})
 
     assert len(curves([run(0, "auto", "cpu"), run(1, "cpu", "cpu")], mix=False)) == 1
@@ -310,7 +315,7 @@ def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:
     assert found is not None and found.label == "GRPO 20 steps"
 
 
-def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> Run:
+def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> LoggedRun:
     rows = [
         {STEP: first + i, COMPLETIONS: 96 * (first + i), "reward/accuracy": a}
         for i, a in enumerate(accuracies)
@@ -326,7 +331,7 @@ def test_where_accuracy_curves_start(make: Make) -> None:
     assert start_value([long, short], "reward/accuracy", alpha=0.1) == pytest.approx(smooth)
     assert start_value([moving], "reward/accuracy") is None
     assert start_value([still(make, 0, [None]), still(make, 1, [0.3], first=11)], "reward/accuracy") is None
-    assert start_value([Run(Path("x"), {}, {}, long.metrics, [])], "reward/accuracy") is None
+    assert start_value([LoggedRun(Path("x"), {}, {}, long.metrics, [])], "reward/accuracy") is None
 
 
 def test_evaluations_have_a_real_start(make: Make) -> None:
@@ -344,7 +349,9 @@ def test_evaluations_have_a_real_start(make: Make) -> None:
 
 
 def test_a_metric_that_does_not_exist() -> None:
-    run = Run(Path("x"), {}, {}, [{"reward/accuracy": 1}, {"own/number": None}], [{"eval/accuracy": 0.5}])
+    run = LoggedRun(
+        Path("x"), {}, {}, [{"reward/accuracy": 1}, {"own/number": None}], [{"eval/accuracy": 0.5}]
+    )
     for key in ("reward/accuracy", "eval/accuracy", "own/number"):
         check_key([run], key)
     with pytest.raises(ConfigError, match="reward/acuracy: no such metric; nearest: reward/accuracy"):

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from capo_exp.cli import doctor, doctor_checks
 from capo_exp.cli.doctor_checks import CheckFailed
+from capo_exp.config import memory
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import RolloutGroup
 from capo_exp.grading import verifier as rewards
 from capo_exp.grading.compare import Grade
+from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.checkpoint import Checkpointer
 
@@ -160,8 +162,8 @@ def always(correct: bool) -> Callable[[Patch], None]:
 def sampler_off_by(nats: float) -> Callable[[Patch], None]:
     genuine = HFRollout.generate
 
-    def generate(self: HFRollout, *args: object, **kwargs: object) -> list[RolloutGroup]:
-        groups = genuine(self, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    def generate(self: HFRollout, request: SamplingRequest) -> list[RolloutGroup]:
+        groups = genuine(self, request)
         off = [
             tuple(
                 replace(c, sampler_log_probs=tuple(x + nats for x in c.sampler_log_probs))
@@ -175,8 +177,8 @@ def sampler_off_by(nats: float) -> Callable[[Patch], None]:
 
 
 def engine_without_completions(patch: Patch) -> None:
-    def generate(self: HFRollout, prompts: list[object], **numbers: object) -> list[object]:
-        return [SimpleNamespace(completions=()) for _ in prompts]
+    def generate(self: HFRollout, request: SamplingRequest) -> list[object]:
+        return [SimpleNamespace(completions=()) for _ in request.prompts]
 
     patch.setattr(HFRollout, "generate", generate)
 
@@ -186,7 +188,7 @@ def forgetful_restore(patch: Patch) -> None:
 
 
 def little_memory(patch: Patch) -> None:
-    patch.setattr(doctor_checks, "free_memory", lambda device: 183_000_000)
+    patch.setattr(memory, "measure_memory", lambda device: (179_000_000, 10**10))
 
 
 def full_disk(patch: Patch) -> None:
@@ -196,7 +198,7 @@ def full_disk(patch: Patch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "break_it", "check", "seen", "remedy", "not_run"),
     [
-        ([], little_memory, "memory", "peak 184 MB; free 183 MB", "model.micro_batch_size or", []),
+        ([], little_memory, "memory", "peak 180 MB; free 179 MB", "model.micro_batch_size or", []),
         (["dataset.max_prompt_tokens=1"], None, "data", "drops all 4000 prompts", "dataset.max_prompt_tokens",
          ["engine", "weight transfer", "log-probs", "reward", "resume"]),
         ([], engine_without_completions, "engine", "0 completions", "rollout=hf",
@@ -289,30 +291,6 @@ def test_a_gpu_that_is_not_there(examine: Examine) -> None:
     assert {rows[name].result for name in ("versions", "disk space", "W&B")} == {"pass"}
 
 
-@pytest.mark.parametrize(("free", "fits"), [(1.5e9, True), (1.0e9, False)])
-def test_memory_counts_the_engine(
-    composed: Callable[..., TrainConfig], monkeypatch: Patch, free: float, fits: bool
-) -> None:
-    """The learner's 184 MB fit either way; vLLM's KV cache of a GiB does not."""
-    monkeypatch.setattr(doctor_checks, "free_memory", lambda device: int(free))
-    config = composed("rollout=vllm")
-    try:
-        found = doctor_checks.compare_memory(config, torch.device("cpu")).seen
-    except CheckFailed as error:
-        found = str(error)
-        assert not fits
-    else:
-        assert fits
-    assert "engine 1.1 GB" in found
-    remote = composed("rollout=vllm", "rollout.server_url=http://node7:8000")
-    assert "engine" not in doctor_checks.compare_memory(remote, torch.device("cpu")).seen
-
-
-def test_free_memory_is_this_machines() -> None:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < doctor_checks.free_memory(torch.device("cpu")) <= total
-
-
 # Versions
 
 
@@ -397,10 +375,10 @@ def test_a_package_that_is_not_installed(examine: Examine, monkeypatch: Patch) -
         (["seed=0", "-m"], "-m: expected key=value only, since the doctor examines one run"),
         (["--cfg", "job"], "--cfg: expected key=value only"),
         (
-            ["experiment=tiny/figure_1"],
+            ["experiment=paper/figure_1", "scale=tiny"],
             "seed=range(5): expected one of them, since the doctor examines one run",
         ),
-        (["experiment=tiny/figure_1", "seed=0"], "experiment/paper=grpo_conservative,"),
+        (["experiment=paper/figure_1", "scale=tiny", "seed=0"], "experiment/paper=grpo_conservative,"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_status_2(
@@ -413,7 +391,7 @@ def test_a_wrong_configuration_is_one_line_and_status_2(
 
 
 def test_one_job_of_a_sweep_can_be_examined() -> None:
-    config = doctor.configure(["experiment=tiny/figure_1", "seed=3", "experiment/paper=capo"])
+    config = doctor.configure(["experiment=paper/figure_1", "scale=tiny", "seed=3", "experiment/paper=capo"])
     assert (config.seed, config.algo.name) == (3, "capo")
 
 

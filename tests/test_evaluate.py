@@ -30,8 +30,9 @@ from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import weights_digest
 from capo_exp.evaluation.table import Result, gains
 from capo_exp.figures.__main__ import main as figures
+from capo_exp.runs.lock import locked
 from capo_exp.runs.read import load_run, read_jsonl
-from capo_exp.runs.record import locked
+from tests.grading_pieces import math_verifier
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -575,9 +576,8 @@ def test_a_file_that_is_none(
 def test_accuracy_of_every_model_is_that_of_the_labels(name: str, evaluated: Evaluate) -> None:
     """Within 0.5 points, all rows."""
     from capo_exp.evaluation.stored import score_stored
-    from capo_exp.grading.verifier import MathVerifier
 
-    with MathVerifier(timeout_seconds=5.0, workers=2) as verifier:
+    with math_verifier(workers=2) as verifier:
         found = score_stored(SHARED / name / "all.parquet", verifier).groups
     models = [each for each in found if each.group.get("task", "all") == "all"]
     assert len(models) == 4

@@ -12,9 +12,11 @@ import wandb
 from omegaconf import OmegaConf
 
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.identity import run_name
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import load_run, read_jsonl
-from capo_exp.runs.record import read, run_name, status, write_atomic
+from capo_exp.runs.record import read_record, run_status
 from capo_exp.runs.wandb_file import history
 from capo_exp.training import loop as train
 from scripts.fetch_wandb import RENAMED, export, main, split
@@ -67,7 +69,7 @@ def test_a_fetched_run_is_what_was_trained(
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert read_jsonl(there / name) == read_jsonl(trained / name)
     assert OmegaConf.load(there / "config.yaml") == OmegaConf.load(trained / "config.yaml")
-    ours, theirs = read(trained), read(there)
+    ours, theirs = read_record(trained), read_record(there)
     assert ours and theirs
     same = (
         "run_id",
@@ -84,7 +86,7 @@ def test_a_fetched_run_is_what_was_trained(
     assert {key: theirs[key] for key in same} == {key: ours[key] for key in same}
     assert theirs["wandb"] == ours["wandb"] and theirs["fetched"]["dropped"] == {}
     run = load_run(there)
-    assert (status(there), run.setting("algo.name"), len(run.metrics)) == ("finished", "capo", 3)
+    assert (run_status(there), run.setting("algo.name"), len(run.metrics)) == ("finished", "capo", 3)
 
 
 def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(
@@ -98,9 +100,9 @@ def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(
     run["state"] = "running"
     assert main(command) == main(command) == 0 and len(pages) == 2
     there = tmp_path / "fetched" / "sweep" / logged
-    assert status(there) == "interrupted"  # nobody here has it in hand
+    assert run_status(there) == "interrupted"  # nobody here has it in hand
     run["state"] = "finished"
-    assert main(command) == 0 and len(pages) == 3 and status(there) == "finished"
+    assert main(command) == 0 and len(pages) == 3 and run_status(there) == "finished"
     assert main(command) == 0 and len(pages) == 3
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"{there}: there",
@@ -284,7 +286,7 @@ def test_folders_of_runs_with_one_name_and_of_runs_trained_here(tmp_path: Path) 
         "p/a_.._run_1/run.json",
     ]
     assert read_jsonl(tmp_path / "p" / "a_.._run_1-x2" / "metrics.jsonl")[0]["loss/kl"] == 2.0
-    record = read(tmp_path / "p" / "a_.._run_1")
+    record = read_record(tmp_path / "p" / "a_.._run_1")
     assert record and (record["run_id"], record["seeds"]) == ("x1", {"seed": 3})
     own = tmp_path / "p" / "own"
     own.mkdir()

@@ -370,9 +370,9 @@ def test_neighbours_in_a_bar_differ_in_lightness() -> None:
 
 def test_conditions() -> None:
     def run(**config: Any) -> Any:
-        from capo_exp.runs.read import Run
+        from capo_exp.runs.read import LoggedRun
 
-        return Run(Path("r"), {"algo": config}, {}, [], [])
+        return LoggedRun(Path("r"), {"algo": config}, {}, [], [])
 
     plain, kl, old = (
         run(name="grpo", kl=0.0, variant=""),

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from capo_exp.figures import plots, style
 from capo_exp.figures.plots import plot_run, smoothing_window, title, trailing_mean
-from capo_exp.runs.read import Run, load_run
+from capo_exp.runs.read import LoggedRun, load_run
 from tests.figure_pieces import NO_WARNINGS
 
 CONFIG = {
@@ -100,7 +100,7 @@ def test_the_title_says_what_ran(tmp_path: Path) -> None:
         "capo · tiny · arithmetic\n"
         "aggressive · learning rate 1e-4 · 12 prompts x 8 completions a step · seed 3"
     )
-    assert "?" in title(Run(tmp_path, {}, {}, [], []))
+    assert "?" in title(LoggedRun(tmp_path, {}, {}, [], []))
 
 
 def test_smoothing_by_hand() -> None:

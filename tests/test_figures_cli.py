@@ -15,7 +15,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.figures import __main__ as cli
 from capo_exp.figures.catalogue import defaults, figure_names
 from capo_exp.figures.command import parse, smoothing
-from capo_exp.runs.record import replacing
+from capo_exp.runs.files import replace_file
 from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
 
 SUFFIXES = (".png", ".pdf", ".csv", ".md", ".tex")
@@ -244,7 +244,7 @@ def test_a_failure_leaves_the_old_files(
         full.append(path)
         if len(full) == 4:
             raise OSError(28, "No space left on device")
-        return replacing(path)
+        return replace_file(path)
 
     monkeypatch.setattr(cli, "replacing", replacing_until_full)
     result = run(f"runs={study}", "figure=5", "smoothing=0.5", f"output={tmp_path}")

@@ -20,10 +20,10 @@ from capo_exp.core.policy import load_tokenizer
 from capo_exp.core.types import Problem
 from capo_exp.data.prompts import preview, render, visited, with_special_tokens
 from capo_exp.figures.settings import flat, results
-from capo_exp.grading.compare import last_boxed
+from capo_exp.grading.extract import find_last_box
 from capo_exp.runs.console import Progress
+from capo_exp.runs.identity import as_dict, read_schema, run_id
 from capo_exp.runs.read import load_run
-from capo_exp.runs.record import ADDED, as_dict, run_id
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -193,7 +193,7 @@ def test_worked_examples_as_turns(composed, tokenizer):
 def test_worked_examples_end_in_right_answers(composed):
     golds = ["89", r"\frac{15}{2}", r"\frac{1}{8}", "60"]
     config = styled(composed, "few_shot")
-    assert [last_boxed(example["solution"]) for example in config.examples] == golds
+    assert [find_last_box(example["solution"]) for example in config.examples] == golds
 
 
 def test_a_style_is_a_label_and_what_is_neutral_is_no_part_of_the_identity(composed):
@@ -201,7 +201,7 @@ def test_a_style_is_a_label_and_what_is_neutral_is_no_part_of_the_identity(compo
     assert run_id(composed("dataset.prompt_style=other")) == run_id(composed())
     for override in ("prompt=few_shot", "prompt=qwen_math", "dataset.levels=[1]", "dataset.types=[chain]"):
         assert run_id(composed(override)) != run_id(composed())
-    assert set(ADDED) >= {"dataset.examples", "dataset.levels", "dataset.types"}
+    assert read_schema()[1].keys() >= {"dataset.examples", "dataset.levels", "dataset.types"}
 
 
 def test_every_style_sets_every_key_so_that_none_is_left_from_the_dataset():
@@ -213,7 +213,7 @@ def test_every_style_sets_every_key_so_that_none_is_left_from_the_dataset():
 
 def test_a_run_older_than_a_key_has_the_settings_of_a_new_one(composed):
     older = load_run(Path(__file__).parents[1] / "outputs" / "reference" / "default")
-    assert not set(ADDED) & dict(flat(older.config)).keys()
+    assert read_schema()[1].keys() - dict(flat(older.config)).keys()
     new = replace(older, config=as_dict(composed()))
     assert results(new) == results(older)
 

@@ -16,7 +16,7 @@ from capo_exp.figures import report_viewer as viewer
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.report import pipe_table, write_report
 from capo_exp.figures.report_tables import differing, labels, summary
-from capo_exp.runs.read import Run, load_run
+from capo_exp.runs.read import LoggedRun, load_run
 from tests.report_pieces import (
     CAPO,
     HOSTILE,
@@ -68,7 +68,7 @@ class Study:
         return Page(self.path)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[LoggedRun]:
         return [run for curve in self.curves for run in curve.runs]
 
     @property
@@ -101,7 +101,7 @@ def test_the_summary_by_hand(written: Study) -> None:
 
 
 def test_a_run_without_a_step_has_no_numbers(tmp_path: Path) -> None:
-    (line,) = summary([Run(tmp_path, {}, {}, [], [])], ["a run"])
+    (line,) = summary([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"])
     assert [cell.text for cell in line.cells[1:]] == ["0/?", "-", "-", "-", "-", "-", "-", "-"]
     assert [cell.value for cell in line.cells[2:]] == [""] * 7
 

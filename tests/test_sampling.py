@@ -20,6 +20,7 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Problem, Prompt, RolloutGroup
 from capo_exp.data.prompts import visited
 from capo_exp.grading.terms import RewardTerms
+from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.demonstrations import DemonstrationRollout
 from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
@@ -38,10 +39,8 @@ class Scripted:
     mixed: Callable[[int], bool]
     calls: list[dict[str, object]] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Prompt], **numbers: object) -> list[RolloutGroup]:
-        self.calls.append({"prompts": [int(p.problem.id) for p in prompts], **numbers})
-        size, version = numbers["group_size"], numbers["weight_version"]
-        assert isinstance(size, int) and isinstance(version, int)
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        self.calls.append(vars(request) | {"prompts": [int(p.problem.id) for p in request.prompts]})
         return [
             RolloutGroup(
                 p,
@@ -51,11 +50,11 @@ class Scripted:
                         reward=float(g == 0 and self.mixed(int(p.problem.id))),
                         truncated=g == 1,
                     )
-                    for g in range(size)
+                    for g in range(request.group_size)
                 ),
-                version,
+                request.weight_version,
             )
-            for p in prompts
+            for p in request.prompts
         ]
 
 
@@ -279,19 +278,14 @@ class Words:
         return " ".join(map(str, token_ids))
 
 
-def demonstrated(*texts: str) -> list[Prompt]:
-    return [Prompt(Problem(str(i), "", "", demonstration=t), "", (5, 6)) for i, t in enumerate(texts)]
-
-
-NUMBERS = {
-    "group_size": 2, "max_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
-    "weight_version": 3,
-}  # fmt: skip
+def ask(*texts: str, group_size: int = 2) -> SamplingRequest:
+    prompts = [Prompt(Problem(str(i), "", "", demonstration=t), "", (5, 6)) for i, t in enumerate(texts)]
+    return SamplingRequest(prompts, group_size, 4, 1.0, 0, 1.0, seed=0, weight_version=3)
 
 
 def test_demonstrations_are_the_solutions_with_an_end() -> None:
     engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
-    short, exact, long = engine.generate(demonstrated("7 8", "7 8 9", "7 8 9 10"), **NUMBERS)
+    short, exact, long = engine.generate(ask("7 8", "7 8 9", "7 8 9 10"))
     for group, token_ids, text, truncated in (
         (short, (7, 8, 1), "7 8", False),
         (exact, (7, 8, 9, 1), "7 8 9", False),
@@ -301,7 +295,7 @@ def test_demonstrations_are_the_solutions_with_an_end() -> None:
         for one in group.completions:
             assert (one.token_ids, one.text, one.truncated) == (token_ids, text, truncated)
             assert len(one.sampler_log_probs) == len(token_ids) and all(map(isnan, one.sampler_log_probs))
-    (cut,) = engine.generate(demonstrated("7 8 9 10 11"), **NUMBERS)
+    (cut,) = engine.generate(ask("7 8 9 10 11"))
     assert (cut.completions[0].token_ids, cut.completions[0].text) == ((7, 8, 9, 10), "7 8 9 10")
 
 
@@ -310,7 +304,7 @@ def test_a_problem_without_a_demonstration_is_named() -> None:
     with pytest.raises(
         ConfigError, match="problem 1 has no demonstration; expected a dataset with worked solutions"
     ):
-        engine.generate(demonstrated("7 8", ""), **NUMBERS)
+        engine.generate(ask("7 8", ""))
 
 
 def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
@@ -322,7 +316,7 @@ def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
         *SMALL, "algo=sft", "rollout=demonstrations", "regime.group_size=1", "regime.learning_rate=1e-2"
     )
     engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
-    groups = engine.generate(demonstrated("7 8", "9 10 11"), **(NUMBERS | {"group_size": 1}))
+    groups = engine.generate(ask("7 8", "9 10 11", group_size=1))
     drawn = Rollout(groups, torch.ones(2, 1), True, 2, 2, 7, {})
     ours = make_learner(config, small_model)
     batch, _ = assign_credit(drawn, ours, pad_token_id=0)

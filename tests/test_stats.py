@@ -9,9 +9,9 @@ import pytest
 from scipy import stats as scipy_stats
 
 from capo_exp.figures.bands import Band
-from capo_exp.figures.intervals import RESAMPLES, Interval, Statistic
-from capo_exp.figures.stats import areas, band, centre, ema, interval, noise, sample_efficiency, stability
-from capo_exp.runs.read import Array, Run
+from capo_exp.figures.intervals import RESAMPLES, Interval, Statistic, ema, interval
+from capo_exp.figures.stats import areas, band, centre, noise, sample_efficiency, stability
+from capo_exp.runs.read import Array, LoggedRun
 from tests.figure_pieces import NO_WARNINGS
 
 X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"
@@ -22,14 +22,18 @@ NAN = float("nan")
 pytestmark = NO_WARNINGS
 
 
-def run(values: Sequence[float | None], size: float = 10, first: int = 1, **more: list[Any]) -> Run:
+def run(values: Sequence[float | None], size: float = 10, first: int = 1, **more: list[Any]) -> LoggedRun:
     """One row a step, `size` completions each."""
     rows = [{STEP: first + i, X: size * (first + i), KEY: value} for i, value in enumerate(values)]
-    return Run(Path("x"), {}, {}, rows, more.get("evaluations", []))
+    return LoggedRun(Path("x"), {}, {}, rows, more.get("evaluations", []))
 
 
 def drawn(
-    runs: Sequence[Run], alpha: float = 1.0, statistic: Statistic = "mean", kind: Interval = "t", **more: Any
+    runs: Sequence[LoggedRun],
+    alpha: float = 1.0,
+    statistic: Statistic = "mean",
+    kind: Interval = "t",
+    **more: Any,
 ) -> Band:
     options = {"source": "metrics", "x": X, "statistic": statistic, "interval": kind, "alpha": alpha} | more
     found = band(runs, KEY, **options)
@@ -155,7 +159,7 @@ def test_no_run_has_the_metric() -> None:
     assert band([run([0.5])], "loss/kl", **options) is None
     assert band([run([0.5])], KEY, **(options | {"source": "eval"})) is None
     assert band([run([None])], KEY, **options) is None
-    only = band([run([0.5]), Run(Path("y"), {}, {}, [{X: 10}], [])], KEY, **options)
+    only = band([run([0.5]), LoggedRun(Path("y"), {}, {}, [{X: 10}], [])], KEY, **options)
     assert only is not None and only.seeds == 1 and np.isnan(only.low).all()
 
 
@@ -168,7 +172,7 @@ def test_evaluations_and_another_axis() -> None:
 
 def test_several_values_at_one_x_count_as_their_mean_before_smoothing() -> None:
     rows = [{X: 10, KEY: 1.0}, {X: 10, KEY: 3.0}, {X: 20, KEY: 4.0}, {X: 20, KEY: None}]
-    found = drawn([Run(Path("x"), {}, {}, rows, [])], alpha=0.5)
+    found = drawn([LoggedRun(Path("x"), {}, {}, rows, [])], alpha=0.5)
     np.testing.assert_allclose(found.x, [10, 20])
     np.testing.assert_allclose(found.centre, [2.0, 3.0])
 
@@ -416,7 +420,9 @@ def test_the_area_is_a_mean_height_at_any_spacing() -> None:
     assert stability(of([[0.0, 1.0, 1.0]]), start=0).auc.value == 0.75
     assert stability(of([[0.0, 0.5, 1.0]], size=7), start=0).auc.value == 0.5
     rows = [{X: 10, KEY: 0.0}, {X: 20, KEY: 0.0}, {X: 110, KEY: 1.0}]
-    assert stability(drawn([Run(Path("x"), {}, {}, rows, [])]), start=0).auc.value == pytest.approx(0.45)
+    assert stability(drawn([LoggedRun(Path("x"), {}, {}, rows, [])]), start=0).auc.value == pytest.approx(
+        0.45
+    )
 
 
 def test_intervals_are_those_over_seeds() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.record import RunRecord, locked, run_dir
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.lock import locked
+from capo_exp.runs.record import RunRecord
 from capo_exp.sweep.table import main, summarise
 
 

@@ -17,7 +17,9 @@ import pytest
 
 from capo_exp.cli import compose as cli
 from capo_exp.config.schema import SweepConfig, TrainConfig, conf_dir
-from capo_exp.runs.record import locked, run_dir, status
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.lock import locked
+from capo_exp.runs.record import run_status
 from capo_exp.sweep import sweep
 from capo_exp.sweep.pruning import Watch, behind
 from capo_exp.training import loop as train
@@ -29,7 +31,7 @@ import json, os, pathlib, signal, sys, time, yaml
 c = yaml.safe_load(sys.stdin)
 print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
 from capo_exp.sweep.job import read_config
-from capo_exp.runs.record import run_dir
+from capo_exp.runs.identity import run_dir
 folder = run_dir(read_config(yaml.safe_dump(c)))
 def record(status):
     (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
@@ -142,7 +144,7 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> No
     assert process.returncode == 130, out
     assert len(jobs()) == 1
     (directory,) = Path("outputs/default").glob("capo-*")
-    assert status(directory) == "interrupted"
+    assert run_status(directory) == "interrupted"
     assert "0: seed=0" in out and "interrupted" in out
     assert "1 of 2 jobs have not run; the same command goes on" in out
 
@@ -255,7 +257,7 @@ record('finished')
     arguments = ["seed=0,1,2", "sweep.pruner=median", "sweep.pruner_startup_runs=2"]
     assert run(lines, *arguments) == 0
     (pruned,) = Path("outputs/default").glob("capo-*-s2-*")
-    assert status(pruned) == "pruned"
+    assert run_status(pruned) == "pruned"
     assert "2: seed=2  pruned" in capfd.readouterr().out
     assert run(lines, *arguments) == 0
     assert len(jobs()) == 3
@@ -293,13 +295,13 @@ if len(pathlib.Path("jobs.txt").read_text().splitlines()) == 2:
     raise SystemExit(1)
 record('finished')
 """
-    search = ["experiment=tiny/search", "hydra.sweeper.n_trials=5"]
+    search = ["experiment=paper/capo", "scale=tiny", "hparams_search=bounds", "hydra.sweeper.n_trials=5"]
     assert run(lines, *search) == 0  # a failed trial does not end the search
     first = [rate for *_, rate in jobs()]
     assert len(set(first)) == 5
     assert "failed with exit status 1" in capfd.readouterr().out
     assert run(lines, *search) == 0  # goes on: the four that ended are not repeated
     assert [rate for *_, rate in jobs()][5:] == [first[1]]
-    best = Path("outputs/tiny_search/optimization_results.yaml").read_text()
+    best = Path("outputs/paper_capo-tiny-bounds/optimization_results.yaml").read_text()
     nearest = min(first, key=lambda rate: abs(float(rate) - 2e-4))
     assert f"regime.learning_rate: {nearest}" in best

@@ -17,14 +17,17 @@ from capo_exp.figures.measure import Column, Crossing, Level, Panel, thousands
 from capo_exp.figures.stats import Estimate
 from capo_exp.figures.study import Series
 from capo_exp.figures.tables import Table, cell_text, value_text
-from capo_exp.runs.read import Run
+from capo_exp.runs.read import LoggedRun
 
 NAN = float("nan")
 
 
 def curve(label: str, runs: int = 2) -> Curve:
     return Curve(
-        label, "capo", "aggressive", tuple(Run(Path(f"{label}{i}"), {}, {}, [], []) for i in range(runs))
+        label,
+        "capo",
+        "aggressive",
+        tuple(LoggedRun(Path(f"{label}{i}"), {}, {}, [], []) for i in range(runs)),
     )
 
 

@@ -14,8 +14,8 @@ from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.metrics import check_known
-from capo_exp.runs.read import load_run, series, to_its_end
-from capo_exp.runs.record import status
+from capo_exp.runs.read import load_run, read_series, to_its_end
+from capo_exp.runs.record import run_status
 from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
 from capo_exp.training.optimizer_step import TrainingDiverged
@@ -152,7 +152,7 @@ def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
         train.run(small())
     directory = train.run(small())
     assert lines(directory / "eval.jsonl") == unbroken
-    assert status(directory) == "finished"
+    assert run_status(directory) == "finished"
 
 
 def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,10 @@ def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest
     run = load_run(train.run(config))
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
     assert [row["counter/rollout_step"] for row in run.evaluations] == [0, 2, 3]
-    assert status(run.path) == "finished" and len(calls) == 4
+    assert run_status(run.path) == "finished" and len(calls) == 4
     assert train.run(config) == run.path and len(calls) == 4
     whole = to_its_end(run)
-    x, accuracy = series(whole.metrics, "reward/accuracy")
+    x, accuracy = read_series(whole.metrics, "reward/accuracy")
     assert x.tolist() == [12 * step for step in range(1, 10)] and not accuracy.any()
     assert [row["counter/completions"] for row in whole.evaluations] == [0, 24, 36, 108]
     assert to_its_end(whole).metrics == whole.metrics

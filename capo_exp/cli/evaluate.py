@@ -14,7 +14,7 @@ from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.target import Target
-from capo_exp.runs.files import reason
+from capo_exp.runs.files import find_disk_error
 from capo_exp.sweep.job import report
 
 KEPT = "parts that are done are kept, and the same command goes on from there"
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"stopped; {KEPT}\n")
         return 130
     except OSError as error:
-        if reason(error) is None:
+        if find_disk_error(error) is None:
             return report(error)
         sys.stderr.write(f"{error}; {KEPT}\n")
         return 1
@@ -167,8 +167,8 @@ def _evaluate_job(command: Command, job: Job, *, name_it: bool) -> None:
 
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
     from capo_exp.evaluation.table import test_rows
+    from capo_exp.runs.files import write_atomic
     from capo_exp.runs.read import read_jsonl
-    from capo_exp.runs.record import write_atomic
 
     path = root / "test.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

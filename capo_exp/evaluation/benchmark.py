@@ -22,7 +22,8 @@ from capo_exp.evaluation.card import Card
 from capo_exp.evaluation.draw import Answered
 from capo_exp.evaluation.records import read_rows, scores_of, write_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.record import is_locked, locked, write_atomic
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.lock import is_locked, locked
 
 Scores = dict[str, Any]
 Answer = Callable[[Sequence[Prompt], int], list[Answered]]

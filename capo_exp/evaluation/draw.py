@@ -8,7 +8,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Completion, Prompt
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.verifier import Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def draw(
     weight_version: int,
 ) -> list[Answered]:
     """Samples and grades `sampling.samples` completions of every prompt, the same for the same seed."""
-    groups = engine.generate(
+    request = SamplingRequest(
         prompts,
         group_size=sampling.samples,
         max_tokens=sampling.max_tokens,
@@ -56,6 +56,7 @@ def draw(
         seed=seed,
         weight_version=weight_version,
     )
+    groups = engine.generate(request)
     texts = [[completion.text for completion in group.completions] for group in groups]
     verdicts = verifier.score(texts, [prompt.problem.golds for prompt in prompts]).grades
     return [

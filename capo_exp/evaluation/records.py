@@ -11,7 +11,7 @@ import numpy as np
 from capo_exp.evaluation.majority import classes
 from capo_exp.evaluation.scores import Solved, estimate, summary
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.record import replacing
+from capo_exp.runs.files import replace_file
 
 Row = dict[str, Any]
 
@@ -21,7 +21,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
 
 

@@ -13,7 +13,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.evaluation import grader
 from capo_exp.evaluation.records import Row, scores_of, write_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.record import write_atomic
+from capo_exp.runs.files import write_atomic
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""

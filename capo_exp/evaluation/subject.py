@@ -28,7 +28,7 @@ from capo_exp.evaluation.table import Result
 from capo_exp.evaluation.target import Command, Target
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
-from capo_exp.runs.console import clock
+from capo_exp.runs.console import format_duration
 
 Tell = Callable[[str], None]
 PROGRESS_SECONDS = 10.0
@@ -226,7 +226,7 @@ def _progress(label: str, total: int, tell: Tell) -> Told:
         now = time.monotonic()
         if done == total or now - last >= PROGRESS_SECONDS:
             last = now
-            left = clock((now - began) / sampled * (total - done))
+            left = format_duration((now - began) / sampled * (total - done))
             tell(f"{label}: {done:,}/{total:,} problems, {right / done:.1%} so far, left {left}")
 
     return told

@@ -17,10 +17,10 @@ from capo_exp.figures.command import Command, as_typed, help_text, parse, smooth
 from capo_exp.figures.compose import Picture, compose
 from capo_exp.figures.curves import curves
 from capo_exp.figures.drawn import Drawn
-from capo_exp.figures.stats import Interval, Statistic
+from capo_exp.figures.intervals import Interval, Statistic
 from capo_exp.figures.study import Study
+from capo_exp.runs.files import replace_file
 from capo_exp.runs.read import find_runs, load_run, to_its_end
-from capo_exp.runs.record import replacing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,7 +146,7 @@ def render(picture: Picture, study: Study, output: Path, command: str) -> tuple[
 def write(contents: dict[Path, bytes]) -> None:
     """All of the files or, whatever goes wrong, none of them."""
     with ExitStack() as stack:
-        partial = {path: stack.enter_context(replacing(path)) for path in contents}
+        partial = {path: stack.enter_context(replace_file(path)) for path in contents}
         for path, content in contents.items():
             partial[path].write_bytes(content)
 

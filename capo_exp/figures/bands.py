@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from capo_exp.figures.intervals import Interval, Statistic, centre, ema
 from capo_exp.figures.intervals import interval as bounds
-from capo_exp.runs.read import Array, Row, Run, series
+from capo_exp.runs.read import Array, LoggedRow, LoggedRun, read_series
 
 Source = Literal["metrics", "eval"]
 
@@ -47,7 +47,7 @@ class Band:
 
 
 def band(
-    runs: Sequence[Run],
+    runs: Sequence[LoggedRun],
     key: str,
     *,
     source: Source,
@@ -86,9 +86,9 @@ def band(
     return Band(grid, centre(values, statistic), low, high, values, len(points), statistic, alpha)
 
 
-def _points(rows: Sequence[Row], key: str, x: str, alpha: float) -> tuple[Array, Array]:
+def _points(rows: Sequence[LoggedRow], key: str, x: str, alpha: float) -> tuple[Array, Array]:
     """x and smoothed values of one run, [n] each; x increasing, every value finite."""
-    at, value = series(rows, key, x=x)
+    at, value = read_series(rows, key, x=x)
     finite = np.isfinite(at) & np.isfinite(value)
     grid, place, count = np.unique(at[finite], return_inverse=True, return_counts=True)
     return grid, ema(np.bincount(place, value[finite], len(grid)) / np.maximum(count, 1), alpha)

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.figures.catalogue import check_metric, defaults, figure_names, read_figure, typed
-from capo_exp.figures.stats import Interval, Statistic
+from capo_exp.figures.intervals import Interval, Statistic
 
 CHOICES = {"statistic": get_args(Statistic), "interval": get_args(Interval), "report": ("html", "none")}
 SMOOTHING = ("paper", "off")

@@ -12,7 +12,7 @@ from capo_exp.figures.matching import describe, matching, present, unmet
 from capo_exp.figures.measure import Panel
 from capo_exp.figures.study import Lacking, NoMetric, Study, Unfit, x_of
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Run
+from capo_exp.runs.read import LoggedRun
 
 MEASURES = {
     "lines": measure.lines,
@@ -65,7 +65,7 @@ def compose(spec: FigureSpec, study: Study) -> Picture:
     return Picture(spec, panels, tuple(c for c in drawn if c.label in shown), (*reasons, *absent))
 
 
-def _check_cards(runs: Sequence[Run]) -> None:
+def _check_cards(runs: Sequence[LoggedRun]) -> None:
     """Checks that runs were tested by the same cards: benchmarks, prompts, sampling, grader.
 
     Raises:

@@ -14,9 +14,10 @@ import numpy as np
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.figures import labels, settings, style
-from capo_exp.figures.stats import Source, ema
+from capo_exp.figures.bands import Source
+from capo_exp.figures.intervals import ema
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Run, series
+from capo_exp.runs.read import LoggedRun, read_series
 
 START_STEP = 10
 """Rollout step of runs with learning rate 0 that accuracy curves start from, as in the paper's figures."""
@@ -34,11 +35,11 @@ class Curve:
     """algo.name; the key of style.ALGORITHM_COLOURS. Empty if config.yaml is missing."""
     regime: str
     """regime.name; empty if config.yaml is missing."""
-    runs: tuple[Run, ...]
+    runs: tuple[LoggedRun, ...]
     """In the order of their seeds."""
 
 
-def curves(runs: Sequence[Run], *, mix: bool) -> list[Curve]:
+def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     """Groups runs by all that changes how they train or what is measured, but the seed (settings.training).
 
     A copy of a run (the same run id) counts once. Runs without a config.yaml are curves of their own.
@@ -56,7 +57,7 @@ def curves(runs: Sequence[Run], *, mix: bool) -> list[Curve]:
     """
     if not mix:
         settings.check_comparable(runs)
-    groups: dict[str, list[Run]] = defaultdict(list)
+    groups: dict[str, list[LoggedRun]] = defaultdict(list)
     for run in _without_copies(runs):
         groups[_identity(run)].append(run)
     members = [_seeds(group) for group in groups.values()]
@@ -66,15 +67,15 @@ def curves(runs: Sequence[Run], *, mix: bool) -> list[Curve]:
     return sorted(map(_curve, named, members), key=_order)
 
 
-def _without_copies(runs: Sequence[Run]) -> list[Run]:
+def _without_copies(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
     """Of runs with one run id, which all ask for the same numbers, the one that has come furthest."""
-    furthest: dict[str, Run] = {}
+    furthest: dict[str, LoggedRun] = {}
     for run in sorted(runs, key=lambda run: (len(run.metrics), len(run.evaluations))):
         furthest[run.record.get("run_id") or str(run.path)] = run
     return list(furthest.values())
 
 
-def _identity(run: Run) -> str:
+def _identity(run: LoggedRun) -> str:
     if not run.config:
         return str(run.path)
     plain = {key: _as_float(value) for key, value in settings.training(run).items()}
@@ -88,13 +89,13 @@ def _as_float(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _seeds(group: Sequence[Run]) -> list[Run]:
+def _seeds(group: Sequence[LoggedRun]) -> list[LoggedRun]:
     """The runs in the order of their seeds.
 
     Raises:
         ConfigError: two have the same, so that their mean would not be one over seeds.
     """
-    of_seed: dict[Any, list[Run]] = defaultdict(list)
+    of_seed: dict[Any, list[LoggedRun]] = defaultdict(list)
     for run in group:
         of_seed[run.setting("seed")].append(run)
     for seed, same in of_seed.items():
@@ -105,7 +106,7 @@ def _seeds(group: Sequence[Run]) -> list[Run]:
     return [of_seed[seed][0] for seed in sorted(of_seed, key=lambda seed: -1 if seed is None else seed)]
 
 
-def _curve(label: str, group: Sequence[Run]) -> Curve:
+def _curve(label: str, group: Sequence[LoggedRun]) -> Curve:
     algorithm, regime = (str(group[0].setting(f"{name}.name", "")) for name in ("algo", "regime"))
     return Curve(label=label, algorithm=algorithm, regime=regime, runs=tuple(group))
 
@@ -118,11 +119,11 @@ def _order(curve: Curve) -> tuple[int, list[tuple[float, str]]]:
     return place, [(float(piece), "") if i % 2 else (-math.inf, piece) for i, piece in enumerate(pieces)]
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
     """Dotted config keys that are not the same in all runs, with the value of each; None where it has none.
 
     The seed is one of them, and so is how often a run is measured; keys that change no number of a run
-    (run_record.NOT_RESULTS) and the folder of the problems are not.
+    (runs.identity) and the folder of the problems are not.
     """
     table = [settings.results(run) for run in runs]
     return {
@@ -140,7 +141,7 @@ def reference_of(curves: Sequence[Curve], key: str = "grpo", regime: str = "cons
 
 
 def start_value(
-    runs: Sequence[Run], key: str, *, source: Source = "metrics", alpha: float = 1.0
+    runs: Sequence[LoggedRun], key: str, *, source: Source = "metrics", alpha: float = 1.0
 ) -> float | None:
     """A metric before training, mean over seeds; None if the runs cannot say.
 
@@ -152,17 +153,17 @@ def start_value(
         alpha: Smoothing along the steps, as of the other curves; does nothing for evaluations.
     """
     if source == "eval":
-        points = [series(run.evaluations, key) for run in runs]
+        points = [read_series(run.evaluations, key) for run in runs]
         found = [value for x, y in points for value in y[x == 0]]
     else:
         still = [run for run in runs if run.config and run.setting("regime.learning_rate") == 0]
-        points = [series(run.metrics, key, x=names.STEP) for run in still]
+        points = [read_series(run.metrics, key, x=names.STEP) for run in still]
         found = [value for x, y in points for value in ema(y, alpha)[x <= START_STEP][-1:]]
     finite = [value for value in found if np.isfinite(value)]
     return float(np.mean(finite)) if finite else None
 
 
-def check_key(runs: Sequence[Run], key: str) -> None:
+def check_key(runs: Sequence[LoggedRun], key: str) -> None:
     """Checks that a metric is in metrics.jsonl or eval.jsonl of some run.
 
     Raises:

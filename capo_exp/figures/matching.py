@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capo_exp.runs.read import Run
+from capo_exp.runs.read import LoggedRun
 
 
-def matching(runs: Sequence[Run], conditions: Sequence[Mapping[str, Any]]) -> list[Run]:
+def matching(runs: Sequence[LoggedRun], conditions: Sequence[Mapping[str, Any]]) -> list[LoggedRun]:
     """The runs that meet one of the conditions; all if there are none."""
     return [run for run in runs if not conditions or any(meets(run, wanted) for wanted in conditions)]
 
 
-def meets(run: Run, wanted: Mapping[str, Any]) -> bool:
+def meets(run: LoggedRun, wanted: Mapping[str, Any]) -> bool:
     """Whether every key of the config is as wanted."""
     return all(_fits(run.setting(key), value) for key, value in wanted.items())
 
@@ -25,7 +25,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return value == wanted or (value is None and not wanted)
 
 
-def unmet(runs: Sequence[Run], wanted: Mapping[str, Any]) -> dict[str, Any]:
+def unmet(runs: Sequence[LoggedRun], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that are not as wanted in every run."""
     return {key: value for key, value in wanted.items() if not all(meets(run, {key: value}) for run in runs)}
 
@@ -42,7 +42,7 @@ def _words(wanted: Any) -> str:
     return "= " + "|".join(str(one) or '""' for one in (wanted if isinstance(wanted, list) else [wanted]))
 
 
-def present(runs: Sequence[Run], conditions: Sequence[Mapping[str, Any]]) -> str:
+def present(runs: Sequence[LoggedRun], conditions: Sequence[Mapping[str, Any]]) -> str:
     """What the runs have at the keys of the conditions, for a message that nothing fits."""
     keys = dict.fromkeys(key for wanted in conditions for key in wanted)
     found = {key: list(dict.fromkeys(str(run.setting(key, "none")) for run in runs)) for key in keys}

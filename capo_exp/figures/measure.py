@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from capo_exp.figures import stats
+from capo_exp.figures.bands import Band
 from capo_exp.figures.catalogue import PanelSpec, defaults
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.matching import meets
-from capo_exp.figures.stats import Band, Estimate
+from capo_exp.figures.stats import Estimate
 from capo_exp.figures.study import Series, Study, band, end, estimate, series_of, start_of
 from capo_exp.runs.read import Array
 

@@ -9,7 +9,7 @@ from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.measure import Column, Panel, bars, parts
 from capo_exp.figures.study import Lacking, Series, Study, Unfit, estimate
-from capo_exp.runs.read import Run
+from capo_exp.runs.read import LoggedRun
 
 
 def cell_of(curve: Curve) -> tuple[float, int]:
@@ -64,13 +64,13 @@ def stages(spec: PanelSpec, title: str, study: Study, drawn: Sequence[Curve]) ->
     )  # fmt: skip
 
 
-def total_time(run: Run, spec: PanelSpec) -> float:
+def total_time(run: LoggedRun, spec: PanelSpec) -> float:
     """Mean seconds of a step; 0 if the run has not logged any."""
     found = [row[spec.key] for row in run.metrics if row.get(spec.key) is not None]
     return float(np.mean(found)) if found else 0.0
 
 
-def shares_of(run: Run, spec: PanelSpec) -> list[float]:
+def shares_of(run: LoggedRun, spec: PanelSpec) -> list[float]:
     """Of each stage and of the rest, in the time of all steps."""
     rows = [row for row in run.metrics if row.get(spec.key) is not None]
     named = [sum(row.get(key) or 0.0 for row in rows) for key in spec.keys.values()]

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from capo_exp.figures import style
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Array, Run, load_run, series
+from capo_exp.runs.read import Array, LoggedRun, load_run, read_series
 
 
 def plot_run(run_dir: Path | str) -> Path:
@@ -37,7 +37,7 @@ def plot_run(run_dir: Path | str) -> Path:
     return path
 
 
-def title(run: Run) -> str:
+def title(run: LoggedRun) -> str:
     """What ran on two lines: algorithm, model, dataset; regime, learning rate, batch and seed."""
     subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
     rate = run.setting("regime.learning_rate")
@@ -51,23 +51,23 @@ def title(run: Run) -> str:
     return " · ".join(subject) + "\n" + " · ".join(setup)
 
 
-def draw_accuracy(axes: Axes, run: Run) -> None:
+def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
     """Training accuracy, raw and smoothed, and the evaluations as points."""
     colour = style.colour(str(run.setting("algo.name")))
-    x, y = series(run.metrics, names.TRAIN_ACCURACY)
+    x, y = read_series(run.metrics, names.TRAIN_ACCURACY)
     window = smoothing_window(len(y))
     _line(axes, x, y, color=colour, linewidth=0.8, alpha=0.4)
     label = f"training, mean of {window} steps" if window > 1 else "training, each step"
     _line(axes, x, trailing_mean(y, window), color=colour, label=label)
     points = {"marker": "o", "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
-    held_out = series(run.evaluations, names.EVAL_ACCURACY)
+    held_out = read_series(run.evaluations, names.EVAL_ACCURACY)
     _line(axes, *held_out, color="#222222", linewidth=1.0, label="held-out problems", **points)
     axes.set(ylim=(0, 1), ylabel="accuracy", title="Accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend(axes)
 
 
-def draw_shifts(axes: Axes, run: Run) -> None:
+def draw_shifts(axes: Axes, run: LoggedRun) -> None:
     """Predicted shifts of single tokens on a log scale, and the bounds if the selection has any."""
     dotted, solid, dashed = {"ls": ":", "lw": 1.2}, {"ls": "-", "lw": 1.5}, {"ls": "--", "lw": 1.2}
     for shift, prefix, looks in (
@@ -75,7 +75,7 @@ def draw_shifts(axes: Axes, run: Run) -> None:
         ("|objective|", names.OBJECTIVE_SHIFT, {"max": dotted, "p99": solid}),
     ):
         for name, look in looks.items():
-            x, y = series(run.metrics, prefix + name)
+            x, y = read_series(run.metrics, prefix + name)
             size = np.where(y == 0, np.nan, np.abs(y))  # a log scale has no 0
             _line(axes, x, size, color=style.SHIFT_COLOURS[shift], label=f"{shift} {name}", **look)
     if axes.lines:
@@ -90,13 +90,13 @@ def draw_shifts(axes: Axes, run: Run) -> None:
     _legend(axes)
 
 
-def draw_rejection(axes: Axes, run: Run) -> None:
+def draw_rejection(axes: Axes, run: LoggedRun) -> None:
     """Share of tokens that the selection left out."""
-    x, total = series(run.metrics, names.REJECTION_RATE)
+    x, total = read_series(run.metrics, names.REJECTION_RATE)
     top = np.nanmax(total, initial=0.0)
     _line(axes, x, total, color=style.colour(str(run.setting("algo.name"))), label="total")
     for reason, label, look in (("_policy", "policy", "--"), ("_objective", "|objective|", ":")):
-        x, y = series(run.metrics, names.REJECTION_RATE + reason)
+        x, y = read_series(run.metrics, names.REJECTION_RATE + reason)
         if top > 0:
             _line(axes, x, y, ls=look, lw=1.3, color=style.SHIFT_COLOURS[label], label=f"by {label} shift")
     if top == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from capo_exp.figures.compose import Picture
 from capo_exp.figures.study import Study, alpha
-from capo_exp.runs.read import Run
+from capo_exp.runs.read import LoggedRun
 
 KEY = "capo_exp"
 """Of the PNG's text chunk."""
@@ -33,7 +33,7 @@ def provenance(picture: Picture, study: Study, command: str) -> dict[str, Any]:
     }
 
 
-def of_run(run: Run) -> dict[str, Any]:
+def of_run(run: LoggedRun) -> dict[str, Any]:
     """Id, commit, whether the code had uncommitted changes, and how far the run was."""
     git = run.record.get("git") or {}
     return {

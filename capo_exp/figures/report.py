@@ -20,8 +20,8 @@ from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.drawn import Drawn
 from capo_exp.figures.report_viewer import excerpts, script_json, viewer_data
-from capo_exp.runs.read import Run
-from capo_exp.runs.record import write_atomic
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.read import LoggedRun
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_CSV_BYTES = 500_000
@@ -53,7 +53,7 @@ class Embedded:
 
 
 def write_report(
-    runs: Sequence[Run], curves: Sequence[Curve], figures: Sequence[Drawn], output: Path
+    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[Drawn], output: Path
 ) -> Path:
     """Writes the page.
 
@@ -90,7 +90,7 @@ def write_report(
     return path
 
 
-def title(runs: Sequence[Run]) -> str:
+def title(runs: Sequence[LoggedRun]) -> str:
     """The experiments' names and the number of runs."""
     found = dict.fromkeys(str(run.setting("experiment_name", run.path.parent.name)) for run in runs)
     return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"

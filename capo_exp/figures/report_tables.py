@@ -12,7 +12,7 @@ from capo_exp.figures import style
 from capo_exp.figures.command import as_typed
 from capo_exp.figures.curves import Curve, differences
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Row, Run
+from capo_exp.runs.read import LoggedRow, LoggedRun
 
 RECENT = 10
 """Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
@@ -50,13 +50,13 @@ class Differences:
     rows: list[tuple[str, list[str]]]
 
 
-def in_order(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Run]:
+def in_order(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[LoggedRun]:
     """The runs of the first curve, those of the next, and at last those of none."""
     place = {run.path: i for i, run in enumerate(run for curve in curves for run in curve.runs)}
     return sorted(runs, key=lambda run: place.get(run.path, len(place)))
 
 
-def labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
+def labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
     """A name for each run that no other has: its curve and seed, else its folder."""
     of_path = {run.path: curve.label for curve in curves for run in curve.runs}
     short = [
@@ -70,7 +70,7 @@ def labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
     ]
 
 
-def summary(runs: Sequence[Run], named: Sequence[str]) -> list[Line]:
+def summary(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[Line]:
     """A line for each run."""
     return [
         Line(
@@ -84,7 +84,7 @@ def summary(runs: Sequence[Run], named: Sequence[str]) -> list[Line]:
     ]
 
 
-def _cells(run: Run) -> list[Cell]:
+def _cells(run: LoggedRun) -> list[Cell]:
     per_step = {
         row[names.STEP]: row for row in run.metrics if names.STEP in row
     }  # of several updates the last
@@ -108,7 +108,7 @@ def _cells(run: Run) -> list[Cell]:
     ]
 
 
-def values(rows: Sequence[Row], key: str) -> list[float]:
+def values(rows: Sequence[LoggedRow], key: str) -> list[float]:
     """A metric where it is there and finite."""
     return [value for row in rows if (value := row.get(key)) is not None]
 
@@ -118,7 +118,7 @@ def percent(share: float | None) -> Cell:
     return Cell("-", "") if share is None else Cell(f"{share:.1%}", share)
 
 
-def differing(runs: Sequence[Run], named: Sequence[str]) -> Differences:
+def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> Differences:
     """What differs, a column for the runs that are alike but for their seed."""
     table = differences(runs)
     seeds = table.pop("seed", None)
@@ -145,7 +145,7 @@ def setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def provenance(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
     """What made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
     packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]

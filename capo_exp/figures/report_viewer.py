@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.runs.read import Row, Run, load_completions
+from capo_exp.runs.read import LoggedRow, LoggedRun, load_completions
 
 MAX_BYTES = 5_500_000
 """Of all completions in the page together; what does not fit is left out, and the page says so."""
@@ -31,10 +31,10 @@ BOUNDS = ("policy_shift_max", "objective_shift_min", "objective_shift_max")
 class Excerpt:
     """What the page has of one run's completions."""
 
-    run: Run
+    run: LoggedRun
     logged: list[int]
     """Steps with completions on disk."""
-    steps: dict[int, list[Row]]
+    steps: dict[int, list[LoggedRow]]
     """Step -> its first completions, in the order they were logged."""
     total: int
     """Completions that the chosen steps have on disk."""
@@ -53,12 +53,12 @@ class Excerpt:
         return f"{text}; {rows} {self.total} completions of these"
 
 
-def excerpts(runs: Sequence[Run], max_bytes: int = MAX_BYTES) -> list[Excerpt]:
+def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Excerpt]:
     """The completions of each run that the page has room for: first and last step and some between."""
     return [excerpt(run, max_bytes / max(1, len(runs))) for run in runs]
 
 
-def excerpt(run: Run, room: float) -> Excerpt:
+def excerpt(run: LoggedRun, room: float) -> Excerpt:
     """As many evenly spread steps as fit into `room` bytes; if not even two do, their first completions."""
     files = (run.path / "completions").glob("step_*.parquet")
     logged = sorted(int(path.stem.removeprefix("step_")) for path in files)
@@ -71,11 +71,11 @@ def excerpt(run: Run, room: float) -> Excerpt:
     return Excerpt(run, logged, rows, total)
 
 
-def fitting(run: Run, logged: Sequence[int], room: float) -> dict[int, list[Row]]:
+def fitting(run: LoggedRun, logged: Sequence[int], room: float) -> dict[int, list[LoggedRow]]:
     """The completions of most steps that fit into `room` bytes; of two if no two do."""
     loaded = {logged[-1]: load_completions(run, logged[-1])}
     most = max(2, int(min(MAX_STEPS, room / max(1, bytes_of(loaded)))))
-    rows: dict[int, list[Row]] = {}
+    rows: dict[int, list[LoggedRow]] = {}
     for count in range(most, 1, -1):
         steps = spread(logged, count)
         loaded |= {step: load_completions(run, step) for step in steps if step not in loaded}
@@ -85,7 +85,7 @@ def fitting(run: Run, logged: Sequence[int], room: float) -> dict[int, list[Row]
     return rows
 
 
-def bytes_of(rows: Mapping[int, Sequence[Row]]) -> int:
+def bytes_of(rows: Mapping[int, Sequence[LoggedRow]]) -> int:
     """About how long the completions are as JSON."""
     return sum(map(row_bytes, chain(*rows.values())))
 
@@ -96,13 +96,13 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
     return [steps[round(place)] for place in places]
 
 
-def first_rows(rows: Sequence[Row], room: float) -> list[Row]:
+def first_rows(rows: Sequence[LoggedRow], room: float) -> list[LoggedRow]:
     """The completions that fit into `room` bytes from the start, at least one."""
     sizes = accumulate(map(row_bytes, rows))
     return [row for i, (row, size) in enumerate(zip(rows, sizes, strict=True)) if size <= room or i == 0]
 
 
-def row_bytes(row: Row) -> int:
+def row_bytes(row: LoggedRow) -> int:
     """About how long a completion is as JSON."""
     return ROW_BYTES + TOKEN_BYTES * min(MAX_TOKENS, len(row.get("token_ids") or ()))
 
@@ -138,7 +138,7 @@ def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, An
 
 
 def _row(
-    row: Row,
+    row: LoggedRow,
     bounds: tuple[float, float, float] | None,
     tokens: dict[tuple[int, str | None], int],
     prompts: dict[tuple[str, str, str], int],
@@ -167,7 +167,7 @@ def _row(
     }
 
 
-def bounds_of(run: Run) -> tuple[float, float, float] | None:
+def bounds_of(run: LoggedRun) -> tuple[float, float, float] | None:
     """(m_F below, m_H above, m_H below) if the run's selection tests each token alone, else None."""
     by_token = str(run.setting("algo.selection._target_")).endswith("capo.shift_bounds")
     policy, low, high = (run.setting(f"algo.selection.{name}") for name in BOUNDS)

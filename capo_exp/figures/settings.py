@@ -3,16 +3,13 @@ be compared."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import PurePath
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import ARCHITECTURE, AlgoConfig
-from capo_exp.runs.read import Run
-from capo_exp.runs.record import ADDED, NOT_RESULTS
+from capo_exp.config.schema import ARCHITECTURE
+from capo_exp.runs.identity import read_schema
+from capo_exp.runs.read import LoggedRun
 
 Settings = dict[str, Any]
 """Dotted key -> value; lists are values."""
@@ -31,8 +28,9 @@ NEUTRAL: Settings = {
     "rollout.train_engine": None,
     "rollout.correction._target_": "capo_exp.algorithms.correction.uncorrected",
     "curvature.hidden_shift": 0,
+    "reward.verifier.unparsable_gold": "drop",
 }
-"""What runs that are older than a key did, beside the defaults of AlgoConfig and run_record.ADDED."""
+"""What runs did that are older than a key, beside the defaults of the schema."""
 INCOMPARABLE = (
     "model.name", "model.path", "model.revision", "dataset", "reward.name", "reward.verifier._target_",
     "reward.verifier.style", "rollout.temperature", "rollout.top_k", "rollout.top_p",
@@ -57,7 +55,7 @@ def within(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def results(run: Run) -> Settings:
+def results(run: LoggedRun) -> Settings:
     """The settings that can change a number of the run, its seed too; none without a config.yaml.
 
     A run that is older than a key has the key's neutral value. Problems are known by their fingerprint where
@@ -65,23 +63,17 @@ def results(run: Run) -> Settings:
     """
     if not run.config:
         return {}
+    left_out, neutral = read_schema()
     known = dict(flat(run.config))
-    known |= {key: value for key, value in _older().items() if key not in known}
-    found = {key: value for key, value in known.items() if not within(key, NOT_RESULTS)}
+    known |= {key: value for key, value in flat(NEUTRAL | neutral) if key not in known}
+    found = {key: value for key, value in known.items() if not within(key, tuple(left_out))}
     if "data" in run.record:
         found |= {"dataset.path": None, "data": run.record["data"]}
     device = run.record.get("device") or known.get("device") or "auto"
     return found | {"device": device if device in ("auto", "cpu") else "gpu"}
 
 
-@cache
-def _older() -> Settings:
-    defaults = OmegaConf.to_container(OmegaConf.structured(AlgoConfig))
-    stated = {key: value for key, value in flat({"algo": defaults}) if value != MISSING}
-    return stated | NEUTRAL | dict(flat(ADDED))
-
-
-def training(run: Run) -> Settings:
+def training(run: LoggedRun) -> Settings:
     """The settings that two runs of one curve share: all that change how it trains or what is measured.
 
     Without the seed, what the model's path implies, the length of a run whose learning rate does not depend
@@ -102,7 +94,7 @@ def varying(table: Sequence[Settings]) -> list[str]:
     return [key for key in keys if any(settings.get(key) != table[0].get(key) for settings in table)]
 
 
-def check_comparable(runs: Sequence[Run]) -> None:
+def check_comparable(runs: Sequence[LoggedRun]) -> None:
     """Checks that accuracies of the runs answer one question. What a run does not say is not held against it.
 
     Raises:
@@ -118,7 +110,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         raise ConfigError(f"runs that cannot be compared differ in {shown}{more}; {wanted}")
 
 
-def _question(run: Run) -> Settings:
+def _question(run: LoggedRun) -> Settings:
     found = {key: value for key, value in results(run).items() if within(key, INCOMPARABLE)}
     if found.get("model.path"):
         found["model.path"] = PurePath(found["model.path"]).name  # a hub's id, or wherever a copy lies

@@ -8,17 +8,19 @@ from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.figures import stats
+from capo_exp.figures.bands import Band, Source
 from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve, reference_of, start_value
-from capo_exp.figures.stats import Band, Estimate, Interval, Source, Statistic
-from capo_exp.runs.read import Array, Run
+from capo_exp.figures.intervals import Interval, Statistic
+from capo_exp.figures.stats import Estimate
+from capo_exp.runs.read import Array, LoggedRun
 
 
 @dataclass(frozen=True)
 class Study:
     """What every figure is drawn from."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LoggedRun, ...]
     curves: tuple[Curve, ...]
     """Of all runs."""
     statistic: Statistic
@@ -85,7 +87,7 @@ def start_of(study: Study, curve: Curve, spec: PanelSpec) -> float | None:
     return start_value(alike, spec.key, source=cast(Source, spec.source)) if spec.start else None
 
 
-def _subject(run: Run) -> tuple[object, object]:
+def _subject(run: LoggedRun) -> tuple[object, object]:
     return run.setting("model.name"), run.setting("dataset.name")
 
 
@@ -103,7 +105,7 @@ def band(study: Study, curve: Curve, spec: PanelSpec) -> Band | None:
     return study.bands[key]
 
 
-def from_start(run: Run, spec: PanelSpec, x: str, start: float) -> Run:
+def from_start(run: LoggedRun, spec: PanelSpec, x: str, start: float) -> LoggedRun:
     """The run with a row before its first, unless it has one at x = 0 already."""
     rows = run.evaluations if spec.source == "eval" else run.metrics
     points = [row[x] for row in rows if spec.key in row and x in row]

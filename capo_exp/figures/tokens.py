@@ -9,7 +9,7 @@ from capo_exp.figures.catalogue import PanelSpec
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.measure import NAN, Panel
 from capo_exp.figures.study import Lacking, Series, Study
-from capo_exp.runs.read import Run, load_completions
+from capo_exp.runs.read import LoggedRun, load_completions
 
 OCCURRENCES, REJECTED, OF_ALL, OF_REJECTED = (
     "occurrences", "rejected occurrences", "share of all tokens", "share of rejected tokens",
@@ -37,7 +37,7 @@ def tokens(spec: PanelSpec, title: str, study: Study, drawn: Sequence[Curve]) ->
     )
 
 
-def count(runs: Sequence[Run]) -> tuple[Counter[str], Counter[str]]:
+def count(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]:
     """Occurrences of each token, and those rejected, over all logged completions of the runs."""
     total: Counter[str] = Counter()
     rejected: Counter[str] = Counter()

@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.config.build import check_parts
-from capo_exp.config.checks import check, check_trains, plan
+from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.memory import check_memory, learner_device
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, to_config
-from capo_exp.runs.record import run_dir, status
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.record import run_status
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -35,11 +37,12 @@ def execute(config: TrainConfig) -> None:
     sys.stdout.flush()
     if config.plan_only:
         return
-    check_parts(config)
-    if status(run_dir(config)) == "finished" and not config.overwrite:
+    if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), fresh=False)
         return
+    if not config.allow_overcommit:
+        check_memory(config, learner_device(config))
     from capo_exp.training.loop import run  # torch, so only now
 
     show(run(config), fresh=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from capo_exp.config.schema import SweepConfig, TrainConfig
 from capo_exp.runs import metrics as names
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.read import read_jsonl
-from capo_exp.runs.record import run_dir, status
+from capo_exp.runs.record import run_status
 
 Values = Mapping[int, float]
 """Rollout step -> value of the objective."""
@@ -37,7 +38,7 @@ class Watch:
 
     def _others(self) -> list[Values]:
         runs = [path for path in self._directory.parent.iterdir() if (path / "run.json").exists()]
-        ended = [path for path in runs if status(path) in ("finished", "pruned")]
+        ended = [path for path in runs if run_status(path) in ("finished", "pruned")]
         return [evaluations(path, self._config.objective) for path in ended if path != self._directory]
 
 

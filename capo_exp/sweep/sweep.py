@@ -26,12 +26,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from capo_exp.config.checks import check, plan
+from capo_exp.config.checks import check
+from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.identity import as_dict, run_dir
+from capo_exp.runs.lock import locked
+from capo_exp.runs.processes import end_with_parent, forwarded_to
 from capo_exp.runs.read import read_jsonl
-from capo_exp.runs.record import amend, as_dict, locked, run_dir, status, write_atomic
-from capo_exp.runs.signals import end_with_parent, forwarded_to
+from capo_exp.runs.record import amend, run_status
 from capo_exp.sweep.job import execute, report
 from capo_exp.sweep.pruning import Watch
 from capo_exp.sweep.table import WIDTH, Line, summarise, table
@@ -119,10 +124,7 @@ def list_jobs(config: DictConfig, loader: Any) -> list[list[str]]:
 
 
 def _composed(loader: Any, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    cfg = loader.load_sweep_config(config, list(overrides))
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return cfg
+    return without_hydra(loader.load_sweep_config(config, list(overrides)))
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -164,7 +166,7 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
         say("\n".join(plan(config)))
         return "planned"
     directory = run_dir(config)
-    before = status(directory)
+    before = run_status(directory)
     done = ("finished",) if config.sweep.pruner == "none" else ("finished", "pruned")
     if before in done and not config.overwrite:
         say(f"this run is {before}; overwrite=true repeats it")

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Run, find_runs, load_run, read_jsonl
-from capo_exp.runs.record import read, status
+from capo_exp.runs.read import LoggedRun, find_runs, load_run, read_jsonl
+from capo_exp.runs.record import read_record, run_status
 
 RECENT = 10
 """Steps that training accuracy is the mean of, and the time left is reckoned from."""
@@ -46,11 +46,11 @@ class Line:
 def summarise(path: Path) -> Line:
     """One run as it is now; a run.json that is not JSON hides no other run."""
     try:
-        record = read(path) or {}
+        record = read_record(path) or {}
     except ConfigError as error:
         return Line(path.name, "unreadable", 0, None, None, None, None, None, str(error), path)
-    run = load_run(path) if (path / "metrics.jsonl").exists() else Run(path, {}, record, [], [])
-    state = status(path)
+    run = load_run(path) if (path / "metrics.jsonl").exists() else LoggedRun(path, {}, record, [], [])
+    state = run_status(path)
     rows = list({row[names.STEP]: row for row in run.metrics if names.STEP in row}.values())
     recent = rows[-RECENT:]
     step = int(rows[-1][names.STEP]) if rows else 0

@@ -14,9 +14,11 @@ from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.evaluation.draw import evaluate
 from capo_exp.rollout import EngineFailed
-from capo_exp.runs.files import stops_cleanly
-from capo_exp.runs.record import clear, locked, run_dir, status
-from capo_exp.runs.signals import stop_signal
+from capo_exp.runs.files import stop_on_disk_error
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.lock import locked
+from capo_exp.runs.processes import stop_signal
+from capo_exp.runs.record import clear, run_status
 from capo_exp.training.completions import tabulate_completions
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import take_rollout_step
@@ -36,19 +38,19 @@ def run(config: TrainConfig) -> Path:
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
     directory = run_dir(config)
-    if status(directory) == "finished" and not config.overwrite:
+    if run_status(directory) == "finished" and not config.overwrite:
         return directory
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
     inputs = read_inputs(config)
-    with stops_cleanly(directory), ExitStack() as stack:
+    with stop_on_disk_error(directory), ExitStack() as stack:
         stack.enter_context(inputs.verifier)
         stack.enter_context(locked(directory))
         if config.overwrite:
             clear(directory)
         session = open_session(config, inputs, directory, stack)
         stopped = stack.enter_context(stop_signal(session.progress.message))
-        with stops_cleanly(directory):  # inside, too, so that run.json has the reason
+        with stop_on_disk_error(directory):  # inside, too, so that run.json has the reason
             _train(session, stopped)
     return directory
 

@@ -24,9 +24,10 @@ from capo_exp.core.types import (
     own_log_probs,
 )
 from capo_exp.data.prompts import visited
-from capo_exp.grading.terms import RewardTerms, measure
-from capo_exp.grading.verifier import Grade, RewardResult, Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.terms import RewardTerms, measure_terms
+from capo_exp.grading.verifier import RewardResult, Verifier
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
 from capo_exp.training.step_metrics import merge_rounds, rollout_metrics
@@ -125,7 +126,7 @@ def sample_rollout(
         with watch("reward"):
             result = _grade(sampler.verifier, groups)
             completions = [one for group in groups for one in group.completions]
-            measured = measure(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
+            measured = measure_terms(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
         rewards = torch.tensor(result.rewards)
         keep = algorithm.group_filter(rewards)
         rewards = total_reward(rewards, measured, sampler.terms)
@@ -208,7 +209,7 @@ def _generate(
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     groups: list[RolloutGroup] = []
     for position, chunk in enumerate(chunks):
-        groups += sampler.engine.generate(
+        request = SamplingRequest(
             chunk,
             group_size=regime.group_size,
             max_tokens=config.dataset.max_completion_tokens,
@@ -218,6 +219,7 @@ def _generate(
             seed=derive_seed(config.seed, ROLLOUT, step, number * len(chunks) + position),
             weight_version=weight_version,
         )
+        groups += sampler.engine.generate(request)
     return groups
 
 

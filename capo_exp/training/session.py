@@ -20,7 +20,7 @@ from capo_exp.rollout import RolloutEngine
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.console import Progress
 from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.record import RunRecord, read, run_id
+from capo_exp.runs.record import RunRecord, read_record
 from capo_exp.training.learner import Learner
 from capo_exp.training.rollout_step import Rollout, Sampler
 
@@ -128,7 +128,7 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = load_reference(config, inputs, checkpointer.latest_reference())
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
-    before = (read(directory) or {}).get("data", inputs.fingerprint)
+    before = (read_record(directory) or {}).get("data", inputs.fingerprint)
     if latest is not None and before != inputs.fingerprint:
         raise ConfigError(
             f"{directory} began with other problems ({before}): expected those, or overwrite=true"
@@ -142,10 +142,9 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
-    logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
-    record.fields |= {"wandb": logger.wandb_location} | _describe_data(inputs)
-    record.update({})
-    logger.describe(record.fields)
+    record.add(_describe_data(inputs))  # before the logger, which gives W&B the record
+    logger = stack.enter_context(RunLogger(directory, resume_step=step, wandb_mode=config.logger.wandb_mode))
+    record.add({"wandb": logger.wandb_location})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
     for line in (*inputs.data.lines(), f"first prompt: {preview(inputs.data.train[0].text)}"):
         progress.message(line)

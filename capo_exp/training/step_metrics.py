@@ -10,7 +10,7 @@ from torch import Tensor
 
 from capo_exp.core.masked import masked_max, masked_mean, masked_quantile, share
 from capo_exp.core.types import Gradient, RolloutGroup, StepRecord
-from capo_exp.grading.verifier import Grade
+from capo_exp.grading.compare import Grade
 
 _REASONS = ("policy", "objective")
 
