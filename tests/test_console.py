@@ -80,17 +80,9 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     out.print(summary_table(tmp_path))
     words = text.getvalue().replace("\n", " ")
     for expected in (
-        "grpo-tiny",
-        "20.0% -> 40.0%, best 40.0%",
-        "20.0%, mean of the last 3 steps",
-        "mean 2.00%, max 3.00%",
-        "288",
-        "3,000",
-        "0:01:01",
-        "metrics.jsonl",
-        "run.json",
-        "wandb sync here",
-    ):
+        "grpo-tiny", "20.0% -> 40.0%, best 40.0%", "20.0%, mean of the last 3 steps", "288", "3,000",
+        "0:01:01", "mean 2.00%, max 3.00%", "metrics.jsonl", "run.json", "wandb sync here",
+    ):  # fmt: skip
         assert expected in words
     assert "checkpoints" not in words
 

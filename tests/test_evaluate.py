@@ -24,7 +24,7 @@ from capo_exp.cli import evaluate_config
 from capo_exp.cli.evaluate import main
 from capo_exp.cli.evaluate_config import benchmark_config
 from capo_exp.core.types import Problem
-from capo_exp.data.prepare import evaluation_order
+from capo_exp.data.prepare import order_evaluation
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import weights_digest
@@ -304,10 +304,10 @@ def test_what_changes_the_samples_changes_the_folder(
 
 def test_the_first_few_of_a_sorted_file_stand_for_all() -> None:
     problems = [Problem(str(i), f"{i}?", "1", family="first" if i < 50 else "second") for i in range(100)]
-    assert evaluation_order(problems, "file") == problems
-    shuffled = evaluation_order(problems, "shuffled")
+    assert order_evaluation(problems, "file") == problems
+    shuffled = order_evaluation(problems, "shuffled")
     assert sorted(shuffled, key=lambda p: int(p.id)) == problems
-    assert shuffled == evaluation_order(problems, "shuffled")
+    assert shuffled == order_evaluation(problems, "shuffled")
     assert 5 <= sum(problem.family == "first" for problem in shuffled[:20]) <= 15
     assert benchmark_config("math", []).dataset.eval_order == "shuffled"
 

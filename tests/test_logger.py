@@ -49,23 +49,15 @@ def test_metrics_are_exact_sorted_and_there_at_once(run_dir: Path) -> None:
     )
 
 
-def test_a_number_that_is_not_finite_is_null(run_dir: Path) -> None:
+def test_what_is_not_finite_is_null_and_what_is_not_known_is_refused(run_dir: Path) -> None:
     with open_logger(run_dir) as logger:
         logger.log_step(row(1, policy__ratio_max=math.inf, loss__kl=math.nan))
+        with pytest.raises(AssertionError, match="reward/typo"):
+            logger.log_step(row(1, reward__typo=1.0))
+        with pytest.raises(AssertionError, match=names.COMPLETIONS):
+            logger.log_step({"reward/accuracy": 1.0})
     [line] = read_jsonl(run_dir / "metrics.jsonl")
-    assert line["policy/ratio_max"] is None
-    assert line["loss/kl"] is None
-
-
-def test_an_undocumented_key_is_refused(run_dir: Path) -> None:
-    with open_logger(run_dir) as logger, pytest.raises(AssertionError, match="reward/typo"):
-        logger.log_step(row(1, reward__typo=1.0))
-    assert read_jsonl(run_dir / "metrics.jsonl") == []
-
-
-def test_a_row_needs_its_counters(run_dir: Path) -> None:
-    with open_logger(run_dir) as logger, pytest.raises(AssertionError, match=names.COMPLETIONS):
-        logger.log_step({"reward/accuracy": 1.0})
+    assert line["policy/ratio_max"] is None and line["loss/kl"] is None
 
 
 def test_every_key_of_the_contract_is_documented() -> None:
@@ -105,30 +97,17 @@ def test_a_resume_drops_what_came_after_the_checkpoint(run_dir: Path) -> None:
     assert [line["counter/rollout_step"] for line in read_jsonl(run_dir / "eval.jsonl")] == [0]
     samples = sorted(path.name for path in (run_dir / "completions").iterdir())
     assert samples == ["step_000001.parquet", "step_000002.parquet"]
-
-
-def test_a_fresh_start_drops_everything(run_dir: Path) -> None:
-    with open_logger(run_dir) as logger:
-        logger.log_evaluation(row(0, eval__accuracy=0.2))
-        logger.log_step(row(1))
-    with open_logger(run_dir):
-        pass
+    open_logger(run_dir).finish(0)  # a fresh start
     assert (run_dir / "metrics.jsonl").read_text() == (run_dir / "eval.jsonl").read_text() == ""
+    assert not list((run_dir / "completions").iterdir())
 
 
 def test_completions_come_back(run_dir: Path) -> None:
     sample = {
-        "prompt": "1+1=",
-        "completion": "2",
-        "answer": "2",
-        "reward": 1.0,
-        "advantage": 0.5,
-        "truncated": False,
-        "token_ids": [5, 1],
-        "policy_shift": [0.25, 0.5],
-        "objective_shift": [-0.25, 0.0],
-        "keep": [True, False],
-    }
+        "prompt": "1+1=", "completion": "2", "answer": "2", "reward": 1.0, "advantage": 0.5,
+        "truncated": False, "token_ids": [5, 1], "policy_shift": [0.25, 0.5],
+        "objective_shift": [-0.25, 0.0], "keep": [True, False],
+    }  # fmt: skip
     empty = {**sample, "token_ids": [], "policy_shift": [], "objective_shift": [], "keep": []}
     with open_logger(run_dir) as logger:
         logger.log_completions(10, [sample, empty])
@@ -151,19 +130,23 @@ assert not {"wandb", "torch"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["{half", "[1]", "{}", '{"counter/rollout_step": null}', "\0\0\0\0", '{"counter/rollout_step": "1x"}'],
-)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
-def test_a_line_that_is_no_row_is_named(run_dir: Path, name: str, line: str) -> None:
-    rows = [json.dumps(row(step)) for step in (1, 2)]
-    (run_dir / name).write_text("\n".join([rows[0], line, rows[1]]) + "\n")
-    before = (run_dir / name).read_bytes()
-    with pytest.raises(ConfigError, match=rf"{name}, line 2: expected .* \(.*\); mend .* overwrite=true"):
-        open_logger(run_dir, resume_step=2)
-    assert (run_dir / name).read_bytes() == before
-    open_logger(run_dir, resume_step=0).finish(0)  # begins again, reads none of it
+def test_a_line_that_is_no_row_is_named(run_dir: Path, name: str) -> None:
+    first, second = (json.dumps(row(step)) for step in (1, 2))
+    bad = [
+        "{half",
+        "[1]",
+        "{}",
+        '{"counter/rollout_step": null}',
+        "\0\0\0\0",
+        '{"counter/rollout_step": "1x"}',
+    ]
+    for line in bad:
+        (run_dir / name).write_text(text := f"{first}\n{line}\n{second}\n")
+        with pytest.raises(ConfigError, match=rf"{name}, line 2: expected .* \(.*\); mend .* overwrite=true"):
+            open_logger(run_dir, resume_step=2)
+        assert (run_dir / name).read_text() == text
+        open_logger(run_dir, resume_step=0).finish(0)  # begins again, reads none of it
 
 
 def test_what_comes_after_the_checkpoint_need_not_be_readable(run_dir: Path) -> None:
@@ -173,16 +156,12 @@ def test_what_comes_after_the_checkpoint_need_not_be_readable(run_dir: Path) -> 
     assert (run_dir / "metrics.jsonl").read_text().splitlines() == rows[:2]
 
 
-def test_rows_that_look_the_same_are_both_kept(run_dir: Path) -> None:
+def test_rows_that_are_missing_are_said_and_equal_ones_are_kept(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (run_dir / "metrics.jsonl").write_text((json.dumps(row(1)) + "\n") * 2)
     open_logger(run_dir, resume_step=1).finish(0)
-    assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2
-
-
-def test_rows_that_are_missing_are_said(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (run_dir / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
-    open_logger(run_dir, resume_step=1).finish(0)
-    assert not caplog.records
+    assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2 and not caplog.records
     open_logger(run_dir, resume_step=3).finish(0)
     assert "rows of steps 2 to 3 are missing" in caplog.text
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capo_exp.config.build import build_part, check_parts
+from capo_exp.config.build import build_part
+from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.data.math_problems import ProblemSet, read_last_box
 from capo_exp.data.multiple_choice import ASK, letter_choices
@@ -164,7 +165,7 @@ def test_bad_settings_name_their_key(tmp_path, composed):
     with pytest.raises(
         ConfigError, match="answer_format=boxed: expected one of plain, last_boxed, after_hash"
     ):
-        check_parts(config)
+        check(config)
 
 
 # --- cells ---

@@ -33,23 +33,28 @@ def test_a_signal_goes_on_to_the_child_and_the_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+DEAF = "import os, signal, time; signal.signal(15, 1); print(os.getpid(), flush=True); time.sleep(60)"
+GUARD = [sys.executable, "-m", "capo_exp.rollout.guard", sys.executable, "-c"]
+CHILDREN = {"plain": ["sh", "-c", "echo $$; exec sleep 60"], "guarded, ignores the signal": [*GUARD, DEAF]}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_child_ends_with_its_killed_parent() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("child", CHILDREN)
+def test_a_child_ends_with_its_killed_parent(child: str) -> None:
     code = (
-        "import subprocess, sys, time; from capo_exp.runs.processes import end_with_parent as e;"
-        "c = subprocess.Popen(['sleep', '60'], preexec_fn=e, start_new_session=True);"
-        "print(c.pid, flush=True); time.sleep(60)"
+        "import subprocess; from capo_exp.runs.processes import end_with_parent as e;"
+        f"subprocess.Popen({CHILDREN[child]!r}, preexec_fn=e, start_new_session=True).wait()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    for _ in range(100):
-        if not _alive(pid):
-            return
+    deadline = time.monotonic() + 15
+    while _alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} outlived its parent"
         time.sleep(0.1)
-    raise AssertionError(f"process {pid} outlived its parent")
 
 
 def _alive(pid: int) -> bool:
@@ -60,30 +65,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_a_guarded_command_that_ignores_the_signal_ends_with_its_killed_parent() -> None:
-    deaf = "import os, signal, time; signal.signal(15, 1); print(os.getpid(), flush=True); time.sleep(60)"
-    code = (
-        "import subprocess, sys; from capo_exp.runs.processes import end_with_parent as e;"
-        f"c = [sys.executable, '-m', 'capo_exp.rollout.guard', sys.executable, '-c', {deaf!r}];"
-        "subprocess.Popen(c, preexec_fn=e, start_new_session=True).wait()"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    for _ in range(150):
-        if not _alive(pid):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"process {pid} outlived its guard")
-
-
-ENDS = [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
-
-
-@pytest.mark.parametrize(("command", "status"), ENDS)
-def test_a_guarded_command_ends_as_it_would_alone(command: str, status: int) -> None:
-    done = subprocess.run([sys.executable, "-m", "capo_exp.rollout.guard", sys.executable, "-c", command])
-    assert done.returncode == status
+def test_a_guarded_command_ends_as_it_would_alone() -> None:
+    for command, status in (("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)):
+        assert subprocess.run([*GUARD, command]).returncode == status

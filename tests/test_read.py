@@ -61,30 +61,24 @@ def test_every_run_once_at_any_depth_and_none_inside_another(tree: dict[str, Pat
     assert len(found) == 4 and found == sorted(found)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("study/grpo-s0", ["a"]),
-        ("study/grpo-s0/metrics.jsonl", ["a"]),
-        ("study/grpo-s1/run.json", ["b"]),
-        ("study", ["a", "b"]),
-        ("study/*", ["a", "b"]),
-        ("study/*s1", ["b"]),
-        ("**/*-s0", ["a", "c"]),
-        ("d*", ["a", "b", "c", "odd"]),  # by the link that leads up
-        ("odd/lr[1e-4]*?", ["odd"]),  # a name, although it reads as a glob
-        ("*/lr*", ["odd"]),
-    ],
-)
-def test_patterns(tree: dict[str, Path], pattern: str, expected: list[str]) -> None:
-    found = find_runs([f"{tree['outputs']}/{pattern}"])
-    assert {path.resolve() for path in found} == {tree[name] for name in expected}
-    assert len(found) == len(expected)
+PATTERNS = {
+    "study/grpo-s0": "a", "study/grpo-s0/metrics.jsonl": "a", "study/grpo-s1/run.json": "b", "study": "a b",
+    "study/*": "a b", "study/*s1": "b", "**/*-s0": "a c", "*/lr*": "odd",
+    "d*": "a b c odd",  # by the link that leads up
+    "odd/lr[1e-4]*?": "odd",  # a name, although it reads as a glob
+}  # fmt: skip
 
 
-def test_two_patterns_and_a_link_name_a_run_once(tree: dict[str, Path]) -> None:
+def test_patterns(tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for pattern, expected in PATTERNS.items():
+        found = find_runs([f"{tree['outputs']}/{pattern}"])
+        assert sorted(path.resolve() for path in found) == sorted(tree[name] for name in expected.split())
     patterns = [tree["outputs"] / "study", str(tree["outputs"] / "*" / "*s0"), tree["outputs"] / "link"]
-    assert find_runs(patterns) == [tree["a"], tree["b"]]
+    assert find_runs(patterns) == [tree["a"], tree["b"]]  # each once
+    monkeypatch.setenv("HOME", str(tree["outputs"]))
+    assert find_runs(["~/study"]) == [tree["a"], tree["b"]]
+    monkeypatch.chdir(tree["outputs"])
+    assert find_runs(["study/*0"]) == [Path("study/grpo-s0")]
 
 
 def test_a_link_that_leads_up_is_followed_once(
@@ -97,35 +91,18 @@ def test_a_link_that_leads_up_is_followed_once(
     assert len(visits) < 30
 
 
-def test_home(tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tree["outputs"]))
-    assert find_runs(["~/study"]) == [tree["a"], tree["b"]]
-
-
-def test_relative_names_stay_relative(tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tree["outputs"])
-    assert find_runs(["study/*0"]) == [Path("study/grpo-s0")]
-
-
 def test_what_is_shown_when_there_is_no_run(tree: dict[str, Path]) -> None:
     study = tree["outputs"] / "study"
-    with pytest.raises(
-        ConfigError, match=r"nowhere: no such file or directory; expected .* run\.json or metrics"
-    ):
-        find_runs([study, study / "nowhere"])
-    with pytest.raises(ConfigError, match=r"nothing\*: no such"):
-        find_runs([f"{study}/nothing*"])
-    with pytest.raises(ConfigError, match=r"multirun\.yaml: no run there; expected"):
-        find_runs([study / "multirun.yaml"])
-    with pytest.raises(ConfigError, match="an empty name: no such"):
-        find_runs([""])
-    with pytest.raises(ConfigError, match="no folder given"):
-        find_runs([])
-
-
-def test_a_folder_without_runs_beside_one_with_runs(tree: dict[str, Path]) -> None:
-    empty = tree["outputs"] / "empty"
-    empty.mkdir()
+    for patterns, message in {
+        (study, study / "nowhere"): r"nowhere: no such file or directory; expected .* run\.json or metrics",
+        (f"{study}/nothing*",): r"nothing\*: no such",
+        (study / "multirun.yaml",): r"multirun\.yaml: no run there; expected",
+        ("",): "an empty name: no such",
+        (): "no folder given",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            find_runs(patterns)
+    (empty := tree["outputs"] / "empty").mkdir()
     assert find_runs([empty, tree["a"]]) == [tree["a"]]
 
 
@@ -153,48 +130,42 @@ def test_a_run_of_another_age(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n" + '{"counter/rollout_st')
-    assert load_run(tmp_path).metrics == ROWS[:1]
-    path.write_text('{"counter/rollout_st')
-    assert load_run(tmp_path).metrics == []
-    path.write_text("")
-    assert load_run(tmp_path).metrics == []
+    for text, rows in (
+        (f"{json.dumps(ROWS[0])}\n" + '{"counter/ro', 1),
+        ('{"counter/rollout_st', 0),
+        ("", 0),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert load_run(tmp_path).metrics == ROWS[:rows]
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"a": 1', "not JSON"),
-        (b"[1]", "expected a JSON object"),
-        (b"\xff\xfe{}", "not JSON"),
-        (b"\0\0\0", "not JSON"),
-    ],
-)
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
-    path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match=rf"eval\.jsonl, line 3: .*{reason}.*; remove the line"):
-        load_run(tmp_path)
+    for line, reason in {
+        b'{"a": 1': "not JSON",
+        b"[1]": "expected a JSON object",
+        b"\xff\0": "not JSON",
+    }.items():
+        path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+        with pytest.raises(ConfigError, match=rf"eval\.jsonl, line 3: .*{reason}.*; remove the line"):
+            load_run(tmp_path)
     path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n')
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    for name, text, message in (
+        ("run.json", "{", "run.json is not JSON"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
-        ("run.json", "{", "run.json is not JSON"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text("")
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_run(tmp_path)
-    assert "\n" not in str(caught.value)
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_run(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / name).unlink()
 
 
 def test_not_a_run(tmp_path: Path) -> None:

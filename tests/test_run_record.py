@@ -74,9 +74,9 @@ def test_how_a_run_ended(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_a_resume_adds_up(config: TrainConfig, tmp_path: Path) -> None:
-    with RunRecord(tmp_path, config) as record:
+    with pytest.raises(KeyboardInterrupt), RunRecord(tmp_path, config) as record:
         record.update({"counter/completions": 96})
-        record.finish("interrupted")
+        raise KeyboardInterrupt
     first = recorded(tmp_path)
     write_json(tmp_path / "run.json", {**first, "wall_seconds": 100.0})
     with RunRecord(tmp_path, config):

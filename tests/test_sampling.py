@@ -18,7 +18,7 @@ from capo_exp.core import policy
 from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Problem, Prompt, RolloutGroup
-from capo_exp.data.prompts import visited
+from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.demonstrations import DemonstrationRollout
@@ -72,7 +72,7 @@ def draw(
 
 def order(config: TrainConfig, count: int, prompts: int = 1000) -> list[int]:
     """The first prompts that training visits."""
-    return visited(prompts, first=0, count=count, seed=derive_seed(config.seed, ORDER, 0))
+    return choose_visits(prompts, first=0, count=count, seed=derive_seed(config.seed, ORDER, 0))
 
 
 def ids(groups: Sequence[RolloutGroup]) -> list[int]:

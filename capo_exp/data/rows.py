@@ -40,6 +40,14 @@ class Problems(list[Problem]):
         self.where = table.where
 
 
+def check_split(split: str) -> None:
+    """Refuses a split that problems made here do not have."""
+    if split not in ("train", "test"):
+        raise ConfigError(
+            f"got split {split!r}, expected train or test; change dataset.train_split or dataset.eval_split"
+        )
+
+
 def find_file(split: str, path: str | None, name: str) -> Path | None:
     """Returns the parquet file to read; None = ask the hub.
 

@@ -16,9 +16,9 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Prompt
-from capo_exp.data.contamination import overlap
-from capo_exp.data.prepare import chosen, evaluation_order, read_split
-from capo_exp.data.prompts import render
+from capo_exp.data.contamination import find_overlap
+from capo_exp.data.prepare import choose_problems, order_evaluation, read_split
+from capo_exp.data.prompts import render_prompts
 from capo_exp.data.rows import Problems
 from capo_exp.evaluation.benchmark import Scores, Told, evaluate_benchmark
 from capo_exp.evaluation.card import digest, make_card, weights_digest
@@ -150,8 +150,8 @@ def _load(
     where = found.where if isinstance(found, Problems) else str(dataset.source["_target_"])
     if isinstance(found, Problems) and found.note:
         tell(found.note)
-    asked = evaluation_order(chosen(found, dataset.levels, dataset.types), dataset.eval_order)
-    prompts, dropped = render(asked, subject.tokenizer, dataset)
+    asked = order_evaluation(choose_problems(found, dataset.levels, dataset.types), dataset.eval_order)
+    prompts, dropped = render_prompts(asked, subject.tokenizer, dataset)
     if dropped:
         tell(f"{dataset.name}: {dropped} problems exceed dataset.max_prompt_tokens and are not asked")
     return Benchmark(config, prompts[: command.num_problems], dropped, where, verifier)
@@ -168,7 +168,7 @@ def _overlaps(benchmarks: Sequence[Benchmark], run: Mapping[str, Any] | None) ->
     except ConfigError as error:
         return [f"not known whether training had seen the benchmarks: {error}"]
     counts = {
-        each.config.dataset.name: len({j for _, j in overlap(train, [p.problem for p in each.prompts])})
+        each.config.dataset.name: len({j for _, j in find_overlap(train, [p.problem for p in each.prompts])})
         for each in benchmarks
     }
     split = f"{dataset.name}/{dataset.train_split}, which training drew from"

@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 MARKS = {"run.json", "metrics.jsonl"}
 """A folder with one of these files is a run directory."""
 
+EXPECTED = "expected a directory with runs, such as outputs, or a run's own, with run.json or metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class LoggedRun:
@@ -73,7 +75,7 @@ def find_runs(patterns: Sequence[str | Path]) -> list[Path]:
                 found.setdefault(os.path.realpath(run), run)
     if not found:
         what = ", ".join(map(str, patterns)) or "no folder given"
-        raise ConfigError(f"{what}: no run there; {_expected()}")
+        raise ConfigError(f"{what}: no run there; {EXPECTED}")
     return sorted(found.values())
 
 
@@ -84,13 +86,8 @@ def _places(pattern: str) -> list[Path]:
         return [Path(text)]
     matches = sorted(glob(text, recursive=True))
     if not matches:
-        raise ConfigError(f"{pattern or 'an empty name'}: no such file or directory; {_expected()}")
+        raise ConfigError(f"{pattern or 'an empty name'}: no such file or directory; {EXPECTED}")
     return [Path(match) for match in matches]
-
-
-def _expected() -> str:
-    marks = " or ".join(sorted(MARKS, reverse=True))
-    return f"expected a directory with runs, such as outputs, or a run's own, which has a {marks}"
 
 
 def _runs_in(place: Path) -> Iterator[Path]:
@@ -177,11 +174,9 @@ def _object(text: bytes, where: str) -> LoggedRow:
         row = json.loads(text)
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{where}: not JSON ({error}); remove the line, or the run") from None
-    if not isinstance(row, dict):
-        raise ConfigError(
-            f"{where}: got {str(row)[:40]}, expected a JSON object; remove the line, or the run"
-        )
-    return row
+    if isinstance(row, dict):
+        return row
+    raise ConfigError(f"{where}: got {str(row)[:40]}, expected a JSON object; remove the line, or the run")
 
 
 def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]:
@@ -225,16 +220,12 @@ def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIO
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:  # a resolved config is plain YAML: libyaml reads it 20 times faster than OmegaConf.load
-        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader)
+        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.exists() else {}
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not YAML ({' '.join(str(error).split())}); restore or remove it"
-        ) from None
-    if not isinstance(plain, dict):
-        raise ConfigError(
-            f"{path}: got {str(plain)[:40]!r}, expected the config of a run; restore or remove it"
-        )
-    return {str(key): value for key, value in plain.items()}
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML ({reason}); restore or remove it") from None
+    if isinstance(plain, dict):
+        return {str(key): value for key, value in plain.items()}
+    got = f"got {str(plain)[:40]!r}, expected the config of a run"
+    raise ConfigError(f"{path}: {got}; restore or remove it")

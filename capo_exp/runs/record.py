@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -73,9 +74,8 @@ class RunRecord:
 
     def __init__(self, run_dir: Path, config: TrainConfig, *, device_name: str | None = None) -> None:
         """Writes both files; a run.json that is there already makes this a resume."""
-        before = read_record(run_dir) or {
-            "resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}
-        }  # fmt: skip
+        new = {"resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}}
+        before = read_record(run_dir) or new
         self._path = run_dir / "run.json"
         self._began = time.monotonic() - before["wall_seconds"]
         self._fields: dict[str, Any] = {
@@ -108,38 +108,32 @@ class RunRecord:
         named = {key.removeprefix("counter/"): value for key, value in counters.items()}
         self.add({"counters": self._fields["counters"] | named})
 
-    def finish(self, status: str, error: BaseException | None = None) -> None:
-        """Records how the run ended: finished | failed | interrupted."""
-        text = f"{type(error).__name__}: {error}" if error is not None else None
-        self.add({"status": status, "error": text and _without_folders(text)})
-
     def __enter__(self) -> "RunRecord":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is None:
+            self.add({"status": "finished"})
+        else:
+            status = "failed" if isinstance(error, Exception) else "interrupted"
             with suppress(OSError):  # a full disk must not hide what went wrong
-                self.finish("failed" if isinstance(error, Exception) else "interrupted", error)
-        elif self._fields["status"] == "running":
-            self.finish("finished")
+                self.add({"status": status, "error": _without_folders(f"{type(error).__name__}: {error}")})
 
 
 def read_hardware() -> dict[str, Any]:
     """Returns what the machine's own files say of it, without torch; null where they are silent."""
     return {
-        "cpu": _line(Path("/proc/cpuinfo"), "model name"),
+        "cpu": _line("/proc/cpuinfo", "model name"),
         "cpu_count": os.cpu_count(),
         "cpus_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
-        "memory": _line(Path("/proc/meminfo"), "MemTotal"),
+        "memory": _line("/proc/meminfo", "MemTotal"),
     }
 
 
-def _line(path: Path, key: str) -> str | None:
+def _line(path: str, key: str) -> str | None:
     with suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
+        found = re.search(rf"^{key}\s*:(.*)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1].strip() if found else None
     return None
 
 

@@ -82,8 +82,7 @@ class WandbRun:
                 self._open("online")
             except wandb.Error as error:
                 if mode == "online":
-                    wanted = "or use logger.wandb_mode=offline"
-                    raise ConfigError(f"W&B did not start ({error}); {wanted}") from error
+                    raise ConfigError(f"no W&B ({error}); or use logger.wandb_mode=offline") from error
                 self._give_up(str(error).splitlines()[0])
 
     def send(self, row: Mapping[str, float | None]) -> None:
@@ -106,7 +105,7 @@ class WandbRun:
         try:
             if self._run is None:
                 self._open("offline")
-            self._run.finish(exit_code=exit_code)
+            self._run.finish(exit_code=exit_code)  # pyright: ignore[reportOptionalMemberAccess]: _open sets it
         except Exception as error:
             log.warning("W&B's run is not complete (%s); the files have all of it", error)
 

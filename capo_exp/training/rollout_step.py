@@ -23,7 +23,7 @@ from capo_exp.core.types import (
     StoredLogProbs,
     own_log_probs,
 )
-from capo_exp.data.prompts import visited
+from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms, measure_terms
 from capo_exp.grading.verifier import RewardResult, Verifier
@@ -201,7 +201,7 @@ def _generate(
     """Samples one round: all its prompts in one call, or micro-batch by micro-batch."""
     regime = config.regime
     order = derive_seed(config.seed, ORDER, 0)
-    indices = visited(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
+    indices = choose_visits(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
     prompts = [sampler.prompts[i] for i in indices]
     size = len(prompts)
     if config.rollout.chunking == "per_micro_batch":
