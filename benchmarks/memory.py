@@ -59,7 +59,11 @@ CASES = {
     "tiny, checkpointing": [CHECKPOINTING],
     "tiny, reference model": ["algo.kl_coefficient=0.1"],
     "tiny, 1,152 completions": ["regime=conservative"],
-    "tiny, scoring pass": ["algo.scoring_pass=true", CHECKPOINTING, "model.micro_batch_size=4"],
+    "tiny, scoring pass": [
+        "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept",
+        CHECKPOINTING,
+        "model.micro_batch_size=4",
+    ],
     "tiny, long rollout": ["regime.prompts_per_step=32", "curvature.top_k=1", CHECKPOINTING],
     "82 M": LARGE,
     "82 M, checkpointing": [*LARGE, CHECKPOINTING],
@@ -110,15 +114,15 @@ def take_steps(config: TrainConfig) -> None:
     inputs, longest = train.read_inputs(config), config.dataset.max_prompt_tokens
     prompts = [
         replace(prompt, token_ids=(prompt.token_ids * longest)[: longest - i % 16])
-        for i, prompt in enumerate(inputs.train)
+        for i, prompt in enumerate(inputs.data.train)
     ]
     directory = run_dir(config)
     directory.mkdir(parents=True)
     with ExitStack() as stack:
         data = replace(inputs.data, train=prompts)
-        session = train.start(config, replace(inputs, data=data), directory, stack)
-        train.rollout_step(session)
-        train.rollout_step(session)
+        session = train.open_session(config, replace(inputs, data=data), directory, stack)
+        train.take_step(session)
+        train.take_step(session)
 
 
 def resident(field: str) -> int:

@@ -26,6 +26,7 @@ from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import RunLogger
 from capo_exp.training import loop as train
+from capo_exp.training import session as opening
 
 VARIANTS = {
     "nothing": ["logger=files", "logger.completions_every=0"],
@@ -46,7 +47,7 @@ class NoLogger(RunLogger):
 class Variant:
     """A session and what its steps took, in seconds."""
 
-    session: train.Run
+    session: train.Session
     steps: list[float] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=lambda: {"row": [], "sample": [], "write": []})
 
@@ -71,11 +72,11 @@ def begin(name: str, output_dir: Path, overrides: Sequence[str], stack: ExitStac
     directory.mkdir(parents=True)
     inputs = train.read_inputs(config)
     if name == "nothing":
-        train.RunLogger, genuine = NoLogger, train.RunLogger
-        session = train.start(config, inputs, directory, stack)
-        train.RunLogger = genuine
+        opening.RunLogger, genuine = NoLogger, opening.RunLogger
+        session = train.open_session(config, inputs, directory, stack)
+        opening.RunLogger = genuine
     else:
-        session = train.start(config, inputs, directory, stack)
+        session = train.open_session(config, inputs, directory, stack)
     variant = Variant(session)
     session.logger.log_step = timed(variant.calls["row"], session.logger.log_step)
     session.logger.log_completions = timed(variant.calls["write"], session.logger.log_completions)
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="for all variants")
     arguments = parser.parse_args()
     register()
-    rows = train._completion_rows
+    rows = train.tabulate_completions
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         variants = {
@@ -97,9 +98,9 @@ def main() -> None:
         }
         for _ in range(arguments.steps):
             for variant in variants.values():
-                train._completion_rows = timed(variant.calls["sample"], rows)
+                train.tabulate_completions = timed(variant.calls["sample"], rows)
                 began = time.perf_counter()
-                train.rollout_step(variant.session)
+                train.take_step(variant.session)
                 variant.steps.append(time.perf_counter() - began)
         logger = variants["files, W&B offline"].session.logger
         began = time.perf_counter()

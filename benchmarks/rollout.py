@@ -65,10 +65,10 @@ def main() -> None:
             build = build_part(config.rollout.engine, key="rollout.engine")
             engines[name] = build(model, inputs.tokenizer, inputs.compute_dtype)
             stack.callback(engines[name].close)
-            engines[name].start(directory, inputs.train)
+            engines[name].start(directory, inputs.data.train)
         table = Table("completions", "at most tokens", "hf tokens/s", "vllm tokens/s", "vllm / hf")
         for batch in arguments.batches:
-            prompts = [inputs.train[i % len(inputs.train)] for i in range(batch // GROUP)]
+            prompts = [inputs.data.train[i % len(inputs.data.train)] for i in range(batch // GROUP)]
             for length in arguments.lengths:
                 speeds: dict[str, list[float]] = {name: [] for name in engines}
                 for seed in range(arguments.rounds + 1):
@@ -78,7 +78,8 @@ def main() -> None:
                 table.add_row(f"{batch:,}", str(length), f"{hf:,.0f}", f"{vllm:,.0f}", f"{vllm / hf:.2f}")
         Console(width=100).print(table)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"transfer of {parameters:,} parameters: {transfer(engines['vllm'], model, inputs.train[:1])}")
+        spent = transfer(engines["vllm"], model, inputs.data.train[:1])
+        print(f"transfer of {parameters:,} parameters: {spent}")
 
 
 def transfer(engine: RolloutEngine, model: torch.nn.Module, prompts: list[Prompt]) -> str:

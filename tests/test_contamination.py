@@ -304,11 +304,11 @@ def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     through = train.run(made(*RUN, f"output_dir={tmp_path / 'through'}"))
     printed = capsys.readouterr().out.splitlines()
     config = made(*RUN, f"output_dir={tmp_path / 'broken'}")
-    step = train.rollout_step
-    monkeypatch.setattr(train, "rollout_step", lambda session: step(session) if session.step < 2 else 1 / 0)
+    step = train.take_step
+    monkeypatch.setattr(train, "take_step", lambda session: step(session) if session.step < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.run(config)
-    monkeypatch.setattr(train, "rollout_step", step)
+    monkeypatch.setattr(train, "take_step", step)
     broken = train.run(config)
     asked = read_prompts(through)
     assert len(asked) == 6 and read_prompts(broken) == asked

@@ -16,7 +16,7 @@ from capo_exp.grading.terms import RewardTerms, build_terms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.metrics import check_known
-from capo_exp.training.rollout_step import Sample, Sampler, sample, total_reward
+from capo_exp.training.rollout_step import Rollout, Sampler, sample_rollout, total_reward
 from tests.pieces import Reader, completion, prompt
 
 Compose = Callable[..., TrainConfig]
@@ -79,12 +79,12 @@ class Written:
         ]
 
 
-def draw(config: TrainConfig) -> Sample:
+def draw(config: TrainConfig) -> Rollout:
     prompts = [prompt(i) for i in range(10)]
-    parts = Sampler(
-        config, build_algorithm(config.algo), Written(), Reader(), prompts, build_terms(config.reward)
-    )
-    return sample(parts, step=1, first=0, weight_version=0, watch=Stopwatch())
+    engine = Written()
+    sampler = Sampler(engine, engine, Reader(), prompts, build_terms(config.reward))
+    algorithm = build_algorithm(config.algo)
+    return sample_rollout(config, algorithm, sampler, step=1, first=0, weight_version=0, watch=Stopwatch())
 
 
 LENGTH = (

@@ -49,8 +49,7 @@ def sample(
 
 def learner_log_probs(model: PreTrainedModel, groups: list[RolloutGroup]) -> tuple[Batch, torch.Tensor]:
     batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
-    numbers = {"temperature": 0.8, "chunk_tokens": 1000, "compute_dtype": torch.float32}
-    return batch, policy.log_probs(model, batch, **numbers)
+    return batch, policy.log_probs(model, batch, policy.ForwardSettings(0.8, 1000, torch.float32))
 
 
 ROWS = prompts((5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15))

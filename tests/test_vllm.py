@@ -96,16 +96,13 @@ class Setup:
         self.version += 1
 
 
-NUMBERS: Any = {"chunk_tokens": 1000, "compute_dtype": torch.float32}
-
-
 def batch_of(groups: list[RolloutGroup]) -> Batch:
     return collate(groups, pad_token_id=0, device=torch.device("cpu"))
 
 
 def differences(setup: Setup, groups: list[RolloutGroup], temperature: float = 1.0) -> Tensor:
     batch = batch_of(groups)
-    own = policy.log_probs(setup.model, batch, temperature=temperature, **NUMBERS)
+    own = policy.log_probs(setup.model, batch, policy.ForwardSettings(temperature, 1000, torch.float32))
     return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
 
 
@@ -308,7 +305,7 @@ def test_a_server_samples_what_the_learner_scores(served: Setup) -> None:
     assert differences(served, groups).max() < 1e-4
     assert {group.weight_version for group in groups} == {0}
     batch = batch_of(groups)
-    output = policy.forward(served.model, batch, temperature=1.0, top_k=5, **NUMBERS)
+    output = policy.forward(served.model, batch, policy.ForwardSettings(1.0, 1000, torch.float32), top_k=5)
     among = (output.topk_ids == batch.token_ids[..., None]).any(-1)[batch.completion_mask]
     assert among.all()
     first, again = tokens(served.sample()), tokens(served.sample())

@@ -64,7 +64,6 @@ class AlgoConfig:
     num_iterations: int = setting(ranges.AT_LEAST_1, default=1)  # passes over the batch of a rollout step
     num_minibatches: int = setting(ranges.AT_LEAST_1, default=1)  # optimiser steps a pass
     selection: Part = setting(default=_neutral("keep_all"))
-    scoring_pass: bool = False  # one more forward pass, for a selection that needs the whole optimiser step
     token_loss: Part = MISSING
     kl_estimator: Part = setting(default=_neutral("kl_k3", "algorithms.kl"))
     kl_coefficient: float = setting(ranges.NON_NEGATIVE, default=0.0)  # of a KL in the loss

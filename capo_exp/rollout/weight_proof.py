@@ -55,9 +55,7 @@ def probe_weights(
     responses = generate([Request(prompt.token_ids, params) for prompt in prompts])
     groups = [_as_completion(p, r.prompt_log_probs) for p, r in zip(prompts, responses, strict=True)]
     batch = collate(groups, pad_token_id=0, device=model.device)
-    own = policy.log_probs(
-        model, batch, temperature=1.0, chunk_tokens=PROBE_TOKENS, compute_dtype=compute_dtype
-    )
+    own = policy.log_probs(model, batch, policy.ForwardSettings(1.0, PROBE_TOKENS, compute_dtype))
     return WeightProbe(own[batch.completion_mask], batch.sampler_log_probs[batch.completion_mask])
 
 
