@@ -447,7 +447,7 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     """With respect to the log-probs of rejected tokens the loss of the two YAMLs, KL terms too, has a
     gradient of exactly 0; kept ones have one. Off-policy, with a reference elsewhere."""
     config = composed(*SMALL, f"algo={algo}", *partly(selection), "model.micro_batch_size=4")
-    assert (config.algo.name, config.algo.label) == (algo, f"{algo}-{selection}")
+    assert (config.algo.name, config.algo.full_name) == (algo, f"{algo}-{selection}")
     ours, batch = make_learner(config, small_model, distance=0.05), random_batch()
     metrics, record = ours.step(batch)
     keep, mask = record.selection.keep_mask, batch.completion_mask

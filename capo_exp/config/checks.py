@@ -68,7 +68,7 @@ def plan(config: TrainConfig) -> list[str]:
     evaluations = count_evaluations(steps, config.evaluation.every)
     eval_rows = config.evaluation.num_problems * config.evaluation.samples
     return [
-        f"{config.algo.label} on {config.dataset.name} with {config.model.name}, "
+        f"{config.algo.full_name} on {config.dataset.name} with {config.model.name}, "
         f"peak learning rate {regime.learning_rate:g} ({regime.name}), seed {config.seed}",
         f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step"
         f" = {_count(batch // micro, 'micro-batch', 'micro-batches')} of {micro}",

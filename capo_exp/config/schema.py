@@ -31,6 +31,9 @@ class AlgoConfig:
     """
 
     name: str = MISSING
+    label: str = ""  # name for people; empty = that of conf/algo/NAME.yaml, else the name
+    colour: str = ""  # of its curves; empty likewise, else by the name
+    marker: str = ""  # of its curves, as matplotlib has them; likewise
     variant: str = ""  # what was put on top: selection=..., or an experiment that changes parts
     group_filter: Part = field(default_factory=_neutral("all_groups"))
     max_sampling_rounds: int = 1  # how often to sample until prompts_per_step groups pass the filter
@@ -53,7 +56,7 @@ class AlgoConfig:
     step_rule: Part = field(default_factory=_neutral("full_step"))
 
     @property
-    def label(self) -> str:
+    def full_name(self) -> str:
         """Name for people and folders: the algorithm, and what was put on top of it."""
         return "-".join(filter(None, (self.name, self.variant, self.step_rule_name)))
 

@@ -32,7 +32,7 @@ ENGINE_RUNS_SO = (
 )  # fmt: skip
 NOT_RESULTS = (
     "output_dir", "overwrite", "plan_only", "logger", "sweep", "checkpoint", "experiment_name",
-    "stop_after_unrewarded",
+    "stop_after_unrewarded", "algo.label", "algo.colour", "algo.marker",
     "rollout.server_url", "dataset.prompt_style",
     *(f"rollout.engine.{name}" for name in ENGINE_RUNS_SO),
 )  # fmt: skip
@@ -94,7 +94,7 @@ def run_name(config: TrainConfig) -> str:
     """
     regime = config.regime
     batch = (f"lr{regime.learning_rate:g}", f"{regime.prompts_per_step}x{regime.group_size}")
-    subject = (config.algo.label, config.model.name, config.dataset.name, regime.name)
+    subject = (config.algo.full_name, config.model.name, config.dataset.name, regime.name)
     return "-".join([*map(_slug, (*subject, *batch, f"s{config.seed}")), run_id(config)])
 
 
