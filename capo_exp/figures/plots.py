@@ -53,7 +53,7 @@ def title(run: Run) -> str:
 
 def draw_accuracy(axes: Axes, run: Run) -> None:
     """Training accuracy, raw and smoothed, and the evaluations as points."""
-    colour = style.colour(str(run.setting("algo.name")))
+    colour = style.colour(run)
     x, y = series(run.metrics, names.TRAIN_ACCURACY)
     window = smoothing_window(len(y))
     _line(axes, x, y, color=colour, linewidth=0.8, alpha=0.4)
@@ -94,7 +94,7 @@ def draw_rejection(axes: Axes, run: Run) -> None:
     """Share of tokens that the selection left out."""
     x, total = series(run.metrics, names.REJECTION_RATE)
     top = np.nanmax(total, initial=0.0)
-    _line(axes, x, total, color=style.colour(str(run.setting("algo.name"))), label="total")
+    _line(axes, x, total, color=style.colour(run), label="total")
     for reason, label, look in (("_policy", "policy", "--"), ("_objective", "|objective|", ":")):
         x, y = series(run.metrics, names.REJECTION_RATE + reason)
         if top > 0:

@@ -10,7 +10,8 @@ from typing import Any
 
 from capo_exp.figures import style
 from capo_exp.figures.command import as_typed
-from capo_exp.figures.curves import Curve, differences
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.settings import results, varying
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import Row, Run
 
@@ -32,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class RunLine:
     """A run of the summary."""
 
     label: str
@@ -56,7 +57,7 @@ def in_order(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Run]:
     return sorted(runs, key=lambda run: place.get(run.path, len(place)))
 
 
-def labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
+def run_labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
     """A name for each run that no other has: its curve and seed, else its folder."""
     of_path = {run.path: curve.label for curve in curves for run in curve.runs}
     short = [
@@ -70,13 +71,13 @@ def labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
     ]
 
 
-def summary(runs: Sequence[Run], named: Sequence[str]) -> list[Line]:
+def overview(runs: Sequence[Run], named: Sequence[str]) -> list[RunLine]:
     """A line for each run."""
     return [
-        Line(
+        RunLine(
             label=label,
             name=run.path.name,
-            colour=style.colour(str(run.setting("algo.name"))),
+            colour=style.colour(run),
             error=run.record.get("error") if run.state == "failed" else None,
             cells=_cells(run),
         )
@@ -118,6 +119,16 @@ def percent(share: float | None) -> Cell:
     return Cell("-", "") if share is None else Cell(f"{share:.1%}", share)
 
 
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Returns dotted config keys that are not the same in all runs, with each value; None where none is.
+
+    The seed is one of them, and so is how often a run is measured; keys that change no number of a run
+    (runs.record.NOT_RESULTS) and the folder of the problems are not.
+    """
+    table = [results(run) for run in runs]
+    return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
+
+
 def differing(runs: Sequence[Run], named: Sequence[str]) -> Differences:
     """What differs, a column for the runs that are alike but for their seed."""
     table = differences(runs)
@@ -145,7 +156,7 @@ def setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def origins(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """What made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
     packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]

@@ -6,20 +6,18 @@ those of assets/, whose hashes it states: what a model wrote cannot run, whateve
 
 import base64
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import unescape
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from capo_exp.figures import report_tables as tables
-from capo_exp.figures import style
+from capo_exp.figures import style, tables
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.drawn import Drawn
-from capo_exp.figures.report_viewer import excerpts, script_json, viewer_data
+from capo_exp.figures.output import DrawnFigure
+from capo_exp.figures.report import overview
+from capo_exp.figures.report.viewer import excerpts, script_json, viewer_data
 from capo_exp.runs.read import Run
 from capo_exp.runs.record import write_atomic
 
@@ -27,10 +25,6 @@ ASSETS = Path(__file__).parent / "assets"
 MAX_CSV_BYTES = 500_000
 """A larger CSV stays a file beside the page."""
 CSS_DPI = 96
-RULE = re.compile(r"[|: ]*-{2,}[|:\- ]*")
-CELL = re.compile(r"\|((?:\\.|[^|\\])*)")
-ESCAPED = re.compile(r"\\(.)")
-"""Of Markdown: the line below a table's heading; a cell and the bar before it; what a backslash protects."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +42,11 @@ class Embedded:
     """data: URI; None if it is too large."""
     csv_name: str
     markdown: str
-    table: list[list[str]]
-    """The cells of `markdown`, heading first; empty if it is no table."""
+    table: tables.TextTable
 
 
 def write_report(
-    runs: Sequence[Run], curves: Sequence[Curve], figures: Sequence[Drawn], output: Path
+    runs: Sequence[Run], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
 ) -> Path:
     """Writes the page.
 
@@ -63,8 +56,8 @@ def write_report(
         figures: drawn from these runs.
         output: the file, or a folder that gets report.html.
     """
-    runs = tables.in_order(runs, curves)
-    named = tables.labels(runs, curves)
+    runs = overview.in_order(runs, curves)
+    named = overview.run_labels(runs, curves)
     taken = excerpts(runs)
     data = viewer_data(taken, named)
     css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
@@ -74,13 +67,13 @@ def write_report(
         css=css,
         summary_js=summary_js,
         viewer_js=viewer_js,
-        columns=tables.COLUMNS,
-        recent=tables.RECENT,
-        summary=tables.summary(runs, named),
+        columns=overview.COLUMNS,
+        recent=overview.RECENT,
+        summary=overview.overview(runs, named),
         figures=[embedded(figure) for figure in figures],
-        differences=tables.differing(runs, named),
+        differences=overview.differing(runs, named),
         notes=[(label, part.note) for label, part in zip(named, taken, strict=True)],
-        provenance=tables.provenance(runs),
+        provenance=overview.origins(runs),
         data=Markup(script_json(data)) if data["runs"] else None,
     )
     path = output if output.suffix == ".html" else output / "report.html"
@@ -129,7 +122,7 @@ def _template() -> Template:
     return environment.get_template("report.html")
 
 
-def embedded(figure: Drawn) -> Embedded:
+def embedded(figure: DrawnFigure) -> Embedded:
     """A figure's files as text."""
     png, csv = figure.png.read_bytes(), figure.csv.read_bytes()
     return Embedded(
@@ -140,8 +133,8 @@ def embedded(figure: Drawn) -> Embedded:
         size=screen_size(png),
         csv=data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
         csv_name=figure.csv.name,
-        markdown=figure.markdown,
-        table=pipe_table(figure.markdown),
+        markdown=tables.markdown(figure.table),
+        table=figure.table,
     )
 
 
@@ -155,10 +148,3 @@ def screen_size(png: bytes) -> tuple[int, int]:
 def data_uri(kind: str, content: bytes) -> str:
     """The content as an address that holds it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def pipe_table(markdown: str) -> list[list[str]]:
-    """The cells of a Markdown table as people read them, its rule and all other lines left out."""
-    lines = [line.strip() for line in markdown.splitlines() if line.strip().startswith("|")]
-    rows = [CELL.findall(line.removesuffix("|")) for line in lines if not RULE.fullmatch(line)]
-    return [[unescape(ESCAPED.sub(r"\1", cell.strip())) for cell in row] for row in rows]
