@@ -19,11 +19,11 @@ from capo_exp.config.schema import DatasetConfig, conf_dir
 from capo_exp.core.policy import load_tokenizer
 from capo_exp.core.types import Problem
 from capo_exp.data.prompts import preview, render, visited, with_special_tokens
-from capo_exp.figures.settings import flat, results
 from capo_exp.grading.compare import last_boxed
 from capo_exp.runs.console import Progress
 from capo_exp.runs.read import load_run
 from capo_exp.runs.record import ADDED, as_dict, run_id
+from capo_exp.runs.settings import flat, results
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -14,13 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from capo_exp.cli.compose import FULL_ERROR, choose_by_slash, condense
+from capo_exp.cli.values import entries, typed
 from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
 from capo_exp.evaluation.target import Command
-from capo_exp.figures.catalogue import typed
-from capo_exp.figures.command import entries
 
 USAGE = """\
 python -m capo_exp.evaluate run=DIR [benchmarks=math500,gsm8k samples=16 ...]

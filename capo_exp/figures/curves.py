@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.figures import labels, settings
+from capo_exp.figures import labels
 from capo_exp.figures.bands import in_evaluations
 from capo_exp.runs import metrics as names
+from capo_exp.runs import settings
 from capo_exp.runs.read import Run, series
 
 START_STEP = 10
@@ -128,8 +129,8 @@ def reference_of(curves: Sequence[Curve]) -> Curve | None:
 def start_value(runs: Sequence[Run], key: str) -> float | None:
     """Returns a metric before training, mean over seeds; None if the runs cannot say.
 
-    Of an evaluation that is its value at x = 0 in all runs; of a training metric its value at
-    step START_STEP, or the last before it, of runs with learning rate 0: before its first step a run has no training accuracy.
+    Of an evaluation that is its value at x = 0 in all runs; of a training metric its value at step
+    START_STEP, or the last before it, of runs with learning rate 0, as a run's first step trains already.
     """
     if in_evaluations(key):
         points = [series(run.evaluations, key) for run in runs]

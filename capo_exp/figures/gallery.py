@@ -26,12 +26,9 @@ FROM_START = replace(HELD_OUT, smoothing=0.35, start=True)
 BENCHMARKS = Metric("test/accuracy", "accuracy on benchmarks", "percent")
 REJECTED = Metric("selection/rejection_rate", "share of tokens", "percent")
 LABELS = {
-    metric.key: metric.label
-    for metric in (
-        TRAINING, HELD_OUT, BENCHMARKS, REJECTED, *(replace(REJECTED, key=f"{REJECTED.key}_{reason}")
-        for reason in ("policy", "objective")),
-    )
-}  # fmt: skip
+    **{metric.key: metric.label for metric in (TRAINING, HELD_OUT, BENCHMARKS, REJECTED)},
+    **dict.fromkeys((f"{REJECTED.key}_policy", f"{REJECTED.key}_objective"), REJECTED.label),
+}
 """What stands at the axis of a metric that figure=metrics was asked for."""
 SELECTING = ("CAPO", "Dr. CAPO", "ReinCAPO")
 BASES = ("GRPO", "Dr. GRPO", "REINFORCE")

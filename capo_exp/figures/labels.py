@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from capo_exp.config.schema import conf_dir
-from capo_exp.figures.settings import Settings, shorten, varying
 from capo_exp.runs.read import Run
+from capo_exp.runs.settings import Settings, shorten, varying
 
 REGIMES = {"conservative": "", "aggressive": "A", "zero": "learning rate 0"}
 """regime.name -> what stands in parentheses; others are shown as they are."""

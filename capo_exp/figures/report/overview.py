@@ -11,9 +11,9 @@ from typing import Any
 from capo_exp.figures import style
 from capo_exp.figures.command import as_typed
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.settings import results, varying
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import Row, Run
+from capo_exp.runs.settings import results, varying
 
 RECENT = 10
 """Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""

@@ -1,5 +1,4 @@
-"""The settings of a run by dotted key: which of them make another experiment, and which make runs that cannot
-be compared."""
+"""Settings of recorded runs by dotted key: which make another experiment, which make runs incomparable."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ MAX_SHOWN = 4
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config, without Hydra's `_partial_`."""
+    """Yields dotted keys and values of a config, without Hydra's `_partial_`."""
     for name, value in node.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{name}.")
@@ -53,12 +52,12 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def within(key: str, groups: Sequence[str]) -> bool:
-    """Whether a dotted key is one of some keys, or in one of some groups."""
+    """Returns whether a dotted key is one of some keys, or in one of some groups."""
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def results(run: Run) -> Settings:
-    """The settings that can change a number of the run, its seed too; none without a config.yaml.
+    """Returns the settings that can change a number of the run, its seed too; none without a config.yaml.
 
     A run that is older than a key has the key's neutral value. Problems are known by their fingerprint where
     it is on record, not by the folder they came from; the device by its kind, which the dtype follows.
@@ -82,7 +81,7 @@ def _older() -> Settings:
 
 
 def training(run: Run) -> Settings:
-    """The settings that two runs of one curve share: all that change how it trains or what is measured.
+    """Returns the settings that two runs of one curve share: all that change training or what is measured.
 
     Without the seed, what the model's path implies, the length of a run whose learning rate does not depend
     on it, and null, which is the same as no such key.
@@ -97,7 +96,7 @@ def training(run: Run) -> Settings:
 
 
 def varying(table: Sequence[Settings]) -> list[str]:
-    """Keys whose value is not the same in all, in the order of the first that have them."""
+    """Returns keys whose value is not the same in all, in the order of the first that have them."""
     keys = dict.fromkeys(key for settings in table for key in settings)
     return [key for key in keys if any(settings.get(key) != table[0].get(key) for settings in table)]
 
@@ -131,6 +130,6 @@ def _tally(count: Counter[str]) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """One line of at most so many characters."""
+    """Returns one line of at most so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
