@@ -6,6 +6,7 @@ Smoothing and start points of the CAPO paper's figures are those of the authors'
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -25,6 +26,10 @@ HELD_OUT = Metric("eval/accuracy", "held-out accuracy", "percent")
 FROM_START = replace(HELD_OUT, smoothing=0.35, start=True)
 BENCHMARKS = Metric("test/accuracy", "accuracy on benchmarks", "percent")
 REJECTED = Metric("selection/rejection_rate", "share of tokens", "percent")
+SHARE = replace(TRAINING, label="share of seeds")
+AREA = replace(TRAINING, label="mean training accuracy")
+WHOLE = (-0.05, 1.05)
+RHO = "Spearman's rank correlation"
 LABELS = {
     **{metric.key: metric.label for metric in (TRAINING, HELD_OUT, BENCHMARKS, REJECTED)},
     **dict.fromkeys((f"{REJECTED.key}_policy", f"{REJECTED.key}_objective"), REJECTED.label),
@@ -56,23 +61,39 @@ def selects(run: Run) -> bool:
     return run.setting("algo.selection._target_") != "capo_exp.algorithms.neutral.keep_all"
 
 
+def _named(labels: Sequence[str]) -> dict[str, str]:
+    return {"method": f"= {'|'.join(labels)}"}
+
+
 def _plain(study: Study, labels: Sequence[str]) -> list[Curve]:
-    return study.choose(lambda run: is_plain(run, labels), {"method": "= " + "|".join(labels)} | TRAINS)
+    return study.choose(lambda run: is_plain(run, labels), _named(labels) | TRAINS)
 
 
-def _accuracy(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, factor: bool = True) -> Panel:
-    """Returns accuracy with the reference's line and what the table says of it."""
-    return lines(study, drawn, metric, title, reference="end", efficiency=factor, summary=("final", "max"))
+def _by_algorithm(
+    study: Study, fits: Callable[[Run], bool], needed: Callable[[Run], bool], wanted: dict[str, str]
+) -> dict[str, list[Curve]]:
+    """Returns the curves of the algorithms of which some have what is needed."""
+    groups = grouped(study.choose(fits, wanted), lambda curve: algorithm(curve.run))
+    found = {name: mine for name, mine in groups.items() if any(needed(curve.run) for curve in mine)}
+    if not found:
+        raise Lacking(study.explain_lack(wanted))
+    return found
+
+
+compared = partial(lines, reference="end", summary=("final", "max"))
+"""Draws curves with the line of the reference's end."""
+ranked = partial(compared, efficiency=True)
+"""Says also how soon they reach it."""
 
 
 def _both(study: Study, drawn: Sequence[Curve]) -> list[Panel]:
-    training = _accuracy(study, drawn, TRAINING, "Training accuracy")
-    return [training, _accuracy(study, drawn, FROM_START, "Held-out accuracy")]
+    training = ranked(study, drawn, TRAINING, "Training accuracy")
+    return [training, ranked(study, drawn, FROM_START, "Held-out accuracy")]
 
 
 def figure_1(study: Study) -> list[Panel]:
     """Draws training accuracy of GRPO, GRPO (A) and CAPO, with the sample-efficiency factor."""
-    return [_accuracy(study, _plain(study, ("GRPO", "CAPO")), TRAINING, "Training accuracy")]
+    return [ranked(study, _plain(study, ("GRPO", "CAPO")), TRAINING, "Training accuracy")]
 
 
 def figure_2(study: Study) -> list[Panel]:
@@ -96,53 +117,40 @@ def figure_4(study: Study) -> list[Panel]:
     """Draws CAPO's selection added to GRPO, Dr. GRPO and REINFORCE, against these bases."""
     chosen = study.choose(
         lambda run: is_plain(run, (*SELECTING, *BASES)) and not is_safe(run),
-        {"method": "= " + "|".join((*SELECTING, *BASES)), "regime.name": "not conservative"} | TRAINS,
+        _named((*SELECTING, *BASES)) | {"regime.name": "not conservative"} | TRAINS,
     )
     if not any(method(curve.run) in SELECTING for curve in chosen):
-        raise Lacking(study.explain_lack({"method": "= " + "|".join(SELECTING)}))
+        raise Lacking(study.explain_lack(_named(SELECTING)))
     return _both(study, chosen)
 
 
 def figure_5(study: Study) -> list[Panel]:
     """Draws the share of tokens that a selection rejects, in all and by reason."""
     drawn = study.choose(selects, SELECTS)
-    titles = {
-        "": "Rejected for any reason", "_policy": "Because of the policy shift",
-        "_objective": "Because of the objective shift",
-    }  # fmt: skip
+    shown = partial(lines, study, drawn, summary=("max", "mean"), limits=(0, None))
     return [
-        lines(
-            study, drawn, replace(REJECTED, key=REJECTED.key + reason), title, summary=("max", "mean"),
-            limits=(0, None),
-        )
-        for reason, title in titles.items()
-    ]  # fmt: skip
+        shown(REJECTED, "Rejected for any reason"),
+        shown(replace(REJECTED, key=f"{REJECTED.key}_policy"), "Because of the policy shift"),
+        shown(replace(REJECTED, key=f"{REJECTED.key}_objective"), "Because of the objective shift"),
+    ]
 
 
 def figure_6(study: Study) -> list[Panel]:
     """Draws Adam's or SGD's step in the last-layer model, against no selection; a panel for each base."""
 
-    def with_models(run: Run, label: str) -> bool:
-        return is_plain(run, (label, f"{label} sgd model"))
-
-    def without(run: Run, label: str) -> bool:
-        return is_plain(run, (label,)) and not is_safe(run)
+    def fits(run: Run, label: str, base: str) -> bool:
+        return is_plain(run, (label, f"{label} sgd model")) or (is_plain(run, (base,)) and not is_safe(run))
 
     pairs = list(zip(SELECTING, BASES, strict=True))
-    wanted = {"method": "= " + "|".join(SELECTING), "curvature.optimizer_model": "= sgd"}
-    drawn = study.choose(
-        lambda run: any(with_models(run, label) or without(run, base) for label, base in pairs), wanted
-    )
+    wanted = _named(SELECTING) | {"curvature.optimizer_model": "= sgd"}
+    drawn = study.choose(lambda run: any(fits(run, *pair) for pair in pairs), wanted)
     panels = []
     for label, base in pairs:
-        mine = [c for c in drawn if with_models(c.run, label) or without(c.run, base)]
-        title = label.replace(". ", ".")
-        panel = lines(study, mine, TRAINING, title, reference="end")
-        if not any(
-            method(c.run) not in BASES and c.run.setting("curvature.optimizer_model") == "sgd" for c in mine
-        ):
-            panel = replace(panel, series=(), lack=study.explain_lack(wanted))
-        panels.append(panel)
+        mine = [curve for curve in drawn if fits(curve.run, label, base)]
+        panel = lines(study, mine, TRAINING, label.replace(". ", "."), reference="end")
+        models = {c.run.setting("curvature.optimizer_model") for c in mine if method(c.run) != base}
+        lack = "" if "sgd" in models else study.explain_lack(wanted)
+        panels.append(replace(panel, series=(), lack=lack) if lack else panel)
     return panels
 
 
@@ -154,13 +162,8 @@ def figure_7(study: Study) -> list[Panel]:
     )
     metric = replace(TRAINING, x="counter/optimizer_step")
     by_passes = grouped(drawn, lambda curve: curve.run.setting("algo.num_iterations"))
-    return [
-        lines(
-            study, by_passes[passes], metric, f"{passes} passes", reference="end", summary=("final", "max"),
-            heading=metric.label,
-        )
-        for passes in sorted(by_passes)
-    ]  # fmt: skip
+    shown = partial(compared, study, metric=metric, heading=metric.label)
+    return [shown(drawn=by_passes[n], title=f"{n} passes") for n in sorted(by_passes)]
 
 
 def figure_8(study: Study) -> list[Panel]:
@@ -169,19 +172,13 @@ def figure_8(study: Study) -> list[Panel]:
     def has_kl(run: Run) -> bool:
         return (run.setting("algo.kl_coefficient") or 0) > 0 and trains(run)
 
-    drawn = study.choose(
-        lambda run: has_kl(run) or (is_plain(run, ("GRPO", "Dr. GRPO")) and not is_safe(run)),
-        wanted := {"algo.kl_coefficient": "> 0"},
-    )
-    groups = grouped(drawn, lambda curve: algorithm(curve.run))
-    groups = {name: mine for name, mine in groups.items() if any(has_kl(curve.run) for curve in mine)}
-    if not groups:
-        raise Lacking(study.explain_lack(wanted))
+    def fits(run: Run) -> bool:
+        return has_kl(run) or (is_plain(run, ("GRPO", "Dr. GRPO")) and not is_safe(run))
+
     norm = Metric("policy/grad_norm", "norm before clipping", log=True)
     panels = []
-    for name, mine in groups.items():
-        options: dict[str, Any] = {"reference": "end", "summary": ("final", "max"), "heading": TRAINING.label}
-        panels.append(lines(study, mine, TRAINING, name, **options))
+    for name, mine in _by_algorithm(study, fits, has_kl, {"algo.kl_coefficient": "> 0"}).items():
+        panels.append(compared(study, mine, TRAINING, name, heading=TRAINING.label))
         title, heading = f"{name}: largest gradient norm", f"{norm.label}, max"
         panels.append(bars(study, mine, norm, title, "max", heading=heading))
     return panels
@@ -190,8 +187,8 @@ def figure_8(study: Study) -> list[Panel]:
 def figure_accuracy(study: Study) -> list[Panel]:
     """Draws training and held-out accuracy of every curve, with the sample-efficiency factor."""
     drawn = study.choose(trains, TRAINS)
-    training = _accuracy(study, drawn, TRAINING, "Training accuracy")
-    return [training, _accuracy(study, drawn, HELD_OUT, "Held-out accuracy", factor=False)]
+    training = ranked(study, drawn, TRAINING, "Training accuracy")
+    return [training, compared(study, drawn, HELD_OUT, "Held-out accuracy")]
 
 
 def figure_calibration(study: Study) -> list[Panel]:
@@ -205,15 +202,13 @@ def figure_calibration(study: Study) -> list[Panel]:
         "objective_shift/last_layer_spearman": "m_H with the last layer's change",
         "ratio": "Measured over predicted KL",
     }
-    ranks = Metric("", "Spearman's rank correlation", smoothing=0.1)
-    ratio = Metric("", "ratio", smoothing=0.1, log=True)
     panels = []
     for name, title in titles.items():
-        shown, level = (
-            (ratio, Level("as predicted", 1)) if name == "ratio" else (ranks, Level("no relation", 0))
-        )
-        metric = replace(shown, key=f"calibration/{name}")
-        panels.append(lines(study, drawn, metric, title, levels=[level], summary=("mean",)))
+        is_ratio = name == "ratio"
+        label, level = ("ratio", "as predicted") if is_ratio else (RHO, "no relation")
+        metric = Metric(f"calibration/{name}", label, smoothing=0.1, log=is_ratio)
+        levels = [Level(level, float(is_ratio))]
+        panels.append(lines(study, drawn, metric, title, levels=levels, summary=("mean",)))
     return panels
 
 
@@ -229,21 +224,16 @@ def figure_constraint(study: Study) -> list[Panel]:
             and trains(run)
         )
 
-    def has_one_bound(curve: Curve) -> bool:
+    def has_one_bound(run: Run) -> bool:
         bounds = ("policy_shift_max", "objective_shift_max")
-        return any(curve.run.setting(f"algo.selection.{bound}") == inf for bound in bounds)
+        return any(run.setting(f"algo.selection.{bound}") == inf for bound in bounds)
 
     wanted = {"algo.selection.policy_shift_max": "= inf or algo.selection.objective_shift_max = inf"}
-    groups = grouped(study.choose(is_bounded, wanted), lambda curve: algorithm(curve.run))
-    groups = {name: mine for name, mine in groups.items() if any(map(has_one_bound, mine))}
-    if not groups:
-        raise Lacking(study.explain_lack(wanted))
+    rejected = partial(lines, limits=(0, None), summary=("max", "mean"), heading=REJECTED.label)
     panels = []
-    for name, mine in groups.items():
-        options: dict[str, Any] = {"reference": "end", "summary": ("final", "max"), "heading": TRAINING.label}
-        panels.append(lines(study, mine, TRAINING, name, **options))
-        options = {"limits": (0, None), "summary": ("max", "mean"), "heading": REJECTED.label}
-        panels.append(lines(study, mine, REJECTED, f"{name}: rejected tokens", **options))
+    for name, mine in _by_algorithm(study, is_bounded, has_one_bound, wanted).items():
+        panels.append(compared(study, mine, TRAINING, name, heading=TRAINING.label))
+        panels.append(rejected(study, mine, REJECTED, f"{name}: rejected tokens"))
     return panels
 
 
@@ -251,35 +241,29 @@ def figure_criterion(study: Study) -> list[Panel]:
     """Draws seeds that collapsed or kept their peak, rejected tokens, accuracy: what docs/STUDY.md asks."""
     drawn = study.choose(trains, TRAINS)
     rivals = [c for c in study.curves if is_plain(c.run, ("GRPO",)) and not is_safe(c.run)]
-    area = replace(TRAINING, label="mean training accuracy")
+    bar = partial(bars, study, drawn)
     return [
-        *_shares_of_seeds(
-            study, drawn, {"Collapsed seeds": "collapsed", "Seeds that kept their peak": "kept"}
-        ),
-        bars(study, drawn, REJECTED, "Rejected tokens", "mean"),
-        bars(study, drawn, TRAINING, "Peak", "peak"),
-        bars(study, drawn, TRAINING, "Final", "final"),
-        bars(study, drawn, area, "Area under the curve", "auc"),
-        bars(study, drawn, area, "Lead over plain GRPO", "lead", rivals=rivals),
+        bar(SHARE, "Collapsed seeds", "collapsed", limits=WHOLE),
+        bar(SHARE, "Seeds that kept their peak", "kept", limits=WHOLE),
+        bar(REJECTED, "Rejected tokens", "mean"),
+        bar(TRAINING, "Peak", "peak"),
+        bar(TRAINING, "Final", "final"),
+        bar(AREA, "Area under the curve", "auc"),
+        bar(AREA, "Lead over plain GRPO", "lead", rivals=rivals),
     ]
-
-
-def _shares_of_seeds(study: Study, drawn: Sequence[Curve], measures: dict[str, Any]) -> list[Panel]:
-    metric = replace(TRAINING, label="share of seeds")
-    return [bars(study, drawn, metric, t, how, limits=(-0.05, 1.05)) for t, how in measures.items()]
 
 
 def figure_stability(study: Study) -> list[Panel]:
     """Draws the share of seeds that collapsed, when, worst and final accuracy, area under the curve."""
-    drawn = study.choose(trains, TRAINS)
+    bar = partial(bars, study, study.choose(trains, TRAINS))
     when = replace(TRAINING, label="training completions", unit="completions")
     return [
-        *_shares_of_seeds(study, drawn, {"Collapsed seeds": "collapsed"}),
-        bars(study, drawn, when, "First collapse", "first_collapse", limits=(0, None)),
-        bars(study, drawn, replace(TRAINING, label="mean training accuracy"), "Area under the curve", "auc"),
-        bars(study, drawn, TRAINING, "Peak", "peak"),
-        bars(study, drawn, TRAINING, "Worst after the peak", "worst"),
-        bars(study, drawn, TRAINING, "Final", "final"),
+        bar(SHARE, "Collapsed seeds", "collapsed", limits=WHOLE),
+        bar(when, "First collapse", "first_collapse", limits=(0, None)),
+        bar(AREA, "Area under the curve", "auc"),
+        bar(TRAINING, "Peak", "peak"),
+        bar(TRAINING, "Worst after the peak", "worst"),
+        bar(TRAINING, "Final", "final"),
     ]
 
 
@@ -332,7 +316,7 @@ def figure_test(study: Study) -> list[Panel]:
         seen = "; ".join(f"{card} ({count} run{'s' * (count > 1)})" for card, count in cards.items())
         wanted = "expected the same: evaluate them by one command"
         raise Lacking(f"runs tested by different cards: {seen}; {wanted}")
-    return [_accuracy(study, drawn, BENCHMARKS, "Mean over benchmarks")]
+    return [ranked(study, drawn, BENCHMARKS, "Mean over benchmarks")]
 
 
 def figure_time(study: Study) -> list[Panel]:
@@ -362,7 +346,7 @@ class FigureSpec:
     alias: str = ""
 
 
-AREA = "The area is the mean height of the curve."
+HEIGHT = "The area is the mean height of the curve."
 COLLAPSE = """A seed has collapsed when its smoothed accuracy has lost half of what it had gained at its \
 peak, and more than noise would take"""
 SHIFTS = """Shifts that the last-layer model predicts. \
@@ -386,13 +370,13 @@ FIGURES = {
     "accuracy": FigureSpec("Accuracy", figure_accuracy),
     "calibration": FigureSpec("Predicted against measured shifts", figure_calibration, 3, RANKS),
     "constraint": FigureSpec("Which bound", figure_constraint),
-    "criterion": FigureSpec("Criterion", figure_criterion, 3, f"{COLLAPSE}, {KEPT} {AREA} {LEAD}"),
+    "criterion": FigureSpec("Criterion", figure_criterion, 3, f"{COLLAPSE}, {KEPT} {HEIGHT} {LEAD}"),
     "metrics": FigureSpec("Health of training", figure_metrics, 3),
     "regimes": FigureSpec("Regimes", figure_regimes, caption="Worst is the lowest accuracy after the peak."),
     "rejected_tokens": FigureSpec("Rejected tokens", figure_rejected_tokens, 3, TOKENS, "tokens"),
     "settings": FigureSpec("Settings", figure_settings),
     "stability": FigureSpec(
-        "Stability", figure_stability, 3, f"{COLLAPSE}; the interval of the share is Wilson's. {AREA}"
+        "Stability", figure_stability, 3, f"{COLLAPSE}; the interval of the share is Wilson's. {HEIGHT}"
     ),
     "test": FigureSpec("Accuracy on benchmarks", figure_test, 1, alias="TEST"),
     "time": FigureSpec("Time of a step", figure_time, 1),

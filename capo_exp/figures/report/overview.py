@@ -52,13 +52,13 @@ class Differences:
 
 
 def in_order(runs: Sequence[Run], curves: Sequence[Curve]) -> list[Run]:
-    """The runs of the first curve, those of the next, and at last those of none."""
+    """Returns the runs of the first curve, those of the next, and at last those of none."""
     place = {run.path: i for i, run in enumerate(run for curve in curves for run in curve.runs)}
     return sorted(runs, key=lambda run: place.get(run.path, len(place)))
 
 
 def run_labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
-    """A name for each run that no other has: its curve and seed, else its folder."""
+    """Returns a name for each run that no other has: its curve and seed, else its folder."""
     of_path = {run.path: curve.label for curve in curves for run in curve.runs}
     short = [
         f"{of_path[run.path]} · seed {run.setting('seed', '?')}" if run.path in of_path else run.path.name
@@ -72,7 +72,7 @@ def run_labels(runs: Sequence[Run], curves: Sequence[Curve]) -> list[str]:
 
 
 def overview(runs: Sequence[Run], named: Sequence[str]) -> list[RunLine]:
-    """A line for each run."""
+    """Returns a line for each run."""
     return [
         RunLine(
             label=label,
@@ -110,12 +110,12 @@ def _cells(run: Run) -> list[Cell]:
 
 
 def values(rows: Sequence[Row], key: str) -> list[float]:
-    """A metric where it is there and finite."""
+    """Returns a metric where it is there and finite."""
     return [value for row in rows if (value := row.get(key)) is not None]
 
 
 def percent(share: float | None) -> Cell:
-    """A share as 12.3%."""
+    """Says a share as 12.3%."""
     return Cell("-", "") if share is None else Cell(f"{share:.1%}", share)
 
 
@@ -130,7 +130,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def differing(runs: Sequence[Run], named: Sequence[str]) -> Differences:
-    """What differs, a column for the runs that are alike but for their seed."""
+    """Returns what differs, a column for the runs that are alike but for their seed."""
     table = differences(runs)
     seeds = table.pop("seed", None)
     columns: dict[tuple[str, ...], list[int]] = {}
@@ -148,7 +148,7 @@ def _head(places: Sequence[int], named: Sequence[str]) -> str:
 
 
 def setting(value: Any) -> str:
-    """A config value for people."""
+    """Says a config value for people."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):
@@ -157,7 +157,7 @@ def setting(value: Any) -> str:
 
 
 def origins(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What made this page and the runs in it; no date, so that it can be made again."""
+    """Says what made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
     packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]
     rows = {

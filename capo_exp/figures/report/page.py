@@ -7,8 +7,8 @@ those of assets/, whose hashes it states: what a model wrote cannot run, whateve
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -25,24 +25,6 @@ ASSETS = Path(__file__).parent / "assets"
 MAX_CSV_BYTES = 500_000
 """A larger CSV stays a file beside the page."""
 CSS_DPI = 96
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A figure as it stands in the page."""
-
-    name: str
-    title: str
-    caption: str
-    image: str
-    """data: URI of the PNG."""
-    size: tuple[int, int]
-    """Width and height on the screen, CSS pixels."""
-    csv: str | None
-    """data: URI; None if it is too large."""
-    csv_name: str
-    markdown: str
-    table: tables.TextTable
 
 
 def write_report(
@@ -84,28 +66,21 @@ def write_report(
 
 
 def title(runs: Sequence[Run]) -> str:
-    """The experiments' names and the number of runs."""
+    """Returns the experiments' names and the number of runs."""
     found = dict.fromkeys(str(run.setting("experiment_name", run.path.parent.name)) for run in runs)
     return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
 
 
 def asset(name: str) -> Markup:
-    """A file of assets/ as it goes into the page: ours, hence not escaped."""
+    """Returns a file of assets/ as it goes into the page: ours, hence not escaped."""
     return Markup((ASSETS / name).read_text(encoding="utf-8"))
 
 
 def content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
-    """No network, frames or forms; data: images; the scripts and styles with these texts and no others."""
-    return "; ".join(
-        (
-            "default-src 'none'",
-            "img-src data:",
-            f"script-src {' '.join(map(_hash, scripts))}",
-            f"style-src {' '.join(map(_hash, styles))}",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
+    """Forbids network, frames and forms, and allows data: images and just these scripts and styles."""
+    hashes = [" ".join(map(_hash, texts)) for texts in (scripts, styles)]
+    allowed = f"default-src 'none'; img-src data:; script-src {hashes[0]}; style-src {hashes[1]}"
+    return f"{allowed}; base-uri 'none'; form-action 'none'"
 
 
 def _hash(text: str) -> str:
@@ -113,38 +88,36 @@ def _hash(text: str) -> str:
 
 
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
+    loader = FileSystemLoader(ASSETS)
+    options = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    return environment.get_template("report.html")
+    return options.get_template("report.html")
 
 
-def embedded(figure: DrawnFigure) -> Embedded:
-    """A figure's files as text."""
+def embedded(figure: DrawnFigure) -> dict[str, Any]:
+    """Returns a figure as it stands in the page; image and CSV are data: URIs, None if too large."""
     png, csv = figure.png.read_bytes(), figure.csv.read_bytes()
-    return Embedded(
-        name=figure.name,
-        title=figure.title,
-        caption=figure.caption,
-        image=data_uri("image/png", png),
-        size=screen_size(png),
-        csv=data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
-        csv_name=figure.csv.name,
-        markdown=tables.markdown(figure.table),
-        table=figure.table,
-    )
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "caption": figure.caption,
+        "image": data_uri("image/png", png),
+        "size": screen_size(png),
+        "csv": data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
+        "csv_name": figure.csv.name,
+        "markdown": tables.markdown(figure.table),
+        "table": figure.table,
+    }
 
 
 def screen_size(png: bytes) -> tuple[int, int]:
-    """Width and height that a figure was designed for: its pixels at the style's resolution, in CSS's."""
+    """Returns width and height that a figure was designed for: its pixels at the style's resolution."""
     scale = CSS_DPI / style.SETTINGS["savefig.dpi"]
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the header chunk
     return round(width * scale), round(height * scale)
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """The content as an address that holds it."""
+    """Returns the content as an address that holds it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
