@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.schema import conf_dir, register, to_config
-from capo_exp.figures.command import load_study, parse
+from capo_exp.figures.command import load_study, parse_command
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.figures.output import write_figure
 from capo_exp.figures.page import compose as compose_figure
@@ -83,7 +83,7 @@ def write_jsonl(path: Path, rows: list[dict[str, float]]) -> None:
 
 def each_figure(runs: Path, output: Path) -> dict[str, float]:
     """Seconds of each figure in one process; only those that these runs have something for."""
-    command = parse([f"runs={runs}"])
+    command = parse_command([f"runs={runs}"])
     study = load_study(command, sorted(path.parent for path in runs.glob("*/run.json")))
     seconds = {}
     for name in FIGURES:

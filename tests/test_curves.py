@@ -15,7 +15,7 @@ from capo_exp.figures.curves import FIRST, Curve, curves, reference_of, start_va
 from capo_exp.figures.report.overview import differences
 from capo_exp.runs.read import Row, Run
 from capo_exp.runs.record import as_dict, run_id, run_name
-from capo_exp.runs.settings import within
+from capo_exp.runs.settings import is_within
 from tests.conftest import ALGORITHMS
 
 Make = Callable[..., Run]
@@ -245,8 +245,8 @@ def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) 
 
 
 def test_a_group_is_more_than_how_a_key_begins() -> None:
-    assert within("logger", ["seed", "logger"]) and within("logger.tags", ["logger"])
-    assert not within("loggers.tags", ["logger"]) and not within("rollout.top_kk", ["rollout.top_k"])
+    assert is_within("logger", ["seed", "logger"]) and is_within("logger.tags", ["logger"])
+    assert not is_within("loggers.tags", ["logger"]) and not is_within("rollout.top_kk", ["rollout.top_k"])
 
 
 def test_a_long_list_of_differences_is_cut(make: Make) -> None:

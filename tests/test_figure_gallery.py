@@ -228,7 +228,7 @@ def test_a_panel_without_the_metric_is_left_out(tmp_path: Path) -> None:
         ("7", "needs runs with algo.num_iterations > 1; these have algo.num_iterations = 1"),
         ("4", "needs runs with method = CAPO|Dr. CAPO|ReinCAPO; these have method = GRPO"),
         ("6", "needs runs with method = CAPO|Dr. CAPO|ReinCAPO and curvature.optimizer_model = sgd; "),
-        ("5", "needs runs with algo.selection._target_ not capo_exp.algorithms.neutral.keep_all; these have"
+        ("5", "needs runs with algo.selection._target_ not keep_all; these have"
               " algo.selection._target_ = capo_exp.algorithms.neutral.keep_all"),
         ("constraint", "needs runs with algo.selection.policy_shift_max = inf or "
                        "algo.selection.objective_shift_max = inf; these have "),

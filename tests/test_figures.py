@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from capo_exp.figures import plots
-from capo_exp.figures.plots import plot_run, smoothing_window, title, trailing_mean
+from capo_exp.figures.plots import plot_run, run_title, smoothing_window, trailing_mean
 from capo_exp.runs.read import Run, load_run
 from tests.figure_pieces import NO_WARNINGS
 
@@ -95,11 +95,11 @@ def test_bounds_that_do_not_bind_are_not_drawn(tmp_path: Path) -> None:
 
 
 def test_the_title_says_what_ran(tmp_path: Path) -> None:
-    assert title(load_run(write_run(tmp_path, [], CONFIG))) == (
+    assert run_title(load_run(write_run(tmp_path, [], CONFIG))) == (
         "capo · tiny · arithmetic\n"
         "aggressive · learning rate 1e-4 · 12 prompts x 8 completions a step · seed 3"
     )
-    assert "?" in title(Run(tmp_path, {}, {}, [], []))
+    assert "?" in run_title(Run(tmp_path, {}, {}, [], []))
 
 
 def test_smoothing_by_hand() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from capo_exp.config.errors import ConfigError
 from capo_exp.figures import output
 from capo_exp.figures.__main__ import main
-from capo_exp.figures.command import FigureCommand, common_parent, parse
+from capo_exp.figures.command import FigureCommand, common_parent, parse_command
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.runs.record import replacing
 from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
@@ -264,17 +264,17 @@ def test_a_folder_that_cannot_be_made(study: Path, tmp_path: Path, run) -> None:
 
 
 def test_values_of_the_command_line() -> None:
-    command = parse(
+    command = parse_command(
         ["runs=[a,b]", "figure=1, 2", "smoothing=0.25", "mix=true", "output=null", "x=counter/prompts"]
     )
     assert (command.runs, command.figure, command.mix) == (["a", "b"], ["1", "2"], True)
     assert (command.output, command.x, command.weight) == (None, "counter/prompts", 0.25)
-    assert parse(["runs=a"]).weight is None
-    assert parse(["runs=a", "smoothing=off"]).weight == 1.0
-    assert parse(["runs=a", "keys=loss/kl"]).figure == ["metrics"]
-    assert parse(["runs=a", "keys=loss/kl", "figure=all"]).figure == ["all"]
+    assert parse_command(["runs=a"]).weight is None
+    assert parse_command(["runs=a", "smoothing=off"]).weight == 1.0
+    assert parse_command(["runs=a", "keys=loss/kl"]).figure == ["metrics"]
+    assert parse_command(["runs=a", "keys=loss/kl", "figure=all"]).figure == ["all"]
     with pytest.raises(ConfigError, match="figure: no value"):
-        parse(["runs=a", "figure="])
+        parse_command(["runs=a", "figure="])
 
 
 def test_it_starts_without_torch(study: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from capo_exp.core.intervals import RESAMPLES, Interval, Statistic, centre, ema, interval
+from capo_exp.core.intervals import RESAMPLES, Interval, Statistic, centre_of_seeds, ema, interval
 from capo_exp.figures.bands import Band, band
 from capo_exp.figures.stats import areas, noise, sample_efficiency, stability
 from capo_exp.runs.read import Array, Run
@@ -60,17 +60,17 @@ def test_moving_average_by_hand() -> None:
 def test_the_interquartile_mean_is_that_of_scipy(seeds: int) -> None:
     values = np.random.default_rng(seeds).normal(size=(seeds, 6))
     expected = scipy_stats.trim_mean(values, 0.25, axis=0)
-    np.testing.assert_allclose(centre(values, "iqm"), expected)
+    np.testing.assert_allclose(centre_of_seeds(values, "iqm"), expected)
     holes = np.insert(values, seeds // 2, NAN, axis=0)  # not by scipy
-    np.testing.assert_allclose(centre(holes, "iqm"), expected)
-    np.testing.assert_allclose(centre(holes.T, "iqm", axis=1), expected)
-    np.testing.assert_allclose(centre(values.T, "mean", axis=1), values.mean(axis=0))
+    np.testing.assert_allclose(centre_of_seeds(holes, "iqm"), expected)
+    np.testing.assert_allclose(centre_of_seeds(holes.T, "iqm", axis=1), expected)
+    np.testing.assert_allclose(centre_of_seeds(values.T, "mean", axis=1), values.mean(axis=0))
 
 
 def test_a_centre_leaves_nan_out() -> None:
     values = np.array([[1.0, NAN, 9.0], [2.0, NAN, NAN], [3.0, NAN, NAN], [NAN, NAN, NAN], [9.0, NAN, NAN]])
-    np.testing.assert_allclose(centre(values, "mean"), [3.75, NAN, 9.0])
-    np.testing.assert_allclose(centre(values, "iqm"), [2.5, NAN, 9.0])
+    np.testing.assert_allclose(centre_of_seeds(values, "mean"), [3.75, NAN, 9.0])
+    np.testing.assert_allclose(centre_of_seeds(values, "iqm"), [2.5, NAN, 9.0])
 
 
 def test_intervals_of_the_mean_are_those_of_scipy() -> None:

@@ -60,7 +60,7 @@ def ema(values: Floats, alpha: float) -> Floats:
     return smooth
 
 
-def centre(values: Floats, statistic: Statistic, axis: int = 0) -> Floats:
+def centre_of_seeds(values: Floats, statistic: Statistic, axis: int = 0) -> Floats:
     """Returns the mean, or interquartile mean, over seeds, of what is not NaN; NaN where nothing else is.
 
     The same as scipy.stats.trim_mean of what is not NaN, but for whole tables at once, whatever each column
@@ -96,7 +96,7 @@ def interval(values: Floats, statistic: Statistic, kind: Interval) -> tuple[Floa
             columns = which.reshape(-1) == number
             dense = table[pattern][:, columns]
             if kind == "bootstrap":
-                over = partial(centre, statistic=statistic)
+                over = partial(centre_of_seeds, statistic=statistic)
                 bounds[:, columns] = bootstrap([dense], over, resamples=RESAMPLES, batch=250)
             else:
                 bounds[:, columns] = _student(dense, statistic, kind)
@@ -108,7 +108,7 @@ def seed_estimate(values: Floats, statistic: Statistic, kind: Interval) -> Estim
     """Returns the centre of one number a seed, [s], with its interval."""
     bounds = [float(bound) for bound in interval(values, statistic, kind)]
     low, high = bounds if np.isfinite(bounds).all() else (None, None)
-    return Estimate(float(centre(values, statistic)), low, high)
+    return Estimate(float(centre_of_seeds(values, statistic)), low, high)
 
 
 def bootstrap(
@@ -137,5 +137,5 @@ def _student(dense: Floats, statistic: Statistic, kind: Interval) -> tuple[Float
     winsorised = np.clip(dense, ordered[cut], ordered[seeds - 1 - cut])
     error = np.sqrt((seeds - 1) * winsorised.var(axis=0, ddof=1) / (kept * (kept - 1)))
     half = error * (stats.t.ppf((1 + LEVEL) / 2, kept - 1) if kind == "t" else 1.0)
-    middle = centre(dense, statistic)
+    middle = centre_of_seeds(dense, statistic)
     return middle - half, middle + half

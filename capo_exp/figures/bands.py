@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capo_exp.core.intervals import Interval, Statistic, centre, ema
+from capo_exp.core.intervals import Interval, Statistic, centre_of_seeds, ema
 from capo_exp.core.intervals import interval as bounds
 from capo_exp.runs.read import Array, Row, Run, series
 
@@ -88,7 +88,7 @@ def band(
         return None
     grid, values = _aligned(points)
     low, high = bounds(values, statistic, interval)
-    return Band(grid, centre(values, statistic), low, high, values, len(points), statistic, alpha)
+    return Band(grid, centre_of_seeds(values, statistic), low, high, values, len(points), statistic, alpha)
 
 
 def _points(rows: Sequence[Row], key: str, x: str, alpha: float) -> tuple[Array, Array]:

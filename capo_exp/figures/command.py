@@ -85,14 +85,14 @@ Figures:
 """
 
 
-def help_text() -> str:
+def figures_help() -> str:
     """Returns the keys, and the figures with a line each."""
     listed = {", ".join(filter(None, (name, spec.alias))): spec for name, spec in FIGURES.items()}
     lines = [f"  {name:24} {(spec.panels.__doc__ or '').splitlines()[0]}" for name, spec in listed.items()]
     return HELP.format(axes=", ".join(X_LABELS), figures="\n".join(lines))
 
 
-def parse(arguments: Sequence[str]) -> FigureCommand:
+def parse_command(arguments: Sequence[str]) -> FigureCommand:
     """Reads the arguments.
 
     Raises:

@@ -38,7 +38,7 @@ LABELS = {
 SELECTING = ("CAPO", "Dr. CAPO", "ReinCAPO")
 BASES = ("GRPO", "Dr. GRPO", "REINFORCE")
 TRAINS = {"regime.learning_rate": "not 0"}
-SELECTS = {"algo.selection._target_": "not capo_exp.algorithms.neutral.keep_all"}
+SELECTS = {"algo.selection._target_": "not keep_all"}
 
 
 def trains(run: Run) -> bool:
@@ -58,7 +58,7 @@ def is_safe(run: Run) -> bool:
 
 def selects(run: Run) -> bool:
     """Returns whether a run's selection may reject tokens."""
-    return run.setting("algo.selection._target_") != "capo_exp.algorithms.neutral.keep_all"
+    return not str(run.setting("algo.selection._target_")).endswith(".keep_all")
 
 
 def _named(labels: Sequence[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ def plot_run(run_dir: Path | str) -> Path:
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
         FigureCanvasAgg(figure)
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
-        figure.suptitle(title(run), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11)
         draw_accuracy(accuracy, run)
         draw_shifts(shifts, run)
         draw_rejection(rejection, run)
@@ -38,7 +38,7 @@ def plot_run(run_dir: Path | str) -> Path:
     return path
 
 
-def title(run: Run) -> str:
+def run_title(run: Run) -> str:
     """Says on two lines what ran: algorithm, model, dataset; regime, learning rate, batch and seed."""
     subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
     rate = run.setting("regime.learning_rate")

@@ -10,7 +10,15 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
-from capo_exp.core.intervals import LEVEL, RESAMPLES, Estimate, Interval, Statistic, centre, seed_estimate
+from capo_exp.core.intervals import (
+    LEVEL,
+    RESAMPLES,
+    Estimate,
+    Interval,
+    Statistic,
+    centre_of_seeds,
+    seed_estimate,
+)
 from capo_exp.figures.bands import Band
 from capo_exp.runs.read import Array
 
@@ -75,7 +83,7 @@ def sample_efficiency(reference: Band, method: Band, *, start: float | None = No
     at_end = np.isfinite(reference.values[:, reference.end])
     values = reference.values[at_end, : reference.end + 1]
     ask = partial(_first_reached, reference.x[: reference.end + 1], method.x, start)
-    target, before, after = ask(centre(values, reference.statistic)[None], method.centre[None])
+    target, before, after = ask(centre_of_seeds(values, reference.statistic)[None], method.centre[None])
     if np.isnan(target[0]):
         return Factor(np.nan, None, None, np.nan, np.nan)
     low, high = np.nan, np.nan
@@ -120,7 +128,9 @@ def _resampled(values: Array, statistic: Statistic, stream: int) -> Array:
     """Returns centres of resampled seeds, [s, n] -> [r, n]."""
     seeds = len(values)
     draws = np.random.default_rng(stream).integers(0, seeds, (RESAMPLES, seeds))
-    return np.concatenate([centre(values[part], statistic, axis=1) for part in np.array_split(draws, 20)])
+    return np.concatenate(
+        [centre_of_seeds(values[part], statistic, axis=1) for part in np.array_split(draws, 20)]
+    )
 
 
 def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:

@@ -51,7 +51,7 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def within(key: str, groups: Sequence[str]) -> bool:
+def is_within(key: str, groups: Sequence[str]) -> bool:
     """Returns whether a dotted key is one of some keys, or in one of some groups."""
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
@@ -66,7 +66,7 @@ def results(run: Run) -> Settings:
         return {}
     known = dict(flat(run.config))
     known |= {key: value for key, value in _older().items() if key not in known}
-    found = {key: value for key, value in known.items() if not within(key, NOT_RESULTS)}
+    found = {key: value for key, value in known.items() if not is_within(key, NOT_RESULTS)}
     if "data" in run.record:
         found |= {"dataset.path": None, "data": run.record["data"]}
     device = run.record.get("device") or known.get("device") or "auto"
@@ -92,7 +92,7 @@ def training(run: Run) -> Settings:
         still += (*LENGTH, "optimizer.schedule")
     elif found.get("optimizer.schedule") == "constant":
         still += LENGTH
-    return {key: value for key, value in found.items() if value is not None and not within(key, still)}
+    return {key: value for key, value in found.items() if value is not None and not is_within(key, still)}
 
 
 def varying(table: Sequence[Settings]) -> list[str]:
@@ -118,7 +118,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _question(run: Run) -> Settings:
-    found = {key: value for key, value in results(run).items() if within(key, INCOMPARABLE)}
+    found = {key: value for key, value in results(run).items() if is_within(key, INCOMPARABLE)}
     if found.get("model.path"):
         found["model.path"] = PurePath(found["model.path"]).name  # a hub's id, or wherever a copy lies
     return {key: value for key, value in found.items() if key != "dataset.path"}

@@ -44,7 +44,7 @@ def write_report(
     data = viewer_data(taken, named)
     css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
     html = _template().render(
-        title=title(runs),
+        title=page_title(runs),
         policy=content_security_policy([summary_js, viewer_js], [css]),
         css=css,
         summary_js=summary_js,
@@ -65,7 +65,7 @@ def write_report(
     return path
 
 
-def title(runs: Sequence[Run]) -> str:
+def page_title(runs: Sequence[Run]) -> str:
     """Returns the experiments' names and the number of runs."""
     found = dict.fromkeys(str(run.setting("experiment_name", run.path.parent.name)) for run in runs)
     return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
