@@ -66,6 +66,7 @@ def curve(found: list[dict[str, str]], label: str, panel: str | None = None) -> 
     return [row for row in found if row["curve"] == label and panel in (None, row["panel"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
     shown = compose(name, everything)

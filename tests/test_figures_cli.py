@@ -88,6 +88,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, run) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_all_goes_on_without_what_it_lacks(study: Path, tmp_path: Path, run) -> None:
     result = run(f"runs={study}", f"output={tmp_path}")
     assert (result.status, result.err) == (0, "")
@@ -160,6 +161,7 @@ def test_two_dashes_in_a_command_do_not_end_a_comment(study: Path, tmp_path: Pat
     assert json.loads(first[5:-4])["command"].endswith("a--b -->'")
 
 
+@pytest.mark.slow
 def test_the_same_again_is_the_same_bytes(study: Path, tmp_path: Path, run) -> None:
     command = [
         f"runs={study}",
@@ -277,6 +279,7 @@ def test_values_of_the_command_line() -> None:
         parse_command(["runs=a", "figure="])
 
 
+@pytest.mark.slow
 def test_it_starts_without_torch(study: Path, tmp_path: Path) -> None:
     arguments = [f"runs={study}", "figure=1,time,rejected_tokens", f"output={tmp_path}"]
     subprocess.run([sys.executable, "-c", NO_HEAVY, *arguments], check=True, capture_output=True)
