@@ -88,7 +88,8 @@ Figures:
 def figures_help() -> str:
     """Returns the keys, and the figures with a line each."""
     listed = {", ".join(filter(None, (name, spec.alias))): spec for name, spec in FIGURES.items()}
-    lines = [f"  {name:24} {(spec.panels.__doc__ or '').splitlines()[0]}" for name, spec in listed.items()]
+    said = {name: (spec.panels.__doc__ or "").removeprefix("Draws ") for name, spec in listed.items()}
+    lines = [f"  {name:24} {text.splitlines()[0].removesuffix('.')}" for name, text in said.items()]
     return HELP.format(axes=", ".join(X_LABELS), figures="\n".join(lines))
 
 

@@ -81,13 +81,11 @@ class Study:
 
     def explain_lack(self, wanted: Mapping[str, str]) -> str:
         """Says what no run has, and what they have in its place."""
-        found = {
-            key: list(dict.fromkeys(_shown(run, key) for run in self.runs)) for key in wanted
-        }  # fmt: skip
-        have = [
-            f"{key} = {'|'.join([*values[:MAX_VALUES], *['...'] * (len(values) > MAX_VALUES)])}"
-            for key, values in found.items()
-        ]
+        have = []
+        for key in wanted:
+            values = list(dict.fromkeys(_shown(run, key) for run in self.runs))
+            more = ["..."] if len(values) > MAX_VALUES else []
+            have.append(f"{key} = {'|'.join([*values[:MAX_VALUES], *more])}")
         asked = " and ".join(f"{key} {value}" for key, value in wanted.items())
         return f"needs runs with {asked}; these have {', '.join(have)}"
 
