@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.figures import report_viewer as viewer
+from capo_exp.figures.report import viewer
 from capo_exp.runs.read import LoggedRun, load_run
 from tests.report_pieces import CAPO, TOKENS, completion, config, write_completions, write_run
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capo_exp.core.intervals import Estimate
 from capo_exp.evaluation import scores
 from capo_exp.evaluation.scores import (
-    Estimate,
     Solved,
     average,
     choose_sizes,

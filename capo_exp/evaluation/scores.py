@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 
+from capo_exp.core.intervals import Estimate, bootstrap
 from capo_exp.evaluation.majority import number_answers
 from capo_exp.grading.verifier import Verifier
 
@@ -34,21 +34,6 @@ class Solved:
     """Which samples gave the same answer: equal numbers; -1 = no answer."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems with its 95 % interval; None where resampling problems says nothing."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        """In per cent, such as `43.2 [41.0, 45.4]`."""
-        if self.low is None or self.high is None:
-            return f"{100 * self.value:.1f}"
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
 def estimate(*benchmarks: Vector) -> Estimate:
     """The unweighted mean over benchmarks of the mean over problems.
 
@@ -60,16 +45,13 @@ def estimate(*benchmarks: Vector) -> Estimate:
     """
     value = float(np.mean([np.mean(vector) for vector in benchmarks]))
     if min(map(len, benchmarks)) < 2 or all((vector == vector[0]).all() for vector in benchmarks):
-        return Estimate(value, None, None)
+        return Estimate(value)
 
     def mean_of_means(*samples: Vector, axis: int) -> Vector:
         return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
 
-    interval = bootstrap(
-        benchmarks, mean_of_means, n_resamples=RESAMPLES, batch=500, vectorized=True, method="percentile",
-        rng=0,
-    ).confidence_interval  # fmt: skip
-    return Estimate(value, float(interval.low), float(interval.high))
+    low, high = bootstrap(benchmarks, mean_of_means, resamples=RESAMPLES, batch=500)
+    return Estimate(value, float(low), float(high))
 
 
 def average(problems: Sequence[Solved]) -> Vector:

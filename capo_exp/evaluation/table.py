@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from capo_exp.evaluation.scores import Estimate, estimate
+from capo_exp.core.intervals import Estimate
+from capo_exp.evaluation.scores import estimate
 from capo_exp.evaluation.stored import StoredScores
 
 

@@ -11,6 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from capo_exp.figures import style
+from capo_exp.figures.labels import short
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import Array, LoggedRun, load_run, read_series
 
@@ -25,7 +26,7 @@ def plot_run(run_dir: Path | str) -> Path:
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
         FigureCanvasAgg(figure)
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
-        figure.suptitle(title(run), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11)
         draw_accuracy(accuracy, run)
         draw_shifts(shifts, run)
         draw_rejection(rejection, run)
@@ -37,14 +38,14 @@ def plot_run(run_dir: Path | str) -> Path:
     return path
 
 
-def title(run: LoggedRun) -> str:
-    """What ran on two lines: algorithm, model, dataset; regime, learning rate, batch and seed."""
+def run_title(run: LoggedRun) -> str:
+    """Says on two lines what ran: algorithm, model, dataset; regime, learning rate, batch and seed."""
     subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
     rate = run.setting("regime.learning_rate")
     batch = [run.setting(f"regime.{key}", "?") for key in ("prompts_per_step", "group_size")]
     setup = [
         str(run.setting("regime.name", "?")),
-        f"learning rate {_short(rate) if rate is not None else '?'}",
+        f"learning rate {short(float(rate)) if rate is not None else '?'}",
         f"{batch[0]} prompts x {batch[1]} completions a step",
         f"seed {run.setting('seed', '?')}",
     ]
@@ -52,8 +53,8 @@ def title(run: LoggedRun) -> str:
 
 
 def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
-    """Training accuracy, raw and smoothed, and the evaluations as points."""
-    colour = style.colour(str(run.setting("algo.name")))
+    """Draws training accuracy, raw and smoothed, and the evaluations as points."""
+    colour = style.colour(run)
     x, y = read_series(run.metrics, names.TRAIN_ACCURACY)
     window = smoothing_window(len(y))
     _line(axes, x, y, color=colour, linewidth=0.8, alpha=0.4)
@@ -68,7 +69,7 @@ def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
 
 
 def draw_shifts(axes: Axes, run: LoggedRun) -> None:
-    """Predicted shifts of single tokens on a log scale, and the bounds if the selection has any."""
+    """Draws predicted shifts of single tokens on a log scale, and the bounds if the selection has any."""
     dotted, solid, dashed = {"ls": ":", "lw": 1.2}, {"ls": "-", "lw": 1.5}, {"ls": "--", "lw": 1.2}
     for shift, prefix, looks in (
         ("policy", names.POLICY_SHIFT, {"max": dotted, "p99": solid, "mean": dashed}),
@@ -91,10 +92,10 @@ def draw_shifts(axes: Axes, run: LoggedRun) -> None:
 
 
 def draw_rejection(axes: Axes, run: LoggedRun) -> None:
-    """Share of tokens that the selection left out."""
+    """Draws the share of tokens that the selection left out."""
     x, total = read_series(run.metrics, names.REJECTION_RATE)
     top = np.nanmax(total, initial=0.0)
-    _line(axes, x, total, color=style.colour(str(run.setting("algo.name"))), label="total")
+    _line(axes, x, total, color=style.colour(run), label="total")
     for reason, label, look in (("_policy", "policy", "--"), ("_objective", "|objective|", ":")):
         x, y = read_series(run.metrics, names.REJECTION_RATE + reason)
         if top > 0:
@@ -107,12 +108,12 @@ def draw_rejection(axes: Axes, run: LoggedRun) -> None:
 
 
 def smoothing_window(steps: int) -> int:
-    """Steps in the trailing mean: a twentieth of the run, at most 20."""
+    """Returns the steps in the trailing mean: a twentieth of the run, at most 20."""
     return max(1, min(20, steps // 20))
 
 
 def trailing_mean(values: Array, window: int) -> Array:
-    """Mean of each value and those before it, `window` in all, fewer at the start; skips NaN. [n] -> [n]."""
+    """Returns means of each value and those before it, `window` in all; skips NaN. [n] -> [n]."""
     chunks = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return np.array([np.nan if np.isnan(c).all() else np.nanmean(c) for c in chunks], dtype=np.float64)
 
@@ -128,20 +129,10 @@ def _bound(axes: Axes, bound: float | None, shift: str) -> None:
         return
     axes.axhline(abs(bound), color=style.SHIFT_COLOURS[shift], linewidth=3.5, alpha=0.28, zorder=1)
     text = axes.annotate(
-        f"{shift} bound {_short(abs(bound))}",
-        (0, abs(bound)),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 4),
-        textcoords="offset points",
-        fontsize=8,
-        color=style.SHIFT_COLOURS[shift],
-    )
+        f"{shift} bound {short(abs(float(bound)))}", (0, abs(bound)), xycoords=("axes fraction", "data"),
+        xytext=(4, 4), textcoords="offset points", fontsize=8, color=style.SHIFT_COLOURS[shift],
+    )  # fmt: skip
     text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-
-
-def _short(number: float) -> str:
-    small = 0 < abs(number) < 1e-2
-    return np.format_float_scientific(number, precision=3, trim="-", exp_digits=1) if small else f"{number:g}"
 
 
 def _legend(axes: Axes) -> None:

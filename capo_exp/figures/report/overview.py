@@ -10,9 +10,10 @@ from typing import Any
 
 from capo_exp.figures import style
 from capo_exp.figures.command import as_typed
-from capo_exp.figures.curves import Curve, differences
+from capo_exp.figures.curves import Curve
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, LoggedRun
+from capo_exp.runs.settings import results, varying
 
 RECENT = 10
 """Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
@@ -32,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class RunLine:
     """A run of the summary."""
 
     label: str
@@ -51,13 +52,13 @@ class Differences:
 
 
 def in_order(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[LoggedRun]:
-    """The runs of the first curve, those of the next, and at last those of none."""
+    """Returns the runs of the first curve, those of the next, and at last those of none."""
     place = {run.path: i for i, run in enumerate(run for curve in curves for run in curve.runs)}
     return sorted(runs, key=lambda run: place.get(run.path, len(place)))
 
 
-def labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
-    """A name for each run that no other has: its curve and seed, else its folder."""
+def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
+    """Returns a name for each run that no other has: its curve and seed, else its folder."""
     of_path = {run.path: curve.label for curve in curves for run in curve.runs}
     short = [
         f"{of_path[run.path]} · seed {run.setting('seed', '?')}" if run.path in of_path else run.path.name
@@ -70,13 +71,13 @@ def labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
     ]
 
 
-def summary(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[Line]:
-    """A line for each run."""
+def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
+    """Returns a line for each run."""
     return [
-        Line(
+        RunLine(
             label=label,
             name=run.path.name,
-            colour=style.colour(str(run.setting("algo.name"))),
+            colour=style.colour(run),
             error=run.record.get("error") if run.state == "failed" else None,
             cells=_cells(run),
         )
@@ -109,17 +110,27 @@ def _cells(run: LoggedRun) -> list[Cell]:
 
 
 def values(rows: Sequence[LoggedRow], key: str) -> list[float]:
-    """A metric where it is there and finite."""
+    """Returns a metric where it is there and finite."""
     return [value for row in rows if (value := row.get(key)) is not None]
 
 
 def percent(share: float | None) -> Cell:
-    """A share as 12.3%."""
+    """Says a share as 12.3%."""
     return Cell("-", "") if share is None else Cell(f"{share:.1%}", share)
 
 
+def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
+    """Returns dotted config keys that are not the same in all runs, with each value; None where none is.
+
+    The seed is one of them, and so is how often a run is measured; keys that change no number of a run
+    (runs.record.NOT_RESULTS) and the folder of the problems are not.
+    """
+    table = [results(run) for run in runs]
+    return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
+
+
 def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> Differences:
-    """What differs, a column for the runs that are alike but for their seed."""
+    """Returns what differs, a column for the runs that are alike but for their seed."""
     table = differences(runs)
     seeds = table.pop("seed", None)
     columns: dict[tuple[str, ...], list[int]] = {}
@@ -137,7 +148,7 @@ def _head(places: Sequence[int], named: Sequence[str]) -> str:
 
 
 def setting(value: Any) -> str:
-    """A config value for people."""
+    """Says a config value for people."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):
@@ -145,8 +156,8 @@ def setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def provenance(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
-    """What made this page and the runs in it; no date, so that it can be made again."""
+def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
+    """Says what made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
     packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]
     rows = {

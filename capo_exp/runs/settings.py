@@ -1,5 +1,4 @@
-"""The settings of a run by dotted key: which of them make another experiment, and which make runs that cannot
-be compared."""
+"""Settings of recorded runs by dotted key: which make another experiment, which make runs incomparable."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ MAX_SHOWN = 4
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a config, without Hydra's `_partial_`."""
+    """Yields dotted keys and values of a config, without Hydra's `_partial_`."""
     for name, value in node.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{name}.")
@@ -50,13 +49,13 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def within(key: str, groups: Sequence[str]) -> bool:
-    """Whether a dotted key is one of some keys, or in one of some groups."""
+def is_within(key: str, groups: Sequence[str]) -> bool:
+    """Returns whether a dotted key is one of some keys, or in one of some groups."""
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def results(run: LoggedRun) -> Settings:
-    """The settings that can change a number of the run, its seed too; none without a config.yaml.
+    """Returns the settings that can change a number of the run, its seed too; none without a config.yaml.
 
     A run that is older than a key has the key's neutral value. Problems are known by their fingerprint where
     it is on record, not by the folder they came from; the device by its kind, which the dtype follows.
@@ -66,7 +65,7 @@ def results(run: LoggedRun) -> Settings:
     left_out, neutral = read_schema()
     known = dict(flat(run.config))
     known |= {key: value for key, value in flat(NEUTRAL | neutral) if key not in known}
-    found = {key: value for key, value in known.items() if not within(key, tuple(left_out))}
+    found = {key: value for key, value in known.items() if not is_within(key, tuple(left_out))}
     if "data" in run.record:
         found |= {"dataset.path": None, "data": run.record["data"]}
     device = run.record.get("device") or known.get("device") or "auto"
@@ -74,7 +73,7 @@ def results(run: LoggedRun) -> Settings:
 
 
 def training(run: LoggedRun) -> Settings:
-    """The settings that two runs of one curve share: all that change how it trains or what is measured.
+    """Returns the settings that two runs of one curve share: all that change training or what is measured.
 
     Without the seed, what the model's path implies, the length of a run whose learning rate does not depend
     on it, and null, which is the same as no such key.
@@ -85,11 +84,11 @@ def training(run: LoggedRun) -> Settings:
         still += (*LENGTH, "optimizer.schedule")
     elif found.get("optimizer.schedule") == "constant":
         still += LENGTH
-    return {key: value for key, value in found.items() if value is not None and not within(key, still)}
+    return {key: value for key, value in found.items() if value is not None and not is_within(key, still)}
 
 
 def varying(table: Sequence[Settings]) -> list[str]:
-    """Keys whose value is not the same in all, in the order of the first that have them."""
+    """Returns keys whose value is not the same in all, in the order of the first that have them."""
     keys = dict.fromkeys(key for settings in table for key in settings)
     return [key for key in keys if any(settings.get(key) != table[0].get(key) for settings in table)]
 
@@ -111,7 +110,7 @@ def check_comparable(runs: Sequence[LoggedRun]) -> None:
 
 
 def _question(run: LoggedRun) -> Settings:
-    found = {key: value for key, value in results(run).items() if within(key, INCOMPARABLE)}
+    found = {key: value for key, value in results(run).items() if is_within(key, INCOMPARABLE)}
     if found.get("model.path"):
         found["model.path"] = PurePath(found["model.path"]).name  # a hub's id, or wherever a copy lies
     return {key: value for key, value in found.items() if key != "dataset.path"}
@@ -123,6 +122,6 @@ def _tally(count: Counter[str]) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """One line of at most so many characters."""
+    """Returns one line of at most so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 1]}…"

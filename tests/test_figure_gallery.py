@@ -1,11 +1,9 @@
-"""Every figure of conf/figure on runs whose right answer is known."""
+"""Every figure on runs whose right answer is known."""
 
 import csv
 import io
 import itertools
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import conf_dir
-from capo_exp.figures import catalogue, picture, style, tables
-from capo_exp.figures.captions import caption, footer
-from capo_exp.figures.catalogue import FigureSpec, figure_names, find_figure, read_figure
-from capo_exp.figures.charts import luminance
-from capo_exp.figures.compose import Picture, compose
-from capo_exp.figures.matching import describe, matching, present
-from capo_exp.figures.measure import Level, Panel
+from capo_exp.figures import style, tables
+from capo_exp.figures.bars import luminance
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.gallery import FIGURES, TRAINING, find_figure
+from capo_exp.figures.lines import lines
+from capo_exp.figures.page import Picture, caption, compose, draw_page, footer
+from capo_exp.figures.panel import Level, Panel
+from capo_exp.figures.per_run import STAGES
 from capo_exp.figures.study import Lacking, Study
+from capo_exp.runs.metrics import METRICS
+from capo_exp.runs.read import LoggedRun
 from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_run, write_study
 
 pytestmark = NO_WARNINGS
@@ -35,7 +35,6 @@ CLIMBS = {
     "zero_learning_rate": lambda x, seed: 0.35 + 0.02 * seed,
 }
 """Mean over seeds 0 and 1: GRPO ends at 0.529808, which CAPO first reaches at 32 x 96 = 3,072 completions."""
-PANEL = "title: x\nsummary: x\npanels: [{{{}}}]"
 TARGET = 0.41 + 2e-6 * 59904
 
 
@@ -54,9 +53,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return study_in(root)
 
 
-def drawn(shown: Picture, study: Study) -> Figure:
+def drawn(shown: Picture) -> Figure:
     with style.house_style():
-        return picture.draw(shown, study, footer(shown, study))
+        return draw_page(shown)
 
 
 def rows(panels: tuple[Panel, ...]) -> list[dict[str, str]]:
@@ -67,15 +66,15 @@ def curve(found: list[dict[str, str]], label: str, panel: str | None = None) -> 
     return [row for row in found if row["curve"] == label and panel in (None, row["panel"])]
 
 
-@pytest.mark.parametrize("name", figure_names())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
-    spec = read_figure(name)
-    shown = compose(spec, everything)
+    shown = compose(name, everything)
     assert shown.lacking == ()
-    assert {panel.spec.title for panel in shown.panels} == {panel.title for panel in spec.panels}
+    assert len(shown.panels) == len(FIGURES[name].panels(everything))
     assert len(rows(shown.panels)) >= len(shown.panels)
-    assert len(tables.summary(shown.panels).rows) >= 1
-    check_page(drawn(shown, everything))
+    assert len(tables.table_of(shown.panels).rows) >= 1
+    check_page(drawn(shown))
 
 
 def check_page(figure: Figure) -> None:
@@ -101,7 +100,7 @@ def shown_ticks(axis: Any) -> list[Text]:
 
 
 def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
-    shown = compose(read_figure("1"), first)
+    shown = compose("1", first)
     found = rows(shown.panels)
     capo = curve(found, "CAPO (A)")
     assert [int(row["x"]) for row in capo] == [96 * step for step in range(101)]
@@ -120,7 +119,7 @@ def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
     assert (int(ring["x"]), float(ring["centre"])) == (3072, pytest.approx(TARGET))
     [panel] = shown.panels
     assert panel.x_max == 9600
-    table = {row[0]: row for row in tables.summary(shown.panels).rows}
+    table = {row[0]: row for row in tables.table_of(shown.panels).rows}
     assert table["CAPO (A)"][-1].startswith("19.5x [")
     assert table["GRPO (A)"][-1] == "not reached"
     assert table["GRPO"][-1] == "reference"
@@ -128,13 +127,13 @@ def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
 
 
 def test_what_figure_1_shows(first: Study) -> None:
-    [axes] = drawn(compose(read_figure("1"), first), first).axes
+    [axes] = drawn(compose("1", first)).axes
     lines = {str(line.get_label()): line for line in axes.lines}
     dashed = [line for line in axes.lines if line.get_color() == style.REFERENCE]
     assert [float(line.get_ydata()[0]) for line in dashed] == [pytest.approx(TARGET)]
     assert axes.get_xlim() == (0, 9600)
     colours = [line.get_color() for line in lines.values() if len(line.get_xdata()) > 5]
-    assert colours == [style.ALGORITHM_COLOURS[name] for name in ("capo", "grpo", "grpo")]
+    assert colours == ["#0072B2", "#D55E00", "#D55E00"]
     assert {text.get_text() for text in axes.texts} == {"19.5x", "53.0 %"}
     assert len(axes.collections) == 3  # a band for each curve
 
@@ -144,57 +143,55 @@ def test_the_line_of_figure_3_is_the_references_maximum(tmp_path: Path) -> None:
         return 0.5 - 1e-6 * abs(x - 5 * 1152) + 0.1 * seed
 
     study = study_in(write_study(tmp_path, ["grpo_conservative"], steps=10, accuracy=peak))
-    specs = {panel.reference for panel in read_figure("3").panels}
-    assert specs == {"max"}
-    panel = replace(read_figure("3").panels[0], key="reward/accuracy")
-    [shown] = compose(replace(read_figure("3"), panels=[panel]), study).panels
-    assert shown.levels == (Level("GRPO, largest", pytest.approx(0.55)),)
+    assert {panel.levels[0].label for panel in compose("3", study).panels} == {"GRPO, largest"}
+    panel = lines(study, study.curves, TRAINING, "x", reference="max")
+    assert panel.levels == (Level("GRPO, largest", pytest.approx(0.55)),)
 
 
 def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
     paper = Study(**{**vars(first), "smoothing": None, "bands": {}})
-    found = curve(rows(compose(read_figure("1"), paper).panels), "CAPO (A)")
+    found = curve(rows(compose("1", paper).panels), "CAPO (A)")
     first_step = 0.41 + 4e-5 * 96
     assert float(found[1]["centre"]) == pytest.approx(0.9 * 0.36 + 0.1 * first_step)
-    assert "EMA 0.1" in caption(compose(read_figure("1"), paper), paper)
-    assert "not smoothed" in caption(compose(read_figure("1"), first), first)
+    assert "EMA 0.1" in caption(compose("1", paper))
+    assert "not smoothed" in caption(compose("1", first))
 
 
 def test_another_x_axis(first: Study) -> None:
     steps = Study(**{**vars(first), "x": "counter/optimizer_step", "bands": {}})
-    shown = compose(read_figure("1"), steps)
+    shown = compose("1", steps)
     assert [row["x"] for row in curve(rows(shown.panels), "GRPO")] == [str(step) for step in range(53)]
-    [axes] = drawn(shown, steps).axes
+    [axes] = drawn(shown).axes
     assert axes.get_xlabel() == "optimiser steps"
     nowhere = Study(**{**vars(first), "x": "counter/elsewhere", "bands": {}})
     with pytest.raises(Lacking, match="no run has logged reward/accuracy with counter/elsewhere"):
-        compose(read_figure("1"), nowhere)
+        compose("1", nowhere)
 
 
 def test_without_a_reference_there_is_no_line(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo", "grpo_aggressive"], steps=5))
-    shown = compose(read_figure("1"), study)
+    shown = compose("1", study)
     assert shown.panels[0].levels == ()
     assert shown.panels[0].crossings == ()
-    assert "the runs have no conservative GRPO" in caption(shown, study)
-    assert "sample efficiency" not in " ".join(tables.summary(shown.panels).heading)
+    assert "the runs have no conservative GRPO" in caption(shown)
+    assert "sample efficiency" not in " ".join(tables.table_of(shown.panels).heading)
 
 
 def test_one_seed_has_no_band(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], seeds=1, steps=5))
-    shown = compose(read_figure("accuracy"), study)
+    shown = compose("accuracy", study)
     assert {row["low"] for row in rows(shown.panels)} == {""}
-    assert "n = 1 seed; one seed, hence no interval" in caption(shown, study)
-    assert all(len(axes.collections) == 0 for axes in drawn(shown, study).axes)
+    assert "n = 1 seed; one seed, hence no interval" in caption(shown)
+    assert all(len(axes.collections) == 0 for axes in drawn(shown).axes)
 
 
 def test_seeds_of_different_length(tmp_path: Path) -> None:
     for seed, steps in enumerate((10, 10, 4)):
         write_run(tmp_path, "capo", seed, steps=steps)
     study = study_in(tmp_path)
-    shown = compose(read_figure("1"), study)
+    shown = compose("1", study)
     assert [row["seeds"] for row in curve(rows(shown.panels), "CAPO (A)")] == ["3"] * 4 + ["2"] * 6
-    assert "Seeds that end earlier than the others: CAPO (A) 1 of 3." in caption(shown, study)
+    assert "Seeds that end earlier than the others: CAPO (A) 1 of 3." in caption(shown)
 
 
 def test_a_long_footer_stays_on_the_page(tmp_path: Path) -> None:
@@ -202,25 +199,25 @@ def test_a_long_footer_stays_on_the_page(tmp_path: Path) -> None:
     write_study(tmp_path, jobs, seeds=1, steps=3)
     write_study(tmp_path, [f"{job} regime.group_size=4" for job in jobs], seeds=2, steps=3)
     study = study_in(tmp_path)
-    shown = compose(read_figure("1"), study)
-    assert len(footer(shown, study)) > 150
-    check_page(drawn(shown, study))
+    shown = compose("1", study)
+    assert len(footer(shown)) > 150
+    check_page(drawn(shown))
 
 
 def test_a_curve_without_the_metric_is_named(tmp_path: Path) -> None:
     write_run(tmp_path, "capo", steps=5)
     write_run(tmp_path, "grpo_aggressive", steps=5, without=["policy/entropy"])
     study = study_in(tmp_path)
-    shown = compose(read_figure("metrics"), study)
+    shown = compose("metrics", study)
     assert shown.lacking == ("Entropy: not in GRPO (A)",)
-    assert "Left out: Entropy: not in GRPO (A)." in caption(shown, study)
+    assert "Left out: Entropy: not in GRPO (A)." in caption(shown)
     assert {row["curve"] for row in rows(shown.panels) if row["panel"] == "Entropy"} == {"CAPO (A)"}
     assert {row["curve"] for row in rows(shown.panels)} == {"CAPO (A)", "GRPO (A)"}
 
 
 def test_a_panel_without_the_metric_is_left_out(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=5, without=["policy/entropy", "policy/grad_norm"]))
-    shown = compose(read_figure("metrics"), study)
+    shown = compose("metrics", study)
     assert shown.lacking == ("no run has logged policy/entropy, policy/grad_norm",)
     assert len(shown.panels) == 4
 
@@ -230,36 +227,45 @@ def test_a_panel_without_the_metric_is_left_out(tmp_path: Path) -> None:
     [
         ("8", "needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"),
         ("7", "needs runs with algo.num_iterations > 1; these have algo.num_iterations = 1"),
-        ("4", "needs runs with algo.name = dr_capo|capo|rein_capo; these have algo.name = grpo"),
-        ("5", "needs runs with algo.selection._target_ not capo_exp.algorithms.neutral.keep_all; these have"
+        ("4", "needs runs with method = CAPO|Dr. CAPO|ReinCAPO; these have method = GRPO"),
+        ("6", "needs runs with method = CAPO|Dr. CAPO|ReinCAPO and curvature.optimizer_model = sgd; "),
+        ("5", "needs runs with algo.selection._target_ not keep_all; these have"
               " algo.selection._target_ = capo_exp.algorithms.neutral.keep_all"),
         ("constraint", "needs runs with algo.selection.policy_shift_max = inf or "
-                       "algo.selection.objective_shift_max = inf; these have "
-                       "algo.selection.policy_shift_max = none, algo.selection.objective_shift_max = none"),
+                       "algo.selection.objective_shift_max = inf; these have "),
         ("regimes", "needs a method with more than one learning rate or batch"),
         ("calibration", "no run has logged calibration/policy_shift/spearman"),
     ],
 )  # fmt: skip
 def test_what_is_lacking_is_said(name: str, reason: str, tmp_path: Path) -> None:
-    without = [panel.key for panel in read_figure("calibration").panels]
+    without = [key for key in METRICS if key.startswith("calibration/")]
     study = study_in(write_study(tmp_path, ["grpo_aggressive"], seeds=1, steps=3, without=without))
     with pytest.raises(Lacking) as error:
-        compose(read_figure(name), study)
+        compose(name, study)
     assert str(error.value).startswith(reason)
     assert "\n" not in str(error.value)
+
+
+def test_plain_is_what_the_label_says(tmp_path: Path) -> None:
+    """Whatever is put on top of a method changes its label, and figure 1 shows plain methods only."""
+    jobs = ["grpo_aggressive", "grpo_aggressive selection=random", "grpo_aggressive step_rule=measured"]
+    jobs += ["capo algo.label=mine", "figure_8 algo=grpo algo.kl_coefficient=0.1"]
+    study = study_in(write_study(tmp_path, jobs, seeds=1, steps=3))
+    assert [curve.label for curve in compose("1", study).curves] == ["GRPO (A)"]
+    assert len(study.curves) == 5
 
 
 def test_nothing_rejected_and_nothing_logged(tmp_path: Path) -> None:
     run = write_run(tmp_path, "capo", steps=3)
     shutil.rmtree(run / "completions")
     with pytest.raises(Lacking, match="no completions on disk"):
-        compose(read_figure("rejected_tokens"), study_in(tmp_path))
+        compose("rejected_tokens", study_in(tmp_path))
 
 
 def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
     shown = compose(find_figure("tokens"), study)
-    assert tables.summary(shown.panels).rows == [
+    assert tables.table_of(shown.panels).rows == [
         ["CAPO (A)", "a", "4", "10", "40.0 %", "66.7 %", "71.4 %"],
         ["CAPO (A)", "␣$b_", "2", "2", "100.0 %", "33.3 %", "14.3 %"],
     ]
@@ -273,12 +279,12 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
 
 def test_time_is_shared_out(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
-    found = {row["x"]: float(row["centre"]) for row in rows(compose(read_figure("time"), study).panels)}
+    found = {row["x"]: float(row["centre"]) for row in rows(compose("time", study).panels)}
     assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
 
 
 def test_the_largest_gradient_norm(everything: Study) -> None:
-    found = rows(compose(read_figure("8"), everything).panels)
+    found = rows(compose("8", everything).panels)
     norms = [row for row in found if row["x"] == "max"]
     assert {float(row["centre"]) for row in norms} == {45.0}  # 30 steps, of 1 and 2 each
     assert {(float(row["low"]), float(row["high"])) for row in norms} == {(30.0, 60.0)}
@@ -289,7 +295,7 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Pa
         return 0.41 if x > 50 * 96 and seed == 0 else 0.4 + 0.004 * min(x / 96, 50)
 
     study = study_in(write_study(tmp_path, ["capo"], steps=60, accuracy=breaks))
-    shown = compose(read_figure("stability"), study)
+    shown = compose("stability", study)
     found = {row["panel"]: float(row["centre"]) for row in rows(shown.panels)}
     area = found.pop("Area under the curve")
     assert found == {
@@ -300,15 +306,15 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Pa
         "Final": pytest.approx((0.41 + 0.6) / 2),
     }
     assert 0.5 < area < 0.53  # (0.404 + 0.6) / 2 for 49 of 59 steps, then 0.505
-    [line] = tables.summary(shown.panels).rows
+    [line] = tables.table_of(shown.panels).rows
     assert line[2].startswith("50.0 % [")
     assert line[3] == "4.9k"
 
 
 def test_a_log_axis_needs_a_decade(everything: Study) -> None:
-    norms = drawn(compose(read_figure("8"), everything), everything).axes[1]
-    assert (norms.get_xscale(), read_figure("8").panels[1].log) == ("linear", True)  # 45 in all
-    token, update, *_ = drawn(compose(read_figure("3"), everything), everything).axes
+    norms = drawn(compose("8", everything)).axes[1]
+    assert norms.get_xscale() == "linear"  # 45 in all
+    token, update, *_ = drawn(compose("3", everything)).axes
     assert (token.get_yscale(), update.get_yscale()) == ("linear", "log")  # 0.1 in all; 1e-7 to 3e-6
 
 
@@ -320,8 +326,8 @@ def test_heat_map_cells(tmp_path: Path) -> None:
                 accuracy=lambda x, seed, rate=rate, prompts=prompts: rate + prompts / 100,
             )  # fmt: skip
     study = study_in(tmp_path)
-    shown = compose(read_figure("regimes"), study)
-    final, worst = drawn(shown, study).axes
+    shown = compose("regimes", study)
+    final, worst = drawn(shown).axes
     assert [text.get_text() for text in final.get_xticklabels()] == ["16", "32"]
     assert [text.get_text() for text in final.get_yticklabels()] == ["0.1", "0.2"]
     cells = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in final.texts}
@@ -333,126 +339,43 @@ def test_heat_map_cells(tmp_path: Path) -> None:
         tmp_path, "capo regime.learning_rate=0.1 regime.prompts_per_step=2 optimizer.weight_decay=1", steps=4
     )
     with pytest.raises(Lacking, match="have the same learning rate and batch; narrow runs="):
-        compose(read_figure("regimes"), study_in(tmp_path))
+        compose("regimes", study_in(tmp_path))
 
 
-def test_an_algorithm_has_one_colour_everywhere(everything: Study) -> None:
+def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(everything: Study) -> None:
     seen: dict[str, set[str]] = {}
     for name in ("1", "2", "3", "4", "5", "accuracy"):
-        shown = compose(read_figure(name), everything)
-        for label, look in style.looks([(c.label, c.algorithm, c.regime) for c in shown.curves]).items():
+        looks = style.looks(compose(name, everything).curves)
+        assert len({(str(look.dashes), look.marker, look.filled) for look in looks.values()}) == len(looks)
+        for label, look in looks.items():
             seen.setdefault(label.split(" (")[0].split(" + ")[0], set()).add(look.colour)
     assert {name: len(colours) for name, colours in seen.items()} == dict.fromkeys(seen, 1)
-    assert seen["CAPO"] == {style.ALGORITHM_COLOURS["capo"]}
+    assert seen["CAPO"] == {"#0072B2"}
     assert len(seen) == 6
 
 
-def test_no_two_curves_look_the_same_even_in_grey() -> None:
-    names = [*style.ALGORITHM_COLOURS, "mine"]
-    many = [(f"{name} {i}", name, "aggressive") for name in names for i in range(8)]
-    many += [(f"{name} {regime}", name, regime) for name in names for regime in ("conservative",)]
-    looks = style.looks(many)
-    in_grey = {(str(look.dashes), look.marker, look.filled) for look in looks.values()}
+def test_no_two_of_many_curves_look_the_same_even_in_grey() -> None:
+    def curve(i: int, regime: str, marker: str) -> Curve:
+        config = {"algo": {"name": marker, "colour": "k", "marker": marker}, "regime": {"name": regime}}
+        return Curve(f"{i} {regime} {marker}", (LoggedRun(Path("r"), config, {}, [], []),))
+
+    many = [curve(i, "aggressive", marker) for marker in style.MARKERS for i in range(8)]
+    many += [curve(0, "conservative", marker) for marker in style.MARKERS]
+    in_grey = {(str(look.dashes), look.marker, look.filled) for look in style.looks(many).values()}
     assert len(in_grey) == len(many)
-
-
-def test_variants_of_a_method_have_its_colour() -> None:
-    assert style.colour("grpo_dual_clip") == style.ALGORITHM_COLOURS["grpo"]
-    assert style.colour("reinforce_pp_baseline") == style.ALGORITHM_COLOURS["reinforce_pp"]
-    assert style.colour("grpology") == style.OTHER
 
 
 def test_neighbours_in_a_bar_differ_in_lightness() -> None:
     grey = [luminance(face) for face in style.STAGES]
     assert min(abs(a - b) for a, b in itertools.pairwise(grey)) > 0.12
-    assert len(style.STAGES) > len(read_figure("time").panels[0].keys)
-
-
-def test_conditions() -> None:
-    def run(**config: Any) -> Any:
-        from capo_exp.runs.read import LoggedRun
-
-        return LoggedRun(Path("r"), {"algo": config}, {}, [], [])
-
-    plain, kl, old = (
-        run(name="grpo", kl=0.0, variant=""),
-        run(name="grpo", kl=0.1, variant="kl"),
-        run(name="capo"),
-    )
-    every = [plain, kl, old]
-    assert matching(every, []) == every
-    assert matching(every, [{"algo.kl": {"above": 0}}]) == [kl]
-    assert matching(every, [{"algo.kl": {"not": 0}}]) == [kl, old]
-    assert matching(every, [{"algo.kl": 0}]) == [plain, old]  # an old run lacks what was neutral
-    assert matching(every, [{"algo.variant": ["", "x"]}]) == [plain, old]
-    assert matching(every, [{"algo.name": "grpo", "algo.kl": 0}, {"algo.name": "capo"}]) == [plain, old]
-    assert (
-        describe([{"a.b": {"above": 1}, "c": ["", "x"]}, {"d": {"not": 2}}])
-        == 'a.b > 1 and c = ""|x or d not 2'
-    )
-    assert present(every, [{"algo.kl": 1}]) == "algo.kl = 0.0|0.1|none"
-
-
-@pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of conf/ that a test can write to."""
-    copy = tmp_path / "conf"
-    shutil.copytree(conf_dir() / "figure", copy / "figure")
-    monkeypatch.setattr(catalogue, "conf_dir", lambda: copy)
-    for cached in (catalogue.read_figure, catalogue.defaults):
-        cached.cache_clear()
-    yield copy / "figure"
-    for cached in (catalogue.read_figure, catalogue.defaults):
-        cached.cache_clear()
-
-
-def test_a_new_figure_is_a_file(conf: Path, everything: Study) -> None:
-    (conf / "mine.yaml").write_text("title: Mine\nsummary: x\npanels:\n  - {title: Loss, key: loss/total}\n")
-    assert "mine" in figure_names()
-    shown = compose(find_figure("mine"), everything)
-    assert [panel.title for panel in shown.panels] == ["Loss"]
-    assert {row["centre"] for row in rows(shown.panels)} == {"0.1"}
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (
-            "title: x\nsummary: x\npanels: [{title: a, key: reward/acuracy}]",
-            r"no metric reward/acuracy; nearest: reward/accuracy",
-        ),
-        (
-            "title: x\nsummary: x\npanels: [{title: a, kee: b}]",
-            r"panels\[0\]: unknown key kee; .* nearest: key",
-        ),
-        ("title: x\nsummary: x\npanels: [{title: a, draw: line}]", r"draw=line; .* nearest: lines"),
-        ("title: x\nsummary: x\npanels: [{title: a, smoothing: much}]", r"panels\[0\]: smoothing: .*much"),
-        ("title: x\nsummary: x\nnumber: 3\npanels: [{title: a}]", r"unknown key number"),
-        ("title: x\nsummary: x", r"no panels"),
-        ("summary: x\npanels: [{title: a}]", r"title"),
-        ("a: [", r"no YAML"),
-        ("- a", r"expected keys"),
-    ],
-)
-def test_a_wrong_figure_is_one_line(text: str, reason: str, conf: Path) -> None:
-    (conf / "mine.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=rf"conf/figure/mine\.yaml.*{reason}") as error:
-        read_figure("mine")
-    assert "\n" not in str(error.value)
+    assert len(style.STAGES) > len(STAGES)
 
 
 def test_names_and_aliases() -> None:
-    assert find_figure("rejection").name == "5"
-    assert figure_names()[:8] == list("12345678")
+    assert (find_figure("rejection"), find_figure("time")) == ("5", "time")
+    assert list(FIGURES)[:8] == list("12345678")
     with pytest.raises(ConfigError, match=r"figure=stabilty: no such figure; .* nearest: stability"):
         find_figure("stabilty")
-
-
-def test_every_figure_says_what_it_is() -> None:
-    specs: list[FigureSpec] = [read_figure(name) for name in figure_names()]
-    assert all(len(spec.summary) > 20 and spec.title for spec in specs)
-    aliases = [alias for spec in specs for alias in spec.alias]
-    assert len({*aliases, *figure_names()}) == len(aliases) + len(specs)
 
 
 def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -> None:
@@ -468,7 +391,7 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
         for seed in of_seeds:
             write_run(tmp_path, job, seed, steps=6, accuracy=lambda _, s, of_seeds=of_seeds: of_seeds[s])
     study = study_in(tmp_path)
-    picture = compose(read_figure("criterion"), study)
+    picture = compose("criterion", study)
     (column,) = [c for c in picture.panels[-1].columns if "Lead" in c.heading]
     found = dict(column.cells)
     assert found["CAPO (A)"].value == pytest.approx((0.05 + 0.02) / 2)
@@ -477,5 +400,5 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
 
 
 def test_without_plain_runs_there_is_no_lead(tmp_path: Path) -> None:
-    picture = compose(read_figure("criterion"), study_in(write_study(tmp_path, ["capo"], steps=3)))
+    picture = compose("criterion", study_in(write_study(tmp_path, ["capo"], steps=3)))
     assert set(picture.panels[-1].columns[0].cells.values()) == {"no rival"}

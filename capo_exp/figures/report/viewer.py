@@ -45,7 +45,7 @@ class Excerpt:
 
     @property
     def note(self) -> str:
-        """Which steps and completions are here and which are not, as a sentence."""
+        """Says which steps and completions are here and which are not, as a sentence."""
         if not self.logged:
             return "no completions on disk (logger.completions_every)"
         text = f"{len(self.steps)} of {len(self.logged)} logged steps: {', '.join(map(str, self.steps))}"
@@ -54,12 +54,12 @@ class Excerpt:
 
 
 def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Excerpt]:
-    """The completions of each run that the page has room for: first and last step and some between."""
+    """Returns the completions of each run that the page has room for, first and last step among them."""
     return [excerpt(run, max_bytes / max(1, len(runs))) for run in runs]
 
 
 def excerpt(run: LoggedRun, room: float) -> Excerpt:
-    """As many evenly spread steps as fit into `room` bytes; if not even two do, their first completions."""
+    """Takes as many evenly spread steps as fit into `room` bytes; if not two do, their first completions."""
     files = (run.path / "completions").glob("step_*.parquet")
     logged = sorted(int(path.stem.removeprefix("step_")) for path in files)
     if not logged:
@@ -72,7 +72,7 @@ def excerpt(run: LoggedRun, room: float) -> Excerpt:
 
 
 def fitting(run: LoggedRun, logged: Sequence[int], room: float) -> dict[int, list[LoggedRow]]:
-    """The completions of most steps that fit into `room` bytes; of two if no two do."""
+    """Returns the completions of most steps that fit into `room` bytes; of two if no two do."""
     loaded = {logged[-1]: load_completions(run, logged[-1])}
     most = max(2, int(min(MAX_STEPS, room / max(1, bytes_of(loaded)))))
     rows: dict[int, list[LoggedRow]] = {}
@@ -86,29 +86,29 @@ def fitting(run: LoggedRun, logged: Sequence[int], room: float) -> dict[int, lis
 
 
 def bytes_of(rows: Mapping[int, Sequence[LoggedRow]]) -> int:
-    """About how long the completions are as JSON."""
+    """Estimates how long the completions are as JSON."""
     return sum(map(row_bytes, chain(*rows.values())))
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """The first, the last, and evenly spread ones between."""
+    """Returns the first, the last, and evenly spread ones between."""
     places = np.linspace(0, len(steps) - 1, min(len(steps), count))
     return [steps[round(place)] for place in places]
 
 
 def first_rows(rows: Sequence[LoggedRow], room: float) -> list[LoggedRow]:
-    """The completions that fit into `room` bytes from the start, at least one."""
+    """Returns the completions that fit into `room` bytes from the start, at least one."""
     sizes = accumulate(map(row_bytes, rows))
     return [row for i, (row, size) in enumerate(zip(rows, sizes, strict=True)) if size <= room or i == 0]
 
 
 def row_bytes(row: LoggedRow) -> int:
-    """About how long a completion is as JSON."""
+    """Estimates how long a completion is as JSON."""
     return ROW_BYTES + TOKEN_BYTES * min(MAX_TOKENS, len(row.get("token_ids") or ()))
 
 
 def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, Any]:
-    """Everything assets/viewer.js needs, as plain JSON values.
+    """Returns everything assets/viewer.js needs, as plain JSON values.
 
     Token texts and prompts stand in one table each, and completions have places in them.
 
@@ -168,7 +168,7 @@ def _row(
 
 
 def bounds_of(run: LoggedRun) -> tuple[float, float, float] | None:
-    """(m_F below, m_H above, m_H below) if the run's selection tests each token alone, else None."""
+    """Returns (m_F below, m_H above, m_H below) if the run's selection tests each token alone, else None."""
     by_token = str(run.setting("algo.selection._target_")).endswith("capo.shift_bounds")
     policy, low, high = (run.setting(f"algo.selection.{name}") for name in BOUNDS)
     if not by_token or None in (policy, low, high):
@@ -179,7 +179,7 @@ def bounds_of(run: LoggedRun) -> tuple[float, float, float] | None:
 def reasons(
     policy: Sequence[float], objective: Sequence[float], keep: Sequence[Any], bounds: Any
 ) -> list[int]:
-    """The code of each token. Comparisons as in shift_bounds: strict, so that NaN fails."""
+    """Returns the code of each token. Comparisons as in shift_bounds: strict, so that NaN fails."""
     if bounds is None or not len(policy) == len(objective) == len(keep):
         return [KEPT if kept else OTHER for kept in keep]
     highest, low, high = map(np.float32, bounds)
@@ -191,7 +191,7 @@ def reasons(
 
 
 def digits(value: float | None) -> float | int | None:
-    """Three significant digits; None where there is no finite number."""
+    """Returns three significant digits; None where there is no finite number."""
     if value is None or not math.isfinite(value):
         return None
     short = float(f"{value:.3g}")
@@ -199,7 +199,7 @@ def digits(value: float | None) -> float | int | None:
 
 
 def edges(values: Iterable[float | None], count: int) -> list[float]:
-    """Where the colours of a scale begin, two to a power of ten (1 and 3), rising.
+    """Returns where the colours of a scale begin, two to a power of ten (1 and 3), rising.
 
     The last one begins below the 99.9th percentile of the sizes, so that outliers do not pale the rest.
     """
@@ -210,7 +210,9 @@ def edges(values: Iterable[float | None], count: int) -> list[float]:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand inside <script>: no `<`, `>`, `&` and nothing beyond ASCII, as completions may have
-    `</script>`, and U+2028 ends a line of JavaScript."""
+    """Returns JSON that can stand inside <script>: no `<`, `>`, `&`, as completions may have `</script>`.
+
+    It has nothing beyond ASCII either, as U+2028 ends a line of JavaScript.
+    """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
