@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from capo_exp.curvature.model import AdamState, init_adam_state, token_shifts, update_adam_state
+from capo_exp.core.types import AdamState
+from capo_exp.curvature.model import init_adam_state, token_shifts, update_adam_state
 
 SIZES = {
     "small": (32, 64, 1024, 50, 128),

@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.schema import conf_dir, register, to_config
-from capo_exp.figures.__main__ import draw, study_of
-from capo_exp.figures.catalogue import figure_names, read_figure
-from capo_exp.figures.command import parse
+from capo_exp.figures.command import load_study, parse_command
+from capo_exp.figures.gallery import FIGURES
+from capo_exp.figures.output import write_figure
+from capo_exp.figures.page import compose as compose_figure
 from capo_exp.figures.study import Lacking
 from capo_exp.runs import metrics as names
-from capo_exp.runs.record import as_dict
+from capo_exp.runs.identity import as_dict
 
 JOBS = ("grpo_conservative", "grpo_aggressive", "capo", "dr_capo", "reinforce_aggressive", "capo_sgd")
 TOKENS, COMPLETIONS, EVERY = 30, 32, 10
@@ -43,7 +44,7 @@ def make_runs(root: Path, seeds: int, steps: int) -> None:
     register()
     for job in JOBS:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            config = as_dict(to_config(compose("config", [f"experiment=tiny/{job}"])))
+            config = as_dict(to_config(compose("config", [f"experiment=paper/{job}", "scale=tiny"])))
         for seed in range(seeds):
             folder = root / f"{job}-s{seed}"
             folder.mkdir(parents=True)
@@ -82,13 +83,13 @@ def write_jsonl(path: Path, rows: list[dict[str, float]]) -> None:
 
 def each_figure(runs: Path, output: Path) -> dict[str, float]:
     """Seconds of each figure in one process; only those that these runs have something for."""
-    command = parse([f"runs={runs}"])
-    study = study_of(command, sorted(path.parent for path in runs.glob("*/run.json")))
+    command = parse_command([f"runs={runs}"])
+    study = load_study(command, sorted(path.parent for path in runs.glob("*/run.json")))
     seconds = {}
-    for name in figure_names():
+    for name in FIGURES:
         began = time.perf_counter()
         try:
-            draw(read_figure(name), study, output, "benchmark")
+            write_figure(compose_figure(name, study), output, "benchmark")
         except Lacking:
             continue
         seconds[name] = time.perf_counter() - began

@@ -117,8 +117,13 @@ def read(name: str) -> list[dict[str, Any]]:
     return pq.read_table(DATA / f"{name}.parquet").to_pylist()
 
 
-def graded(rows: list[dict[str, Any]], style: str) -> list[Grade]:
-    with MathVerifier(timeout_seconds=5.0, workers=WORKERS, style=style) as verifier:
+def math_verifier(style: str) -> MathVerifier:
+    numbers = {"timeout_seconds": 5.0, "workers": WORKERS, "memory_limit_gib": 4.0}
+    return MathVerifier(**numbers, style=style, unparsable_gold="drop")
+
+
+def grade_rows(rows: list[dict[str, Any]], style: str) -> list[Grade]:
+    with math_verifier(style) as verifier:
         result = verifier.score([[row["completion"]] for row in rows], [(row["gold"],) for row in rows])
     return [verdicts[0] for verdicts in result.grades]
 
@@ -180,7 +185,7 @@ def golds() -> None:
         rows = [row for row in read(name) if not row.get("broken")]
         answers = [row["answer"] for row in rows]
         accepted = [(answer,) for answer in answers]
-        with MathVerifier(timeout_seconds=5.0, workers=WORKERS) as verifier:
+        with math_verifier("auto") as verifier:
             verifier.score([["1"]], [("1",)])
             began = time.perf_counter()
             readable = sum(verifier.gradable(accepted))
@@ -213,7 +218,7 @@ def speed() -> None:
         f"answers/s on {WORKERS} workers",
         "processes that wanted a core before",
     )
-    with MathVerifier(timeout_seconds=5.0, workers=WORKERS, style="boxed") as verifier:
+    with math_verifier("boxed") as verifier:
         verifier.score([["1", "2", "3", "4"]], [("1",)])
         for turn in ("first 2,000", "another 2,000 from the same problems"):
             texts = [
@@ -234,7 +239,7 @@ def main() -> None:
         speed()
         return
     kept = [
-        (name, style, rows, graded(rows, style)) for name, style in SETS for rows in [read(f"{name}/all")]
+        (name, style, rows, grade_rows(rows, style)) for name, style in SETS for rows in [read(f"{name}/all")]
     ]
     columns = ("set", "rows asked for", "style", "rows", "agree %", "false negatives", "false positives")
     head("Agreement with the labels", *columns, "time-outs and errors")
@@ -242,7 +247,7 @@ def main() -> None:
         agreement(name, "all", style, rows, grades)
     for name, style, kind in OTHERS:
         rows = [row for row in read(f"{name}/all") if kind in ("all", row["style"])]
-        agreement(name, kind, style, rows, graded(rows, style))
+        agreement(name, kind, style, rows, grade_rows(rows, style))
     head("Accuracy of each model", "set", "model", "rows", "by label", "by us", "points")
     for name, _, rows, grades in kept:
         accuracies(name, rows, grades)

@@ -25,16 +25,16 @@ from trl import GRPOConfig, GRPOTrainer
 
 from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.core import policy
-from capo_exp.grading.verifier import exact_match
+from capo_exp.grading.compare import exact_match
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.read import load_run
-from capo_exp.runs.record import run_dir
 from capo_exp.training import loop as train
 
 
 class Alternate(TrainerCallback):
     """Times TRL's steps and takes one of ours after each."""
 
-    def __init__(self, session: train.Run) -> None:
+    def __init__(self, session: train.Session) -> None:
         self.session = session
         self.theirs: list[float] = []
         self.ours: list[float] = []
@@ -45,7 +45,7 @@ class Alternate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.theirs.append(time.perf_counter() - self.began)
         began = time.perf_counter()
-        train.rollout_step(self.session)
+        train.take_step(self.session)
         self.ours.append(time.perf_counter() - began)
 
 
@@ -64,10 +64,12 @@ def our_config(output_dir: str, steps: int, overrides: list[str]) -> TrainConfig
     return config
 
 
-def trl_trainer(config: TrainConfig, session: train.Run, output_dir: str, callback: Alternate) -> GRPOTrainer:
+def trl_trainer(
+    config: TrainConfig, session: train.Session, output_dir: str, callback: Alternate
+) -> GRPOTrainer:
     """TRL's trainer with our numbers; what it does by default beyond them (bf16, checkpointing) is off for
     both."""
-    rows = [{"prompt": p.text, "answer": p.problem.answer} for p in session.inputs.train]
+    rows = [{"prompt": p.text, "answer": p.problem.answer} for p in session.inputs.data.train]
 
     def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:
         return [
@@ -122,14 +124,16 @@ def main() -> None:
         config = our_config(folder, arguments.steps, arguments.overrides)
         directory = run_dir(config)
         directory.mkdir(parents=True)
-        session = train.start(config, train.read_inputs(config), directory, stack)
+        session = train.open_session(config, train.read_inputs(config), directory, stack)
         callback = Alternate(session)
         trainer = trl_trainer(config, session, str(Path(folder) / "trl"), callback)
         trainer.train()
         report(callback, session, directory, arguments.skip, trainer)
 
 
-def report(callback: Alternate, session: train.Run, directory: Path, skip: int, trainer: GRPOTrainer) -> None:
+def report(
+    callback: Alternate, session: train.Session, directory: Path, skip: int, trainer: GRPOTrainer
+) -> None:
     ours, theirs = callback.ours[skip:], callback.theirs[skip:]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     rows = load_run(directory).metrics[skip:]

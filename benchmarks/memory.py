@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.memory import estimate
 from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.record import run_dir
+from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,11 @@ CASES = {
     "tiny, checkpointing": [CHECKPOINTING],
     "tiny, reference model": ["algo.kl_coefficient=0.1"],
     "tiny, 1,152 completions": ["regime=conservative"],
-    "tiny, scoring pass": ["algo.scoring_pass=true", CHECKPOINTING, "model.micro_batch_size=4"],
+    "tiny, scoring pass": [
+        "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept",
+        CHECKPOINTING,
+        "model.micro_batch_size=4",
+    ],
     "tiny, long rollout": ["regime.prompts_per_step=32", "curvature.top_k=1", CHECKPOINTING],
     "82 M": LARGE,
     "82 M, checkpointing": [*LARGE, CHECKPOINTING],
@@ -110,15 +114,15 @@ def take_steps(config: TrainConfig) -> None:
     inputs, longest = train.read_inputs(config), config.dataset.max_prompt_tokens
     prompts = [
         replace(prompt, token_ids=(prompt.token_ids * longest)[: longest - i % 16])
-        for i, prompt in enumerate(inputs.train)
+        for i, prompt in enumerate(inputs.data.train)
     ]
     directory = run_dir(config)
     directory.mkdir(parents=True)
     with ExitStack() as stack:
         data = replace(inputs.data, train=prompts)
-        session = train.start(config, replace(inputs, data=data), directory, stack)
-        train.rollout_step(session)
-        train.rollout_step(session)
+        session = train.open_session(config, replace(inputs, data=data), directory, stack)
+        train.take_step(session)
+        train.take_step(session)
 
 
 def resident(field: str) -> int:
@@ -135,7 +139,7 @@ def child(folder: str, overrides: list[str]) -> None:
     config = compose_config([*overrides, f"model.path={folder}", f"output_dir={folder}/outputs"])
     take_steps(config)
     peak = resident("VmHWM") - before
-    estimated = estimate(config, reference=config.algo.needs_reference, gpu=False).total
+    estimated = estimate(config, gpu=False).total
     sys.stdout.write(f"\n{json.dumps([peak, estimated])}\n")
 
 

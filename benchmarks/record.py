@@ -2,16 +2,13 @@
 
 The share is the time inside the logger's calls (medians: a row, and a tenth of a sample of completions with
 the making of its rows) over the median step of that variant; the ratio of whole steps is beside it, with its
-noise. W&B's own process works beside training: its CPU time is a column. Its start and end are no part of a
-step.
+noise. An offline W&B run is written at the end of a run: that time is no part of a step.
 
     python benchmarks/record.py --steps 42
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.schema import TrainConfig, conf_dir, register
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.record import run_dir
 from capo_exp.training import loop as train
+from capo_exp.training import session as opening
 
 VARIANTS = {
     "nothing": ["logger=files", "logger.completions_every=0"],
@@ -49,8 +47,7 @@ class NoLogger(RunLogger):
 class Variant:
     """A session and what its steps took, in seconds."""
 
-    session: train.Run
-    start: float
+    session: train.Session
     steps: list[float] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=lambda: {"row": [], "sample": [], "write": []})
 
@@ -74,27 +71,17 @@ def begin(name: str, output_dir: Path, overrides: Sequence[str], stack: ExitStac
     directory = run_dir(config)
     directory.mkdir(parents=True)
     inputs = train.read_inputs(config)
-    began = time.perf_counter()
     if name == "nothing":
-        train.RunLogger, genuine = NoLogger, train.RunLogger
-        session = train.start(config, inputs, directory, stack)
-        train.RunLogger = genuine
+        opening.RunLogger, genuine = NoLogger, opening.RunLogger
+        session = train.open_session(config, inputs, directory, stack)
+        opening.RunLogger = genuine
     else:
-        session = train.start(config, inputs, directory, stack)
-    variant = Variant(session, time.perf_counter() - began)
+        session = train.open_session(config, inputs, directory, stack)
+    variant = Variant(session)
     session.logger.log_step = timed(variant.calls["row"], session.logger.log_step)
     session.logger.log_completions = timed(variant.calls["write"], session.logger.log_completions)
     session.progress.update = lambda metrics: None  # the console is no record
     return variant
-
-
-def wandb_cpu_seconds() -> float:
-    """CPU time of W&B's process."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True)
-    fields = [
-        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in found.stdout.split()
-    ]
-    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -103,31 +90,27 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="for all variants")
     arguments = parser.parse_args()
     register()
-    rows = train._completion_rows
+    rows = train.tabulate_completions
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         variants = {
             name: begin(name, root / str(i), arguments.overrides, stack) for i, name in enumerate(VARIANTS)
         }
-        for round_ in range(arguments.steps):
-            if round_ == WARM_UP:
-                cpu = wandb_cpu_seconds()
+        for _ in range(arguments.steps):
             for variant in variants.values():
-                train._completion_rows = timed(variant.calls["sample"], rows)
+                train.tabulate_completions = timed(variant.calls["sample"], rows)
                 began = time.perf_counter()
-                train.rollout_step(variant.session)
+                train.take_step(variant.session)
                 variant.steps.append(time.perf_counter() - began)
-        cpu = wandb_cpu_seconds() - cpu
         logger = variants["files, W&B offline"].session.logger
         began = time.perf_counter()
         logger.finish(0)
         end = time.perf_counter() - began
-    Console(width=150).print(table(variants, cpu))
-    start = variants["files, W&B offline"].start - variants["files"].start
-    Console(width=150).print(f"W&B: {start:.2f} s to start, {end:.2f} s to end, once a run")
+    Console(width=150).print(table(variants))
+    Console(width=150).print(f"W&B: {end:.2f} s at the end, once a run")
 
 
-def table(variants: dict[str, Variant], cpu: float) -> Table:
+def table(variants: dict[str, Variant]) -> Table:
     result = Table(
         "logged",
         "median step s",
@@ -135,7 +118,6 @@ def table(variants: dict[str, Variant], cpu: float) -> Table:
         "a row ms",
         "a sample ms",
         "share of a step",
-        "W&B's process, CPU share",
     )
     reference = statistics.median(variants["nothing"].steps[WARM_UP:])
     for name, variant in variants.items():
@@ -145,7 +127,7 @@ def table(variants: dict[str, Variant], cpu: float) -> Table:
         share = (row + sample / variant.session.config.logger.completions_every) / median if sample else 0.0
         result.add_row(
             name, f"{median:.3f}", f"{median / reference:.3f}", f"{1000 * row:.2f}", f"{1000 * sample:.1f}",
-            f"{share:.2%}", f"{cpu / sum(variant.steps[WARM_UP:]):.2%}" if "W&B" in name else "",
+            f"{share:.2%}",
         )  # fmt: skip
     return result
 

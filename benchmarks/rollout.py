@@ -24,7 +24,7 @@ from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.core import policy
 from capo_exp.core.types import Prompt
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.training import loop as train
 
 GROUP = 8
@@ -43,8 +43,7 @@ def config_of(rollout: str, overrides: list[str], longest: int) -> TrainConfig:
 
 def tokens_per_second(engine: RolloutEngine, prompts: list[Prompt], tokens: int, seed: int) -> float:
     start = time.perf_counter()
-    numbers = {"group_size": GROUP, "max_tokens": tokens, "temperature": 2.0, "top_k": 0, "top_p": 1.0}
-    groups = engine.generate(prompts, **numbers, seed=seed, weight_version=0)
+    groups = engine.generate(SamplingRequest(prompts, GROUP, tokens, 2.0, 0, 1.0, seed, weight_version=0))
     sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
     return sampled / (time.perf_counter() - start)
 
@@ -66,10 +65,10 @@ def main() -> None:
             build = build_part(config.rollout.engine, key="rollout.engine")
             engines[name] = build(model, inputs.tokenizer, inputs.compute_dtype)
             stack.callback(engines[name].close)
-            engines[name].start(directory, inputs.train)
+            engines[name].start(directory, inputs.data.train)
         table = Table("completions", "at most tokens", "hf tokens/s", "vllm tokens/s", "vllm / hf")
         for batch in arguments.batches:
-            prompts = [inputs.train[i % len(inputs.train)] for i in range(batch // GROUP)]
+            prompts = [inputs.data.train[i % len(inputs.data.train)] for i in range(batch // GROUP)]
             for length in arguments.lengths:
                 speeds: dict[str, list[float]] = {name: [] for name in engines}
                 for seed in range(arguments.rounds + 1):
@@ -79,7 +78,8 @@ def main() -> None:
                 table.add_row(f"{batch:,}", str(length), f"{hf:,.0f}", f"{vllm:,.0f}", f"{vllm / hf:.2f}")
         Console(width=100).print(table)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"transfer of {parameters:,} parameters: {transfer(engines['vllm'], model, inputs.train[:1])}")
+        spent = transfer(engines["vllm"], model, inputs.data.train[:1])
+        print(f"transfer of {parameters:,} parameters: {spent}")
 
 
 def transfer(engine: RolloutEngine, model: torch.nn.Module, prompts: list[Prompt]) -> str:
@@ -90,8 +90,7 @@ def transfer(engine: RolloutEngine, model: torch.nn.Module, prompts: list[Prompt
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.0001)
-        numbers = {"group_size": 1, "max_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        engine.generate(prompts, **numbers, seed=0, weight_version=version)
+        engine.generate(SamplingRequest(prompts, 1, 1, 1.0, 0, 1.0, seed=0, weight_version=version))
         metrics = engine.metrics()
         seconds.append(metrics["time/transfer_seconds"])
         differences.append(metrics["mismatch/probe_difference"])

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.schema import TrainConfig, conf_dir, register
-from capo_exp.runs.record import run_dir
+from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
 
 VARIANTS = [
@@ -61,12 +61,12 @@ def main() -> None:
             config = config_of(variant, f"{output_dir}/{number}", arguments.steps)
             directory = run_dir(config)
             Path(directory).mkdir(parents=True)
-            sessions.append(train.start(config, train.read_inputs(config), directory, stack))
+            sessions.append(train.open_session(config, train.read_inputs(config), directory, stack))
         seconds: list[list[float]] = [[] for _ in sessions]
         for _ in range(arguments.steps):
             for session, times in zip(sessions, seconds, strict=True):
                 began = time.perf_counter()
-                train.rollout_step(session)
+                train.take_step(session)
                 times.append(time.perf_counter() - began)
     medians = [statistics.median(times[2:]) for times in seconds]
     table = Table("variant", "median seconds a step", "ratio")

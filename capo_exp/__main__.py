@@ -1,6 +1,6 @@
 """`python -m capo_exp`: trains what the command line composes."""
 
-from capo_exp.cli.compose import main
+from capo_exp.cli import front
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(front.run_training())

@@ -1,6 +1,6 @@
 """`python -m capo_exp.doctor`: can this machine run what the configuration asks for?"""
 
-from capo_exp.cli.doctor import main
+from capo_exp.cli import doctor
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(doctor.main())

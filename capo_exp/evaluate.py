@@ -2,8 +2,8 @@
 
 import signal
 
-from capo_exp.cli.evaluate import interrupt, main
+from capo_exp.cli import evaluate
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
-    raise SystemExit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM does what Ctrl-C does
+    raise SystemExit(evaluate.main())

@@ -20,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.runs.read import Run, find_runs, load_run
+from capo_exp.runs.read import LoggedRun, find_runs, load_run
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Settings:
     samples: int = 1  # runs of each algorithm and regime whose completions are kept
 
 
-def archive(run: Run, folder: Path, *, completions: bool) -> None:
+def archive(run: LoggedRun, folder: Path, *, completions: bool) -> None:
     """Writes one run below `folder`; what is there of an earlier copy goes."""
     target = folder / run.name
     shutil.rmtree(target, ignore_errors=True)

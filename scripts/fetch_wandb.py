@@ -25,23 +25,19 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.record import read, write_atomic
-from capo_exp.runs.wandb_run import RECORD
-from capo_exp.runs.wandb_start import has_key
-
-Row = dict[str, Any]
+from capo_exp.runs.files import write_atomic, write_json
+from capo_exp.runs.identity import slug
+from capo_exp.runs.record import read_record
+from capo_exp.runs.trackers import RECORD, has_key
 
 RENAMED: dict[str, list[str]] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 )
 
 ENDED = {
-    "finished": "finished",
-    "failed": "failed",
-    "crashed": "interrupted",
-    "killed": "interrupted",
-    "preempted": "interrupted",
-}
+    "finished": "finished", "failed": "failed",
+    "crashed": "interrupted", "killed": "interrupted", "preempted": "interrupted",
+}  # fmt: skip
 """W&B's states of runs that log no more -> run.json's; any other state is `running`."""
 
 
@@ -49,20 +45,20 @@ ENDED = {
 class History:
     """The rows of one run, in our keys."""
 
-    metrics: list[Row]
-    evaluations: list[Row]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     dropped: dict[str, int]
     """W&B's key -> values that have no place in a record."""
 
 
 def split(logged: Iterable[Mapping[str, Any]]) -> History:
-    """W&B's rows as those of metrics.jsonl and eval.jsonl: an evaluation has eval/accuracy.
+    """Returns W&B's rows as those of metrics.jsonl and eval.jsonl: an evaluation has eval/accuracy.
 
     Rows of one step are one row; of a value that was logged again after a resume the last counts. A row that
     does not say how many completions it comes after has those of the training step before.
     """
     dropped: Counter[str] = Counter()
-    kept: dict[tuple[bool, float, float], Row] = {}
+    kept: dict[tuple[bool, float, float], dict[str, Any]] = {}
     for given in logged:
         row = _translated(given, dropped)
         if names.STEP not in row:
@@ -70,24 +66,19 @@ def split(logged: Iterable[Mapping[str, Any]]) -> History:
         elif any(not key.startswith("counter/") for key in row):
             place = (names.EVAL_ACCURACY in row, row[names.STEP], row.get("counter/optimizer_step", -1))
             kept[place] = kept.get(place, {}) | row
-    metrics = [
-        row for place, row in sorted(kept.items(), key=_place) if not place[0] and names.COMPLETIONS in row
-    ]
-    evaluations = [_counted(row, metrics) for place, row in sorted(kept.items(), key=_place) if place[0]]
+    rows = [(place[0], kept[place]) for place in sorted(kept)]
+    metrics = [row for is_evaluation, row in rows if not is_evaluation and names.COMPLETIONS in row]
+    evaluations = [_counted(row, metrics) for is_evaluation, row in rows if is_evaluation]
     return History(metrics, evaluations, dict(dropped))
 
 
-def _place(item: tuple[tuple[bool, float, float], Row]) -> tuple[bool, float, float]:
-    return item[0]
-
-
-def _counted(row: Row, metrics: Sequence[Row]) -> Row:
+def _counted(row: dict[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     before = [each[names.COMPLETIONS] for each in metrics if each[names.STEP] <= row[names.STEP]]
     return {names.COMPLETIONS: max(before, default=0), **row}
 
 
-def _translated(given: Mapping[str, Any], dropped: Counter[str]) -> Row:
-    """One row in our keys; a number that is not finite is null, as W&B's NaN stands for."""
+def _translated(given: Mapping[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    """Returns one row in our keys; a number that is not finite is null, as W&B's NaN stands for."""
     numbers = {key: _number(value) for key, value in given.items() if value is not None}
     row = {key: value for key, value in numbers.items() if names.meaning(key) and value is not ...}
     theirs = {name for choices in RENAMED.values() for name in choices}
@@ -100,7 +91,7 @@ def _translated(given: Mapping[str, Any], dropped: Counter[str]) -> Row:
 
 
 def _number(value: Any) -> Any:
-    """A number, None if it is not finite, ... if it is something else, such as a histogram."""
+    """Returns a number, None if it is not finite, ... if it is something else, such as a histogram."""
     if value in ("NaN", "Infinity", "-Infinity"):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -112,13 +103,13 @@ def export(run: Any, output: Path, settings: Sequence[str] = ()) -> str:
     """Writes the record of a W&B run below a folder, unless it is there as it is now.
 
     Args:
-        run: Of wandb.Api, or any object with its id, path, name, group, state, config, summary_metrics,
+        run: A run of wandb.Api, or an object with its id, path, name, group, state, config, summary_metrics,
             created_at, heartbeat_at, url and scan_history().
-        output: Gets <group>/<name>.
-        settings: `key=value`, added to config.yaml.
+        output: The folder that gets <group>/<name>.
+        settings: Texts `key=value` that are added to config.yaml.
 
     Returns:
-        A line about it.
+        A line about the run.
 
     Raises:
         ConfigError: The folder has a run that was trained here.
@@ -127,10 +118,10 @@ def export(run: Any, output: Path, settings: Sequence[str] = ()) -> str:
         "run": "/".join(run.path),
         "state": run.state,
         "heartbeat_at": run.heartbeat_at,
-        "set": list(settings),
+        "set": [*settings],
     }
     folder = _folder(run, output, now["run"])
-    before = ((read(folder) or {}).get("fetched") or {}).items()
+    before = ((read_record(folder) or {}).get("fetched") or {}).items()
     if run.state in ENDED and now.items() <= before:
         return f"{folder}: there"
     history = split(run.scan_history())
@@ -140,16 +131,16 @@ def export(run: Any, output: Path, settings: Sequence[str] = ()) -> str:
     for name, rows in (("metrics.jsonl", history.metrics), ("eval.jsonl", history.evaluations)):
         write_atomic(folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
     record = _record(run, history) | {"fetched": {**now, "dropped": history.dropped}}
-    write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")  # last: now it is fetched
+    write_json(folder / "run.json", record)  # last: now it is fetched
     steps = f"{len(history.metrics)} rows, {len(history.evaluations)} evaluations, {run.state}"
     return f"{folder}: {steps}{_about(history.dropped)}"
 
 
 def _folder(run: Any, output: Path, path: str) -> Path:
-    """<group>/<name>, or with the id behind it where another W&B run has that name."""
-    group = output / _slug(run.group or run.path[1])
-    for folder in (group / _slug(run.name or run.id), group / _slug(f"{run.name}-{run.id}")):
-        record = read(folder)
+    """Returns <group>/<name>, or with the id behind it where another W&B run has that name."""
+    group = output / slug(run.group or run.path[1], 200)
+    for folder in (group / slug(run.name or run.id, 200), group / slug(f"{run.name}-{run.id}", 200)):
+        record = read_record(folder)
         if record is not None and "fetched" not in record:
             raise ConfigError(
                 f"{folder} was trained here; expected another folder than {output} for what is fetched"
@@ -159,11 +150,7 @@ def _folder(run: Any, output: Path, path: str) -> Path:
     return folder
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:200] or "unnamed"
-
-
-def _record(run: Any, history: History) -> Row:
+def _record(run: Any, history: History) -> dict[str, Any]:
     summary = run.summary_metrics
     fields = dict(summary.get(RECORD) or {})
     last = history.metrics[-1] if history.metrics else {}
@@ -184,16 +171,14 @@ def _record(run: Any, history: History) -> Row:
 
 
 def _about(dropped: Mapping[str, int]) -> str:
+    if not dropped:
+        return ""
     most = ", ".join(sorted(dropped, key=lambda key: -dropped[key])[:3])
-    return (
-        f"; left out {sum(dropped.values())} values of {len(dropped)} unknown keys ({most})"
-        if dropped
-        else ""
-    )
+    return f"; left out {sum(dropped.values())} values of {len(dropped)} unknown keys ({most})"
 
 
 def find(project: str, filters: Mapping[str, Sequence[str]]) -> Iterable[Any]:
-    """The runs of ENTITY/PROJECT that pass all filters, oldest first.
+    """Returns the runs of ENTITY/PROJECT that pass all filters, oldest first.
 
     Raises:
         ConfigError: No key, or not a project's name.

@@ -40,7 +40,7 @@ from capo_exp.core.types import Problem
 from capo_exp.sweep.job import report as report_error
 
 Numbers = dict[str, Any]
-"""Of conf/warm_start."""
+"""Numbers of conf/warm_start."""
 Pairs = Iterator[tuple[str, str]]
 """Endless (rendered prompt, completion)."""
 
@@ -53,14 +53,14 @@ CHAT_TEMPLATE = (
 console = Console()
 
 
-def pairs(numbers: Numbers, template: str, seed: int) -> Pairs:
-    """What the warm start imitates, drawn from the train split."""
+def draw_pairs(numbers: Numbers, template: str, seed: int) -> Pairs:
+    """Draws what the warm start imitates from the train split."""
     for problem, completion in build_part(numbers["imitations"], key="warm_start.imitations")(seed):
         yield template.format(problem=problem), completion
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over every byte, digits one by one.
+    """Trains byte-level BPE over every byte, digits one by one.
 
     AutoTokenizer makes a Qwen2Tokenizer of whatever stands beside a Qwen2 model, with its own normaliser
     (NFC) and pieces; the same are used here, so that every way to load these files gives the same tokens.
@@ -95,7 +95,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 def make_model(
     shape: Numbers, initializer_range: float, tokenizer: PreTrainedTokenizerFast
 ) -> Qwen2ForCausalLM:
-    """Random weights in the shape of conf/model."""
+    """Makes a model with random weights in the shape of conf/model."""
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "tie_word_embeddings",
@@ -112,13 +112,13 @@ def make_model(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
-    """(token ids, prompt length) per pair; prompt and completion are encoded apart, as RL does."""
+    """Returns (token ids, prompt length) per pair; prompt and completion are encoded apart, as RL does."""
     prompts, completions = (tokenizer(list(texts))["input_ids"] for texts in zip(*chunk, strict=True))
     return [(p + c + [tokenizer.eos_token_id], len(p)) for p, c in zip(prompts, completions, strict=True)]
 
 
 def collate(rows: list[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [B, S] and the mask [B, S] of completion tokens."""
+    """Returns right-padded ids [B, S] and the mask [B, S] of completion tokens."""
     ids = torch.full((len(rows), max(len(tokens) for tokens, _ in rows)), pad_id)
     is_completion = torch.zeros_like(ids, dtype=torch.bool)
     for i, (tokens, prompt_length) in enumerate(rows):
@@ -127,10 +127,10 @@ def collate(rows: list[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, is_completion
 
 
-def batch_loss(
+def compute_loss(
     model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]], pad_id: int, micro_batch: int
 ) -> float:
-    """Mean cross-entropy [nats] of the completion tokens; leaves its gradient in the parameters.
+    """Returns the mean cross-entropy [nats] of the completion tokens; leaves its gradient in the parameters.
 
     Micro-batches hold rows of similar length, so that little time goes into padding.
     """
@@ -148,14 +148,14 @@ def batch_loss(
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Pairs, numbers: Numbers) -> None:
-    """AdamW with a cosine schedule."""
+    """Trains with AdamW and a cosine schedule."""
     steps = numbers["steps"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=numbers["learning_rate"], betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     for step in track(range(1, steps + 1), "warm start", console=console):
         rows = encode(tokenizer, list(islice(data, numbers["batch_size"])))
-        loss = batch_loss(model, rows, tokenizer.pad_token_id, numbers["micro_batch_size"])
+        loss = compute_loss(model, rows, tokenizer.pad_token_id, numbers["micro_batch_size"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -168,7 +168,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Pai
 def complete(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], **sampling: Any
 ) -> list[str]:
-    """Completions with special tokens, padding removed; at most 96 tokens."""
+    """Samples completions of at most 96 tokens, with special tokens, padding removed."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     out = model.generate(**inputs, max_new_tokens=96, **sampling)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :])
@@ -200,7 +200,7 @@ def report(
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """bfloat16 weights, compact tokenizer, no trace of this machine's paths."""
+    """Saves bfloat16 weights and a compact tokenizer, without a trace of this machine's paths."""
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     compact = json.loads((output / "tokenizer.json").read_text())
@@ -219,18 +219,18 @@ def main(cfg: DictConfig) -> None:
         sys.exit(report_error(error))
 
 
-def make(chosen: Numbers) -> None:
-    """Tokenizer, warm start, files, and how good the model is."""
-    numbers, template, output = chosen["warm_start"], chosen["dataset"]["template"], Path(chosen["output"])
+def make(config: Numbers) -> None:
+    """Makes tokenizer, warm start and files, and says how good the model is."""
+    numbers, template, output = config["warm_start"], config["dataset"]["template"], Path(config["output"])
     torch.set_num_threads(numbers["threads"])
     torch.manual_seed(numbers["seed"])
-    corpus = islice(pairs(numbers, template, numbers["seed"]), numbers["corpus_tasks"])
-    tokenizer = train_tokenizer(("".join(pair) for pair in corpus), chosen["model"]["vocab_size"])
-    model = make_model(chosen["model"], numbers["initializer_range"], tokenizer)
+    corpus = islice(draw_pairs(numbers, template, numbers["seed"]), numbers["corpus_tasks"])
+    tokenizer = train_tokenizer(("".join(pair) for pair in corpus), config["model"]["vocab_size"])
+    model = make_model(config["model"], numbers["initializer_range"], tokenizer)
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    train(model, tokenizer, pairs(numbers, template, numbers["seed"] + 2), numbers)
+    train(model, tokenizer, draw_pairs(numbers, template, numbers["seed"] + 2), numbers)
     save(model, tokenizer, output)
-    source = chosen["dataset"]["source"] | {"num_eval": numbers["eval_problems"]}
+    source = config["dataset"]["source"] | {"num_eval": numbers["eval_problems"]}
     problems = build_part(source, key="dataset.source")("test", path=None)
     shipped = Qwen2ForCausalLM.from_pretrained(output, dtype=torch.float32)
     report(shipped, tokenizer, problems, template)

@@ -17,8 +17,8 @@ from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.figures.curves import curves
 from capo_exp.figures.study import Study
 from capo_exp.runs import metrics as names
+from capo_exp.runs.identity import as_dict, run_id, run_name
 from capo_exp.runs.read import load_run
-from capo_exp.runs.record import as_dict, run_id, run_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Accuracy = Callable[[int, int], float]
@@ -42,7 +42,7 @@ def config_of(job: str) -> TrainConfig:
     register()
     experiment, *overrides = job.split()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return to_config(compose("config", [f"experiment=tiny/{experiment}", *overrides]))
+        return to_config(compose("config", [f"experiment=paper/{experiment}", "scale=tiny", *overrides]))
 
 
 def steady(x: int, seed: int) -> float:

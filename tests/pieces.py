@@ -10,12 +10,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepRecord
-from capo_exp.curvature.step_trial import Decision
-from capo_exp.grading.verifier import Grade, RewardResult
+from capo_exp.core.batch import totals
+from capo_exp.core.types import (
+    Batch,
+    Completion,
+    Problem,
+    Prompt,
+    RolloutGroup,
+    StepInput,
+    StepRecord,
+    StoredLogProbs,
+    TokenLossInput,
+    own_log_probs,
+)
+from capo_exp.curvature.step_trial import StepDecision
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.verifier import RewardResult
 from capo_exp.training.learner import Learner
-from capo_exp.training.updates import updates
+from capo_exp.training.optimizer_step import take_optimizer_step
+from capo_exp.training.rollout_step import take_updates
 
 SMALL = (
     "model.vocab_size=40", "curvature.top_k=8", "optimizer.schedule=constant", "num_steps=10",
@@ -35,7 +50,7 @@ def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float
         model: stays as it is.
         distance: standard deviation of the noise that tells the reference's weights from the model's.
     """
-    reference = copy.deepcopy(model).requires_grad_(False) if config.algo.needs_reference else None
+    reference = copy.deepcopy(model).requires_grad_(False) if needs_reference(config.algo) else None
     if reference is not None and distance:
         generator = torch.Generator().manual_seed(0)
         for parameter in reference.parameters():
@@ -52,23 +67,36 @@ def same_weights(one: Learner, other: Learner) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
+def take_step(
+    learner: Learner, batch: Batch, old_log_probs: Tensor | None = None
+) -> tuple[dict[str, float], StepRecord]:
+    """One optimiser step on a batch; the policy sampled it itself unless there are old log-probs."""
+    old = own_log_probs if old_log_probs is None else StoredLogProbs(old_log_probs)
+    return take_optimizer_step(learner, StepInput(batch, totals(batch), old))
+
+
 def watch_gradients(learner: Learner) -> list[list[Tensor]]:
     """A list that takes, from now on, the gradient with respect to the weights of each optimiser step."""
     seen: list[list[Tensor]] = []
 
-    def look(proposal: object) -> Decision:
+    def look(trial: object) -> StepDecision:
         seen.append([p.grad.clone() for p in learner.model.parameters() if p.grad is not None])
-        return Decision(1.0)
+        return StepDecision(1.0)
 
-    learner._algorithm = replace(learner._algorithm, step_rule=look)
+    learner.algorithm = replace(learner.algorithm, step_rule=look)
     return seen
 
 
 def gradients(learner: Learner, batch: Batch, old_log_probs: Tensor | None = None) -> list[Tensor]:
     """The gradient of one step's loss with respect to the learner's weights; takes the step."""
     seen = watch_gradients(learner)
-    learner.step(batch, old_log_probs)
+    take_step(learner, batch, old_log_probs)
     return seen[-1]
+
+
+def inputs_of(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> TokenLossInput:
+    """What a token loss sees where the sampler's log-probs are the learner's."""
+    return TokenLossInput(log_probs, old, old, advantages, mask, torch.zeros_like(old))
 
 
 def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -82,11 +110,9 @@ def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1
     return torch.stack(rows)
 
 
-def run_updates(
-    learner: Learner, config: TrainConfig, batch: Batch, step: int = 1
-) -> tuple[list[dict[str, float]], StepRecord]:
+def run_updates(learner: Learner, batch: Batch, step: int = 1) -> tuple[list[dict[str, float]], StepRecord]:
     """The metrics of each optimiser step over one batch without those of the clock, and the last record."""
-    done = list(updates(learner, learner._algorithm, config, batch, step=step))
+    done = list(take_updates(learner, batch, step=step))
     timeless = [{k: v for k, v in u.metrics.items() if not k.startswith("time/")} for u in done]
     record = done[-1].record
     assert record is not None

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.drawn import Drawn
+from capo_exp.figures.output import DrawnFigure
+from capo_exp.figures.tables import TextTable
 from capo_exp.runs.logger import COMPLETION_TYPES
 from capo_exp.runs.read import load_run
 
@@ -118,18 +119,18 @@ def study(folder: Path) -> list[Curve]:
     failed = write_run(folder / "dapo-s0-ccc0", config("dapo", 0, {}), accuracy=0.3, record=error)
     runs = {path: load_run(path) for path in (*capo, grpo, failed)}
     return [
-        Curve("CAPO (A)", "capo", "aggressive", tuple(runs[path] for path in capo)),
-        Curve("GRPO (A)", "grpo", "aggressive", (runs[grpo],)),
-        Curve("DAPO (A)", "dapo", "aggressive", (runs[failed],)),
+        Curve("CAPO (A)", tuple(runs[path] for path in capo)),
+        Curve("GRPO (A)", (runs[grpo],)),
+        Curve("DAPO (A)", (runs[failed],)),
     ]
 
 
-def drawn(folder: Path) -> Drawn:
+def drawn(folder: Path) -> DrawnFigure:
     """A figure as it is handed over."""
     matplotlib.image.imsave(folder / "one.png", np.zeros((80, 160, 3)))
     (folder / "one.csv").write_text("x,y\n1,2\n")
-    table = "| curve | x \\| y |\n|---|--:|\n| <i>a</i> | 1 |\n"
-    return Drawn(
+    table = TextTable(["curve", "x | y"], [["<i>a</i>", "1"]])
+    return DrawnFigure(
         name="one", title="Figure <1>", caption="Mean & 95 % interval", png=folder / "one.png",
-        pdf=folder / "one.pdf", csv=folder / "one.csv", markdown=table,
+        pdf=folder / "one.pdf", csv=folder / "one.csv", table=table,
     )  # fmt: skip

@@ -1,8 +1,14 @@
 """What all algorithms share: group advantages, the clipped surrogate, KL estimators, aggregations, neutral
 parts. By hand, by independent reference, by property."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from math import inf
+from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import capo_exp.algorithms
 from capo_exp.algorithms.aggregation import (
     constant_length_mean,
     prompt_token_mean,
@@ -23,13 +30,18 @@ from capo_exp.algorithms.dr_grpo import group_centred
 from capo_exp.algorithms.grpo import clipped_surrogate, first_of_group, group_normalised
 from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
 from capo_exp.algorithms.neutral import all_completions, all_groups, every_token, full_step, unshaped
+from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.reinforce import raw_reward
 from capo_exp.algorithms.rloo import leave_one_out
-from capo_exp.config.errors import ConfigError
+from capo_exp.algorithms.step_bound import calibrated
+from capo_exp.config.declare import declares, needs_kl
+from capo_exp.config.ranges import Rule
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.masked import masked_max, masked_mean, masked_quantile
-from capo_exp.core.types import Batch, BatchShifts
-from capo_exp.curvature.step_trial import Decision, Proposal
+from capo_exp.core.types import Batch
+from capo_exp.curvature.step_trial import StepDecision, StepTrial
+from tests.pieces import inputs_of
 
 CENTRED: dict[str, Callable[[Tensor], Tensor]] = {
     "group_normalised": lambda r: group_normalised(r, eps=1e-4, target_std=1.0),
@@ -78,9 +90,8 @@ def test_equal_rewards_are_exactly_no_advantage(value: float, group: int, name: 
 def test_surrogate_gradient_at_ratio_one_is_the_policy_gradient() -> None:
     log_probs = torch.randn(3, 4, requires_grad=True)
     advantages, mask = torch.randn(3, 4), torch.ones(3, 4).bool()
-    loss = clipped_surrogate(
-        log_probs, log_probs.detach(), advantages, mask, clip_eps_low=0.2, clip_eps_high=0.2
-    )
+    inputs = inputs_of(log_probs, log_probs.detach(), advantages, mask)
+    loss = clipped_surrogate(inputs, clip_eps_low=0.2, clip_eps_high=0.2)
     loss.values.sum().backward()
     torch.testing.assert_close(log_probs.grad, -advantages)
     assert not loss.clipped.any()
@@ -98,10 +109,8 @@ def test_surrogate_gradient_at_ratio_one_is_the_policy_gradient() -> None:
 )
 def test_surrogate_quadrants(ratio: float, advantage: float, value: float, gradient: float) -> None:
     log_probs = torch.tensor([[ratio]]).log().requires_grad_()
-    loss = clipped_surrogate(
-        log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1).bool(),
-        clip_eps_low=0.2, clip_eps_high=0.3,
-    )  # fmt: skip
+    inputs = inputs_of(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1).bool())
+    loss = clipped_surrogate(inputs, clip_eps_low=0.2, clip_eps_high=0.3)
     loss.values.sum().backward()
     assert loss.values.item() == pytest.approx(value)
     assert log_probs.grad is not None and log_probs.grad.item() == pytest.approx(gradient)
@@ -220,11 +229,6 @@ def test_totals_count_the_tokens_of_each_prompt() -> None:
     assert loss.item() == pytest.approx((2 + 5 + 60) / 3)
 
 
-def test_a_mean_over_kept_tokens_asks_for_the_scoring_pass() -> None:
-    with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
-        token_mean_over_kept(VALUES, KEEP, BATCH, replace(TOTALS, kept_tokens=None))
-
-
 def test_neutral_parts_do_nothing(random_batch: Callable[..., Batch]) -> None:
     given_rewards, noise = torch.rand(3, 4), torch.rand(3, 4)
     assert all_groups(torch.zeros(3, 4)).tolist() == [True] * 3
@@ -232,8 +236,8 @@ def test_neutral_parts_do_nothing(random_batch: Callable[..., Batch]) -> None:
     credit = every_token(torch.tensor([1.0, -2.0, 3.0]), MASK, torch.rand(3, 4))
     assert credit.tolist() == [[1.0] * 4, [-2.0, -2.0, 0.0, 0.0], [3.0, 3.0, 3.0, 0.0]]
     assert all_completions(random_batch()).tolist() == [True] * 8
-    unseen = Proposal(BatchShifts(1.0, -1.0), 1e-3, {}, pytest.fail)  # pyright: ignore[reportArgumentType]
-    assert full_step(unseen) == Decision(1.0)
+    untouchable = object.__new__(StepTrial)  # any look at it would fail
+    assert full_step(untouchable) == StepDecision(1.0)
 
 
 def test_masked_reductions_ignore_what_is_masked() -> None:
@@ -250,3 +254,85 @@ def test_masked_reductions_ignore_what_is_masked() -> None:
         == masked_quantile(values, nothing, 0.5)
         == 0
     )
+
+
+# What the parts declare
+
+PART_FILES = sorted(path.stem for path in Path(capo_exp.algorithms.__path__[0]).glob("[a-z]*.py"))
+NOT_PARTS = ("protocols", "kinds", "surrogates", "kl")
+
+
+def parts() -> dict[str, Callable[..., object]]:
+    """Every public function of a module that holds parts."""
+    found: dict[str, Callable[..., object]] = {}
+    for stem in (name for name in PART_FILES if name not in NOT_PARTS):
+        module = import_module(f"capo_exp.algorithms.{stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                found[f"{stem}.{name}"] = function
+    return found
+
+
+def rules(function: Callable[..., object]) -> dict[str, list[Rule]]:
+    """The ranges of each number that a YAML sets."""
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    numbers = [p for p in numbers if p.annotation in (int, float) or get_origin(p.annotation) is Annotated]
+    return {p.name: [m for m in get_args(p.annotation)[1:] if isinstance(m, Rule)] for p in numbers}
+
+
+def test_every_number_of_a_part_has_one_range() -> None:
+    found = {name: rules(function) for name, function in parts().items()}
+    assert sum(map(len, found.values())) > 50
+    assert {
+        f"{part}.{name}" for part, each in found.items() for name, r in each.items() if len(r) != 1
+    } == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [("completions", (-3, 0), 1), ("tokens", (0,), 1), ("every", (0, -1), 1), ("max_looks", (0,), 1),
+     ("memory_share", (7, -0.1), 0.0), ("policy_shift_max", (0, -1.0), inf)],
+)  # fmt: skip
+def test_a_step_rules_numbers_have_the_ranges_that_they_need(
+    name: str, wrong: tuple[float, ...], right: float
+) -> None:
+    (rule,) = rules(calibrated)[name]
+    assert rule.holds(right) and not any(map(rule.holds, wrong))
+
+
+def test_parts_declare_what_they_need() -> None:
+    """Of all parts, and of no other."""
+    marks = {
+        what: {n for n, f in parts().items() if declares(f, what)}
+        for what in ("compares_group", "whole_step")
+    }
+    assert {name.partition(".")[2] for name in marks["compares_group"]} == {*CENTRED, "first_of_group"}
+    assert {name.partition(".")[2] for name in marks["whole_step"]} == {
+        "batch_bounds", "bounds_in_sequence", "at_rate", "at_matched_rate", "token_mean_over_kept",
+    }  # fmt: skip
+    kl = {name: declares(function, "needs_kl") for name, function in parts().items()}
+    named = {"rloo.kl_in_reward", "reinforce_pp.whitened_return"}
+    assert {name for name, number in kl.items() if number} == named
+    assert all(kl[name] == "kl_coefficient" for name in named)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "in_reward", "reference"),
+    [(["algo=rloo"], True, True), (["algo=rloo", "algo.shaping.kl_coefficient=0.0"], False, False),
+     (["algo=reinforce_pp"], True, True), (["algo=reinforce_pp_baseline"], False, True),
+     (["algo=grpo"], False, False)],
+)  # fmt: skip
+def test_a_kl_in_the_reward_follows_from_what_a_part_declares(
+    composed: Callable[..., TrainConfig], overrides: list[str], in_reward: bool, reference: bool
+) -> None:
+    algorithm = build_algorithm(composed(*overrides).algo)
+    assert (algorithm.uses_reward_kl, algorithm.needs_reference) == (in_reward, reference)
+
+    @needs_kl(unless_zero="beta")
+    def shape(rewards: Tensor, lengths: Tensor, kl: Tensor, *, beta: float) -> Tensor:
+        return rewards - beta * kl
+
+    for beta in (0.0, 0.5):  # whatever the number is called
+        own = replace(algorithm, shaping=partial(shape, beta=beta), credit=every_token)
+        assert own.uses_reward_kl == (beta > 0)

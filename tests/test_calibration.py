@@ -13,18 +13,27 @@ from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
 from capo_exp.core import policy
-from capo_exp.core.types import Batch, BatchShifts, Selection, StepRecord
+from capo_exp.core.policy import ForwardSettings
+from capo_exp.core.types import Batch, Selection, StepRecord
 from capo_exp.curvature import calibration
 from capo_exp.curvature import model as curvature
-from capo_exp.curvature.calibration import Probe, measure, spearman, take_probe
+from capo_exp.curvature.calibration import (
+    SampleSize,
+    TokenSample,
+    calibration_metrics,
+    sample_tokens,
+    spearman,
+)
 from tests.conftest import VOCABULARY
 
-PREDICTED = BatchShifts(2e-3, 1e-3)
-ALL = {"completions": 1000, "tokens": 1000, "seed": 0}
+Batches = Callable[..., Batch]
+
+PREDICTED = 2e-3
+ALL = SampleSize(1000, 1000)
 
 
-def numbers(temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, object]:
-    return {"temperature": temperature, "chunk_tokens": 1000, "compute_dtype": dtype}
+def settings(temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> ForwardSettings:
+    return ForwardSettings(temperature, 1000, dtype)
 
 
 def per_token(batch: Batch) -> Tensor:
@@ -37,7 +46,7 @@ def record_of(
 ) -> StepRecord:
     """What an SGD step on the batch would have seen; the support is the whole vocabulary."""
     with torch.no_grad():
-        output = policy.forward(model, batch, top_k=VOCABULARY, **numbers(temperature))
+        output = policy.forward(model, batch, settings(temperature), top_k=VOCABULARY)
     shifts = curvature.token_shifts(
         output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages,
         learning_rate, None,
@@ -72,7 +81,7 @@ def moved(model: PreTrainedModel, size: float, only: str = "") -> PreTrainedMode
 
 
 def by_hand(
-    before: PreTrainedModel, after: PreTrainedModel, probe: Probe, temperature: float, last_layer: bool
+    before: PreTrainedModel, after: PreTrainedModel, probe: TokenSample, temperature: float, last_layer: bool
 ) -> tuple[Tensor, Tensor]:
     """KL and change of the surrogate of the probe's tokens, row by row without padding, float64."""
     before, after = copy.deepcopy(before).double(), copy.deepcopy(after).double()
@@ -108,12 +117,12 @@ def by_ranks(first: Tensor, second: Tensor) -> float:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_metrics_are_those_of_the_full_logits(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float
+    small_model: PreTrainedModel, random_batch: Batches, temperature: float
 ) -> None:
     record = record_of(small_model, random_batch(), temperature=temperature)
     after = moved(small_model, 0.03)
-    probe = take_probe(small_model, record, completions=6, tokens=20, seed=0, **numbers(temperature))
-    metrics = measure(after, probe, PREDICTED, **numbers(temperature))
+    probe = sample_tokens(small_model, record, SampleSize(6, 20), settings(temperature), seed=0)
+    metrics = calibration_metrics(after, probe, settings(temperature), predicted=PREDICTED)
     kl, gain = by_hand(small_model, after, probe, temperature, last_layer=False)
     last_kl, last_gain = by_hand(small_model, after, probe, temperature, last_layer=True)
     expected = {
@@ -128,7 +137,7 @@ def test_the_metrics_are_those_of_the_full_logits(
         "calibration/objective_shift/last_layer_spearman": by_ranks(probe.objective_shift, last_gain),
         "calibration/last_layer/spearman": by_ranks(last_kl, kl),
         "calibration/entropy/spearman": by_ranks(Categorical(logits=probe.log_probs).entropy(), kl),
-        "calibration/ratio": kl.mean().item() / PREDICTED.policy_shift,
+        "calibration/ratio": kl.mean().item() / PREDICTED,
     }
     assert metrics == pytest.approx(expected, rel=1e-4)
     distinct = {round(value, 6) for value in expected.values()}
@@ -137,25 +146,25 @@ def test_the_metrics_are_those_of_the_full_logits(
 
 @pytest.mark.parametrize(("start", "size"), [(0.0, 1e-5), (0.0, 100.0), (100.0, -100.0)])
 def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], start: float, size: float
+    small_model: PreTrainedModel, random_batch: Batches, start: float, size: float
 ) -> None:
     """1e-9 nats, where -sum p d in float32 is rounding; 100 nats; back from a policy so sharp that q / p
     overflows."""
     model = moved(untied(small_model), start, "lm_head")
     after = moved(model, size, "lm_head")
-    probe = take_probe(model, record_of(model, random_batch()), **ALL, **numbers())
+    probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
     kl, _ = by_hand(model, after, probe, 1.0, last_layer=False)
-    metrics = measure(after, probe, PREDICTED, **numbers())
+    metrics = calibration_metrics(after, probe, settings(), predicted=PREDICTED)
     assert kl.mean() < 1e-8 or kl.mean() > 1
     assert metrics["calibration/policy_shift/measured"] == pytest.approx(kl.mean().item(), rel=1e-2)
 
 
 def test_if_only_the_last_layer_moves_it_explains_everything(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     model = untied(small_model)
-    probe = take_probe(model, record_of(model, random_batch()), **ALL, **numbers())
-    metrics = measure(moved(model, 0.03, "lm_head"), probe, PREDICTED, **numbers())
+    probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
+    metrics = calibration_metrics(moved(model, 0.03, "lm_head"), probe, settings(), predicted=PREDICTED)
     for name in ("policy_shift", "objective_shift"):
         key = f"calibration/{name}"
         assert metrics[f"{key}/measured"] == metrics[f"{key}/last_layer"] != 0.0
@@ -164,11 +173,11 @@ def test_if_only_the_last_layer_moves_it_explains_everything(
 
 
 def test_if_only_another_layer_moves_the_last_layer_explains_nothing(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     model = untied(small_model)
-    probe = take_probe(model, record_of(model, random_batch()), **ALL, **numbers())
-    metrics = measure(moved(model, 0.03, "mlp"), probe, PREDICTED, **numbers())
+    probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
+    metrics = calibration_metrics(moved(model, 0.03, "mlp"), probe, settings(), predicted=PREDICTED)
     for name in ("policy_shift", "objective_shift"):
         assert metrics[f"calibration/{name}/last_layer"] == 0.0 != metrics[f"calibration/{name}/measured"]
         assert isnan(metrics[f"calibration/{name}/last_layer_spearman"])
@@ -178,23 +187,23 @@ def test_if_only_another_layer_moves_the_last_layer_explains_nothing(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_if_nothing_moves_all_is_exactly_zero(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], dtype: torch.dtype
+    small_model: PreTrainedModel, random_batch: Batches, dtype: torch.dtype
 ) -> None:
     record = record_of(small_model, random_batch())
-    probe = take_probe(small_model, record, completions=3, tokens=9, seed=0, **numbers(dtype=dtype))
-    metrics = measure(small_model, probe, PREDICTED, **numbers(dtype=dtype))
+    probe = sample_tokens(small_model, record, SampleSize(3, 9), settings(dtype=dtype), seed=0)
+    metrics = calibration_metrics(small_model, probe, settings(dtype=dtype), predicted=PREDICTED)
     assert metrics.pop("calibration/tokens") == 9
     for key, value in metrics.items():
         assert isnan(value) if key.endswith("spearman") else value == 0.0, key
     assert probe.log_probs.dtype == probe.hidden.dtype == torch.float32
-    idle = measure(small_model, probe, BatchShifts(0.0, 0.0), **numbers(dtype=dtype))
+    idle = calibration_metrics(small_model, probe, settings(dtype=dtype), predicted=0.0)
     assert isnan(idle["calibration/ratio"])  # the first step of a warm-up
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("advantage", [1.5, -0.5])
 def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float, advantage: float
+    small_model: PreTrainedModel, random_batch: Batches, temperature: float, advantage: float
 ) -> None:
     """W' = W + lr A v h^T, so u = A |h|^2 v is exact, and with F = diag(p) - p p^T
 
@@ -212,12 +221,14 @@ def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
     errors = []
     for log_ratio in (0.3, 0.03):
         model, lr = untied(small_model), log_ratio / s
-        probe = take_probe(model, record_of(model, batch, lr, temperature), **ALL, **numbers(temperature))
+        probe = sample_tokens(
+            model, record_of(model, batch, lr, temperature), ALL, settings(temperature), seed=0
+        )
         log_probs = model(batch.input_ids[:, :-1]).logits[0, -7:][3].div(temperature).log_softmax(0)
         chosen = batch.token_ids[0, 3]
         (-advantage * log_probs[chosen]).backward()
         torch.optim.SGD([model.lm_head.weight], lr=lr).step()
-        metrics = measure(model, probe, PREDICTED, **numbers(temperature))
+        metrics = calibration_metrics(model, probe, settings(temperature), predicted=PREDICTED)
         kl, gain = (metrics[f"calibration/{x}/measured"] for x in ("policy_shift", "objective_shift"))
         p = log_probs.detach().double().exp()
         error = torch.eye(VOCABULARY).double()[chosen] - p
@@ -231,30 +242,28 @@ def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
     assert small[0] < 0.2 * large[0] and small[1] < 0.2 * large[1] and small[2] < 0.03 * large[2], errors
 
 
-def test_the_sample_is_a_function_of_the_seed(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
-) -> None:
+def test_the_sample_is_a_function_of_the_seed(small_model: PreTrainedModel, random_batch: Batches) -> None:
     record = record_of(small_model, random_batch())
     one, same, other = (
-        take_probe(small_model, record, completions=4, tokens=9, seed=seed, **numbers()) for seed in (0, 0, 1)
+        sample_tokens(small_model, record, SampleSize(4, 9), settings(), seed=seed) for seed in (0, 0, 1)
     )
-    for field in fields(Probe):
+    for field in fields(TokenSample):
         if field.name != "batch":
             assert torch.equal(getattr(one, field.name), getattr(same, field.name))
     assert torch.equal(one.batch.completion_mask, same.batch.completion_mask)
     assert not torch.equal(one.token_ids, other.token_ids)
     state = torch.random.get_rng_state()
-    take_probe(small_model, record, completions=4, tokens=9, seed=0, **numbers())
+    sample_tokens(small_model, record, SampleSize(4, 9), settings(), seed=0)
     assert torch.equal(state, torch.random.get_rng_state())  # sampling elsewhere goes on undisturbed
 
 
 @pytest.mark.parametrize("completions", [1, 1000])
 def test_rows_and_tokens_are_drawn_and_not_taken_from_the_front(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], completions: int
+    small_model: PreTrainedModel, random_batch: Batches, completions: int
 ) -> None:
     record, rows = record_of(small_model, random_batch()), set()
     for seed in range(80):
-        probe = take_probe(small_model, record, completions=completions, tokens=1, seed=seed, **numbers())
+        probe = sample_tokens(small_model, record, SampleSize(completions, 1), settings(), seed=seed)
         ids = probe.batch.input_ids[probe.batch.completion_mask.any(1)]
         rows.add((record.batch.input_ids == ids).all(1).nonzero().item())
     assert rows == set(range(8))
@@ -262,14 +271,12 @@ def test_rows_and_tokens_are_drawn_and_not_taken_from_the_front(
 
 @pytest.mark.parametrize(("completions", "tokens"), [(1, 2), (4, 9), (8, 1000), (1000, 5), (1000, 1000)])
 def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], completions: int, tokens: int
+    small_model: PreTrainedModel, random_batch: Batches, completions: int, tokens: int
 ) -> None:
     batch = random_batch()
     record = record_of(small_model, batch)
     for seed in range(5):
-        probe = take_probe(
-            small_model, record, completions=completions, tokens=tokens, seed=seed, **numbers()
-        )
+        probe = sample_tokens(small_model, record, SampleSize(completions, tokens), settings(), seed=seed)
         same_row = (probe.batch.input_ids[:, None] == batch.input_ids).all(2)
         rows = same_row.float().argmax(1)
         sampled = probe.batch.completion_mask
@@ -286,7 +293,7 @@ def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
 
 
 def test_extra_padding_changes_neither_the_sample_nor_the_metrics(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     batch, after = random_batch(), moved(small_model, 0.03)
     changed = {"input_ids": (3, 2), "attention_mask": (3, 2), "completion_mask": (0, 2)}
@@ -297,20 +304,26 @@ def test_extra_padding_changes_neither_the_sample_nor_the_metrics(
         batch, **{k: torch.nn.functional.pad(getattr(batch, k), by) for k, by in changed.items()}
     )
     one, other = (
-        take_probe(small_model, record_of(small_model, b), completions=5, tokens=12, seed=0, **numbers())
+        sample_tokens(small_model, record_of(small_model, b), SampleSize(5, 12), settings(), seed=0)
         for b in (batch, padded)
     )
     assert torch.equal(one.token_ids, other.token_ids)
-    expected, metrics = (measure(after, probe, PREDICTED, **numbers()) for probe in (one, other))
+    expected, metrics = (
+        calibration_metrics(after, probe, settings(), predicted=PREDICTED) for probe in (one, other)
+    )
     assert metrics == pytest.approx(expected, rel=1e-3)
 
 
 def test_logits_are_made_of_the_sample_alone_and_block_by_block(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    small_model: PreTrainedModel, random_batch: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, after = record_of(small_model, random_batch()), moved(small_model, 0.03)
-    sample = {"completions": 5, "tokens": 12, "seed": 0, **numbers()}
-    expected = measure(after, take_probe(small_model, record, **sample), PREDICTED, **numbers())
+
+    def measure() -> dict[str, float]:
+        sample = sample_tokens(small_model, record, SampleSize(5, 12), settings(), seed=0)
+        return calibration_metrics(after, sample, settings(), predicted=PREDICTED)
+
+    expected = measure()
     monkeypatch.setattr(calibration, "_BLOCK_ELEMENTS", 5 * VOCABULARY)
     shapes: list[tuple[int, ...]] = []
     for model in (small_model, after):
@@ -322,16 +335,14 @@ def test_logits_are_made_of_the_sample_alone_and_block_by_block(
         return linear(hidden, weight)
 
     monkeypatch.setattr(calibration, "linear", watched)
-    metrics = measure(after, take_probe(small_model, record, **sample), PREDICTED, **numbers())
+    metrics = measure()
     assert metrics == pytest.approx(expected, rel=1e-4)
     blocks = [(5, VOCABULARY), (5, VOCABULARY), (2, VOCABULARY)]
     assert shapes == [(12, VOCABULARY), *blocks, (12, VOCABULARY), *blocks, *blocks]
 
 
-def test_nothing_that_is_measured_holds_a_graph(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
-) -> None:
-    probe = take_probe(small_model, record_of(small_model, random_batch()), **ALL, **numbers())
+def test_nothing_that_is_measured_holds_a_graph(small_model: PreTrainedModel, random_batch: Batches) -> None:
+    probe = sample_tokens(small_model, record_of(small_model, random_batch()), ALL, settings(), seed=0)
     assert not probe.log_probs.requires_grad and not probe.hidden.requires_grad
 
 

@@ -1,30 +1,39 @@
 """The command line as a user meets it: a wrong configuration is one line, and no torch before training."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from omegaconf import MISSING
 
-from capo_exp.cli import compose as cli
+from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
 NO_HEAVY = f"""
-import runpy, sys
-sys.argv = ["capo_exp", *sys.argv[1:]]
-try:
-    runpy.run_module("capo_exp", run_name="__main__", alter_sys=True)
-except SystemExit as end:
-    assert not end.code, end.code
-loaded = [name for name in {HEAVY!r} if name in sys.modules]
-assert not loaded, loaded
+import contextlib, io, json, runpy, sys
+for module, *arguments in json.loads(sys.argv[1]):
+    wrong = False
+    sys.argv = [module, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            wrong = "regime.prompts_per_step=7" in arguments
+            assert (end.code or 0) == 2 * wrong, (sys.argv, end.code)
+    assert wrong or out.getvalue(), sys.argv
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not loaded, (sys.argv, loaded)
 """
 
 
@@ -63,8 +72,7 @@ def run(
     def run_here(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, f"model.path={model_dir}"])
         try:
-            cli.main()
-            status = 0
+            status = front.run_training()
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capsys.readouterr()
@@ -242,28 +250,102 @@ def test_other_errors_keep_their_traceback(run: Run, trained: list[TrainConfig])
     assert result.err.startswith("Traceback") and "RuntimeError: seed 13" in result.err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--cfg", "job", "--resolve"],
-        ["--cfg", "hydra"],
-        ["--info", "defaults"],
-        ["-sc", "install=bash"],
-        ["--hydra-help"],
-    ],
-    ids=" ".join,
-)
-def test_looking_imports_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
-    done = subprocess_run(*arguments, cwd=tmp_path, code=NO_HEAVY)
+def test_looking_imports_nothing_heavy_and_writes_nothing(tmp_path: Path) -> None:
+    training = [
+        ["--help"], ["--cfg", "job", "--resolve"], ["--cfg", "hydra"], ["--info", "defaults"],
+        ["-sc", "install=bash"], ["--hydra-help"], ["regime.prompts_per_step=7"],
+    ]  # fmt: skip
+    calls = [["capo_exp", *arguments] for arguments in training]
+    for command in ("status", "evaluate", "doctor"):
+        calls += [[f"capo_exp.{command}", "--help"], [f"capo_exp.{command}", "--cfg", "job"]]
+    done = subprocess_run(json.dumps(calls), cwd=tmp_path, code=NO_HEAVY)
     assert done.returncode == 0, done.stderr
-    assert done.stdout and not done.stderr
+    assert done.stderr.startswith("model.micro_batch_size=16: expected a divisor of")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_only_imports_nothing_heavy(tmp_path: Path, model_dir: Path) -> None:
-    done = subprocess_run("plan_only=true", f"model.path={model_dir}", cwd=tmp_path, code=NO_HEAVY)
-    assert done.returncode == 0, done.stderr
+# A command with keys of its own
+
+
+@dataclass(frozen=True)
+class ShowKeys:
+    runs: list[str] = MISSING
+    model: str | None = MISSING
+    count: int = field(default=MISSING, metadata={"range": AT_LEAST_1})
+    overrides: list[str] = MISSING
+    config_dir: str | None = MISSING
+
+
+@pytest.fixture
+def shown(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShowKeys | int]:
+    """Runs a command line; gives its typed keys, or the exit status of one that does not get so far."""
+    (work_dir / "conf").mkdir()
+    (work_dir / "conf" / "show.yaml").write_text(
+        "# Shows.\n\nruns: [outputs]  # folders\nmodel: null\ncount: 3\noverrides: []\nconfig_dir: null\n"
+    )
+    monkeypatch.setattr(front, "conf_dir", lambda: work_dir / "conf")
+
+    def show(*arguments: str) -> ShowKeys | int:
+        got: list[ShowKeys] = []
+        line = front.CommandLine("show", ShowKeys, lambda: "Usage\n{keys}", ("model.", "algo"), "runs")
+        status = front.run_command(lambda keys: got.append(keys) or 0, line, arguments)
+        return got[0] if got else status
+
+    return show
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {}),
+        (["runs=a b,c"], {"runs": ["a b", "c"]}),
+        (["runs=[a,seed[01]*/x=1]"], {"runs": ["a", "seed[01]*/x=1"]}),
+        (["it's", "out/x (1)"], {"runs": ["it's", "out/x (1)"]}),
+        (["model=org/Name-1.5B", "count=7"], {"model": "org/Name-1.5B", "count": 7}),
+        (["model=null"], {}),
+        (["model=tiny", "model.path='/a b'", "algo=${x}"],
+         {"model": "tiny", "overrides": ["model.path='/a b'", "algo=${x}"]}),
+        (["count=4", "--config-dir", "conf", "model=x"],
+         {"count": 4, "model": "x", "config_dir": "HERE/conf"}),
+    ],
+)  # fmt: skip
+def test_paths_lists_and_flags_need_no_quotes(
+    shown: Callable[..., ShowKeys], work_dir: Path, arguments: list[str], expected: dict[str, Any]
+) -> None:
+    found = asdict(shown(*arguments))
+    neutral = {"runs": ["outputs"], "model": None, "count": 3, "overrides": [], "config_dir": None}
+    if folder := expected.get("config_dir"):
+        expected["config_dir"] = folder.replace("HERE", str(work_dir))
+    assert found == neutral | expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["cuont=1"], "cuont=1: unknown key; nearest: count"),
+        (["count=x"], "count=x: expected an integer"),
+        (["count=0"], "count=0: expected an integer of at least 1"),
+        (["count=1,2"], "Ambiguous value for argument 'count=1,2'"),
+        (["-m"], "-m: no flag of this command; expected one of --help, --cfg"),
+        (["--cfg"], "--cfg: expected job, hydra or all"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+    ],
+)
+def test_a_commands_wrong_key_is_one_line_and_status_2(
+    shown: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    assert shown(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(line) and error.count("\n") == 1, error
+
+
+def test_a_commands_help_and_configuration(
+    shown: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown("--help") == 0
+    assert capsys.readouterr().out.startswith("Usage\n  runs: [outputs]  # folders\n  model: null\n")
+    assert shown("a", "--cfg", "job", "count=4") == 0
+    assert capsys.readouterr().out.startswith("runs:\n- a\nmodel: null\ncount: 4\n")
 
 
 def test_module_ends_in_one_line_from_another_directory(tmp_path: Path) -> None:

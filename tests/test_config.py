@@ -1,18 +1,25 @@
 """Every YAML composes and passes the checks; every impossible combination is refused in one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING
 
-from capo_exp.config.build import find_parts
-from capo_exp.config.checks import check, count_evaluations, plan
+from capo_exp.config import build
+from capo_exp.config.build import find_parts, needs_reference
+from capo_exp.config.checks import check
+from capo_exp.config.declare import compares_group, needs_kl
 from capo_exp.config.errors import ConfigError, suggest
-from capo_exp.config.ranges import RULES
-from capo_exp.config.schema import TrainConfig, conf_dir, expected_type, register, to_config
+from capo_exp.config.ranges import Rule
+from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 
-Make = Callable[..., TrainConfig]
+Composed = Callable[..., TrainConfig]
+ZERO_BETA = ["optimizer.betas=[0.0,0.999]", "curvature.betas=[0.9,0.999]"]
 
 
 def choices(group: str) -> list[str]:
@@ -20,30 +27,14 @@ def choices(group: str) -> list[str]:
 
 
 @pytest.fixture
-def make() -> Make:
-    """Composes and types a configuration; no file of the shipped model is needed."""
-    register()
-
-    def compose_config(*overrides: str) -> TrainConfig:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            return to_config(compose("config", list(overrides)))
-
-    return compose_config
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> str:
+def made(composed: Composed, tmp_path: Path) -> Composed:
+    """Composes as if scripts/pretrain.py had made the models that are not shipped."""
     (tmp_path / "config.json").write_text("{}")
-    return f"model.path={tmp_path}"
-
-
-@pytest.fixture
-def made(make: Make, model_dir: str) -> Make:
-    """As if scripts/pretrain.py had made the models that are not shipped."""
 
     def compose_config(*overrides: str) -> TrainConfig:
-        config = make(*overrides)
-        return make(*overrides, model_dir) if config.model.path.startswith("outputs/") else config
+        config = composed(*overrides)
+        absent = config.model.path.startswith("outputs/")
+        return composed(*overrides, f"model.path={tmp_path}") if absent else config
 
     return compose_config
 
@@ -51,85 +42,79 @@ def made(make: Make, model_dir: str) -> Make:
 @pytest.mark.parametrize(
     "group", ["algo", "model", "dataset", "regime", "rollout", "reward", "optimizer", "logger"]
 )
-def test_every_choice_composes_and_passes(made: Make, group: str) -> None:
+def test_every_choice_composes_and_passes(made: Composed, group: str) -> None:
     for choice in choices(group):
         config = made(f"{group}={choice}")
         check(config)
         assert getattr(config, group).name == choice
 
 
-def test_every_prompt_composes_and_passes(make: Make) -> None:
+def test_every_choice_on_top_composes_and_passes(made: Composed) -> None:
+    """Selections, step rules and experiments have tests of their own."""
     for choice in choices("prompt"):
-        config = make("dataset=math", f"prompt={choice}")
-        check(config)
+        check(config := made("dataset=math", f"prompt={choice}"))
         assert config.dataset.prompt_style == choice
-    assert make("dataset=math", "prompt=think").dataset == make("dataset=math").dataset
-
-
-def test_every_correction_composes_and_passes(make: Make) -> None:
+    assert made("dataset=math", "prompt=think").dataset == made("dataset=math").dataset
     targets = set()
     for choice in choices("rollout/correction"):
-        config = make(f"rollout/correction={choice}")
-        check(config)
+        check(config := made(f"rollout/correction={choice}"))
         targets.add(config.rollout.correction["_target_"])
     assert len(targets) == len(choices("rollout/correction"))
-    assert make("rollout/correction=none").rollout == make().rollout
-
-
-def test_every_debug_overlay_composes_and_passes(make: Make) -> None:
-    for choice in choices("debug"):  # experiments are in test_experiments.py
-        check(make(f"debug={choice}"))
-
-
-def test_every_regime_divides_into_the_micro_batches_of_every_model(made: Make) -> None:
-    for model in choices("model"):
+    assert made("rollout/correction=none").rollout == made().rollout
+    for model in choices("model"):  # whose micro-batches each regime divides into
         for regime in choices("regime"):
             check(made(f"model={model}", f"regime={regime}"))
 
 
-def test_defaults_are_capo_aggressive_without_download(make: Make) -> None:
-    config = make()
+def test_defaults_are_capo_aggressive_without_download(composed: Composed) -> None:
+    config = composed()
     assert (config.algo.name, config.regime.name, config.model.name) == ("capo", "aggressive", "tiny")
     assert config.regime.prompts_per_step * config.regime.group_size == 96
     assert config.regime.learning_rate == pytest.approx(5 * config.model.reference_learning_rate)
+    assert not config.allow_overcommit
 
 
 @pytest.mark.parametrize(
-    ("algo", "policy_shift_max", "objective_shift"),
-    [("capo", 1e-4, 1e-2), ("dr_capo", 1e-3, 5e-4), ("rein_capo", 1e-5, 1e-1)],
+    ("algo", "base", "policy_shift_max", "objective_shift"),
+    [
+        ("capo", "grpo", 1e-4, 1e-2),
+        ("dr_capo", "dr_grpo", 1e-3, 5e-4),
+        ("rein_capo", "reinforce", 1e-5, 1e-1),
+    ],
 )
-def test_bounds_of_the_authors_recipes(
-    make: Make, algo: str, policy_shift_max: float, objective_shift: float
+def test_the_authors_recipes_differ_from_their_bases_by_the_selection(
+    composed: Composed, algo: str, base: str, policy_shift_max: float, objective_shift: float
 ) -> None:
-    selection = make(f"algo={algo}").algo.selection
-    assert selection["policy_shift_max"] == policy_shift_max
-    assert (selection["objective_shift_min"], selection["objective_shift_max"]) == (
-        -objective_shift,
-        objective_shift,
-    )
-
-
-@pytest.mark.parametrize(
-    ("variant", "base"), [("capo", "grpo"), ("dr_capo", "dr_grpo"), ("rein_capo", "reinforce")]
-)
-def test_a_capo_variant_differs_from_its_base_by_the_selection_alone(
-    make: Make, variant: str, base: str
-) -> None:
-    ours, theirs = make(f"algo={variant}").algo, make(f"algo={base}").algo
+    ours, theirs = composed(f"algo={algo}").algo, composed(f"algo={base}").algo
     different = {name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)}
-    assert different == {"name", "selection"}
+    assert different - {"label", "colour", "marker"} == {"name", "selection"}
+    bounds = [
+        ours.selection[f"{name}_shift_{end}"]
+        for name, end in (("policy", "max"), ("objective", "min"), ("objective", "max"))
+    ]
+    assert bounds == [policy_shift_max, -objective_shift, objective_shift]
 
 
-def test_paper_recipe(make: Make) -> None:
-    config = make("experiment=paper/capo")
+def test_paper_recipe(composed: Composed) -> None:
+    config = composed("experiment=paper/capo")
     assert config.regime.learning_rate == pytest.approx(1.5e-5)
     assert (config.rollout.temperature, config.rollout.top_k, config.num_steps) == (0.9, 50, 100)
     assert config.dataset.name == "math"
+    assert composed("algo=dr_grpo", "dataset.max_completion_tokens=33").algo.aggregation["length"] == 33
 
 
-def test_constant_length_follows_the_dataset(make: Make) -> None:
-    config = make("algo=dr_grpo", "dataset.max_completion_tokens=33")
-    assert config.algo.aggregation["length"] == 33
+def change(config: TrainConfig, override: str) -> TrainConfig:
+    """Sets one value as the command line would: composing anew for each costs a third of a second."""
+    node: Any = config
+    given = OverridesParser.create().parse_override(override)
+    *groups, name = given.key_or_group.split(".")
+    for group in groups:
+        node = node[group] if isinstance(node, dict) else getattr(node, group)
+    if isinstance(node, dict):
+        node[name] = given.value()
+    else:
+        setattr(node, name, given.value())
+    return config
 
 
 @pytest.mark.parametrize(
@@ -139,13 +124,15 @@ def test_constant_length_follows_the_dataset(make: Make) -> None:
         "seed=-1",
         "device=gpu",
         "experiment_name=../x",
-        "regime.learning_rate=-1e-4",
+        "output_dir=''",
         "regime.learning_rate=-1e-4",
         "regime.learning_rate=inf",
         "regime.learning_rate=nan",
         "regime.prompts_per_step=0",
         "regime.group_size=0",
         "regime.group_size=1",
+        "model.model_type=''",
+        "model.hidden_size=0",
         "model.micro_batch_size=36",
         "model.micro_batch_size=0",
         "model.compute_dtype=fp8",
@@ -162,6 +149,7 @@ def test_constant_length_follows_the_dataset(make: Make) -> None:
         "rollout.top_p=1.1",
         "rollout.top_k=-1",
         "rollout.top_k=1025",
+        "rollout.server_url=start",
         "curvature.top_k=0",
         "curvature.top_k=1025",
         "curvature.optimizer_model=lion",
@@ -171,6 +159,7 @@ def test_constant_length_follows_the_dataset(make: Make) -> None:
         "optimizer.warmup_ratio=1",
         "optimizer.weight_decay=-1",
         "optimizer.max_grad_norm=0",
+        "reward.format_weight=1",
         "logger.wandb_mode=on",
         "logger.completions_every=-1",
         "evaluation.every=-1",
@@ -180,6 +169,11 @@ def test_constant_length_follows_the_dataset(make: Make) -> None:
         "checkpoint.keep=0",
         "algo.kl_coefficient=-1",
         "algo.num_iterations=0",
+        "algo.num_minibatches=97",
+        "algo.reference_reset_every=5",
+        "algo.label='a\nb'",
+        "algo.colour=red",
+        "algo.marker=oo",
         "algo.selection.policy_shift_max=-1",
         "algo.selection.policy_shift_max=nan",
         "algo.selection.policy_shift_max=many",
@@ -189,29 +183,66 @@ def test_constant_length_follows_the_dataset(make: Make) -> None:
         "algo.selection._target_=os.system",
         "reward.verifier._target_=os.system",
         "rollout.correction._target_=os.system",
+        # What no range covered when ranges went by a parameter's name.
+        "algo.step_rule.completions=-3 | algo=grpo step_rule=calibrated",
+        "algo.step_rule.max_looks=0 | algo=grpo step_rule=calibrated",
+        "algo.step_rule.memory_share=7 | algo=grpo step_rule=calibrated",
+        "algo.selection.token.policy_shift_max=-1 | algo=grpo selection=levels",
+        "rollout.correction.ratio_cap=0 | rollout/correction=token_truncation",
+        "rollout.correction.ratio_cap=inf | rollout/correction=token_truncation",
+        "rollout.correction.ratio_low=0 | rollout/correction=token_mask",
+        "rollout.correction.ratio_low=1.1 | rollout/correction=token_mask",
+        "rollout.correction.ratio_high=0.9 | rollout/correction=token_mask",
+        "rollout.correction.ratio_high=many | rollout/correction=token_mask",
+        "rollout.correction.ratio_cap=-1 | rollout/correction=sequence_mask",
+        "dataset.source.num_train=0",
+        "rollout.engine.max_sequences_per_call=0",
+        "rollout.engine.gpu_memory_utilization=0 | rollout=vllm",
+        "rollout.engine.max_num_seqs=0 | rollout=vllm",
     ],
 )
-def test_refused_in_one_line_that_names_the_key(make: Make, model_dir: str, override: str) -> None:
-    own = [override] if override.startswith("model.path") else [model_dir, override]
+def test_refused_in_one_line_that_names_the_key(composed: Composed, override: str) -> None:
+    given, _, others = override.partition(" | ")
     with pytest.raises(ConfigError) as error:
-        check(make(*own))
+        check(change(composed(*others.split()), given))
     message = str(error.value)
     assert "expected" in message and "\n" not in message
-    key = {"dataset.examples": "dataset.examples[0]"}.get(name := override.partition("=")[0], name)
+    key = {"dataset.examples": "dataset.examples[0]"}.get(name := given.partition("=")[0], name)
     assert message.startswith(f"{key}=")
 
 
-def test_a_model_that_is_made_here_but_is_not_yet_says_how(make: Make) -> None:
+def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -> None:
     with pytest.raises(ConfigError, match=r"python scripts/pretrain\.py warm_start=format makes it"):
-        check(make("model=format", "model.path=outputs/models/nowhere"))
+        check(composed("model=format", "model.path=outputs/models/nowhere"))
     with pytest.raises(ConfigError) as error:
-        check(make("model.path=./nothing/here"))
+        check(composed("model.path=./nothing/here"))
     assert "pretrain" not in str(error.value)
 
 
-def test_flash_attention_needs_an_accelerator(make: Make, model_dir: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.attn_implementation=flash_attention_2: expected sdpa"):
-        check(make(model_dir, "model.attn_implementation=flash_attention_2", "device=cpu"))
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.attn_implementation=flash_attention_2", "device=cpu"],
+            "model.attn_implementation=flash_attention_2: expected sdpa",
+        ),
+        (
+            [*ZERO_BETA, "curvature.optimizer_model=adam_live"],
+            "optimizer.betas=[0.0, 0.999]: expected two numbers inside",
+        ),
+        *(
+            (
+                ["rollout=demonstrations", f"rollout/correction={choice}"],
+                "rollout.correction._target_=capo_exp.",
+            )
+            for choice in ("token_mask", "sequence_mask", "token_truncation")
+        ),
+    ],
+)
+def test_combinations_that_cannot_work(composed: Composed, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(composed(*overrides))
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +253,15 @@ def test_flash_attention_needs_an_accelerator(make: Make, model_dir: str) -> Non
         ["algo.selection.policy_shift_max=inf", "algo.selection.objective_shift_min=-inf"],
         ["optimizer.max_grad_norm=inf"],
         ["optimizer.schedule=constant"],
+        ZERO_BETA,
         ["evaluation.samples=4", "evaluation.temperature=0.6"],
         ["device=cuda:1"],
+        ["rollout=demonstrations"],
+        ["algo.label='GRPO, mine'", "algo.colour='#00aaFF'", "algo.marker='*'"],
     ],
 )
-def test_unusual_but_possible(make: Make, model_dir: str, overrides: list[str]) -> None:
-    check(make(model_dir, *overrides))
+def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
+    check(composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -240,93 +274,88 @@ def test_unusual_but_possible(make: Make, model_dir: str, overrides: list[str]) 
         (["regime.learning_rate=${nope}"], "regime.learning_rate: Interpolation key 'nope' not found"),
     ],
 )
-def test_what_gets_past_hydra_is_still_refused(make: Make, overrides: list[str], message: str) -> None:
+def test_what_gets_past_hydra_is_still_refused(overrides: list[str], message: str) -> None:
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfg = compose("config", overrides)
     with pytest.raises(ConfigError) as error:
-        make(*overrides)
+        to_config(cfg)
     assert str(error.value).startswith(message)
 
 
-def test_live_moments_need_betas_that_can_be_corrected(make: Make) -> None:
-    zero = ["optimizer.betas=[0.0,0.999]", "curvature.betas=[0.9,0.999]"]
-    check(make(*zero))
-    with pytest.raises(ConfigError, match=r"optimizer\.betas=\[0\.0, 0\.999\]: expected two numbers inside"):
-        check(make(*zero, "curvature.optimizer_model=adam_live"))
+def schema_fields(schema: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Yields the dotted key, kind and field of every key."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        yield f"{prefix}{field.name}", hints[field.name], field
+        if is_dataclass(hints[field.name]):
+            yield from schema_fields(hints[field.name], f"{prefix}{field.name}.")
 
 
-def test_every_rule_names_a_key_of_the_schema() -> None:
-    assert all(expected_type(key) for key in RULES)
+def test_every_number_has_its_range_beside_its_field() -> None:
+    numbers = {key: field for key, kind, field in schema_fields() if kind in (int, float, list[float])}
+    assert len(numbers) > 50
+    assert not [key for key, field in numbers.items() if not isinstance(field.metadata.get("range"), Rule)]
+    for key, kind, field in schema_fields():
+        assert set(field.metadata) <= {"range", "result"}, key
+        if "range" in field.metadata and field.default is not MISSING and kind in (int, float, str):
+            assert field.metadata["range"].holds(field.default), key
 
 
-def test_plan_counts_the_batch(make: Make) -> None:
-    # 12 prompts x 8 = 96 completions = 4 x 24; 100 steps x 2 = 200 updates; 9,600 x 96 = 921,600 tokens;
-    # evaluations before step 1 and after 20, 40, 60, 80, 100 = 6.
-    lines = plan(make("algo=grpo", "model.micro_batch_size=24", "algo.num_iterations=2"))
-    assert lines[1:5] == [
-        "12 prompts x 8 = 96 completions a step = 4 micro-batches of 24",
-        "100 steps x 2 iterations = 200 optimiser steps",
-        "9,600 completions of at most 96 tokens = at most 921,600 generated tokens",
-        "6 evaluations of at most 200 completions",
-    ]
+def test_what_changes_no_result_says_so() -> None:
+    unimportant = {key for key, _, field in schema_fields() if not field.metadata.get("result", True)}
+    assert unimportant == {
+        "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
+        "checkpoint", "sweep", "stop_after_unrewarded", "experiment_name", "output_dir", "overwrite",
+        "plan_only", "allow_overcommit",
+    }  # fmt: skip
 
 
-def test_plan_of_a_batch_smaller_than_the_micro_batch(make: Make) -> None:
-    assert "= 1 micro-batch of 16" in plan(make("regime.prompts_per_step=2", "model.micro_batch_size=96"))[1]
+def test_only_neutral_values_are_defaults() -> None:
+    """A key at its default is no part of a run's identity, so a key that a YAML has to give has none."""
+    given = {key: field.default for key, _, field in schema_fields() if field.default != MISSING}
+    neutral = {"evaluation.top_p": 1.0, "curvature.diagnose_every": 0, "dataset.eval_order": "file"}
+    assert neutral.items() <= given.items()
+    needed = {"seed", "num_steps", "regime.learning_rate", "curvature.top_k", "algo.advantage"}
+    assert needed.isdisjoint(given)
 
 
-@pytest.mark.parametrize(
-    ("steps", "every", "count"), [(100, 20, 6), (100, 30, 5), (3, 0, 2), (1, 1, 2), (2, 5, 2)]
-)
-def test_evaluations(steps: int, every: int, count: int) -> None:
-    assert count_evaluations(steps, every) == count
+@compares_group
+def halved(rewards: float) -> float:
+    return rewards / 2
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "token_truncation ratio_cap=0",
-        "token_truncation ratio_cap=inf",
-        "token_mask ratio_low=0",
-        "token_mask ratio_low=1.1",
-        "token_mask ratio_high=0.9",
-        "token_mask ratio_high=many",
-        "sequence_mask ratio_cap=-1",
-    ],
-)
-def test_numbers_of_a_correction_are_refused_by_name(make: Make, model_dir: str, override: str) -> None:
-    choice, _, number = override.partition(" ")
-    with pytest.raises(ConfigError, match=rf"rollout\.correction\.{number}.*: expected a .*number"):
-        check(make(model_dir, f"rollout/correction={choice}", f"rollout.correction.{number}"))
+@needs_kl(unless_zero="beta")
+def charged(rewards: float, *, beta: float) -> float:
+    return rewards * beta
 
 
-def test_what_nobody_sampled_cannot_be_corrected(make: Make, model_dir: str) -> None:
-    check(make(model_dir, "rollout=demonstrations"))
-    for choice in choices("rollout/correction"):
-        if choice != "none":
-            with pytest.raises(ConfigError, match=r"rollout/correction=none with rollout.train_engine"):
-                check(make(model_dir, "rollout=demonstrations", f"rollout/correction={choice}"))
+def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "tests"])
+    config = composed("algo=reinforce", "regime.group_size=1", "algo.reference_reset_every=5")
+    algo = config.algo
+    algo.shaping = {"_target_": f"{__name__}.charged", "_partial_": True, "beta": 0}
+    with pytest.raises(ConfigError, match=r"algo\.reference_reset_every=5: expected 0 without a KL"):
+        check(config)
+    assert not needs_reference(algo)
+    algo.shaping["beta"] = 0.1
+    assert needs_reference(algo)
+    check(config)
+    algo.advantage = {"_target_": f"{__name__}.halved", "_partial_": True}
+    with pytest.raises(
+        ConfigError, match=r"regime\.group_size=1: expected at least 2, since halved compares"
+    ):
+        check(config)
 
 
-def test_find_parts_sees_every_part(make: Make) -> None:
-    keys = {key for key, _ in find_parts(make("algo=grpo", "selection=random"))}
-    assert keys == {
-        "algo.group_filter",
-        "algo.shaping",
-        "algo.advantage",
-        "algo.credit",
-        "algo.completion_filter",
-        "algo.kl_estimator",
-        "algo.selection.score",
-        "algo.selection",
-        "algo.token_loss",
-        "algo.aggregation",
-        "algo.step_rule",
-        "dataset.source",
-        "rollout.engine",
-        "rollout.correction",
-        "reward.verifier",
-        "reward.format",
-        "reward.length",
-    }
+def test_find_parts_sees_every_part(composed: Composed) -> None:
+    keys = {key for key, _ in find_parts(composed("algo=grpo", "selection=random"))}
+    algo = (
+        "group_filter", "shaping", "advantage", "credit", "completion_filter", "kl_estimator", "selection",
+        "selection.score", "token_loss", "aggregation", "step_rule",
+    )  # fmt: skip
+    others = {"rollout.engine", "rollout.correction", "reward.verifier", "reward.format", "reward.length"}
+    assert keys == {f"algo.{name}" for name in algo} | others | {"dataset.source"}
 
 
 def test_suggestions() -> None:

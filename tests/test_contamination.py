@@ -15,8 +15,8 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Problem
-from capo_exp.data.contamination import normalised, overlap, repeated
-from capo_exp.data.prepare import chosen, prepare, read_split
+from capo_exp.data.contamination import count_repeated, find_overlap, normalise
+from capo_exp.data.prepare import choose_problems, prepare, read_split
 from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.training import loop as train
 
@@ -52,66 +52,54 @@ def everything(golds: list[tuple[str, ...]]) -> list[bool]:
     ],
 )
 def test_what_does_not_count(other: str) -> None:
-    assert normalised(other) == normalised("Find $x$ if $x + 1 = 2$.")
+    assert normalise(other) == normalise("Find $x$ if $x + 1 = 2$.")
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "Find $x$ if $x + 1 = 3$.",
-        "Find $x$ if $x - 1 = 2$.",
-        "Find $y$ if $y + 1 = 2$.",
-        "Find $x$ if $x + 1 = 2$",
-        "Find $x$ if $x + 1 = 20$.",
-        r"Find $x$ if $x \\+ 1 = 2$.",
-        r"Find $x$ if $x + 1 = \quadratic 2$.",
-    ],
-)
-def test_what_counts(other: str) -> None:
-    assert normalised(other) != normalised("Find $x$ if $x + 1 = 2$.")
+def test_what_counts() -> None:
+    for formula in ("$x + 1 = 3$.", "$x - 1 = 2$.", "$y + 1 = 2$.", "$x + 1 = 2$", "$x + 1 = 20$.",
+                    r"$x \\+ 1 = 2$.", r"$x + 1 = \quadratic 2$."):  # fmt: skip
+        assert normalise(f"Find $x$ if {formula}") != normalise("Find $x$ if $x + 1 = 2$.")
 
 
-def test_a_line_break_before_a_bracket_is_no_mark_of_a_formula() -> None:
-    assert normalised(r"\\[2pt] \[a\]") == r"\\[2pt]a"
-
-
-def test_a_command_whose_name_begins_like_a_space_is_none() -> None:
-    assert normalised(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
+def test_what_looks_like_a_space_or_a_mark_is_none() -> None:
+    """A line break before a bracket, and a command whose name begins like a space."""
+    assert normalise(r"\\[2pt] \[a\]") == r"\\[2pt]a"
+    assert normalise(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
 
 
 def test_all_pairs_in_order() -> None:
     train_set = [problem(text) for text in ("1+1?", "new", "1 + 1?", "2+2?")]
     evaluation = [problem(text) for text in ("2+2 ?", "$1+1$?", "other", "1+1?")]
-    assert overlap(train_set, evaluation) == [(0, 1), (0, 3), (2, 1), (2, 3), (3, 0)]
-    assert overlap(train_set, []) == overlap([], evaluation) == []
-    assert repeated(train_set) == repeated(evaluation) == 1
+    assert find_overlap(train_set, evaluation) == [(0, 1), (0, 3), (2, 1), (2, 3), (3, 0)]
+    assert find_overlap(train_set, []) == find_overlap([], evaluation) == []
+    assert count_repeated(train_set) == count_repeated(evaluation) == 1
 
 
+@pytest.mark.slow
 @needs_data
 def test_math_holds_three_pairs(composed: Composed) -> None:
     """2948 and 4656 differ in the end of a line, the others in white space and the place of a dollar sign."""
     dataset = composed("dataset=math", f"dataset.path={SHARED}").dataset
     train_set, evaluation = read_split(dataset, "train"), read_split(dataset, "test")
-    pairs = [(train_set[i].id, evaluation[j].id) for i, j in overlap(train_set, evaluation)]
+    pairs = [(train_set[i].id, evaluation[j].id) for i, j in find_overlap(train_set, evaluation)]
     assert pairs == [
         ("math/train/750", "math/test/3023"),
         ("math/train/1414", "math/test/1038"),
         ("math/train/2948", "math/test/4656"),
     ]
-    assert repeated(train_set) == 4 and repeated(evaluation) == 0
+    assert count_repeated(train_set) == 4 and count_repeated(evaluation) == 0
 
 
+@pytest.mark.slow
 @needs_data
-def test_no_benchmark_is_in_the_training_data(
-    composed: Composed,
-) -> None:
+def test_no_benchmark_is_in_the_training_data(composed: Composed) -> None:
     def read(name: str, split: str) -> list[Problem]:
         return read_split(composed(f"dataset={name}", f"dataset.path={SHARED}").dataset, split)
 
-    assert len(overlap(read("math500", "test"), read("math", "test"))) == 500
+    assert len(find_overlap(read("math500", "test"), read("math", "test"))) == 500
     train_set = read("math", "train") + read("gsm8k", "train")
     for name in ("math500", "gsm8k", "aime24", "aime25", "amc23", "minerva", "olympiadbench"):
-        assert overlap(train_set, read(name, "test")) == []
+        assert find_overlap(train_set, read(name, "test")) == []
 
 
 # --- filters ---
@@ -140,7 +128,7 @@ SET = [
     ],
 )
 def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> None:
-    assert "".join(found.id for found in chosen(SET, levels, types)) == kept
+    assert "".join(found.id for found in choose_problems(SET, levels, types)) == kept
 
 
 @pytest.mark.parametrize(
@@ -155,19 +143,16 @@ def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> Non
 )
 def test_unknown_and_empty_choices(levels: list[str], types: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        chosen(SET, levels, types)
+        choose_problems(SET, levels, types)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_set_that_states_no_levels() -> None:
     with pytest.raises(ConfigError, match=r"expected \[\], since this dataset states none"):
-        chosen([problem("a")], ["1"], [])
+        choose_problems([problem("a")], ["1"], [])
 
 
 def test_levels_on_the_command_line(composed: Composed) -> None:
     for written in ("[3,4,5]", "[Level 3,Level 4,Level 5]", "['3',4,Level 5]"):
         levels = composed(f"dataset.levels={written}").dataset.levels
-        assert [found.level for found in chosen(SET, [levels[2]], [])] == ["Level 5"] * 2
+        assert [found.level for found in choose_problems(SET, [levels[2]], [])] == ["Level 5"] * 2
         assert all(isinstance(level, str) for level in levels)
 
 
@@ -241,9 +226,8 @@ def test_the_arithmetic_set_loses_nothing(composed: Composed) -> None:
 
 
 def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
-        {"problem": text, "answer": "1", "level": "5"} for text in ("a<|im_end|>?", "b?", "<|endoftext|>c?")
-    ]
+    texts = ("a<|im_end|>?", "b?", "<|endoftext|>c?")
+    rows = [{"problem": text, "answer": "1", "level": "5"} for text in texts]
     folder = Path(str(made().dataset.path))
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     data = prepare(made(), policy.load_tokenizer(made().model), everything)
@@ -254,9 +238,8 @@ def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pyt
 def test_an_open_revision_is_said_once(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAPO_DATA_DIR", raising=False)
     rows = {split: [{"question": f"{split}?", "answer": "#### 1"}] for split in ("train", "test")}
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, split, **__: datasets.Dataset.from_list(rows[split])
-    )
+    load = datasets.Dataset.from_list
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: load(rows[split]))
     config = composed("dataset=gsm8k", "prompt=plain", "reward=exact", "dataset.source.hub_revision=null")
     data = prepare(config, policy.load_tokenizer(config.model), everything)
     assert data.lines() == [
@@ -269,14 +252,10 @@ def test_an_open_revision_is_said_once(composed: Composed, monkeypatch: pytest.M
 def test_nothing_left_says_why(made: Composed, tmp_path: Path) -> None:
     config = made("dataset.levels=[]")
     tokenizer = policy.load_tokenizer(config.model)
-    with pytest.raises(
-        ConfigError, match="none with an answer that the verifier can read; expected formulas"
-    ):
+    with pytest.raises(ConfigError, match="none with an answer that the verifier can read; expected form"):
         prepare(config, tokenizer, lambda golds: [False] * len(golds))
     same = replace(config, dataset=replace(config.dataset, eval_split="train"))
-    with pytest.raises(
-        ConfigError, match="got 8 training problems, all of which are in the evaluation split"
-    ):
+    with pytest.raises(ConfigError, match="got 8 training problems, all of which are in the evaluation"):
         prepare(same, tokenizer, everything)
     with pytest.raises(ConfigError, match=r"dataset\.train_split=null: expected a dataset with") as error:
         prepare(made("dataset.train_split=null"), tokenizer, everything)
@@ -317,6 +296,7 @@ def read_prompts(directory: Path) -> list[list[str]]:
     return [pq.read_table(file, columns=["prompt"]).column(0).to_pylist() for file in files]
 
 
+@pytest.mark.slow
 def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     made: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,11 +304,11 @@ def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     through = train.run(made(*RUN, f"output_dir={tmp_path / 'through'}"))
     printed = capsys.readouterr().out.splitlines()
     config = made(*RUN, f"output_dir={tmp_path / 'broken'}")
-    step = train.rollout_step
-    monkeypatch.setattr(train, "rollout_step", lambda session: step(session) if session.step < 2 else 1 / 0)
+    step = train.take_step
+    monkeypatch.setattr(train, "take_step", lambda session: step(session) if session.step < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.run(config)
-    monkeypatch.setattr(train, "rollout_step", step)
+    monkeypatch.setattr(train, "take_step", step)
     broken = train.run(config)
     asked = read_prompts(through)
     assert len(asked) == 6 and read_prompts(broken) == asked

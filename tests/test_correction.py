@@ -14,11 +14,23 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
 from capo_exp.config.checks import check
+from capo_exp.config.declare import whole_step
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, Scored, Selection
 from capo_exp.training.learner import Learner
-from tests.pieces import SMALL, gradients, make_learner, plain_log_probs, run_updates, same_weights, weights
+from tests.pieces import (
+    SMALL,
+    gradients,
+    make_learner,
+    plain_log_probs,
+    run_updates,
+    same_weights,
+    take_step,
+    weights,
+)
+
+Make = Callable[..., Learner]
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
@@ -112,7 +124,7 @@ def test_a_product_that_overflows_drops_the_completion() -> None:
 
 
 @pytest.fixture
-def make(small_model: PreTrainedModel, composed: Compose) -> Callable[..., Learner]:
+def make(small_model: PreTrainedModel, composed: Compose) -> Make:
     return lambda *overrides: make_learner(composed(*SMALL, *overrides), small_model, distance=0.05)
 
 
@@ -132,11 +144,7 @@ def uneven(batch: Batch, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize(("log_ratio", "weight"), [(0.4, exp(0.4)), (1.5, 2.0), (-1.0, exp(-1.0))])
 def test_the_same_ratio_everywhere_scales_the_gradient(
-    make: Callable[..., Learner],
-    random_batch: Batches,
-    small_model: PreTrainedModel,
-    log_ratio: float,
-    weight: float,
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, log_ratio: float, weight: float
 ) -> None:
     batch = off_by(random_batch(), small_model, log_ratio)
     plain = gradients(make("algo=grpo"), batch)
@@ -147,11 +155,7 @@ def test_the_same_ratio_everywhere_scales_the_gradient(
 @pytest.mark.parametrize("correction", CORRECTIONS[1:])
 @pytest.mark.parametrize("algo", ["grpo", "dr_capo", "gspo", "reinforce_pp", "grpo_kl"])
 def test_corrected_is_the_plain_loss_of_weighted_advantages(
-    make: Callable[..., Learner],
-    random_batch: Batches,
-    small_model: PreTrainedModel,
-    algo: str,
-    correction: str,
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, algo: str, correction: str
 ) -> None:
     """In loss, shifts, selection and the moments after it; the KL to the reference stays as it is."""
     log_ratio = uneven(random_batch())
@@ -168,7 +172,7 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
     corrected, plain = make(*command, f"rollout/correction={correction}"), make(*command)
     weighted = replace(batch, advantages=batch.advantages * weigh())
     for _ in range(2):  # the second update has the shifts of Adam's moments
-        (metrics, record), (expected, other) = corrected.step(batch), plain.step(weighted)
+        (metrics, record), (expected, other) = take_step(corrected, batch), take_step(plain, weighted)
         corrected.model.load_state_dict(small_model.state_dict())
         plain.model.load_state_dict(small_model.state_dict())
     for key in ("loss/total", "policy/grad_norm", "advantage/std", "selection/rejection_rate"):
@@ -186,13 +190,13 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
 
 
 def test_a_masked_token_has_no_gradient(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+    make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     batch = random_batch()
     nowhere = off_by(batch, small_model, 3.0)  # ratios of 20: all are masked
     ours = make("algo=grpo", "rollout/correction=token_mask")
     before = weights(ours)
-    metrics, _ = ours.step(nowhere)
+    metrics, _ = take_step(ours, nowhere)
     assert metrics["mismatch/dropped_fraction"] == 1.0
     assert metrics["loss/total"] == metrics["policy/grad_norm"] == 0.0
     assert {metrics[f"mismatch/corrected/{name}"] for name in FOUR} == {0.0}
@@ -200,7 +204,7 @@ def test_a_masked_token_has_no_gradient(
 
 
 def test_the_kl_to_the_reference_is_not_weighted(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+    make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     batch = off_by(random_batch(), small_model, 3.0)
     idle = replace(batch, advantages=torch.zeros_like(batch.advantages))
@@ -210,24 +214,24 @@ def test_the_kl_to_the_reference_is_not_weighted(
 
 
 def test_without_a_correction_the_samplers_log_probs_change_no_bit(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel
+    make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     batch = random_batch()
     far = off_by(batch, small_model, uneven(batch))
     unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
     learners = [make("algo=capo", "rollout/correction=none") for _ in range(3)]
     for one, given_ in zip(learners, (batch, far, unknown), strict=True):
-        one.step(given_)
+        take_step(one, given_)
     assert same_weights(learners[0], learners[1]) and same_weights(learners[0], learners[2])
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_nothing_is_corrected_where_sampler_and_learner_agree(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, correction: str
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, correction: str
 ) -> None:
     batch = off_by(random_batch(), small_model, 0.0)
     plain, ours = make("algo=grpo"), make("algo=grpo", f"rollout/correction={correction}")
-    (_, record), (metrics, same) = plain.step(batch), ours.step(batch)
+    (_, record), (metrics, same) = take_step(plain, batch), take_step(ours, batch)
     torch.testing.assert_close(same.batch.advantages, record.batch.advantages, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-3, atol=1e-4)
     for part in ("mismatch", "mismatch/corrected"):
@@ -249,12 +253,12 @@ def by_hand(ratio: Tensor) -> dict[str, Any]:
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_metrics_are_of_the_ratios_before_and_after(
-    make: Callable[..., Learner], random_batch: Batches, small_model: PreTrainedModel, correction: str
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, correction: str
 ) -> None:
     log_ratio = uneven(random_batch())
     batch = off_by(random_batch(), small_model, log_ratio)
     mask = batch.completion_mask
-    metrics, _ = make("algo=grpo", f"rollout/correction={correction}").step(batch)
+    metrics, _ = take_step(make("algo=grpo", f"rollout/correction={correction}"), batch)
     raw, rows = log_ratio.exp()[mask], (log_ratio * mask).sum(1, keepdim=True).exp().expand_as(mask)[mask]
     left = {
         "none": raw,
@@ -283,7 +287,7 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
             *SMALL, "algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2",
             f"rollout/correction={correction}", f"model.micro_batch_size={size}",
         )  # fmt: skip
-        results.append(run_updates(make_learner(config, small_model), config, batch))
+        results.append(run_updates(make_learner(config, small_model), batch))
     (whole, record), (cut, same) = results
     torch.testing.assert_close(record.weights, same.weights, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(record.batch.advantages, same.batch.advantages, rtol=1e-4, atol=1e-6)
@@ -297,11 +301,7 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
 @pytest.mark.parametrize("size", [96, 3])
 @pytest.mark.parametrize("later", [False, True])
 def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
-    make: Callable[..., Learner],
-    random_batch: Batches,
-    small_model: PreTrainedModel,
-    size: int,
-    later: bool,
+    make: Make, random_batch: Batches, small_model: PreTrainedModel, size: int, later: bool
 ) -> None:
     """By the log-probs of the weights that sampled: the forward pass's own, or those of an earlier update."""
     batch = off_by(random_batch(), small_model, uneven(random_batch()))
@@ -312,22 +312,22 @@ def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
         return Selection(scored.batch.completion_mask)
 
     ours = make("algo=grpo", "rollout/correction=token_mask", f"model.micro_batch_size={size}")
-    ours._algorithm = replace(ours._algorithm, selection=look, scoring_pass=True)
+    ours.algorithm = replace(ours.algorithm, selection=whole_step(look))
     log_ratio = uneven(batch, seed=2 if later else 1)
-    _, record = ours.step(batch, batch.sampler_log_probs + log_ratio if later else None)
+    _, record = take_step(ours, batch, batch.sampler_log_probs + log_ratio if later else None)
     expected = batch.advantages * mask_tokens(log_ratio, mask, ratio_low=0.5, ratio_high=5.0)
     (scored,) = seen
-    assert scored.whole_step
+    assert len(scored.batch.group_ids) == 8
     torch.testing.assert_close(scored.batch.advantages, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(vars(scored.shifts), vars(record.shifts), rtol=1e-3, atol=1e-9)
 
 
 def test_log_probs_that_nobody_sampled_are_not_corrected_but_logged_as_gaps(
-    make: Callable[..., Learner], random_batch: Batches, composed: Compose
+    make: Make, random_batch: Batches, composed: Compose
 ) -> None:
     batch = random_batch()
     unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
-    metrics, _ = make("algo=sft").step(unknown)
+    metrics, _ = take_step(make("algo=sft"), unknown)
     family = {f"mismatch/{part}{name}" for part in ("", "corrected/") for name in FOUR}
     gaps = {key for key, value in metrics.items() if isnan(value)}
     assert gaps == {*family, "policy/sampler_kl_k3"}

@@ -1,5 +1,6 @@
 """The last-layer model against autograd, torch.optim and the authors' program."""
 
+import inspect
 import os
 from math import prod
 from pathlib import Path
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import capo_exp.curvature
+from capo_exp.core.types import AdamState
 from capo_exp.curvature.model import (
-    AdamState,
     apply_row_gradients,
     batch_shifts,
     init_adam_state,
     mean_row_gradients,
+    pack,
     token_shifts,
     update_adam_state,
 )
@@ -67,15 +70,16 @@ def test_parity_with_the_authors_program(reference: dict[str, Tensor], model: st
         keep = mask & (shifts.policy_shift < 1e-3) & (shifts.objective_shift.abs() < 3e-2)
         assert torch.equal(keep, row["keep_mask"].bool())
 
-        every = mean_row_gradients(*tokens, mask)
-        batch = batch_shifts(*tokens, mask, learning_rate=LR, state=state, gradients=every)
+        packed = pack(*tokens, mask)
+        batch = batch_shifts(packed, mean_row_gradients(packed), learning_rate=LR, state=state)
         assert batch.policy_shift == pytest.approx(
             row["policy_shift_global"].item(), rel=1e-6
         )  # stored as float32
         assert batch.objective_shift == pytest.approx(row["objective_shift_global"].item(), rel=1e-6)
         for b in range(4):  # one completion alone is the authors' sentence level
             alone = (*(x[b : b + 1] for x in tokens), mask[b : b + 1])
-            one = batch_shifts(*alone, learning_rate=LR, state=state, gradients=mean_row_gradients(*alone))
+            own = pack(*alone)
+            one = batch_shifts(own, mean_row_gradients(own), learning_rate=LR, state=state)
             assert one.policy_shift == pytest.approx(row["policy_shift_sentence"][b].item(), rel=1e-10)
             assert one.objective_shift == pytest.approx(row["objective_shift_sentence"][b].item(), rel=1e-10)
 
@@ -235,9 +239,9 @@ def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
     tokens = random_tokens(2, 3, 20, 8, 5)
     state = trained_state(20, 5, tokens)
     keep = torch.zeros(2, 3, dtype=torch.bool)
-    rows = mean_row_gradients(*tokens, keep)
-    shifts = batch_shifts(*tokens, keep, learning_rate=LR, state=state, gradients=rows)
-    after = apply_row_gradients(state, rows)
+    packed = pack(*tokens, keep)
+    shifts = batch_shifts(packed, mean_row_gradients(packed), learning_rate=LR, state=state)
+    after = apply_row_gradients(state, mean_row_gradients(packed))
     assert (shifts.policy_shift, shifts.objective_shift) == (0.0, 0.0)
     assert torch.equal(after.first, state.first) and after.step == state.step + 1
 
@@ -262,8 +266,9 @@ def test_nothing_as_large_as_all_directions_is_ever_built(shape: tuple[int, int,
     keep = torch.ones(rows, length, dtype=torch.bool)
     with LargestTensor() as seen:
         token_shifts(*tokens, LR, state)
-        gradients = mean_row_gradients(*tokens, keep)
-        batch_shifts(*tokens, keep, learning_rate=LR, state=state, gradients=gradients)
+        packed = pack(*tokens, keep)
+        gradients = mean_row_gradients(packed)
+        batch_shifts(packed, gradients, learning_rate=LR, state=state)
         apply_row_gradients(state, gradients)
     assert 0 < seen.elements < rows * length * support * width
 
@@ -284,3 +289,16 @@ class LargestTensor(TorchDispatchMode):
 def test_a_beta_outside_the_open_interval_is_refused() -> None:
     with pytest.raises(ValueError, match=r"curvature\.betas=\[0\.0, 0\.999\]: expected"):
         init_adam_state(10, 4, betas=(0.0, 0.999))
+
+
+def test_the_room_exports_its_contract() -> None:
+    """For tests from outside: these functions, and no name of an argument changes."""
+    assert set(capo_exp.curvature.__all__) == {"init_adam_state", "token_shifts", "update_adam_state"}
+    tokens = ["hidden", "topk_probs", "topk_ids", "token_ids", "advantages"]
+    names = {
+        "init_adam_state": ["vocab_size", "hidden_size", "betas", "eps", "dtype", "device"],
+        "token_shifts": [*tokens, "learning_rate", "state"],
+        "update_adam_state": ["state", *tokens, "keep_mask"],
+    }
+    for name, expected in names.items():
+        assert list(inspect.signature(getattr(capo_exp.curvature, name)).parameters) == expected

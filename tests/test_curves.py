@@ -11,13 +11,14 @@ import pytest
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.figures import labels, style
-from capo_exp.figures.curves import Curve, check_key, curves, differences, reference_of, start_value
-from capo_exp.figures.settings import within
-from capo_exp.runs.read import Row, Run
-from capo_exp.runs.record import as_dict, run_id, run_name
+from capo_exp.figures.curves import FIRST, Curve, curves, reference_of, start_value
+from capo_exp.figures.report.overview import differences
+from capo_exp.runs.identity import as_dict, run_id, run_name
+from capo_exp.runs.read import LoggedRow, LoggedRun
+from capo_exp.runs.settings import is_within
 from tests.conftest import ALGORITHMS
 
-Make = Callable[..., Run]
+Make = Callable[..., LoggedRun]
 STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
 
 
@@ -25,17 +26,19 @@ STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
 def make(composed: Callable[..., TrainConfig]) -> Make:
     """A run as `python -m capo_exp OVERRIDES` would leave it."""
 
-    def run(*overrides: str, record: dict[str, Any] | None = None, metrics: list[Row] | None = None) -> Run:
+    def run(
+        *overrides: str, record: dict[str, Any] | None = None, metrics: list[LoggedRow] | None = None
+    ) -> LoggedRun:
         config = composed(*overrides)
         base = {"run_id": run_id(config), "device": "cpu", "data": "d1"}
-        return Run(
+        return LoggedRun(
             Path("outputs") / run_name(config), as_dict(config), base | (record or {}), metrics or [], []
         )
 
     return run
 
 
-def seeds(make: Make, *overrides: str, count: int = 2) -> list[Run]:
+def seeds(make: Make, *overrides: str, count: int = 2) -> list[LoggedRun]:
     return [make(*overrides, f"seed={seed}") for seed in range(count)]
 
 
@@ -57,12 +60,9 @@ def test_the_curves_of_figure_1(make: Make) -> None:
         ("GRPO (A)", [0, 1, 2]),
         ("GRPO (learning rate 0)", [0, 1]),
     ]
-    assert [(curve.algorithm, curve.regime) for curve in found] == [
-        ("capo", "aggressive"), ("grpo", "conservative"), ("grpo", "aggressive"), ("grpo", "zero"),
-    ]  # fmt: skip
+    assert [curve.conservative for curve in found] == [False, True, False, False]
     assert reference_of(found) is found[1]
-    assert reference_of(found, "capo", "aggressive") is found[0]
-    assert reference_of(found, "rloo") is None
+    assert reference_of(found[2:]) is None
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,9 @@ def test_what_tells_a_curve_from_the_default_one(make: Make, override: str, labe
         (["algo=cpgd", "selection=capo", "regime=conservative"], "CPGD selection capo"),
         (["algo=dr_grpo", "algo.variant=2_passes_clip_0.2"], "Dr. GRPO (A) 2 passes clip 0.2"),
         (["algo=grpo", "regime.name=bold"], "GRPO (bold)"),
-        (["algo=grpo", "algo.name=mine"], "mine (A)"),
+        (["algo=grpo", "algo.label=My GRPO"], "My GRPO (A)"),
+        (["algo=grpo", "algo.label=", "algo.name=mine"], "mine (A)"),
+        (["algo=dr_grpo", "algo.label="], "Dr. GRPO (A)"),  # a run that is older than the key
     ],
 )
 def test_labels(make: Make, overrides: list[str], labelled: str) -> None:
@@ -120,8 +122,36 @@ def test_labels(make: Make, overrides: list[str], labelled: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_has_a_name(algorithm: str) -> None:
-    assert algorithm in labels.ALGORITHMS
+def test_every_shipped_method_states_its_look(algorithm: str, make: Make) -> None:
+    run = make(f"algo={algorithm}")
+    old = replace(run, config={"algo": {"name": algorithm}})  # before these keys were logged
+    for key in ("label", "colour", "marker"):
+        assert run.setting(f"algo.{key}") == labels.logged(old, key) != ""
+    assert run.setting("algo.colour") not in style.SPARE and run.setting("algo.marker") in style.MARKERS
+
+
+def test_a_method_that_states_no_look_has_one_by_its_name() -> None:
+    def bare(**algo: str) -> LoggedRun:
+        return LoggedRun(Path("r"), {"algo": algo}, {}, [], [])
+
+    mine = bare(name="mine")
+    assert (labels.algorithm(mine), labels.method(mine)) == ("mine", "mine")
+    assert style.colour(mine) in style.SPARE and style.marker(mine) in style.MARKERS
+    assert style.colour(mine) == style.colour(bare(name="mine", variant="x"))
+    assert len({style.colour(bare(name=f"mine_{i}")) for i in range(20)}) > 3
+    assert style.colour(bare(name="grpo", colour="#123456")) == "#123456"
+    assert style.colour(LoggedRun(Path("r"), {}, {}, [], [])) == style.OTHER
+
+
+def test_a_look_is_no_other_experiment(make: Make) -> None:
+    plain, other = make("seed=0"), make("seed=1", "algo.label=X", "algo.colour=red", "algo.marker=x")
+    assert run_of_seed(plain) == run_of_seed(make("algo.label=X", "algo.colour=red", "algo.marker=x"))
+    [curve] = curves([plain, other], mix=False)
+    assert len(curve.runs) == 2
+
+
+def run_of_seed(run: LoggedRun) -> str:
+    return run.record["run_id"]
 
 
 def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Make) -> None:
@@ -147,14 +177,13 @@ def test_labels_that_shortening_makes_the_same_are_numbered(make: Make) -> None:
     ]
 
 
-def test_order_is_that_of_the_colours_then_of_unknown_ones(make: Make) -> None:
-    names = ["zeta", *reversed(style.ALGORITHM_COLOURS), "alpha"]
+def test_the_papers_methods_come_first_then_others_by_label(make: Make) -> None:
     base = make("algo=grpo")
-    runs = [
-        Run(Path(n), base.config | {"algo": base.config["algo"] | {"name": n}}, {}, [], []) for n in names
-    ]
-    found = [curve.algorithm for curve in curves(runs, mix=False)]
-    assert found == [*style.ALGORITHM_COLOURS, "alpha", "zeta"]
+    names = ["zeta", *reversed(FIRST), "alpha"]
+    algos = [base.config["algo"] | {"name": name, "label": name} for name in names]
+    runs = [LoggedRun(Path(a["name"]), base.config | {"algo": a}, {}, [], []) for a in algos]
+    found = [labels.algorithm(curve.run) for curve in curves(runs, mix=False)]
+    assert found == [*FIRST, "alpha", "zeta"]
 
 
 def test_a_copy_counts_once_and_the_one_that_came_further_counts(make: Make) -> None:
@@ -218,8 +247,8 @@ def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) 
 
 
 def test_a_group_is_more_than_how_a_key_begins() -> None:
-    assert within("logger", ["seed", "logger"]) and within("logger.tags", ["logger"])
-    assert not within("loggers.tags", ["logger"]) and not within("rollout.top_kk", ["rollout.top_k"])
+    assert is_within("logger", ["seed", "logger"]) and is_within("logger.tags", ["logger"])
+    assert not is_within("loggers.tags", ["logger"]) and not is_within("rollout.top_kk", ["rollout.top_k"])
 
 
 def test_a_long_list_of_differences_is_cut(make: Make) -> None:
@@ -231,16 +260,16 @@ def test_a_long_list_of_differences_is_cut(make: Make) -> None:
 
 
 def test_mixed_curves_say_their_model(make: Make) -> None:
-    runs = [make("algo=grpo", "model.name=large"), make("algo=capo"), Run(Path("bare"), {}, {}, [], [])]
+    runs = [make("algo=grpo", "model.name=large"), make("algo=capo"), LoggedRun(Path("bare"), {}, {}, [], [])]
     assert [curve.label for curve in curves(runs, mix=True)] == ["CAPO (A) tiny", "GRPO (A) large", "bare"]
 
 
 def test_runs_without_a_config_are_curves_of_their_own() -> None:
-    runs = [Run(Path(f"{folder}/x"), {}, {}, [], []) for folder in "ab"] + [Run(Path("c/y"), {}, {}, [], [])]
+    runs = [LoggedRun(Path(f"{folder}/x"), {}, {}, [], []) for folder in "ab"] + [
+        LoggedRun(Path("c/y"), {}, {}, [], [])
+    ]
     found = curves(runs, mix=False)
-    assert [(curve.label, curve.algorithm, len(curve.runs)) for curve in found] == [
-        ("x #1", "", 1), ("x #2", "", 1), ("y", "", 1),
-    ]  # fmt: skip
+    assert shape(found) == [("x #1", [None]), ("x #2", [None]), ("y", [None])]
     assert curves([], mix=False) == []
 
 
@@ -274,7 +303,7 @@ def test_length_counts_where_the_learning_rate_follows_it(make: Make) -> None:
 
 
 def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
-    def run(seed: int, name: str, device: str | None) -> Run:
+    def run(seed: int, name: str, device: str | None) -> LoggedRun:
         return make(f"seed={seed}", f"device={name}", record={"device": device})
 
     assert len(curves([run(0, "auto", "cpu"), run(1, "cpu", "cpu")], mix=False)) == 1
@@ -311,7 +340,7 @@ def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:
     assert found is not None and found.label == "GRPO 20 steps"
 
 
-def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> Run:
+def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> LoggedRun:
     rows = [
         {STEP: first + i, COMPLETIONS: 96 * (first + i), "reward/accuracy": a}
         for i, a in enumerate(accuracies)
@@ -323,11 +352,9 @@ def test_where_accuracy_curves_start(make: Make) -> None:
     long, short = still(make, 0, [0.1] * 9 + [0.4, 0.9, 0.9]), still(make, 1, [0.2, 0.6])
     moving = make("algo=grpo", metrics=[{STEP: 10, "reward/accuracy": 0.99}])
     assert start_value([long, short, moving], "reward/accuracy") == pytest.approx((0.4 + 0.6) / 2)
-    smooth = ((0.9 * 0.1 + 0.1 * 0.4) + (0.9 * 0.2 + 0.1 * 0.6)) / 2
-    assert start_value([long, short], "reward/accuracy", alpha=0.1) == pytest.approx(smooth)
     assert start_value([moving], "reward/accuracy") is None
     assert start_value([still(make, 0, [None]), still(make, 1, [0.3], first=11)], "reward/accuracy") is None
-    assert start_value([Run(Path("x"), {}, {}, long.metrics, [])], "reward/accuracy") is None
+    assert start_value([LoggedRun(Path("x"), {}, {}, long.metrics, [])], "reward/accuracy") is None
 
 
 def test_evaluations_have_a_real_start(make: Make) -> None:
@@ -340,22 +367,8 @@ def test_evaluations_have_a_real_start(make: Make) -> None:
         replace(make(), evaluations=[rows[0] | {"eval/accuracy": 0.7}]),
         make(),
     ]
-    assert start_value(runs, "eval/accuracy", source="eval", alpha=0.1) == pytest.approx(0.6)
-    assert start_value(runs[2:], "eval/accuracy", source="eval") is None
-
-
-def test_a_metric_that_does_not_exist() -> None:
-    run = Run(Path("x"), {}, {}, [{"reward/accuracy": 1}, {"own/number": None}], [{"eval/accuracy": 0.5}])
-    for key in ("reward/accuracy", "eval/accuracy", "own/number"):
-        check_key([run], key)
-    with pytest.raises(ConfigError, match="reward/acuracy: no such metric; nearest: reward/accuracy"):
-        check_key([run], "reward/acuracy")
-    with pytest.raises(ConfigError, match="own/numbr: no such metric; nearest: own/number"):
-        check_key([run], "own/numbr")
-    with pytest.raises(ConfigError, match="loss/kl: none of these runs logged it"):
-        check_key([run], "loss/kl")
-    with pytest.raises(ConfigError, match="@@@@: no such metric; the metrics are"):
-        check_key([run], "@@@@")
+    assert start_value(runs, "eval/accuracy") == pytest.approx(0.6)
+    assert start_value(runs[2:], "eval/accuracy") is None
 
 
 def test_a_config_that_has_been_through_javascript_is_the_same(make: Make) -> None:

@@ -15,10 +15,13 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import AdamState, Batch, PolicyOutput, Selection, StepRecord, TokenShifts
 from capo_exp.curvature import model as curvature
 from capo_exp.curvature.diagnosis import COMPARED, Effect, class_metrics, effect_metrics
-from capo_exp.curvature.step_trial import Decision
+from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.runs.metrics import check_known
+from capo_exp.training import instruments
 from capo_exp.training.learner import Learner
-from tests.pieces import SMALL, make_learner, plain_log_probs, weights
+from tests.pieces import SMALL, make_learner, plain_log_probs, take_step, weights
+
+Batches = Callable[..., Batch]
 
 CLASSES = ("kept", "rejected")
 CHANGES = tuple(f"{name}_{sign}" for name in CLASSES for sign in ("positive", "negative"))
@@ -58,7 +61,7 @@ def moments(learner: Learner) -> list[Tensor]:
     [
         CAPO,
         (*CAPO, "model.micro_batch_size=3", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.1"),
-        (*CAPO, "model.micro_batch_size=3", "algo.scoring_pass=true",
+        (*CAPO, "model.micro_batch_size=3",
          "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept"),
         (*CAPO, "curvature.optimizer_model=adam_live"),
         (*RANDOM, "curvature.optimizer_model=sgd", "curvature.calibrate_every=2"),
@@ -69,15 +72,15 @@ def moments(learner: Learner) -> list[Tensor]:
 )  # fmt: skip
 @pytest.mark.parametrize("every", [1, 2])
 def test_training_does_not_notice(
-    learner: Make, random_batch: Callable[..., Batch], overrides: tuple[str, ...], every: int
+    learner: Make, random_batch: Batches, overrides: tuple[str, ...], every: int
 ) -> None:
     """Bit for bit: weights, moments, metrics, random numbers."""
     plain, watched = learner(*overrides, every=0), learner(*overrides, every=every)
     rates = []
     for step in range(4):
         state = torch.random.get_rng_state()
-        expected, _ = plain.step(random_batch(seed=step))
-        metrics, _ = watched.step(random_batch(seed=step))
+        expected, _ = take_step(plain, random_batch(seed=step))
+        metrics, _ = take_step(watched, random_batch(seed=step))
         assert others(metrics) == others(expected)
         for one, other in ((weights(plain), weights(watched)), (moments(plain), moments(watched))):
             assert len(one) == len(other) and all(map(torch.equal, one, other))
@@ -117,17 +120,12 @@ def mean_kl(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> fl
     return torch.cat(kls).mean().item()
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("step_scale", [1.0, 0.3])
 @pytest.mark.parametrize(
     ("size", "over_kept", "old_noise"), [(96, False, 0.0), (3, True, 0.0), (3, False, 0.3)]
 )
 def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
-    learner: Make,
-    random_batch: Callable[..., Batch],
-    share: float,
-    size: int,
-    over_kept: bool,
-    old_noise: float,
+    learner: Make, random_batch: Batches, step_scale: float, size: int, over_kept: bool, old_noise: float
 ) -> None:
     """The second step, so that there are moments, clipped; taken whole and shortened by a step rule."""
     mean = "token_mean_over_kept" if over_kept else "sequence_mean"
@@ -135,13 +133,13 @@ def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
         *RANDOM, *ALL, f"algo.aggregation._target_=capo_exp.algorithms.aggregation.{mean}",
         f"model.micro_batch_size={size}", "optimizer.max_grad_norm=0.3", "optimizer.weight_decay=0.1",
     )  # fmt: skip
-    ours._algorithm = replace(ours._algorithm, step_rule=lambda _: Decision(share))
-    ours.step(random_batch(seed=1))
+    ours.algorithm = replace(ours.algorithm, step_rule=lambda _: StepDecision(step_scale))
+    take_step(ours, random_batch(seed=1))
     batch, before = random_batch(), copy.deepcopy(ours.model)
     own = plain_log_probs(before, batch).detach()
     old = own + old_noise * torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
     state, start = copy.deepcopy(ours.optimizer.state_dict()), weights(ours)
-    metrics, record = ours.step(batch, old)
+    metrics, record = take_step(ours, batch, old)
     mask, keep = batch.completion_mask, record.selection.keep_mask
     gradients, updates, models = [], [], []
     for kept in (keep, mask):
@@ -246,10 +244,10 @@ def test_momentum_is_m_f_of_the_moments_alone_over_m_f() -> None:
     assert found(class_metrics(record, learning_rate=lr, moments=idle))["kept/momentum"] == 0.0
 
 
-def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: Callable[..., Batch]) -> None:
+def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: Batches) -> None:
     ours, batch = learner(*CAPO), random_batch()
-    ours.step(random_batch(seed=1))
-    values = found(ours.step(replace(batch, advantages=torch.zeros(8, 7)))[0])
+    take_step(ours, random_batch(seed=1))
+    values = found(take_step(ours, replace(batch, advantages=torch.zeros(8, 7)))[0])
     assert values["kept/momentum"] == pytest.approx(1.0)
     assert isnan(values["kept/agreement"]) and isnan(values["kept/signal_share"])
     assert values["gain"] == 0.0
@@ -257,24 +255,22 @@ def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: 
 
 @pytest.mark.parametrize(("model", "later"), [("sgd", False), ("adam", True), ("adam_live", True)])
 def test_without_moments_momentum_is_nan(
-    learner: Make, random_batch: Callable[..., Batch], model: str, later: bool
+    learner: Make, random_batch: Batches, model: str, later: bool
 ) -> None:
     ours = learner(*RANDOM, f"curvature.optimizer_model={model}")
     for moments in (False, later):
-        values = found(ours.step(random_batch())[0])
+        values = found(take_step(ours, random_batch())[0])
         assert all(
             values[f"{name}/momentum"] > 0 if moments else isnan(values[f"{name}/momentum"])
             for name in CLASSES
         )
 
 
-def test_momentum_is_of_the_moments_before_the_step(
-    learner: Make, random_batch: Callable[..., Batch]
-) -> None:
+def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch: Batches) -> None:
     ours, batch = learner("algo=grpo"), random_batch()
-    ours.step(random_batch(seed=1))
+    take_step(ours, random_batch(seed=1))
     state, mask = ours.optimizer_model, batch.completion_mask
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     out = record.output
     alone = curvature.token_shifts(
         out.hidden, out.topk_probs, out.topk_ids, batch.token_ids, torch.zeros(8), 1e-2, state
@@ -301,14 +297,12 @@ def test_effects_by_hand() -> None:
     )
 
 
-def test_if_nothing_is_rejected_there_is_no_second_step(
-    learner: Make, random_batch: Callable[..., Batch]
-) -> None:
+def test_if_nothing_is_rejected_there_is_no_second_step(learner: Make, random_batch: Batches) -> None:
     ours, plain, passes = learner("algo=grpo"), learner("algo=grpo", every=0), [0, 0]
     for index, one in enumerate((ours, plain)):
         one.model.register_full_backward_hook(lambda *_, i=index: passes.__setitem__(i, passes[i] + 1))
-    metrics, _ = ours.step(random_batch())
-    plain.step(random_batch())
+    metrics, _ = take_step(ours, random_batch())
+    take_step(plain, random_batch())
     assert passes[0] == passes[1]
     values = found(metrics)
     assert all(metrics[key] == 1.0 for key in COMPARED)
@@ -322,12 +316,12 @@ def test_if_nothing_is_rejected_there_is_no_second_step(
 
 
 def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
-    learner: Make, random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """The step with every token kept is that of the algorithm without a selection."""
     down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
     ours, plain = learner(*down), learner("algo=grpo")
-    metrics, whole = (one.step(random_batch())[0] for one in (ours, plain))
+    metrics, whole = (take_step(one, random_batch())[0] for one in (ours, plain))
     assert metrics["selection/rejection_rate"] == 0 and metrics["selection/weight"] < 1
     assert metrics["diagnosis/gradient/cosine"] < 0.9999 and metrics["diagnosis/gradient/norm_ratio"] < 0.99
     assert metrics["diagnosis/policy_shift_unmasked"] == pytest.approx(
@@ -337,11 +331,11 @@ def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
 
 
 def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
-    learner: Make, random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """First step: no momentum moves the weights; the second is momentum alone."""
     ours = learner("algo=capo", "algo.selection.policy_shift_max=0.0")
-    metrics, _ = ours.step(random_batch())
+    metrics, _ = take_step(ours, random_batch())
     values = found(metrics)
     kept = {key: value for key, value in values.items() if key.startswith("kept/") or "/kept_" in key}
     assert len(kept) == 12 and all(map(isnan, kept.values()))
@@ -358,21 +352,21 @@ def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
     assert not any(p.any() for s in ours.optimizer.state.values() for k, p in s.items() if k != "step")
 
 
-def test_at_rate_0_nothing_moves(learner: Make, random_batch: Callable[..., Batch]) -> None:
+def test_at_rate_0_nothing_moves(learner: Make, random_batch: Batches) -> None:
     ours = learner(*RANDOM, "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2")
-    values = found(ours.step(random_batch())[0])
+    values = found(take_step(ours, random_batch())[0])
     effects = [key for key in values if key.startswith(("log_prob_change", "policy_shift", "gain"))]
     assert len(effects) == 12 and all(values[key] == 0.0 for key in effects)
     assert isnan(values["update/cosine"]) and 0 < values["gradient/cosine"] < 1
 
 
 def test_a_failure_on_the_way_leaves_the_learner_as_it_was(
-    learner: Make, random_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+    learner: Make, random_batch: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as a lack of memory while the unmasked step is looked at."""
     ours = learner(*RANDOM)
     before = weights(ours)
-    monkeypatch.setattr(ours, "_look", lambda *_: 1 / 0)
+    monkeypatch.setattr(instruments, "policy_move", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ours.step(random_batch())
+        take_step(ours, random_batch())
     assert all(map(torch.equal, before, weights(ours))) and not ours.optimizer.state

@@ -20,18 +20,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from capo_exp.cli import evaluate_config
 from capo_exp.cli.evaluate import main
-from capo_exp.cli.evaluate_config import benchmark_config
+from capo_exp.cli.evaluate_config import benchmark_config, run_config
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.core.types import Problem
-from capo_exp.data.prepare import evaluation_order
+from capo_exp.data.prepare import order_evaluation
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
-from capo_exp.evaluation.card import weights_digest
-from capo_exp.evaluation.table import Result, gains
+from capo_exp.evaluation.command import EvaluateCommand
+from capo_exp.evaluation.subject import weights_digest
+from capo_exp.evaluation.table import BenchmarkScore, gains
 from capo_exp.figures.__main__ import main as figures
+from capo_exp.runs.lock import locked
 from capo_exp.runs.read import load_run, read_jsonl
-from capo_exp.runs.record import locked
+from tests.grading_pieces import math_verifier
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -154,7 +157,7 @@ def test_the_weights_digest_sees_every_parameter_and_not_where_it_came_from(
 def test_the_same_command_samples_nothing_and_shows_the_same(
     scored: Path, trained: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_model, "draw", None)
+    monkeypatch.setattr(evaluate_model, "draw_completions", None)
     shown = evaluated(f"run={trained}", *FEW)
     average = json.loads((scored / "scores.json").read_text())["average"]["value"]
     assert f"{100 * average:.1f} [" in shown
@@ -205,7 +208,7 @@ def test_a_run_without_a_checkpoint_is_told_before_anything_is_sampled(
 ) -> None:
     bare = tmp_path / "zzz"
     shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("evaluations", "checkpoints"))
-    monkeypatch.setattr(evaluate_model, "draw", None)
+    monkeypatch.setattr(evaluate_model, "draw_completions", None)
     assert "zzz: no checkpoint there" in refused(capsys, f"run={trained},{bare}", "samples=3")
 
 
@@ -233,7 +236,7 @@ def test_who_comes_second_waits_and_reads(
     thread = threading.Thread(target=other)
     thread.start()
     held.wait()
-    monkeypatch.setattr(evaluate_model, "draw", None)
+    monkeypatch.setattr(evaluate_model, "draw_completions", None)
     monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.05)
     evaluated(f"run={trained}", *FEW)
     thread.join()
@@ -256,7 +259,7 @@ def test_interrupted_it_goes_on_to_the_same_completions(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     command = [f"run={trained}", *FEW, "base=false", f"output={tmp_path}"]
-    genuine, calls = evaluate_model.draw, []
+    genuine, calls = evaluate_model.draw_completions, []
 
     def interrupted(*args: object, **kwargs: object) -> object:
         calls.append(kwargs["seed"])
@@ -264,7 +267,7 @@ def test_interrupted_it_goes_on_to_the_same_completions(
             raise KeyboardInterrupt
         return genuine(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(evaluate_model, "draw", interrupted)
+    monkeypatch.setattr(evaluate_model, "draw_completions", interrupted)
     assert main(command) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*/step_000002-*/arithmetic-*/parts/*.parquet"))) == 2
@@ -303,10 +306,10 @@ def test_what_changes_the_samples_changes_the_folder(
 
 def test_the_first_few_of_a_sorted_file_stand_for_all() -> None:
     problems = [Problem(str(i), f"{i}?", "1", family="first" if i < 50 else "second") for i in range(100)]
-    assert evaluation_order(problems, "file") == problems
-    shuffled = evaluation_order(problems, "shuffled")
+    assert order_evaluation(problems, "file") == problems
+    shuffled = order_evaluation(problems, "shuffled")
     assert sorted(shuffled, key=lambda p: int(p.id)) == problems
-    assert shuffled == evaluation_order(problems, "shuffled")
+    assert shuffled == order_evaluation(problems, "shuffled")
     assert 5 <= sum(problem.family == "first" for problem in shuffled[:20]) <= 15
     assert benchmark_config("math", []).dataset.eval_order == "shuffled"
 
@@ -326,7 +329,7 @@ def test_a_level_that_is_asked_for_is_all_that_is_asked(
 
 
 def test_what_a_run_was_trained_on_does_not_limit_what_is_asked(trained: Path) -> None:
-    run = evaluate_config.run_config(trained)
+    run = run_config(trained)
     run["dataset"] |= {"levels": ["2"], "max_completion_tokens": 33}
     dataset = benchmark_config("arithmetic", [], run=run).dataset
     assert (dataset.levels, dataset.max_completion_tokens) == ([], 33)
@@ -407,6 +410,9 @@ def test_training_problems_in_a_benchmark_are_told(
     )
 
 
+MODEL = ["model=tiny", "benchmarks=arithmetic"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -414,53 +420,53 @@ def test_training_problems_in_a_benchmark_are_told(
         (["model=tiny", "completions=x"], "got model=tiny and completions=x; expected one of"),
         (["model=tiny"], "benchmarks: no value; expected one of aime24"),
         (["model=tiny", "benchmarks=math_500"], "benchmarks=math_500: unknown; expected one of aime24"),
-        (["model=tiny", "benchmarks=arithmetic", "sample=3"], "sample=3: no key of an evaluation; "),
-        (["model=tiny", "benchmarks=arithmetic", "num_steps=3"], "num_steps=3: no key of an evaluation; "),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "dataset=gsm8k"],
-            "dataset=gsm8k: no key of an evaluation; ",
-        ),
-        (["model=tiny", "benchmarks=arithmetic", "temperature=nan"], "temperature=nan: expected a number"),
-        (["model=tiny", "benchmarks=arithmetic", "seed=-1"], "seed=-1: expected at least 0"),
-        (["completions=x", "samples=3"], "samples=3: expected only output and reward keys with completions="),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "dataset.max_completion_tokens=2000"],
-            "max_completion_tokens = 2064: expected at most 2048, the positions of pkg://",
-        ),
-        (["model=tiny", "benchmarks=arithmetic", "samples=two"], "samples"),
-        (["model=tiny", "benchmarks=arithmetic", "samples=0"], "samples=0: expected at least 1"),
-        (["model=tiny", "benchmarks=arithmetic", "top_p=0"], "top_p=0.0: expected a number above 0 up to 1"),
-        (["model=tiny", "benchmarks=arithmetic", "temperature=0"], "samples=16: expected 1 at temperature=0"),
-        (["model=tiny", "benchmarks=arithmetic", "num_problems=0"], "num_problems=0: expected at least 1"),
-        (["model=tiny", "benchmarks=arithmetic", "--all"], "--all: expected key=value"),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "checkpoint=best"],
-            "checkpoint=best: expected last, all or a step",
-        ),
-        (["model=tiny", "benchmarks=arithmetic", "rollout=sglang"], "rollout=sglang: unknown choice; "),
-        (
-            ["model=tiny", "benchmarks=arithmetic", "rollout.top_x=1"],
-            "rollout.top_x: unknown key; nearest: rollout.top_p",
-        ),
-        (
-            ["model=/nowhere", "benchmarks=arithmetic"],
-            "model=/nowhere: expected a directory with a model, a hub id",
-        ),
+        ([*MODEL, "sample=3"], "sample=3: unknown key; nearest: samples"),
+        ([*MODEL, "num_steps=3"], "num_steps=3: unknown key; expected one of run, model,"),
+        ([*MODEL, "dataset=gsm8k"], "dataset=gsm8k: unknown key; expected one of run, model,"),
+        ([*MODEL, "samples=two"], "samples=two: expected an integer"),
+        ([*MODEL, "samples=0"], "samples=0: expected an integer of at least 1"),
+        ([*MODEL, "num_problems=0"], "num_problems=0: expected an integer of at least 1"),
+        ([*MODEL, "seed=-1"], "seed=-1: expected an integer of at least 0"),
+        ([*MODEL, "temperature=nan"], "temperature=nan: expected a finite number of at least 0"),
+        ([*MODEL, "temperature=0"], "samples=16: expected 1 at temperature=0"),
+        ([*MODEL, "top_p=0"], "top_p=0.0: expected a number above 0 up to 1"),
+        ([*MODEL, "checkpoint=best"], "checkpoint=best: expected last, all or a step"),
+        ([*MODEL, "--all"], "--all: no flag of this command; expected one of --help, --cfg"),
+        ([*MODEL, "dataset.max_completion_tokens=2000"],
+         "max_completion_tokens = 2064: expected at most 2048, the positions of pkg://"),
+        ([*MODEL, "rollout=sglang"], "rollout=sglang: unknown choice; "),
+        ([*MODEL, "rollout.top_x=1"], "rollout.top_x: unknown key; nearest: rollout.top_p"),
+        (["model=/nowhere", "benchmarks=arithmetic"], "model=/nowhere: expected a directory with a model, a"),
         (["run=/nowhere"], "/nowhere: no such file or directory"),
         (["completions=/nowhere.parquet"], "completions=/nowhere.parquet: expected a parquet file"),
+        (["completions=x", "samples=3"], "samples=3: expected only output and reward keys"),
+        (["completions=x", "rollout=hf"], "rollout=hf: expected only output and reward keys with"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(capsys, *arguments)
 
 
-def test_a_suite_names_several_benchmarks() -> None:
-    command, overrides = evaluate_config.parse(["model=tiny", "benchmarks=[math500,paper]", "rollout=vllm"])
-    assert command.benchmarks[:3] == ["math500", "aime25", "aime24"] and len(command.benchmarks) == 8
-    assert set(command.benchmarks) <= set(evaluate_config.benchmark_names())
-    assert overrides == ["rollout=vllm"]
+def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "dataset").mkdir()
+    own = (conf_dir() / "dataset" / "gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
+    (tmp_path / "dataset" / "mine.yaml").write_text(own)
+    seen: list[TrainConfig] = []
+
+    def record(command: EvaluateCommand, configs: list[TrainConfig], *_: object, **__: object) -> None:
+        seen.extend(configs)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evaluate_model, "evaluate_targets", record)
+    changed = ["rollout=vllm", "dataset.template='{problem} $x'"]
+    assert main(["model=tiny", "benchmarks=math500,paper,mine", *changed, "--config-dir", str(tmp_path)]) == 2
+    names = [config.dataset.name for config in seen]
+    assert names[:3] == ["math500", "aime25", "aime24"] and names[8:] == ["mine"]
+    assert {(c.rollout.is_vllm, c.dataset.template) for c in seen} == {(True, "{problem} $x")}
 
 
 def test_an_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,16 +487,6 @@ def test_runs_that_cannot_be_evaluated(
     assert "no readable config.yaml" in refused(capsys, f"run={bare}")
     (bare / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
     assert "no checkpoint there; expected a run that has saved one" in refused(capsys, f"run={bare}")
-
-
-def test_help_and_bad_input_import_no_torch() -> None:
-    code = (
-        "import sys; from capo_exp.cli.evaluate import main; main(['--help']); main(['samples=0']);"
-        "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert all(name in done.stdout for name in evaluate_config.benchmark_names())
 
 
 # --- completions on disk
@@ -537,8 +533,8 @@ def test_completions_on_disk_are_scored_by_model_against_their_labels(
 
 
 def test_gains_are_differences_on_the_same_problems() -> None:
-    def result(model: str, step: int, right: dict[str, float]) -> Result:
-        return Result(model, step, None, "b", "b-1", {}, right)
+    def result(model: str, step: int, right: dict[str, float]) -> BenchmarkScore:
+        return BenchmarkScore(model, step, None, "b", "b-1", {}, right)
 
     base, own = (
         result("base", 0, {"x": 0.0, "y": 1.0, "z": 0.5}),
@@ -570,14 +566,14 @@ def test_a_file_that_is_none(
     assert "expected a parquet file" in refused(capsys, f"completions={tmp_path / 'text.parquet'}")
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", ["outputs_openai_gsm8k", "outputs_rho"])
 def test_accuracy_of_every_model_is_that_of_the_labels(name: str, evaluated: Evaluate) -> None:
     """Within 0.5 points, all rows."""
     from capo_exp.evaluation.stored import score_stored
-    from capo_exp.grading.verifier import MathVerifier
 
-    with MathVerifier(timeout_seconds=5.0, workers=2) as verifier:
+    with math_verifier(workers=2) as verifier:
         found = score_stored(SHARED / name / "all.parquet", verifier).groups
     models = [each for each in found if each.group.get("task", "all") == "all"]
     assert len(models) == 4
@@ -589,6 +585,8 @@ def test_accuracy_of_every_model_is_that_of_the_labels(name: str, evaluated: Eva
 # --- with vLLM
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_answers_as_transformers_do_with_the_weights_of_each_checkpoint(
     trained: Path, evaluated: Evaluate, tmp_path: Path

@@ -1,4 +1,5 @@
-"""conf/experiment: jobs compose, experiments run, tiny/X is paper/X elsewhere, numbers as published."""
+"""conf/setting, conf/experiment, conf/scale: every job composes and passes the checks, numbers are published,
+every algorithm and every feature that an experiment uses runs a step."""
 
 import json
 import math
@@ -6,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +14,57 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, open_dict
 
-from capo_exp.cli import compose as cli
-from capo_exp.config.checks import check, plan
+from capo_exp.cli import front
+from capo_exp.config.checks import check
+from capo_exp.config.choices import without_hydra
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
-from capo_exp.runs import record as run_record
-from capo_exp.runs.record import as_dict, run_id
+from capo_exp.runs.identity import as_dict, run_id
+from capo_exp.sweep import sweep
 from capo_exp.training import loop as train
+from tests.conftest import ALGORITHMS
 
-EXPERIMENTS = sorted(
-    path.stem
-    for path in (conf_dir() / "experiment" / "paper").glob("*.yaml")
-    if not path.stem.startswith("_")  # a recipe
-)
+
+def names_in(group: str) -> list[str]:
+    """The choices of a group; `_name` is part of others."""
+    files = (conf_dir() / group).rglob("*.yaml")
+    names = (str(path.relative_to(conf_dir() / group).with_suffix("")) for path in files)
+    return sorted(name for name in names if "/_" not in f"/{name}")
+
+
+EXPERIMENTS = names_in("experiment")
+PAPERS = [name for name in EXPERIMENTS if name.startswith("paper/")]
+STUDIES = [name for name in EXPERIMENTS if name.startswith("study/")]
+STUDY_SETTINGS = [name for name in names_in("setting") if not name.endswith("_paper")]
+MADE_MODELS = {"format", "keywords_deep"}
+"""Models that scripts/pretrain.py makes; the checks want to see their files."""
 
 
 @dataclass(frozen=True)
-class Jobs:
-    """What one command runs."""
-
-    sweep: Mapping[str, str] | None
-    """Parameters of the sweep; None for a single run."""
-    configs: Mapping[tuple[str, ...], TrainConfig]
-    """Overrides of each job but for the seed -> its configuration; a single run has none."""
-
-
-def composed(name: str, *overrides: str) -> TrainConfig:
-    return to_config(_compose(name, *overrides)[0])
-
-
-def _compose(name: str, *overrides: str) -> tuple[DictConfig, dict[str, str] | None]:
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("config", [f"experiment={name}", *overrides], return_hydra_config=True)
-    sweep = None if config.hydra.mode is None else {k: str(v) for k, v in config.hydra.sweeper.params.items()}
-    with open_dict(config):
-        del config["hydra"]
-    return config, sweep
+class Composed:
+    config: TrainConfig
+    sweep: Mapping[str, str]
+    """Parameters of the sweep; none for a single run."""
+    choices: Mapping[str, Any]
 
 
 @cache
-def jobs(name: str) -> Jobs:
-    """All jobs of paper/X; of tiny/X, whose grid is the same, the first and the last."""
-    config, sweep = _compose(name)
-    if sweep is None:
-        return Jobs(None, {(): to_config(config)})
-    texts = [f"{key}={value}" for key, value in sweep.items() if key != "seed"]
+def composed(*overrides: str) -> Composed:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+    sweep = {} if cfg.hydra.mode is None else {k: str(v) for k, v in cfg.hydra.sweeper.params.items()}
+    return Composed(to_config(without_hydra(cfg)), sweep, dict(cfg.hydra.runtime.choices))
+
+
+@cache
+def jobs(*overrides: str) -> list[tuple[tuple[str, ...], TrainConfig]]:
+    """Each job of a sweep but for its seeds: its overrides and its configuration. A run is one job."""
+    texts = [f"{key}={value}" for key, value in composed(*overrides).sweep.items() if key != "seed"]
     grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(texts), None)[0]
-    lines = [grid[0], grid[-1]] if name.startswith("tiny/") else grid
-    return Jobs(sweep, {tuple(line): composed(name, *line) for line in lines})
+    return [(tuple(line), composed(*overrides, *line).config) for line in grid]
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -78,424 +79,461 @@ def batch(config: TrainConfig) -> int:
     return config.regime.prompts_per_step * config.regime.group_size
 
 
+def updates(config: TrainConfig) -> int:
+    return config.num_steps * config.algo.num_iterations * config.algo.num_minibatches
+
+
+def expect(where: str, seen: Any, wanted: Any) -> list[str]:
+    """One line where a number is not what it has to be."""
+    number = isinstance(wanted, float) and isinstance(seen, float | int)
+    same = math.isclose(seen, wanted, rel_tol=1e-9) if number else seen == wanted
+    return [] if same else [f"{where}: got {seen}, expected {wanted}"]
+
+
+def report_failures(failures: list[str]) -> None:
+    assert not failures, "\n".join(failures)
+
+
 # Every job.
 
 
-@pytest.mark.parametrize("name", [f"{kind}/{name}" for kind in ("paper", "tiny") for name in EXPERIMENTS])
-def test_every_job_composes_and_shows_its_plan(name: str) -> None:
-    configs = jobs(name).configs.values()
-    for config in configs:
+def refusals(where: str, config: TrainConfig) -> list[str]:
+    try:
         check(config)
-        assert f"= {batch(config):,} completions a step" in plan(config)[1]
-        assert config.experiment_name == name.replace("/", "_")
-    if len(configs) > 1:
-        assert len({run_id(config) for config in configs}) == len(configs)  # no run twice
+    except ConfigError as error:
+        return [f"{where}: {error}"]
+    return expect(f"{where}: plan", f"= {batch(config):,} completions a step" in plan(config)[1], True)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_seeds_are_five_but_for_dash_which_publishes_one(name: str) -> None:
-    experiment = jobs(f"paper/{name}")
-    dash = name.startswith("dash")
-    assert {config.seed for config in experiment.configs.values()} == {42 if dash else 0}
-    if experiment.sweep is not None:
-        assert experiment.sweep.get("seed") == (None if dash else "range(5)")
+@pytest.mark.slow
+def test_every_job_of_every_experiment_is_a_run_of_its_own_that_passes_the_checks() -> None:
+    failures = []
+    for name in EXPERIMENTS:
+        configs = jobs(f"experiment={name}")
+        for line, config in configs:
+            failures += refusals(f"{name} {' '.join(line)}", config)
+            failures += expect(f"{name}: experiment_name", config.experiment_name, name.replace("/", "_"))
+        failures += expect(f"{name}: run ids", len({run_id(config) for _, config in configs}), len(configs))
+        dash = "dash" in name  # the only paper that states its seed
+        failures += expect(f"{name}: seeds", {c.seed for _, c in configs}, {42 if dash else 0})
+        if sweep := composed(f"experiment={name}").sweep:
+            seeds = {"paper/extension_grid": "range(2)"}.get(name, None if dash else "range(5)")
+            failures += expect(f"{name}: swept seeds", sweep.get("seed"), seeds)
+    report_failures(failures)
 
 
-# tiny/X against paper/X.
+@pytest.mark.slow
+def test_every_study_composes_in_every_setting() -> None:
+    failures = []
+    for setting in STUDY_SETTINGS:
+        shipped = ["model.path=pkg://capo_exp/assets/tiny"] if setting in MADE_MODELS else []
+        for name in STUDIES:
+            config = composed(f"experiment={name}", f"setting={setting}", *shipped).config
+            where = f"{name} in {setting}"
+            failures += refusals(where, config)
+            failures += expect(f"{where}: schedule", config.optimizer.schedule, "constant_with_warmup")
+            failures += expect(f"{where}: name", config.experiment_name, name.replace("/", "_"))
+            failures += expect(
+                f"{where}: model", config.model.name, composed(f"setting={setting}").config.model.name
+            )
+    report_failures(failures)
 
-SETTING = (
-    "model.",
-    "dataset.",
-    "reward.",
-    "rollout.temperature",
-    "rollout.top_k",
-    "regime.learning_rate",
-    "regime.prompts_per_step",
-    "num_steps",
-    "experiment_name",
-)
-STUDIED = ("figure_1",)
-"""Twins in the study's keywords setting, which has a schedule and evaluations of its own."""
-SCHEDULE = ("optimizer.schedule", "optimizer.warmup_ratio", "evaluation.", "stop_after_unrewarded")
+
+def test_both_regimes_of_a_study_setting_ask_for_the_same_completions() -> None:
+    """The criterion compares accuracies after as many completions."""
+    for setting in STUDY_SETTINGS:
+        aggressive, conservative = (
+            config.num_steps * batch(config)
+            for regime in ("aggressive", "conservative")
+            for config in [composed(f"setting={setting}", f"regime={regime}").config]
+        )
+        assert conservative == pytest.approx(aggressive, rel=0.05), setting
+        assert aggressive == (9_600 if setting == "keywords_deep" else 19_200), setting
+
+
+# scale=tiny against the experiment itself.
+
+TINY_CHANGES = (
+    "model.", "dataset.", "reward.", "rollout.temperature", "rollout.top_k", "regime.learning_rate",
+    "regime.prompts_per_step", "num_steps", "experiment_name",
+)  # fmt: skip
+STUDY_CHANGES = ("optimizer.schedule", "optimizer.warmup_ratio", "evaluation.", "stop_after_unrewarded")
+"""What scale=tiny changes further where it takes the study's keywords setting."""
 LENGTHS = ("algo.aggregation.length", "algo.shaping.max_length", "algo.shaping.cache")
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_tiny_is_the_papers_experiment_in_another_setting(name: str) -> None:
-    papers, tiny = jobs(f"paper/{name}"), jobs(f"tiny/{name}")
-    studied = name in STUDIED
-    model, dataset, prefixes = ("tiny", "arithmetic", SETTING)
-    if studied:
-        model, dataset, prefixes = ("keywords", "keywords", (*SETTING, *SCHEDULE))
-    one_model = {"model": "tiny"} if papers.sweep and "model" in papers.sweep else {}
-    assert tiny.sweep == (papers.sweep and papers.sweep | one_model)
-    compared = [
-        (ours, theirs)
-        for line, theirs in papers.configs.items()
-        if (ours := tiny.configs.get(tuple("model=tiny" if o.startswith("model=") else o for o in line)))
-    ]
-    assert len(compared) >= len(tiny.configs)
-    for ours, theirs in compared:
-        mine, other = dict(flat(as_dict(ours))), dict(flat(as_dict(theirs)))
-        different = {key for key in {*mine, *other} if mine.get(key) != other.get(key)}
-        lengths = {key for key in different if key in LENGTHS}
-        assert all(key.startswith(prefixes) for key in different - lengths), different
-        for key in lengths:
-            shares = [v[key] / v["dataset.max_completion_tokens"] for v in (mine, other)]
-            assert shares[0] == pytest.approx(shares[1], rel=0.02)
-        assert (ours.model.name, ours.dataset.name, ours.reward.name) == (model, dataset, "exact")
-        factors = [c.regime.learning_rate / c.model.reference_learning_rate for c in (ours, theirs)]
-        assert factors[0] == pytest.approx(factors[1])
-        assert ours.regime.prompts_per_step <= theirs.regime.prompts_per_step
-        assert studied or ours.num_steps <= theirs.num_steps
-        assert ours.num_steps * batch(ours) < 60_000  # minutes on two cores
+def differences_from_tiny(name: str, line: tuple[str, ...]) -> list[str]:
+    """What is wrong with a job of paper/X at scale=tiny, beside the same job as the paper has it."""
+    theirs = composed(f"experiment={name}", *line).config
+    line = tuple("model=tiny" if o.startswith("model=") else o for o in line)
+    ours = composed(f"experiment={name}", "scale=tiny", *line).config
+    studied = name == "paper/figure_1"
+    where = f"{name} scale=tiny {' '.join(line)}"
+    mine, other = dict(flat(as_dict(ours))), dict(flat(as_dict(theirs)))
+    different = {key for key in {*mine, *other} if mine.get(key) != other.get(key)}
+    allowed = TINY_CHANGES + (STUDY_CHANGES if studied else ()) + LENGTHS
+    wrong = refusals(where, ours)
+    wrong += expect(f"{where}: further changes", {k for k in different if not k.startswith(allowed)}, set())
+    for key in different.intersection(LENGTHS):
+        shares = [values[key] / values["dataset.max_completion_tokens"] for values in (mine, other)]
+        wrong += expect(f"{where}: {key}", abs(shares[0] / shares[1] - 1) < 0.02, True)
+    names = (ours.model.name, ours.dataset.name, ours.reward.name)
+    model = "keywords" if studied else "tiny"
+    wrong += expect(where, names, (model, "keywords" if studied else "arithmetic", "exact"))
+    factors = [c.regime.learning_rate / c.model.reference_learning_rate for c in (ours, theirs)]
+    wrong += expect(f"{where}: rate in safe rates", factors[0], factors[1])
+    smaller = ours.regime.prompts_per_step <= theirs.regime.prompts_per_step
+    shorter = studied or ours.num_steps <= theirs.num_steps
+    minutes = ours.num_steps * batch(ours) < 60_000
+    return wrong + expect(f"{where}: smaller, shorter, minutes", (smaller, shorter, minutes), (True,) * 3)
+
+
+@pytest.mark.slow
+def test_tiny_is_the_papers_experiment_on_another_model() -> None:
+    failures = []
+    for name in PAPERS:
+        plain, tiny = composed(f"experiment={name}"), composed(f"experiment={name}", "scale=tiny")
+        models = {"model": "tiny"} if "model" in plain.sweep else {}
+        failures += expect(f"{name}: sweep", tiny.sweep, {**plain.sweep, **models})
+        failures += expect(f"{name}: name", tiny.config.experiment_name, f"{name.replace('/', '_')}-tiny")
+        failures += differences_from_tiny(name, ())
+        if models:
+            failures += differences_from_tiny(name, jobs(f"experiment={name}")[-1][0])
+    report_failures(failures)
+
+
+@pytest.mark.slow
+def test_smoke_is_seconds_of_any_experiment() -> None:
+    failures = []
+    for name in EXPERIMENTS:
+        smoke = composed(f"experiment={name}", "scale=smoke")
+        config = smoke.config
+        failures += refusals(f"{name} scale=smoke", config)
+        models = {smoke.sweep.get("model", config.model.name), config.model.name} - {"keywords"}
+        failures += expect(f"{name}: models", models - {"tiny"}, set())
+        few = updates(config) <= 10 and batch(config) <= 192
+        failures += expect(f"{name}: seconds", few, True)
+    report_failures(failures)
+
+
+def test_the_scale_leaves_what_the_command_line_chose_and_names_the_folder() -> None:
+    asked = composed("experiment=paper/capo", "scale=smoke", "model=qwen2_5_0_5b", "dataset=math").config
+    assert (asked.model.name, asked.dataset.name, asked.num_steps) == ("qwen2_5_0_5b", "math", 2)
+    assert asked.experiment_name == "paper_capo-smoke"
+    assert composed("experiment=paper/capo", "experiment_name=mine").config.experiment_name == "mine"
+    assert [composed(*o).config.experiment_name for o in ((), ("scale=tiny",))] == ["default", "default-tiny"]
 
 
 def test_tiny_capo_is_the_default_command() -> None:
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        default = to_config(compose("config"))
-    assert run_id(composed("tiny/capo")) == run_id(default)
+    assert run_id(composed("experiment=paper/capo", "scale=tiny").config) == run_id(composed().config)
 
 
-# Published numbers, written by hand from ../shared/ALGORITHMS.md (sections 1.2, 1.3, 1.7, 2, 3, 6).
+def test_the_command_line_chooses_an_experiments_setting() -> None:
+    alone, swept = (
+        composed("setting=keywords", "algo=grpo"),
+        composed("experiment=study/rates", "setting=format"),
+    )
+    assert (alone.config.model.name, swept.config.model.name) == ("keywords", "format")
+    assert (alone.config.regime.name, alone.config.regime.learning_rate) == (
+        "aggressive",
+        pytest.approx(4e-3),
+    )
+    assert swept.config.regime.name == "scaled"
 
 
-@dataclass(frozen=True)
-class Published:
-    """What every job of an experiment has; grid: what its jobs differ in, in order."""
+# Published numbers, by hand: CAPO arXiv 2510.00819, CPGD 2505.12504, DASH 2505.17218, ProRL 2505.24864.
 
-    step: int | None  # completions a step; None where the jobs differ in it
-    total: int | None  # completions
-    updates: int | None  # optimiser steps
-    values: Mapping[str, Any]
-    grid: tuple[Mapping[str, Any], ...] = ({},)
-
-    def but(self, values: Mapping[str, Any] | None = None, **changes: Any) -> "Published":
-        """The same with other numbers."""
-        return Published(**{**vars(self), "values": {**self.values, **(values or {})}, **changes})
-
-
-SELECTION = "algo.selection"
-NO_SELECTION = {f"{SELECTION}._target_": "capo_exp.algorithms.neutral.keep_all"}
-
-
-def bounds(policy: float, objective: float) -> dict[str, Any]:
-    return {
-        f"{SELECTION}._target_": "capo_exp.algorithms.capo.shift_bounds",
-        f"{SELECTION}.policy_shift_max": policy,
-        f"{SELECTION}.objective_shift_min": -objective,
-        f"{SELECTION}.objective_shift_max": objective,
-    }
-
-
-def over(key: str, *values: Any) -> tuple[Mapping[str, Any], ...]:
-    return tuple({key: value} for value in values)
-
-
-def cross(*grids: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
-    return tuple({k: v for one in cell for k, v in one.items()} for cell in product(*grids))
-
-
-RECIPE = Published(96, 9_600, 100, {
-    "model.path": "Qwen/Qwen2.5-Math-7B", "dataset.name": "math", "reward.name": "math_verify",
-    "num_steps": 100, "dataset.max_prompt_tokens": 512, "dataset.max_completion_tokens": 1024,
-    "regime.prompts_per_step": 12, "regime.group_size": 8, "regime.learning_rate": 1.5e-5,
-    "rollout.temperature": 0.9, "rollout.top_k": 50, "rollout.top_p": 1.0,
-    "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.0,
-    "optimizer.max_grad_norm": 1.0, "optimizer.schedule": "cosine", "optimizer.warmup_ratio": 0.1,
-    "algo.kl_coefficient": 0.0, "algo.num_iterations": 1, "algo.token_loss.clip_eps_low": 0.2,
-    "algo.token_loss.clip_eps_high": 0.2, "curvature.optimizer_model": "adam", "curvature.top_k": 50,
-    "checkpoint.every": 10, "algo.num_minibatches": 1,
-})  # fmt: skip
-GRPO = {"algo.name": "grpo", "algo.advantage.target_std": 1.0, "algo.advantage.eps": 1e-4, **NO_SELECTION}
-DR_GRPO = {"algo.name": "dr_grpo", "algo.aggregation.length": 1024, **NO_SELECTION}
-REINFORCE = {"algo.name": "reinforce", **NO_SELECTION}
-CAPO = {"algo.name": "capo", **bounds(1e-4, 1e-2)}
-DR_CAPO = {"algo.name": "dr_capo", **bounds(1e-3, 5e-4)}
-REIN_CAPO = {"algo.name": "rein_capo", **bounds(1e-5, 1e-1)}
-SGD = {"curvature.optimizer_model": "sgd"}
-POLICY_ONLY = {f"{SELECTION}.objective_shift_min": -math.inf, f"{SELECTION}.objective_shift_max": math.inf}
-OBJECTIVE_ONLY = {f"{SELECTION}.policy_shift_max": math.inf}
-SAFE = {
-    "regime.name": "conservative",
-    "regime.learning_rate": 3e-6,
-    "regime.prompts_per_step": 144,
-    "num_steps": 52,
-}
-AGGRESSIVE = {"regime.name": "aggressive", "regime.learning_rate": 1.5e-5, "regime.prompts_per_step": 12}
-ZERO = {**GRPO, "regime.learning_rate": 0.0, "num_steps": 10}
-CURVES = Published(None, None, None, {
-    key: value for key, value in RECIPE.values.items()
-    if key not in (*SAFE, "curvature.optimizer_model")
-})  # fmt: skip
-BASES = (GRPO, DR_GRPO, REINFORCE)
-METHODS = ("rloo", "reinforce_pp", "reinforce_pp_baseline", "dapo", "gspo", "cpgd", "grpo_dual_clip", "dash")
-MEANS = ("sequence_mean", "sequence_mean_over_all")
-PLAIN = Published(96, 9_600, 100, {
-    key: value for key, value in RECIPE.values.items()
-    if key not in ("algo.kl_coefficient", "algo.token_loss.clip_eps_low", "algo.token_loss.clip_eps_high")
-})  # fmt: skip
-
-DRIFT = {"algo.token_loss.drift_coefficient": 0.01, "algo.token_loss.drift_max": 0.2}
-CPGD = Published(1_024, 624_640, 4_880, {
-    "model.path": "Qwen/Qwen2.5-7B", "dataset.name": "math", "num_steps": 610, "regime.prompts_per_step": 128,
-    "regime.group_size": 8, "regime.learning_rate": 1e-6, "rollout.temperature": 1.0, "rollout.top_k": 0,
-    "algo.num_iterations": 1, "algo.num_minibatches": 8, "dataset.max_completion_tokens": 4096,
-    "optimizer.betas": [0.9, 0.95], "optimizer.weight_decay": 0.01, "optimizer.warmup_ratio": 0.0,
-})  # fmt: skip
-CPGD_CLIP = {"algo.token_loss.clip_eps_low": 0.2, "algo.token_loss.clip_eps_high": 0.2}
-CPGD_OWN = {
-    "algo.name": "cpgd",
-    "algo.advantage.max_weight": 3.0,
-    "algo.token_loss.tightness": 1.0,
-    **CPGD_CLIP,
-}
-COLLAPSE = (
-    "rloo",
-    "reinforce_pp",
-    "grpo",
-    "grpo_no_clip",
-    "grpo_dual_clip",
-    "grpo_drift",
-    "pg",
-    "cpg",
-    "pgd",
-    "cpgd",
-)
-
-DASH_RUN = Published(256, 89_856, 351, {
-    "model.path": "Qwen/Qwen2.5-0.5B", "dataset.name": "math", "dataset.max_prompt_tokens": 256,
-    "dataset.max_completion_tokens": 2048, "regime.prompts_per_step": 64, "regime.group_size": 4,
-    "regime.learning_rate": 3e-6, "rollout.temperature": 0.9, "rollout.top_k": 50, "seed": 42,
-    "algo.kl_coefficient": 0.04, "rollout.chunking": "per_step", "evaluation.temperature": 0.7,
-})  # fmt: skip
-FILTER = {"algo.name": "dash", "algo.completion_filter.threshold": 0.1, "algo.advantage.eps": 1e-4}
-NO_FILTER = {
-    "algo.completion_filter._target_": "capo_exp.algorithms.neutral.all_completions",
-    "algo.aggregation.length": 2048,
-    "algo.advantage.eps": 1e-4,
-}
-SFT = {"algo.name": "sft", "algo.kl_coefficient": 0.0}
-HUMAN = {
-    "regime.prompts_per_step": 256,
-    "regime.group_size": 1,
-    "rollout.temperature": 1.0,
-    "rollout.top_k": 0,
-}
-SIZES = over("model.path", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B")
-DASH_ROWS = Published(256, 89_856, 351, {
-    key: value for key, value in DASH_RUN.values.items()
-    if key not in ("model.path", "algo.kl_coefficient", "rollout.chunking")
-})  # fmt: skip
-
-PUBLISHED: dict[str, Published] = {
-    "capo": RECIPE.but(CAPO),
-    "grpo_aggressive": RECIPE.but(GRPO),
-    "grpo_conservative": RECIPE.but({**GRPO, **SAFE}, step=1_152, total=59_904, updates=52),
-    "dr_grpo_aggressive": RECIPE.but(DR_GRPO),
-    "reinforce_aggressive": RECIPE.but(REINFORCE),
-    "dr_capo": RECIPE.but(DR_CAPO),
-    "rein_capo": RECIPE.but(REIN_CAPO),
-    "dr_capo_policy_1e_2": RECIPE.but({**DR_CAPO, f"{SELECTION}.policy_shift_max": 1e-2}),
-    "zero_learning_rate": RECIPE.but(ZERO, total=960, updates=10),
-    "capo_sgd": RECIPE.but({**CAPO, **SGD}),
-    "dr_capo_sgd": RECIPE.but({**DR_CAPO, **SGD}),
-    "rein_capo_sgd": RECIPE.but({**REIN_CAPO, **SGD}),
-    "capo_policy_bound": RECIPE.but({**CAPO, **POLICY_ONLY}),
-    "capo_objective_bound": RECIPE.but({**CAPO, **OBJECTIVE_ONLY}),
-    "rein_capo_policy_bound": RECIPE.but({**REIN_CAPO, **POLICY_ONLY}),
-    "rein_capo_objective_bound": RECIPE.but({**REIN_CAPO, **OBJECTIVE_ONLY}),
-    "advantage_std": RECIPE.but({**GRPO, "algo.advantage.target_std": 0.75}),
-    "no_advantage_normalisation": RECIPE.but({
-        "algo.advantage._target_": "capo_exp.algorithms.dr_grpo.group_centred",
-        "algo.aggregation._target_": "capo_exp.algorithms.aggregation.sequence_mean",
-    }),
-    # 24 x 4 GPUs x 8 accumulated = 768 completions
-    "minibatch_8_actions": RECIPE.but(
-        {"algo.advantage._target_": "capo_exp.algorithms.grpo.first_of_group", "regime.prompts_per_step": 96},
-        step=768, total=76_800,
-    ),
-    "group_size_1": RECIPE.but({**REINFORCE, "regime.prompts_per_step": 96, "regime.group_size": 1}),
-    "timing": RECIPE.but(
-        {**CAPO, "num_steps": 20, "curvature.calibrate_every": 0, "checkpoint.every": 20},
-        total=1_920, updates=20,
-    ),
-    "figure_1": CURVES.but(grid=({**GRPO, **SAFE}, {**GRPO, **AGGRESSIVE}, CAPO, ZERO)),
-    "figure_2": CURVES.but(grid=({**GRPO, **SAFE}, {**GRPO, **AGGRESSIVE}, CAPO, DR_GRPO, REINFORCE, ZERO)),
-    "figure_3": CURVES.but(
-        {"curvature.optimizer_model": "adam"},
-        grid=({**GRPO, **SAFE}, {**GRPO, **AGGRESSIVE}, CAPO, DR_GRPO, REINFORCE),
-    ),
-    "figure_3_raw_gradient": CURVES.but(
-        SGD, grid=({**GRPO, **SAFE}, {**GRPO, **AGGRESSIVE}, DR_GRPO, REINFORCE)
-    ),
-    "figure_4": CURVES.but(grid=(DR_CAPO, CAPO, REIN_CAPO, {**GRPO, **AGGRESSIVE}, DR_GRPO, REINFORCE, ZERO)),
-    "figure_5": RECIPE.but(grid=(CAPO, DR_CAPO, REIN_CAPO)),
-    "figure_6": CURVES.but(AGGRESSIVE, grid=tuple(
-        {**algo, "curvature.optimizer_model": model}
-        for ours, base in zip((CAPO, DR_CAPO, REIN_CAPO), BASES, strict=True)
-        for algo, model in ((ours, "adam"), (ours, "sgd"), (base, "adam"))
-    )),
-    # 100 optimiser steps: 50 rollout steps of 2 passes, 20 of 5
-    "figure_7": RECIPE.but({**DR_GRPO}, total=None, grid=tuple(
-        {"algo.num_iterations": k, "num_steps": 100 // k, "algo.token_loss.clip_eps_low": eps,
-         "algo.token_loss.clip_eps_high": eps}
-        for k in (2, 5) for eps in (0.2, 0.02, 0.002)
-    )),
-    "figure_8": RECIPE.but(grid=cross((GRPO, DR_GRPO), over("algo.kl_coefficient", 0.01, 0.1, 1.0))),
-    "constraint_ablation": RECIPE.but(grid=tuple(
-        {**algo, **kind} for algo in (CAPO, REIN_CAPO) for kind in (POLICY_ONLY, OBJECTIVE_ONLY, {})
-    )),
-    "group_size": RECIPE.but(GRPO, grid=tuple(
-        {"regime.prompts_per_step": prompts, "regime.group_size": size}
-        for prompts, size in ((24, 4), (12, 8), (6, 16), (3, 32), (1, 96))
-    )),
-    "llama_3_1_8b_instruct": RECIPE.but(
-        {"model.path": "meta-llama/Llama-3.1-8B-Instruct", "regime.prompts_per_step": 10,
-         "model.micro_batch_size": 20},
-        step=80, total=8_000, grid=(GRPO, CAPO),
-    ),
-    "qwen2_5_7b": RECIPE.but(
-        {"model.path": "Qwen/Qwen2.5-7B", "model.micro_batch_size": 24}, grid=(GRPO, CAPO)
-    ),
-    "calibration": RECIPE.but({"curvature.calibrate_every": 1}, grid=(GRPO, CAPO)),
-    "extension_thresholds": RECIPE.but(grid=tuple(
-        bounds(policy, objective) for policy in (1e-5, 1e-4, 1e-3) for objective in (1e-3, 1e-2, 1e-1)
-    )),
-    "extension_theorem": RECIPE.but({f"{SELECTION}.policy_shift_max": 1e-4}, grid=over(
-        f"{SELECTION}.objective_shift_min", 1e-7, 1e-6, 1e-5
-    )),
-    "extension_levels": RECIPE.but({"algo.name": "grpo"}, grid=over(
-        "algo.variant", "capo", "completion", "batch", "levels"
-    )),
-    "extension_controls": RECIPE.but({"algo.name": "grpo"}, grid=over(
-        "algo.variant", "capo", "random_matched", "advantage_matched", "low_probability_matched",
-        "top_policy_shift", "random", "by_sign", "drop_truncated",
-    )),
-    "extension_differences": RECIPE.but(CAPO, grid=cross(
-        over("curvature.hidden_shift", 0, 1),
-        over("algo.aggregation._target_", *(f"capo_exp.algorithms.aggregation.{k}" for k in MEANS)),
-    )),
-    "extension_methods": PLAIN.but(NO_SELECTION, grid=over("algo.name", *METHODS)),
-    "extension_capo_on_top": PLAIN.but(
-        {"algo.variant": "capo", **bounds(1e-4, 1e-2)}, grid=over("algo.name", *METHODS)
-    ),
-    "cpgd": CPGD.but({**CPGD_OWN, **DRIFT, "algo.kl_coefficient": 0.0}),
-    "cpgd_reference_kl": CPGD.but({**CPGD_OWN, **DRIFT, "algo.kl_coefficient": 0.01}),
-    "cpgd_comparison": CPGD.but(CPGD_CLIP, grid=over(
-        "algo.name", "grpo", "rloo", "reinforce_pp", "cpgd", "cpgd_std"
-    )),
-    "cpgd_ablation": CPGD.but({"algo.kl_coefficient": 0.0}, grid=over(
-        "algo.name", "pg", "pgd", "cpg", "cpgd", "cpgd_unprocessed", "cpgd_equal", "cpgd_std"
-    )),
-    "cpgd_collapse": CPGD.but({"num_steps": 1_220}, total=1_249_280, updates=9_760, grid=tuple(
-        {"algo.name": name, **({"algo.token_loss.dual_clip": 3.0} if name == "grpo_dual_clip" else {})}
-        for name in COLLAPSE
-    )),
-    "cpgd_drift": CPGD.but(CPGD_OWN, grid=cross(
-        over("algo.token_loss.drift_coefficient", 0.001, 0.01), over("algo.token_loss.drift_max", 0.2, 2.0)
-    )),
-    "cpgd_tightness": CPGD.but({"algo.name": "cpgd", **CPGD_CLIP, **DRIFT}, grid=over(
-        "algo.token_loss.tightness", 0.0, 0.5, 1.0
-    )),
-    "dash": DASH_RUN.but(FILTER),
-    "dash_no_kl": DASH_RUN.but({**FILTER, "algo.kl_coefficient": 0.0}),
-    "dash_no_filter": DASH_RUN.but(NO_FILTER),
-    "dash_baseline": DASH_RUN.but({**NO_FILTER, "algo.name": "grpo", "rollout.chunking": "per_micro_batch"}),
-    "dash_multi_update": DASH_RUN.but({**FILTER, "algo.num_iterations": 3}, updates=1_053),
-    "dash_mini_update": DASH_RUN.but({**FILTER, "algo.num_minibatches": 32}, updates=11_232),
-    "dash_sft_demonstrations": DASH_RUN.but(
-        {**SFT, **HUMAN, "rollout.name": "demonstrations"}, total=22_272, updates=87
-    ),
-    "dash_sft_own_completions": DASH_RUN.but(SFT),
-    "dash_table": DASH_ROWS.but(grid=cross(SIZES, (
-        {**NO_FILTER, "algo.kl_coefficient": 0.04, "rollout.chunking": "per_micro_batch"},
-        {**NO_FILTER, "algo.kl_coefficient": 0.04, "rollout.chunking": "per_step"},
-        {**FILTER, "algo.kl_coefficient": 0.04, "rollout.chunking": "per_step"},
-        {**FILTER, "algo.kl_coefficient": 0.0, "rollout.chunking": "per_step"},
-    ))),
-    "dash_sft": Published(256, None, None, {"seed": 42, "regime.learning_rate": 3e-6}, cross(SIZES, (
-        {**SFT, **HUMAN, "num_steps": 87}, {**SFT, "num_steps": 351}, {**FILTER, "num_steps": 351},
-    ))),
-    "dash_updates": DASH_ROWS.but(updates=None, grid=cross(SIZES[:2], tuple(
-        {**FILTER, "algo.num_iterations": k, "algo.num_minibatches": m} for k, m in ((1, 1), (3, 1), (1, 32))
-    ))),
-    "dash_filter": DASH_RUN.but({**FILTER, "algo.filter_denominator": "kept"}, grid=over(
-        "algo.completion_filter.threshold", 0.0, 0.01, 0.1
-    )),
-    # 2,000 steps x 256 x 16; 256 / 64 prompts = 4 updates a step
-    "prorl": Published(4_096, 8_192_000, 8_000, {
-        "regime.prompts_per_step": 256, "regime.group_size": 16, "regime.learning_rate": 2e-6,
-        "rollout.temperature": 1.2, "algo.token_loss.clip_eps_low": 0.2, "algo.token_loss.clip_eps_high": 0.4,
-        "algo.kl_coefficient": 1e-4, "algo.reference_reset_every": 200,
+SETTINGS: dict[str, Mapping[str, Any]] = {
+    "experiment=paper/capo": {  # table 3 and the recipes of the authors' program
+        "model.path": "Qwen/Qwen2.5-Math-7B", "dataset.name": "math", "reward.name": "math_verify",
+        "num_steps": 100, "dataset.max_prompt_tokens": 512, "dataset.max_completion_tokens": 1024,
+        "regime.prompts_per_step": 12, "regime.group_size": 8, "regime.learning_rate": 1.5e-5,
+        "rollout.temperature": 0.9, "rollout.top_k": 50, "rollout.top_p": 1.0, "checkpoint.every": 10,
+        "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.0,
+        "optimizer.max_grad_norm": 1.0, "optimizer.schedule": "cosine", "optimizer.warmup_ratio": 0.1,
+        "algo.kl_coefficient": 0.0, "algo.num_iterations": 1, "algo.num_minibatches": 1,
+        "algo.token_loss.clip_eps_low": 0.2, "algo.token_loss.clip_eps_high": 0.2,
+        "curvature.optimizer_model": "adam", "curvature.top_k": 50,
+    },
+    "experiment=paper/cpgd": {  # MM-EUREKA's script: 128 completions of 1,024 an update
+        "model.path": "Qwen/Qwen2.5-7B", "dataset.name": "math", "num_steps": 610,
+        "regime.prompts_per_step": 128, "regime.group_size": 8, "regime.learning_rate": 1e-6,
+        "rollout.temperature": 1.0, "rollout.top_k": 0, "dataset.max_completion_tokens": 4096,
+        "algo.name": "cpgd", "algo.num_iterations": 1, "algo.num_minibatches": 8, "algo.kl_coefficient": 0.0,
+        "algo.advantage.max_weight": 3.0, "algo.token_loss.tightness": 1.0,
+        "algo.token_loss.clip_eps_low": 0.2, "algo.token_loss.clip_eps_high": 0.2,
+        "algo.token_loss.drift_coefficient": 0.01, "algo.token_loss.drift_max": 0.2,
+        "optimizer.betas": [0.9, 0.95], "optimizer.weight_decay": 0.01, "optimizer.warmup_ratio": 0.0,
+    },
+    "experiment=paper/dash": {  # its table of hyperparameters; 117 whole batches an epoch, 3 epochs
+        "model.path": "Qwen/Qwen2.5-0.5B", "dataset.name": "math", "num_steps": 351, "seed": 42,
+        "dataset.max_prompt_tokens": 256, "dataset.max_completion_tokens": 2048,
+        "regime.prompts_per_step": 64, "regime.group_size": 4, "regime.learning_rate": 3e-6,
+        "rollout.temperature": 0.9, "rollout.top_k": 50, "rollout.chunking": "per_step",
+        "algo.name": "dash", "algo.kl_coefficient": 0.04, "algo.completion_filter.threshold": 0.1,
+        "algo.advantage.eps": 1e-4, "evaluation.temperature": 0.7,
+    },
+    "experiment=paper/prorl": {  # second-hand; 256 / 64 prompts = 4 updates a step
+        "num_steps": 2000, "regime.prompts_per_step": 256, "regime.group_size": 16,
+        "regime.learning_rate": 2e-6, "rollout.temperature": 1.2, "algo.num_minibatches": 4,
+        "algo.kl_coefficient": 1e-4, "algo.reference_reset_every": 200, "algo.token_loss.clip_eps_low": 0.2,
+        "algo.token_loss.clip_eps_high": 0.4,
         "algo.aggregation._target_": "capo_exp.algorithms.aggregation.token_mean",
         "algo.group_filter._target_": "capo_exp.algorithms.dapo.mixed_rewards",
-    }),
+    },
 }  # fmt: skip
 
 
-def test_every_experiment_has_its_published_numbers_here() -> None:
-    assert sorted(PUBLISHED) == EXPERIMENTS
+def test_the_numbers_of_each_papers_setting() -> None:
+    failures = []
+    for override, numbers in SETTINGS.items():
+        values = dict(flat(as_dict(composed(override).config)))
+        failures += [line for k, v in numbers.items() for line in expect(f"{override} {k}", values[k], v)]
+    report_failures(failures)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_published_numbers(name: str) -> None:
-    published, configs = PUBLISHED[name], list(jobs(f"paper/{name}").configs.values())
-    assert len(configs) == len(published.grid)
-    for config, cell in zip(configs, published.grid, strict=True):
+INF = math.inf
+SAFE, ZERO, AGGRESSIVE = (3e-6, 1_152, 52), (0.0, 96, 10), (1.5e-5, 96, 100)
+"""Learning rate, completions a step, steps: CAPO, table 3; the start point is ours."""
+CURVES: dict[str, tuple[str, tuple[float, int, int], str, tuple[float, float]]] = {
+    "grpo_conservative": ("grpo", SAFE, "adam", (INF, INF)),
+    "grpo_aggressive": ("grpo", AGGRESSIVE, "adam", (INF, INF)),
+    "dr_grpo_aggressive": ("dr_grpo", AGGRESSIVE, "adam", (INF, INF)),
+    "reinforce_aggressive": ("reinforce", AGGRESSIVE, "adam", (INF, INF)),
+    "zero_learning_rate": ("grpo", ZERO, "adam", (INF, INF)),
+    "capo": ("capo", AGGRESSIVE, "adam", (1e-4, 1e-2)),  # the bounds: table 4
+    "dr_capo": ("dr_capo", AGGRESSIVE, "adam", (1e-3, 5e-4)),
+    "rein_capo": ("rein_capo", AGGRESSIVE, "adam", (1e-5, 1e-1)),
+    "dr_capo_policy_1e_2": ("dr_capo", AGGRESSIVE, "adam", (1e-2, 5e-4)),
+    "capo_sgd": ("capo", AGGRESSIVE, "sgd", (1e-4, 1e-2)),
+    "dr_capo_sgd": ("dr_capo", AGGRESSIVE, "sgd", (1e-3, 5e-4)),
+    "rein_capo_sgd": ("rein_capo", AGGRESSIVE, "sgd", (1e-5, 1e-1)),
+    "capo_policy_bound": ("capo", AGGRESSIVE, "adam", (1e-4, INF)),
+    "capo_objective_bound": ("capo", AGGRESSIVE, "adam", (INF, 1e-2)),
+    "rein_capo_policy_bound": ("rein_capo", AGGRESSIVE, "adam", (1e-5, INF)),
+    "rein_capo_objective_bound": ("rein_capo", AGGRESSIVE, "adam", (INF, 1e-1)),
+}
+"""CAPO's single runs: algorithm, regime, optimiser model, bounds on m_F and |m_H|."""
+RUNS: dict[str, tuple[int, int, Mapping[str, Any]]] = {
+    "advantage_std": (96, 100, {"algo.advantage.target_std": 0.75}),  # recipes of CAPO's authors
+    "no_advantage_normalisation": (96, 100, {
+        "algo.advantage._target_": "capo_exp.algorithms.dr_grpo.group_centred",
+        "algo.aggregation._target_": "capo_exp.algorithms.aggregation.sequence_mean",
+    }),
+    "minibatch_8_actions": (  # 24 x 4 GPUs x 8 accumulated
+        768, 100, {"algo.advantage._target_": "capo_exp.algorithms.grpo.first_of_group"},
+    ),
+    "group_size_1": (96, 100, {"algo.name": "reinforce", "regime.prompts_per_step": 96}),
+    "timing": (96, 20, {"algo.name": "capo", "curvature.calibrate_every": 0, "checkpoint.every": 20}),
+    "cpgd_reference_kl": (1_024, 4_880, {"algo.kl_coefficient": 0.01}),
+    "dash_no_kl": (256, 351, {"algo.kl_coefficient": 0.0, "algo.completion_filter.threshold": 0.1}),
+    "dash_no_filter": (256, 351, {
+        "algo.kl_coefficient": 0.04, "algo.aggregation.length": 2048, "algo.advantage.eps": 1e-4,
+        "algo.completion_filter._target_": "capo_exp.algorithms.neutral.all_completions",
+    }),
+    "dash_baseline": (256, 351, {
+        "algo.name": "grpo", "algo.kl_coefficient": 0.04, "algo.aggregation.length": 2048,
+        "algo.completion_filter._target_": "capo_exp.algorithms.neutral.all_completions",
+        "rollout.chunking": "per_micro_batch",
+    }),
+    "dash_multi_update": (256, 3 * 351, {"algo.num_iterations": 3}),
+    "dash_mini_update": (256, 32 * 351, {"algo.num_minibatches": 32}),
+    "dash_sft_demonstrations": (256, 87, {
+        "algo.name": "sft", "rollout.name": "demonstrations", "regime.group_size": 1,
+        "rollout.temperature": 1.0,
+    }),
+    "dash_sft_own_completions": (256, 351, {"algo.name": "sft", "algo.kl_coefficient": 0.0}),
+}  # fmt: skip
+"""The other single runs: completions a step, optimiser steps, and what they are about."""
+PASSES = {"algo.num_iterations": [2, 5], "algo.token_loss.clip_eps_low": [0.2, 0.02, 0.002]}
+MODELS = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B"]
+METHODS = "rloo reinforce_pp reinforce_pp_baseline dapo gspo cpgd grpo_dual_clip dash"
+BOUND = "algo.selection"
+SWEEPS: dict[str, tuple[int, Mapping[str, list[Any] | str]]] = {
+    "figure_7": (6, {**PASSES, "algo.token_loss.clip_eps_high": [0.2, 0.02, 0.002], "num_steps": [50, 20]}),
+    "figure_8": (6, {"algo.name": "grpo dr_grpo", "algo.kl_coefficient": [0.01, 0.1, 1.0]}),  # caption
+    "group_size": (5, {
+        "regime.group_size": [4, 8, 16, 32, 96], "regime.prompts_per_step": [24, 12, 6, 3, 1],
+    }),
+    "llama_3_1_8b_instruct": (2, {
+        "model.path": ["meta-llama/Llama-3.1-8B-Instruct"], "regime.prompts_per_step": [10],
+        "model.micro_batch_size": [20], "algo.name": "grpo capo",
+    }),
+    "qwen2_5_7b": (2, {
+        "model.path": ["Qwen/Qwen2.5-7B"], "model.micro_batch_size": [24], "algo.name": "grpo capo",
+    }),
+    "calibration": (2, {"curvature.calibrate_every": [1], "algo.name": "grpo capo"}),  # table 5
+    "extension_thresholds": (9, {
+        f"{BOUND}.policy_shift_max": [1e-5, 1e-4, 1e-3], f"{BOUND}.objective_shift_max": [1e-3, 1e-2, 1e-1],
+        f"{BOUND}.objective_shift_min": [-1e-3, -1e-2, -1e-1],
+    }),
+    "extension_theorem": (3, {
+        f"{BOUND}.objective_shift_min": [1e-7, 1e-6, 1e-5], f"{BOUND}.policy_shift_max": [1e-4],
+    }),
+    "extension_levels": (4, {"algo.name": "grpo", "algo.variant": "capo completion batch levels"}),
+    "extension_controls": (8, {
+        "algo.name": "grpo",
+        "algo.variant": "capo random_matched advantage_matched low_probability_matched top_policy_shift "
+        "random by_sign drop_truncated",
+    }),
+    "extension_differences": (4, {"curvature.hidden_shift": [0, 1], "algo.aggregation._target_": [
+        f"capo_exp.algorithms.aggregation.{k}" for k in ("sequence_mean", "sequence_mean_over_all")]}),
+    "extension_methods": (8, {"algo.name": METHODS, f"{BOUND}._target_": [
+        "capo_exp.algorithms.neutral.keep_all"]}),
+    "extension_capo_on_top": (8, {
+        "algo.name": METHODS, "algo.variant": "capo", f"{BOUND}.policy_shift_max": [1e-4],
+        f"{BOUND}.objective_shift_max": [1e-2],
+    }),
+    "extension_grid": (18, {
+        "algo.name": "grpo capo", "regime.learning_rate": [3e-6, 1.5e-5, 7.5e-5],
+        "regime.prompts_per_step": [12, 48, 144], "num_steps": [100, 25, 8],
+    }),
+    "cpgd_comparison": (5, {"algo.name": "grpo rloo reinforce_pp cpgd cpgd_std"}),
+    "cpgd_ablation": (7, {
+        "algo.name": "pg pgd cpg cpgd cpgd_unprocessed cpgd_equal cpgd_std", "algo.kl_coefficient": [0.0],
+    }),
+    "cpgd_collapse": (10, {
+        "num_steps": [1_220],
+        "algo.name": "rloo reinforce_pp grpo grpo_no_clip grpo_dual_clip grpo_drift pg cpg pgd cpgd",
+    }),
+    "cpgd_drift": (4, {
+        "algo.token_loss.drift_coefficient": [0.001, 0.01], "algo.token_loss.drift_max": [0.2, 2.0],
+    }),
+    "cpgd_tightness": (3, {"algo.token_loss.tightness": [0.0, 0.5, 1.0]}),
+    "dash_filter": (3, {
+        "algo.completion_filter.threshold": [0.0, 0.01, 0.1], "algo.filter_denominator": ["kept"],
+    }),
+}  # fmt: skip
+"""Sweeps over keys: how many jobs, and the values that a key has in them, in the order of the jobs."""
+DASH_ROWS = ["dash_baseline", "dash_no_filter", "dash", "dash_no_kl"]
+FIGURES: dict[str, tuple[list[str], list[str]]] = {
+    "figure_1": (["grpo_conservative", "grpo_aggressive", "capo", "zero_learning_rate"], []),
+    "figure_2": ([
+        "grpo_conservative", "grpo_aggressive", "capo", "dr_grpo_aggressive", "reinforce_aggressive",
+        "zero_learning_rate",
+    ], []),
+    "figure_3": (
+        ["grpo_conservative", "grpo_aggressive", "capo", "dr_grpo_aggressive", "reinforce_aggressive"], [],
+    ),
+    "figure_3_raw_gradient": (
+        ["grpo_conservative", "grpo_aggressive", "dr_grpo_aggressive", "reinforce_aggressive"], [],
+    ),
+    "figure_4": ([
+        "dr_capo", "capo", "rein_capo", "grpo_aggressive", "dr_grpo_aggressive", "reinforce_aggressive",
+        "zero_learning_rate",
+    ], []),
+    "figure_5": (["capo", "dr_capo", "rein_capo"], []),
+    "figure_6": ([
+        "capo", "capo_sgd", "grpo_aggressive", "dr_capo", "dr_capo_sgd", "dr_grpo_aggressive", "rein_capo",
+        "rein_capo_sgd", "reinforce_aggressive",
+    ], []),
+    "constraint_ablation": ([
+        "capo_policy_bound", "capo_objective_bound", "capo", "rein_capo_policy_bound",
+        "rein_capo_objective_bound", "rein_capo",
+    ], []),
+    "dash_table": (DASH_ROWS, MODELS),
+    "dash_sft": (["dash_sft_demonstrations", "dash_sft_own_completions", "dash"], MODELS),
+    "dash_updates": (["dash", "dash_multi_update", "dash_mini_update"], MODELS[:2]),
+}  # fmt: skip
+"""Sweeps over the single runs above, on each of these models."""
+
+
+def test_every_experiment_of_a_paper_has_its_published_numbers_here() -> None:
+    settings = [key.removeprefix("experiment=paper/") for key in SETTINGS]
+    known = {*settings, *CURVES, *RUNS, *SWEEPS, *FIGURES}
+    assert {f"paper/{name}" for name in known} == set(PAPERS)
+
+
+@pytest.mark.slow
+def test_the_numbers_of_single_runs() -> None:
+    failures = []
+    for name, (algo, regime, optimizer_model, (policy, objective)) in CURVES.items():
+        config = composed(f"experiment=paper/{name}").config
+        selection = config.algo.selection
+        low, high = selection.get("objective_shift_min", -INF), selection.get("objective_shift_max", INF)
+        bounds = (selection.get("policy_shift_max", INF), -low, high)
+        failures += expect(name, config.algo.name, algo)
+        failures += expect(f"{name} bounds", bounds, (policy, objective, objective))
+        failures += expect(f"{name} rate", config.regime.learning_rate, regime[0])
+        failures += expect(f"{name} size", (batch(config), config.num_steps), regime[1:])
+        failures += expect(f"{name} optimiser model", config.curvature.optimizer_model, optimizer_model)
+        standardised = config.algo.advantage.get("target_std"), config.algo.advantage.get("eps")
+        failures += expect(name, standardised, (1.0, 1e-4) if algo in ("grpo", "capo") else (None, None))
+    for name, (size, steps, numbers) in RUNS.items():
+        config = composed(f"experiment=paper/{name}").config
         values = dict(flat(as_dict(config)))
-        for key, expected in {**published.values, **cell}.items():
-            same = pytest.approx(expected) if isinstance(expected, float) else expected
-            assert values[key] == same, f"{key}={values[key]}"
-        updates = config.num_steps * config.algo.num_iterations * config.algo.num_minibatches
-        assert published.step in (None, batch(config))
-        assert published.total in (None, batch(config) * config.num_steps)
-        assert published.updates in (None, updates)
+        failures += expect(f"{name} size", (batch(config), updates(config)), (size, steps))
+        failures += [line for k, v in numbers.items() for line in expect(f"{name} {k}", values[k], v)]
+    report_failures(failures)
 
 
-# Every experiment runs: one small step of its first job, on the tiny model, which is then tiny/X's too.
-
-SMALL = [
-    "model=tiny", "dataset=arithmetic", "reward=exact", "logger=files", "device=cpu", "num_steps=1",
-    "model.micro_batch_size=4", "dataset.max_prompt_tokens=64", "dataset.max_completion_tokens=12",
-    "rollout.temperature=1.0", "rollout.top_k=0", "evaluation.every=0", "evaluation.num_problems=1",
-    "experiment_name=small",
-    "checkpoint.every=1", "curvature.calibrate_completions=4", "curvature.calibrate_tokens=16",
-    "dataset.source.num_train=64", "dataset.source.num_eval=8",
-]  # fmt: skip
-
-
-def small(config: TrainConfig) -> list[str]:
-    """Overrides that leave of a run what takes half a second."""
-    alone = config.regime.group_size == 1
-    prompts, group = (8, 1) if alone else (2, 4)
-    return [
-        *SMALL,
-        f"regime.prompts_per_step={prompts}",
-        f"regime.group_size={group}",
-        f"algo.num_minibatches={min(2, config.algo.num_minibatches)}",
-    ]
+@pytest.mark.slow
+def test_the_numbers_of_sweeps() -> None:
+    failures = []
+    for name, (count, numbers) in SWEEPS.items():
+        configs = [dict(flat(as_dict(config))) for _, config in jobs(f"experiment=paper/{name}")]
+        failures += expect(f"{name} jobs", len(configs), count)
+        for key, values_or_words in numbers.items():
+            wanted = values_or_words.split() if isinstance(values_or_words, str) else values_or_words
+            seen = list(dict.fromkeys(values[key] for values in configs))
+            same = len(seen) == len(wanted) and not [
+                e for s, w in zip(seen, wanted, strict=False) for e in expect("", s, w)
+            ]
+            failures += expect(f"{name} {key}={seen}", same, True)
+    report_failures(failures)
 
 
-@pytest.fixture(scope="module")
-def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all, so that a run which is in several figures is made once."""
-    return tmp_path_factory.mktemp("outputs")
+@pytest.mark.slow
+def test_a_figures_jobs_are_the_single_runs() -> None:
+    """Whether it is run by its own command or in a figure, a run has one identity."""
+    failures = []
+    for name, (runs, models) in FIGURES.items():
+        seen = [run_id(config) for _, config in jobs(f"experiment=paper/{name}")]
+        raw = ["curvature.optimizer_model=sgd"] if name == "figure_3_raw_gradient" else []
+        sizes = [f"model=qwen2_5_{path.split('-')[1].replace('.', '_').lower()}" for path in models]
+        wanted = [
+            run_id(composed(f"experiment=paper/{run}", *size, *raw).config)
+            for size in ([[size] for size in sizes] or [[]])
+            for run in runs
+        ]
+        failures += expect(name, seen, wanted)
+    report_failures(failures)
 
 
-RUNS = [*(f"paper/{name}" for name in EXPERIMENTS), *(f"tiny/{name}" for name in STUDIED)]
-"""Made small, the other twins are the same runs again."""
+# Every algorithm and every distinct feature runs one small step.
+
+SMALL = (
+    "scale=smoke", "logger=files", "device=cpu", "num_steps=1", "dataset.max_completion_tokens=12",
+    "evaluation.every=0", "evaluation.num_problems=1", "curvature.calibrate_completions=4",
+    "curvature.calibrate_tokens=16", "dataset.source.num_train=64", "dataset.source.num_eval=8",
+)  # fmt: skip
+FEATURES = (
+    *(f"algo={name}" for name in ALGORITHMS),
+    *(f"algo=grpo selection={name}" for name in names_in("selection")),
+    *(f"algo=grpo step_rule={name}" for name in names_in("step_rule")),
+    *(f"rollout/correction={name}" for name in names_in("rollout/correction")),
+    *(f"curvature.optimizer_model={name}" for name in ("sgd", "adam_live")),
+    "curvature.hidden_shift=1",
+    "experiment=paper/advantage_std",
+    "experiment=paper/no_advantage_normalisation",
+    "experiment=paper/minibatch_8_actions",
+    "experiment=paper/group_size_1 regime.prompts_per_step=8",
+    "experiment=paper/calibration hydra.mode=RUN",  # measures
+    "experiment=study/diagnosis curvature.diagnose_every=1",
+    "experiment=paper/cpgd algo.num_minibatches=2",
+    "experiment=paper/dash_baseline",  # one sampling call a micro-batch
+    "experiment=paper/dash_multi_update",  # three passes
+    "experiment=paper/dash_sft_demonstrations regime.prompts_per_step=8",
+    "experiment=paper/dash_sft_own_completions",
+    "experiment=paper/prorl algo.num_minibatches=2 algo.reference_reset_every=1",
+    "setting=keywords algo=grpo model=keywords dataset=keywords",
+)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_experiment_runs(name: str, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        run_record, "_git_state", lambda directory: None
-    )  # a second where much is uncommitted
-    line, config = next(iter(jobs(name).configs.items()))
-    line = [o for o in line if not o.startswith(("model=", "regime.group_size="))]
-    config = composed(name, *line, *small(config), f"output_dir={output_dir}")
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", FEATURES)
+def test_every_algorithm_and_feature_runs_a_step(overrides: str, tmp_path: Path) -> None:
+    config = composed(*SMALL, *overrides.split(), f"output_dir={tmp_path}").config
     check(config)
     directory = train.run(config)
     rows = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -508,36 +546,56 @@ def test_every_experiment_runs(name: str, output_dir: Path, monkeypatch: pytest.
 # The command line.
 
 
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments])
+    front.run_training()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "expected", "folder"),
     [
-        (["seed=0,7"], 6),
-        (["seed=0", "experiment/paper=capo"], 1),
-        (["seed=0", "curvature.top_k=10,50"], 6),
-        (["hydra.mode=RUN"], 0),
+        (["seed=0,7"], 6, "paper_figure_5"),
+        (["seed=0", "experiment/paper=capo"], 1, "paper_figure_5"),
+        (["seed=0", "scale=tiny", "curvature.top_k=10,50"], 6, "paper_figure_5-tiny"),
+        (["hydra.mode=RUN"], 0, ""),
     ],
 )
-def test_a_sweep_from_the_command_line(
+def test_a_sweep_and_its_jobs_are_in_one_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     expected: int,
+    folder: str,
 ) -> None:
+    seen = []
+    monkeypatch.setattr(sweep, "run_dir", lambda config: seen.append(config.experiment_name))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["capo_exp", "experiment=paper/figure_5", "plan_only=true", *arguments])
-    cli.main()
+    run_command(monkeypatch, "experiment=paper/figure_5", "plan_only=true", *arguments)
     out = capsys.readouterr().out
-    assert out.count("job ") == expected
+    assert out.count("job ") == expected == len(seen)
     assert out.count("completions a step") == max(1, expected)
+    assert {*seen} == ({folder} if expected else set())
     written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    assert written == (["outputs/paper_figure_5/multirun.yaml"] if expected else [])
+    assert written == ([f"outputs/{folder}/multirun.yaml"] if expected else [])
 
 
-def test_recipes_are_not_offered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["capo_exp", "experiment=paper/figure_9"])
-    with pytest.raises(SystemExit):
-        cli.main()
+def test_parts_of_others_are_not_offered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(monkeypatch, "experiment=paper/figure_9")
     error = capsys.readouterr().err
     assert "expected one of paper/advantage_std, paper/calibration" in error and "/_" not in error
     assert "nearest: paper/figure_" in error
+
+
+def test_help_names_each_choice_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(monkeypatch, "--help")
+    shown = capsys.readouterr().out
+    words = [word.rstrip(",") for word in shown[shown.index("Config groups") :].split()]
+    assert shown.index("Common tasks") < shown.index("Config groups")
+    assert [words.count(name) for name in EXPERIMENTS] == [1] * len(EXPERIMENTS)
+    assert not [word for word in words if word.startswith("_") or "/_" in word]

@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from capo_exp.figures import plots, style
-from capo_exp.figures.plots import plot_run, smoothing_window, title, trailing_mean
-from capo_exp.runs.read import Run, load_run
+from capo_exp.figures import plots
+from capo_exp.figures.plots import plot_run, run_title, smoothing_window, trailing_mean
+from capo_exp.runs.read import LoggedRun, load_run
 from tests.figure_pieces import NO_WARNINGS
 
 CONFIG = {
@@ -75,7 +75,7 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     plots.draw_shifts(shifts, run)
     plots.draw_rejection(rejection, run)
     assert accuracy.get_legend_handles_labels()[1] == ["training, mean of 2 steps", "held-out problems"]
-    assert accuracy.lines[1].get_color() == style.ALGORITHM_COLOURS["capo"]
+    assert accuracy.lines[1].get_color() == "#0072B2"
     assert accuracy.lines[0].get_xdata()[-1] == 40 * 96
     labels = shifts.get_legend_handles_labels()[1]
     assert labels == ["policy max", "policy p99", "policy mean", "|objective| max"]
@@ -92,15 +92,14 @@ def test_bounds_that_do_not_bind_are_not_drawn(tmp_path: Path) -> None:
     axes = Figure().subplots()
     plots.draw_shifts(axes, run)
     assert len(axes.texts) == 0
-    assert style.colour("mine") == style.OTHER
 
 
 def test_the_title_says_what_ran(tmp_path: Path) -> None:
-    assert title(load_run(write_run(tmp_path, [], CONFIG))) == (
+    assert run_title(load_run(write_run(tmp_path, [], CONFIG))) == (
         "capo · tiny · arithmetic\n"
         "aggressive · learning rate 1e-4 · 12 prompts x 8 completions a step · seed 3"
     )
-    assert "?" in title(Run(tmp_path, {}, {}, [], []))
+    assert "?" in run_title(LoggedRun(tmp_path, {}, {}, [], []))
 
 
 def test_smoothing_by_hand() -> None:
@@ -108,11 +107,6 @@ def test_smoothing_by_hand() -> None:
     np.testing.assert_allclose(trailing_mean(values, 2), [1.0, 1.5, 2.0, 6.0])
     np.testing.assert_allclose(trailing_mean(np.array([np.nan]), 1), [np.nan])
     assert [smoothing_window(n) for n in (0, 1, 39, 100, 5000)] == [1, 1, 1, 5, 20]
-
-
-def test_every_algorithm_has_a_colour_of_its_own() -> None:
-    colours = [*style.ALGORITHM_COLOURS.values(), style.OTHER]
-    assert len(set(colours)) == len(colours)
 
 
 def test_no_torch_and_no_display(tmp_path: Path) -> None:

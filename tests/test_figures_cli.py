@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.figures import __main__ as cli
-from capo_exp.figures.catalogue import defaults, figure_names
-from capo_exp.figures.command import parse, smoothing
-from capo_exp.runs.record import replacing
+from capo_exp.figures import output
+from capo_exp.figures.__main__ import main
+from capo_exp.figures.command import FigureCommand, common_parent, parse_command
+from capo_exp.figures.gallery import FIGURES
+from capo_exp.runs.files import replace_file
 from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
 
 SUFFIXES = (".png", ".pdf", ".csv", ".md", ".tex")
@@ -32,7 +33,7 @@ assert not heavy, heavy
 
 
 @dataclass(frozen=True)
-class Result:
+class Outcome:
     status: int
     out: str
     err: str
@@ -40,9 +41,9 @@ class Result:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]):
-    def run_here(*arguments: object) -> Result:
-        status = cli.main([str(argument) for argument in arguments])
-        return Result(status, *capsys.readouterr())
+    def run_here(*arguments: object) -> Outcome:
+        status = main([str(argument) for argument in arguments])
+        return Outcome(status, *capsys.readouterr())
 
     return run_here
 
@@ -55,9 +56,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_keys_and_figures(run) -> None:
     result = run("--help")
     assert (result.status, result.err) == (0, "")
-    for name in figure_names():
+    for name in FIGURES:
         assert re.search(rf"^  {name}\b.*\w{{4}}", result.out, re.MULTILINE), name
-    for key in defaults()["command"]:
+    for key in vars(FigureCommand()):
         assert f"\n  {key}=" in result.out
 
 
@@ -87,11 +88,12 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, run) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_all_goes_on_without_what_it_lacks(study: Path, tmp_path: Path, run) -> None:
     result = run(f"runs={study}", f"output={tmp_path}")
     assert (result.status, result.err) == (0, "")
     lines = {line.split(":")[0].removeprefix("figure "): line for line in result.out.splitlines()}
-    assert list(lines) == figure_names()
+    assert list(lines) == list(FIGURES)
     skipped = {name for name, line in lines.items() if "skipped, " in line}
     assert skipped == {"6", "7", "8", "constraint"}
     assert lines["8"].endswith(
@@ -117,7 +119,7 @@ def test_nothing_at_all_to_draw(tmp_path: Path, run) -> None:
     write_run(tmp_path / "runs", "zero_learning_rate", steps=0)
     result = run(f"runs={tmp_path / 'runs'}")
     assert result.status == 2
-    assert result.out.count("skipped, ") == len(figure_names())
+    assert result.out.count("skipped, ") == len(FIGURES)
 
 
 def test_where_from_is_inside_every_file(study: Path, tmp_path: Path, run) -> None:
@@ -159,6 +161,7 @@ def test_two_dashes_in_a_command_do_not_end_a_comment(study: Path, tmp_path: Pat
     assert json.loads(first[5:-4])["command"].endswith("a--b -->'")
 
 
+@pytest.mark.slow
 def test_the_same_again_is_the_same_bytes(study: Path, tmp_path: Path, run) -> None:
     command = [
         f"runs={study}",
@@ -189,9 +192,9 @@ def test_default_output_and_table(study: Path, run) -> None:
 
 
 def test_the_folder_of_all_runs() -> None:
-    assert cli.common_parent([Path("a/b/c"), Path("a/b/d")]) == Path("a/b")
-    assert cli.common_parent([Path("a/b")]) == Path("a/b")
-    assert cli.common_parent([Path("a"), Path("/b")]) == Path("/")
+    assert common_parent([Path("a/b/c"), Path("a/b/d")]) == Path("a/b")
+    assert common_parent([Path("a/b")]) == Path("a/b")
+    assert common_parent([Path("a"), Path("/b")]) == Path("/")
 
 
 def test_any_metric(study: Path, tmp_path: Path, run) -> None:
@@ -214,7 +217,7 @@ def test_runs_that_cannot_be_compared(study: Path, tmp_path: Path, run) -> None:
 def test_the_report_gets_what_was_drawn(
     study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from capo_exp.figures import report
+    from capo_exp.figures.report import page
 
     given = {}
 
@@ -222,13 +225,13 @@ def test_the_report_gets_what_was_drawn(
         given.update(runs=runs, curves=curves, figures=figures, output=output)
         return output / "report.html"
 
-    monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(page, "write_report", write_report)
     result = run(f"runs={study}", "figure=1,5", "report=html", f"output={tmp_path}")
     assert result.out.splitlines()[-1] == f"report: {tmp_path}/report.html"
     assert [figure.name for figure in given["figures"]] == ["1", "5"]
     first = given["figures"][0]
     assert all(path.is_file() for path in (first.png, first.pdf, first.csv))
-    assert first.markdown.startswith("| curve | seeds |")
+    assert first.table.heading[:2] == ["curve", "seeds"]
     assert first.caption.startswith("Mean of n = 2 seeds")
     assert (len(given["runs"]), len(given["curves"])) == (8, 4)
 
@@ -244,9 +247,9 @@ def test_a_failure_leaves_the_old_files(
         full.append(path)
         if len(full) == 4:
             raise OSError(28, "No space left on device")
-        return replacing(path)
+        return replace_file(path)
 
-    monkeypatch.setattr(cli, "replacing", replacing_until_full)
+    monkeypatch.setattr(output, "replace_file", replacing_until_full)
     result = run(f"runs={study}", "figure=5", "smoothing=0.5", f"output={tmp_path}")
     assert result.status == 2
     assert re.fullmatch(r".*No space left on device.*\n", result.err)
@@ -263,19 +266,20 @@ def test_a_folder_that_cannot_be_made(study: Path, tmp_path: Path, run) -> None:
 
 
 def test_values_of_the_command_line() -> None:
-    command = parse(
+    command = parse_command(
         ["runs=[a,b]", "figure=1, 2", "smoothing=0.25", "mix=true", "output=null", "x=counter/prompts"]
     )
     assert (command.runs, command.figure, command.mix) == (["a", "b"], ["1", "2"], True)
-    assert (command.output, command.x, smoothing(command)) == (None, "counter/prompts", 0.25)
-    assert smoothing(parse(["runs=a"])) is None
-    assert smoothing(parse(["runs=a", "smoothing=off"])) == 1.0
-    assert parse(["runs=a", "keys=loss/kl"]).figure == ["metrics"]
-    assert parse(["runs=a", "keys=loss/kl", "figure=all"]).figure == ["all"]
+    assert (command.output, command.x, command.weight) == (None, "counter/prompts", 0.25)
+    assert parse_command(["runs=a"]).weight is None
+    assert parse_command(["runs=a", "smoothing=off"]).weight == 1.0
+    assert parse_command(["runs=a", "keys=loss/kl"]).figure == ["metrics"]
+    assert parse_command(["runs=a", "keys=loss/kl", "figure=all"]).figure == ["all"]
     with pytest.raises(ConfigError, match="figure: no value"):
-        parse(["runs=a", "figure="])
+        parse_command(["runs=a", "figure="])
 
 
+@pytest.mark.slow
 def test_it_starts_without_torch(study: Path, tmp_path: Path) -> None:
     arguments = [f"runs={study}", "figure=1,time,rejected_tokens", f"output={tmp_path}"]
     subprocess.run([sys.executable, "-c", NO_HEAVY, *arguments], check=True, capture_output=True)

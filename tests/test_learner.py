@@ -6,22 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch, StepRecord
+from capo_exp.core.types import Batch, StepRecord, TokenLoss, TokenLossInput
 from capo_exp.curvature import model as curvature
-from capo_exp.curvature.step_trial import Decision
-from capo_exp.training.learner import Learner, TrainingDiverged
+from capo_exp.curvature.step_trial import StepDecision
+from capo_exp.training.learner import Learner
+from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.conftest import ALGORITHMS
+from tests.pieces import take_step, weights
+
+Make = Callable[..., Learner]
+Batches = Callable[..., Batch]
 
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
 
 
 @pytest.fixture
-def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) -> Callable[..., Learner]:
+def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) -> Make:
     """A learner on its own copy of the small model; the rate is constant from the first step on."""
 
     def make(*overrides: str, reference: bool = False) -> Learner:
@@ -39,20 +43,14 @@ def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) 
     return make
 
 
-def weights(learner: Learner) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in learner.model.parameters()]
-
-
 def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]], StepRecord]:
-    results = [learner.step(batch) for batch in batches]
+    results = [take_step(learner, batch) for batch in batches]
     timeless = [{k: v for k, v in metrics.items() if not k.startswith("time/")} for metrics, _ in results]
     return timeless, results[-1][1]
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_one_batch_equals_four_micro_batches(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch], algo: str
-) -> None:
+def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batches, algo: str) -> None:
     tight = TIGHT if "capo" in algo else []
     whole, cut = (learner(f"algo={algo}", f"model.micro_batch_size={size}", *tight) for size in (96, 2))
     batches = [random_batch(seed=seed) for seed in range(3)]
@@ -65,7 +63,7 @@ def test_one_batch_equals_four_micro_batches(
 
 
 def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     """A token's weight is a smaller advantage, in the loss and in the moments of the optimiser model."""
     down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
@@ -81,10 +79,10 @@ def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
     assert record.selection.weights is not None
 
     batch, one = batches[0], learner(*down)
-    metrics, record = one.step(batch)
+    metrics, record = take_step(one, batch)
     assert record.selection.weights is not None and (record.selection.weights < 1).any()
     credited = replace(batch, advantages=record.selection.weighed(record.batch.advantages))
-    by_hand, _ = base.step(credited)
+    by_hand, _ = take_step(base, credited)
     assert metrics["loss/total"] == pytest.approx(by_hand["loss/total"], rel=1e-5, abs=1e-9)
     assert metrics["policy/grad_norm"] == pytest.approx(by_hand["policy/grad_norm"], rel=1e-4)
     torch.testing.assert_close(weights(one), weights(base))
@@ -94,7 +92,7 @@ def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
 
 
 def test_weighing_down_without_bounds_is_the_base_algorithm_bit_for_bit(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     off = [f"algo.selection.{key}=inf" for key in ("policy_shift_max", "objective_shift_max")]
     one, other = learner("algo=grpo", "selection=down_weight", *off), learner("algo=grpo")
@@ -107,7 +105,7 @@ def test_weighing_down_without_bounds_is_the_base_algorithm_bit_for_bit(
     ("capo", "base"), [("capo", "grpo"), ("dr_capo", "dr_grpo"), ("rein_capo", "reinforce")]
 )
 def test_without_bounds_capo_is_its_base_algorithm_bit_for_bit(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch], capo: str, base: str
+    learner: Make, random_batch: Batches, capo: str, base: str
 ) -> None:
     off = [
         f"algo.selection.{key}"
@@ -119,9 +117,7 @@ def test_without_bounds_capo_is_its_base_algorithm_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-def test_the_order_of_rows_and_extra_padding_change_nothing(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, random_batch: Batches) -> None:
     batch = random_batch()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     shuffled = Batch(*(tensor[order] for tensor in vars(batch).values()))
@@ -140,40 +136,34 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(
     assert 0 < record.selection.keep_mask.sum() < batch.completion_mask.sum()
 
 
-def test_a_rejected_token_has_exactly_no_gradient(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_rejected_token_has_exactly_no_gradient(learner: Make, random_batch: Batches) -> None:
     """With every token rejected the loss is 0, has a graph, and moves no weight."""
     batch = random_batch()
     bound = "algo.selection.policy_shift_max=0.0"  # 1/2 lr^2 s^2 < 0 never holds: all are rejected
     rejecting, keeping = learner("algo=capo", bound), learner("algo=grpo")
     before = weights(rejecting)
-    metrics, record = rejecting.step(batch)
+    metrics, record = take_step(rejecting, batch)
     assert metrics["selection/rejection_rate"] == metrics["selection/rejection_rate_policy"] == 1.0
     assert metrics["loss/total"] == 0.0 and metrics["policy/grad_norm"] == 0.0
     assert not record.selection.keep_mask.any()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(rejecting), strict=True))
-    assert keeping.step(batch)[0]["policy/grad_norm"] > 0
+    assert take_step(keeping, batch)[0]["policy/grad_norm"] > 0
 
 
-def test_kept_and_rejected_are_all_tokens(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_kept_and_rejected_are_all_tokens(learner: Make, random_batch: Batches) -> None:
     capo = learner("algo=capo", *TIGHT)
-    capo.step(random_batch(seed=1))
-    metrics, record = capo.step(random_batch())
+    take_step(capo, random_batch(seed=1))
+    metrics, record = take_step(capo, random_batch())
     mask, keep, why = record.batch.completion_mask, record.selection.keep_mask, record.selection.rejected_by
     assert torch.equal(keep | why["policy"] | why["objective"], mask)
     assert not (keep & (why["policy"] | why["objective"])).any()
     assert metrics["selection/rejection_rate"] == pytest.approx(1 - keep.sum().item() / mask.sum().item())
 
 
-def test_the_moments_follow_kept_tokens_of_every_algorithm(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_the_moments_follow_kept_tokens_of_every_algorithm(learner: Make, random_batch: Batches) -> None:
     grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0.0")
     for one in (grpo, rejecting):
-        one.step(random_batch())
+        take_step(one, random_batch())
     assert grpo.optimizer_model is not None and rejecting.optimizer_model is not None
     assert grpo.optimizer_model.first.any() and grpo.optimizer_model.step == 1
     assert not rejecting.optimizer_model.first.any() and rejecting.optimizer_model.step == 1
@@ -181,7 +171,7 @@ def test_the_moments_follow_kept_tokens_of_every_algorithm(
 
 
 def test_the_step_is_adamws_on_the_loss_of_the_formula(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch], small_model: PreTrainedModel
+    learner: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
     """GRPO from scratch: full logits, F.cross_entropy, torch.optim.AdamW."""
     batch = random_batch()
@@ -199,84 +189,76 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
     ours = learner("algo=grpo", "regime.learning_rate=1e-4", "rollout.temperature=0.7")
-    metrics, _ = ours.step(batch)
+    metrics, _ = take_step(ours, batch)
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
 
 
-def test_a_second_iteration_sees_the_ratio_and_clips(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_second_iteration_sees_the_ratio_and_clips(learner: Make, random_batch: Batches) -> None:
     batch = random_batch()
     ours = learner("algo=grpo", "algo.num_iterations=2", "regime.learning_rate=1e-2")
-    first, record = ours.step(batch)
-    second, _ = ours.step(batch, record.old_log_probs)
+    first, record = take_step(ours, batch)
+    second, _ = take_step(ours, batch, record.old_log_probs)
     assert first["policy/ratio_max"] == 1.0 and first["loss/clip_fraction"] == 0.0
     assert second["policy/ratio_max"] > 1.2 and second["loss/clip_fraction"] > 0.0
     assert second["counter/optimizer_step"] == 2
 
 
 def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     kl = ["algo.kl_coefficient=0.1", "rollout.temperature=0.7", "regime.learning_rate=1e-3"]
     ours = learner("algo=grpo", *kl, reference=True)
-    first, _ = ours.step(random_batch())
-    second, _ = ours.step(random_batch())
+    first, _ = take_step(ours, random_batch())
+    second, _ = take_step(ours, random_batch())
     assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
     idle = replace(random_batch(), advantages=torch.zeros(8, 7))
-    divergence = [ours.step(idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
+    divergence = [take_step(ours, idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
     assert divergence[-1] < 0.5 * max(divergence)
 
 
-def test_a_step_rule_shortens_the_step(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_step_rule_shortens_the_step(learner: Make, random_batch: Batches) -> None:
     full, half = learner("algo=grpo"), learner("algo=grpo")
-    half._algorithm = replace(half._algorithm, step_rule=lambda proposal: Decision(0.5))
+    half.algorithm = replace(half.algorithm, step_rule=lambda trial: StepDecision(0.5))
     start = weights(full)
     for one in (full, half):
-        one.step(random_batch())
+        take_step(one, random_batch())
     moves = [[(w - s) for w, s in zip(weights(one), start, strict=True)] for one in (full, half)]
     torch.testing.assert_close([m / 2 for m in moves[0]], moves[1], rtol=1e-2, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
+    learner: Make, random_batch: Batches
 ) -> None:
     ours = learner("algo=grpo")
     before = weights(ours)
     batch = replace(random_batch(), advantages=torch.full((8, 7), float("inf")))
     with pytest.raises(TrainingDiverged, match=r"optimizer step 1: not finite: .*loss/total="):
-        ours.step(batch)
+        take_step(ours, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
     assert ours.optimizer_step == 0
 
 
-def test_gradient_checkpointing_changes_no_number(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_gradient_checkpointing_changes_no_number(learner: Make, random_batch: Batches) -> None:
     plain, saving = learner("algo=grpo"), learner("algo=grpo", "model.gradient_checkpointing=true")
     saving.model.gradient_checkpointing_enable({"use_reentrant": False})
     passes: list[int] = []
     saving.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    expected, metrics = (one.step(random_batch())[0] for one in (plain, saving))
+    expected, metrics = (take_step(one, random_batch())[0] for one in (plain, saving))
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], rel=1e-5)
     assert metrics["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=1e-5)
     assert len(passes) == 2 and not saving.model.training
 
 
-def test_the_learner_uses_the_curvature_model_of_this_step(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random_batch: Batches) -> None:
     """Shifts with the moments and the rate from before the step; moments after it from the kept tokens."""
     schedule = ["optimizer.schedule=linear", "optimizer.warmup_ratio=0.5", "regime.learning_rate=1e-4"]
     ours = learner("algo=capo", "model.micro_batch_size=3", *schedule, *TIGHT)
     rates = []
     for seed in range(4):
         batch, state = random_batch(seed=seed), ours.optimizer_model
-        metrics, record = ours.step(batch)
+        metrics, record = take_step(ours, batch)
         rates.append(metrics["optim/learning_rate"])
         out, mask = record.output, batch.completion_mask
         tokens = (out.hidden, out.topk_probs, out.topk_ids, batch.token_ids, batch.advantages)
@@ -288,21 +270,46 @@ def test_the_learner_uses_the_curvature_model_of_this_step(
     assert rates == pytest.approx([0.0, 2e-5, 4e-5, 6e-5])
 
 
-def test_the_gradient_is_clipped(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
+def test_the_gradient_is_clipped(learner: Make, random_batch: Batches) -> None:
     """Adam's first step hides the gradient's length; the moments do not."""
     ours = learner("algo=grpo", "optimizer.max_grad_norm=0.01")
-    assert ours.step(random_batch())[0]["policy/grad_norm"] > 0.1
+    assert take_step(ours, random_batch())[0]["policy/grad_norm"] > 0.1
     first = [state["exp_avg"] for state in ours.optimizer.state.values()]
     assert torch.cat([m.flatten() for m in first]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
-def test_a_second_iteration_is_the_same_in_micro_batches(
-    learner: Callable[..., Learner], random_batch: Callable[..., Batch]
-) -> None:
+def test_a_second_iteration_is_the_same_in_micro_batches(learner: Make, random_batch: Batches) -> None:
     batch, seconds = random_batch(), []
     for size in (96, 2):
         ours = learner("algo=grpo", "regime.learning_rate=1e-3", f"model.micro_batch_size={size}")
-        record = ours.step(batch)[1]
-        seconds.append(ours.step(batch, record.old_log_probs)[0])
+        record = take_step(ours, batch)[1]
+        seconds.append(take_step(ours, batch, record.old_log_probs)[0])
     for key in ("loss/total", "policy/ratio_max", "loss/clip_fraction", "policy/grad_norm"):
         assert seconds[0][key] == pytest.approx(seconds[1][key], rel=5e-3, abs=1e-6), key
+
+
+def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
+    learner: Make, random_batch: Batches
+) -> None:
+    """Of its own rows, in micro-batches, too; the old log-probs are the learner's."""
+    ours, batch, seen = (
+        learner("algo=grpo", "model.micro_batch_size=3"),
+        random_batch(),
+        list[TokenLossInput](),
+    )
+    batch = replace(batch, sampler_log_probs=-torch.rand(8, 7) * batch.completion_mask)
+
+    def look(inputs: TokenLossInput) -> TokenLoss:
+        seen.append(inputs)
+        return TokenLoss(-inputs.advantages * inputs.log_probs, torch.zeros_like(inputs.completion_mask))
+
+    ours.algorithm = replace(ours.algorithm, token_loss=look)
+    before = ours.log_probs(batch)
+    _, record = take_step(ours, batch)
+    assert len(seen) == 3
+    for name, whole in (
+        ("sampler_log_probs", batch.sampler_log_probs), ("old_log_probs", before),
+        ("entropy", record.output.entropy),
+    ):  # fmt: skip
+        found = torch.cat([getattr(inputs, name)[inputs.completion_mask] for inputs in seen]).sort().values
+        torch.testing.assert_close(found, whole[batch.completion_mask].sort().values, rtol=1e-4, atol=1e-5)

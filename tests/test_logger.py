@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import metrics as names
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
@@ -25,11 +23,6 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def files_only(composed: Callable[..., TrainConfig]) -> TrainConfig:
-    return composed("algo=grpo", "logger=files")
-
-
 def row(step: int, **more: float) -> dict[str, float]:
     return {
         "counter/rollout_step": step,
@@ -39,15 +32,15 @@ def row(step: int, **more: float) -> dict[str, float]:
     }
 
 
-def open_logger(run_dir: Path, config: TrainConfig, resume_step: int = 0) -> RunLogger:
-    return RunLogger(run_dir, config, run_id="1a2b3c4d", resume_step=resume_step)
+def open_logger(run_dir: Path, resume_step: int = 0) -> RunLogger:
+    return RunLogger(run_dir, resume_step=resume_step, wandb_mode="disabled")
 
 
 # --- files ---
 
 
-def test_metrics_are_exact_sorted_and_there_at_once(run_dir: Path, files_only: TrainConfig) -> None:
-    with open_logger(run_dir, files_only) as logger:
+def test_metrics_are_exact_sorted_and_there_at_once(run_dir: Path) -> None:
+    with open_logger(run_dir) as logger:
         logger.log_step(row(1, loss__total=0.1 + 0.2))
         text = (run_dir / "metrics.jsonl").read_text()
     assert text == (
@@ -56,23 +49,15 @@ def test_metrics_are_exact_sorted_and_there_at_once(run_dir: Path, files_only: T
     )
 
 
-def test_a_number_that_is_not_finite_is_null(run_dir: Path, files_only: TrainConfig) -> None:
-    with open_logger(run_dir, files_only) as logger:
+def test_what_is_not_finite_is_null_and_what_is_not_known_is_refused(run_dir: Path) -> None:
+    with open_logger(run_dir) as logger:
         logger.log_step(row(1, policy__ratio_max=math.inf, loss__kl=math.nan))
+        with pytest.raises(AssertionError, match="reward/typo"):
+            logger.log_step(row(1, reward__typo=1.0))
+        with pytest.raises(AssertionError, match=names.COMPLETIONS):
+            logger.log_step({"reward/accuracy": 1.0})
     [line] = read_jsonl(run_dir / "metrics.jsonl")
-    assert line["policy/ratio_max"] is None
-    assert line["loss/kl"] is None
-
-
-def test_an_undocumented_key_is_refused(run_dir: Path, files_only: TrainConfig) -> None:
-    with open_logger(run_dir, files_only) as logger, pytest.raises(AssertionError, match="reward/typo"):
-        logger.log_step(row(1, reward__typo=1.0))
-    assert read_jsonl(run_dir / "metrics.jsonl") == []
-
-
-def test_a_row_needs_its_counters(run_dir: Path, files_only: TrainConfig) -> None:
-    with open_logger(run_dir, files_only) as logger, pytest.raises(AssertionError, match=names.COMPLETIONS):
-        logger.log_step({"reward/accuracy": 1.0})
+    assert line["policy/ratio_max"] is None and line["loss/kl"] is None
 
 
 def test_every_key_of_the_contract_is_documented() -> None:
@@ -96,8 +81,8 @@ def test_every_key_of_the_contract_is_documented() -> None:
     assert all(text.endswith(".") and "\n" not in text for text in names.METRICS.values())
 
 
-def test_a_resume_drops_what_came_after_the_checkpoint(run_dir: Path, files_only: TrainConfig) -> None:
-    with open_logger(run_dir, files_only) as logger:
+def test_a_resume_drops_what_came_after_the_checkpoint(run_dir: Path) -> None:
+    with open_logger(run_dir) as logger:
         logger.log_evaluation(row(0, eval__accuracy=0.2))
         for step in (1, 2, 3):
             logger.log_step(row(step))
@@ -106,38 +91,25 @@ def test_a_resume_drops_what_came_after_the_checkpoint(run_dir: Path, files_only
     before = (run_dir / "metrics.jsonl").read_text().splitlines()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"counter/rollout_step": 4, "counter/compl')  # killed while writing
-    with open_logger(run_dir, files_only, resume_step=2) as logger:
+    with open_logger(run_dir, resume_step=2) as logger:
         logger.log_step(row(3))
     assert (run_dir / "metrics.jsonl").read_text().splitlines() == before
     assert [line["counter/rollout_step"] for line in read_jsonl(run_dir / "eval.jsonl")] == [0]
     samples = sorted(path.name for path in (run_dir / "completions").iterdir())
     assert samples == ["step_000001.parquet", "step_000002.parquet"]
-
-
-def test_a_fresh_start_drops_everything(run_dir: Path, files_only: TrainConfig) -> None:
-    with open_logger(run_dir, files_only) as logger:
-        logger.log_evaluation(row(0, eval__accuracy=0.2))
-        logger.log_step(row(1))
-    with open_logger(run_dir, files_only):
-        pass
+    open_logger(run_dir).finish(0)  # a fresh start
     assert (run_dir / "metrics.jsonl").read_text() == (run_dir / "eval.jsonl").read_text() == ""
+    assert not list((run_dir / "completions").iterdir())
 
 
-def test_completions_come_back(run_dir: Path, files_only: TrainConfig) -> None:
+def test_completions_come_back(run_dir: Path) -> None:
     sample = {
-        "prompt": "1+1=",
-        "completion": "2",
-        "answer": "2",
-        "reward": 1.0,
-        "advantage": 0.5,
-        "truncated": False,
-        "token_ids": [5, 1],
-        "policy_shift": [0.25, 0.5],
-        "objective_shift": [-0.25, 0.0],
-        "keep": [True, False],
-    }
+        "prompt": "1+1=", "completion": "2", "answer": "2", "reward": 1.0, "advantage": 0.5,
+        "truncated": False, "token_ids": [5, 1], "policy_shift": [0.25, 0.5],
+        "objective_shift": [-0.25, 0.0], "keep": [True, False],
+    }  # fmt: skip
     empty = {**sample, "token_ids": [], "policy_shift": [], "objective_shift": [], "keep": []}
-    with open_logger(run_dir, files_only) as logger:
+    with open_logger(run_dir) as logger:
         logger.log_completions(10, [sample, empty])
         assert logger.wandb_location is None
     path = run_dir / "completions" / "step_000010.parquet"
@@ -150,73 +122,63 @@ def test_disabled_does_not_import_wandb(run_dir: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from capo_exp.config.schema import conf_dir, register
 from capo_exp.runs.logger import RunLogger
-register()
-with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-    config = OmegaConf.to_object(compose("config", ["algo=grpo", "logger=files"]))
-with RunLogger(Path(sys.argv[1]), config, run_id="a", resume_step=0) as logger:
+with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
     logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
 assert not {"wandb", "torch"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["{half", "[1]", "{}", '{"counter/rollout_step": null}', "\0\0\0\0", '{"counter/rollout_step": "1x"}'],
-)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
-def test_a_line_that_is_no_row_is_named(run_dir: Path, files_only: TrainConfig, name: str, line: str) -> None:
-    rows = [json.dumps(row(step)) for step in (1, 2)]
-    (run_dir / name).write_text("\n".join([rows[0], line, rows[1]]) + "\n")
-    before = (run_dir / name).read_bytes()
-    with pytest.raises(ConfigError, match=rf"{name}, line 2: expected .* \(.*\); mend .* overwrite=true"):
-        open_logger(run_dir, files_only, resume_step=2)
-    assert (run_dir / name).read_bytes() == before
-    open_logger(run_dir, files_only, resume_step=0).finish(0)  # begins again, reads none of it
+def test_a_line_that_is_no_row_is_named(run_dir: Path, name: str) -> None:
+    first, second = (json.dumps(row(step)) for step in (1, 2))
+    bad = [
+        "{half",
+        "[1]",
+        "{}",
+        '{"counter/rollout_step": null}',
+        "\0\0\0\0",
+        '{"counter/rollout_step": "1x"}',
+    ]
+    for line in bad:
+        (run_dir / name).write_text(text := f"{first}\n{line}\n{second}\n")
+        with pytest.raises(ConfigError, match=rf"{name}, line 2: expected .* \(.*\); mend .* overwrite=true"):
+            open_logger(run_dir, resume_step=2)
+        assert (run_dir / name).read_text() == text
+        open_logger(run_dir, resume_step=0).finish(0)  # begins again, reads none of it
 
 
-def test_what_comes_after_the_checkpoint_need_not_be_readable(run_dir: Path, files_only: TrainConfig) -> None:
+def test_what_comes_after_the_checkpoint_need_not_be_readable(run_dir: Path) -> None:
     rows = [json.dumps(row(step)) for step in (1, 2, 3)]
     (run_dir / "metrics.jsonl").write_bytes("\n".join(rows).encode() + b"\n{half\n\xff\xfe\n")
-    open_logger(run_dir, files_only, resume_step=2).finish(0)
+    open_logger(run_dir, resume_step=2).finish(0)
     assert (run_dir / "metrics.jsonl").read_text().splitlines() == rows[:2]
 
 
-def test_rows_that_look_the_same_are_both_kept(run_dir: Path, files_only: TrainConfig) -> None:
-    (run_dir / "metrics.jsonl").write_text((json.dumps(row(1)) + "\n") * 2)
-    open_logger(run_dir, files_only, resume_step=1).finish(0)
-    assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2
-
-
-def test_rows_that_are_missing_are_said(
-    run_dir: Path, files_only: TrainConfig, caplog: pytest.LogCaptureFixture
+def test_rows_that_are_missing_are_said_and_equal_ones_are_kept(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (run_dir / "metrics.jsonl").write_text(json.dumps(row(1)) + "\n")
-    open_logger(run_dir, files_only, resume_step=1).finish(0)
-    assert not caplog.records
-    open_logger(run_dir, files_only, resume_step=3).finish(0)
+    (run_dir / "metrics.jsonl").write_text((json.dumps(row(1)) + "\n") * 2)
+    open_logger(run_dir, resume_step=1).finish(0)
+    assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2 and not caplog.records
+    open_logger(run_dir, resume_step=3).finish(0)
     assert "rows of steps 2 to 3 are missing" in caplog.text
 
 
-def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(
-    run_dir: Path, files_only: TrainConfig
-) -> None:
+def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(run_dir: Path) -> None:
     (run_dir / "completions").mkdir()
     for name in (".step_000003.parquet.partial", "step_000001.parquet", "step_1 (copy).parquet"):
         (run_dir / "completions" / name).touch()
-    open_logger(run_dir, files_only, resume_step=2).finish(0)
+    open_logger(run_dir, resume_step=2).finish(0)
     left = sorted(path.name for path in (run_dir / "completions").iterdir())
     assert left == ["step_000001.parquet", "step_1 (copy).parquet"]
 
 
-def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir: Path, files_only: TrainConfig) -> None:
+def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir: Path) -> None:
     numbers = [0.0, 1 / 3, -1e-30, 3e-42, 65504.1, math.inf, -math.inf, math.nan, 1.0, -0.75]
     sample = dict.fromkeys(("policy_shift", "objective_shift", "log_prob"), numbers)
-    with open_logger(run_dir, files_only) as logger:
+    with open_logger(run_dir) as logger:
         logger.log_completions(1, [sample, {key: [] for key in sample}])
         logger.log_completions(2, [{key: [] for key in sample}])
         logger.log_completions(3, [])
@@ -229,7 +191,7 @@ def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir: Path, files_only: 
 
 
 def test_an_error_of_the_disk_at_a_checkpoint_names_the_file(
-    run_dir: Path, files_only: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
 
@@ -238,7 +200,7 @@ def test_an_error_of_the_disk_at_a_checkpoint_names_the_file(
         if len(synced) == 4:
             raise OSError(errno.EIO, "in the system's words")
 
-    with open_logger(run_dir, files_only) as logger:
+    with open_logger(run_dir) as logger:
         monkeypatch.setattr(os, "fsync", fsync)
         logger.sync()
         assert len(set(synced)) == 2

@@ -1,6 +1,6 @@
 """Which samples count as the same answer, without the gold's help."""
 
-from capo_exp.evaluation.majority import MAX_COMPARED, classes
+from capo_exp.evaluation.majority import MAX_COMPARED, number_answers
 from capo_exp.grading.compare import exact_match, grade
 from capo_exp.grading.verifier import RewardResult
 
@@ -24,31 +24,31 @@ class Judge:
 
 def test_equal_answers_written_otherwise_are_one_class():
     answers = [[r"\frac{1}{2}", "0.5", "2", "1/2", "", "2.0"], ["x", "y", "x"], ["", ""]]
-    assert classes(answers, Judge(grade)) == [[0, 0, 1, 0, -1, 1], [0, 1, 0], [-1, -1]]
+    assert number_answers(answers, Judge(grade)) == [[0, 0, 1, 0, -1, 1], [0, 1, 0], [-1, -1]]
 
 
 def test_by_text_where_the_verifier_compares_texts():
-    assert classes([["x/2", "0.5x", " x/2 "]], Judge(exact_match)) == [[0, 1, 0]]
+    assert number_answers([["x/2", "0.5x", " x/2 "]], Judge(exact_match)) == [[0, 1, 0]]
 
 
 def test_numbers_need_no_verifier():
     judge = Judge(grade)
-    assert classes([["1/2", "0.5", "1,000", "1000.0", "1/0", "7"]], judge) == [[0, 0, 1, 1, 2, 3]]
+    assert number_answers([["1/2", "0.5", "1,000", "1000.0", "1/0", "7"]], judge) == [[0, 0, 1, 1, 2, 3]]
     assert {text for call in judge.calls for text, _ in call} == {r"\boxed{1/0}", r"\boxed{7}"}
 
 
 def test_one_call_a_round_for_all_problems():
     judge = Judge(exact_match)
-    classes([["a", "b", "c"], ["a", "a"], ["d", "e"]], judge)
+    number_answers([["a", "b", "c"], ["a", "a"], ["d", "e"]], judge)
     assert [len(call) for call in judge.calls] == [3, 1, 0]
 
 
 def test_long_answers_are_compared_as_text():
     long, judge = "7" * (MAX_COMPARED + 1), Judge(grade)
-    assert classes([[long, "7", long, "7.0", long + "1"]], judge) == [[0, 1, 0, 1, 2]]
+    assert number_answers([[long, "7", long, "7.0", long + "1"]], judge) == [[0, 1, 0, 1, 2]]
     assert all(len(text) < MAX_COMPARED + 9 for call in judge.calls for text, _ in call)
 
 
 def test_nothing_to_compare():
-    assert classes([], Judge(grade)) == []
-    assert classes([[""]], Judge(grade)) == [[-1]]
+    assert number_answers([], Judge(grade)) == []
+    assert number_answers([[""]], Judge(grade)) == [[-1]]

@@ -26,31 +26,36 @@ from capo_exp.core.batch import totals
 from capo_exp.core.types import Batch, TokenLoss
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.training.learner import Learner
-from capo_exp.training.rollout_step import Sample, credited
+from capo_exp.training.rollout_step import Rollout, assign_credit
 from tests.pieces import (
     SMALL,
     gradients,
     groups_of,
+    inputs_of,
     make_learner,
     plain_log_probs,
     run_updates,
     same_weights,
+    take_step,
     watch_gradients,
     weights,
 )
+
+Make = Callable[..., Learner]
+Built = Callable[..., Algorithm]
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
 
 @pytest.fixture
-def built(composed: Compose) -> Callable[..., Algorithm]:
+def built(composed: Compose) -> Built:
     """`built("cpgd", ...)` is the algorithm of conf/algo/cpgd.yaml."""
     return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
 
 
 @pytest.fixture
-def learner(small_model: PreTrainedModel, composed: Compose) -> Callable[..., Learner]:
+def learner(small_model: PreTrainedModel, composed: Compose) -> Make:
     def make(*overrides: str, distance: float = 0.0) -> Learner:
         return make_learner(composed(*SMALL, *overrides), small_model, distance=distance)
 
@@ -61,7 +66,7 @@ def one_token(loss: Callable[..., TokenLoss], ratio: float, advantage: float) ->
     """Value, gradient with respect to ln pi, and `clipped` of a completion of one token; ln pi is 0."""
     log_probs = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     old, mask = -torch.tensor([[ratio]], dtype=torch.float64).log(), torch.ones(1, 1).bool()
-    got = loss(log_probs, old, torch.tensor([[advantage]], dtype=torch.float64), mask)
+    got = loss(inputs_of(log_probs, old, torch.tensor([[advantage]], dtype=torch.float64), mask))
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     return got.values.item(), gradient.item(), bool(got.clipped.item())
 
@@ -81,7 +86,7 @@ def loss_and_gradient(
     """Loss, its gradient [B, T] with respect to log_probs, and `clipped` [B, T] of an algorithm's two
     parts."""
     log_probs, old, advantages = off_policy(batch, spread)
-    token_loss = algorithm.token_loss(log_probs, old, advantages, batch.completion_mask)
+    token_loss = algorithm.token_loss(inputs_of(log_probs, old, advantages, batch.completion_mask))
     keep = batch.completion_mask if keep_mask is None else keep_mask
     loss = algorithm.aggregation(token_loss.values, keep, batch, totals(batch))
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0], token_loss.clipped
@@ -109,7 +114,7 @@ def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(values: list[l
 
 
 def test_rloo_at_ratio_one_is_the_advantage_times_the_log_likelihood(
-    built: Callable[..., Algorithm], random_batch: Batches
+    built: Built, random_batch: Batches
 ) -> None:
     """Gradient of -mean_i A_i sum_t ln pi_it: -A_i / B at every token, however long the completion."""
     batch = random_batch()
@@ -131,7 +136,7 @@ def plain_sequence_gradient(batch: Batch, spread: float, *, mean: bool, low: flo
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rloo_off_policy_has_the_gradient_of_the_clipped_completion(
-    built: Callable[..., Algorithm], random_batch: Batches, seed: int
+    built: Built, random_batch: Batches, seed: int
 ) -> None:
     batch = random_batch(rows=32, seed=seed)
     _, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.15)
@@ -155,9 +160,7 @@ def test_kl_in_reward_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gspo_is_the_sequence_formula(
-    built: Callable[..., Algorithm], random_batch: Batches, seed: int
-) -> None:
+def test_gspo_is_the_sequence_formula(built: Built, random_batch: Batches, seed: int) -> None:
     """GSPO-token's value and gradient are those of -min(s A, clip(s) A), s = exp(mean_t ln r_t), eps of the
     paper."""
     batch = random_batch(rows=32, seed=seed)
@@ -180,9 +183,7 @@ def test_gspo_is_the_sequence_formula(
         (1e-2, -1.0, True),
     ],
 )
-def test_gspo_quadrants(
-    built: Callable[..., Algorithm], log_ratio: float, advantage: float, free: bool
-) -> None:
+def test_gspo_quadrants(built: Built, log_ratio: float, advantage: float, free: bool) -> None:
     ratio = torch.tensor(log_ratio).double().exp().item()
     _, gradient, clipped = one_token(built("gspo").token_loss, ratio, advantage)
     assert gradient == pytest.approx(-ratio * advantage if free else 0.0)
@@ -191,7 +192,7 @@ def test_gspo_quadrants(
 
 @pytest.mark.parametrize("name", ["gspo", "rloo"])
 def test_a_dropped_token_still_counts_in_the_ratio_but_has_no_gradient(
-    built: Callable[..., Algorithm], random_batch: Batches, name: str
+    built: Built, random_batch: Batches, name: str
 ) -> None:
     """The others' gradients are those of the sequence ratio over all tokens: s does not see the selection."""
     batch, algorithm = (
@@ -227,13 +228,11 @@ def test_a_dropped_token_still_counts_in_the_ratio_but_has_no_gradient(
     ],
 )
 def test_dppo_masks_by_probability(
-    built: Callable[..., Algorithm], name: str, old: float, new: float, advantage: float, free: bool
+    built: Built, name: str, old: float, new: float, advantage: float, free: bool
 ) -> None:
     log_probs = torch.tensor([[new]]).double().log().requires_grad_()
-    got = built(name).token_loss(
-        log_probs, torch.tensor([[old]]).double().log(), torch.tensor([[advantage]]).double(),
-        torch.ones(1, 1).bool(),
-    )  # fmt: skip
+    before, credit = torch.tensor([[old]]).double().log(), torch.tensor([[advantage]]).double()
+    got = built(name).token_loss(inputs_of(log_probs, before, credit, torch.ones(1, 1).bool()))
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     capped = min(new / old, 20.0)
     assert got.values.item() == pytest.approx(-capped * advantage)
@@ -241,7 +240,7 @@ def test_dppo_masks_by_probability(
     assert got.clipped.item() != free
 
 
-def test_dppos_gradient_is_the_capped_ratio(built: Callable[..., Algorithm], random_batch: Batches) -> None:
+def test_dppos_gradient_is_the_capped_ratio(built: Built, random_batch: Batches) -> None:
     """Without bounds, of GRPO's ratio up to the cap; with a bound of its own for each sign of A."""
     batch = random_batch()
     log_probs, old, advantages = off_policy(batch, 1.0)
@@ -251,11 +250,12 @@ def test_dppos_gradient_is_the_capped_ratio(built: Callable[..., Algorithm], ran
         "algo.token_loss.delta_high=inf",
         "algo.token_loss.ratio_cap=1.5",
     )
-    got = free.token_loss(log_probs, old, advantages, batch.completion_mask)
+    inputs = inputs_of(log_probs, old, advantages, batch.completion_mask)
+    got = free.token_loss(inputs)
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     torch.testing.assert_close(gradient, -(log_probs - old).exp().clamp(max=1.5).detach() * advantages)
     one_sided = built("dppo", "algo.token_loss.delta_high=inf")
-    left = one_sided.token_loss(log_probs, old, advantages, batch.completion_mask).clipped
+    left = one_sided.token_loss(inputs).clipped
     assert left[advantages < 0].any() and not left[advantages >= 0].any()
 
 
@@ -302,23 +302,23 @@ def test_equal_returns_are_exactly_no_credit(value: float, rows: int) -> None:
     assert not whitened_return(advantages, mask, torch.zeros(rows, 3), kl_coefficient=0.0, eps=1e-8).any()
 
 
-def some_sample() -> Sample:
+def some_rollout() -> Rollout:
     """3 prompts with 4 completions each, of different lengths."""
     rewards = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     lengths = [[3, 1, 4, 2], [5, 2, 2, 1], [1, 3, 2, 4]]
     groups = groups_of(rewards, lengths)
-    return Sample(groups, torch.tensor(rewards), True, len(groups), 12, 30, {})
+    return Rollout(groups, torch.tensor(rewards), True, len(groups), 12, 30, {})
 
 
 def drawn_batch(ours: Learner) -> tuple[Batch, Tensor, Tensor]:
-    """The credited batch of some_sample, ln(policy / reference) [B, T], and rewards [P, G]."""
-    sample = some_sample()
-    batch, _ = credited(sample, ours._algorithm, ours, pad_token_id=0)
+    """The credited batch of some_rollout, ln(policy / reference) [B, T], and rewards [P, G]."""
+    rollout = some_rollout()
+    batch, _ = assign_credit(rollout, ours, pad_token_id=0)
     if ours.reference is None:
-        return batch, torch.zeros_like(batch.advantages), sample.rewards
+        return batch, torch.zeros_like(batch.advantages), rollout.rewards
     with torch.no_grad():
         kl = plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)
-    return batch, kl, sample.rewards
+    return batch, kl, rollout.rewards
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - kept.mean()) / kept.std(correction=0) * mask
 
 
-def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Callable[..., Learner]) -> None:
+def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Make) -> None:
     ours = learner("algo=reinforce_pp", "algo.credit.kl_coefficient=0.5", distance=0.1)
     batch, kl, rewards = drawn_batch(ours)
     to_go = torch.stack([kl[:, t:].sum(1) for t in range(kl.shape[1])], 1)
@@ -335,14 +335,14 @@ def test_reinforce_pp_credits_the_return_with_kl_to_the_reference(learner: Calla
     assert kl.abs().max() > 0.1
 
 
-def test_reinforce_pp_baseline_whitens_the_centred_reward(learner: Callable[..., Learner]) -> None:
+def test_reinforce_pp_baseline_whitens_the_centred_reward(learner: Make) -> None:
     ours = learner("algo=reinforce_pp_baseline", distance=0.1)
     batch, _, rewards = drawn_batch(ours)
     centred = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1).expand_as(batch.advantages)
     torch.testing.assert_close(batch.advantages, whiten(centred, batch.completion_mask), rtol=1e-4, atol=1e-5)
 
 
-def test_rloo_takes_the_kl_of_the_whole_completion_off_the_reward(learner: Callable[..., Learner]) -> None:
+def test_rloo_takes_the_kl_of_the_whole_completion_off_the_reward(learner: Make) -> None:
     ours = learner("algo=rloo", "algo.shaping.kl_coefficient=0.5", distance=0.1)
     batch, kl, rewards = drawn_batch(ours)
     shaped = rewards - 0.5 * kl.sum(1).view(3, 4)
@@ -369,8 +369,8 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
         composed(*shared, "algo=dapo"),
     )
     grpo, dapo, other = (make_learner(config, small_model) for config in configs)
-    for one, config in zip((grpo, dapo, other), configs, strict=True):
-        metrics, _ = run_updates(one, config, random_batch())
+    for one in (grpo, dapo, other):
+        metrics, _ = run_updates(one, random_batch())
         assert metrics[-1]["loss/clip_fraction"] > 0
     assert same_weights(grpo, dapo) and not same_weights(grpo, other)
 
@@ -386,9 +386,7 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
         (1.5, -1.0, 1.5),
     ],
 )
-def test_clip_higher_quadrants(
-    built: Callable[..., Algorithm], ratio: float, advantage: float, gradient: float
-) -> None:
+def test_clip_higher_quadrants(built: Built, ratio: float, advantage: float, gradient: float) -> None:
     """0.2 below, 0.28 above."""
     assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
 
@@ -405,7 +403,7 @@ def test_the_overlong_penalty_is_piecewise_linear() -> None:
     torch.testing.assert_close(got - 1, torch.tensor([[0.0, 0.0, -0.2, -0.4, -0.8, -1.0, -1.0, -1.0]]))
 
 
-def test_dapo_punishes_before_it_normalises(learner: Callable[..., Learner]) -> None:
+def test_dapo_punishes_before_it_normalises(learner: Make) -> None:
     """5 tokens at most, so a cache of 1: only the completion of 5 tokens pays, in prompt 1, and its group's
     advantages follow."""
     ours = learner("algo=dapo", "dataset.max_completion_tokens=5")
@@ -416,10 +414,10 @@ def test_dapo_punishes_before_it_normalises(learner: Callable[..., Learner]) -> 
 
 
 def test_overlong_filtering_drops_every_token_of_a_truncated_completion(
-    learner: Callable[..., Learner], random_batch: Batches
+    learner: Make, random_batch: Batches
 ) -> None:
     ours, batch = learner("algo=dapo", "selection=drop_truncated"), random_batch()
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     mask, cut = batch.completion_mask, batch.truncated
     assert 0 < cut.sum() < 8
     assert torch.equal(record.selection.keep_mask, mask & ~cut[:, None])
@@ -433,7 +431,7 @@ def test_overlong_filtering_drops_every_token_of_a_truncated_completion(
 
 @pytest.mark.parametrize("advantage", [-2.0, -0.5, 0.0, 0.5, 2.0])
 def test_dual_clip_bounds_the_loss_of_wrong_completions_and_nothing_else(
-    built: Callable[..., Algorithm], advantage: float
+    built: Built, advantage: float
 ) -> None:
     single, dual = (built(name).token_loss for name in ("grpo", "grpo_dual_clip"))
     for ratio in (0.1, 0.79, 0.9, 1.0, 1.3, 2.9, 3.1, 50.0):
@@ -444,7 +442,7 @@ def test_dual_clip_bounds_the_loss_of_wrong_completions_and_nothing_else(
             assert two == one
 
 
-def test_grpo_without_clip_is_the_plain_ratio(built: Callable[..., Algorithm], random_batch: Batches) -> None:
+def test_grpo_without_clip_is_the_plain_ratio(built: Built, random_batch: Batches) -> None:
     batch, algorithm = random_batch(), built("grpo_no_clip")
     loss, gradient, clipped = loss_and_gradient(algorithm, batch, spread=2.0)
     log_probs, old, advantages = off_policy(batch, 2.0)
@@ -457,9 +455,7 @@ def test_grpo_without_clip_is_the_plain_ratio(built: Callable[..., Algorithm], r
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.1, 1.5])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 2.0])
-def test_grpo_with_drift_adds_cpgds_drift(
-    built: Callable[..., Algorithm], ratio: float, advantage: float
-) -> None:
+def test_grpo_with_drift_adds_cpgds_drift(built: Built, ratio: float, advantage: float) -> None:
     plain = one_token(built("grpo").token_loss, ratio, advantage)
     got = one_token(built("grpo_drift").token_loss, ratio, advantage)
     assert got[1] - plain[1] == pytest.approx(0.01 * min(ratio - 1, 0.2), abs=1e-12)
@@ -471,9 +467,7 @@ def test_grpo_with_drift_adds_cpgds_drift(
 
 @pytest.mark.parametrize("ratio", [0.85, 1.0, 1.15])
 @pytest.mark.parametrize("advantage", [-1.5, 2.0])
-def test_inside_the_bounds_the_gradient_has_no_ratio(
-    built: Callable[..., Algorithm], ratio: float, advantage: float
-) -> None:
+def test_inside_the_bounds_the_gradient_has_no_ratio(built: Built, ratio: float, advantage: float) -> None:
     """-A grad ln pi, where GRPO has -r A; at ratio 1 the drift adds nothing."""
     _, gradient, clipped = one_token(built("cpg").token_loss, ratio, advantage)
     assert (gradient, clipped) == (-advantage, False)
@@ -487,7 +481,7 @@ def test_inside_the_bounds_the_gradient_has_no_ratio(
     [(1.21, 1.0, -1.2, False), (0.5, 1.0, -0.5, True), (0.79, -1.0, 0.8, False), (3.0, -1.0, 3.0, True)],
 )
 def test_the_clip_acts_in_two_quadrants(
-    built: Callable[..., Algorithm], ratio: float, advantage: float, value: float, free: bool
+    built: Built, ratio: float, advantage: float, value: float, free: bool
 ) -> None:
     """-A ln(r), held at -A ln(1.2) and -A ln(0.8) where the policy has gone far enough already."""
     got, gradient, clipped = one_token(built("cpg").token_loss, ratio, advantage)
@@ -496,7 +490,7 @@ def test_the_clip_acts_in_two_quadrants(
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.7, 1.0, 1.1, 1.19, 1.21, 3.0])
-def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Callable[..., Algorithm], ratio: float) -> None:
+def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Built, ratio: float) -> None:
     """k3 of KL(old || policy) = r - 1 - ln r; alpha = 0.01, and r - 1 counts as 0.2 at most."""
     log_probs = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
     (k3,) = torch.autograd.grad(log_probs.exp() - 1 - log_probs, log_probs)
@@ -508,16 +502,14 @@ def test_the_drift_has_the_gradient_of_k3_and_a_limit(built: Callable[..., Algor
     ("name", "clipped", "drift"),
     [("cpgd", 0.0, 0.2), ("cpg", 0.0, 0.0), ("pgd", -1.0, 0.2), ("pg", -1.0, 0.0)],
 )
-def test_ablations_switch_off_clip_and_drift(
-    built: Callable[..., Algorithm], name: str, clipped: float, drift: float
-) -> None:
+def test_ablations_switch_off_clip_and_drift(built: Built, name: str, clipped: float, drift: float) -> None:
     """A > 0 and r far above the bound: the clip removes -A, the drift adds 0.01 * 0.2. And far below it."""
     loss = built(name).token_loss
     assert one_token(loss, 9.0, 1.0)[1] == pytest.approx(clipped + 0.01 * drift)
     assert one_token(loss, 0.01, -1.0)[1] == pytest.approx(-clipped - 0.01 * 0.99 * (drift > 0))
 
 
-def test_bounds_go_from_tight_to_loose_along_a_completion(built: Callable[..., Algorithm]) -> None:
+def test_bounds_go_from_tight_to_loose_along_a_completion(built: Built) -> None:
     """eps (1/4 + 3/4 i / n) for the i-th of n tokens: 0.0875, 0.125, 0.1625, 0.2 of four and 0.125, 0.2 of
     two; tightness 1 is 0.2 everywhere."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
@@ -528,7 +520,8 @@ def test_bounds_go_from_tight_to_loose_along_a_completion(built: Callable[..., A
         for sign in (1.0, -1.0):
             for factor, outside in ((0.99, False), (1.01, True)):
                 log_ratio = (1 + sign * factor * limit).log() * mask
-                got = loss(log_ratio, torch.zeros_like(log_ratio), sign * mask.double(), mask)
+                zeros = torch.zeros_like(log_ratio)
+                got = loss(inputs_of(log_ratio, zeros, sign * mask.double(), mask))
                 assert torch.equal(got.clipped, mask & outside)
 
 
@@ -547,7 +540,7 @@ def test_clip_filter_weights_by_hand() -> None:
     assert not clip_filter_weighted(torch.tensor([equal] * 4), max_weight=3.0).any()
 
 
-def test_cpgds_prompt_weights(built: Callable[..., Algorithm]) -> None:
+def test_cpgds_prompt_weights(built: Built) -> None:
     """1 / std is GRPO's advantage; equal is Dr. GRPO's; unprocessed is the reward."""
     rewards = torch.rand(5, 4)
     got = {name: built(f"cpgd_{name}").advantage(rewards) for name in ("std", "equal", "unprocessed")}
@@ -571,16 +564,15 @@ def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> Non
         "drift_max": 9.0,
     }
 
-    def loss(*args: Tensor) -> TokenLoss:
-        return reweighted(*args, token_loss=partial(policy_drift_surrogate, **numbers), weight_eps=0.05)
-
+    plain = partial(policy_drift_surrogate, **numbers)
+    loss = partial(reweighted, token_loss=plain, weight_eps=0.05)
     for advantage in (2.0, -2.0):
         _, gradient, _ = one_token(loss, ratio, advantage)
         assert gradient == pytest.approx(-advantage * weight + 0.5 * (ratio - 1))
 
 
 def test_cpgd_averages_over_the_tokens_of_a_prompt_then_over_prompts(
-    learner: Callable[..., Learner], small_model: PreTrainedModel, random_batch: Batches
+    learner: Make, small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     """At ratio 1: the gradient of -mean_x (1 / sum_k |y_k|) sum_k A_k sum_t ln pi; rows 2p and 2p + 1 are of
     prompt p."""
@@ -616,7 +608,7 @@ def updated(
     config = compose(*SMALL, *overrides)
     ours = make_learner(config, model)
     seen = watch_gradients(ours)
-    run_updates(ours, config, batch)
+    run_updates(ours, batch)
     return ours, seen[-1]
 
 
@@ -651,7 +643,7 @@ def test_the_learner_does_not_see_what_dash_filters(
             seen[name] += len(kwargs["input_ids"])
 
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    metrics, record = run_updates(ours, config, batch)
+    metrics, record = run_updates(ours, batch)
     assert seen == {"model": len(kept), "reference": len(kept)}
     assert torch.equal(record.batch.input_ids, batch.input_ids[kept])
     assert metrics[0]["selection/filtered_completion_fraction"] == pytest.approx(1 - len(kept) / 8)
@@ -726,7 +718,7 @@ def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
     ],
 )
 def test_the_kl_in_the_loss_is_the_estimators(
-    learner: Callable[..., Learner],
+    learner: Make,
     random_batch: Batches,
     overrides: list[str],
     estimator: Callable[[Tensor, Tensor], Tensor],
@@ -740,7 +732,7 @@ def test_the_kl_in_the_loss_is_the_estimators(
     model, reference = copy.deepcopy(ours.model), ours.reference
     assert reference is not None
     seen = watch_gradients(ours)
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     mask, ref = batch.completion_mask, plain_log_probs(reference, batch, 0.7)
     log_probs = plain_log_probs(model, batch, 0.7)
     loss = coefficient * mean(estimator(log_probs, ref) * mask, mask)
@@ -754,7 +746,7 @@ def test_the_kl_in_the_loss_is_the_estimators(
 
 
 def test_a_kl_in_the_reward_alone_leaves_the_loss_finite_however_far_the_reference(
-    learner: Callable[..., Learner], random_batch: Batches
+    learner: Make, random_batch: Batches
 ) -> None:
     """The k3 of RLOO's metric overflows; its loss has no KL term."""
     ours, plain = learner("algo=rloo"), learner("algo=rloo", "algo.shaping.kl_coefficient=0.0")
@@ -762,25 +754,27 @@ def test_a_kl_in_the_reward_alone_leaves_the_loss_finite_however_far_the_referen
     for one in (ours, plain):
         with torch.no_grad():
             one.model.get_output_embeddings().weight.mul_(300.0)
-    metrics = ours.step(random_batch())[0]
+    metrics = take_step(ours, random_batch())[0]
     assert metrics["loss/kl"] == float("inf")
-    assert metrics["loss/total"] == plain.step(random_batch())[0]["loss/total"] and same_weights(ours, plain)
+    assert metrics["loss/total"] == take_step(plain, random_batch())[0]["loss/total"] and same_weights(
+        ours, plain
+    )
 
 
-def test_a_reset_reference_is_the_policy(learner: Callable[..., Learner], random_batch: Batches) -> None:
+def test_a_reset_reference_is_the_policy(learner: Make, random_batch: Batches) -> None:
     ours = learner("algo=prorl", "algo.kl_coefficient=0.1", "regime.learning_rate=1e-3")
-    ours.step(random_batch())
-    assert ours.step(random_batch())[0]["loss/kl"] > 0
+    take_step(ours, random_batch())
+    assert take_step(ours, random_batch())[0]["loss/kl"] > 0
     ours.reset_reference()
     assert ours.reference_resets == 1 and ours.reference is not None
     assert ours.optimizer.state and ours.optimizer_model is not None and ours.optimizer_model.step == 2
-    assert ours.step(random_batch())[0]["loss/kl"] == 0.0
-    assert ours.step(random_batch())[0]["loss/kl"] > 0  # the reference is a copy: it stays where it was put
+    assert take_step(ours, random_batch())[0]["loss/kl"] == 0.0
+    assert (
+        take_step(ours, random_batch())[0]["loss/kl"] > 0
+    )  # the reference is a copy: it stays where it was put
 
 
-def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
-    learner: Callable[..., Learner], random_batch: Batches
-) -> None:
+def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(learner: Make, random_batch: Batches) -> None:
     """Moments of a fresh learner with the same weights; the schedule goes on where it was."""
     rates = [
         "algo=capo",
@@ -790,7 +784,7 @@ def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
     ]
     ours, fresh = learner(*rates), learner(*rates)
     for seed in range(3):
-        ours.step(random_batch(seed=seed))
+        take_step(ours, random_batch(seed=seed))
     ours.reset_optimizer()
     assert not ours.optimizer.state
     assert (
@@ -800,7 +794,7 @@ def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(
     )
     fresh.model.load_state_dict(ours.model.state_dict())
     fresh.optimizer.param_groups[0]["lr"] = ours.optimizer.param_groups[0]["lr"]
-    metrics, again = ours.step(random_batch())[0], fresh.step(random_batch())[0]
+    metrics, again = take_step(ours, random_batch())[0], take_step(fresh, random_batch())[0]
     assert metrics["optim/learning_rate"] == again["optim/learning_rate"] == pytest.approx(0.7e-3)
     assert same_weights(ours, fresh)
 
@@ -812,16 +806,14 @@ class Nothing:
         folder.mkdir(exist_ok=True)
 
 
-def test_a_checkpoint_keeps_a_moved_reference(
-    learner: Callable[..., Learner], random_batch: Batches, tmp_path: Path
-) -> None:
+def test_a_checkpoint_keeps_a_moved_reference(learner: Make, random_batch: Batches, tmp_path: Path) -> None:
     ours, keeper = learner("algo=prorl", "regime.learning_rate=1e-3"), Checkpointer(tmp_path, keep=1)
-    ours.step(random_batch())
+    take_step(ours, random_batch())
     keeper.save(1, ours.state_dict(), ours.model, Nothing())  # pyright: ignore[reportArgumentType]
     assert keeper.latest_reference() is None  # still the base model
     ours.reset_reference()
     kept = copy.deepcopy(ours.reference)
-    ours.step(random_batch(seed=1))
+    take_step(ours, random_batch(seed=1))
     counters = {"counter/completions": 7}
     state = ours.state_dict() | {"counters": counters}
     path = keeper.save(2, state, ours.model, Nothing(), ours.reference)  # pyright: ignore[reportArgumentType]
@@ -830,7 +822,7 @@ def test_a_checkpoint_keeps_a_moved_reference(
     again = learner("algo=prorl", "regime.learning_rate=1e-3")
     again.model = type(ours.model).from_pretrained(path).eval()
     again = Learner(
-        again.model, type(kept).from_pretrained(saved).eval(), again._algorithm, again._config, torch.float32
+        again.model, type(kept).from_pretrained(saved).eval(), again.algorithm, again.config, torch.float32
     )
     state = keeper.restore(path, torch.device("cpu"))
     assert state["counters"] == counters
@@ -839,7 +831,7 @@ def test_a_checkpoint_keeps_a_moved_reference(
     assert all(
         torch.equal(a, b) for a, b in zip(again.reference.parameters(), kept.parameters(), strict=True)
     )
-    first, second = (one.step(random_batch(seed=2))[0] for one in (ours, again))
+    first, second = (take_step(one, random_batch(seed=2))[0] for one in (ours, again))
     assert first["loss/kl"] == second["loss/kl"] > 0
     assert same_weights(ours, again)
 
@@ -847,7 +839,7 @@ def test_a_checkpoint_keeps_a_moved_reference(
 # The CAPO authors' "minibatch" recipe
 
 
-def test_only_the_first_of_a_group_learns_with_the_weight_of_all(built: Callable[..., Algorithm]) -> None:
+def test_only_the_first_of_a_group_learns_with_the_weight_of_all(built: Built) -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
     got = first_of_group(rewards, eps=1e-4)
     torch.testing.assert_close(got[:, 0], 4 * built("grpo").advantage(rewards)[:, 0])

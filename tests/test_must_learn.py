@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.timing import Stopwatch
+from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult
-from capo_exp.training.rollout_step import Sampler, credited, sample
+from capo_exp.training.rollout_step import Sampler, assign_credit, sample_rollout
 from tests.conftest import ALGORITHMS
 from tests.pieces import SMALL, graded, make_learner, run_updates
 from tests.test_rollout_hf import engine, prompts
@@ -41,6 +42,7 @@ class EvenFirst:
     def __exit__(self, *_: object) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_learns_a_trivial_reward(
     algo: str, small_model: PreTrainedModel, composed: Callable[..., TrainConfig]
@@ -51,15 +53,19 @@ def test_every_algorithm_learns_a_trivial_reward(
     config = composed(*SMALL, f"algo={algo}", *NUMBERS, *bounds)
     ours = make_learner(config, small_model)
     questions = prompts(*((5 + i, 6, 7) for i in range(8)))
-    sampler = Sampler(config, ours._algorithm, engine(ours.model), EvenFirst(), questions)
+    source = engine(ours.model)
+    sampler = Sampler(source, source, EvenFirst(), questions, RewardTerms())
     accuracy: list[float] = []
     rejected: list[float] = []
     drawn = 0
     for step in range(1, STEPS + 1):
-        got = sample(sampler, step=step, first=drawn, weight_version=ours.optimizer_step, watch=Stopwatch())
+        got = sample_rollout(
+            config, ours.algorithm, sampler,
+            step=step, first=drawn, weight_version=ours.optimizer_step, watch=Stopwatch(),
+        )  # fmt: skip
         drawn += got.prompts
-        batch, _ = credited(got, ours._algorithm, ours, pad_token_id=0)
-        metrics, _ = run_updates(ours, config, batch, step)
+        batch, _ = assign_credit(got, ours, pad_token_id=0)
+        metrics, _ = run_updates(ours, batch, step)
         accuracy.append(got.metrics["reward/accuracy"])
         rejected += [line["selection/rejection_rate"] for line in metrics]
     assert fmean(accuracy[:3]) < 0.7

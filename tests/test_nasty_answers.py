@@ -4,8 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from capo_exp.grading.compare import STYLES, grade, grade_any, last_boxed, readable_gold
-from capo_exp.grading.verifier import MathVerifier
+from capo_exp.grading.compare import STYLES, can_read_gold, grade, grade_any
+from capo_exp.grading.extract import find_last_box
+from tests.grading_pieces import math_verifier
 
 REASONS = {"correct", "wrong", "no_answer", "gold_unparsable", "error", "timeout", "crash"}
 RIGHT = r"\boxed{7}"
@@ -100,7 +101,7 @@ NASTY_GOLDS = ["", " ", "$", "$$", "\x00", "\ud800", r"\frac{", "}", r"\boxed{",
 
 @pytest.fixture(scope="module")
 def verifier():
-    with MathVerifier(timeout_seconds=1.5, workers=2, memory_limit_gib=2.0) as shared:
+    with math_verifier(timeout_seconds=1.5, workers=2, memory_limit_gib=2.0) as shared:
         yield shared
 
 
@@ -113,10 +114,7 @@ def test_every_answer_gets_a_verdict_and_the_right_ones_stay_right(verifier):
     assert all(verdict.correct for verdict in verdicts[::2])
     for name, verdict in zip(nasty, verdicts[1::2], strict=True):
         assert verdict.reason in REASONS and not verdict.correct, (name, verdict.reason)
-    killed = {
-        name for name, verdict in zip(nasty, verdicts[1::2], strict=True) if verdict.reason == "timeout"
-    }
-    assert "power tower" in killed
+    assert verdicts[1].reason == "timeout", "power tower"
     bad = result.metrics["reward/timeouts"] + result.metrics["reward/crashes"]
     assert bad == sum(verdict.reason in ("timeout", "crash", "error") for verdict in verdicts)
 
@@ -184,9 +182,9 @@ def test_grade_never_raises_and_says_the_same_twice(text, gold, style):
     first = grade(text, gold, style)
     assert first.reason in REASONS and first == grade(text, gold, style)
     assert first.correct == (first.reason == "correct")
-    assert readable_gold(gold) == (first.reason != "gold_unparsable") or first.reason == "error"
+    assert can_read_gold(gold) == (first.reason != "gold_unparsable") or first.reason == "error"
     assert grade_any(text, (gold, gold), style) == first
-    last_boxed(text)
+    find_last_box(text)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,112 +1,206 @@
-"""Parts: what a YAML may name, what it must set, and where a wrong name is reported."""
+"""Parts: what a YAML may name and set, what functions carry and declare, how mistakes are told."""
 
+import importlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
 import torch
 
-from capo_exp.config.build import build_part, check_names, check_target, is_local_path, resolve_model_path
+from capo_exp.config import build
+from capo_exp.config.build import (
+    build_part,
+    check_target,
+    find_faults,
+    is_local_path,
+    read_settings,
+    resolve_model_path,
+)
+from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
-
-BOUNDS: dict[str, Any] = {
-    "_target_": "capo_exp.algorithms.capo.shift_bounds",
-    "_partial_": True,
-    "policy_shift_max": 1e-4,
-    "objective_shift_min": -1e-2,
-    "objective_shift_max": 1e-2,
-}
+from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
+from capo_exp.config.schema import conf_dir
 
 
-def refusal(part: dict[str, Any], **options: Any) -> str:
+class Bounds(TypedDict):
+    low: float
+    high: Annotated[float, POSITIVE]
+
+
+@ordered("low", "high")
+def select(
+    scored: float,
+    *,
+    low: Annotated[float, FINITE],
+    high: Annotated[float, POSITIVE],
+    looks: Annotated[int, AT_LEAST_1] = 1,
+    score: Callable[[float], float] = abs,
+) -> float:
+    return scored * (low + high) * looks + score(scored)
+
+
+class Settings:
+    def __init__(self, model: str, *, share: Annotated[float, SHARE], name: str = "") -> None:
+        self.seen = (model, share, name)
+
+
+PART: dict[str, Any] = {"_target_": f"{__name__}.select", "_partial_": True, "low": -1, "high": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def own_functions_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "tests"])
+
+
+def refusal(part: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as error:
-        build_part(part, key="algo.selection", **options)
+        build_part(part, key="algo.selection")
     return str(error.value)
 
 
-def test_binds_the_numbers() -> None:
-    built = build_part(BOUNDS, key="algo.selection")
-    assert isinstance(built, partial)
-    assert built.keywords == {k: v for k, v in BOUNDS.items() if not k.startswith("_")}
-
-
-def test_a_built_function_runs() -> None:
-    part = {
-        "_target_": "capo_exp.algorithms.grpo.group_normalised",
-        "_partial_": True,
-        "eps": 1e-4,
-        "target_std": 1.0,
-    }
-    assert build_part(part, key="algo.advantage")(torch.tensor([[0.0, 1.0]])).shape == (1, 2)
+def test_binds_the_numbers_of_functions_and_classes() -> None:
+    built = build_part(PART, key="algo.selection")
+    assert isinstance(built, partial) and built.keywords == {"low": -1, "high": 2.0}
+    assert built(3.0) == 6.0
+    settings = {"_target_": f"{__name__}.Settings", "_partial_": True, "share": 1}
+    assert build_part(settings, key="x")("model").seen == ("model", 1, "")
+    assert refusal({**settings, "share": 2}) == "algo.selection.share=2: expected a number in [0, 1]"
+    own = {"_target_": "capo_exp.algorithms.grpo.group_normalised", "_partial_": True, "eps": 1e-4}
+    advantage = build_part({**own, "target_std": 1.0}, key="algo.advantage")
+    assert advantage(torch.tensor([[0.0, 1.0]])).shape == (1, 2)
 
 
 def test_nested_values_stay_plain() -> None:
-    part = {
-        "_target_": "capo_exp.data.arithmetic.problems",
-        "_partial_": True,
-        "families": {"chain": [1]},
-        "num_train": 1,
-        "num_eval": 1,
-        "seed": 0,
-    }
+    numbers = {"families": {"chain": [1]}, "num_train": 1, "num_eval": 1, "seed": 0}
+    part = {"_target_": "capo_exp.data.arithmetic.problems", "_partial_": True, **numbers}
     assert type(build_part(part, key="dataset.source").keywords["families"]) is dict
 
 
-def test_unknown_parameter_names_key_function_and_known() -> None:
-    wrong = {**BOUNDS, "policy_shfit_max": 1}
-    assert refusal(wrong) == (
-        "algo.selection.policy_shfit_max: unknown parameter of capo_exp.algorithms.capo.shift_bounds; "
-        "known: policy_shift_max, objective_shift_min, objective_shift_max"
-    )
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hihg": 1}, ".hihg: unknown parameter of {t}.select; known: low, high, looks, score"),
+        ({"scored": 1}, ".scored: unknown parameter of {t}.select; "),  # what the caller passes is no setting
+        ({"high": None}, ".high=null: expected a positive finite number"),
+        ({"high": "abc"}, ".high=abc: expected a positive finite number"),
+        ({"high": [1.0]}, ".high=[1.0]: expected a positive finite number"),
+        ({"high": True}, ".high=true: expected a positive finite number"),
+        ({"high": 0}, ".high=0: expected a positive finite number"),
+        ({"high": float("nan")}, ".high=nan: expected a positive finite number"),
+        ({"looks": 0}, ".looks=0: expected an integer of at least 1"),
+        ({"looks": 1.5}, ".looks=1.5: expected an integer of at least 1"),
+        ({"low": 3}, ".low=3: expected at most high=2.0"),
+        ({"score": PART | {"high": -2}}, ".score.high=-2: expected a positive finite number"),  # at any depth
+        ({"_target_": "os.system"}, "._target_=os.system: expected a function of capo_exp or tests, as in"),
+        ({"_target_": "capo_exp"}, "._target_=capo_exp: expected a function of"),
+        ({"_target_": "capo_expo.x"}, "._target_=capo_expo.x: expected a function of"),
+        ({"_target_": ""}, "._target_=: expected a function of"),
+        ({"_target_": "{t}.selec"}, "._target_={t}.selec: unknown function; expected one of "),
+        (
+            {"_target_": "tests.nowhere.select"},
+            "._target_=tests.nowhere.select: there is no module tests.now",
+        ),
+    ],
+)
+def test_a_mistake_names_its_key(change: dict[str, Any], message: str) -> None:
+    if "_target_" in change:
+        change = {"_target_": change["_target_"].format(t=__name__)}
+    assert refusal(PART | change).startswith(f"algo.selection{message.format(t=__name__)}")
 
 
-def test_a_tensor_argument_is_no_setting() -> None:
-    assert refusal({**BOUNDS, "log_probs": 1}).startswith("algo.selection.log_probs: unknown parameter")
+def test_a_number_without_a_value() -> None:
+    del (part := dict(PART))["high"]
+    assert refusal(part) == f"algo.selection.high: no value; {__name__}.select needs a number here"
+    assert refusal({"_target_": "capo_exp.algorithms.neutral.keep_all", "x": 1}).endswith("known: none")
+    assert refusal(PART | {"_target_": f"{__name__}.selekt"}).endswith("nearest: select")
 
 
-def test_function_without_numbers_says_none() -> None:
-    part = {"_target_": "capo_exp.algorithms.neutral.keep_all", "_partial_": True, "x": 1}
-    assert refusal(part).endswith("unknown parameter of capo_exp.algorithms.neutral.keep_all; known: none")
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (float, [1, 0.5], {"": "a number", True: "a number"}),
+        (bool, [True], {1: "true or false"}),
+        (str, [""], {1: "text", None: "text"}),
+        (Annotated[float, POSITIVE] | None, [None, 1], {0: "a positive finite number"}),
+        (Annotated[float | None, POSITIVE], [None, 1], {0: "a positive finite number"}),
+        (str | int | None, [None, "0,1", 2], {0.5: "text"}),
+        (Annotated[str, one_of("a", "b")], ["a"], {"c": "one of a, b", 1: "one of a, b"}),
+    ],
+)
+def test_what_an_annotation_accepts(kind: Any, right: list[Any], wrong: dict[Any, str]) -> None:
+    for value in right:
+        assert not list(find_faults(kind, "k", value)), value
+    for value, expected in wrong.items():
+        assert [str(e).partition(": ")[2] for e in find_faults(kind, "k", value)] == [f"expected {expected}"]
 
 
-def test_missing_number() -> None:
-    part = {k: v for k, v in BOUNDS.items() if k != "objective_shift_min"}
-    assert refusal(part).startswith("algo.selection.objective_shift_min: no value;")
-    check_names(part, key="algo.selection")  # names alone are right
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (list[Annotated[float, SHARE]], [0.5, 2], "k[1]=2: expected a number in [0, 1]"),
+        (Sequence[int], 3, "k=3: expected a list"),
+        (Mapping[str, Sequence[Annotated[int, AT_LEAST_1]]], {"a": [1, 0]}, "k.a[1]=0: expected an integer"),
+        (dict[str, Annotated[float, POSITIVE]] | None, {"a": -1}, "k.a=-1: expected a positive"),
+        (dict[str, float], [1], "k=[1]: expected a mapping"),
+        (Annotated[dict[str, float], Rule(lambda v: "a" in v, "an a")], {}, "k={}: expected an a"),
+        (Bounds, {"low": 1}, "k={'low': 1}: expected a mapping with low, high"),
+        (Bounds, {"low": 1, "high": 0}, "k.high=0: expected a positive"),
+    ],
+)
+def test_ranges_hold_at_any_depth(kind: Any, value: Any, message: str) -> None:
+    assert str(next(find_faults(kind, "k", value))).startswith(message)
 
 
-def test_what_the_caller_passes_may_be_missing_and_must_not_be_set() -> None:
-    part = {k: v for k, v in BOUNDS.items() if k != "policy_shift_max"}
-    build_part(part, key="algo.selection", runtime=["policy_shift_max"])
-    assert "unknown parameter" in refusal(BOUNDS, runtime=["policy_shift_max"])
-
-
-@pytest.mark.parametrize("value", ["abc", None, [1.0]])
-def test_a_number_must_be_a_number(value: object) -> None:
-    message = refusal({**BOUNDS, "policy_shift_max": value})
-    assert message.startswith("algo.selection.policy_shift_max=") and "expected a number" in message
-
-
-@pytest.mark.parametrize("target", ["os.system", "capo_expo.x", "", "capo_exp"])
-def test_target_outside_the_package(target: str) -> None:
-    with pytest.raises(ConfigError, match=r"^algo\.selection\._target_=.*: expected a function of capo_exp"):
-        check_target({"_target_": target}, key="algo.selection")
-
-
-def test_target_that_is_not_there() -> None:
-    wrong = {**BOUNDS, "_target_": "capo_exp.algorithms.capo.shift_bound"}
-    assert refusal(wrong).endswith("nearest: shift_bounds")
-    wrong["_target_"] = "capo_exp.algorithms.cap.shift_bounds"
-    assert "there is no module capo_exp.algorithms.cap" in refusal(wrong)
-
-
-def test_target_whose_dependency_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_whose_dependency_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
 
     monkeypatch.setattr("capo_exp.config.build.importlib.import_module", absent)
-    assert "expected the package vllm to be installed" in refusal(BOUNDS)
+    assert refusal(PART).endswith("select: expected the package vllm to be installed")
+    with pytest.raises(ConfigError, match=r"expected a function of capo_exp or tests"):
+        check_target({"_target_": "os.system"}, key="x")  # imports nothing, so it does not get so far
+
+
+def test_declarations_are_read_through_partials_and_wrappers() -> None:
+    @compares_group
+    @whole_step
+    @needs_kl(unless_zero="beta")
+    def part(*, beta: float) -> float:
+        return beta
+
+    bound = partial(partial(part, beta=1.0))
+    assert (declares(bound, "compares_group"), declares(bound, "needs_kl")) == (True, "beta")
+    assert declares(part, "whole_step") and declares(print, "whole_step") is None
+
+
+def numbers_without_range(kind: Any) -> Iterator[Any]:
+    """Yields the numbers of an annotation that no range is around; those of callables are no settings."""
+    if kind in (int, float):
+        yield kind
+    elif is_typeddict(kind):
+        for each in get_type_hints(kind, include_extras=True).values():
+            yield from numbers_without_range(each)
+    elif get_origin(kind) is Annotated and any(isinstance(mark, Rule) for mark in get_args(kind)):
+        return
+    elif get_origin(kind) is not Callable:
+        for each in get_args(kind):
+            yield from numbers_without_range(each)
+
+
+def test_every_number_that_conf_can_set_has_a_range() -> None:
+    texts = [path.read_text() for path in conf_dir().rglob("*.yaml")]
+    targets = {target for text in texts for target in re.findall(r"_target_: *(capo_exp[\w.]+)", text)}
+    assert len(targets) > 50
+    bare = []
+    for target in sorted(targets):
+        module, _, name = target.rpartition(".")
+        settings = read_settings(getattr(importlib.import_module(module), name))
+        bare += [f"{target}.{s.name}" for s in settings.values() if list(numbers_without_range(s.annotation))]
+    assert not bare
+    assert list(numbers_without_range(Bounds)) == [float]  # this test can fail
 
 
 def test_model_paths(tmp_path: Path) -> None:

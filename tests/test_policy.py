@@ -14,13 +14,14 @@ from capo_exp.core import policy
 from capo_exp.core.batch import join, split
 from capo_exp.core.types import Batch, PolicyOutput
 
+Batches = Callable[..., Batch]
+
 
 def run(
     model: PreTrainedModel, batch: Batch, temperature: float = 1.0, top_k: int = 5, chunk: int = 1000
 ) -> PolicyOutput:
-    return policy.forward(
-        model, batch, temperature=temperature, top_k=top_k, chunk_tokens=chunk, compute_dtype=torch.float32
-    )
+    settings = policy.ForwardSettings(temperature, chunk, torch.float32)
+    return policy.forward(model, batch, settings, top_k=top_k)
 
 
 def row_logits(model: PreTrainedModel, batch: Batch, row: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def row_logits(model: PreTrainedModel, batch: Batch, row: int) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_row_agrees_with_cross_entropy_of_its_full_logits(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], temperature: float
+    small_model: PreTrainedModel, random_batch: Batches, temperature: float
 ) -> None:
     batch = random_batch()
     output = run(small_model, batch, temperature)
@@ -56,7 +57,7 @@ def test_every_row_agrees_with_cross_entropy_of_its_full_logits(
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch], chunk: int
+    small_model: PreTrainedModel, random_batch: Batches, chunk: int
 ) -> None:
     batch = random_batch()
     results = []
@@ -71,7 +72,7 @@ def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
 
 
 def test_no_tensor_of_all_logits_exists_in_forward_or_backward(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     batch = random_batch(rows=8, prompt=3, length=30)
     tokens, vocabulary = int(batch.completion_mask.sum()), small_model.config.vocab_size
@@ -84,7 +85,7 @@ def test_no_tensor_of_all_logits_exists_in_forward_or_backward(
 
 
 def test_micro_batches_are_trimmed_and_put_back_at_their_rows(
-    small_model: PreTrainedModel, random_batch: Callable[..., Batch]
+    small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
     batch = random_batch(rows=9, prompt=6, length=12)
     whole = run(small_model, batch).log_probs

@@ -3,7 +3,6 @@
 import io
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,13 +16,11 @@ from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import DatasetConfig, conf_dir
 from capo_exp.core.policy import load_tokenizer
-from capo_exp.core.types import Problem
-from capo_exp.data.prompts import preview, render, visited, with_special_tokens
-from capo_exp.figures.settings import flat, results
-from capo_exp.grading.compare import last_boxed
+from capo_exp.core.types import Problem, Prompt
+from capo_exp.data.prompts import choose_visits, count_with_special_tokens, preview, render_prompts
+from capo_exp.grading.extract import find_last_box
 from capo_exp.runs.console import Progress
-from capo_exp.runs.read import load_run
-from capo_exp.runs.record import ADDED, as_dict, run_id
+from capo_exp.runs.identity import run_id
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -60,68 +57,51 @@ def problem(text: str) -> Problem:
     return Problem(id=text, problem=text, answer="1")
 
 
+PLAIN = replace(CONFIG, apply_chat_template=False, system_prompt=None)
+
+
+def render(tokenizer, config: DatasetConfig, question: str = "1+1?") -> Prompt:
+    (prompt,), dropped = render_prompts([problem(question)], tokenizer, config)
+    assert dropped == 0
+    return prompt
+
+
 def test_latex_braces_are_text(tokenizer):
     question = r"What is $\frac{1}{2}$ of {problem} \{0\} {} %s?"
-    (prompt,), _ = render(
-        [problem(question)], tokenizer, replace(CONFIG, apply_chat_template=False, system_prompt=None)
-    )
-    assert prompt.text == f"Q: {question}\n"
+    assert render(tokenizer, PLAIN, question).text == f"Q: {question}\n"
 
 
-def test_chat_template_with_and_without_system_prompt(tokenizer):
-    (prompt,), dropped = render([problem("1+1?")], tokenizer, CONFIG)
-    assert prompt.text == "[BOS]<system>Think.</system><user>Q: 1+1?\n</user><assistant>"
-    assert dropped == 0
-    (prompt,), _ = render([problem("1+1?")], tokenizer, replace(CONFIG, system_prompt=None))
-    assert prompt.text == "[BOS]<user>Q: 1+1?\n</user><assistant>"
-
-
-@pytest.mark.parametrize("chat", [True, False])
-def test_special_tokens_come_once(tokenizer, chat):
-    (prompt,), _ = render([problem("1+1?")], tokenizer, replace(CONFIG, apply_chat_template=chat))
-    assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
-    assert prompt.token_ids[0] == tokenizer.bos_token_id
-    decoded = tokenizer.decode(prompt.token_ids[1:]).replace(" ", "")
-    assert decoded == prompt.text.removeprefix("[BOS]").replace(" ", "")
-
-
-def test_plain_text_puts_the_system_prompt_first(tokenizer):
-    (prompt,), _ = render([problem("1+1?")], tokenizer, replace(CONFIG, apply_chat_template=False))
-    assert prompt.text == "Think.\n\nQ: 1+1?\n"
+def test_the_system_prompt_and_special_tokens_come_once(tokenizer):
+    text = "[BOS]<system>Think.</system><user>Q: 1+1?\n</user><assistant>"
+    assert render(tokenizer, CONFIG).text == text
+    bare = replace(CONFIG, system_prompt=None)
+    assert render(tokenizer, bare).text == "[BOS]<user>Q: 1+1?\n</user><assistant>"
+    as_text = replace(CONFIG, apply_chat_template=False)
+    assert render(tokenizer, as_text).text == "Think.\n\nQ: 1+1?\n"
+    for config in (CONFIG, as_text):
+        prompt = render(tokenizer, config)
+        assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
+        assert prompt.token_ids[0] == tokenizer.bos_token_id
+        decoded = tokenizer.decode(prompt.token_ids[1:]).replace(" ", "")
+        assert decoded == prompt.text.removeprefix("[BOS]").replace(" ", "")
 
 
 def test_long_prompts_are_dropped_and_counted_and_the_order_stays(tokenizer):
-    config = replace(
-        CONFIG, apply_chat_template=False, system_prompt=None, template="{problem}", max_prompt_tokens=4
-    )
-    kept, dropped = render(
-        [problem(text) for text in ("abc", "abcd", "ab", "abcdef", "a")], tokenizer, config
-    )
+    config = replace(PLAIN, template="{problem}", max_prompt_tokens=4)
+    asked = [problem(text) for text in ("abc", "abcd", "ab", "abcdef", "a")]
+    kept, dropped = render_prompts(asked, tokenizer, config)
     assert [prompt.text for prompt in kept] == ["abc", "ab", "a"]
     assert [len(prompt.token_ids) for prompt in kept] == [4, 3, 2]
     assert dropped == 2
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens=2, which drops all 2 .* at least 4"):
+        render_prompts(asked[:2], tokenizer, replace(config, max_prompt_tokens=2))
 
 
-def test_nothing_left_names_the_key_and_the_shortest(tokenizer):
-    config = replace(
-        CONFIG, apply_chat_template=False, system_prompt=None, template="{problem}", max_prompt_tokens=2
-    )
-    with pytest.raises(
-        ConfigError, match=r"got dataset.max_prompt_tokens=2, which drops all 2 .* at least 4"
-    ):
-        render([problem("abcd"), problem("abc")], tokenizer, config)
-
-
-def test_tokenizer_without_chat_template():
+def test_a_template_that_is_missing(tokenizer):
     with pytest.raises(ConfigError, match=r"or dataset\.apply_chat_template=false"):
-        render([problem("1+1?")], make_tokenizer(None), CONFIG)
-
-
-def test_template_without_placeholder(tokenizer):
-    with pytest.raises(
-        ConfigError, match=r"got dataset\.template='Q:', expected text with \{problem\} in it"
-    ):
-        render([problem("1+1?")], tokenizer, replace(CONFIG, template="Q:"))
+        render(make_tokenizer(None), CONFIG)
+    with pytest.raises(ConfigError, match=r"template='Q:', expected text with \{problem\} in it"):
+        render(tokenizer, replace(CONFIG, template="Q:"))
 
 
 # --- styles ---
@@ -136,42 +116,32 @@ def styled(composed, style: str, *overrides: str) -> DatasetConfig:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("chat", [True, False])
-def test_every_style_works_with_and_without_a_chat_template(style, chat, composed, tokenizer):
-    model = tokenizer if chat else make_tokenizer(None)
-    config = styled(composed, style, f"dataset.apply_chat_template={str(chat).lower()}")
-    (prompt,), dropped = render([problem("1+1?")], model, config)
-    assert dropped == 0 and prompt.text.count("1+1?") == 1 and "{problem}" not in prompt.text
-    assert prompt.text.endswith("<assistant>") == prompt.text.startswith("[BOS]") == chat
-    assert prompt.token_ids.count(model.bos_token_id) == 1
+def test_every_style_works_with_and_without_a_chat_template(style, composed, tokenizer):
+    config = styled(composed, style)
+    for chat, model in ((True, tokenizer), (False, make_tokenizer(None))):
+        prompt = render(model, replace(config, apply_chat_template=chat))
+        assert prompt.text.count("1+1?") == 1 and "{problem}" not in prompt.text
+        assert prompt.text.endswith("<assistant>") == prompt.text.startswith("[BOS]") == chat
+        assert prompt.token_ids.count(model.bos_token_id) == 1
     assert config.prompt_style == style
+    if style in ("think", "think_boxed", "qwen_math", "step_by_step"):
+        with pytest.raises(ConfigError, match=r"without a chat template; .*\.apply_chat_template=false"):
+            render(make_tokenizer(None), config)
 
 
-@pytest.mark.parametrize("style", ["think", "think_boxed", "qwen_math", "step_by_step"])
-def test_a_chat_style_without_a_chat_template_says_what_to_do(style, composed):
-    with pytest.raises(ConfigError, match=r"without a chat template; .* dataset\.apply_chat_template=false"):
-        render([problem("1+1?")], make_tokenizer(None), styled(composed, style))
-
-
-def test_qwen_math_is_word_for_word(composed, tokenizer):
-    (prompt,), _ = render([problem("1+1?")], tokenizer, styled(composed, "qwen_math"))
+def test_styles_word_for_word(composed, tokenizer):
     asked = r"Please reason step by step, and put your final answer within \boxed{}."
-    assert prompt.text == f"[BOS]<system>{asked}</system><user>1+1?</user><assistant>"
-
-
-def test_plain_is_the_problem_alone(composed, tokenizer):
-    (prompt,), _ = render([problem("1+1?")], tokenizer, styled(composed, "plain"))
-    assert prompt.text == "1+1?\n"
-
-
-def test_r1_ends_where_the_assistant_begins(composed, tokenizer):
-    (prompt,), _ = render([problem("1+1?")], tokenizer, styled(composed, "r1"))
-    assert prompt.text.endswith("\nUser: 1+1?\nAssistant:")
+    text = f"[BOS]<system>{asked}</system><user>1+1?</user><assistant>"
+    assert render(tokenizer, styled(composed, "qwen_math")).text == text
+    assert render(tokenizer, styled(composed, "plain")).text == "1+1?\n"
+    assert render(tokenizer, styled(composed, "r1")).text.endswith("\nUser: 1+1?\nAssistant:")
 
 
 def test_worked_examples_as_text_each_end_in_the_end_token(composed, tokenizer):
     config = styled(composed, "few_shot")
-    (prompt,), _ = render([problem("1+1?")], tokenizer, config)
+    golds = ["89", r"\frac{15}{2}", r"\frac{1}{8}", "60"]
+    assert [find_last_box(example["solution"]) for example in config.examples] == golds
+    prompt = render(tokenizer, config)
     first, *_, last = prompt.text.split("[EOS]\n\n")
     assert prompt.text.count("[EOS]\n\n") == len(config.examples) == 4
     assert prompt.token_ids.count(tokenizer.eos_token_id) == 4
@@ -183,17 +153,9 @@ def test_worked_examples_as_text_each_end_in_the_end_token(composed, tokenizer):
 def test_worked_examples_as_turns(composed, tokenizer):
     turns = ("dataset.apply_chat_template=true", "dataset.template='{problem}'")
     config = styled(composed, "few_shot", *turns)
-    (prompt,), _ = render([problem("1+1?")], tokenizer, config)
-    asked = "".join(
-        f"<user>{e['problem']}</user><assistant>{e['solution']}</assistant>" for e in config.examples
-    )
-    assert prompt.text == f"[BOS]{asked}<user>1+1?</user><assistant>"
-
-
-def test_worked_examples_end_in_right_answers(composed):
-    golds = ["89", r"\frac{15}{2}", r"\frac{1}{8}", "60"]
-    config = styled(composed, "few_shot")
-    assert [last_boxed(example["solution"]) for example in config.examples] == golds
+    turn = "<user>{problem}</user><assistant>{solution}</assistant>"
+    asked = "".join(turn.format(**example) for example in config.examples)
+    assert render(tokenizer, config).text == f"[BOS]{asked}<user>1+1?</user><assistant>"
 
 
 def test_a_style_is_a_label_and_what_is_neutral_is_no_part_of_the_identity(composed):
@@ -201,7 +163,6 @@ def test_a_style_is_a_label_and_what_is_neutral_is_no_part_of_the_identity(compo
     assert run_id(composed("dataset.prompt_style=other")) == run_id(composed())
     for override in ("prompt=few_shot", "prompt=qwen_math", "dataset.levels=[1]", "dataset.types=[chain]"):
         assert run_id(composed(override)) != run_id(composed())
-    assert set(ADDED) >= {"dataset.examples", "dataset.levels", "dataset.types"}
 
 
 def test_every_style_sets_every_key_so_that_none_is_left_from_the_dataset():
@@ -209,13 +170,6 @@ def test_every_style_sets_every_key_so_that_none_is_left_from_the_dataset():
     for style in STYLES:
         path = conf_dir() / "prompt" / f"{style}.yaml"
         assert set(OmegaConf.load(path)) == keys and path.read_text().startswith("# @package dataset\n")
-
-
-def test_a_run_older_than_a_key_has_the_settings_of_a_new_one(composed):
-    older = load_run(Path(__file__).parents[1] / "outputs" / "reference" / "default")
-    assert not set(ADDED) & dict(flat(older.config)).keys()
-    new = replace(older, config=as_dict(composed()))
-    assert results(new) == results(older)
 
 
 # --- bad input ---
@@ -235,21 +189,17 @@ def test_a_run_older_than_a_key_has_the_settings_of_a_new_one(composed):
 )
 def test_a_chat_template_that_raises(template, reason):
     with pytest.raises(ConfigError) as error:
-        render([problem("1+1?")], make_tokenizer(template), CONFIG)
+        render(make_tokenizer(template), CONFIG)
     text = str(error.value)
     assert reason in text and "\n" not in text
     assert "dataset.system_prompt=null or dataset.apply_chat_template=false" in text
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["{% for m in messages %}{{ m.content.text }}{% endfor %}", "{{ messages[0].role }}", "Hello!"],
-)
-def test_a_chat_template_that_leaves_the_question_out(template):
-    with pytest.raises(
-        ConfigError, match="does not show the message to the model; expected another model, or"
-    ):
-        render([problem("1+1?")], make_tokenizer(template), CONFIG)
+def test_a_chat_template_that_leaves_the_question_out():
+    blind = "{% for m in messages %}{{ m.content.text }}{% endfor %}"
+    for template in (blind, "{{ messages[0].role }}", "Hello!"):
+        with pytest.raises(ConfigError, match="not show the message to the model; expected another model"):
+            render(make_tokenizer(template), CONFIG)
 
 
 def test_a_problem_of_10_mb_is_dropped_without_being_tokenised(tokenizer, monkeypatch):
@@ -261,27 +211,23 @@ def test_a_problem_of_10_mb_is_dropped_without_being_tokenised(tokenizer, monkey
         return tokenise(self, texts, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", watched)
-    kept, dropped = render([problem("9" * 10_000_000), problem("1+1?")], tokenizer, CONFIG)
+    kept, dropped = render_prompts([problem("9" * 10_000_000), problem("1+1?")], tokenizer, CONFIG)
     assert [prompt.problem.id for prompt in kept] == ["1+1?"] and dropped == 1
     assert seen == [kept[0].text]
-
-
-def test_only_problems_of_10_mb(tokenizer):
     with pytest.raises(ConfigError, match="which drops all 1 prompts"):
-        render([problem("9" * 10_000_000)], tokenizer, CONFIG)
+        render_prompts([problem("9" * 10_000_000)], tokenizer, CONFIG)
 
 
 def test_control_characters_are_text_and_escaped_where_they_are_shown(tokenizer):
     question = "1\x00+\x1b[31m1\u202e?\r\n"
-    (prompt,), _ = render([problem(question)], tokenizer, replace(CONFIG, template="{problem}"))
-    assert question in prompt.text
+    assert question in render(tokenizer, replace(CONFIG, template="{problem}"), question).text
     assert preview(question) == r"1\x00+\x1b[31m1\u202e?\r\n"
 
 
 def test_questions_with_special_tokens_are_counted(tokenizer):
     asked = [problem(text) for text in ("1+1?", "1+1?[EOS]", "[BOS]1+[BOS]1?", "[eos]")]
-    assert with_special_tokens(asked, tokenizer) == 2
-    (prompt,), _ = render(asked[1:2], tokenizer, replace(CONFIG, template="{problem}"))
+    assert count_with_special_tokens(asked, tokenizer) == 2
+    prompt = render(tokenizer, replace(CONFIG, template="{problem}"), "1+1?[EOS]")
     assert prompt.token_ids.count(tokenizer.eos_token_id) == 1  # the reason for the count
 
 
@@ -299,20 +245,17 @@ def test_a_console_of_few_characters_shows_any_prompt():
     assert raw.getvalue() == b"Janet\\u2019s\n"
 
 
-@pytest.mark.parametrize("missing", ["pad", "eos"])
-def test_a_tokenizer_without_pad_or_end_token(missing, composed, tmp_path):
+def test_a_tokenizer_without_pad_or_end_token(composed, tmp_path):
     made = make_tokenizer(None)
-    if missing == "eos":
-        made.eos_token = None
+    assert made.pad_token is None
     made.save_pretrained(tmp_path)
     config = replace(composed().model, path=str(tmp_path))
-    if missing == "eos":
-        with pytest.raises(ConfigError, match="expected a tokenizer with an end-of-sequence token"):
-            load_tokenizer(config)
-    else:
-        assert made.pad_token is None
-        loaded = load_tokenizer(config)
-        assert loaded.pad_token_id == loaded.eos_token_id == made.eos_token_id
+    loaded = load_tokenizer(config)
+    assert loaded.pad_token_id == loaded.eos_token_id == made.eos_token_id
+    made.eos_token = None
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="expected a tokenizer with an end-of-sequence token"):
+        load_tokenizer(config)
 
 
 # --- order ---
@@ -327,7 +270,7 @@ def test_every_problem_once_an_epoch(num_problems, sizes, seed):
     """Also where steps draw different numbers of prompts, as dynamic sampling does."""
     drawn: list[int] = []
     for size in sizes:
-        drawn += visited(num_problems, first=len(drawn), count=size, seed=seed)
+        drawn += choose_visits(num_problems, first=len(drawn), count=size, seed=seed)
     assert len(drawn) == sum(sizes)
     for start in range(0, len(drawn), num_problems):
         epoch = drawn[start : start + num_problems]
@@ -336,21 +279,16 @@ def test_every_problem_once_an_epoch(num_problems, sizes, seed):
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    first = visited(1000, first=0, count=1000, seed=1)
-    assert visited(1000, first=0, count=1000, seed=1) == first
-    assert visited(1000, first=0, count=1000, seed=2) != first
-    assert visited(1000, first=1000, count=1000, seed=1) != first
-    assert [i for step in range(10) for i in visited(1000, first=100 * step, count=100, seed=1)] == first
+    first = choose_visits(1000, first=0, count=1000, seed=1)
+    assert choose_visits(1000, first=0, count=1000, seed=1) == first
+    assert choose_visits(1000, first=0, count=1000, seed=2) != first
+    assert choose_visits(1000, first=1000, count=1000, seed=1) != first
+    steps = [choose_visits(1000, first=100 * step, count=100, seed=1) for step in range(10)]
+    assert [i for step in steps for i in step] == first
     assert all(type(i) is int for i in first)
-
-
-def test_a_known_order_stays():
-    """The order is part of what a resumed run relies on: numpy's PCG64 from (seed, epoch)."""
-    order = [visited(5, first=3 * step, count=3, seed=0) for step in range(4)]
+    # What a resumed run relies on: numpy's PCG64 from (seed, epoch).
+    order = [choose_visits(5, first=3 * step, count=3, seed=0) for step in range(4)]
     assert order == [[2, 4, 3], [0, 1, 1], [4, 3, 0], [2, 4, 2]]
-
-
-@pytest.mark.parametrize(("problems", "first", "count"), [(0, 0, 1), (1, 0, 0), (1, -1, 1)])
-def test_impossible_sizes(problems, first, count):
-    with pytest.raises(ValueError, match="expected sizes of at least 1 and a first draw of at least 0"):
-        visited(problems, first=first, count=count, seed=0)
+    for problems, start, count in ((0, 0, 1), (1, 0, 0), (1, -1, 1)):
+        with pytest.raises(ValueError, match="expected sizes of at least 1 and a first draw of at least 0"):
+            choose_visits(problems, first=start, count=count, seed=0)

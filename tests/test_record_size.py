@@ -11,6 +11,7 @@ import pytest
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.record import RunRecord
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,7 @@ def _row(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [30, 500])
 def test_a_thousand_steps_take_less_than_20_mb(
     tokens: int, text: list[str], composed: Callable[..., TrainConfig], tmp_path: Path
@@ -76,7 +78,8 @@ def test_a_thousand_steps_take_less_than_20_mb(
 
     record = tmp_path / "record"
     record.mkdir()
-    with RunLogger(record, config, run_id="1a2b3c4d", resume_step=0) as logger:
+    RunRecord(record, config)
+    with RunLogger(record, resume_step=0, wandb_mode="offline") as logger:
         for step in range(1, STEPS + 1):
             counters = {"counter/rollout_step": step, "counter/completions": 1000 * step}
             logger.log_step({key: noisy(value) for key, value in row.items()} | counters)
@@ -85,8 +88,8 @@ def test_a_thousand_steps_take_less_than_20_mb(
             if step % config.logger.completions_every == 0:
                 logger.log_completions(step, completions(text, tokens, rng))
     size = {place.name: _bytes(place) for place in record.iterdir()}
-    assert {"metrics.jsonl", "eval.jsonl", "completions", "wandb"} == size.keys()
-    assert min(size.values()) > 1000
+    assert size.keys() >= {"metrics.jsonl", "eval.jsonl", "completions", "wandb"}
+    assert size["wandb"] > 100_000
     assert SCALE * sum(size.values()) < LIMIT, {name: SCALE * count for name, count in size.items()}
 
 

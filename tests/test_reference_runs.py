@@ -17,6 +17,7 @@ def numbers(path: Path) -> list[list[str]]:
     return list(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))
 
 
+@pytest.mark.slow
 def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None:
     assert {"1", "3", "5", "stability"} <= set(FIGURES)
     assert main([f"runs={REFERENCE}/tiny_figure_1", f"figure={','.join(FIGURES)}", f"output={tmp_path}"]) == 0

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from capo_exp.figures import report_viewer as viewer
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.report import pipe_table, write_report
-from capo_exp.figures.report_tables import differing, labels, summary
-from capo_exp.runs.read import Run, load_run
+from capo_exp.figures.report import viewer
+from capo_exp.figures.report.overview import differing, overview, run_labels
+from capo_exp.figures.report.page import write_report
+from capo_exp.runs.read import LoggedRun, load_run
 from tests.report_pieces import (
     CAPO,
     HOSTILE,
@@ -68,7 +68,7 @@ class Study:
         return Page(self.path)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[LoggedRun]:
         return [run for curve in self.curves for run in curve.runs]
 
     @property
@@ -88,7 +88,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_the_summary_by_hand(written: Study) -> None:
-    first, second, _, failed = summary(written.runs, labels(written.runs, written.curves))
+    first, second, _, failed = overview(written.runs, run_labels(written.runs, written.curves))
     headings = written.page.all("th", "data-value")
     assert headings == [f"{name} (A) · seed {seed}" for name, seed in SEEDS]
     assert [cell.text for cell in first.cells] == [
@@ -101,13 +101,13 @@ def test_the_summary_by_hand(written: Study) -> None:
 
 
 def test_a_run_without_a_step_has_no_numbers(tmp_path: Path) -> None:
-    (line,) = summary([Run(tmp_path, {}, {}, [], [])], ["a run"])
+    (line,) = overview([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"])
     assert [cell.text for cell in line.cells[1:]] == ["0/?", "-", "-", "-", "-", "-", "-", "-"]
     assert [cell.value for cell in line.cells[2:]] == [""] * 7
 
 
 def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written: Study) -> None:
-    table = differing(written.runs, labels(written.runs, written.curves))
+    table = differing(written.runs, run_labels(written.runs, written.curves))
     assert table.heads == ["CAPO (A) (2 runs)", "GRPO (A) · seed 0", "DAPO (A) · seed 0"]
     rows = dict(table.rows)
     assert rows["algo.name"] == ["capo", "grpo", "dapo"]
@@ -120,9 +120,9 @@ def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written: Study) -> N
 
 def test_runs_of_one_name_are_told_apart(written: Study) -> None:
     twice = [written.runs[0], replace(written.runs[0], path=Path("elsewhere/copy"))]
-    alike = [Curve("CAPO (A)", "capo", "aggressive", tuple(twice))]
-    assert len(set(labels(twice, alike))) == 2
-    assert labels(twice, [])[1] == "copy"
+    alike = [Curve("CAPO (A)", tuple(twice))]
+    assert len(set(run_labels(twice, alike))) == 2
+    assert run_labels(twice, [])[1] == "copy"
 
 
 def test_static_parts_are_there_without_a_script(written: Study) -> None:
@@ -213,12 +213,6 @@ def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
     assert {len(row[name]) for name in ("policy", "objective", "probability")} == {viewer.MAX_TOKENS}
 
 
-def test_cells_of_a_markdown_table() -> None:
-    table = "text\n| a\\_b | c |\n|:--|--:|\n| 1 \\| 2 | &lt;b&gt; \\\\ |\n| | - |\n"
-    assert pipe_table(table) == [["a_b", "c"], ["1 | 2", "<b> \\"], ["", "-"]]
-    assert pipe_table("no table") == []
-
-
 def test_the_same_runs_give_the_same_page(written: Study, tmp_path: Path) -> None:
     pages = [write_report(written.runs, written.curves, [], tmp_path / f"{n}.html") for n in range(2)]
     assert pages[0].read_bytes() == pages[1].read_bytes()
@@ -236,7 +230,7 @@ def test_no_torch(written: Study) -> None:
 import sys
 from pathlib import Path
 from capo_exp.runs.read import load_run
-from capo_exp.figures.report import write_report
+from capo_exp.figures.report.page import write_report
 write_report([load_run(sys.argv[1])], [], [], Path(sys.argv[2]))
 assert not {"torch", "wandb", "transformers", "datasets", "vllm"} & set(sys.modules)
 """

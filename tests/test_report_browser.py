@@ -21,8 +21,10 @@ if MISSING:
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
-from capo_exp.figures.report import write_report  # noqa: E402
+from capo_exp.figures.report.page import write_report  # noqa: E402
 from tests.report_browser import CONTRAST, Page, open_chromium  # noqa: E402
+
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

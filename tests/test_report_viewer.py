@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.figures import report_viewer as viewer
-from capo_exp.runs.read import Run, load_run
+from capo_exp.figures.report import viewer
+from capo_exp.runs.read import LoggedRun, load_run
 from tests.report_pieces import CAPO, TOKENS, completion, config, write_completions, write_run
 
 
 def test_bounds_are_read_only_from_a_selection_that_tests_each_token(tmp_path: Path) -> None:
     def bounds(selection: dict[str, Any]) -> Any:
-        return viewer.bounds_of(Run(tmp_path, config("capo", 0, selection), {}, [], []))
+        return viewer.bounds_of(LoggedRun(tmp_path, config("capo", 0, selection), {}, [], []))
 
     assert bounds(CAPO) == (1e-4, -1e-2, 1e-2)
     assert bounds(CAPO | {"_target_": "capo_exp.algorithms.capo.completion_bounds"}) is None

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 SMALL = [
     "algo=capo", "algo.kl_coefficient=0.05", "regime=aggressive", "logger=files", "num_steps=6",
     "regime.prompts_per_step=4", "regime.group_size=4", "evaluation.num_problems=8",

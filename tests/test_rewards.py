@@ -9,126 +9,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_exp.config.errors import ConfigError
-from capo_exp.grading.compare import last_boxed
-from capo_exp.grading.verifier import (
-    ExactVerifier,
-    Grade,
-    MathVerifier,
-    exact_match,
-    grade,
-)
+from capo_exp.grading.compare import Grade, exact_match
+from capo_exp.grading.extract import find_last_box
+from capo_exp.grading.verifier import ExactVerifier, MathVerifier
+from tests.grading_pieces import math_verifier
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
-
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 FACTORIAL = r"\boxed{((20!)!)!}"
 DIGITS = r"\boxed{" + "7" * 100_000 + "}"
 RIGHT = r"so \boxed{\frac{1}{2}}"
-
-
-# --- grade
-# -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("style", ["auto", "boxed"])
-@pytest.mark.parametrize(
-    ("completion", "gold", "correct"),
-    [
-        (r"Hence \boxed{\frac{1}{2}}.", "0.5", True),
-        (r"Hence $\boxed{\frac{1}{2}}$.", r"$\frac12$", True),
-        (r"\boxed{44}", r"44\%", True),  # the grammar of math-verify 0.9 leaves 44\% a string
-        (r"\boxed{44\%}", r"44\%", True),
-        (r"\boxed{44\%}", "44", True),
-        (r"\boxed{44}", r"\boxed{44\%}", True),
-        (r"\boxed{25}", "025", True),
-        (r"\boxed{(1, 2)}", r"\left( 1, 2 \right)", True),
-        (r"\boxed{2,1}", r"\{1, 2\}", True),
-        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
-        (r"The final answer is $7$. I hope it is correct.", "7", True),
-        (r"First $5$, then \boxed{6}, which is more than $7$.", "6", True),
-        (r"\boxed{10,\!000}", "10000", True),
-        (r"\boxed{5}", "x=5", True),
-        (r"\boxed{6}", "7", False),
-        (r"\boxed{\frac{1}{2}}", r"\frac13", False),
-    ],
-)
-def test_grade_known_answers(style, completion, gold, correct):
-    result = grade(completion, gold, style)
-    assert result.correct is correct
-    assert result.reason == ("correct" if correct else "wrong")
-    assert result.extracted
-
-
-def test_gold_comes_first_because_verify_is_not_symmetric():
-    assert grade(r"\boxed{(1, 2)}", r"1 < x < 2").correct != grade(r"\boxed{1 < x < 2}", r"(1, 2)").correct
-
-
-def test_styles_differ_in_what_counts_as_an_answer():
-    assert grade("16 - 3 = 13\nA: 26", "26").correct
-    assert grade("16 - 3 = 13\nA: 26", "26", "boxed") == Grade(False, "", "no_answer")
-    assert grade(r"\boxed{\frac12}", "0.5").correct
-    assert not grade(r"\boxed{\frac12}", "0.5", "boxed").correct
-    assert not grade(r"\boxed{\frac12}", "12", "boxed").correct
-
-
-@pytest.mark.parametrize("gold", ["", "  ", "$$", "$ $"])
-def test_unparsable_gold_earns_nothing_and_says_so(gold):
-    assert grade(r"\boxed{1}", gold) == Grade(False, "", "gold_unparsable")
-
-
-@pytest.mark.parametrize("completion", ["", "no idea", r"\boxed{}", r"\boxed{" + "{" * 3000])
-def test_no_answer(completion):
-    assert grade(completion, "1") == Grade(False, "", "no_answer")
-
-
-def test_unknown_style_names_the_known_ones():
-    with pytest.raises(ValueError, match="'strict'; known: auto, boxed, gsm8k, final_answer"):
-        grade("1", "1", "strict")
-
-
-def read(file: str) -> list[dict]:
-    import pyarrow.parquet as pq  # here, because each worker of these tests imports this module
-
-    return pq.read_table(SHARED / file).to_pylist()
-
-
-@needs_data
-@pytest.mark.parametrize(
-    ("name", "style", "every", "least"),
-    [
-        ("outputs_openai_gsm8k", "auto", 8, 1.0),
-        ("outputs_qwen25math", "auto", 1, 0.998),
-        ("outputs_qwen25math", "boxed", 1, 0.998),
-        ("outputs_rho", "auto", 16, 0.985),
-    ],
-)
-def test_agreement_with_labels(name, style, every, least):
-    rows = read(f"{name}/all.parquet")[::every]
-    agree = sum(grade(row["completion"], row["gold"], style).correct == row["label"] for row in rows)
-    assert agree >= least * len(rows)
-
-
-@needs_data
-def test_every_gold_answer_is_right_about_itself():
-    rows = read("math500/test.parquet")
-    wrong = [
-        row["answer"] for row in rows if not grade(rf"So \boxed{{{row['answer']}}}.", row["answer"]).correct
-    ]
-    assert not wrong
-
-
-# --- exact match
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +44,7 @@ def test_every_gold_answer_is_right_about_itself():
     ],
 )
 def test_last_boxed(text, content):
-    assert last_boxed(text) == content
+    assert find_last_box(text) == content
 
 
 @given(
@@ -156,7 +54,7 @@ def test_last_boxed(text, content):
 )
 def test_last_boxed_finds_balanced_content(content):
     content = content.replace("\\", "")
-    assert last_boxed(rf"\boxed{{7}} so \boxed{{{content}}} }} {{") == content
+    assert find_last_box(rf"\boxed{{7}} so \boxed{{{content}}} }} {{") == content
 
 
 def test_exact_match():
@@ -170,22 +68,14 @@ def test_exact_verifier_scores_and_counts():
     with ExactVerifier() as verifier:
         result = verifier.score([[r"\boxed{1}", r"\boxed{2}"], ["3", r"\boxed{4}"]], [("1",), ("4",)])
     assert result.rewards == [[1.0, 0.0], [0.0, 1.0]]
-    assert result.metrics == {
-        "reward/timeouts": 0.0,
-        "reward/crashes": 0.0,
-        "reward/no_answer_fraction": 0.25,
-        "reward/gold_unparsable": 0.0,
-    }
+    none = dict.fromkeys(("reward/timeouts", "reward/crashes", "reward/gold_unparsable"), 0.0)
+    assert result.metrics == none | {"reward/no_answer_fraction": 0.25}
     assert ExactVerifier().score([], []).rewards == []
-
-
-def test_as_many_answers_as_groups():
     with pytest.raises(ValueError, match="zip"):
         ExactVerifier().score([["1"], ["2"]], [("1",)])
 
 
-# --- the verifier that can kill
-# --------------------------------------------------------------------------------
+# --- the verifier that can kill ---
 
 
 def misbehave(completion: str, golds: tuple[str, ...]) -> Grade:
@@ -213,13 +103,13 @@ def misbehave(completion: str, golds: tuple[str, ...]) -> Grade:
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[MathVerifier]:
-    with MathVerifier(timeout_seconds=2.0, workers=2) as shared:
+    with math_verifier(timeout_seconds=2.0, workers=2) as shared:
         yield shared
 
 
 @pytest.fixture(scope="module")
 def rough() -> Iterator[MathVerifier]:
-    with MathVerifier(timeout_seconds=1.0, workers=2, memory_limit_gib=1.0) as own:
+    with math_verifier(timeout_seconds=1.0, workers=2, memory_limit_gib=1.0) as own:
         own.grader = misbehave
         yield own
 
@@ -259,35 +149,30 @@ def test_hung_answers_end_and_the_others_go_on(verifier):
     result = verifier.score([texts, [RIGHT]], [("0.5",), ("1/2",)])
     assert result.rewards == [[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], [1.0]]
     assert result.metrics["reward/timeouts"] >= 3
-
-
-def test_hung_gold_answer(verifier):
-    assert verifier.score([[RIGHT]], [("9^{9^{9^{9}}}",)]).metrics["reward/timeouts"] == 1
+    assert (
+        verifier.score([[RIGHT]], [("9^{9^{9^{9}}}",)]).metrics["reward/timeouts"] == 1
+    )  # a gold that hangs
 
 
 def test_score_off_the_main_thread(verifier):
     results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(verifier.score([[RIGHT, TOWER, RIGHT]], [("0.5",)])))
-        for _ in range(2)
-    ]
+
+    def score() -> None:
+        results.append(verifier.score([[RIGHT, TOWER, RIGHT]], [("0.5",)]).rewards)
+
+    threads = [threading.Thread(target=score) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [result.rewards for result in results] == [[[1.0, 0.0, 1.0]]] * 2
+    assert results == [[[1.0, 0.0, 1.0]]] * 2
 
 
 def test_first_score_in_a_thread_that_ends_then_from_another():
-    with MathVerifier(timeout_seconds=5.0, workers=1) as own:
+    with math_verifier() as own:
         for _ in range(2):
-            results = []
-            thread = threading.Thread(
-                target=lambda out: out.append(own.score([[RIGHT]], [("0.5",)])), args=(results,)
-            )
-            thread.start()
-            thread.join()
-            assert results[0].rewards == [[1.0]]
+            with ThreadPoolExecutor(1) as thread:
+                assert thread.submit(own.score, [[RIGHT]], [("0.5",)]).result().rewards == [[1.0]]
 
 
 def test_whatever_kills_a_worker_costs_one_answer(rough):
@@ -322,7 +207,7 @@ def test_interrupted_score_leaves_nothing_behind():
     """Also with more tasks waiting than the pipe to the workers holds."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     before = set(workers())
-    with MathVerifier(timeout_seconds=60.0, workers=1) as own:
+    with math_verifier(timeout_seconds=60.0) as own:
         own.grader = misbehave
         own.score([["ok"]], [("1",)])
         started = set(workers()) - before
@@ -338,7 +223,7 @@ def test_interrupted_score_leaves_nothing_behind():
 
 def test_close_leaves_no_process_and_score_starts_again():
     before = set(workers())
-    own = MathVerifier(timeout_seconds=5.0, workers=2)
+    own = math_verifier(workers=2)
     for _ in range(2):
         assert own.score([[RIGHT]], [("0.5",)]).rewards == [[1.0]]
         started = set(workers()) - before
@@ -350,36 +235,37 @@ def test_close_leaves_no_process_and_score_starts_again():
 
 def test_workers_that_cannot_start_are_an_error_not_a_reward():
     with (
-        MathVerifier(timeout_seconds=1.0, workers=1, memory_limit_gib=0.02) as own,
+        math_verifier(memory_limit_gib=0.02) as own,
         pytest.raises(RuntimeError, match=r"memory_limit_gib=0\.02, expected 1 or more"),
     ):
         own.score([[RIGHT]], [("0.5",)])
 
 
-@pytest.mark.parametrize("key", ["timeout_seconds", "workers", "memory_limit_gib"])
-def test_bad_numbers_name_their_key(key):
-    numbers = {"timeout_seconds": 1.0, "workers": 1, "memory_limit_gib": 1.0} | {key: 0}
-    with pytest.raises(ConfigError, match=f"got reward.verifier.{key}=0, expected a positive number"):
-        MathVerifier(**numbers)
-    with pytest.raises(ConfigError, match="style=strict, expected one of auto, boxed, gsm8k, final_answer"):
-        MathVerifier(1.0, 1, style="strict")
+@pytest.mark.parametrize(
+    "bad", ["timeout_seconds=0", "workers=0", "memory_limit_gib=0", "style=strict", "unparsable_gold=two"]
+)
+def test_bad_numbers_and_choices_name_their_key(bad: str, composed: Callable) -> None:
+    from capo_exp.config.checks import check  # here: each worker of these tests imports this module
+    from capo_exp.config.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=rf"reward\.verifier\.{bad}: expected (a|an|one)\b"):
+        check(composed("reward=math_verify", f"reward.verifier.{bad}"))
 
 
-def test_imports_neither_torch_nor_math_verify():
-    unwanted = "{'torch', 'math_verify', 'sympy'}"
-    code = f"import sys, capo_exp.grading.verifier; print(sorted({unwanted} & set(sys.modules)))"
+def test_the_room_is_imported_without_torch_or_math_verify() -> None:
+    code = "import sys; from capo_exp.grading import Grade, grade, verifier; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"torch", "math_verify", "sympy"} & set(done.stdout.split())
 
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
-from capo_exp.grading.verifier import MathVerifier
+from tests.grading_pieces import math_verifier
 from tests.test_rewards import misbehave
 
 def main():
-    verifier = MathVerifier(timeout_seconds=1.0, workers=2)
+    verifier = math_verifier(timeout_seconds=1.0, workers=2)
     verifier.grader = misbehave
     print(verifier.score([["ok"]], [("1",)]).rewards)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)

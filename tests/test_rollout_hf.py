@@ -1,6 +1,7 @@
 """Sampling with transformers: the right distribution, the right log-probs, ends and lengths."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from transformers import PreTrainedModel
 
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
-from capo_exp.core.types import Problem, Prompt, RolloutGroup
+from capo_exp.core.types import Batch, Problem, Prompt, RolloutGroup
+from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 
 
@@ -41,11 +43,13 @@ def engine(model: PreTrainedModel, max_sequences: int = 100) -> HFRollout:
 def sample(
     model: PreTrainedModel, rows: list[Prompt], max_sequences: int = 100, **changes: object
 ) -> list[RolloutGroup]:
-    numbers = {
-        "group_size": 4, "max_tokens": 9, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3,
-        "weight_version": 5, **changes,
-    }  # fmt: skip
-    return engine(model, max_sequences).generate(rows, **numbers)  # pyright: ignore[reportArgumentType]
+    request = SamplingRequest(rows, 4, 9, 1.0, top_k=0, top_p=1.0, seed=3, weight_version=5)
+    return engine(model, max_sequences).generate(replace(request, **changes))
+
+
+def learner_log_probs(model: PreTrainedModel, groups: list[RolloutGroup]) -> tuple[Batch, torch.Tensor]:
+    batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
+    return batch, policy.log_probs(model, batch, policy.ForwardSettings(0.8, 1000, torch.float32))
 
 
 ROWS = prompts((5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15))
@@ -54,27 +58,20 @@ ROWS = prompts((5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15))
 def test_greedy_tokens_are_those_of_plain_generate(small_model: PreTrainedModel) -> None:
     groups = sample(small_model, ROWS, temperature=0.0, group_size=2)
     for prompt, group in zip(ROWS, groups, strict=True):
-        plain = small_model.generate(
-            torch.tensor([prompt.token_ids]),
-            do_sample=False,
-            max_new_tokens=9,
-            pad_token_id=0,
-            eos_token_id=1,
-        )[0, len(prompt.token_ids) :].tolist()
-        for completion in group.completions:
-            assert list(completion.token_ids) == plain
+        ids = torch.tensor([prompt.token_ids])
+        numbers = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": 1}
+        plain = small_model.generate(ids, **numbers)[0, ids.shape[1] :].tolist()
+        assert [list(completion.token_ids) for completion in group.completions] == [plain] * 2
 
 
 def test_log_probs_are_the_learners_at_the_same_temperature(small_model: PreTrainedModel) -> None:
     own = small_model.generation_config  # what a chat model ships with must not reach the sampler
     own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens, own.num_beams = 1.5, 2, 5, 2
-    groups = sample(small_model, ROWS, temperature=0.8, max_tokens=20)
-    batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
-    output = policy.forward(
-        small_model, batch, temperature=0.8, top_k=3, chunk_tokens=1000, compute_dtype=torch.float32
-    )
-    torch.testing.assert_close(batch.sampler_log_probs, output.log_probs.detach(), rtol=1e-4, atol=1e-4)
-    assert batch.completion_mask.sum() < batch.completion_mask.numel()  # rows ended at different places
+    for limit in ({}, {"top_k": 3}, {"top_p": 0.5}):  # whatever is cut off
+        groups = sample(small_model, ROWS, temperature=0.8, max_tokens=20, **limit)
+        batch, exact = learner_log_probs(small_model, groups)
+        torch.testing.assert_close(batch.sampler_log_probs, exact, rtol=1e-4, atol=1e-4)
+        assert limit or not batch.completion_mask.all()  # rows ended at different places
 
 
 def test_samples_follow_the_models_distribution(small_model: PreTrainedModel) -> None:
@@ -104,19 +101,6 @@ def test_top_k_and_top_p_limit_what_is_sampled(small_model: PreTrainedModel) -> 
             assert completion.sampler_log_probs[0] == pytest.approx(full[completion.token_ids[0]], abs=1e-4)
 
 
-@pytest.mark.parametrize("limit", [{"top_k": 3}, {"top_p": 0.5}], ids=str)
-def test_log_probs_are_the_learners_whatever_is_cut_off(
-    small_model: PreTrainedModel, limit: dict[str, float]
-) -> None:
-    batch = collate(
-        sample(small_model, ROWS, temperature=0.8, **limit), pad_token_id=0, device=torch.device("cpu")
-    )
-    log_probs = policy.log_probs(
-        small_model, batch, temperature=0.8, chunk_tokens=1000, compute_dtype=torch.float32
-    )
-    torch.testing.assert_close(batch.sampler_log_probs, log_probs, rtol=1e-4, atol=1e-4)
-
-
 def test_limits_that_cut_off_nothing_change_no_bit(small_model: PreTrainedModel) -> None:
     plain = sample(small_model, ROWS)
     assert sample(small_model, ROWS, top_k=40) == plain
@@ -124,9 +108,8 @@ def test_limits_that_cut_off_nothing_change_no_bit(small_model: PreTrainedModel)
 
 
 def test_ends_and_truncation(small_model: PreTrainedModel) -> None:
-    completions = [
-        c for group in sample(small_model, ROWS, group_size=16, max_tokens=12) for c in group.completions
-    ]
+    groups = sample(small_model, ROWS, group_size=16, max_tokens=12)
+    completions = [completion for group in groups for completion in group.completions]
     assert {c.truncated for c in completions} == {True, False}
     for completion in completions:
         assert len(completion.token_ids) == len(completion.sampler_log_probs)
@@ -146,22 +129,14 @@ def test_same_seed_same_completions_and_calls_of_any_size(small_model: PreTraine
 
 def test_the_engine_samples_with_the_learners_current_weights(small_model: PreTrainedModel) -> None:
     running = engine(small_model)
-    numbers = {
-        "group_size": 1,
-        "max_tokens": 9,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "seed": 0,
-        "weight_version": 0,
-    }
-    before = running.generate(ROWS, **numbers)
+    request = SamplingRequest(ROWS, 1, 9, 0.0, top_k=0, top_p=1.0, seed=0, weight_version=0)
+    before = running.generate(request)
     with torch.no_grad():
         small_model.lm_head.weight.copy_(small_model.lm_head.weight.roll(1, 0))
-    assert running.generate(ROWS, **numbers) != before
+    assert running.generate(request) != before
 
 
-@pytest.mark.parametrize("length", [1, 2])
-def test_one_token_completions(small_model: PreTrainedModel, length: int) -> None:
-    groups = sample(small_model, ROWS, max_tokens=length)
-    assert all(1 <= len(c.token_ids) <= length for group in groups for c in group.completions)
+def test_one_token_completions(small_model: PreTrainedModel) -> None:
+    for length in (1, 2):
+        groups = sample(small_model, ROWS, max_tokens=length)
+        assert all(1 <= len(c.token_ids) <= length for group in groups for c in group.completions)

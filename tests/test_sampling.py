@@ -18,10 +18,13 @@ from capo_exp.core import policy
 from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Problem, Prompt, RolloutGroup
-from capo_exp.data.prompts import visited
+from capo_exp.data.prompts import choose_visits
+from capo_exp.grading.terms import RewardTerms
+from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.demonstrations import DemonstrationRollout
 from capo_exp.training import loop as train
-from capo_exp.training.rollout_step import Sample, Sampler, credited, sample
+from capo_exp.training import rollout_step
+from capo_exp.training.rollout_step import Rollout, Sampler, assign_credit, sample_rollout
 from tests.pieces import SMALL, Reader, completion, make_learner, prompt, run_updates, weights
 
 Compose = Callable[..., TrainConfig]
@@ -36,10 +39,8 @@ class Scripted:
     mixed: Callable[[int], bool]
     calls: list[dict[str, object]] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Prompt], **numbers: object) -> list[RolloutGroup]:
-        self.calls.append({"prompts": [int(p.problem.id) for p in prompts], **numbers})
-        size, version = numbers["group_size"], numbers["weight_version"]
-        assert isinstance(size, int) and isinstance(version, int)
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        self.calls.append(vars(request) | {"prompts": [int(p.problem.id) for p in request.prompts]})
         return [
             RolloutGroup(
                 p,
@@ -49,27 +50,29 @@ class Scripted:
                         reward=float(g == 0 and self.mixed(int(p.problem.id))),
                         truncated=g == 1,
                     )
-                    for g in range(size)
+                    for g in range(request.group_size)
                 ),
-                version,
+                request.weight_version,
             )
-            for p in prompts
+            for p in request.prompts
         ]
 
 
 def draw(
     config: TrainConfig, mixed: Callable[[int], bool], *, step: int = 1, first: int = 0, prompts: int = 1000
-) -> tuple[Sample, Scripted, Reader]:
+) -> tuple[Rollout, Scripted, Reader]:
     engine, verifier = Scripted(mixed), Reader()
-    parts = Sampler(
-        config, build_algorithm(config.algo), engine, verifier, [prompt(i) for i in range(prompts)]
-    )
-    return sample(parts, step=step, first=first, weight_version=7, watch=Stopwatch()), engine, verifier
+    sampler = Sampler(engine, engine, verifier, [prompt(i) for i in range(prompts)], RewardTerms())
+    rollout = sample_rollout(
+        config, build_algorithm(config.algo), sampler,
+        step=step, first=first, weight_version=7, watch=Stopwatch(),
+    )  # fmt: skip
+    return rollout, engine, verifier
 
 
 def order(config: TrainConfig, count: int, prompts: int = 1000) -> list[int]:
     """The first prompts that training visits."""
-    return visited(prompts, first=0, count=count, seed=derive_seed(config.seed, ORDER, 0))
+    return choose_visits(prompts, first=0, count=count, seed=derive_seed(config.seed, ORDER, 0))
 
 
 def ids(groups: Sequence[RolloutGroup]) -> list[int]:
@@ -201,7 +204,7 @@ def test_row_p_g_of_the_batch_is_completion_g_of_prompt_p(
     config = composed(*SMALL, "algo=dr_grpo", *SIZE)
     drawn, _, _ = draw(config, lambda i: i % 2 == 0)
     ours = make_learner(config, small_model)
-    batch, metrics = credited(drawn, ours._algorithm, ours, pad_token_id=0)
+    batch, metrics = assign_credit(drawn, ours, pad_token_id=0)
     assert batch.group_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.completion_mask.sum(1).tolist() == [1, 2] * 4
     assert batch.truncated.tolist() == [False, True] * 4
@@ -216,7 +219,7 @@ def test_the_logged_reward_is_the_shaped_one(composed: Compose, small_model: Pre
     config = composed(*SMALL, "algo=dapo", *SIZE, "dataset.max_completion_tokens=2")
     drawn, _, _ = draw(config, lambda i: True)
     ours = make_learner(config, small_model)
-    _, metrics = credited(drawn, ours._algorithm, ours, pad_token_id=0)
+    _, metrics = assign_credit(drawn, ours, pad_token_id=0)
     assert metrics == {"reward/mean": pytest.approx(0.5 - 0.5)} and drawn.metrics["reward/accuracy"] == 0.5
 
 
@@ -239,7 +242,7 @@ def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
         "dataset.source.num_train=300", "dataset.source.num_eval=10",
     ]  # fmt: skip
     whole = train.run(composed(*config, f"output_dir={tmp_path / 'whole'}"))
-    genuine, calls = train.sample, []
+    genuine, calls = rollout_step.sample_rollout, []
 
     def stopped(*args: object, **numbers: object) -> object:
         calls.append(numbers["first"])
@@ -248,7 +251,7 @@ def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
         return genuine(*args, **numbers)  # pyright: ignore[reportArgumentType]
 
     parts = composed(*config, f"output_dir={tmp_path / 'parts'}")
-    monkeypatch.setattr(train, "sample", stopped)
+    monkeypatch.setattr(rollout_step, "sample_rollout", stopped)
     with pytest.raises(RuntimeError, match="the power is gone"):
         train.run(parts)
     directory = train.run(parts)
@@ -275,19 +278,14 @@ class Words:
         return " ".join(map(str, token_ids))
 
 
-def demonstrated(*texts: str) -> list[Prompt]:
-    return [Prompt(Problem(str(i), "", "", demonstration=t), "", (5, 6)) for i, t in enumerate(texts)]
-
-
-NUMBERS = {
-    "group_size": 2, "max_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
-    "weight_version": 3,
-}  # fmt: skip
+def ask(*texts: str, group_size: int = 2) -> SamplingRequest:
+    prompts = [Prompt(Problem(str(i), "", "", demonstration=t), "", (5, 6)) for i, t in enumerate(texts)]
+    return SamplingRequest(prompts, group_size, 4, 1.0, 0, 1.0, seed=0, weight_version=3)
 
 
 def test_demonstrations_are_the_solutions_with_an_end() -> None:
     engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
-    short, exact, long = engine.generate(demonstrated("7 8", "7 8 9", "7 8 9 10"), **NUMBERS)
+    short, exact, long = engine.generate(ask("7 8", "7 8 9", "7 8 9 10"))
     for group, token_ids, text, truncated in (
         (short, (7, 8, 1), "7 8", False),
         (exact, (7, 8, 9, 1), "7 8 9", False),
@@ -297,7 +295,7 @@ def test_demonstrations_are_the_solutions_with_an_end() -> None:
         for one in group.completions:
             assert (one.token_ids, one.text, one.truncated) == (token_ids, text, truncated)
             assert len(one.sampler_log_probs) == len(token_ids) and all(map(isnan, one.sampler_log_probs))
-    (cut,) = engine.generate(demonstrated("7 8 9 10 11"), **NUMBERS)
+    (cut,) = engine.generate(ask("7 8 9 10 11"))
     assert (cut.completions[0].token_ids, cut.completions[0].text) == ((7, 8, 9, 10), "7 8 9 10")
 
 
@@ -306,7 +304,7 @@ def test_a_problem_without_a_demonstration_is_named() -> None:
     with pytest.raises(
         ConfigError, match="problem 1 has no demonstration; expected a dataset with worked solutions"
     ):
-        engine.generate(demonstrated("7 8", ""), **NUMBERS)
+        engine.generate(ask("7 8", ""))
 
 
 def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
@@ -318,14 +316,12 @@ def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
         *SMALL, "algo=sft", "rollout=demonstrations", "regime.group_size=1", "regime.learning_rate=1e-2"
     )
     engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
-    groups = engine.generate(demonstrated("7 8", "9 10 11"), **(NUMBERS | {"group_size": 1}))
-    drawn = Sample(groups, torch.ones(2, 1), True, 2, 2, 7, {})
+    groups = engine.generate(ask("7 8", "9 10 11", group_size=1))
+    drawn = Rollout(groups, torch.ones(2, 1), True, 2, 2, 7, {})
     ours = make_learner(config, small_model)
-    batch, _ = credited(drawn, ours._algorithm, ours, pad_token_id=0)
-    exact = -policy.log_probs(
-        ours.model, batch, temperature=1.0, chunk_tokens=100, compute_dtype=torch.float32
-    )
-    losses = [run_updates(ours, config, batch, step)[0][0] for step in range(10)]
+    batch, _ = assign_credit(drawn, ours, pad_token_id=0)
+    exact = -policy.log_probs(ours.model, batch, policy.ForwardSettings(1.0, 100, torch.float32))
+    losses = [run_updates(ours, batch, step)[0][0] for step in range(10)]
     assert losses[0]["loss/total"] == pytest.approx(exact[batch.completion_mask].mean().item(), rel=1e-4)
     assert losses[-1]["loss/total"] < 0.5 * losses[0]["loss/total"]
     gaps = {key for key, value in losses[0].items() if isnan(value)}

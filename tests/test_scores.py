@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capo_exp.core.intervals import Estimate
 from capo_exp.evaluation import scores
 from capo_exp.evaluation.scores import (
-    Estimate,
     Solved,
     average,
+    choose_sizes,
     estimate,
     majority_at,
     pass_at,
-    sizes,
-    summary,
+    summarise_scores,
 )
 
 
@@ -130,13 +130,13 @@ def test_interval_holds_the_truth_in_95_of_100_experiments():
 
 
 def test_sizes_are_powers_of_two_and_all():
-    assert sizes([solved("1" * 6), solved("1" * 9)]) == [1, 2, 4, 6]
-    assert sizes([solved("1" * 16)]) == [1, 2, 4, 8, 16]
-    assert sizes([solved("1")]) == [1]
+    assert choose_sizes([solved("1" * 6), solved("1" * 9)]) == [1, 2, 4, 6]
+    assert choose_sizes([solved("1" * 16)]) == [1, 2, 4, 8, 16]
+    assert choose_sizes([solved("1")]) == [1]
 
 
 def test_summary_is_plain_numbers():
-    found = summary([solved("1100", "aabc"), solved("0000", "abcd")])
+    found = summarise_scores([solved("1100", "aabc"), solved("0000", "abcd")])
     assert found["average"] == {"value": 0.25, "low": 0.0, "high": 0.5}
     assert found["pass_at"]["4"]["value"] == 0.5
     assert list(found["majority_at"]) == ["1", "2", "4"]

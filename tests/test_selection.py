@@ -30,13 +30,14 @@ from capo_exp.algorithms.controls import (
 )
 from capo_exp.algorithms.neutral import keep_all
 from capo_exp.algorithms.protocols import build_algorithm
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.declare import whole_step
 from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.core import policy
 from capo_exp.core.batch import totals
-from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenShifts
+from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenLossInput, TokenShifts
 from capo_exp.curvature import model as curvature
 from capo_exp.training.learner import Learner
+from capo_exp.training.loss import compute_loss
 from tests.conftest import ALGORITHMS
 from tests.pieces import (
     BOUNDS,
@@ -45,6 +46,7 @@ from tests.pieces import (
     make_learner,
     run_updates,
     same_weights,
+    take_step,
     watch_gradients,
     weights,
 )
@@ -82,7 +84,7 @@ def score(
     log_probs = torch.rand(mask.shape, generator=generator, dtype=hidden.dtype).log()
     output = PolicyOutput(log_probs, torch.zeros_like(log_probs), probs, ids, hidden)
     shifts = curvature.token_shifts(hidden, probs, ids, token_ids, per_token, learning_rate, state)
-    return Scored(batch, output, shifts, learning_rate, state, seed=5, whole_step=True)
+    return Scored(batch, output, shifts, learning_rate, state, seed=5)
 
 
 def some_scored(rows: int = 6, length: int = 9) -> Scored:
@@ -214,7 +216,7 @@ def test_a_completion_is_kept_or_rejected_whole_by_its_own_tokens() -> None:
     mask = scored.batch.completion_mask
     alone = [
         curvature.completion_shifts(
-            *(x[b : b + 1] for x in tokens_of(scored)), learning_rate=3e-3, state=None
+            curvature.pack(*(x[b : b + 1] for x in tokens_of(scored))), 1, learning_rate=3e-3, state=None
         )[0]
         for b in range(6)
     ]
@@ -242,22 +244,29 @@ def test_one_completion_of_one_token_is_the_same_at_every_level() -> None:
         assert kept == [expected] * 3
 
 
-def test_batch_bounds_need_the_whole_step(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+WHOLE_STEP = {
+    "batch", "levels", "random", "top_policy_shift", "random_matched", "advantage_matched",
+    "low_probability_matched",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_what_decides_about_the_whole_step_sees_it_whole(
+    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, name: str
 ) -> None:
-    part = replace(some_scored(), whole_step=False)
-    with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true, since batch_bounds"):
-        batch_bounds(part, **OFF)
-    for name in ("batch", "levels"):
-        config = composed(
-            *SMALL, "algo=grpo", f"selection={name}", "algo.scoring_pass=false", "model.micro_batch_size=4"
-        )
-        with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
-            make_learner(config, small_model).step(random_batch())
-        whole = composed(
-            *SMALL, "algo=grpo", f"selection={name}", "algo.scoring_pass=false", "model.micro_batch_size=8"
-        )
-        make_learner(whole, small_model).step(random_batch())
+    """The scoring pass follows from what the selection declares."""
+    config = composed(*SMALL, "algo=grpo", f"selection={name}", "model.micro_batch_size=4")
+    ours, seen = make_learner(config, small_model), []
+    genuine = ours.algorithm.selection
+
+    def look(scored: Scored) -> Selection:
+        seen.append(len(scored.batch.group_ids))
+        return genuine(scored)
+
+    marked = whole_step(look) if ours.algorithm.scoring_pass else look
+    ours.algorithm = replace(ours.algorithm, selection=marked)
+    take_step(ours, random_batch())
+    assert seen == ([8] if name in WHOLE_STEP else [4, 4])
 
 
 def test_levels_in_sequence_look_at_what_is_left() -> None:
@@ -267,7 +276,9 @@ def test_levels_in_sequence_look_at_what_is_left() -> None:
     tokens = random_tokens(3, 4, 30, 8, 5)
     tokens[0][1, 2] *= 30
     scored = score(tokens, torch.ones(3, 4).bool())
-    shifts = curvature.completion_shifts(*tokens_of(scored), learning_rate=3e-3, state=None)
+    shifts = curvature.completion_shifts(
+        curvature.pack(*tokens_of(scored)), 3, learning_rate=3e-3, state=None
+    )
     limit = 2 * max(shifts[0].policy_shift, shifts[2].policy_shift)
     token = bounds(scored.shifts.policy_shift[1, 2].item())
     alone = [
@@ -283,8 +294,9 @@ def test_levels_in_sequence_look_at_what_is_left() -> None:
     assert got.rejected_by["policy"].nonzero().tolist() == [[1, 2]] and not got.rejected_by["objective"].any()
     # and the batch level: of what both left, all or nothing
     rest = replace(scored, batch=replace(scored.batch, completion_mask=expected))
-    gradients = curvature.mean_row_gradients(*tokens_of(rest))
-    whole = curvature.batch_shifts(*tokens_of(rest), learning_rate=3e-3, state=None, gradients=gradients)
+    tokens = curvature.pack(*tokens_of(rest))
+    gradients = curvature.mean_row_gradients(tokens)
+    whole = curvature.batch_shifts(tokens, gradients, learning_rate=3e-3, state=None)
     for factor, kept in ((1.01, expected), (0.99, torch.zeros(3, 4).bool())):
         last = bounds(factor * whole.policy_shift)
         got = bounds_in_sequence(scored, token=token, completion=bounds(limit), batch=last)
@@ -342,21 +354,13 @@ def test_at_matched_rate_rejects_as_many_as_capo(name: str) -> None:
     assert int(got.rejected_by["score"].sum()) == 1
 
 
-def test_a_rate_is_one_of_the_whole_step() -> None:
-    part = replace(some_scored(), whole_step=False)
-    matched = partial(at_matched_rate, score=random_score, matched=partial(shift_bounds, **OFF))
-    for rejecting in (partial(at_rate, score=random_score, rate=0.1), matched):
-        with pytest.raises(ConfigError, match=r"algo\.scoring_pass=false: expected true"):
-            rejecting(part)
-
-
 def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
     small_model: PreTrainedModel, composed: Compose, random_batch: Batches
 ) -> None:
     def kept(*overrides: str) -> list[Tensor]:
         config = composed(*SMALL, "algo=grpo", "selection=random", "algo.selection.rate=0.5", *overrides)
         ours = make_learner(config, small_model)
-        return [ours.step(random_batch())[1].selection.keep_mask for _ in range(3)]
+        return [take_step(ours, random_batch())[1].selection.keep_mask for _ in range(3)]
 
     first, again, other = kept(), kept("model.micro_batch_size=2"), kept("seed=1")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -389,23 +393,26 @@ def partly(name: str) -> list[str]:
     return [f"selection={name}", *(f"{within}.{number}" for number in chosen)]
 
 
+def force_scoring(ours: Learner, scoring: bool) -> Learner:
+    """Gives a learner a scoring pass, or takes it away, whatever its selection declares."""
+    select = ours.algorithm.selection
+    bare = lambda scored: select(scored)  # noqa: E731
+    ours.algorithm = replace(ours.algorithm, selection=whole_step(bare) if scoring else bare)
+    return ours
+
+
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_scoring_pass_makes_micro_batches_one_batch(
     small_model: PreTrainedModel, composed: Compose, random_batch: Batches, name: str
 ) -> None:
-    """Micro-batches of 2 after a scoring pass, one of 96 without: the same tokens, the same weights."""
+    """Micro-batches of 2 after a scoring pass, one of 96 without (but for those that draw by position): the
+    same tokens, the same weights."""
     learners: list[Learner] = []
     kept: list[list[Tensor]] = []
     for size, scoring in ((2, True), (96, name in CHANCE)):
-        config = composed(
-            *SMALL,
-            "algo=grpo",
-            *partly(name),
-            f"model.micro_batch_size={size}",
-            f"algo.scoring_pass={scoring}",
-        )
-        learners.append(make_learner(config, small_model))
-        chosen = [learners[-1].step(random_batch(seed=seed))[1].selection for seed in range(3)]
+        config = composed(*SMALL, "algo=grpo", *partly(name), f"model.micro_batch_size={size}")
+        learners.append(force_scoring(make_learner(config, small_model), scoring))
+        chosen = [take_step(learners[-1], random_batch(seed=seed))[1].selection for seed in range(3)]
         kept.append([one.weighed(one.keep_mask.float()) for one in chosen])
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-3, atol=0)
     torch.testing.assert_close(weights(learners[0]), weights(learners[1]), rtol=1e-3, atol=1e-4)
@@ -420,12 +427,12 @@ def test_a_scoring_pass_counts_the_kept_tokens(
     batch, found = random_batch(), []
     for aggregation in ("token_mean", "token_mean_over_kept"):
         config = composed(
-            *SMALL, "algo=dapo", *partly("capo"), "algo.scoring_pass=true", "model.micro_batch_size=3",
+            *SMALL, "algo=dapo", *partly("capo"), "model.micro_batch_size=3",
             f"algo.aggregation._target_=capo_exp.algorithms.aggregation.{aggregation}",
         )  # fmt: skip
         ours = make_learner(config, small_model)
         seen = watch_gradients(ours)
-        _, record = ours.step(batch)
+        _, record = take_step(ours, batch)
         found.append(seen[0])
     factor = batch.completion_mask.sum() / record.selection.keep_mask.sum()
     assert 1 < factor < INF
@@ -447,9 +454,9 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     """With respect to the log-probs of rejected tokens the loss of the two YAMLs, KL terms too, has a
     gradient of exactly 0; kept ones have one. Off-policy, with a reference elsewhere."""
     config = composed(*SMALL, f"algo={algo}", *partly(selection), "model.micro_batch_size=4")
-    assert (config.algo.name, config.algo.label) == (algo, f"{algo}-{selection}")
+    assert (config.algo.name, config.algo.full_name) == (algo, f"{algo}-{selection}")
     ours, batch = make_learner(config, small_model, distance=0.05), random_batch()
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     keep, mask = record.selection.keep_mask, batch.completion_mask
     rate = 1 - keep.sum().item() / mask.sum().item()
     assert metrics["selection/rejection_rate"] == pytest.approx(rate) and not (keep & ~mask).any()
@@ -458,8 +465,11 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     log_probs = record.output.log_probs.clone().requires_grad_()
     old = log_probs.detach() + 1e-5 * torch.randn(mask.shape, generator=generator)
     sizes = replace(totals(batch), kept_tokens=int(keep.sum()))
-    loss, _, _ = ours._loss(batch, log_probs, old, Selection(keep), sizes)
-    (gradient,) = torch.autograd.grad(loss, log_probs)
+    output = replace(record.output, log_probs=log_probs)
+    reference = ours.reference_log_probs(batch, log_probs.detach())
+    inputs = TokenLossInput.of(batch, output, old)
+    loss = compute_loss(ours.algorithm, inputs, reference, Selection(keep), batch, sizes)
+    (gradient,) = torch.autograd.grad(loss.value, log_probs)
     assert torch.equal(gradient != 0, keep)
 
 
@@ -469,7 +479,7 @@ def test_with_every_token_rejected_no_weight_moves(
 ) -> None:
     config = composed(*SMALL, f"algo={algo}", "selection=capo", "algo.selection.policy_shift_max=0.0")
     ours = make_learner(config, small_model, distance=0.05)
-    metrics, record = run_updates(ours, config, random_batch())
+    metrics, record = run_updates(ours, random_batch())
     for line in metrics:
         assert (line["loss/total"], line["policy/grad_norm"], line["selection/rejection_rate"]) == (
             0.0,
@@ -490,9 +500,7 @@ def test_capo_without_bounds_is_its_base_bit_for_bit(
             *SMALL, f"algo={algo}", "regime.learning_rate=1e-3", "model.micro_batch_size=4", *extra
         )
         ours = make_learner(config, small_model)
-        lines = [
-            line for seed in range(3) for line in run_updates(ours, config, random_batch(seed=seed), seed)[0]
-        ]
+        lines = [line for seed in range(3) for line in run_updates(ours, random_batch(seed=seed), seed)[0]]
         found.append((ours, lines))
     (base, expected), (capo, got) = found
     assert got == expected and same_weights(base, capo)
@@ -541,11 +549,11 @@ def test_live_moments_predict_the_real_optimisers_next_step(
     ours = make_learner(config, untied)
     assert ours.optimizer_model is None
     for seed in range(warm_up):
-        ours.step(random_batch(seed=seed))
+        take_step(ours, random_batch(seed=seed))
     batch = one_token_batch(random_batch(seed=9), 2, advantage)
     head = policy.last_layer(ours.model).weight
     before = head.detach().clone()
-    metrics, record = ours.step(batch)
+    metrics, record = take_step(ours, batch)
     h, token = record.output.hidden[0, 0].double(), int(batch.token_ids)
     probs = (before.double() @ h).softmax(0)
     error = torch.nn.functional.one_hot(torch.tensor(token), 40) - probs
@@ -566,9 +574,9 @@ def test_live_moments_are_views_of_the_optimisers(
 ) -> None:
     config = composed(*SMALL, "algo=grpo", "curvature.optimizer_model=adam_live")
     ours = make_learner(config, untied)
-    assert ours._moments() is not None and not ours._moments().first.any()
-    ours.step(random_batch())
-    moments, state = ours._moments(), ours.optimizer.state[policy.last_layer(ours.model).weight]
+    assert ours.moments is not None and not ours.moments.first.any()
+    take_step(ours, random_batch())
+    moments, state = ours.moments, ours.optimizer.state[policy.last_layer(ours.model).weight]
     assert moments.first.data_ptr() == state["exp_avg"].data_ptr()
     assert moments.second.data_ptr() == state["exp_avg_sq"].data_ptr()
     assert (moments.step, moments.betas, moments.eps) == (1, (0.9, 0.999), 1e-8)
@@ -581,8 +589,10 @@ def test_a_hidden_shift_is_the_state_of_the_token_itself(
     """hidden_shift=1 takes the model's state one token later, as the authors' program does; all else
     stays."""
     batch = random_batch()
-    numbers = {"temperature": 0.7, "top_k": 8, "chunk_tokens": 100, "compute_dtype": torch.float32}
-    plain, late = (policy.forward(small_model, batch, hidden_shift=shift, **numbers) for shift in (0, 1))
+    settings = policy.ForwardSettings(0.7, 100, torch.float32)
+    plain, late = (
+        policy.forward(small_model, batch, settings, top_k=8, hidden_shift=shift) for shift in (0, 1)
+    )
     torch.testing.assert_close(late.log_probs, plain.log_probs, rtol=0, atol=1e-5)
     for name in ("entropy", "topk_probs"):
         torch.testing.assert_close(getattr(late, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
@@ -610,7 +620,7 @@ def test_the_whole_vocabulary_as_support_is_the_exact_softmax(
             f"regime.learning_rate={rate}",
         )
         ours = make_learner(config, small_model)
-        found.append(ours.step(batch)[1].shifts)
+        found.append(take_step(ours, batch)[1].shifts)
     for row in range(8):
         ids = batch.input_ids[row, batch.attention_mask[row].bool()]
         count, advantage = int(batch.completion_mask[row].sum()), batch.advantages[row, 0].double()
@@ -630,6 +640,6 @@ def test_the_whole_vocabulary_as_support_is_the_exact_softmax(
 
 def test_a_selections_rows_are_those_of_the_micro_batch() -> None:
     keep = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).bool()
-    part = Selection(keep, {"policy": ~keep}).of_rows(torch.tensor([2, 0]), 2)
+    part = Selection(keep, {"policy": ~keep}).of_rows(torch.tensor([2, 0]), some_scored(2, 2).batch)
     assert part.keep_mask.tolist() == [[True, True], [True, False]]
     assert torch.equal(part.rejected_by["policy"], ~part.keep_mask)

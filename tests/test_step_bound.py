@@ -15,23 +15,24 @@ from capo_exp.algorithms import step_bound
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Batch
-from capo_exp.curvature.step_trial import Decision, Proposal, Sample, Trial
+from capo_exp.curvature.calibration import SampleSize
+from capo_exp.curvature.step_trial import StepDecision, StepTrial
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.training.learner import Learner
-from tests.pieces import SMALL, make_learner, same_weights, weights
+from tests.pieces import SMALL, make_learner, same_weights, take_step, weights
 
-ALL = Sample(completions=99, tokens=9999)
+ALL = SampleSize(completions=99, tokens=9999)
 LARGE = {"completions": 99, "tokens": 9999}
 Make = Callable[..., Learner]
 
 
 @pytest.fixture
 def learner(composed: Callable[..., TrainConfig], small_model: PreTrainedModel) -> Make:
-    def make(rule: Callable[[Proposal], Decision] | None = None, *overrides: str) -> Learner:
+    def make(rule: Callable[[StepTrial], StepDecision] | None = None, *overrides: str) -> Learner:
         config = composed(*SMALL, "algo=grpo", "regime.learning_rate=3e-2", *overrides)
         made = make_learner(config, small_model)
         if rule is not None:
-            made._algorithm = replace(made._algorithm, step_rule=rule)
+            made.algorithm = replace(made.algorithm, step_rule=rule)
         return made
 
     return make
@@ -58,33 +59,34 @@ def moved(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> floa
 
 
 def looking(
-    seen: list[Trial], *, measurable: bool = True, share: float = 1.0
-) -> Callable[[Proposal], Decision]:
-    def rule(proposal: Proposal) -> Decision:
-        seen.append(proposal.make(ALL, measurable))
-        return Decision(share)
+    seen: list[StepTrial], *, measurable: bool = True, step_scale: float = 1.0
+) -> Callable[[StepTrial], StepDecision]:
+    def rule(trial: StepTrial) -> StepDecision:
+        trial.take(ALL, measurable=measurable)
+        seen.append(trial)
+        return StepDecision(step_scale)
 
     return rule
 
 
-def test_a_trial_looks_at_any_share_of_the_step_and_settles_on_one(learner: Make, random_batch) -> None:
-    seen: list[Trial] = []
+def test_a_trial_looks_at_any_part_of_the_step_and_settles_on_one(learner: Make, random_batch) -> None:
+    seen: list[StepTrial] = []
     ours, batch = learner(looking(seen)), random_batch()
     before = copy.deepcopy(ours.model)
-    ours.step(batch)
+    take_step(ours, batch)
     (trial,) = seen
     whole = copy.deepcopy(ours.model)
     start, end = weights_of(before), weights_of(whole)
     assert trial.measured(1.0) == pytest.approx(moved(before, whole, batch), rel=1e-4)
-    for share in (0.5, 0.1, 0.7):
-        found = trial.measured(share)
-        expected = [torch.lerp(a, b, share) for a, b in zip(start, end, strict=True)]
+    for scale in (0.5, 0.1, 0.7):
+        found = trial.measured(scale)
+        expected = [torch.lerp(a, b, scale) for a, b in zip(start, end, strict=True)]
         torch.testing.assert_close(weights_of(ours.model), expected, rtol=1e-4, atol=1e-6)
         assert found == pytest.approx(moved(before, ours.model, batch), rel=1e-3)
-        head = torch.lerp(policy.last_layer(before).weight, policy.last_layer(whole).weight, share).detach()
+        head = torch.lerp(policy.last_layer(before).weight, policy.last_layer(whole).weight, scale).detach()
         with torch.no_grad():
             alone = mean_kl(log_probs(before, batch), log_probs(before, batch, head))
-        assert trial.last_layer(share) == pytest.approx(alone, rel=1e-3)
+        assert trial.last_layer(scale) == pytest.approx(alone, rel=1e-3)
     trial.settle(0.0)
     assert all(torch.equal(a, b) for a, b in zip(weights_of(ours.model), start, strict=True))
 
@@ -93,12 +95,12 @@ def weights_of(model: PreTrainedModel) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def test_a_share_of_the_step_is_the_step_at_that_share_of_the_rate(learner: Make, random_batch) -> None:
-    settled = learner(looking([], share=0.3), "optimizer.weight_decay=0.1")
-    scaled = learner(lambda _: Decision(0.3), "optimizer.weight_decay=0.1")
+def test_a_part_of_the_step_is_the_step_at_that_part_of_the_rate(learner: Make, random_batch) -> None:
+    settled = learner(looking([], step_scale=0.3), "optimizer.weight_decay=0.1")
+    scaled = learner(lambda _: StepDecision(0.3), "optimizer.weight_decay=0.1")
     for seed in range(3):
         for one in (settled, scaled):
-            one.step(random_batch(seed=seed))
+            take_step(one, random_batch(seed=seed))
     torch.testing.assert_close(weights(settled), weights(scaled), rtol=1e-4, atol=1e-6)
 
 
@@ -121,7 +123,7 @@ def test_without_a_bound_it_is_the_whole_step_bit_for_bit(rule, learner: Make, r
     plain, ours = learner(), learner(rule)
     for seed in range(3):
         for one in (plain, ours):
-            one.step(random_batch(seed=seed))
+            take_step(one, random_batch(seed=seed))
     assert same_weights(plain, ours)
 
 
@@ -130,7 +132,7 @@ def test_measured_keeps_the_real_shift_within_the_bound(bound: float, learner: M
     ours = learner(partial(step_bound.measured, policy_shift_max=bound, max_looks=8, **LARGE))
     for seed in range(4):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
-        metrics, _ = ours.step(batch)
+        metrics, _ = take_step(ours, batch)
         real = moved(before, ours.model, batch)
         assert real <= 1.001 * bound
         assert metrics["step/policy_shift_measured"] == pytest.approx(real, rel=1e-3)
@@ -140,7 +142,7 @@ def test_measured_keeps_the_real_shift_within_the_bound(bound: float, learner: M
 
 def test_measured_gives_up_after_so_many_looks(learner: Make, random_batch) -> None:
     ours = learner(partial(step_bound.measured, policy_shift_max=1e-12, max_looks=1, **LARGE))
-    metrics, _ = ours.step(random_batch())
+    metrics, _ = take_step(ours, random_batch())
     assert metrics["optim/step_scale"] == 1.0 and metrics["step/policy_shift_measured"] > 1e-12
 
 
@@ -150,7 +152,7 @@ def test_predicted_bounds_the_last_layers_part_without_a_forward_pass(learner: M
     before, passes = copy.deepcopy(ours.model), []
     plain_passes = count_passes(learner(), batch)
     ours.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    metrics, _ = ours.step(batch)
+    metrics, _ = take_step(ours, batch)
     assert len(passes) == plain_passes
     assert metrics["optim/step_scale"] < 0.5
     head = policy.last_layer(ours.model).weight
@@ -163,7 +165,7 @@ def test_predicted_bounds_the_last_layers_part_without_a_forward_pass(learner: M
 def count_passes(learner: Learner, batch: Batch) -> int:
     passes: list[int] = []
     learner.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    learner.step(batch)
+    take_step(learner, batch)
     return len(passes)
 
 
@@ -179,7 +181,7 @@ def test_calibrated_measures_every_so_many_steps_and_holds_the_bound_between(
     reals, measured = [], []
     for seed in range(7):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
-        metrics, _ = ours.step(batch)
+        metrics, _ = take_step(ours, batch)
         reals.append(moved(before, ours.model, batch))
         measured.append("step/policy_shift_measured" in metrics)
         if measured[-1]:
@@ -197,7 +199,7 @@ def test_the_ratio_is_remembered_as_a_geometric_mean(learner: Make, random_batch
             policy_shift_max=float("inf"), every=1, memory_share=memory_share, max_looks=1, **LARGE,
         )  # fmt: skip
         ours = learner(rule)
-        return [ours.step(random_batch(seed=seed))[0]["step/ratio"] for seed in range(3)]
+        return [take_step(ours, random_batch(seed=seed))[0]["step/ratio"] for seed in range(3)]
 
     fresh, kept = ratios(0.0), ratios(0.5)
     assert kept[0] == pytest.approx(fresh[0])
@@ -211,7 +213,7 @@ def test_a_resumed_run_remembers_the_ratio(learner: Make, random_batch, tmp_path
     )
     straight = learner(rule)
     for seed in range(2):
-        straight.step(random_batch(seed=seed))
+        take_step(straight, random_batch(seed=seed))
     checkpointer = Checkpointer(tmp_path, keep=1)
 
     class Tokenizer:
@@ -223,7 +225,7 @@ def test_a_resumed_run_remembers_the_ratio(learner: Make, random_batch, tmp_path
     resumed.load_state_dict(checkpointer.restore(path, torch.device("cpu")))
     assert resumed.step_memory == straight.step_memory and resumed.step_memory["since"] == 2
     for one in (straight, resumed):
-        one.step(random_batch(seed=2))
+        take_step(one, random_batch(seed=2))
     assert same_weights(straight, resumed)
 
 
@@ -236,7 +238,7 @@ def test_until_a_ratio_is_known_every_step_is_measured(learner: Make, random_bat
     seen = []
     for seed in range(4):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
-        metrics, _ = ours.step(batch)
+        metrics, _ = take_step(ours, batch)
         seen.append("step/policy_shift_measured" in metrics)
         if seen[-1]:
             assert moved(before, ours.model, batch) <= 1.001e-3
@@ -252,6 +254,6 @@ def test_a_step_that_moves_nothing_is_taken_whole(learner: Make, random_batch) -
         ),
     ):
         ours = learner(rule)
-        metrics, _ = ours.step(idle)
+        metrics, _ = take_step(ours, idle)
         assert metrics["optim/step_scale"] == 1.0
         assert "step/ratio" not in metrics

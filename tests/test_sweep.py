@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from capo_exp.cli import compose as cli
-from capo_exp.config.schema import SweepConfig, TrainConfig, conf_dir
-from capo_exp.runs.record import locked, run_dir, status
+from capo_exp.cli import front
+from capo_exp.config.schema import TrainConfig, conf_dir
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.record import run_status
 from capo_exp.sweep import sweep
-from capo_exp.sweep.pruning import Watch, behind
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ import json, os, pathlib, signal, sys, time, yaml
 c = yaml.safe_load(sys.stdin)
 print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
 from capo_exp.sweep.job import read_config
-from capo_exp.runs.record import run_dir
+from capo_exp.runs.identity import run_dir
 folder = run_dir(read_config(yaml.safe_dump(c)))
 def record(status):
     (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
@@ -53,11 +53,7 @@ def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run_here(lines: str, *arguments: str) -> int:
         monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-c", CHILD + lines))
         monkeypatch.setattr(sys, "argv", ["capo_exp", "-m", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
+        return front.run_training()
 
     return run_here
 
@@ -117,20 +113,27 @@ def test_wrong_jobs_are_told_before_the_first_starts(
 def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
     run: Callable[..., int], work_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither those of conf/ nor those of a user's own folder; the next sweep sees them."""
     conf = Path(shutil.copytree(conf_dir(), work_dir / "conf"))
-    for module in (cli, sweep):
-        monkeypatch.setattr(module, "conf_dir", lambda: conf)
-    edits = "pathlib.Path('conf/regime/aggressive.yaml').write_text('broken: [')\n"
-    assert run(edits + ENDS, "seed=0,1") == 0
-    assert [rate for *_, rate in jobs()] == ["0.0001", "0.0001"]
-    assert run(ENDS, "seed=0,1") == 2  # the next sweep sees it
+    monkeypatch.setattr(front, "conf_dir", lambda: conf)
+    own = work_dir / "own" / "regime" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text((conf / "regime" / "aggressive.yaml").read_text().replace("mul:5", "mul:10"))
+    arguments = ["--config-dir", "own", "regime=aggressive,mine"]
+    edited = ["conf/config.yaml", "own/regime/mine.yaml"]
+    edits = f"for path in {edited}:\n    pathlib.Path(path).write_text('broken: [')\n"
+    assert run(edits + ENDS, *arguments) == 0
+    assert [rate for *_, rate in jobs()] == ["0.0001", "0.0002"]
+    assert run(ENDS, *arguments) == 2
 
 
 def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> None:
     waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
     waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
-    start = f"from capo_exp import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
-    start += "from capo_exp.cli.compose import main; main()"
+    start = (
+        f"from capo_exp.sweep import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
+    )
+    start += "from capo_exp.cli.front import run_training; raise SystemExit(run_training())"
     command = [sys.executable, "-c", start, "-m", "seed=0,1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(300):
@@ -142,7 +145,7 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> No
     assert process.returncode == 130, out
     assert len(jobs()) == 1
     (directory,) = Path("outputs/default").glob("capo-*")
-    assert status(directory) == "interrupted"
+    assert run_status(directory) == "interrupted"
     assert "0: seed=0" in out and "interrupted" in out
     assert "1 of 2 jobs have not run; the same command goes on" in out
 
@@ -155,6 +158,7 @@ def test_plan_only_shows_each_jobs_plan_and_starts_none(
     assert not Path("jobs.txt").exists() and not list(Path("outputs").rglob("log.txt"))
 
 
+@pytest.mark.slow
 def test_with_joblib_jobs_run_at_a_time(work_dir: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["seed=0,1", "plan_only=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -192,6 +196,7 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.environment(None, 2)["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.mark.slow
 def test_training_in_a_sweep_is_the_same_as_alone(
     work_dir: Path, composed: Callable[..., TrainConfig]
 ) -> None:
@@ -217,61 +222,6 @@ def _timeless(path: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-# Pruning.
-
-RULE = SweepConfig([], "eval/accuracy", "median", pruner_startup_runs=3, pruner_warmup_steps=20)
-
-
-@pytest.mark.parametrize(
-    ("values", "others", "expected"),
-    [
-        ({0: 0.5, 20: 0.4}, [0.6, 0.7, 0.8], True),
-        ({0: 0.5, 20: 0.75}, [0.6, 0.7, 0.8], False),
-        ({0: 0.5, 20: 0.4}, [0.6, 0.7], False),  # too few to compare with
-        ({0: 0.1}, [0.6, 0.7, 0.8], False),  # too early
-        ({0: 0.75, 20: 0.1}, [0.6, 0.7, 0.8], False),  # its best counts
-    ],
-)
-def test_a_run_behind_the_median_is_pruned(
-    values: dict[int, float], others: list[float], expected: bool
-) -> None:
-    pytest.importorskip("optuna")
-    assert behind(values, [{0: 0.5, 20: value} for value in others], RULE) is expected
-
-
-def test_a_pruned_run_is_told_to_stop_recorded_and_not_repeated(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("optuna")
-    lines = """
-signal.signal(signal.SIGTERM, lambda *_: (record('interrupted'), os._exit(130)))
-score = 0.1 if c["seed"] == 2 else 0.5
-rows = [{"counter/rollout_step": step, "eval/accuracy": score + step / 100} for step in (0, 20)]
-(folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-if c["seed"] == 2:
-    time.sleep(60)
-record('finished')
-"""
-    arguments = ["seed=0,1,2", "sweep.pruner=median", "sweep.pruner_startup_runs=2"]
-    assert run(lines, *arguments) == 0
-    (pruned,) = Path("outputs/default").glob("capo-*-s2-*")
-    assert status(pruned) == "pruned"
-    assert "2: seed=2  pruned" in capfd.readouterr().out
-    assert run(lines, *arguments) == 0
-    assert len(jobs()) == 3
-    assert "this run is pruned; overwrite=true repeats it" in capfd.readouterr().out
-
-
-def test_without_a_pruner_nothing_is_watched(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    config = composed(f"output_dir={tmp_path}")
-    child = subprocess.Popen(["sleep", "60"])
-    with locked(run_dir(config)):
-        Watch(config).look(child)
-    assert child.poll() is None
-    child.kill()
-    child.wait()
-
-
 def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config = composed(f"output_dir={tmp_path}")
     run_dir(config).mkdir(parents=True)
@@ -282,6 +232,7 @@ def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig],
     assert sweep.objective(composed(f"output_dir={tmp_path}", "sweep.objective=reward/accuracy")) == 0.5
 
 
+@pytest.mark.slow
 def test_optuna_proposes_the_same_jobs_again(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,13 +244,13 @@ if len(pathlib.Path("jobs.txt").read_text().splitlines()) == 2:
     raise SystemExit(1)
 record('finished')
 """
-    search = ["experiment=tiny/search", "hydra.sweeper.n_trials=5"]
+    search = ["experiment=paper/capo", "scale=tiny", "hparams_search=bounds", "hydra.sweeper.n_trials=5"]
     assert run(lines, *search) == 0  # a failed trial does not end the search
     first = [rate for *_, rate in jobs()]
     assert len(set(first)) == 5
     assert "failed with exit status 1" in capfd.readouterr().out
     assert run(lines, *search) == 0  # goes on: the four that ended are not repeated
     assert [rate for *_, rate in jobs()][5:] == [first[1]]
-    best = Path("outputs/tiny_search/optimization_results.yaml").read_text()
+    best = Path("outputs/paper_capo-tiny-bounds/optimization_results.yaml").read_text()
     nearest = min(first, key=lambda rate: abs(float(rate) - 2e-4))
     assert f"regime.learning_rate: {nearest}" in best

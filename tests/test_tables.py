@@ -8,24 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tables, tokens
-from capo_exp.figures.captions import seeds
-from capo_exp.figures.catalogue import read_figure
-from capo_exp.figures.compose import Picture
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.measure import Column, Crossing, Level, Panel, thousands
-from capo_exp.figures.stats import Estimate
-from capo_exp.figures.study import Series
-from capo_exp.figures.tables import Table, cell_text, value_text
-from capo_exp.runs.read import Run
+from capo_exp.figures.gallery import TRAINING
+from capo_exp.figures.page import count_seeds
+from capo_exp.figures.panel import Column, Crossing, Level, Panel, Series, cell_text, thousands, value_text
+from capo_exp.figures.tables import TextTable
+from capo_exp.runs.read import LoggedRun
 
 NAN = float("nan")
 
 
 def curve(label: str, runs: int = 2) -> Curve:
-    return Curve(
-        label, "capo", "aggressive", tuple(Run(Path(f"{label}{i}"), {}, {}, [], []) for i in range(runs))
-    )
+    return Curve(label, tuple(LoggedRun(Path(f"{label}{i}"), {}, {}, [], []) for i in range(runs)))
 
 
 def series(label: str, x: Any, centre: list[float], low: list[float], runs: int = 2) -> Series:
@@ -34,23 +30,23 @@ def series(label: str, x: Any, centre: list[float], low: list[float], runs: int 
 
 
 def panel(*shown: Series, **more: Any) -> Panel:
-    return Panel(read_figure("1").panels[0], "Accuracy", shown, **more)
+    return Panel("lines", "Accuracy", lambda *_: [], shown, TRAINING, **more)
 
 
 @pytest.mark.parametrize(
     ("cell", "unit", "text"),
     [
         (Estimate(0.7131, 0.68, 0.745), "percent", "71.3 % [68.0, 74.5]"),
-        (Estimate(0.7131, NAN, NAN), "percent", "71.3 %"),
+        (Estimate(0.7131), "percent", "71.3 %"),
         (Estimate(19.5, 0.0, 31.25), "times", "19.5x [0, 31.2]"),
         (Estimate(1.234, 1.0, 2.0), "seconds", "1.23 s [1, 2]"),
         (Estimate(5.691e-6, 1e-7, 0.25), "number", "5.69e-6 [1e-7, 0.25]"),
-        (Estimate(-0.0123, NAN, NAN), "number", "-0.0123"),
-        (Estimate(1234567.0, NAN, NAN), "number", "1.23e6"),
-        (Estimate(3456.0, NAN, NAN), "completions", "3.46k"),
+        (Estimate(-0.0123), "number", "-0.0123"),
+        (Estimate(1234567.0), "number", "1.23e6"),
+        (Estimate(3456.0), "completions", "3.46k"),
         ("not reached", "times", "not reached"),
         (None, "percent", ""),
-        (Estimate(NAN, NAN, NAN), "percent", ""),
+        (Estimate(NAN), "percent", ""),
     ],
 )
 def test_cells(cell: Estimate | str | None, unit: str, text: str) -> None:
@@ -58,19 +54,13 @@ def test_cells(cell: Estimate | str | None, unit: str, text: str) -> None:
 
 
 def test_numbers_of_completions() -> None:
-    assert [thousands(x) for x in (0, 96, 999, 1000, 59904, 1.5e6)] == [
-        "0",
-        "96",
-        "999",
-        "1k",
-        "59.9k",
-        "1.5M",
-    ]
+    said = [thousands(x) for x in (0, 96, 999, 1000, 59904, 1.5e6)]
+    assert said == ["0", "96", "999", "1k", "59.9k", "1.5M"]
     assert value_text(0.5, "percent", bare=True) == "50.0"
 
 
 def test_markdown_escapes_what_would_end_a_cell() -> None:
-    text = tables.markdown(Table(["curve", "n|m"], [["a|b *c* <i> `x` m_F \\", "1\n2"]]))
+    text = tables.markdown(TextTable(["curve", "n|m"], [["a|b *c* <i> `x` m_F \\", "1\n2"]]))
     assert text.splitlines() == [
         r"| curve | n\|m |",
         "| --- | ---: |",
@@ -79,7 +69,7 @@ def test_markdown_escapes_what_would_end_a_cell() -> None:
 
 
 def test_latex_escapes_every_special_character() -> None:
-    text = tables.latex(Table(["curve", "50 %"], [["a_b & $c$ {#} ~^\\ <>|", "␣x"]]))
+    text = tables.latex(TextTable(["curve", "50 %"], [["a_b & $c$ {#} ~^\\ <>|", "␣x"]]))
     assert text == (
         "\\begin{tabular}{lr}\n\\hline\ncurve & 50 \\% \\\\\n\\hline\n"
         "a\\_b \\& \\$c\\$ \\{\\#\\} \\textasciitilde{}\\textasciicircum{}\\textbackslash{} "
@@ -102,34 +92,27 @@ def test_csv_has_every_digit_and_no_number_that_is_not_there() -> None:
 
 def test_the_summary_joins_the_panels_by_curve() -> None:
     a, b = series("a", np.array([1.0]), [1.0], [NAN]), series("b", np.array([1.0]), [1.0], [NAN], runs=3)
-    first = panel(a, b, columns=(Column("final", "percent", {"a": Estimate(0.5, NAN, NAN)}),))
+    first = panel(a, b, columns=(Column("final", "percent", {"a": Estimate(0.5)}),))
     second = panel(
         b,
         columns=(
-            Column("final", "percent", {"b": Estimate(0.25, NAN, NAN)}),
+            Column("final", "percent", {"b": Estimate(0.25)}),
             Column("n", "text", {"b": "x"}),
         ),
     )
-    table = tables.summary([first, second])
+    table = tables.table_of([first, second])
     assert table.heading == ["curve", "seeds", "final", "n"]
     assert table.rows == [["a", "2", "50.0 %", ""], ["b", "3", "25.0 %", "x"]]
 
 
 def test_tokens_can_be_seen() -> None:
-    assert [tokens.visible(text) for text in (" a", "\n", "数", "é|", "'")] == [
-        "␣a",
-        "\\n",
-        "\\u6570",
-        "\\xe9|",
-        "'",
-    ]
+    said = [tokens.visible(text) for text in (" a", "\n", "数", "é|", "'")]
+    assert said == ["␣a", "\\n", "\\u6570", "\\xe9|", "'"]
 
 
 def test_the_number_of_seeds() -> None:
-    spec = read_figure("1")
-
     def text(*counts: int) -> str:
-        return seeds(Picture(spec, (), tuple(curve(f"c{i}", n) for i, n in enumerate(counts)), ()))
+        return count_seeds([curve(f"c{i}", n) for i, n in enumerate(counts)])
 
     assert text(5, 5, 5) == "n = 5 seeds"
     assert text(1) == "n = 1 seed"

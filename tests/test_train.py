@@ -14,10 +14,13 @@ from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.metrics import check_known
-from capo_exp.runs.read import load_run, series, to_its_end
-from capo_exp.runs.record import status
+from capo_exp.runs.read import load_run, read_series, to_its_end
+from capo_exp.runs.record import run_status
 from capo_exp.training import loop as train
-from capo_exp.training.learner import TrainingDiverged
+from capo_exp.training import rollout_step
+from capo_exp.training.optimizer_step import TrainingDiverged
+
+Compose = Callable[..., TrainConfig]
 
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
@@ -27,7 +30,7 @@ SMALL = [
 
 
 @pytest.fixture
-def small(composed: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., TrainConfig]:
+def small(composed: Compose, tmp_path: Path) -> Compose:
     return lambda *overrides: composed(*SMALL, f"output_dir={tmp_path}", *overrides)
 
 
@@ -38,50 +41,23 @@ def lines(path: Path) -> list[dict[str, float]]:
 
 
 CONTRACT = [
-    "counter/optimizer_step",
-    "counter/completions",
-    "counter/generated_tokens",
-    "reward/accuracy",
-    "reward/mean",
-    "advantage/std",
-    "loss/total",
-    "loss/clip_fraction",
-    "policy/entropy",
-    "policy/grad_norm",
-    "policy/sampler_kl_k3",
-    "mismatch/kl_k1",
-    "mismatch/kl_k3",
-    "mismatch/ratio_max",
-    "mismatch/beyond_2x_fraction",
-    "mismatch/corrected/kl_k1",
-    "mismatch/corrected/kl_k3",
-    "mismatch/corrected/ratio_max",
-    "mismatch/corrected/beyond_2x_fraction",
-    "mismatch/dropped_fraction",
-    "rollout/completion_length/mean",
-    "rollout/truncated_fraction",
-    "curvature/token/policy_shift/mean",
-    "curvature/token/policy_shift/p99",
-    "curvature/token/policy_shift/max",
-    "curvature/token/objective_shift/mean",
-    "curvature/token/objective_shift/p99",
-    "curvature/token/objective_shift/max",
-    "curvature/batch/policy_shift",
-    "curvature/batch/objective_shift",
-    "selection/rejection_rate",
-    "selection/rejection_rate_policy",
-    "selection/rejection_rate_objective",
-    "optim/learning_rate",
-    "time/rollout_seconds",
-    "time/reward_seconds",
-    "time/policy_seconds",
-    "time/curvature_seconds",
-    "time/update_seconds",
-    "time/total_seconds",
-]
+    "counter/optimizer_step", "counter/completions", "counter/generated_tokens", "reward/accuracy",
+    "reward/mean", "advantage/std", "loss/total", "loss/clip_fraction", "policy/entropy",
+    "policy/grad_norm", "policy/sampler_kl_k3", "mismatch/kl_k1", "mismatch/kl_k3",
+    "mismatch/ratio_max", "mismatch/beyond_2x_fraction", "mismatch/corrected/kl_k1",
+    "mismatch/corrected/kl_k3", "mismatch/corrected/ratio_max", "mismatch/corrected/beyond_2x_fraction",
+    "mismatch/dropped_fraction", "rollout/completion_length/mean", "rollout/truncated_fraction",
+    "curvature/token/policy_shift/mean", "curvature/token/policy_shift/p99",
+    "curvature/token/policy_shift/max", "curvature/token/objective_shift/mean",
+    "curvature/token/objective_shift/p99", "curvature/token/objective_shift/max",
+    "curvature/batch/policy_shift", "curvature/batch/objective_shift", "selection/rejection_rate",
+    "selection/rejection_rate_policy", "selection/rejection_rate_objective", "optim/learning_rate",
+    "time/rollout_seconds", "time/reward_seconds", "time/policy_seconds", "time/curvature_seconds",
+    "time/update_seconds", "time/total_seconds",
+]  # fmt: skip
 
 
-def test_a_run_leaves_what_the_contract_says(small: Callable[..., TrainConfig]) -> None:
+def test_a_run_leaves_what_the_contract_says(small: Compose) -> None:
     directory = train.run(small())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
@@ -101,7 +77,7 @@ def test_a_run_leaves_what_the_contract_says(small: Callable[..., TrainConfig]) 
         assert all(value <= 0 for value in row["log_prob"])
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small: Callable[..., TrainConfig]) -> None:
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small: Compose) -> None:
     first, again, other = (
         train.run(small(f"experiment_name={n}", f"seed={s}")) for n, s in zip("abc", (0, 0, 1), strict=True)
     )
@@ -110,7 +86,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small: Callab
     assert lines(first / "metrics.jsonl") != lines(other / "metrics.jsonl")
 
 
-def test_a_finished_run_is_not_repeated_unless_asked(small: Callable[..., TrainConfig]) -> None:
+def test_a_finished_run_is_not_repeated_unless_asked(small: Compose) -> None:
     directory = train.run(small())
     before = (directory / "metrics.jsonl").read_bytes()
     assert train.run(small()) == directory
@@ -120,7 +96,7 @@ def test_a_finished_run_is_not_repeated_unless_asked(small: Callable[..., TrainC
     assert len(lines(directory / "metrics.jsonl")) == 3
 
 
-def test_a_run_does_not_go_on_with_other_problems(small: Callable[..., TrainConfig]) -> None:
+def test_a_run_does_not_go_on_with_other_problems(small: Compose) -> None:
     directory = train.run(small())
     record = json.loads((directory / "run.json").read_text())
     changed = record | {"status": "interrupted", "data": "0123456789abcdef"}
@@ -129,7 +105,7 @@ def test_a_run_does_not_go_on_with_other_problems(small: Callable[..., TrainConf
         train.run(small())
 
 
-def test_inner_iterations_are_one_line_each(small: Callable[..., TrainConfig]) -> None:
+def test_inner_iterations_are_one_line_each(small: Compose) -> None:
     config = small("algo=grpo", "algo.num_iterations=3", "dataset.max_completion_tokens=64")
     rows = lines(train.run(config) / "metrics.jsonl")
     assert [row["counter/optimizer_step"] for row in rows] == list(range(1, 10))
@@ -139,7 +115,7 @@ def test_inner_iterations_are_one_line_each(small: Callable[..., TrainConfig]) -
     assert rows[3]["policy/ratio_max"] == 1.0 < rows[4]["policy/ratio_max"]
 
 
-def test_a_run_works_off_the_main_thread(small: Callable[..., TrainConfig]) -> None:
+def test_a_run_works_off_the_main_thread(small: Compose) -> None:
     done: list[Path] = []
     thread = threading.Thread(target=lambda: done.append(train.run(small())))
     thread.start()
@@ -147,7 +123,7 @@ def test_a_run_works_off_the_main_thread(small: Callable[..., TrainConfig]) -> N
     assert len(lines(done[0] / "metrics.jsonl")) == 3
 
 
-def test_a_bad_input_leaves_no_directory(small: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_a_bad_input_leaves_no_directory(small: Compose, tmp_path: Path) -> None:
     for wrong in ("dataset=math", "model.path=./nowhere"):
         extra = ["dataset.path=./nowhere"] if wrong == "dataset=math" else []
         with pytest.raises(ConfigError):
@@ -157,7 +133,7 @@ def test_a_bad_input_leaves_no_directory(small: Callable[..., TrainConfig], tmp_
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
-    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, number: int
+    small: Compose, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
     unbroken = lines(train.run(small("experiment_name=unbroken")) / "eval.jsonl")
@@ -176,15 +152,13 @@ def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
         train.run(small())
     directory = train.run(small())
     assert lines(directory / "eval.jsonl") == unbroken
-    assert status(directory) == "finished"
+    assert run_status(directory) == "finished"
 
 
-def test_a_run_without_any_reward_ends_early(
-    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the engine fails on the way; figures see the steps that were left out."""
     config = small("algo=grpo", "num_steps=9", "stop_after_unrewarded=3", "dataset.max_completion_tokens=1")
-    calls, draw = [], train.sample
+    calls, draw = [], rollout_step.sample_rollout
 
     def fails_once(*args: object, **kwargs: object) -> object:
         calls.append(len(calls))
@@ -192,16 +166,16 @@ def test_a_run_without_any_reward_ends_early(
             raise EngineFailed("vLLM: its process ended with exit code -9")
         return draw(*args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
-    monkeypatch.setattr(train, "sample", fails_once)
+    monkeypatch.setattr(rollout_step, "sample_rollout", fails_once)
     with pytest.raises(EngineFailed, match="step 2 is saved"):
         train.run(config)
     run = load_run(train.run(config))
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
     assert [row["counter/rollout_step"] for row in run.evaluations] == [0, 2, 3]
-    assert status(run.path) == "finished" and len(calls) == 4
+    assert run_status(run.path) == "finished" and len(calls) == 4
     assert train.run(config) == run.path and len(calls) == 4
     whole = to_its_end(run)
-    x, accuracy = series(whole.metrics, "reward/accuracy")
+    x, accuracy = read_series(whole.metrics, "reward/accuracy")
     assert x.tolist() == [12 * step for step in range(1, 10)] and not accuracy.any()
     assert [row["counter/completions"] for row in whole.evaluations] == [0, 24, 36, 108]
     assert to_its_end(whole).metrics == whole.metrics
@@ -209,38 +183,36 @@ def test_a_run_without_any_reward_ends_early(
     assert to_its_end(unfinished) is unfinished
 
 
-def test_a_reward_starts_the_count_again(
-    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw, rewarded = train.sample, iter([False, True, False])
-    monkeypatch.setattr(train, "sample", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded)))
+def test_a_reward_starts_the_count_again(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, rewarded = rollout_step.sample_rollout, iter([False, True, False])
+    monkeypatch.setattr(
+        rollout_step, "sample_rollout", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded))
+    )
     run = load_run(train.run(small("algo=grpo", "stop_after_unrewarded=2")))
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 0, 1]
 
 
-def test_a_policy_that_a_penalty_can_bring_back_is_not_given_up(small: Callable[..., TrainConfig]) -> None:
+def test_a_policy_that_a_penalty_can_bring_back_is_not_given_up(small: Compose) -> None:
     hopeless = ("stop_after_unrewarded=1", "dataset.max_completion_tokens=1")
     run = load_run(train.run(small("algo=grpo_kl", *hopeless)))
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
 
 
-def test_gpu_memory_that_runs_out_names_the_keys(
-    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_memory_that_runs_out_names_the_keys(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(train, "credited", full)
+    monkeypatch.setattr(rollout_step, "assign_credit", full)
     with pytest.raises(RunFailed, match=r"Tried to allocate 2 GiB. Lower model.micro_batch_size, ") as failed:
         train.run(small())
     assert "gpu_memory_utilization" in str(failed.value) and "more" not in str(failed.value).split()[:12]
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(
-    small: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    small: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small("algo=grpo")
-    genuine = train.credited
+    genuine = rollout_step.assign_credit
 
     def poisoned(*args: object, **kwargs: object) -> object:
         batch, metrics = genuine(*args, **kwargs)
@@ -250,7 +222,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
         return batch, metrics
 
     poisoned.calls = 0
-    monkeypatch.setattr(train, "credited", poisoned)
+    monkeypatch.setattr(rollout_step, "assign_credit", poisoned)
     with pytest.raises(
         TrainingDiverged, match=r"optimizer step 3: not finite: .*loss/total=nan.*step_000002"
     ):

@@ -2,49 +2,63 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from subprocess import PIPE
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
+from capo_exp.config.ranges import Rule
+from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
-from capo_exp.data.prompts import render
-from capo_exp.rollout import EngineFailed
+from capo_exp.data.prompts import render_prompts
+from capo_exp.rollout import EngineFailed, SamplingRequest
 from capo_exp.rollout.hf import HFRollout
-from capo_exp.rollout.vllm import VLLMRollout
-from capo_exp.rollout.vllm_process import EngineProcess, Limits, engine_failed
-from capo_exp.rollout.weight_transfer import all_parameters, choose_backend, weight_source, within
-from capo_exp.runs.record import run_id
+from capo_exp.rollout.vllm import VLLMRollout, engine_environment
+from capo_exp.rollout.vllm_process import EngineProcess, explain_failure
+from capo_exp.rollout.vllm_server import Server
+from capo_exp.rollout.vllm_settings import VLLMSettings
+from capo_exp.rollout.weight_proof import WeightProbe
+from capo_exp.rollout.weight_transfer import (
+    choose_backend,
+    list_parameters,
+    make_weight_source,
+    run_within,
+)
+from capo_exp.runs.identity import run_id
 
 Composed = Callable[..., TrainConfig]
 T = TypeVar("T")
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed: scripts/install_vllm_cpu.sh"
-)
+
+
+def needs_vllm(test: T) -> T:
+    """Marks a test that starts vLLM or shares one: such tests are slow."""
+    missing = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM: scripts/install_vllm_cpu.sh")
+    return pytest.mark.slow(pytest.mark.vllm(missing(test)))
+
+
 SMALL_KV = "rollout.engine.kv_cache_gib=0.25"
 EAGER = "rollout.engine.enforce_eager=true"
 """Starts in two thirds of the time; for what does not depend on how the numbers are computed."""
-NUMBERS = {
-    "group_size": 4, "max_tokens": 48, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "seed": 3,
-    "weight_version": 0,
-}  # fmt: skip
 
 
 class Setup:
@@ -56,7 +70,7 @@ class Setup:
         self.tokenizer = policy.load_tokenizer(config.model)
         self.model = policy.load_model(config.model, torch.device("cpu"))
         source = build_part(config.dataset.source, key="dataset.source")
-        self.prompts = render(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
+        self.prompts = render_prompts(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
         build = build_part(config.rollout.engine, key="rollout.engine")
         self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32)
         self.version = 0
@@ -69,8 +83,11 @@ class Setup:
         self.engine.close()
 
     def sample(self, prompts: list[Prompt] | None = None, **changes: object) -> list[RolloutGroup]:
-        numbers = NUMBERS | {"weight_version": self.version} | changes
-        return self.engine.generate(prompts or self.prompts, **numbers)  # pyright: ignore[reportArgumentType]
+        return self.engine.generate(self.request(prompts, **changes))
+
+    def request(self, prompts: list[Prompt] | None = None, **changes: object) -> SamplingRequest:
+        asked = SamplingRequest(prompts or self.prompts, 4, 48, 0.7, 0, 1.0, 3, self.version)
+        return replace(asked, **changes)  # pyright: ignore[reportArgumentType]
 
     def learn(self) -> None:
         """Moves the weights as an optimiser step of a very high rate would."""
@@ -83,15 +100,9 @@ def batch_of(groups: list[RolloutGroup]) -> Batch:
     return collate(groups, pad_token_id=0, device=torch.device("cpu"))
 
 
-def learner_log_probs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    return policy.log_probs(
-        model, batch, temperature=temperature, chunk_tokens=1000, compute_dtype=torch.float32
-    )
-
-
-def differences(setup: Setup, groups: list[RolloutGroup], temperature: float) -> Tensor:
+def differences(setup: Setup, groups: list[RolloutGroup], temperature: float = 1.0) -> Tensor:
     batch = batch_of(groups)
-    own = learner_log_probs(setup.model, batch, temperature)
+    own = policy.log_probs(setup.model, batch, policy.ForwardSettings(temperature, 1000, torch.float32))
     return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
 
 
@@ -99,12 +110,12 @@ def tokens(groups: list[RolloutGroup]) -> list[tuple[int, ...]]:
     return [completion.token_ids for group in groups for completion in group.completions]
 
 
+def nearly_the_same(expected: list[tuple[int, ...]], found: list[tuple[int, ...]]) -> bool:
+    pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other)]  # noqa: B905
+    return sum(a == b for a, b in pairs) >= 0.99 * sum(map(len, expected))
+
+
 def compose_vllm(*overrides: str) -> TrainConfig:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from capo_exp.config.schema import conf_dir, register
-
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", ["rollout=vllm", SMALL_KV, *overrides]))
@@ -117,10 +128,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     """An engine process that all tests share which leave it alive; closed, it is gone."""
     config = compose_vllm("rollout.engine.max_model_len=400")
     with Setup(config, tmp_path_factory.mktemp("vllm")) as setup:
-        engine = setup.engine._running()
-        assert isinstance(engine, EngineProcess) and Path(f"/proc/{engine.pid}").exists()
+        engine = setup.engine.running()
+        assert isinstance(engine, EngineProcess) and engine.process.poll() is None
         yield setup
-    assert not Path(f"/proc/{engine.pid}").exists()
+    assert not Path(f"/proc/{engine.process.pid}").exists()
     setup.engine.close()  # again does no harm
 
 
@@ -136,31 +147,25 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
 
 
 @needs_vllm
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampled_log_probs_are_the_learners(running: Setup, temperature: float) -> None:
-    groups = running.sample(temperature=temperature)
-    assert differences(running, groups, temperature).max() < 1e-4
-    assert running.engine.metrics()["mismatch/probe_difference"] < 1e-5
+def test_sampled_log_probs_are_the_learners(running: Setup) -> None:
+    for temperature in (0.7, 1.0):
+        groups = running.sample(temperature=temperature)
+        assert differences(running, groups, temperature).max() < 1e-4
+        assert running.engine.metrics()["mismatch/probe_difference"] < 1e-5
 
 
 @needs_vllm
 def test_greedy_tokens_are_those_of_transformers(running: Setup) -> None:
     theirs = HFRollout(running.model, running.tokenizer, torch.float32, max_sequences_per_call=64)
-    greedy = NUMBERS | {"temperature": 0.0, "group_size": 2, "weight_version": running.version}
-    expected = tokens(theirs.generate(running.prompts, **greedy))  # pyright: ignore[reportArgumentType]
-    found = tokens(running.sample(temperature=0.0, group_size=2))
-    pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other)]  # noqa: B905
-    assert sum(a == b for a, b in pairs) >= 0.99 * sum(map(len, expected))
+    greedy = running.request(temperature=0.0, group_size=2)
+    assert nearly_the_same(tokens(theirs.generate(greedy)), tokens(running.engine.generate(greedy)))
 
 
 @needs_vllm
 def test_the_seed_decides_the_tokens(running: Setup) -> None:
     first, again, other = running.sample(), running.sample(), running.sample(seed=4)
-    assert tokens(first) == tokens(again)
+    assert [group.completions for group in first] == [group.completions for group in again]
     assert tokens(first) != tokens(other)
-    assert [c.sampler_log_probs for g in first for c in g.completions] == [
-        c.sampler_log_probs for g in again for c in g.completions
-    ]
     same_prompt = running.sample([running.prompts[0]] * 3, temperature=2.0)
     assert len(set(tokens(same_prompt))) == 12  # prompts and completions have seeds of their own
 
@@ -194,6 +199,11 @@ def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> N
 # Whose weights
 
 
+def lose_weights(patch: pytest.MonkeyPatch, setup: Setup) -> None:
+    for call in ("start_weight_update", "update_weights", "finish_weight_update"):
+        patch.setattr(setup.engine.running(), call, lambda *_: None)
+
+
 @needs_vllm
 def test_new_weights_reach_the_engine_with_an_empty_prefix_cache(running: Setup) -> None:
     """The long prompt's cached keys and values of the old weights would show in the log-probs."""
@@ -204,7 +214,7 @@ def test_new_weights_reach_the_engine_with_an_empty_prefix_cache(running: Setup)
     running.learn()
     after = running.sample([long], temperature=0.0, group_size=1)
     metrics = running.engine.metrics()
-    assert differences(running, after, 1.0).max() < 1e-4
+    assert differences(running, after).max() < 1e-4
     assert after[0].completions[0].sampler_log_probs != before[0].completions[0].sampler_log_probs
     assert metrics["time/transfer_seconds"] > 0
     assert running.engine.metrics()["time/transfer_seconds"] == 0  # nothing new, nothing sent
@@ -217,8 +227,8 @@ def test_stale_weights_stop_the_run(running: Setup, monkeypatch: pytest.MonkeyPa
     running.sample()
     running.learn()
     with monkeypatch.context() as patch:
-        patch.setattr(running.engine, "_send", lambda: None)
-        patch.setattr(running.engine, "_last_probe", None)  # by the size of the difference alone
+        lose_weights(patch, running)
+        patch.setattr(WeightProbe, "only_learner_moved", lambda *_, **__: False)  # by the size alone
         with pytest.raises(EngineFailed) as stopped:
             running.sample()
     message = str(stopped.value)
@@ -239,8 +249,9 @@ def test_stale_weights_are_seen_however_small_the_difference(
         running.model.get_input_embeddings().weight[:, 0] += 1e-3  # pyright: ignore[reportIndexIssue]
     running.version += 1
     with monkeypatch.context() as patch:
-        patch.setattr(running.engine, "_tolerance", 0.005)
-        patch.setattr(running.engine, "_send", lambda: None)
+        lose_weights(patch, running)
+        loose = replace(running.engine.settings, max_probe_difference={"float32": 0.005})
+        patch.setattr(running.engine, "settings", loose)
         with pytest.raises(EngineFailed, match="expected the engine's to change with the learner's"):
             running.sample()
     running.sample()
@@ -258,7 +269,7 @@ def test_stale_last_layers_stop_the_run(running: Setup, monkeypatch: pytest.Monk
     running.sample()
     running.learn()
     with monkeypatch.context() as patch:
-        patch.setattr("capo_exp.rollout.weight_transfer.all_parameters", once)
+        patch.setattr("capo_exp.rollout.weight_transfer.list_parameters", once)
         with pytest.raises(EngineFailed, match=r"its weights are not the learner's"):
             running.sample()
     running.sample()
@@ -267,10 +278,10 @@ def test_stale_last_layers_stop_the_run(running: Setup, monkeypatch: pytest.Monk
 @needs_vllm
 def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
     running.sample()
-    running.engine._running().update_weight_version("999")
+    running.engine.running().update_weight_version("999")
     with pytest.raises(EngineFailed, match=r"sampled with weights \['999'\]: expected"):
         running.sample()
-    running.engine._running().update_weight_version(running.engine._label(running.version))
+    running.version += 1  # which is sent, and so is its name
 
 
 @needs_vllm
@@ -291,21 +302,14 @@ def test_a_difference_that_is_not_a_number_stops_the_run(running: Setup) -> None
 def test_a_server_samples_what_the_learner_scores(served: Setup) -> None:
     """Also with top_k: its log-probs are those before the cut, as the learner's."""
     groups = served.sample(temperature=1.0, top_k=5)
-    assert differences(served, groups, 1.0).max() < 1e-4
+    assert differences(served, groups).max() < 1e-4
     assert {group.weight_version for group in groups} == {0}
     batch = batch_of(groups)
-    output = policy.forward(
-        served.model, batch, temperature=1.0, top_k=5, chunk_tokens=1000, compute_dtype=torch.float32
-    )
+    output = policy.forward(served.model, batch, policy.ForwardSettings(1.0, 1000, torch.float32), top_k=5)
     among = (output.topk_ids == batch.token_ids[..., None]).any(-1)[batch.completion_mask]
     assert among.all()
-
-
-@needs_vllm
-def test_a_server_gives_the_same_tokens_for_the_same_seed(served: Setup) -> None:
     first, again = tokens(served.sample()), tokens(served.sample())
-    pairs = [(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other)]  # noqa: B905
-    assert sum(a == b for a, b in pairs) >= 0.99 * sum(map(len, first))  # batched as requests come in
+    assert nearly_the_same(first, again)  # batched as requests come in
 
 
 @needs_vllm
@@ -314,10 +318,10 @@ def test_new_weights_reach_a_server_and_stale_ones_are_seen(
 ) -> None:
     served.sample()
     served.learn()
-    assert differences(served, served.sample(temperature=1.0), 1.0).max() < 1e-4
+    assert differences(served, served.sample(temperature=1.0)).max() < 1e-4
     served.learn()
     with monkeypatch.context() as patch:
-        patch.setattr(served.engine, "_send", lambda: None)
+        lose_weights(patch, served)
         with pytest.raises(EngineFailed, match=f"after optimiser step {served.version} "):
             served.sample()
 
@@ -325,29 +329,26 @@ def test_new_weights_reach_a_server_and_stale_ones_are_seen(
 @needs_vllm
 def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
     """As one that the user started; a second learner then sends its own weights."""
-    server = served.engine._running()
-    config = compose_vllm(f"rollout.server_url={server._url}", "rollout.top_k=5")  # pyright: ignore[reportAttributeAccessIssue]
+    server = served.engine.running()
+    assert isinstance(server, Server)
+    config = compose_vllm(f"rollout.server_url={server.url}", "rollout.top_k=5")
     with Setup(config, tmp_path) as guest:
         guest.learn()
-        assert differences(guest, guest.sample(temperature=1.0), 1.0).max() < 1e-4
+        assert differences(guest, guest.sample(temperature=1.0)).max() < 1e-4
     assert server.reset_prefix_cache()  # it is still there
-
-
-@needs_vllm
-def test_a_server_with_other_log_probs_is_refused(served: Setup, tmp_path: Path) -> None:
-    """Without top_k the learner's temperature has to be in them."""
-    url = served.engine._running()._url  # pyright: ignore[reportAttributeAccessIssue]
+    # Without top_k the learner's temperature has to be in the log-probs.
     with pytest.raises(ConfigError, match="--logprobs-mode raw_logprobs: expected processed_logprobs"):
-        Setup(compose_vllm(f"rollout.server_url={url}"), tmp_path).__enter__()
+        Setup(compose_vllm(f"rollout.server_url={server.url}"), tmp_path).__enter__()
 
 
 @needs_vllm
 def test_a_server_that_dies_is_named(served: Setup) -> None:
     """The last test of this server."""
     served.sample()
-    process = served.engine._running()._process  # pyright: ignore[reportAttributeAccessIssue]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    server = served.engine.running()
+    assert isinstance(server, Server) and server.process is not None
+    os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
     with pytest.raises(EngineFailed, match="the server ended with exit code -9"):
         served.sample()
 
@@ -379,16 +380,16 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 def test_an_engine_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     setup = Setup(compose_vllm(EAGER), tmp_path)
     with setup:
-        engine = setup.engine._running()
+        engine = setup.engine.running()
         assert isinstance(engine, EngineProcess)
         setup.sample(max_tokens=2)
-        engine._limits = Limits(1, 1, 1)
-        os.killpg(engine.pid, signal.SIGSTOP)
+        engine.limits = replace(engine.limits, generate_seconds=1)
+        os.killpg(engine.process.pid, signal.SIGSTOP)
         with pytest.raises(
             EngineFailed, match=r"sampling for 12 prompts: no answer within rollout.engine.generate_seconds=1"
         ):
             setup.sample()
-        assert engine._process.poll() == -signal.SIGKILL
+        assert engine.process.poll() == -signal.SIGKILL
 
 
 @needs_vllm
@@ -396,11 +397,7 @@ def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
     setup = Setup(compose_vllm("rollout.engine.kv_cache_gib=100000", EAGER), tmp_path)
     with pytest.raises(EngineFailed) as failed:
         setup.__enter__()
-    for key in (
-        "rollout.engine.gpu_memory_utilization",
-        "rollout.engine.max_num_seqs",
-        "model.micro_batch_size",
-    ):
+    for key in ("engine.gpu_memory_utilization", "engine.max_num_seqs", "model.micro_batch_size"):
         assert key in str(failed.value)
 
 
@@ -437,40 +434,26 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path: Pat
     """Killed after the first step: one clear message, a checkpoint, and then the same run to its end as one
     that was never interrupted."""
     command = [*RUN, f"output_dir={tmp_path / 'killed'}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        metrics = None
-        deadline = time.monotonic() + 240
-        while metrics is None and time.monotonic() < deadline:
-            metrics = next(
-                (f for f in tmp_path.glob("killed/*/*/metrics.jsonl") if f.read_text().strip()), None
-            )
-            time.sleep(0.02)
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as run:
+        wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("killed/*/*/metrics.jsonl")), 240)
         worker = children_of(run.pid)
         assert len(worker) == 1
         os.kill(worker[0], signal.SIGKILL)
         _, errors = run.communicate(timeout=240)
     assert run.returncode == 1, errors
     assert "ended with exit code -9" in errors and "the same command goes on from there" in errors
-    assert "vllm.log:" in errors and "INFO" in errors  # its last lines
-    assert "Traceback" not in errors
+    assert "vllm.log:" in errors and "INFO" in errors and "Traceback" not in errors  # the log's last lines
     assert not Path(f"/proc/{worker[0]}").exists()
-    goes_on = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert goes_on.returncode == 0, goes_on.stderr
-    assert "goes on after step" in goes_on.stdout
-    whole = subprocess.run(
-        [*RUN, f"output_dir={tmp_path / 'whole'}"], capture_output=True, text=True, timeout=300
-    )
-    assert whole.returncode == 0, whole.stderr
-    killed, unbroken = (deterministic_metrics(tmp_path / name) for name in ("killed", "whole"))
-    assert killed == unbroken
+    whole = [*RUN, f"output_dir={tmp_path / 'whole'}"]
+    options: Any = {"stdout": PIPE, "text": True, "timeout": 300, "check": True}
+    said = [subprocess.run(each, **options).stdout for each in (command, whole)]
+    assert "goes on after step" in said[0]
+    assert timeless_metrics(tmp_path / "killed") == timeless_metrics(tmp_path / "whole")
 
 
-def deterministic_metrics(folder: Path) -> list[dict[str, float]]:
-    lines = next(folder.glob("*/*/metrics.jsonl")).read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
-        for line in lines
-    ]
+def timeless_metrics(folder: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, next(folder.glob("*/*/metrics.jsonl")).read_text().splitlines())
+    return [{key: x for key, x in line.items() if not key.startswith("time/")} for line in lines]
 
 
 # Without an engine
@@ -478,34 +461,36 @@ def deterministic_metrics(folder: Path) -> list[dict[str, float]]:
 
 def test_the_last_log_lines_are_in_the_message(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
-    assert str(engine_failed("starting", "no", log)) == "vLLM: starting: no"
+    assert str(explain_failure("starting", "no", log)) == "vLLM: starting: no"
     log.write_text("\n".join(f"line {i}" for i in range(40)))
-    message = str(engine_failed("starting", "CUDA out of memory", log))
+    message = str(explain_failure("starting", "CUDA out of memory", log))
     assert "line 39" in message and "line 28" in message and "line 27" not in message
     assert "lower rollout.engine.gpu_memory_utilization" in message
     log.write_text("ValueError: No available memory for the cache blocks.")
-    message = str(engine_failed("starting", "its process ended with exit code 1", log))
+    message = str(explain_failure("starting", "its process ended with exit code 1", log))
     assert "raise rollout.engine.gpu_memory_utilization" in message and "or lower" in message
 
 
 def test_what_hangs_is_left_behind() -> None:
-    release = threading.Event()
+    """vLLM's senders call the engine from a thread and wait for the GPU meanwhile; a dead one is said."""
+    dead, release = EngineFailed("vLLM: update_weights: its process ended"), threading.Event()
+    with pytest.raises(EngineFailed, match="its process ended"):
+        run_within(60, "sending", release.wait, failed=lambda: dead)
     with pytest.raises(EngineFailed, match=r"sending: no answer within rollout.engine.transfer_seconds=0.1"):
-        within(0.1, "sending", release.wait)
+        run_within(0.1, "sending", release.wait)
     release.set()
-    assert within(5, "adding", lambda: 2) == 2
+    assert run_within(5, "adding", lambda: 2) == 2
     with pytest.raises(EngineFailed, match="vLLM: dividing: ZeroDivisionError: division by zero"):
-        within(5, "dividing", lambda: 1 / 0)
+        run_within(5, "dividing", lambda: 1 / 0)
 
 
 def test_a_tied_last_layer_is_sent_under_both_names(small_model: PreTrainedModel) -> None:
-    names = [name for name, _ in all_parameters(small_model)]
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(names)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= dict(list_parameters(small_model)).keys()
 
 
 @needs_vllm
 def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel) -> None:
-    source = weight_source(small_model)
+    source = make_weight_source(small_model)
     for _ in range(2):  # one pass for each transfer
         sent = {name: (weight.dtype, tuple(weight.shape)) for name, weight in source}
         assert {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()} == sent
@@ -516,16 +501,14 @@ def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel)
 
 def test_backends() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    beside, elsewhere = (
-        {"shares_memory": True, "other_gpu": False},
-        {"shares_memory": False, "other_gpu": True},
-    )
-    server_here = {"shares_memory": False, "other_gpu": False}
-    assert choose_backend("auto", cpu, **beside) == choose_backend("auto", cpu, **elsewhere) == "safetensors"
-    assert choose_backend("auto", gpu, **beside) == "ipc"
-    assert choose_backend("auto", gpu, **elsewhere) == "nccl"
-    assert choose_backend("auto", gpu, **server_here) == "safetensors"
-    assert choose_backend("safetensors", gpu, **beside) == "safetensors"
+    shares = ({"shares_memory": a, "other_gpu": b} for a, b in ((True, False), (False, True), (False, False)))
+    beside, elsewhere, server_here = shares
+    for wanted, device, where, chosen in (
+        ("auto", cpu, beside, "safetensors"), ("auto", cpu, elsewhere, "safetensors"),
+        ("auto", gpu, beside, "ipc"), ("auto", gpu, elsewhere, "nccl"),
+        ("auto", gpu, server_here, "safetensors"), ("safetensors", gpu, beside, "safetensors"),
+    ):  # fmt: skip
+        assert choose_backend(wanted, device, **where) == chosen
     for wanted, device, where in (
         ("nccl", cpu, elsewhere), ("ipc", gpu, elsewhere), ("nccl", gpu, beside), ("ipc", gpu, server_here)
     ):  # fmt: skip
@@ -533,47 +516,58 @@ def test_backends() -> None:
             choose_backend(wanted, device, **where)
 
 
-def test_a_sender_that_waits_for_a_dead_engine_is_told() -> None:
-    """vLLM's senders call the engine from a thread and wait for the GPU meanwhile."""
-    dead, release = EngineFailed("vLLM: update_weights: its process ended"), threading.Event()
-    with pytest.raises(EngineFailed, match="its process ended"):
-        within(60, "sending", release.wait, failed=lambda: dead)
-    release.set()
-
-
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("override", "expected"),
     [
-        (["rollout.server_url=node7"], "rollout.server_url=node7: expected null, start, or a URL"),
-        (["rollout.engine.max_model_len=100"], "rollout.engine.max_model_len=100: expected at least"),
-        (["rollout.top_k=5", "rollout.temperature=0.9"], "rollout.temperature=0.9: expected 1 with"),
-        (["rollout.top_p=0.9", "rollout.temperature=0.9"], "rollout.temperature=0.9: expected 1 with"),
-        (
-            ["rollout.engine.tensor_parallel_size=2"],
-            "tensor_parallel_size=2: expected 1, or rollout.engine.vi",
-        ),
-        (["rollout.temperature=2.5"], "rollout.temperature=2.5: expected at most 2"),
-        (["rollout.engine.dtype=int8"], "rollout.engine.dtype=int8: expected one of auto, float32"),
-        (["rollout.engine.sleep_level=3"], "rollout.engine.sleep_level=3: expected 0, 1 or 2"),
-        (["rollout.engine.gpu_memory_utilization=1.5"], "expected a number in (0, 1]"),
-        (["rollout.engine.kv_cache_gib=abc"], "rollout.engine.kv_cache_gib=abc: expected null or a"),
-        (["rollout.engine.kv_cache_gib=inf"], "rollout.engine.kv_cache_gib=inf: expected null or a"),
-        (["rollout.engine.max_model_len=abc"], "rollout.engine.max_model_len=abc: expected an integer"),
-        (["rollout.engine.model_path=null"], "rollout.engine.model_path=null: expected a directory"),
-        (["rollout.engine.visible_devices='a b'"], "rollout.engine.visible_devices=a b: expected null, or"),
-        (["rollout.engine.max_probe_difference=0.1"], "max_probe_difference=0.1: expected a positive"),
-        (["rollout.engine.max_probe_difference.float32=abc"], "expected a positive number for each of"),
-        (["rollout.engine.kv_cache_gib=0"], "rollout.engine.kv_cache_gib=0: expected null or a"),
-        (["rollout.engine.generate_seconds=0"], "rollout.engine.generate_seconds=0: expected a"),
+        ("rollout.server_url=node7", "null, start, or a URL"),
+        ("rollout.engine.max_model_len=100", "at least dataset.max_prompt_tokens"),
+        ("rollout.temperature=2.5", "at most 2"),
+        ("rollout.engine.tensor_parallel_size=2", "1, or rollout.engine.visible_devices"),
+        ("rollout.engine.sleep_level=3", "0, 1 or 2"),
+        ("rollout.engine.kv_cache_gib=abc", "null or a"),
+        ("rollout.engine.kv_cache_gib=inf", "null or a"),
+        ("rollout.engine.kv_cache_gib=0", "null or a"),
+        ("rollout.engine.model_path=null", "a directory"),
+        ("rollout.engine.visible_devices=a b", "null, or"),
+        ("rollout.engine.max_probe_difference=0.1", "a positive number for each of"),
     ],
 )
-def test_bad_settings_are_refused(composed: Composed, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        check(composed("rollout=vllm", *overrides))
-    assert message in str(refused.value)
+def test_bad_settings_are_refused(override: str, expected: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=re.escape(f"{override}: expected {expected}")):
+        check(compose_vllm(f"{key}='{value}'" if " " in value else override))
 
 
-def test_only_vllm_has_a_server(composed: Composed) -> None:
+def test_cut_log_probs_are_comparable_at_temperature_1_alone() -> None:
+    for cut in ("rollout.top_k=5", "rollout.top_p=0.9"):
+        with pytest.raises(ConfigError, match=r"rollout.temperature=0.9: expected 1 with"):
+            check(compose_vllm(cut, "rollout.temperature=0.9"))
+    settings = settings_of("rollout.top_k=5")
+    numbers = {"dtype": "float32", "backend": "ipc", "on_cpu": False}
+    assert settings.engine_arguments(**numbers)["logprobs_mode"] == "raw_logprobs"
+    assert settings_of().engine_arguments(**numbers)["logprobs_mode"] == "processed_logprobs"
+
+
+def settings_of(*overrides: str) -> VLLMSettings:
+    return build_part(compose_vllm(*overrides).rollout.engine, key="rollout.engine")
+
+
+def test_settings_need_no_torch() -> None:
+    """So that a wrong one ends in under a second; every field has a range or is free text, a flag or null."""
+    code = "import sys, capo_exp.rollout.vllm_settings; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+    free = {"revision", "server_url", "enforce_eager", "weight_transfer_address"}
+    hints = get_type_hints(VLLMSettings, include_extras=True)
+    ranged = {name for name, hint in hints.items() if any(isinstance(x, Rule) for x in get_args(hint))}
+    assert ranged | free == {field.name for field in fields(VLLMSettings)}
+
+
+def test_impossible_combinations_are_refused(composed: Composed, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.engine.sleep_level=1: expected 0 on a CPU"):
+        Setup(compose_vllm("rollout.engine.sleep_level=1"), tmp_path)
+    far = ["rollout.server_url=http://node7:8000", "rollout.engine.weight_transfer=nccl"]
+    with pytest.raises(ConfigError, match=r"weight_transfer=nccl: expected auto or safetensors between"):
+        Setup(compose_vllm(*far), tmp_path)  # the learner is on a CPU
     with pytest.raises(ConfigError, match=r"rollout.server_url=start: expected null, or rollout=vllm"):
         check(composed("rollout.server_url=start"))
 
@@ -583,21 +577,18 @@ def test_a_run_goes_on_with_more_time_or_memory_for_its_engine(composed: Compose
     changed = ["gpu_memory_utilization=0.3", "generate_seconds=7200", "sleep_level=2", "max_num_seqs=64"]
     overrides = [*(f"rollout.engine.{change}" for change in changed), "rollout.server_url=start"]
     assert run_id(composed("rollout=vllm", *overrides)) == before
+    free = {field.name for field in fields(VLLMSettings) if not field.metadata.get("result", True)}
+    assert free >= {change.partition("=")[0] for change in changed} and "dtype" not in free
     for result in ("rollout.engine.dtype=bfloat16", "rollout.top_p=0.9", "rollout/correction=token_mask"):
         assert run_id(composed("rollout=vllm", result)) != before
     assert run_id(composed()) != before
 
 
-def test_a_gpu_of_its_own_can_be_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = Setup(compose_vllm("rollout.engine.visible_devices=0"), tmp_path)
-    check(setup.config)
-    setup.engine._on_cpu = False  # as far as the environment goes
-    assert setup.engine._environment()["CUDA_VISIBLE_DEVICES"] == "0"
-    setup.engine._visible_devices = None
+def test_an_engine_sees_its_own_gpu_or_the_learners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is given as a number."""
+    check(compose_vllm("rollout.engine.visible_devices=0"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert setup.engine._environment()["CUDA_VISIBLE_DEVICES"] == "5"  # the learner's
-
-
-def test_a_cpu_has_no_sleep_mode(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"rollout.engine.sleep_level=1: expected 0 on a CPU"):
-        Setup(compose_vllm("rollout.engine.sleep_level=1"), tmp_path)
+    for index, visible, expected in ((0, 0, "0"), (0, "3,4", "3,4"), (0, None, "5"), (1, None, "6")):
+        seen = engine_environment(torch.device("cuda", index), visible)
+        assert seen["CUDA_VISIBLE_DEVICES"] == expected
+    assert "CUDA_VISIBLE_DEVICES" not in engine_environment(torch.device("cpu"), None)

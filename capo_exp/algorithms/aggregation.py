@@ -9,7 +9,8 @@ tokens, rejecting a token changes nothing else; over kept tokens, the survivors 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.algorithms.kinds import Count
+from capo_exp.config.declare import whole_step
 from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Batch, BatchTotals
 
@@ -19,7 +20,7 @@ Loss = Float[Tensor, ""]
 
 
 def sequence_mean(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals) -> Loss:
-    """Mean over each completion's kept tokens, then over completions: survivors are weighted up.
+    """Returns the mean over each completion's kept tokens, then over completions: survivors are weighted up.
 
     Source: GRPO, arXiv 2402.03300, eq. 3; denominator max(1, kept) as in the CAPO authors' program.
     """
@@ -28,16 +29,17 @@ def sequence_mean(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTo
 
 
 def sequence_mean_over_all(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals) -> Loss:
-    """Sum of each completion's kept tokens over all its tokens, then mean over completions."""
+    """Returns the sum of each completion's kept tokens over all its tokens, then the mean over
+    completions."""
     lengths = batch.completion_mask.sum(1).clamp(min=1)
     return (masked_sum(values, keep_mask, 1) / lengths).sum() / totals.sequences
 
 
 def constant_length_mean(
-    values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals, *, length: int
+    values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals, *, length: Count
 ) -> Loss:
-    """Sum of each completion's kept tokens over a constant length, then mean over completions; length 1 is
-    the sum.
+    """Returns the sum of each completion's kept tokens over a constant length, then the mean over
+    completions; length 1 is the sum.
 
     Source: Dr. GRPO, arXiv 2503.20783.
     """
@@ -46,7 +48,7 @@ def constant_length_mean(
 
 
 def token_mean(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals) -> Loss:
-    """Sum of kept tokens over all completion tokens of the step: long completions count more.
+    """Returns the sum of kept tokens over all completion tokens of the step: long completions count more.
 
     Source: DAPO, arXiv 2503.14476, eq. 8.
     """
@@ -54,20 +56,17 @@ def token_mean(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotal
     return masked_sum(values, keep_mask) / max(1, totals.completion_tokens)
 
 
+@whole_step
 def token_mean_over_kept(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals) -> Loss:
-    """Mean over the kept tokens of the step: survivors are weighted up.
-
-    Raises:
-        ConfigError: without a scoring pass, which counts the kept tokens before the first gradient.
-    """
+    """Returns the mean over the kept tokens of the step, which are counted before the first gradient:
+    survivors are weighted up."""
     del batch
-    if totals.kept_tokens is None:
-        raise ConfigError("algo.scoring_pass=false: expected true, since token_mean_over_kept needs the step")
+    assert totals.kept_tokens is not None, "whole_step has them counted"
     return masked_sum(values, keep_mask) / max(1, totals.kept_tokens)
 
 
 def prompt_token_mean(values: Values, keep_mask: Mask, batch: Batch, totals: BatchTotals) -> Loss:
-    """Sum of kept tokens over all completion tokens of their prompt, then mean over prompts.
+    """Returns the sum of kept tokens over all completion tokens of their prompt, then the mean over prompts.
 
     Source: CPGD, arXiv 2505.12504, the practical loss.
     """

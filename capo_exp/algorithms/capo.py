@@ -2,17 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from capo_exp.algorithms.neutral import require_whole_step
+from capo_exp.algorithms.kinds import NonNegativeOrInf, NotNan
+from capo_exp.config.declare import ordered, whole_step
 from capo_exp.core.types import BatchShifts, Scored, Selection, TokenShifts
 from capo_exp.curvature import model as curvature
 
 
+@ordered("objective_shift_min", "objective_shift_max")
 def shift_bounds(
-    scored: Scored, *, policy_shift_max: float, objective_shift_min: float, objective_shift_max: float
+    scored: Scored,
+    *,
+    policy_shift_max: NonNegativeOrInf,
+    objective_shift_min: NotNan,
+    objective_shift_max: NotNan,
 ) -> Selection:
     """Keeps tokens with m_F < policy_shift_max and objective_shift_min < m_H < objective_shift_max.
 
@@ -26,14 +33,22 @@ def shift_bounds(
     return _reject(scored, ~policy_ok, ~objective_ok)
 
 
+@ordered("objective_shift_min", "objective_shift_max")
 def completion_bounds(
-    scored: Scored, *, policy_shift_max: float, objective_shift_min: float, objective_shift_max: float
+    scored: Scored,
+    *,
+    policy_shift_max: NonNegativeOrInf,
+    objective_shift_min: NotNan,
+    objective_shift_max: NotNan,
 ) -> Selection:
-    """The same test on the shifts of each completion's mean update; rejects whole completions.
+    """Applies the same test to the shifts of each completion's mean update; rejects whole completions.
 
     Source: the authors' "sentence" level.
     """
-    shifts = curvature.completion_shifts(*_tokens(scored), **_step(scored))
+    tokens, count = _pack(scored), len(scored.batch.group_ids)
+    shifts = curvature.completion_shifts(
+        tokens, count, learning_rate=scored.learning_rate, state=scored.optimizer_model
+    )
     return shift_bounds(
         replace(scored, shifts=_spread(shifts, scored)),
         policy_shift_max=policy_shift_max,
@@ -42,18 +57,24 @@ def completion_bounds(
     )
 
 
+@whole_step
+@ordered("objective_shift_min", "objective_shift_max")
 def batch_bounds(
-    scored: Scored, *, policy_shift_max: float, objective_shift_min: float, objective_shift_max: float
+    scored: Scored,
+    *,
+    policy_shift_max: NonNegativeOrInf,
+    objective_shift_min: NotNan,
+    objective_shift_max: NotNan,
 ) -> Selection:
-    """The same test on the shifts of the whole step's mean update; keeps all or nothing.
+    """Applies the same test to the shifts of the whole step's mean update; keeps all or nothing.
 
-    Raises:
-        ConfigError: if it sees one micro-batch of several (algo.scoring_pass must be true).
     Source: the authors' "global" level.
     """
-    require_whole_step(scored, "batch_bounds")
-    gradients = curvature.mean_row_gradients(*_tokens(scored))
-    shifts = curvature.batch_shifts(*_tokens(scored), **_step(scored), gradients=gradients)
+    tokens = _pack(scored)
+    gradients = curvature.mean_row_gradients(tokens)
+    shifts = curvature.batch_shifts(
+        tokens, gradients, learning_rate=scored.learning_rate, state=scored.optimizer_model
+    )
     return shift_bounds(
         replace(scored, shifts=_spread([shifts] * len(scored.batch.group_ids), scored)),
         policy_shift_max=policy_shift_max,
@@ -62,18 +83,18 @@ def batch_bounds(
     )
 
 
-def bounds_in_sequence(
-    scored: Scored,
-    *,
-    token: dict[str, float],
-    completion: dict[str, float],
-    batch: dict[str, float],
-) -> Selection:
-    """Token, completion and batch bounds one after another, each on the tokens that the ones before kept.
+class Bounds(TypedDict):
+    """The bounds of one level."""
 
-    Each level is {policy_shift_max, objective_shift_min, objective_shift_max}. Source: the authors' option
-    "sequential masking".
-    """
+    policy_shift_max: NonNegativeOrInf
+    objective_shift_min: NotNan
+    objective_shift_max: NotNan
+
+
+@whole_step
+def bounds_in_sequence(scored: Scored, *, token: Bounds, completion: Bounds, batch: Bounds) -> Selection:
+    """Applies token, completion and batch bounds one after another, each to the tokens that the ones before
+    kept. Source: the authors' option "sequential masking"."""
     mask = scored.batch.completion_mask
     keep, rejected = mask, {"policy": torch.zeros_like(mask), "objective": torch.zeros_like(mask)}
     for level, bounds in ((shift_bounds, token), (completion_bounds, completion), (batch_bounds, batch)):
@@ -87,13 +108,13 @@ def bounds_in_sequence(
 def bounds_by_sign(
     scored: Scored,
     *,
-    positive_policy_shift_max: float,
-    negative_policy_shift_max: float,
-    positive_objective_shift_max: float,
-    negative_objective_shift_max: float,
+    positive_policy_shift_max: NonNegativeOrInf,
+    negative_policy_shift_max: NonNegativeOrInf,
+    positive_objective_shift_max: NonNegativeOrInf,
+    negative_objective_shift_max: NonNegativeOrInf,
 ) -> Selection:
-    """m_F and |m_H| bounds of their own for tokens with A > 0 and for all others (a control: does rejecting
-    the correction of a wrong completion do the harm?)."""
+    """Applies m_F and |m_H| bounds of their own to tokens with A > 0 and to all others (a control: does
+    rejecting the correction of a wrong completion do the harm?)."""
     positive = scored.batch.advantages > 0
     policy, objective = scored.shifts.policy_shift, scored.shifts.objective_shift.abs()
     policy_ok = torch.where(positive, policy < positive_policy_shift_max, policy < negative_policy_shift_max)
@@ -111,18 +132,13 @@ def _reject(scored: Scored, by_policy: Tensor, by_objective: Tensor) -> Selectio
     )
 
 
-def _tokens(scored: Scored) -> tuple[Tensor, ...]:
-    output, batch = scored.output, scored.batch
-    fields = (output.hidden, output.topk_probs, output.topk_ids)
-    return (*fields, batch.token_ids, batch.advantages, batch.completion_mask)
-
-
-def _step(scored: Scored) -> dict[str, object]:
-    return {"learning_rate": scored.learning_rate, "state": scored.optimizer_model}
+def _pack(scored: Scored) -> curvature.Tokens:
+    batch = scored.batch
+    return curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
 
 
 def _spread(shifts: Sequence[BatchShifts], scored: Scored) -> TokenShifts:
-    """A completion's shifts at each of its tokens."""
+    """Puts a completion's shifts at each of its tokens."""
     like = scored.shifts.policy_shift
     columns = [[getattr(s, name) for s in shifts] for name in ("policy_shift", "objective_shift")]
     policy, objective = (like.new_tensor(column)[:, None].expand_as(like) for column in columns)

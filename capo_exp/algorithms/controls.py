@@ -9,61 +9,53 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capo_exp.algorithms.neutral import require_whole_step
+from capo_exp.algorithms.kinds import Share
+from capo_exp.config.declare import whole_step
 from capo_exp.core.types import Scored, Selection
 
 Score = Float[Tensor, "B T"]
-
-
 ScoreFunction = Callable[[Scored], Tensor]
 """[B, T]: the higher, the sooner rejected."""
 Select = Callable[[Scored], Selection]
 
 
 def random_score(scored: Scored) -> Score:
-    """Nothing but chance, the same for the same run seed and step."""
+    """Returns nothing but chance, the same for the same run seed and step."""
     generator = torch.Generator().manual_seed(scored.seed)
     values = torch.rand(scored.batch.completion_mask.shape, generator=generator)
     return values.to(scored.output.log_probs.device)
 
 
 def low_probability_score(scored: Scored) -> Score:
-    """The least probable sampled tokens first."""
+    """Puts the least probable sampled tokens first."""
     return -scored.output.log_probs
 
 
 def advantage_score(scored: Scored) -> Score:
-    """The largest |advantage| first, ties by chance."""
+    """Puts the largest |advantage| first, ties by chance."""
     return scored.batch.advantages.abs() + 1e-6 * random_score(scored)
 
 
 def policy_shift_score(scored: Scored) -> Score:
-    """The largest m_F first: CAPO's own order."""
+    """Puts the largest m_F first: CAPO's own order."""
     return scored.shifts.policy_shift
 
 
-def at_rate(scored: Scored, *, score: ScoreFunction, rate: float) -> Selection:
-    """Rejects the share `rate` of the step's tokens with the highest scores.
-
-    Raises:
-        ConfigError: if it sees one micro-batch of several (algo.scoring_pass must be true).
-    """
+@whole_step
+def at_rate(scored: Scored, *, score: ScoreFunction, rate: Share) -> Selection:
+    """Rejects the share `rate` of the step's tokens with the highest scores."""
     count = round(rate * int(scored.batch.completion_mask.sum()))
     return _reject_highest(scored, score, count)
 
 
+@whole_step
 def at_matched_rate(scored: Scored, *, score: ScoreFunction, matched: Select) -> Selection:
-    """Rejects as many of the step's tokens as `matched` does, but those with the highest scores.
-
-    Raises:
-        ConfigError: if it sees one micro-batch of several (algo.scoring_pass must be true).
-    """
+    """Rejects as many of the step's tokens as `matched` does, but those with the highest scores."""
     mask = scored.batch.completion_mask
     return _reject_highest(scored, score, int((mask & ~matched(scored).keep_mask).sum()))
 
 
 def _reject_highest(scored: Scored, score: ScoreFunction, count: int) -> Selection:
-    require_whole_step(scored, "a rate")
     mask = scored.batch.completion_mask
     ranked = score(scored).masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
     rejected = torch.zeros_like(mask)

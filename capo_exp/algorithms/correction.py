@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from capo_exp.algorithms.kinds import From1, Positive, UpTo1
 from capo_exp.core.masked import masked_sum
 
 LogRatio = Float[Tensor, "B T"]
@@ -19,12 +20,12 @@ Weights = Float[Tensor, "B T"]
 
 
 def uncorrected(log_ratio: LogRatio, completion_mask: Mask) -> Weights:
-    """1 on every token, whatever the ratio: CAPO and the papers it compares with."""
+    """Returns 1 on every token, whatever the ratio: CAPO and the papers it compares with."""
     return completion_mask.to(log_ratio.dtype)
 
 
-def truncate_tokens(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: float) -> Weights:
-    """min(ratio, ratio_cap): truncated importance sampling (TIS).
+def truncate_tokens(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: Positive) -> Weights:
+    """Returns min(ratio, ratio_cap): truncated importance sampling (TIS).
 
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", cap 2;
     verl's rollout_is=token.
@@ -34,9 +35,9 @@ def truncate_tokens(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: fl
 
 
 def mask_tokens(
-    log_ratio: LogRatio, completion_mask: Mask, *, ratio_low: float, ratio_high: float
+    log_ratio: LogRatio, completion_mask: Mask, *, ratio_low: UpTo1, ratio_high: From1
 ) -> Weights:
-    """The ratio where ratio_low <= ratio <= ratio_high, else 0: IcePop.
+    """Returns the ratio where ratio_low <= ratio <= ratio_high, else 0: IcePop.
 
     Source: Ring-1T, arXiv 2510.18855, [0.5, 5].
     """
@@ -44,9 +45,9 @@ def mask_tokens(
     return torch.where((ratio_low <= ratio) & (ratio <= ratio_high), ratio, 0.0)
 
 
-def mask_sequences(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: float) -> Weights:
-    """The ratio of the whole completion, the product over its tokens, at each of them; 0 at all of them where
-    it is above ratio_cap.
+def mask_sequences(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: Positive) -> Weights:
+    """Returns the ratio of the whole completion, the product over its tokens, at each of them; 0 at all of
+    them where it is above ratio_cap.
 
     Source: masked importance sampling (MIS), in TRL the default, "sequence_mask" with cap 3.
     """
@@ -55,5 +56,5 @@ def mask_sequences(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: flo
 
 
 def _token_ratio(log_ratio: LogRatio, completion_mask: Mask) -> Weights:
-    """exp(log_ratio) of each token, 0 on padding whatever stands there."""
+    """Returns exp(log_ratio) of each token, 0 on padding whatever stands there."""
     return log_ratio.detach().masked_fill(~completion_mask, -torch.inf).exp()

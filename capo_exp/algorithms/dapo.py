@@ -4,11 +4,12 @@ clip-higher is grpo.clipped_surrogate with two bounds, its token mean aggregatio
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from capo_exp.algorithms.kinds import Count
 from capo_exp.core.types import Scored, Selection
 
 
 def mixed_rewards(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
-    """Groups whose rewards are not all equal. Source: arXiv 2503.14476, eq. 11 (dynamic sampling)."""
+    """Keeps groups whose rewards are not all equal. Source: arXiv 2503.14476, eq. 11 (dynamic sampling)."""
     return (rewards != rewards[:, :1]).any(1)
 
 
@@ -17,8 +18,8 @@ def overlong_penalty(
     lengths: Float[Tensor, "P G"],
     kl: Float[Tensor, "P G"],
     *,
-    max_length: int,
-    cache: int,
+    max_length: Count,
+    cache: Count,
 ) -> Float[Tensor, "P G"]:
     """Adds 0 up to max_length - cache tokens, then falls linearly to -1 at max_length and stays there.
 

@@ -3,19 +3,17 @@ just up to the bound. Ours; the shifts are those of CAPO, arXiv 2510.00819, sect
 
 import torch
 
+from capo_exp.algorithms.kinds import NonNegativeOrInf
 from capo_exp.core.types import Scored, Selection
 
 
-def to_bounds(scored: Scored, *, policy_shift_max: float, objective_shift_max: float) -> Selection:
+def to_bounds(
+    scored: Scored, *, policy_shift_max: NonNegativeOrInf, objective_shift_max: NonNegativeOrInf
+) -> Selection:
     """Keeps every token, with weight min(1, sqrt(policy_shift_max / m_F), objective_shift_max / |m_H|).
 
     m_F grows with the square of a token's update and m_H with the update itself, to first order. An infinite
     bound switches a test off. A token whose shift is not finite has weight 0.
-
-    Args:
-        scored: the micro-batch.
-        policy_shift_max: nats.
-        objective_shift_max: reward units.
     """
     policy = (policy_shift_max / scored.shifts.policy_shift).sqrt()
     objective = objective_shift_max / scored.shifts.objective_shift.abs()

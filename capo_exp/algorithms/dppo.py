@@ -7,65 +7,45 @@ first; what the sampler computes otherwise is for rollout/correction.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capo_exp.core.types import TokenLoss
-
-TokenValues = Float[Tensor, "B T"]
+from capo_exp.algorithms.kinds import NonNegativeOrInf, Positive
+from capo_exp.core.types import TokenLoss, TokenLossInput
 
 
 def tv_masked(
-    log_probs: TokenValues,
-    old_log_probs: TokenValues,
-    advantages: TokenValues,
-    completion_mask: Bool[Tensor, "B T"],
-    *,
-    delta_low: float,
-    delta_high: float,
-    ratio_cap: float,
+    inputs: TokenLossInput, *, delta_low: NonNegativeOrInf, delta_high: NonNegativeOrInf, ratio_cap: Positive
 ) -> TokenLoss:
-    """-min(r, ratio_cap) A, without a gradient where a token's probability p has left its old one, q, in the
-    direction of A by |p - q| > delta_high (A > 0) or delta_low (A < 0).
+    """Returns -min(r, ratio_cap) A, without a gradient where a token's probability p has left its old one, q,
+    in the direction of A by |p - q| > delta_high (A > 0) or delta_low (A < 0).
 
     Source: arXiv 2602.04879, binary total variation.
     """
-    del completion_mask
-    return _masked(log_probs, old_log_probs, advantages, _tv, (delta_low, delta_high), ratio_cap)
+    return _mask_beyond(inputs, _tv, (delta_low, delta_high), ratio_cap)
 
 
 def kl_masked(
-    log_probs: TokenValues,
-    old_log_probs: TokenValues,
-    advantages: TokenValues,
-    completion_mask: Bool[Tensor, "B T"],
-    *,
-    delta_low: float,
-    delta_high: float,
-    ratio_cap: float,
+    inputs: TokenLossInput, *, delta_low: NonNegativeOrInf, delta_high: NonNegativeOrInf, ratio_cap: Positive
 ) -> TokenLoss:
-    """The same with the divergence q ln(q / p) + (1 - q) ln((1 - q) / (1 - p)), in nats.
+    """Returns the same with the divergence q ln(q / p) + (1 - q) ln((1 - q) / (1 - p)), in nats.
 
     Source: arXiv 2602.04879, binary KL.
     """
-    del completion_mask
-    return _masked(log_probs, old_log_probs, advantages, _kl, (delta_low, delta_high), ratio_cap)
+    return _mask_beyond(inputs, _kl, (delta_low, delta_high), ratio_cap)
 
 
-def _masked(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
+def _mask_beyond(
+    inputs: TokenLossInput,
     divergence: Callable[[Tensor, Tensor], Tensor],
     deltas: tuple[float, float],
     ratio_cap: float,
 ) -> TokenLoss:
-    now = log_probs.detach()
-    ratio = (now - old_log_probs).exp()
+    now, old, advantages = inputs.log_probs.detach(), inputs.old_log_probs, inputs.advantages
+    ratio = (now - old).exp()
     delta = torch.where(advantages > 0, deltas[1], deltas[0])
     along = (ratio - 1) * advantages > 0
-    left = along & (divergence(now.exp(), old_log_probs.exp()) > delta)
-    score = torch.where(left, 0.0, log_probs - now)  # 0 in value; its gradient is that of ln p
+    left = along & (divergence(now.exp(), old.exp()) > delta)
+    score = torch.where(left, 0.0, inputs.log_probs - now)  # 0 in value; its gradient is that of ln p
     return TokenLoss(values=-ratio.clamp(max=ratio_cap) * advantages * (1 + score), clipped=left)
 
 
@@ -74,5 +54,5 @@ def _tv(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _kl(new: Tensor, old: Tensor) -> Tensor:
-    """Not a number, hence above no bound, where both are 1."""
+    """Returns NaN, hence above no bound, where both are 1."""
     return torch.xlogy(old, old / new) + torch.xlogy(1 - old, (1 - old) / (1 - new))

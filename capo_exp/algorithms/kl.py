@@ -5,13 +5,14 @@ from torch import Tensor
 
 
 def kl_k1(log_probs: Float[Tensor, "..."], ref_log_probs: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """k1 = ln(policy / reference) per token [nats]: unbiased; as a loss its gradient is 0 on average, so it
-    belongs in the reward. Source: Schulman 2020, "Approximating KL divergence"."""
+    """Returns k1 = ln(policy / reference) per token [nats]: unbiased; as a loss its gradient is 0 on average,
+    so it belongs in the reward. Source: Schulman 2020, "Approximating KL divergence"."""
     return log_probs - ref_log_probs
 
 
 def kl_k2(log_probs: Float[Tensor, "..."], ref_log_probs: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """k2 = 1/2 ln(policy / reference)^2 per token [nats]: as a loss on-policy its gradient is that of the KL.
+    """Returns k2 = 1/2 ln(policy / reference)^2 per token [nats]: as a loss on-policy its gradient is that of
+    the KL.
 
     Source: Schulman 2020.
     """
@@ -19,8 +20,8 @@ def kl_k2(log_probs: Float[Tensor, "..."], ref_log_probs: Float[Tensor, "..."]) 
 
 
 def kl_k3(log_probs: Float[Tensor, "..."], ref_log_probs: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """k3 estimate of KL(policy || reference) per token [nats]: exp(d) - 1 - d with d = ref - current; never
-    negative.
+    """Returns the k3 estimate of KL(policy || reference) per token [nats]: exp(d) - 1 - d with d = ref -
+    current; never negative.
 
     Source: Schulman 2020; GRPO, arXiv 2402.03300, eq. 4.
     """

@@ -4,15 +4,18 @@ conf/algo/*.yaml names them; this file says how they are called, in the order in
 them, what a YAML leaves out is in neutral.py and does nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from capo_exp.config.build import build_part
+from capo_exp.config.declare import declares
 from capo_exp.config.schema import AlgoConfig
-from capo_exp.core.types import Batch, BatchTotals, Scored, Selection, TokenLoss
-from capo_exp.curvature.step_trial import Decision, Proposal
+from capo_exp.core.types import Batch, BatchTotals, Scored, Selection, TokenLoss, TokenLossInput
+from capo_exp.curvature.step_trial import StepDecision, StepTrial
 
 
 class GroupFilter(Protocol):
@@ -52,10 +55,9 @@ class Select(Protocol):
 
 
 class TokenLossFunction(Protocol):
-    def __call__(
-        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, completion_mask: Tensor
-    ) -> TokenLoss:
-        """All [B, T] -> loss of each token [B, T], differentiable in log_probs."""
+    def __call__(self, inputs: TokenLossInput) -> TokenLoss:
+        """What may be seen of a micro-batch, all [B, T] -> loss of each token [B, T], differentiable in
+        log_probs."""
         ...
 
 
@@ -72,35 +74,49 @@ class Aggregation(Protocol):
 
 
 class StepRule(Protocol):
-    def __call__(self, proposal: Proposal) -> Decision:
-        """The share of the proposed step to take."""
+    def __call__(self, trial: StepTrial) -> StepDecision:
+        """How much of the proposed step to take; the trial shows what a part of it would do."""
         ...
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The parts of one YAML, built; the numbers are those of AlgoConfig."""
+    """All that one YAML of conf/algo says: its parts, built, and its numbers, whose meanings are in
+    AlgoConfig."""
 
     name: str
     group_filter: GroupFilter
+    max_sampling_rounds: int
     shaping: Shaping
     advantage: Advantage
     credit: Credit
     completion_filter: CompletionFilter
+    filter_denominator: str
+    num_iterations: int
+    num_minibatches: int
     selection: Select
     token_loss: TokenLossFunction
     kl_estimator: KLEstimator
+    kl_coefficient: float
+    reference_reset_every: int
+    optimizer_reset_every: int
     aggregation: Aggregation
     step_rule: StepRule
-    kl_coefficient: float
-    kl_in_reward: bool
-    scoring_pass: bool
 
+    @property
+    def scoring_pass(self) -> bool:
+        """Whether a part has to see the whole optimiser step before the first gradient."""
+        return any(declares(part, "whole_step") for part in (self.selection, self.aggregation))
 
-PARTS = (
-    "group_filter", "shaping", "advantage", "credit", "completion_filter", "selection", "token_loss",
-    "kl_estimator", "aggregation", "step_rule",
-)  # fmt: skip
+    @property
+    def uses_reward_kl(self) -> bool:
+        """Whether rewards or credit use the KL to the reference."""
+        return any(map(_uses_kl, (self.shaping, self.credit)))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen reference model has to be there."""
+        return self.kl_coefficient > 0 or self.uses_reward_kl
 
 
 def build_algorithm(config: AlgoConfig) -> Algorithm:
@@ -109,11 +125,16 @@ def build_algorithm(config: AlgoConfig) -> Algorithm:
     Raises:
         ConfigError: for an unknown or missing parameter, naming its key.
     """
-    built = {name: build_part(getattr(config, name), key=f"algo.{name}") for name in PARTS}
+    values = {field.name: getattr(config, field.name) for field in fields(Algorithm)}
     return Algorithm(
-        name=config.name,
-        kl_coefficient=config.kl_coefficient,
-        kl_in_reward=config.kl_in_reward,
-        scoring_pass=config.scoring_pass,
-        **built,
+        **{
+            name: build_part(value, key=f"algo.{name}") if isinstance(value, dict) else value
+            for name, value in values.items()
+        }
     )
+
+
+def _uses_kl(part: Callable[..., Tensor]) -> bool:
+    number = declares(part, "needs_kl")
+    numbers = part.keywords if isinstance(part, partial) else {}
+    return number is not None and numbers.get(number) != 0

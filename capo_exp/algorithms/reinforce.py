@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def raw_reward(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """A = R. [P, G] -> [P, G]. Source: Williams 1992."""
+    """Returns A = R. [P, G] -> [P, G]. Source: Williams 1992."""
     return rewards

@@ -3,18 +3,21 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from capo_exp.algorithms.kinds import NonNegative, Positive
+from capo_exp.config.declare import needs_kl
 from capo_exp.core.masked import masked_mean
 
 
+@needs_kl(unless_zero="kl_coefficient")
 def whitened_return(
     advantages: Float[Tensor, " B"],
     completion_mask: Bool[Tensor, "B T"],
     kl: Float[Tensor, "B T"],
     *,
-    kl_coefficient: float,
-    eps: float,
+    kl_coefficient: NonNegative,
+    eps: Positive,
 ) -> Float[Tensor, "B T"]:
-    """Return of each token, undiscounted, whitened over all completion tokens of the batch.
+    """Computes the return of each token, undiscounted, whitened over all completion tokens of the batch.
 
     The reward sits on the last token and each token pays coefficient * ln(policy / reference), so the return
     of token t is A minus the penalty of the tokens from t on. All tokens equal gives exactly zero.

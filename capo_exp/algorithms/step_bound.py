@@ -8,96 +8,77 @@ sqrt(1 / k).
 
 from math import sqrt
 
-from capo_exp.curvature.step_trial import Decision, Proposal, Sample, Trial
+from capo_exp.algorithms.kinds import Count, PositiveOrInf, Share
+from capo_exp.curvature.calibration import SampleSize
+from capo_exp.curvature.step_trial import StepDecision, StepTrial
 
 SHORT_OF = 0.95
 """Share of the way to the bound that a search aims at, so that the next look need not find it just above."""
 
 
 def measured(
-    proposal: Proposal, *, policy_shift_max: float, completions: int, tokens: int, max_looks: int
-) -> Decision:
-    """Shortens the step until the measured shift is within the bound.
-
-    Args:
-        proposal: the step.
-        policy_shift_max: nats a token.
-        completions: that the shift is measured on, a forward pass each look and one before.
-        tokens: of these completions, at most.
-        max_looks: after so many the last share is taken, whatever its shift.
-    """
-    trial = proposal.make(Sample(completions, tokens), True)
-    share, shift = _search(trial, 1.0, policy_shift_max, max_looks)
-    return Decision(share, metrics={"step/policy_shift_measured": shift})
+    trial: StepTrial, *, policy_shift_max: PositiveOrInf, completions: Count, tokens: Count, max_looks: Count
+) -> StepDecision:
+    """Shortens the step until the measured shift [nats a token] is within the bound. Each look, of max_looks
+    at most, is a forward pass over the completions; after the last one its scale is taken all the same."""
+    trial.take(SampleSize(completions, tokens), measurable=True)
+    step_scale, shift = _search(trial, 1.0, policy_shift_max, max_looks)
+    return StepDecision(step_scale, metrics={"step/policy_shift_measured": shift})
 
 
-def predicted(proposal: Proposal, *, policy_shift_max: float, completions: int, tokens: int) -> Decision:
-    """Shortens the step until the shift that the last layer alone would make is within the bound; no forward
-    pass.
-
-    Args:
-        proposal: the step.
-        policy_shift_max: nats a token, of the last layer's part: a small share of the whole.
-        completions: that the shift is predicted on.
-        tokens: of these completions, at most.
-    """
-    trial = proposal.make(Sample(completions, tokens), False)
+def predicted(
+    trial: StepTrial, *, policy_shift_max: PositiveOrInf, completions: Count, tokens: Count
+) -> StepDecision:
+    """Shortens the step until the shift [nats a token] that the last layer alone would make, a small share of
+    the whole, is within the bound; no forward pass."""
+    trial.take(SampleSize(completions, tokens), measurable=False)
     whole = trial.last_layer(1.0)
-    share = _shortened(whole, policy_shift_max)
-    return Decision(share, metrics={"step/policy_shift_predicted": whole * share**2})
+    step_scale = _shorten(whole, policy_shift_max)
+    return StepDecision(step_scale, metrics={"step/policy_shift_predicted": whole * step_scale**2})
 
 
 def calibrated(
-    proposal: Proposal,
+    trial: StepTrial,
     *,
-    policy_shift_max: float,
-    completions: int,
-    tokens: int,
-    every: int,
-    memory_share: float,
-    max_looks: int,
-) -> Decision:
-    """As predicted, with the prediction multiplied by how much more the whole model moved when it was last
-    measured. Every `every`-th step is measured, and shortened as by `measured`; until a ratio is known, every
-    step.
-
-    Args:
-        proposal: the step.
-        policy_shift_max: nats a token, of the whole model.
-        completions: that shifts are predicted and measured on.
-        tokens: of these completions, at most.
-        every: steps from one measurement to the next; 1 = measured at every step.
-        memory_share: weight of the old ratio in the geometric mean with the new; 0 = none.
-        max_looks: of a measured step.
-    """
-    since, ratio = proposal.memory.get("since", 0.0), proposal.memory.get("ratio")
+    policy_shift_max: PositiveOrInf,
+    completions: Count,
+    tokens: Count,
+    every: Count,
+    memory_share: Share,
+    max_looks: Count,
+) -> StepDecision:
+    """Does as `predicted`, with the prediction multiplied by how much more the whole model moved when it was
+    last measured. Every `every`-th step is measured, and shortened as by `measured`; until a ratio is known,
+    every step. memory_share is the weight of the old ratio in the geometric mean with the new; 0 = none."""
+    memory = trial.proposed.memory
+    since, ratio = memory.get("since", 0.0), memory.get("ratio")
     due = ratio is None or since >= every
-    trial = proposal.make(Sample(completions, tokens), due)
+    trial.take(SampleSize(completions, tokens), measurable=due)
     whole = trial.last_layer(1.0)
-    share = 1.0 if ratio is None else _shortened(ratio * whole, policy_shift_max)
+    step_scale = 1.0 if ratio is None else _shorten(ratio * whole, policy_shift_max)
     metrics: dict[str, float] = {}
     if due:
-        share, shift = _search(trial, share, policy_shift_max, max_looks)
+        step_scale, shift = _search(trial, step_scale, policy_shift_max, max_looks)
         metrics["step/policy_shift_measured"] = shift
-        seen = shift / trial.last_layer(share) if whole > 0 else 0.0
+        seen = shift / trial.last_layer(step_scale) if whole > 0 else 0.0
         if seen > 0:
             ratio = seen if ratio is None else ratio**memory_share * seen ** (1 - memory_share)
     if ratio is not None:
-        metrics |= {"step/ratio": ratio, "step/policy_shift_predicted": ratio * whole * share**2}
+        metrics |= {"step/ratio": ratio, "step/policy_shift_predicted": ratio * whole * step_scale**2}
     kept = {} if ratio is None else {"ratio": ratio}
-    return Decision(share, {**kept, "since": 1.0 if due else since + 1.0}, metrics)
+    return StepDecision(step_scale, {**kept, "since": 1.0 if due else since + 1.0}, metrics)
 
 
-def _search(trial: Trial, share: float, bound: float, max_looks: int) -> tuple[float, float]:
-    """The share and its measured shift."""
-    shift = trial.measured(share)
+def _search(trial: StepTrial, step_scale: float, bound: float, max_looks: int) -> tuple[float, float]:
+    """Returns the step_scale and its measured shift."""
+    shift = trial.measured(step_scale)
     for _ in range(max_looks - 1):
         if shift <= bound:
             break
-        share *= min(SHORT_OF, SHORT_OF * sqrt(bound / shift))
-        shift = trial.measured(share)
-    return share, shift
+        step_scale *= min(SHORT_OF, SHORT_OF * sqrt(bound / shift))
+        shift = trial.measured(step_scale)
+    return step_scale, shift
 
 
-def _shortened(shift: float, bound: float) -> float:
+def _shorten(shift: float, bound: float) -> float:
     return 1.0 if shift <= bound else sqrt(bound / shift)

@@ -14,7 +14,7 @@ def clipped_objective(
     clip_eps_low: float,
     clip_eps_high: float,
 ) -> TokenLoss:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) per token; `clipped` where the second is the smaller.
+    """Returns -min(r A, clip(r, 1 - low, 1 + high) A) per token; `clipped` where the second is the smaller.
 
     Source: PPO, arXiv 1707.06347, eq. 7.
     """
@@ -24,8 +24,8 @@ def clipped_objective(
 
 
 def completion_ratio(log_ratio: Float[Tensor, " B"], log_probs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """exp(log_ratio) of a completion at each of its tokens, in a form whose gradient reaches each token
-    through that token's own log-prob: sg(s) * pi / sg(pi). A rejected token then has no gradient.
+    """Returns exp(log_ratio) of a completion at each of its tokens, in a form whose gradient reaches each
+    token through that token's own log-prob: sg(s) * pi / sg(pi). A rejected token then has no gradient.
 
     Source: GSPO-token, arXiv 2507.18071, eq. 14.
     """

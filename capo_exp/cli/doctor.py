@@ -13,17 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import open_dict
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from yaml import YAMLError
 
-from capo_exp.cli.compose import FULL_ERROR, choose_by_slash, condense, report
+from capo_exp.cli import front
 from capo_exp.cli.doctor_checks import (
     CheckFailed,
     Result,
@@ -33,17 +27,17 @@ from capo_exp.cli.doctor_checks import (
     compare_versions,
     find_device,
     grade_answers,
-    load_model,
     read_data,
+    read_model,
     resolve_wandb,
     round_trip,
     start_engine,
     transfer_weights,
 )
-from capo_exp.config.build import check_parts
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
-from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.config.schema import TrainConfig
+from capo_exp.sweep.job import full_error
 
 USAGE = """\
 python -m capo_exp.doctor [key=value ...]
@@ -56,7 +50,7 @@ Exit status: 0 = no check failed, 1 = one did, 2 = the configuration is wrong; H
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table to come."""
+    """A check: one line of the table to come."""
 
     name: str
     run: Callable[..., Result]
@@ -67,7 +61,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """What became of a check: one line of the table."""
 
     check: str
     result: str
@@ -85,7 +79,7 @@ CHECKS = (
         "lower model.micro_batch_size or model.logits_chunk_tokens; model.gradient_checkpointing=true; "
         "with rollout=vllm lower rollout.engine.gpu_memory_utilization or kv_cache_gib",
     ),
-    Check("model", load_model, "model.path with whole safetensors weights and their tokenizer"),
+    Check("model", read_model, "model.path with whole safetensors weights and their tokenizer"),
     Check("data", read_data, "dataset.path, dataset.max_prompt_tokens"),
     Check("engine", start_engine, "what its log says; rollout=hf needs no engine of its own"),
     Check("weight transfer", transfer_weights, "another rollout.engine.weight_transfer; rollout=hf"),
@@ -101,46 +95,18 @@ CHECKS = (
 )
 
 
-def main() -> None:
-    """Runs the command line; always ends in SystemExit."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.stdout.write(USAGE)
-        raise SystemExit(0)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which closes the engine
-    try:
-        rows = examine(configure(sys.argv[1:]))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception as error:
-        raise SystemExit(report(error)) from None
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table(rows))
-    raise SystemExit(0 if all(row.result in ("pass", "n.a.") for row in rows) else 1)
+    return front.run_command(show_checks, front.CommandLine("config", TrainConfig, lambda: USAGE), arguments)
 
 
-def configure(arguments: Sequence[str]) -> TrainConfig:
-    """The checked configuration of one run; writes nothing.
-
-    Raises:
-        ConfigError: with what `python -m capo_exp` would say; also for a flag, and for a sweep.
-    """
-    if flags := [argument for argument in arguments if argument.startswith("-")]:
-        raise ConfigError(f"{flags[0]}: expected key=value only, since the doctor examines one run")
-    register()
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            cfg = compose("config", [choose_by_slash(a) for a in arguments], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise (error if FULL_ERROR else ConfigError(condense(error))) from None
-    with open_dict(cfg):
-        hydra = cfg.pop("hydra")
-    swept = hydra.sweeper.params or {} if hydra.mode == RunMode.MULTIRUN else {}
-    for key, values in swept.items():
-        if not any(argument.startswith(f"{key}=") for argument in arguments):
-            raise ConfigError(f"{key}={values}: expected one of them, since the doctor examines one run")
-    config = to_config(cfg)
+def show_checks(config: TrainConfig) -> int:
+    """Examines this machine and prints the table; returns 1 if a check failed."""
     check(config)
-    check_parts(config)
-    return config
+    rows = examine(config)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(checks_table(rows))
+    return 0 if all(row.result in ("pass", "n.a.") for row in rows) else 1
 
 
 def examine(config: TrainConfig) -> list[Row]:
@@ -164,8 +130,8 @@ def examine(config: TrainConfig) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows, for a terminal or a log file."""
+def checks_table(rows: Sequence[Row]) -> Table:
+    """Returns the rows as a table for a terminal or a log file."""
     out = Table("check", "result", "what was seen", "remedy")
     for row in rows:
         style = "bold red" if row.result == "FAIL" else ""
@@ -174,7 +140,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _failure(check: Check, error: Exception) -> Row:
-    if FULL_ERROR:
+    if full_error():
         traceback.print_exception(error)
     if isinstance(error, CheckFailed | ConfigError | RunFailed):
         own = error.remedy if isinstance(error, CheckFailed) else ""

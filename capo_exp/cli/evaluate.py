@@ -9,62 +9,77 @@ from typing import Any
 
 from rich.console import Console
 
-from capo_exp.cli.evaluate_config import Command, benchmark_config, help_text, parse, run_config
+from capo_exp.cli import front
+from capo_exp.cli.compose import find_choices
+from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
 from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.evaluation.target import Target
-from capo_exp.runs.files import reason
-from capo_exp.sweep.job import report
+from capo_exp.evaluation.command import EvaluateCommand, WeightSet
+from capo_exp.runs.files import find_disk_error
 
+USAGE = """\
+python -m capo_exp.evaluate run=DIR [benchmarks=math500,gsm8k samples=16 ...]
+python -m capo_exp.evaluate model=NAME_OR_PATH benchmarks=math500
+python -m capo_exp.evaluate completions=FILE.parquet
+
+Scores of a run's checkpoint, of a model, or of completions on disk: avg@n, pass@k, maj@k with 95 % intervals
+over problems. What is done is kept: the same command goes on, and then only shows. Keys and their defaults:
+
+{keys}
+Benchmarks: {benchmarks}
+Exit status: 0, 1 = the engine or the disk failed, 2 = wrong input, 130 = interrupted.
+"""
+OTHERS = ("model.", "dataset.", "prompt", "device", "rollout", "reward")
+"""Beginnings of the keys of the training configuration that an evaluation depends on."""
 KEPT = "parts that are done are kept, and the same command goes on from there"
 WIDTH = 160
 """Columns where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """A run or a model, with all that is to be done for it."""
 
     title: str
     configs: list[TrainConfig]
     """One a benchmark."""
-    targets: list[Target]
+    targets: list[WeightSet]
     run: dict[str, Any] | None
     """Its config.yaml; None for a model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if {"-h", "--help"} & set(given):
-        sys.stdout.write(help_text())
-        return 0
+
+    def usage() -> str:
+        return USAGE.replace("{benchmarks}", ", ".join(find_choices("dataset")))
+
+    line = front.CommandLine("evaluate", EvaluateCommand, usage, others=OTHERS)
+    return front.run_command(show_scores, line, arguments)
+
+
+def show_scores(given: EvaluateCommand) -> int:
+    """Evaluates what the command names, shows the scores and returns the exit status."""
+    command = read_command(given)
     try:
-        evaluate(*parse(given))
+        if command.output is not None:
+            _make_folder(Path(command.output))
+        if command.completions is not None:
+            _evaluate_stored(Path(command.completions), command)
+        else:
+            jobs = [_model_job(command)] if command.model else _run_jobs(command)
+            for job in jobs:
+                _evaluate_job(command, job, name_it=len(jobs) > 1)
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; {KEPT}\n")
         return 130
     except OSError as error:
-        if reason(error) is None:
-            return report(error)
+        if find_disk_error(error) is None:
+            raise
         sys.stderr.write(f"{error}; {KEPT}\n")
         return 1
-    except Exception as error:
-        return report(error)
     return 0
-
-
-def evaluate(command: Command, overrides: Sequence[str]) -> None:
-    """Evaluates what the command names and shows the scores."""
-    if command.output is not None:
-        _make_folder(Path(command.output))
-    if command.completions is not None:
-        _evaluate_stored(Path(command.completions), command.output, overrides)
-        return
-    jobs = [_model_job(command, overrides)] if command.model else _run_jobs(command, overrides)
-    for job in jobs:
-        _evaluate_job(command, job, name_it=len(jobs) > 1)
 
 
 def _make_folder(path: Path) -> None:
@@ -74,30 +89,33 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(f"output={path}: no folder can be made there ({error.strerror})") from error
 
 
-def _evaluate_stored(path: Path, output: str | None, overrides: Sequence[str]) -> None:
+def _evaluate_stored(path: Path, command: EvaluateCommand) -> None:
     from capo_exp.evaluation.stored import score_stored, write_stored
     from capo_exp.evaluation.table import stored_table
 
-    chosen = any(override.startswith("reward=") for override in overrides)
+    chosen = any(override.startswith("reward=") for override in command.overrides)
     reward = [] if chosen else ["reward=math_verify", "reward.verifier.style=auto"]
-    config = benchmark_config("arithmetic", [*reward, *overrides])
+    config = benchmark_config("arithmetic", [*reward, *command.overrides], config_dir=command.config_dir)
     with build_part(config.reward.verifier, key="reward.verifier")() as verifier:
         stored = score_stored(path, verifier)
     console().print(stored_table(stored.groups))
-    if output is not None:
-        write_stored(Path(output), path, stored, config.reward.verifier)
-        console().print(f"files: {output}", soft_wrap=True)
+    if command.output is not None:
+        write_stored(Path(command.output), path, stored, config.reward.verifier)
+        console().print(f"files: {command.output}", soft_wrap=True)
 
 
-def _model_job(command: Command, overrides: Sequence[str]) -> Job:
+def _model_job(command: EvaluateCommand) -> EvaluationJob:
     assert command.model is not None
-    configs = [benchmark_config(name, overrides, model=command.model) for name in command.benchmarks]
+    configs = [
+        benchmark_config(name, command.overrides, model=command.model, config_dir=command.config_dir)
+        for name in command.benchmarks
+    ]
     root = Path(command.output or "outputs/evaluations")
     label = Path(command.model).name or "model"
-    return Job(command.model, configs, [Target(label, None, None, None, root)], None)
+    return EvaluationJob(command.model, configs, [WeightSet(label, None, None, None, root)], None)
 
 
-def _run_jobs(command: Command, overrides: Sequence[str]) -> list[Job]:
+def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
     """One a run, checked before anything is sampled."""
     from capo_exp.runs.read import find_runs
 
@@ -105,20 +123,17 @@ def _run_jobs(command: Command, overrides: Sequence[str]) -> list[Job]:
     for directory in find_runs(command.run):
         run = run_config(directory)
         targets = _targets(command, directory, run)
-        own = [] if command.base else [f"model.path={quoted(targets[0].weights)}", "model.revision=null"]
+        own = (
+            [] if command.base else [f"model.path={front.quoted(targets[0].weights)}", "model.revision=null"]
+        )
         names = command.benchmarks or [run["dataset"]["name"]]
-        configs = [benchmark_config(name, [*own, *overrides], run=run) for name in names]
-        jobs.append(Job(directory.name, configs, targets, run))
+        overrides = [*own, *command.overrides]
+        configs = [benchmark_config(n, overrides, run=run, config_dir=command.config_dir) for n in names]
+        jobs.append(EvaluationJob(directory.name, configs, targets, run))
     return jobs
 
 
-def quoted(path: Path | None) -> str:
-    """As Hydra's grammar wants a path with spaces, commas and the like."""
-    text = str(path).replace("'", "\\'")
-    return f"'{text}'"
-
-
-def _targets(command: Command, directory: Path, run: Mapping[str, Any]) -> list[Target]:
+def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) -> list[WeightSet]:
     """The checkpoints that the command asks for, and the base model.
 
     Raises:
@@ -137,9 +152,9 @@ def _targets(command: Command, directory: Path, run: Mapping[str, Any]) -> list[
     here = directory.resolve()
     root = Path(command.output) / here.name if command.output else directory / "evaluations"
     shared = Path(command.output) if command.output else here.parents[1] / "evaluations"
-    base = [Target(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
+    base = [WeightSet(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
     drawn = _completions(directory)
-    return [*(Target(found[step].name, found[step], step, drawn.get(step), root) for step in steps), *base]
+    return [*(WeightSet(found[step].name, found[step], step, drawn.get(step), root) for step in steps), *base]
 
 
 def _completions(directory: Path) -> dict[int, float]:
@@ -150,7 +165,7 @@ def _completions(directory: Path) -> dict[int, float]:
     return {int(row["counter/rollout_step"]): row["counter/completions"] for row in rows}
 
 
-def _evaluate_job(command: Command, job: Job, *, name_it: bool) -> None:
+def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool) -> None:
     from capo_exp.evaluation.subject import evaluate_targets  # torch, so only now
     from capo_exp.evaluation.table import results_table
 
@@ -167,8 +182,8 @@ def _evaluate_job(command: Command, job: Job, *, name_it: bool) -> None:
 
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
     from capo_exp.evaluation.table import test_rows
+    from capo_exp.runs.files import write_atomic
     from capo_exp.runs.read import read_jsonl
-    from capo_exp.runs.record import write_atomic
 
     path = root / "test.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +198,3 @@ def _tell(text: str) -> None:
 def console() -> Console:
     """A terminal's width, or room enough in a log file."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-
-
-def interrupt(*_: object) -> None:
-    """What a scheduler's SIGTERM does: the same as Ctrl-C."""
-    raise KeyboardInterrupt

@@ -1,100 +1,148 @@
-"""Builds what a YAML names: functions with their numbers bound, or objects. Imports only what is built."""
+"""Builds what a YAML names: functions with their numbers bound, or objects. Imports only what is built.
+
+A parameter that a YAML sets is keyword-only, and its annotation says what it may be, as in
+`Annotated[float, POSITIVE]`, at any depth: in Optional, lists, mappings and typed dictionaries.
+"""
 
 import importlib
 import importlib.resources
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from capo_exp.config.errors import ConfigError, suggest
-from capo_exp.config.schema import TrainConfig
+from capo_exp.config.declare import declares
+from capo_exp.config.errors import ConfigError, error, suggest
+from capo_exp.config.ranges import Rule
+from capo_exp.config.schema import AlgoConfig, TrainConfig
 
-PACKAGE = "capo_exp"
+PACKAGES = ["capo_exp"]
+"""Where a `_target_` may stand."""
+SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 
 
-def build_part(part: Mapping[str, Any], *, key: str, runtime: Collection[str] = ()) -> Any:
+def build_part(part: Mapping[str, Any], *, key: str) -> Any:
     """Builds `{_target_, _partial_, <numbers>}`: a function with its numbers bound, or an object.
 
     Args:
-        part: the YAML node as plain values.
-        key: its dotted place in the configuration, for messages.
-        runtime: parameters that the caller passes later; the YAML must not set them.
+        part: The YAML node as plain values.
+        key: Its dotted place in the configuration, for messages.
 
     Raises:
-        ConfigError: for a target outside this package or absent, an unknown parameter, or a missing number;
-            and those that the target, or a part inside it, raises.
+        ConfigError: as check_part, for it or a part inside it; and those that a target raises.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate  # 0.1 s that `--help` does not need
 
-    parameters = check_names(part, key=key, runtime=runtime)
-    missing = [p.name for p in parameters.values() if _is_number(p) and p.name not in {*part, *runtime}]
-    if missing:
-        raise ConfigError(f"{key}.{missing[0]}: no value; {part['_target_']} needs a number here")
+    for where, each in find_parts(part, key):
+        check_part(each, key=where)
     try:
         return instantiate(dict(part), _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
+    except InstantiationException as failure:
+        if isinstance(failure.__cause__, ConfigError):
+            raise failure.__cause__ from None
         raise
 
 
 def check_parts(config: TrainConfig) -> None:
-    """Compares all parts with their targets' signatures, which imports torch.
+    """Compares all parts with their functions, which imports torch.
 
     Raises:
-        ConfigError: as check_names, for the first that does not fit.
+        ConfigError: as check_part, for the first that does not fit.
     """
     for key, part in find_parts(config):
         try:
-            check_names(part, key=key)
-        except ConfigError as error:
+            check_part(part, key=key)
+        except ConfigError as failure:
             if key != "algo.selection" or not config.algo.variant:
                 raise
-            goes = (
-                f"selection={config.algo.variant} goes on an algorithm without a selection, such as algo=grpo"
-            )
-            raise ConfigError(f"{error} ({goes})") from error
+            goes = f"selection={config.algo.variant} goes on an algorithm without one, such as algo=grpo"
+            raise ConfigError(f"{failure} ({goes})") from failure
 
 
-def check_names(
-    part: Mapping[str, Any], *, key: str, runtime: Collection[str] = ()
-) -> Mapping[str, inspect.Parameter]:
-    """Compares a part with the signature of its target, and returns that signature's parameters.
+def check_part(part: Mapping[str, Any], *, key: str) -> None:
+    """Compares a part with the signature of its function: names, kinds and ranges.
 
     Raises:
-        ConfigError: as `build`, but for missing numbers.
+        ConfigError: for a target outside the allowed packages or absent, an unknown parameter, a value of
+            another kind or outside its range, a number without a value, or two in the wrong order.
     """
-    check_target(part, key=key)
-    target = str(part["_target_"])
-    parameters = inspect.signature(_locate(target, key)).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise AssertionError(f"{target} takes **kwargs; parts must name their parameters")
-    known = [name for name, p in parameters.items() if _is_setting(p) and name not in runtime]
+    function = locate(part, key)
+    settings = read_settings(function)
     for name, value in part.items():
         if name in ("_target_", "_partial_"):
             continue
-        if name not in known:
-            choices = ", ".join(known) or "none"
-            raise ConfigError(f"{key}.{name}: unknown parameter of {target}; known: {choices}")
-        if _is_number(parameters[name]) and not isinstance(value, int | float):
-            raise ConfigError(f"{key}.{name}={value}: expected a number for {target}")
-    return parameters
+        if name not in settings:
+            choices = ", ".join(settings) or "none"
+            raise ConfigError(f"{key}.{name}: unknown parameter of {part['_target_']}; known: {choices}")
+        for fault in find_faults(settings[name].annotation, f"{key}.{name}", value):
+            raise fault
+    for name, setting in settings.items():
+        if name not in part and setting.default is setting.empty and _has_number(setting.annotation):
+            raise ConfigError(f"{key}.{name}: no value; {part['_target_']} needs a number here")
+    ordered = declares(function, "ordered")
+    if ordered and part[ordered[0]] > part[ordered[1]]:
+        low, high = ordered
+        raise error(f"{key}.{low}", part[low], f"at most {high}={part[high]}")
 
 
 def check_target(part: Mapping[str, Any], *, key: str) -> None:
-    """Refuses a part that names nothing, or something outside this package. Imports nothing."""
-    target = part.get("_target_", "")
-    if not str(target).startswith(f"{PACKAGE}."):
-        raise ConfigError(
-            f"{key}._target_={target}: expected a function of {PACKAGE}, as in {PACKAGE}.algorithm.keep_all"
-        )
+    """Refuses a part that names nothing, or something outside the allowed packages. Imports nothing."""
+    target = str(part.get("_target_", ""))
+    if not target.startswith(tuple(f"{package}." for package in PACKAGES)):
+        wanted = f"a function of {' or '.join(PACKAGES)}, as in capo_exp.algorithms.neutral.keep_all"
+        raise error(f"{key}._target_", target, wanted)
+
+
+def find_faults(kind: Any, key: str, value: Any) -> Iterator[ConfigError]:
+    """Yields why a value is not of an annotation's kind, or not within a range in it; nothing where it is.
+
+    What is no number, text, or collection of them is not looked at.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(value, Mapping) and "_target_" in value:
+        return  # a part of its own
+    if origin is Annotated:
+        rules = [mark for mark in inner[1:] if isinstance(mark, Rule)]
+        if any(find_faults(inner[0], key, value)):
+            yield from [error(key, value, rules[0].expected)] if rules else find_faults(inner[0], key, value)
+        elif value is not None:
+            yield from (error(key, value, rule.expected) for rule in rules if not rule.holds(value))
+    elif origin in (Union, UnionType):
+        faults = [list(find_faults(each, key, value)) for each in inner]
+        yield from faults[0] if all(faults) else ()
+    elif kind in SCALARS:
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            yield error(key, value, SCALARS[kind])
+    elif is_typeddict(kind):
+        kinds = get_type_hints(kind, include_extras=True)
+        if not isinstance(value, Mapping) or set(value) != set(kinds):
+            yield error(key, value, f"a mapping with {', '.join(kinds)}")
+        else:
+            yield from chain(*(find_faults(kinds[name], f"{key}.{name}", value[name]) for name in kinds))
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            yield error(key, value, "a mapping")
+        else:
+            yield from chain(*(find_faults(inner[1], f"{key}.{name}", value[name]) for name in value))
+    elif isinstance(origin, type) and issubclass(origin, Sequence):
+        if not isinstance(value, list | tuple):
+            yield error(key, value, "a list")
+        else:
+            yield from chain(*(find_faults(inner[0], f"{key}[{i}]", each) for i, each in enumerate(value)))
+
+
+def _has_number(kind: Any) -> bool:
+    """Returns whether an annotation speaks of numbers, at any depth."""
+    return kind in (bool, int, float) or any(map(_has_number, get_args(kind)))
 
 
 def find_parts(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every (dotted key, part) of a configuration."""
+    """Yields the dotted key of every part of a configuration, and the part; those in a part, too."""
     if is_dataclass(node):
         for field in fields(node):
             yield from find_parts(getattr(node, field.name), f"{prefix}.{field.name}".lstrip("."))
@@ -105,42 +153,54 @@ def find_parts(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, 
                 yield from find_parts(child, f"{prefix}.{name}")
 
 
-def _locate(target: str, key: str) -> Callable[..., Any]:
-    """Imports a function or class of this package."""
-    where = f"{key}._target_={target}"
+def read_settings(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns what a YAML may set of a function or class: its keyword-only parameters, with their ranges."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def locate(part: Mapping[str, Any], key: str) -> Callable[..., Any]:
+    """Imports the function or class that a part names.
+
+    Raises:
+        ConfigError: if it stands outside the allowed packages, or is not there.
+    """
+    check_target(part, key=key)
+    target = str(part["_target_"])
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.split(".")[0] != PACKAGE:
-            raise ConfigError(f"{where}: expected the package {error.name} to be installed") from error
-        raise ConfigError(f"{where}: there is no module {error.name}") from error
+    except ModuleNotFoundError as failure:
+        absent = str(failure.name)
+        if absent.partition(".")[0] in PACKAGES:
+            raise ConfigError(f"{key}._target_={target}: there is no module {absent}") from failure
+        raise error(f"{key}._target_", target, f"the package {absent} to be installed") from failure
     found = getattr(module, name, None)
     if not callable(found):
         own = [n for n, v in vars(module).items() if callable(v) and v.__module__ == module_name]
-        raise ConfigError(f"{where}: unknown function; {suggest(name, own)}")
+        raise ConfigError(f"{key}._target_={target}: unknown function; {suggest(name, own)}")
     return found
 
 
-def _is_setting(parameter: inspect.Parameter) -> bool:
-    """Whether a YAML may set the parameter: keyword-only, or plainly a number or text."""
-    return parameter.kind is parameter.KEYWORD_ONLY or parameter.annotation in (int, float, bool, str)
+def uses_reward_kl(algo: AlgoConfig) -> bool:
+    """Returns whether the shaping or the credit, with the numbers it has, uses the KL to the reference."""
+    parts = {"algo.shaping": algo.shaping, "algo.credit": algo.credit}
+    numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
+    return any(number is not None and part.get(number) != 0 for part, number in numbers)
 
 
-def _is_number(parameter: inspect.Parameter) -> bool:
-    """Whether the parameter is a number that the YAML has to give."""
-    kinds = get_args(parameter.annotation) or (parameter.annotation,)  # those of a Callable cannot be hashed
-    keyword = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-    return keyword and all(kind in (int, float, bool) for kind in kinds)
+def needs_reference(algo: AlgoConfig) -> bool:
+    """Returns whether a run holds a frozen reference model."""
+    return algo.kl_coefficient > 0 or uses_reward_kl(algo)
 
 
 def is_local_path(path: str) -> bool:
-    """Whether a model path means this machine's disk and not a hub id."""
+    """Returns whether a model path means this machine's disk and not a hub id."""
     return path.startswith(("pkg://", "/", "./", "../", "~")) or Path(path).is_dir()
 
 
 def resolve_model_path(path: str) -> str:
-    """`pkg://capo_exp/assets/tiny` -> its directory in the installed package; any other path as it is.
+    """Returns the directory that a path such as pkg://capo_exp/assets/tiny means, or any other path as it is.
 
     Raises:
         ConfigError: for a package that is not installed.
@@ -150,5 +210,5 @@ def resolve_model_path(path: str) -> str:
     package, _, inside = path.removeprefix("pkg://").partition("/")
     try:
         return str(importlib.resources.files(package).joinpath(inside))
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"model.path={path}: expected an installed package, got {package}") from error
+    except ModuleNotFoundError as failure:
+        raise error("model.path", path, f"an installed package, got {package}") from failure

@@ -32,6 +32,16 @@ def needs_kl(*, unless_zero: str) -> Callable[[Function], Function]:
     return mark
 
 
+def ordered(low: str, high: str) -> Callable[[Function], Function]:
+    """Marks a function whose number `low` must not be above its number `high`."""
+
+    def mark(function: Function) -> Function:
+        function.ordered = (low, high)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def declares(function: Callable[..., Any], what: str) -> Any:
     """Returns what a function, or that of a partial, declares under a name; None where it is silent."""
     while isinstance(function, partial):

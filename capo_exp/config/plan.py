@@ -1,65 +1,58 @@
-"""The memory estimate as lines of the plan."""
+"""What a run will do and take, in a few lines."""
 
-from pathlib import Path
-
-from capo_exp.config.memory import Memory, estimate, precision
+from capo_exp.config.memory import count_parameters, estimate, human, learner_device
 from capo_exp.config.schema import TrainConfig
 
+NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
 
-def describe(config: TrainConfig) -> list[str]:
-    """What this command would take here, its parts, and what GPUs would hold."""
-    reference, here = config.algo.needs_reference, _on_gpu(config)
-    memory, gpu = (estimate(config, reference=reference, gpu=where) for where in (here, True))
-    phase = max(memory.phases, key=memory.phases.__getitem__)
-    shards = ", ".join(human(gpu.per_gpu(count).total) for count in (2, 4, 8))
+
+def plan(config: TrainConfig) -> list[str]:
+    """Returns the batch arithmetic of a run and the memory it takes, at most six lines of 80 characters."""
+    regime, algo, steps = config.regime, config.algo, config.num_steps
+    batch = regime.prompts_per_step * regime.group_size
+    micro = min(config.model.micro_batch_size, batch)
+    updates = steps * algo.num_iterations * algo.num_minibatches
+    iterations = _count(algo.num_iterations, "iteration")
+    if algo.num_minibatches > 1:
+        iterations += f" x {algo.num_minibatches:,} minibatches"
+    evaluations = _count(count_evaluations(steps, config.evaluation.every), "evaluation")
+    problems = config.evaluation.num_problems * config.evaluation.samples
     return [
-        f"{memory.num_parameters:,} parameters; estimated peak of tensors {human(memory.total)} on a "
-        f"{'GPU' if here else 'CPU'} in {precision(config, gpu=here)}, fullest in the {phase} phase",
-        f"not all at once: {_parts(memory)}",
-        f"on one GPU in {precision(config, gpu=True)} {human(gpu.total)}; this build trains on one device, "
-        f"full sharding over 2, 4, 8 would take {shards} each",
-        *_engine(config, memory.num_parameters, gpu=here),
+        f"{algo.full_name} on {config.dataset.name} with {config.model.name}, {regime.name}, "
+        f"seed {config.seed}",
+        f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step"
+        f" = {_count(batch // micro, 'micro-batch', 'es')} of {micro}",
+        f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}"
+        f", lr {regime.learning_rate:g}",
+        f"{batch * steps:,} completions of at most {config.dataset.max_completion_tokens:,} tokens;"
+        f" {evaluations} of {problems:,}",
+        *_memory(config),
     ]
 
 
-def human(size: int) -> str:
-    """Bytes in decimal units: 1234567 -> 1.2 MB."""
-    number, unit = (size / 1e9, "GB") if size >= 1e9 else (size / 1e6, "MB")
-    return f"{number:.{1 if number < 10 else 0}f} {unit}"
+def count_evaluations(num_steps: int, every: int) -> int:
+    """Counts those before the first step, after every `every` steps, and after the last."""
+    return 2 if every == 0 else 1 + -(-num_steps // every)
 
 
-def _engine(config: TrainConfig, parameters: int, *, gpu: bool) -> list[str]:
-    """What vLLM takes beside the learner."""
-    if not config.rollout.is_vllm:
-        return []
-    numbers, url = config.rollout.engine, config.rollout.server_url
-    if url is not None and url != "start":
-        return [f"vLLM at {url}"]
-    width = 4 if precision(config, gpu=gpu) == "float32" else 2
-    kv_cache = numbers["kv_cache_gib"] or (None if gpu else 1)
-    cache = (
-        f"{kv_cache:g} GiB"
-        if kv_cache
-        else f"up to {numbers['gpu_memory_utilization']:.0%} of its GPU in all"
-    )
-    return [f"vLLM beside it, in a process of its own: weights {human(width * parameters)}, KV cache {cache}"]
+def _count(number: int, unit: str, plural: str = "s") -> str:
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}{plural}"
 
 
-def _parts(memory: Memory) -> str:
-    parts = {
-        "weights": memory.parameters,
-        "gradients": memory.gradients,
-        "Adam": memory.optimizer,
-        "reference": memory.reference,
-        "curvature moments": memory.moments,
-        "activations": memory.activations + memory.layer,
-        "logits": memory.logits,
-        "records": memory.records,
-        "KV cache": memory.kv_cache,
-    }
-    return ", ".join(f"{name} {human(size)}" for name, size in parts.items() if size)
-
-
-def _on_gpu(config: TrainConfig) -> bool:
-    """Whether this command would use a GPU, as far as can be told without torch."""
-    return config.device.startswith("cuda") or (config.device == "auto" and Path("/dev/nvidia0").exists())
+def _memory(config: TrainConfig) -> list[str]:
+    """Returns the learner's memory with its three largest parts, and vLLM's."""
+    device = learner_device(config)
+    memory = estimate(config, gpu=device != "cpu")
+    largest = sorted(vars(memory).items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{NAMES.get(name, name)} {human(size)}" for name, size in largest)
+    lines = [f"about {human(memory.total)} on {device}; the most: {parts}"]
+    engine, url = config.rollout.engine, config.rollout.server_url
+    if config.rollout.is_vllm and url in (None, "start"):
+        cache = f"{engine['kv_cache_gib'] or 1:g} GiB"
+        if engine["kv_cache_gib"] is None and device != "cpu":
+            cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU in all"
+        weights = human(4 * count_parameters(config.model))
+        lines.append(f"vLLM beside it: weights of at most {weights}, KV cache {cache}")
+    elif config.rollout.is_vllm:
+        lines.append(f"vLLM at {url}")
+    return lines

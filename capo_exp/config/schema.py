@@ -1,6 +1,7 @@
-"""The configuration schema. YAML files under conf/ hold every value; here are names, types and meanings.
+"""The configuration schema: names, types, meanings and ranges. YAML files under conf/ hold every value.
 
-Imports no torch, so that `--help`, `--cfg` and figures start at once. Cross-field checks are in checks.py.
+Imports no torch, so that `--help`, `--cfg` and figures start at once. What two keys forbid each other is in
+checks.py; the numbers of a part have their ranges in the annotations of its function.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,27 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from capo_exp.config import ranges
+from capo_exp.config.choices import list_choices, name_choices
 from capo_exp.config.errors import ConfigError, suggest
 
 Part = dict[str, Any]
-"""`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by parts.build."""
+"""`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by build.build_part."""
+
+
+def setting(rule: ranges.Rule | None = None, *, default: Any = MISSING, result: bool = True) -> Any:
+    """Returns a field with its range beside it.
+
+    Args:
+        rule: What the value may be.
+        default: The neutral value, with which a key does nothing, or what makes it; without one, a YAML has
+            to give the value.
+        result: False for a key that changes no number of a run: it is no part of the run's identity.
+    """
+    metadata = {"result": result} if rule is None else {"result": result, "range": rule}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _neutral(function: str, module: str = "algorithms.neutral") -> Callable[[], Part]:
@@ -25,46 +43,41 @@ def _neutral(function: str, module: str = "algorithms.neutral") -> Callable[[], 
 
 @dataclass
 class AlgoConfig:
-    """What an algorithm is made of, in the order of use; see algorithm.py for the signature of each part.
+    """What an algorithm is made of, in the order of use; algorithms/protocols.py has each part's signature.
 
     Defaults here are neutral: they do nothing, so that a YAML shows only what its method has.
     """
 
     name: str = MISSING
-    variant: str = ""  # what was put on top: selection=..., or an experiment that changes parts
-    group_filter: Part = field(default_factory=_neutral("all_groups"))
-    max_sampling_rounds: int = 1  # how often to sample until prompts_per_step groups pass the filter
-    shaping: Part = field(default_factory=_neutral("unshaped"))
+    variant: str = setting(ranges.FOLDER_OR_EMPTY, default="")  # what selection=... put on top
+    label: str = setting(ranges.ONE_LINE, default="", result=False)  # empty = from name, variant
+    colour: str = setting(ranges.COLOUR, default="", result=False)  # in figures, as the label
+    marker: str = setting(ranges.MARKER, default="", result=False)
+    group_filter: Part = setting(default=_neutral("all_groups"))
+    max_sampling_rounds: int = setting(ranges.AT_LEAST_1, default=1)  # until enough groups pass
+    shaping: Part = setting(default=_neutral("unshaped"))
     advantage: Part = MISSING
-    credit: Part = field(default_factory=_neutral("every_token"))
-    completion_filter: Part = field(default_factory=_neutral("all_completions"))
-    filter_denominator: str = "all"  # all | kept: which completions a loss averages over after the filter
-    num_iterations: int = 1  # passes over the batch of a rollout step
-    num_minibatches: int = 1  # optimiser steps a pass
-    selection: Part = field(default_factory=_neutral("keep_all"))
-    scoring_pass: bool = False  # one more forward pass, for a selection that needs the whole optimiser step
+    credit: Part = setting(default=_neutral("every_token"))
+    completion_filter: Part = setting(default=_neutral("all_completions"))
+    # Which completions a loss averages over after the filter.
+    filter_denominator: str = setting(ranges.one_of("all", "kept"), default="all")
+    num_iterations: int = setting(ranges.AT_LEAST_1, default=1)  # passes over the batch of a rollout step
+    num_minibatches: int = setting(ranges.AT_LEAST_1, default=1)  # optimiser steps a pass
+    selection: Part = setting(default=_neutral("keep_all"))
     token_loss: Part = MISSING
-    kl_estimator: Part = field(default_factory=_neutral("kl_k3", "algorithms.kl"))
-    kl_coefficient: float = 0.0  # weight of the KL to the reference in the loss
-    reference_reset_every: int = 0  # rollout steps until the reference becomes the policy; 0 = never
-    optimizer_reset_every: int = 0  # rollout steps until the optimiser's moments start again; 0 = never
+    kl_estimator: Part = setting(default=_neutral("kl_k3", "algorithms.kl"))
+    kl_coefficient: float = setting(ranges.NON_NEGATIVE, default=0.0)  # of a KL in the loss
+    # Rollout steps until the reference becomes the policy, and until Adam's moments start again; 0 = never.
+    reference_reset_every: int = setting(ranges.AT_LEAST_0, default=0)
+    optimizer_reset_every: int = setting(ranges.AT_LEAST_0, default=0)
     aggregation: Part = MISSING
     step_rule_name: str = ""  # what step_rule=... put on top
-    step_rule: Part = field(default_factory=_neutral("full_step"))
+    step_rule: Part = setting(default=_neutral("full_step"))
 
     @property
-    def label(self) -> str:
-        """Name for people and folders: the algorithm, and what was put on top of it."""
+    def full_name(self) -> str:
+        """Names the algorithm and what was put on top of it, as in the names of runs."""
         return "-".join(filter(None, (self.name, self.variant, self.step_rule_name)))
-
-    @property
-    def kl_in_reward(self) -> bool:
-        """Whether rewards need the KL to the reference."""
-        return any(part.get("kl_coefficient", 0) > 0 for part in (self.shaping, self.credit))
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_coefficient > 0 or self.kl_in_reward
 
 
 @dataclass
@@ -72,20 +85,22 @@ class ModelConfig:
     name: str = MISSING
     path: str = MISSING  # local directory, hub id, or pkg://... for what ships with this package
     revision: str | None = MISSING  # hub commit; null for local paths
-    model_type: str = MISSING  # from here the ARCHITECTURE, named as in the model's own config.json
-    vocab_size: int = MISSING
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int = MISSING
+    # From here the ARCHITECTURE, named as in the model's own config.json.
+    model_type: str = setting(ranges.not_empty("the model_type of its config.json, such as qwen2 or llama"))
+    vocab_size: int = setting(ranges.AT_LEAST_1)
+    hidden_size: int = setting(ranges.AT_LEAST_1)
+    intermediate_size: int = setting(ranges.AT_LEAST_1)
+    num_hidden_layers: int = setting(ranges.AT_LEAST_1)
+    num_attention_heads: int = setting(ranges.AT_LEAST_1)
+    num_key_value_heads: int = setting(ranges.AT_LEAST_1)
     tie_word_embeddings: bool = MISSING
-    compute_dtype: str = MISSING  # auto = float32 on CPU, bfloat16 autocast on GPU (weights stay float32)
-    attn_implementation: str = MISSING
+    # auto = float32 on CPU, bfloat16 autocast on GPU (weights stay float32)
+    compute_dtype: str = setting(ranges.one_of("auto", "float32", "bfloat16"))
+    attn_implementation: str = setting(ranges.ATTENTION)
     gradient_checkpointing: bool = MISSING
-    reference_learning_rate: float = MISSING  # the conservative regime's rate for this model
-    micro_batch_size: int = MISSING  # completions per forward and backward pass
-    logits_chunk_tokens: int = MISSING  # tokens of the last layer computed at once
+    reference_learning_rate: float = setting(ranges.POSITIVE)  # the conservative regime's rate for this model
+    micro_batch_size: int = setting(ranges.AT_LEAST_1)  # completions per forward and backward pass
+    logits_chunk_tokens: int = setting(ranges.AT_LEAST_1)  # tokens of the last layer computed at once
 
 
 ARCHITECTURE = (
@@ -104,119 +119,124 @@ class DatasetConfig:
     source: Part = MISSING  # (split) -> list[Problem]
     train_split: str | None = MISSING  # null = a set to evaluate on, which nothing trains on
     eval_split: str = MISSING
-    eval_order: str = "file"  # file | shuffled: which are the first num_problems of an evaluation
-    levels: list[str] = field(default_factory=list[str])  # difficulties to train on, as in [3,4,5]; [] = all
-    types: list[str] = field(default_factory=list[str])  # families or subjects to train on; [] = all
-    prompt_style: str = "own"  # name of the choice prompt=; a label
+    # Which are the first num_problems of an evaluation.
+    eval_order: str = setting(ranges.one_of("file", "shuffled"), default="file")
+    levels: list[str] = setting(default=list)  # difficulties to train on, as in [3,4,5]; [] = all
+    types: list[str] = setting(default=list)  # families or subjects to train on; [] = all
+    prompt_style: str = setting(default="own", result=False)  # name of the choice prompt=; a label
     system_prompt: str | None = MISSING
     apply_chat_template: bool = MISSING
-    template: str = MISSING  # user message; {problem} is replaced
+    # User message; {problem} is replaced.
+    template: str = setting(ranges.Rule(lambda v: "{problem}" in v, "text with {problem} in it"))
     # Worked examples before the problem, each with `problem` and `solution`; as text or as turns of the chat.
-    examples: list[Part] = field(default_factory=list[Part])
-    max_prompt_tokens: int = MISSING  # longer prompts are dropped and counted
-    max_completion_tokens: int = MISSING
+    examples: list[Part] = setting(default=list)
+    max_prompt_tokens: int = setting(ranges.AT_LEAST_1)  # longer prompts are dropped and counted
+    max_completion_tokens: int = setting(ranges.AT_LEAST_1)
 
 
 @dataclass
 class RegimeConfig:
     name: str = MISSING
-    learning_rate: float = MISSING  # peak of the schedule
-    prompts_per_step: int = MISSING
-    group_size: int = MISSING
+    learning_rate: float = setting(ranges.NON_NEGATIVE)  # peak of the schedule
+    prompts_per_step: int = setting(ranges.AT_LEAST_1)
+    group_size: int = setting(ranges.AT_LEAST_1)
 
 
 @dataclass
 class RolloutConfig:
     name: str = MISSING
     engine: Part = MISSING  # samples; also what evaluation uses
-    server_url: str | None = (
-        None  # rollout=vllm: null = an engine of the run's own, start = a server of its own
-    )
+    # rollout=vllm: null = an engine of the run's own, start = a server of its own
+    server_url: str | None = setting(default=None, result=False)
     train_engine: Part | None = MISSING  # where training completions come from instead; null = engine
-    chunking: str = MISSING  # per_step = one call a rollout step | per_micro_batch = one call a micro-batch
-    temperature: float = MISSING
-    top_k: int = MISSING  # 0 = off
-    top_p: float = MISSING  # 1 = off
+    # One call of the engine a rollout step, or one a micro-batch.
+    chunking: str = setting(ranges.one_of("per_step", "per_micro_batch"))
+    temperature: float = setting(ranges.POSITIVE)
+    top_k: int = setting(ranges.Rule(lambda v: v >= 0, "an integer of at least 0 (0 = off)"))
+    top_p: float = setting(ranges.TOP_P)
     correction: Part = MISSING  # weights the credit where sampler and learner differ; rollout/correction=
 
     @property
     def is_vllm(self) -> bool:
-        """Whether sampling happens in an engine of its own, beside the learner."""
-        return str(self.engine.get("_target_")).startswith("capo_exp.rollout.vllm.")
+        """Is true where sampling happens in an engine of its own, beside the learner."""
+        return self.engine.get("_target_") == "capo_exp.rollout.vllm_settings.VLLMSettings"
 
 
 @dataclass
 class RewardConfig:
-    """Total reward = verifier + format_weight x format + length_weight x length; see reward_terms.py."""
+    """Total reward = verifier + format_weight x format + length_weight x length; see grading/terms.py."""
 
     name: str = MISSING
     verifier: Part = MISSING
-    format: Part = field(default_factory=_neutral("no_format", "grading.terms"))  # (text) -> 0..1
-    format_weight: float = 0.0  # 0 = the term is only logged
-    length: Part = field(default_factory=_neutral("no_length", "grading.terms"))  # (tokens) -> number
-    length_weight: float = 0.0
+    format: Part = setting(default=_neutral("no_format", "grading.terms"))  # (text) -> 0..1
+    format_weight: float = setting(ranges.FINITE, default=0.0)  # 0 = the term is only logged
+    length: Part = setting(default=_neutral("no_length", "grading.terms"))  # (tokens) -> number
+    length_weight: float = setting(ranges.FINITE, default=0.0)
 
 
 @dataclass
 class OptimizerConfig:
     name: str = MISSING
-    betas: list[float] = MISSING
-    eps: float = MISSING
-    weight_decay: float = MISSING
-    max_grad_norm: float = MISSING
-    schedule: str = MISSING  # a schedule name of transformers.get_scheduler
-    warmup_ratio: float = MISSING
+    betas: list[float] = setting(ranges.BETAS)
+    eps: float = setting(ranges.POSITIVE)
+    weight_decay: float = setting(ranges.NON_NEGATIVE)
+    max_grad_norm: float = setting(ranges.POSITIVE_OR_INF)
+    # The schedules of transformers.get_scheduler that need no further numbers.
+    schedule: str = setting(ranges.one_of(
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "inverse_sqrt"
+    ))  # fmt: skip
+    warmup_ratio: float = setting(ranges.Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"))
 
 
 @dataclass
 class CurvatureConfig:
     """The last-layer model that predicts shifts; the same for every algorithm."""
 
-    optimizer_model: str = MISSING  # adam = moments of its own | adam_live = the optimiser's | sgd
-    top_k: int = MISSING
-    hidden_shift: int = MISSING  # 0; 1 = the state one token late, as in the authors' program
-    betas: list[float] = MISSING
-    eps: float = MISSING
-    calibrate_every: int = MISSING  # optimiser steps between measurements of the real shifts; 0 = never
-    calibrate_completions: int = MISSING  # completions of a measurement
-    calibrate_tokens: int = MISSING  # tokens of a measurement, drawn from them
-    diagnose_every: int = 0  # optimiser steps between comparisons with the unmasked step; 0 = never
+    # adam = moments of its own | adam_live = the optimiser's | sgd
+    optimizer_model: str = setting(ranges.one_of("adam", "adam_live", "sgd"))
+    top_k: int = setting(ranges.AT_LEAST_1)
+    hidden_shift: int = setting(ranges.HIDDEN_SHIFT)  # 1 = the state one token late
+    betas: list[float] = setting(ranges.OPEN_BETAS)
+    eps: float = setting(ranges.POSITIVE)
+    calibrate_every: int = setting(ranges.AT_LEAST_0)  # optimiser steps between measurements; 0 = never
+    calibrate_completions: int = setting(ranges.AT_LEAST_1)  # completions of a measurement
+    calibrate_tokens: int = setting(ranges.AT_LEAST_1)  # tokens of a measurement, drawn from them
+    # Optimiser steps between comparisons with the unmasked step; 0 = never.
+    diagnose_every: int = setting(ranges.AT_LEAST_0, default=0)
 
 
 @dataclass
 class EvaluationConfig:
-    every: int = MISSING  # rollout steps; 0 = only before the first and after the last step
-    num_problems: int = MISSING
-    samples: int = MISSING  # completions per problem
-    temperature: float = MISSING  # 0 = greedy
-    top_p: float = MISSING  # 1 = off
+    every: int = setting(ranges.AT_LEAST_0)  # rollout steps; 0 = only before and after training
+    num_problems: int = setting(ranges.AT_LEAST_1)
+    samples: int = setting(ranges.AT_LEAST_1)  # completions per problem
+    temperature: float = setting(ranges.NON_NEGATIVE)  # 0 = greedy
+    top_p: float = setting(ranges.TOP_P, default=1.0)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = MISSING  # rollout steps
-    keep: int = MISSING  # newest checkpoints that stay on disk
+    every: int = setting(ranges.AT_LEAST_1)  # rollout steps
+    keep: int = setting(ranges.AT_LEAST_1)  # newest checkpoints that stay on disk
 
 
 @dataclass
 class LoggerConfig:
     name: str = MISSING
-    wandb_mode: str = MISSING  # auto = online with a key, offline without; online | offline | disabled
+    # auto = online with a key, offline without
+    wandb_mode: str = setting(ranges.one_of("auto", "online", "offline", "disabled"))
     project: str = MISSING
     tags: list[str] = MISSING
-    completions_every: int = MISSING  # rollout steps between samples of completions; 0 = never
-    completions_groups: int = MISSING  # prompts per sample
+    completions_every: int = setting(ranges.AT_LEAST_0)  # rollout steps between samples; 0 = never
+    completions_groups: int = setting(ranges.AT_LEAST_1)  # prompts per sample
 
 
 @dataclass
 class SweepConfig:
-    """How a sweep runs its jobs; changes no result."""
+    """How a sweep runs its jobs."""
 
-    devices: list[str] = MISSING  # GPUs that jobs share, one job each; [] = every job sees all
-    objective: str = MISSING  # metric whose last value a search maximises; in eval.jsonl for a pruner
-    pruner: str = MISSING  # none | median: end a job whose evaluations are behind the median of earlier runs
-    pruner_startup_runs: int = MISSING  # runs that have to end before one can be pruned
-    pruner_warmup_steps: int = MISSING  # rollout steps that each run has at least
+    devices: list[str] = setting(ranges.GPUS)  # GPUs that jobs share, one job each; [] = every job sees all
+    objective: str = MISSING  # metric whose last value a search maximises
 
 
 @dataclass
@@ -228,25 +248,25 @@ class TrainConfig:
     rollout: RolloutConfig = MISSING
     reward: RewardConfig = MISSING
     optimizer: OptimizerConfig = MISSING
-    logger: LoggerConfig = MISSING
+    logger: LoggerConfig = setting(result=False)
     curvature: CurvatureConfig = MISSING
     evaluation: EvaluationConfig = MISSING
-    checkpoint: CheckpointConfig = MISSING
-    sweep: SweepConfig = MISSING
-    num_steps: int = MISSING  # rollout steps
-    stop_after_unrewarded: int = (
-        MISSING  # rollout steps in a row without a reward that end a run; 0 = none do
-    )
-    seed: int = MISSING
-    device: str = MISSING  # auto | cpu | cuda | cuda:1 ...
-    experiment_name: str = MISSING  # folder under output_dir
-    output_dir: str = MISSING
-    overwrite: bool = MISSING  # start again although a run with this identity exists
-    plan_only: bool = MISSING  # print the batch arithmetic and stop
+    checkpoint: CheckpointConfig = setting(result=False)
+    sweep: SweepConfig = setting(result=False)
+    num_steps: int = setting(ranges.AT_LEAST_1)  # rollout steps
+    # Rollout steps in a row without a reward that end a run; 0 = none do.
+    stop_after_unrewarded: int = setting(ranges.AT_LEAST_0, result=False)
+    seed: int = setting(ranges.Rule(lambda v: 0 <= v < 2**32, "an integer in [0, 2**32)"))
+    device: str = setting(ranges.DEVICE)
+    experiment_name: str = setting(ranges.FOLDER, result=False)  # folder under output_dir
+    output_dir: str = setting(ranges.not_empty("a directory"), result=False)
+    overwrite: bool = setting(result=False)  # start again although a run with this identity exists
+    plan_only: bool = setting(result=False)  # print the plan and stop
+    allow_overcommit: bool = setting(default=False, result=False)  # start although memory seems too small
 
 
 def conf_dir() -> Path:
-    """The YAML files: inside the installed package, or beside it in a clone."""
+    """Returns the folder of the YAML files: in the installed package, or beside it in a clone."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -258,10 +278,12 @@ def register() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: float(a) * float(b), replace=True)
     OmegaConf.register_new_resolver("add", lambda a, b: int(a) + int(b), replace=True)
     OmegaConf.register_new_resolver("div", lambda a, b: max(1, int(a) // int(b)), replace=True)
+    OmegaConf.register_new_resolver("name_choices", lambda _root_: name_choices(_root_), replace=True)
+    OmegaConf.register_new_resolver("list_choices", lambda _root_: list_choices(_root_), replace=True)
 
 
 def to_config(cfg: DictConfig) -> TrainConfig:
-    """Composed YAML -> typed values.
+    """Returns composed YAML as typed values.
 
     Raises:
         ConfigError: for a key that the schema does not know (`+key=value` gets past Hydra), a missing value,
@@ -279,7 +301,7 @@ def to_config(cfg: DictConfig) -> TrainConfig:
 def _check_keys(node: DictConfig, prefix: str = "") -> None:
     schema = OmegaConf.get_type(node)
     if not (isinstance(schema, type) and is_dataclass(schema)):
-        return  # a Part: parts.py compares it with the function's signature
+        return  # a Part: build.py compares it with the function's signature
     known = [field.name for field in fields(schema)]
     for name in map(str, node):
         if name not in known:
@@ -292,9 +314,8 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
             _check_keys(child, f"{prefix}{name}.")
 
 
-def expected_type(key: str) -> str:
-    """What kind of value the schema wants at a dotted key, in words; empty for a key outside the schema."""
-    kind: Any = TrainConfig
+def expected_type(key: str, kind: Any = TrainConfig) -> str:
+    """Returns in words what the schema wants at a dotted key; empty for a key outside the schema."""
     for name in key.split("."):
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     return _WORDS.get(kind, "a group with its keys" if is_dataclass(kind) else "")
@@ -302,6 +323,7 @@ def expected_type(key: str) -> str:
 
 _WORDS: dict[Any, str] = {
     int: "an integer",
+    int | None: "an integer or null",
     float: "a number",
     bool: "true or false",
     str: "text",

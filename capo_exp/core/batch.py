@@ -2,16 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from capo_exp.core.types import Batch, BatchTotals, RolloutGroup
+from capo_exp.core.types import (
+    Batch,
+    BatchTotals,
+    PolicyOutput,
+    RolloutGroup,
+    Scored,
+    Selection,
+    StepRecord,
+    TokenShifts,
+)
+
+Value = TypeVar("Value")
 
 
 def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.device) -> Batch:
-    """Prompts padded on the left, completions on the right; row p * G + g is completion g of prompt p. The
-    advantages are 0 until they are known.
+    """Makes a batch: prompts padded on the left, completions on the right; row p * G + g is completion g of
+    prompt p. The advantages are 0 until they are known.
 
     Args:
         groups: P groups of G completions.
@@ -43,7 +55,7 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.
 
 
 def totals(batch: Batch) -> BatchTotals:
-    """Sizes of an optimiser step."""
+    """Counts the sizes of an optimiser step."""
     lengths = batch.completion_mask.sum(1)
     return BatchTotals(
         sequences=len(lengths),
@@ -53,13 +65,13 @@ def totals(batch: Batch) -> BatchTotals:
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """The rows with these numbers [b], all columns."""
+    """Returns the rows with these numbers [b], all columns."""
     return Batch(*(tensor[rows] for tensor in vars(batch).values()))
 
 
 def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
-    """Micro-batches of up to `size` rows, each with the row numbers it holds and without columns of padding
-    alone.
+    """Cuts micro-batches of up to `size` rows, each with the row numbers it holds and without columns of
+    padding alone.
 
     Rows of similar length go together, which changes no result and saves the padding.
     """
@@ -68,8 +80,8 @@ def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
 
 
 def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
-    """Row numbers of each optimiser step of one pass over a batch: all of them in order for one, else a
-    random partition into `count` nearly equal parts (no empty ones)."""
+    """Returns the row numbers of each optimiser step of one pass over a batch: all of them in order for one,
+    else a random partition into `count` nearly equal parts (no empty ones)."""
     if count == 1:
         return [torch.arange(rows)]
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
@@ -77,17 +89,36 @@ def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
 
 
 def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
-    """Micro-batch results [b, t, ...] put back at their rows of a [B, T, ...] tensor; 0 elsewhere.
+    """Puts micro-batch results [b, t, ...] back at their rows of a [B, T, ...] tensor; 0 elsewhere.
 
-    Args:
-        pieces: row numbers [b] and values [b, t, ...].
-        like: a [B, T] tensor whose shape and device the result takes.
+    A piece is row numbers [b] and values [b, t, ...]; `like` is a [B, T] tensor on the device of the result.
     """
     first = pieces[0][1]
     out = torch.zeros(*like.shape, *first.shape[2:], dtype=first.dtype, device=like.device)
     for rows, values in pieces:
         out[rows, : values.shape[1]] = values
     return out
+
+
+def join_records(pieces: Sequence[tuple[Tensor, Value]], batch: Batch) -> Value:
+    """Joins what is known of the micro-batches of an optimiser step, in the rows' own order: each tensor
+    [b, t, ...] of a record, and of the records in it, to [B, T, ...]. Of batches the advantages are
+    joined."""
+    rows = [numbers for numbers, _ in pieces]
+
+    def merge(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Batch):
+            return replace(batch, advantages=merge([value.advantages for value in values]))
+        if isinstance(first, Tensor):
+            return join(list(zip(rows, values, strict=True)), batch.completion_mask)
+        if isinstance(first, dict):
+            return {key: merge([value[key] for value in values]) for key in first}
+        if isinstance(first, (StepRecord, Scored, PolicyOutput, TokenShifts, Selection)):
+            return replace(first, **{name: merge([vars(v)[name] for v in values]) for name in vars(first)})
+        return first  # the same for all
+
+    return merge([record for _, record in pieces])
 
 
 def _trim(batch: Batch) -> Batch:

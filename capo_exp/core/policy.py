@@ -4,6 +4,7 @@ The shift by one (a state at position p predicts the token at p + 1) and the tem
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,13 +21,13 @@ from transformers import (
 
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import ARCHITECTURE, ModelConfig
+from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left.
+    """Loads the model's tokenizer, which pads on the left.
 
     Raises:
         ConfigError: if it cannot be found, or has no end-of-sequence token.
@@ -105,7 +106,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
 
 
 def load_model(config: ModelConfig, device: torch.device, weights: Path | None = None) -> PreTrainedModel:
-    """The model with float32 weights, in evaluation mode (no dropout: rollout and learner must agree).
+    """Loads the model with float32 weights, in evaluation mode (no dropout: rollout and learner must agree).
 
     Args:
         config: which model, and how to run it.
@@ -136,23 +137,30 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
 
 
 def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
-    """W of logits = W h."""
+    """Returns the layer W of logits = W h."""
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
     return head
 
 
+@dataclass(frozen=True)
+class ForwardSettings:
+    """How the logits of every forward pass of a run are computed."""
+
+    temperature: float  # Divides the logits, as it did when the tokens were sampled
+    chunk_tokens: int  # Tokens of the last layer computed at once
+    compute_dtype: torch.dtype  # float32, or bfloat16 for autocast
+
+    @classmethod
+    def of(cls, config: TrainConfig, compute_dtype: torch.dtype) -> "ForwardSettings":
+        """Reads the learner's settings from the configuration."""
+        return cls(config.rollout.temperature, config.model.logits_chunk_tokens, compute_dtype)
+
+
 def forward(
-    model: PreTrainedModel,
-    batch: Batch,
-    *,
-    temperature: float,
-    top_k: int,
-    chunk_tokens: int,
-    compute_dtype: torch.dtype,
-    hidden_shift: int = 0,
+    model: PreTrainedModel, batch: Batch, settings: ForwardSettings, *, top_k: int, hidden_shift: int = 0
 ) -> PolicyOutput:
-    """Log-probs, entropy and top-K of the sampled tokens.
+    """Computes log-probs, entropy and top-K of the sampled tokens.
 
     The last layer runs over at most `chunk_tokens` tokens at a time and its logits are made again in the
     backward pass, so that no tensor of B*T*V elements exists. Curvature inputs are float32 whatever the
@@ -161,40 +169,33 @@ def forward(
     Args:
         model: a causal language model whose logits are W h.
         batch: rows of tokens.
-        temperature: divides the logits, as it did when the tokens were sampled.
+        settings: temperature, chunks and dtype.
         top_k: K, the support of the curvature model.
-        chunk_tokens: tokens of the last layer computed at once.
-        compute_dtype: float32, or bfloat16 for autocast.
         hidden_shift: how many tokens late the returned `hidden` is; 0, or 1 for the authors' program, which
             takes the state of the sampled token itself. Everything else stays where it belongs.
     """
     mask = batch.completion_mask
     length = mask.shape[1]
-    with autocast(mask.device, compute_dtype):
+    with autocast(mask.device, settings.compute_dtype):
         states = _states(model, batch, extra=hidden_shift)
-        hidden = states[:, :length][mask] / temperature
+        hidden = states[:, :length][mask] / settings.temperature
         log_probs, entropy, probs, ids = _last_layer(
-            last_layer(model), hidden, batch.token_ids[mask], top_k, chunk_tokens
+            last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens
         )
-    late = states[:, hidden_shift:][mask] / temperature if hidden_shift else hidden
+    late = states[:, hidden_shift:][mask] / settings.temperature if hidden_shift else hidden
     hidden = late.detach().float()
     return PolicyOutput(*(unpack(values, mask) for values in (log_probs, entropy, probs, ids, hidden)))
 
 
 @torch.no_grad()
-def log_probs(
-    model: PreTrainedModel, batch: Batch, *, temperature: float, chunk_tokens: int, compute_dtype: torch.dtype
-) -> Tensor:
-    """[B, T] log-probs [nats] without a gradient."""
-    output = forward(
-        model, batch, temperature=temperature, top_k=1, chunk_tokens=chunk_tokens, compute_dtype=compute_dtype
-    )
-    return output.log_probs
+def log_probs(model: PreTrainedModel, batch: Batch, settings: ForwardSettings) -> Tensor:
+    """Computes [B, T] log-probs [nats] without a gradient, in one forward pass."""
+    return forward(model, batch, settings, top_k=1).log_probs
 
 
 def _states(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
-    """[B, T + extra, H]: for each completion token, the state of the token BEFORE it, which produced its
-    logits; with extra = 1 the last token's own state comes after them."""
+    """Computes [B, T + extra, H]: for each completion token, the state of the token BEFORE it, which produced
+    its logits; with extra = 1 the last token's own state comes after them."""
     width = batch.input_ids.shape[1] - 1 + extra
     attention_mask = batch.attention_mask[:, :width]
     states = model.base_model(
@@ -209,7 +210,7 @@ def _states(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
 def _last_layer(
     head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int, chunk_tokens: int
 ) -> tuple[Tensor, ...]:
-    """log_probs [N], entropy [N], topk_probs [N, K], topk_ids [N, K]."""
+    """Computes log_probs [N], entropy [N], topk_probs [N, K], topk_ids [N, K]."""
     chunks = zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True)
     if len(hidden) <= chunk_tokens:
         return _score(head, hidden, token_ids, top_k)
@@ -230,7 +231,7 @@ def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """The precision of every forward pass, the learner's and the sampler's alike."""
+    """Sets the precision of every forward pass, the learner's and the sampler's alike."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
@@ -243,7 +244,7 @@ def _not_loadable(config: ModelConfig, error: Exception) -> ConfigError:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, resolved.
+    """Resolves `auto`.
 
     Raises:
         ConfigError: for a GPU that is not there.
@@ -257,12 +258,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or the GPU with its kind."""
+    """Returns `cpu`, or the GPU with its kind."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
-    """What forward passes compute in."""
+    """Returns what forward passes compute in."""
     if compute_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, compute_dtype)

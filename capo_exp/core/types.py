@@ -12,6 +12,7 @@ Position t of a [B, T] tensor is the t-th COMPLETION token. The shift by one bet
 that it predicts happens in policy.py and nowhere else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float, Int
@@ -19,26 +20,21 @@ from torch import Tensor
 
 TokenOrRow = Float[Tensor, " B"] | Float[Tensor, "B T"]
 """One number a completion, or one a token."""
+OldLogProbs = Callable[[Tensor, Tensor], Tensor]
+"""(a micro-batch's log-probs by the policy as it is [b, t], its rows [b]) -> by the weights that sampled."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """A question with a verifiable answer, before any tokenizer has seen it."""
 
-    id: str
-    """Unique and stable within its dataset."""
-    problem: str
-    """The question as text."""
-    answer: str
-    """The gold answer as text."""
-    family: str = ""
-    """Task family or subject; stored with sampled completions."""
-    level: str = ""
-    """Difficulty as the dataset states it."""
-    demonstration: str = ""
-    """A worked solution that ends in the answer; empty where the dataset has none."""
-    answers_alt: tuple[str, ...] = ()
-    """The same answer written otherwise; any of them counts."""
+    id: str  # Unique and stable within its dataset
+    problem: str  # The question as text
+    answer: str  # The gold answer as text
+    family: str = ""  # Task family or subject; stored with sampled completions
+    level: str = ""  # Difficulty as the dataset states it
+    demonstration: str = ""  # A worked solution that ends in the answer; empty where the dataset has none
+    answers_alt: tuple[str, ...] = ()  # The same answer written otherwise; any of them counts
 
     @property
     def golds(self) -> tuple[str, ...]:
@@ -51,8 +47,7 @@ class Prompt:
     """A problem rendered for one model."""
 
     problem: Problem
-    text: str
-    """What the model reads, template and system prompt included."""
+    text: str  # What the model reads, template and system prompt included
     token_ids: tuple[int, ...]
 
 
@@ -60,15 +55,12 @@ class Prompt:
 class Completion:
     """One sampled answer."""
 
-    token_ids: tuple[int, ...]
-    """At least one token; ends in the end-of-sequence token unless `truncated`."""
+    token_ids: tuple[int, ...]  # At least one token; ends in the end-of-sequence token unless `truncated`
     sampler_log_probs: tuple[float, ...]
     """Log-likelihood [nats] of each token under the full softmax at the sampling temperature, whatever top_k
     or top_p cut off, so that the learner's can be compared; NaN where it was not drawn (demonstrations)."""
-    text: str
-    """Decoded without special tokens."""
-    truncated: bool
-    """True if the length limit came before the end-of-sequence token."""
+    text: str  # Decoded without special tokens
+    truncated: bool  # True if the length limit came before the end-of-sequence token
 
 
 @dataclass(frozen=True)
@@ -77,28 +69,22 @@ class RolloutGroup:
 
     prompt: Prompt
     completions: tuple[Completion, ...]
-    weight_version: int
-    """Number of optimiser steps that the sampling weights had seen."""
+    weight_version: int  # Number of optimiser steps that the sampling weights had seen
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of one or more rollout groups as tensors; prompts padded on the left, completions on the right."""
 
-    input_ids: Int[Tensor, "B S"]
-    """[B, S] int64, prompt then completion."""
-    attention_mask: Int[Tensor, "B S"]
-    """[B, S] int64, 1 on real tokens."""
+    input_ids: Int[Tensor, "B S"]  # int64, prompt then completion
+    attention_mask: Int[Tensor, "B S"]  # int64, 1 on real tokens
     completion_mask: Bool[Tensor, "B T"]
     """[B, T] bool, True on real completion tokens; they are the last T columns of input_ids."""
-    sampler_log_probs: Float[Tensor, "B T"]
-    """[B, T] nats; 0 on padding."""
+    sampler_log_probs: Float[Tensor, "B T"]  # nats; 0 on padding
     advantages: Float[Tensor, "B T"]
     """[B, T] float32, the credit of each token; equal over a completion for most methods, 0 on padding."""
-    group_ids: Int[Tensor, " B"]
-    """[B] int64, which prompt of the rollout step a row belongs to."""
-    truncated: Bool[Tensor, " B"]
-    """[B] bool, True where the length limit came first."""
+    group_ids: Int[Tensor, " B"]  # int64, which prompt of the rollout step a row belongs to
+    truncated: Bool[Tensor, " B"]  # True where the length limit came first
 
     @property
     def token_ids(self) -> Tensor:
@@ -111,34 +97,56 @@ class BatchTotals:
     """Sizes of the whole optimiser step, so that micro-batches can be summed into exactly the batch's
     loss."""
 
-    sequences: int
-    """B of the whole step."""
-    completion_tokens: int
-    """N of the whole step."""
+    sequences: int  # B of the whole step
+    completion_tokens: int  # N of the whole step
     group_tokens: Int[Tensor, " P"]
     """[P] completion tokens of each prompt of the rollout step; 0 for a prompt without rows."""
     kept_tokens: int | None = None
-    """Tokens that the selection kept; None where no scoring pass counted them first."""
+    """Tokens that the selection kept; None where no scoring pass counted them first. A part that needs the
+    number declares `whole_step`."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What an optimiser step starts from."""
+
+    batch: Batch  # All rows of the step
+    totals: BatchTotals  # What the loss averages over
+    old_log_probs: OldLogProbs  # The policy's own before the first update on a batch, stored ones after it
+
+
+def own_log_probs(own: Tensor, rows: Tensor) -> Tensor:
+    """Returns the policy's own log-probs: before the first update on a batch it is the policy that
+    sampled."""
+    del rows
+    return own
+
+
+@dataclass(frozen=True)
+class StoredLogProbs:
+    """Log-probs by the weights that sampled, for updates after the first."""
+
+    values: Float[Tensor, "B T"]  # nats, of all rows of the optimiser step
+
+    def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
+        """Returns those of a micro-batch."""
+        return self.values[rows, : own.shape[1]]
 
 
 @dataclass(frozen=True)
 class PolicyOutput:
     """What one forward pass says about the sampled tokens. Neutral value on padding: 0."""
 
-    log_probs: Float[Tensor, "B T"]
-    """[B, T] nats, float32, carries the gradient."""
-    entropy: Float[Tensor, "B T"]
-    """[B, T] nats, float32, no gradient."""
-    topk_probs: Float[Tensor, "B T K"]
-    """[B, T, K] float32, renormalised over K."""
-    topk_ids: Int[Tensor, "B T K"]
-    """[B, T, K] int64."""
+    log_probs: Float[Tensor, "B T"]  # nats, float32, carries the gradient
+    entropy: Float[Tensor, "B T"]  # nats, float32, no gradient
+    topk_probs: Float[Tensor, "B T K"]  # float32, renormalised over K
+    topk_ids: Int[Tensor, "B T K"]  # int64
     hidden: Float[Tensor, "B T H"]
     """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
     temperature (so that logits / temperature = W @ hidden exactly)."""
 
     def detached(self) -> "PolicyOutput":
-        """The same without a graph."""
+        """Returns the same without a graph."""
         return replace(self, log_probs=self.log_probs.detach())
 
 
@@ -146,102 +154,123 @@ class PolicyOutput:
 class TokenShifts:
     """Predicted effect of each token's own update under the last-layer model."""
 
-    policy_shift: Float[Tensor, "B T"]
-    """m_F [B, T] nats."""
-    objective_shift: Float[Tensor, "B T"]
-    """m_H [B, T] reward units."""
+    policy_shift: Float[Tensor, "B T"]  # m_F [B, T] nats
+    objective_shift: Float[Tensor, "B T"]  # m_H [B, T] reward units
 
 
 @dataclass(frozen=True)
 class BatchShifts:
     """Predicted effect of the mean update of a whole batch."""
 
-    policy_shift: float
-    """nats."""
-    objective_shift: float
-    """Reward units."""
+    policy_shift: float  # nats
+    objective_shift: float  # Reward units
 
 
 @dataclass(frozen=True)
 class AdamState:
-    """Moments of the optimiser model: a table that holds only the vocabulary rows seen so far."""
+    """Moments of the optimiser model: a table that holds only the vocabulary rows seen so far.
 
-    slot_of_id: Int[Tensor, " V"]
-    """[V] int64: table row of each vocabulary id; 0 for an id not seen yet."""
-    first: Float[Tensor, "rows H"]
-    """[1 + U, H] first moments; row 0 is always zero."""
-    second: Float[Tensor, "rows H"]
-    """[1 + U, H] second moments; row 0 is always zero."""
-    step: int
-    """Updates made so far; 0 means that shifts are those of a raw gradient step."""
+    The real optimiser's moments can be read as such a table, too: they are those of the loss, hence `sign`,
+    and already its first step is Adam's, hence `raw_steps`.
+    """
+
+    slot_of_id: Int[Tensor, " V"]  # int64: table row of each vocabulary id; 0 for an id not seen yet
+    first: Float[Tensor, "rows H"]  # first moments; row 0 is always zero
+    second: Float[Tensor, "rows H"]  # second moments; row 0 is always zero
+    step: int  # Updates made so far
     betas: tuple[float, float]
     eps: float
-    live: bool = False
-    """True for a view of the real optimiser: every id has its row, the first moments are those of the loss
-    (the objective's with the sign turned), and the first step is Adam's as well."""
+    sign: float = 1.0  # 1 for moments of the objective, -1 for those of the loss
+    raw_steps: int = 1  # How many first steps follow the raw gradient, before the moments shape the direction
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known about tokens before the update, without gradients: a selection decides by it."""
+    """What is known about tokens before the update, without gradients: a selection decides by it. It holds a
+    micro-batch, or the whole optimiser step for a selection that declares `whole_step`."""
 
     batch: Batch
     output: PolicyOutput
     shifts: TokenShifts
     learning_rate: float
     optimizer_model: AdamState | None
-    seed: int
-    """Of this optimiser step."""
-    whole_step: bool
-    """Whether the batch holds every row of the optimiser step, and not one micro-batch of several."""
+    seed: int  # A function of the run's seed and of the optimiser step
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which completion tokens take part in the update."""
 
-    keep_mask: Bool[Tensor, "B T"]
-    """[B, T] bool, a subset of completion_mask."""
+    keep_mask: Bool[Tensor, "B T"]  # a subset of completion_mask
     rejected_by: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Reason -> [B, T] bool. A token can be rejected for several reasons."""
-    weights: Float[Tensor, "B T"] | None = None
-    """[B, T] in [0, 1], what a kept token counts; None = 1 each."""
+    weights: Float[Tensor, "B T"] | None = None  # in [0, 1], what a kept token counts; None = 1 each
 
-    def of_rows(self, rows: Tensor, length: int) -> "Selection":
-        """The part of a micro-batch: rows [b], their first `length` tokens."""
+    def of_rows(self, rows: Tensor, batch: Batch) -> "Selection":
+        """Returns the part of a micro-batch that holds these rows [b]."""
+        length = batch.completion_mask.shape[1]
         rejected = {why: mask[rows, :length] for why, mask in self.rejected_by.items()}
         weights = None if self.weights is None else self.weights[rows, :length]
         return Selection(self.keep_mask[rows, :length], rejected, weights)
 
     def weighed(self, values: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Values [B, T] times the weights."""
+        """Returns values [B, T] times the weights."""
         return values if self.weights is None else values * self.weights
+
+
+@dataclass(frozen=True)
+class TokenLossInput:
+    """What a token loss may see of a micro-batch."""
+
+    log_probs: Float[Tensor, "B T"]  # nats, carries the gradient
+    old_log_probs: Float[Tensor, "B T"]  # nats, of the weights that sampled, by the learner
+    sampler_log_probs: Float[Tensor, "B T"]  # nats, of the same weights, by the engine that sampled
+    advantages: Float[Tensor, "B T"]  # the credit of each token, corrected; 0 on padding
+    completion_mask: Bool[Tensor, "B T"]  # bool
+    entropy: Float[Tensor, "B T"]  # nats, no gradient
+
+    @classmethod
+    def of(cls, batch: Batch, output: PolicyOutput, old_log_probs: Float[Tensor, "B T"]) -> "TokenLossInput":
+        """Gathers the tensors of a micro-batch whose advantages are corrected."""
+        return cls(
+            output.log_probs, old_log_probs, batch.sampler_log_probs, batch.advantages, batch.completion_mask,
+            output.entropy,
+        )  # fmt: skip
+
+    @property
+    def log_ratio(self) -> Float[Tensor, "B T"]:
+        """[B, T] nats, ln(policy / policy that sampled)."""
+        return self.log_probs - self.old_log_probs
 
 
 @dataclass(frozen=True)
 class TokenLoss:
     """Loss of each token before any averaging."""
 
-    values: Float[Tensor, "B T"]
-    """[B, T] reward units."""
-    clipped: Bool[Tensor, "B T"]
-    """[B, T] bool, True where the trust region cut the gradient."""
+    values: Float[Tensor, "B T"]  # reward units
+    clipped: Bool[Tensor, "B T"]  # True where the trust region cut the gradient
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """Everything one optimiser step saw, token by token, without gradients; the source of its metrics."""
 
-    batch: Batch
-    """Its advantages are corrected: times `weights`."""
+    batch: Batch  # Its advantages are corrected: times `weights`
     output: PolicyOutput
-    old_log_probs: Float[Tensor, "B T"]
-    """[B, T] nats, of the weights at sampling."""
+    old_log_probs: Float[Tensor, "B T"]  # nats, of the weights at sampling
     weights: Float[Tensor, "B T"]
     """[B, T], of the correction for the sampler's log-probs; 1 without one, 0 on padding."""
-    kl: Float[Tensor, "B T"]
-    """[B, T] nats, kl_k3 to the reference; 0 without one."""
+    kl: Float[Tensor, "B T"]  # nats, kl_k3 to the reference; 0 without one
     shifts: TokenShifts
     selection: Selection
-    clipped: Bool[Tensor, "B T"]
-    """[B, T] bool."""
+    clipped: Bool[Tensor, "B T"]  # bool
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a backward pass saw; the gradient itself, clipped, is on the model's parameters."""
+
+    given: StepInput
+    record: StepRecord
+    loss: float
+    norm: float  # Before clipping

@@ -6,7 +6,7 @@ the real optimiser from the same weights and moments, undone afterwards. Trainin
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan, sqrt
@@ -17,28 +17,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.core.masked import masked_mean, masked_sum
-from capo_exp.core.types import AdamState, StepRecord
+from capo_exp.core.types import AdamState, Selection, StepRecord
 from capo_exp.curvature import model as curvature
 
 Metrics = dict[str, float]
 Parts = Sequence[Tensor | None]
-"""Of a vector over all weights: one a parameter; None where it takes no part in the loss."""
+"""The parts of a vector over all weights: one a parameter; None where it takes no part in the loss."""
 COMPARED = tuple(f"diagnosis/{x}/{y}" for x in ("gradient", "update") for y in ("cosine", "norm_ratio"))
-"""What `compare` returns."""
+"""What `comparison_metrics` returns."""
+
+
+@dataclass(frozen=True)
+class StepVector:
+    """An optimiser step, real or imagined, as vectors over all weights."""
+
+    gradients: Parts  # Clipped
+    gradient_norm: float  # Before they were clipped
+    update: Parts  # What the optimiser adds to the weights
 
 
 @dataclass(frozen=True)
 class Effect:
     """The policy after a step, real or imagined."""
 
-    log_probs: Float[Tensor, "B T"]
-    """[B, T] nats, of the step's completion tokens."""
-    policy_shift: float
-    """Mean KL(policy before || after), nats, of a sample of them."""
+    log_probs: Float[Tensor, "B T"]  # nats, of the step's completion tokens
+    policy_shift: float  # Mean KL(policy before || after), nats, of a sample of them
 
 
 def class_metrics(record: StepRecord, *, learning_rate: float, moments: AdamState | None) -> Metrics:
-    """What the kept and the rejected tokens are like; NaN for a class without tokens.
+    """Says what the kept and the rejected tokens are like; NaN for a class without tokens.
 
     Args:
         record: of the step.
@@ -56,49 +63,25 @@ def class_metrics(record: StepRecord, *, learning_rate: float, moments: AdamStat
     return metrics
 
 
-def compare(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    record: StepRecord,
-    *,
-    norm: float,
-    keep_everything: Callable[[], float],
-    look: Callable[[], Effect],
-) -> tuple[Metrics, Effect | None]:
-    """The step against the same step with every token kept; call it before the optimiser steps.
+def changes_the_step(selection: Selection, completion_mask: Bool[Tensor, "B T"]) -> bool:
+    """Returns whether a selection rejects a token or may weigh one down; if not, the step is the unmasked
+    step itself."""
+    return selection.weights is not None or bool((completion_mask & ~selection.keep_mask).any())
 
-    Args:
-        model: with the clipped gradients of the kept tokens; it, they and the optimiser stay as they are.
-        optimizer: at the rate of the whole step.
-        record: what the step saw.
-        norm: of the gradients before they were clipped.
-        keep_everything: makes the clipped gradients of all tokens; returns their norm before that.
-        look: at the model as it is when called.
 
-    Returns:
-        The metrics, and what the step with every token kept whole does: None where the step rejects none and
-        weighs none down, for then it is the step itself.
-    """
-    if record.selection.weights is None and not _classes(record)["rejected"].any():
-        return dict.fromkeys(COMPARED, 1.0), None
-    with imagined_step(model, optimizer) as update:
-        pass
-    with gradients_aside(model) as gradients:
-        whole_norm = keep_everything()
-        whole_gradients = [parameter.grad for parameter in model.parameters()]
-        with imagined_step(model, optimizer) as whole_update:
-            effect = look()
+def comparison_metrics(real: StepVector, unmasked: StepVector) -> Metrics:
+    """Compares the gradient and the update of a step with those of the same step with every token kept."""
     values = (
-        _cosine(gradients, whole_gradients),
-        _ratio(norm, whole_norm),
-        _cosine(update, whole_update),
-        _ratio(_length(update), _length(whole_update)),
+        _cosine(real.gradients, unmasked.gradients),
+        _ratio(real.gradient_norm, unmasked.gradient_norm),
+        _cosine(real.update, unmasked.update),
+        _ratio(_length(real.update), _length(unmasked.update)),
     )
-    return dict(zip(COMPARED, values, strict=True)), effect
+    return dict(zip(COMPARED, values, strict=True))
 
 
 def effect_metrics(record: StepRecord, effect: Effect, suffix: str = "") -> Metrics:
-    """What a step did to the tokens of its record; NaN for a class without tokens.
+    """Says what a step did to the tokens of its record; NaN for a class without tokens.
 
     `suffix` says in the keys which step it was.
     """
@@ -148,7 +131,7 @@ def gradients_aside(model: PreTrainedModel) -> Iterator[Parts]:
 
 
 def _classes(record: StepRecord) -> dict[str, Bool[Tensor, "B T"]]:
-    """Together all completion tokens."""
+    """Returns two classes that together are all completion tokens."""
     mask, keep = record.batch.completion_mask, record.selection.keep_mask
     return {"kept": keep, "rejected": mask & ~keep}
 
@@ -156,21 +139,21 @@ def _classes(record: StepRecord) -> dict[str, Bool[Tensor, "B T"]]:
 def _columns(
     record: StepRecord, learning_rate: float, moments: AdamState | None
 ) -> dict[str, tuple[Float[Tensor, " N"], Float[Tensor, " N"]]]:
-    """Values and weights [N] of the completion tokens: a class's metric is the sum of the values over the
-    sum of the weights."""
+    """Returns values and weights [N] of the completion tokens: a class's metric is the sum of the values over
+    the sum of the weights."""
     mask = record.batch.completion_mask
     ids, advantages = record.batch.token_ids[mask], record.batch.advantages[mask]
     one, ranks = torch.ones_like(advantages), mask.cumsum(1) - 1
     places = ranks / ranks[:, -1:].clamp(min=1)
     policy_shift, objective_shift = record.shifts.policy_shift[mask], record.shifts.objective_shift[mask]
-    credited = (advantages != 0).float()
+    has_credit = (advantages != 0).float()
     return {
         "probability": (record.output.log_probs[mask].exp(), one),
         "positive": ((advantages > 0).float(), one),
         "negative": ((advantages < 0).float(), one),
         "position": (places[mask], one),
         "frequency": (torch.bincount(ids)[ids] / len(ids), one),
-        "agreement": ((objective_shift > 0) * credited, credited),
+        "agreement": ((objective_shift > 0) * has_credit, has_credit),
         "momentum": (_momentum_shift(record, learning_rate, moments), policy_shift),
     }
 
@@ -178,19 +161,17 @@ def _columns(
 def _momentum_shift(
     record: StepRecord, learning_rate: float, moments: AdamState | None
 ) -> Float[Tensor, " N"]:
-    """m_F [N] nats of the moments alone, as if no token had a gradient of its own; NaN without moments."""
+    """Predicts m_F [N] nats of the moments alone, as if no token had a gradient of its own; NaN without
+    moments."""
     mask, output = record.batch.completion_mask, record.output
     if moments is None or moments.step == 0:
         return output.log_probs.new_full((int(mask.sum()),), nan)
-    none = torch.zeros_like(record.batch.advantages)
-    fields = (output.hidden, output.topk_probs, output.topk_ids, record.batch.token_ids, none)
-    hidden, probs, ids, token_ids, advantages = (values[mask][:, None] for values in fields)
-    shifts = curvature.token_shifts(hidden, probs, ids, token_ids, advantages, learning_rate, moments)
-    return shifts.policy_shift[:, 0]
+    tokens = curvature.pack_batch(output, record.batch, torch.zeros_like(record.batch.advantages), mask)
+    return curvature.predict_shifts(tokens, learning_rate=learning_rate, state=moments)[0]
 
 
 def _mean(values: Tensor, weights: Tensor, members: Tensor) -> float:
-    """Sum of the members' values over the sum of their weights; NaN if that is 0."""
+    """Returns the sum of the members' values over the sum of their weights; NaN if that is 0."""
     return _ratio(masked_sum(values, members).item(), masked_sum(weights, members).item())
 
 
@@ -203,7 +184,7 @@ def _length(vector: Parts) -> float:
 
 
 def _dot(first: Parts, second: Parts) -> float:
-    """Over all parameters, added up in float64."""
+    """Adds up over all parameters, in float64."""
     pairs = zip(first, second, strict=True)
     return sum((a * b).sum(dtype=torch.float64).item() for a, b in pairs if a is not None and b is not None)
 

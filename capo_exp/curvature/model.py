@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capo_exp.core.types import AdamState, BatchShifts, TokenOrRow, TokenShifts
+from capo_exp.core.types import AdamState, Batch, BatchShifts, PolicyOutput, TokenOrRow, TokenShifts
 
 # Elements of one [tokens, K, H] working block: a CPU core's second-level cache holds two; a GPU wants few
 # launches.
@@ -29,24 +29,24 @@ _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
-class RowGradients:
-    """Mean gradient of each vocabulary row over the kept tokens whose support holds it."""
+class Tokens:
+    """Sampled tokens of a batch, packed to one row a token, in the order of the batch."""
 
-    ids: Int[Tensor, " R"]
-    """[R] int64, ascending."""
-    means: Float[Tensor, "R H"]
-    """[R, H]."""
+    hidden: Float[Tensor, "N H"]  # last-layer input that produced the token's logits
+    probs: Float[Tensor, "N K"]  # probabilities renormalised over the support
+    ids: Int[Tensor, "N K"]  # int64, vocabulary ids of the support
+    logit_error: Float[Tensor, "N K"]
+    """[N, K] v = onehot(a) - pi; a sampled token outside the support has an all-zero one-hot."""
+    advantages: Float[Tensor, " N"]  # reward units
+    rows: Int[Tensor, " N"]  # int64, the completion that holds the token
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """The arguments that every function here shares, one row a token."""
+class RowGradients:
+    """Mean gradient of each vocabulary row over the tokens whose support holds it."""
 
-    hidden: Tensor  # [N, H]
-    probs: Tensor  # [N, K]
-    ids: Tensor  # [N, K]
-    logit_error: Tensor  # [N, K] v = onehot(a) - pi
-    advantages: Tensor  # [N]
+    ids: Int[Tensor, " R"]  # int64, ascending
+    means: Float[Tensor, "R H"]
 
 
 def init_adam_state(
@@ -58,7 +58,7 @@ def init_adam_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> AdamState:
-    """An optimiser model that has seen nothing. The table starts with its zero row alone.
+    """Makes an optimiser model that has seen nothing. The table starts with its zero row alone.
 
     Raises:
         ValueError: if a beta is not inside (0, 1).
@@ -79,75 +79,24 @@ def token_shifts(
     learning_rate: float,
     state: AdamState | None,
 ) -> TokenShifts:
-    """What each token's own update would do to the policy and to the objective.
+    """Predicts what each token's own update would do to the policy and to the objective.
 
     Args:
         hidden: [B, T, H] last-layer input that produced the token's logits.
         topk_probs: [B, T, K] probabilities renormalised over the support.
         topk_ids: [B, T, K] vocabulary ids of the support.
-        token_ids: [B, T] sampled tokens; one outside the support has an all-zero one-hot.
+        token_ids: [B, T] sampled tokens.
         advantages: [B], or [B, T] where tokens of a completion differ.
         learning_rate: the scheduler's current value.
         state: Adam moments, or None for the SGD model.
 
     Returns:
         m_F [B, T] in nats and m_H [B, T] in reward units.
-
-    Source: CAPO, arXiv 2510.00819, section 5, in closed form; equal to the authors' program.
     """
-    tokens = _flatten(hidden, topk_probs, topk_ids, token_ids, advantages)
-    moments = _moments(state)
-    if moments is None:
-        change = tokens.logit_error * (tokens.advantages * tokens.hidden.square().sum(1))[:, None]
-    else:
-        change = _adam_logit_change(tokens, moments)
-    s, variance = _along(tokens, change)
-    policy = 0.5 * (learning_rate * s) ** 2
-    curvature = 0.5 * learning_rate**2 * (s.square() - variance)
-    objective = tokens.advantages * (learning_rate * s + curvature)
+    everything = torch.ones_like(token_ids, dtype=torch.bool)
+    tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, everything)
+    policy, objective = predict_shifts(tokens, learning_rate=learning_rate, state=state)
     return TokenShifts(policy.view(token_ids.shape), objective.view(token_ids.shape))
-
-
-def mean_row_gradients(
-    hidden: Float[Tensor, "B T H"],
-    topk_probs: Float[Tensor, "B T K"],
-    topk_ids: Int[Tensor, "B T K"],
-    token_ids: Int[Tensor, "B T"],
-    advantages: TokenOrRow,
-    keep_mask: Bool[Tensor, "B T"],
-) -> RowGradients:
-    """Sum of the kept tokens' gradients per vocabulary row, divided by the number of tokens that touch the
-    row.
-
-    Shapes as in `token_shifts`; keep_mask [B, T] bool. Source: the authors' program.
-    """
-    kept = _select(_flatten(hidden, topk_probs, topk_ids, token_ids, advantages), keep_mask)
-    flat = kept.ids.reshape(-1)
-    counts = torch.bincount(flat)
-    ids = counts.nonzero().squeeze(1)
-    row_of_id = counts.gt(0).cumsum(0) - 1
-    coefficients = (kept.advantages[:, None] * kept.logit_error).reshape(-1)
-    token = torch.arange(len(kept.ids), device=flat.device).repeat_interleave(kept.ids.shape[1])
-    # One sparse [R, N] matrix times hidden: the same sum as scattering N*K rows of H, without building them.
-    weights = torch.sparse_coo_tensor(
-        torch.stack([row_of_id[flat], token]), coefficients, (len(ids), len(kept.ids)), check_invariants=False
-    )
-    sums = torch.sparse.mm(weights, kept.hidden)
-    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None])
-
-
-def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
-    """The moments after one step: seen rows decay and take their mean gradient, all others stay as they
-    are."""
-    slot_of_id, missing = _with_slots(state, gradients.ids)
-    grow = gradients.means.new_zeros(missing, state.first.shape[1])
-    first = torch.cat([state.first, grow])
-    second = torch.cat([state.second, grow])
-    slots = slot_of_id[gradients.ids]
-    beta1, beta2 = state.betas
-    first[slots] = first[slots] * beta1 + gradients.means * (1 - beta1)
-    second[slots] = second[slots] * beta2 + gradients.means.square() * (1 - beta2)
-    return replace(state, slot_of_id=slot_of_id, first=first, second=second, step=state.step + 1)
 
 
 def update_adam_state(
@@ -159,39 +108,111 @@ def update_adam_state(
     advantages: TokenOrRow,
     keep_mask: Bool[Tensor, "B T"],
 ) -> AdamState:
-    """The moments after an optimiser step on the kept tokens; shapes as in `mean_row_gradients`."""
-    gradients = mean_row_gradients(hidden, topk_probs, topk_ids, token_ids, advantages, keep_mask)
-    return apply_row_gradients(state, gradients)
+    """Returns the moments after an optimiser step on the kept tokens, keep_mask [B, T] bool; the other shapes
+    are those of `token_shifts`."""
+    tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, keep_mask)
+    return apply_row_gradients(state, mean_row_gradients(tokens))
 
 
-def batch_shifts(
+def pack(
     hidden: Float[Tensor, "B T H"],
     topk_probs: Float[Tensor, "B T K"],
     topk_ids: Int[Tensor, "B T K"],
     token_ids: Int[Tensor, "B T"],
     advantages: TokenOrRow,
-    keep_mask: Bool[Tensor, "B T"],
-    *,
-    learning_rate: float,
-    state: AdamState | None,
-    gradients: RowGradients,
-) -> BatchShifts:
-    """What the kept tokens' mean update is predicted to do to the kept tokens of the whole batch.
+    mask: Bool[Tensor, "B T"],
+) -> Tokens:
+    """Packs the tokens at the True positions of mask; the other shapes are those of `token_shifts`."""
+    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
+    probs, ids = topk_probs[mask], topk_ids[mask]
+    onehot = ids == token_ids[mask][:, None]
+    return Tokens(
+        hidden=hidden[mask],
+        probs=probs,
+        ids=ids,
+        logit_error=onehot.to(probs.dtype) - probs,
+        advantages=by_token[mask].to(hidden.dtype),
+        rows=mask.nonzero()[:, 0],
+    )
 
-    The second-order terms are averaged over each completion's kept tokens and then over completions that keep
-    any. No token kept: both shifts are 0. Source: the authors' "global" level.
+
+def pack_batch(
+    output: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Tokens:
+    """Packs a batch's tokens at the True positions of mask [B, T], with these advantages [B, T]."""
+    return pack(output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, advantages, mask)
+
+
+def predict_shifts(
+    tokens: Tokens, *, learning_rate: float, state: AdamState | None
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Predicts m_F [N] in nats and m_H [N] in reward units of each token's own update.
+
+    Source: CAPO, arXiv 2510.00819, section 5, in closed form; equal to the authors' program.
     """
-    counts = keep_mask.sum(1)
-    if not counts.any():
+    moments = _moments(state)
+    if moments is None:
+        change = tokens.logit_error * (tokens.advantages * tokens.hidden.square().sum(1))[:, None]
+    else:
+        change = _adam_logit_change(tokens, moments)
+    s, variance = _along(tokens, change)
+    policy = 0.5 * (learning_rate * s) ** 2
+    curvature = 0.5 * learning_rate**2 * (s.square() - variance)
+    return policy, tokens.advantages * (learning_rate * s + curvature)
+
+
+def mean_row_gradients(tokens: Tokens) -> RowGradients:
+    """Sums the tokens' gradients per vocabulary row and divides by the number of tokens that touch the row.
+
+    Source: the authors' program.
+    """
+    flat = tokens.ids.reshape(-1)
+    counts = torch.bincount(flat)
+    ids = counts.nonzero().squeeze(1)
+    row_of_id = counts.gt(0).cumsum(0) - 1
+    coefficients = (tokens.advantages[:, None] * tokens.logit_error).reshape(-1)
+    number, support = tokens.ids.shape
+    token = torch.arange(number, device=flat.device).repeat_interleave(support)
+    # One sparse [R, N] matrix times hidden: the same sum as scattering N*K rows of H, without building them.
+    weights = torch.sparse_coo_tensor(
+        torch.stack([row_of_id[flat], token]), coefficients, (len(ids), number), check_invariants=False
+    )
+    sums = torch.sparse.mm(weights, tokens.hidden)
+    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None])
+
+
+def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
+    """Returns the moments after one step: seen rows decay and take their mean gradient, all others stay as
+    they are."""
+    slot_of_id, missing = _with_slots(state, gradients.ids)
+    grow = gradients.means.new_zeros(missing, state.first.shape[1])
+    first = torch.cat([state.first, grow])
+    second = torch.cat([state.second, grow])
+    slots = slot_of_id[gradients.ids]
+    beta1, beta2 = state.betas
+    first[slots] = first[slots] * beta1 + gradients.means * (1 - beta1)
+    second[slots] = second[slots] * beta2 + gradients.means.square() * (1 - beta2)
+    return replace(state, slot_of_id=slot_of_id, first=first, second=second, step=state.step + 1)
+
+
+def batch_shifts(
+    tokens: Tokens, gradients: RowGradients, *, learning_rate: float, state: AdamState | None
+) -> BatchShifts:
+    """Predicts what the tokens' mean update, of these row gradients, does to them.
+
+    The second-order terms are averaged over each completion's tokens and then over completions that have any.
+    Without tokens both shifts are 0. Source: the authors' "global" level.
+    """
+    if not len(tokens.rows):
         return BatchShifts(0.0, 0.0)
-    kept = _select(_flatten(hidden, topk_probs, topk_ids, token_ids, advantages), keep_mask)
+    counts = torch.bincount(tokens.rows)
     moments = _moments(state)
     step = gradients.means if moments is None else _adam_rows(moments, gradients)
-    rows = torch.searchsorted(gradients.ids, kept.ids)
-    blocks = [torch.bmm(step[rows[b]], kept.hidden[b, :, None]).squeeze(2) for b in _blocks(kept)]
-    s, variance = _along(kept, torch.cat(blocks))
-    per_token = (counts.gt(0).sum() * counts.repeat_interleave(counts)).to(s.dtype).reciprocal()
-    curvature = kept.advantages * (s.square() - variance)
+    places = torch.searchsorted(gradients.ids, tokens.ids)
+    blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
+    s, variance = _along(tokens, torch.cat(blocks))
+    per_token = (counts.gt(0).sum() * counts[tokens.rows]).to(s.dtype).reciprocal()
+    curvature = tokens.advantages * (s.square() - variance)
     policy = 0.5 * learning_rate**2 * (s.square() * per_token).sum()
     objective = learning_rate * (gradients.means * step).sum()
     objective = objective + 0.5 * learning_rate**2 * (curvature * per_token).sum()
@@ -199,70 +220,44 @@ def batch_shifts(
 
 
 def completion_shifts(
-    hidden: Float[Tensor, "B T H"],
-    topk_probs: Float[Tensor, "B T K"],
-    topk_ids: Int[Tensor, "B T K"],
-    token_ids: Int[Tensor, "B T"],
-    advantages: TokenOrRow,
-    keep_mask: Bool[Tensor, "B T"],
-    *,
-    learning_rate: float,
-    state: AdamState | None,
+    tokens: Tokens, count: int, *, learning_rate: float, state: AdamState | None
 ) -> list[BatchShifts]:
-    """What each completion's own mean update is predicted to do to its kept tokens; one entry a row.
+    """Predicts what the mean update of each of `count` completions does to its own tokens.
 
-    Shapes as in `mean_row_gradients`. Source: the authors' "sentence" level.
+    Source: the authors' "sentence" level.
     """
     shifts: list[BatchShifts] = []
-    for row in range(len(token_ids)):
-        one = slice(row, row + 1)
-        keep = keep_mask[one]
-        tokens = (hidden[one], topk_probs[one], topk_ids[one], token_ids[one], advantages[one])
-        rows = mean_row_gradients(*tokens, keep)
-        shifts.append(batch_shifts(*tokens, keep, learning_rate=learning_rate, state=state, gradients=rows))
+    for row in range(count):
+        own = Tokens(*(values[tokens.rows == row] for values in vars(tokens).values()))
+        gradients = mean_row_gradients(own)
+        shifts.append(batch_shifts(own, gradients, learning_rate=learning_rate, state=state))
     return shifts
 
 
-def _flatten(hidden: Tensor, probs: Tensor, ids: Tensor, token_ids: Tensor, advantages: Tensor) -> _Tokens:
-    width, support = hidden.shape[-1], ids.shape[-1]
-    onehot = ids == token_ids[..., None]
-    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
-    per_token = by_token.reshape(-1).to(hidden.dtype)
-    error = (onehot.to(probs.dtype) - probs).reshape(-1, support)
-    flat = hidden.reshape(-1, width)
-    return _Tokens(flat, probs.reshape(-1, support), ids.reshape(-1, support), error, per_token)
-
-
-def _select(tokens: _Tokens, keep_mask: Tensor) -> _Tokens:
-    keep = keep_mask.reshape(-1)
-    fields = (tokens.hidden, tokens.probs, tokens.ids, tokens.logit_error, tokens.advantages)
-    return _Tokens(*(field[keep] for field in fields))
-
-
-def _along(tokens: _Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """s = <v, u> and Var_pi(u), both [N], for a change u [N, K] of the logits."""
+def _along(tokens: Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Returns s = <v, u> and Var_pi(u), both [N], for a change u [N, K] of the logits."""
     s = (tokens.logit_error * change).sum(1)
     mean = (tokens.probs * change).sum(1, keepdim=True)
     return s, (tokens.probs * (change - mean).square()).sum(1)
 
 
-def _blocks(tokens: _Tokens) -> Iterator[slice]:
-    """Slices of tokens whose [tokens, K, H] block is small: never all tokens at once, however few there
-    are."""
+def _blocks(tokens: Tokens) -> Iterator[slice]:
+    """Yields slices of tokens whose [tokens, K, H] block is small: never all tokens at once, however few
+    there are."""
     count, support = tokens.ids.shape
     limit = _BLOCK_ELEMENTS.get(tokens.ids.device.type, 2**22) // (support * tokens.hidden.shape[1])
     size = max(1, min(limit, (count + 1) // 2))
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Float[Tensor, "N K"]:
-    """u = Ghat h [N, K] for the direction that Adam would take if this token's gradient came next.
+def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]:
+    """Returns u = Ghat h [N, K] for the direction that Adam would take if this token's gradient came next.
 
     With t = step + 1, Ghat = (b1 m + (1-b1) g) / (1-b1^t) / (sqrt((b2 q + (1-b2) g^2) / (1-b2^t)) + eps).
     Numerator and denominator are divided by b1 and sqrt(b2 / (1-b2^t)), so that a block needs no pass for the
     decay.
     """
-    (beta1, beta2), scale, eps, sign = state.betas, *_bias_correction(state), _sign(state)
+    (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
     slots = state.slot_of_id[tokens.ids]
     coefficients = tokens.advantages[:, None] * tokens.logit_error
     blocks: list[Tensor] = []
@@ -277,8 +272,8 @@ def _adam_logit_change(tokens: _Tokens, state: AdamState) -> Float[Tensor, "N K"
 
 
 def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"]:
-    """Ghat [R, H]: the direction of each row if its mean gradient came next."""
-    (beta1, beta2), scale, eps, sign = state.betas, *_bias_correction(state), _sign(state)
+    """Returns Ghat [R, H], the direction of each row if its mean gradient came next."""
+    (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
     slots = state.slot_of_id[gradients.ids]
     direction = state.first[slots].add_(gradients.means, alpha=sign * (1 - beta1) / beta1)
     spread = state.second[slots].add_(gradients.means.square(), alpha=(1 - beta2) / beta2)
@@ -286,30 +281,24 @@ def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"
 
 
 def _moments(state: AdamState | None) -> AdamState | None:
-    """The moments to form a direction with; None = the raw gradient is the direction."""
-    raw = state is None or (state.step == 0 and not state.live)
-    return None if raw else state
-
-
-def _sign(state: AdamState) -> float:
-    """The real optimiser's moments are those of the loss, which is minus the objective."""
-    return -1.0 if state.live else 1.0
+    """Returns the moments to form a direction with; None = the raw gradient is the direction."""
+    return None if state is None or state.step < state.raw_steps else state
 
 
 def _bias_correction(state: AdamState) -> tuple[float, float]:
-    """The factor and the eps that remain after b1 and sqrt(b2 / (1-b2^t)) are divided out."""
+    """Returns the factor and the eps that remain after b1 and sqrt(b2 / (1-b2^t)) are divided out."""
     beta1, beta2 = state.betas
     root = (beta2 / (1 - beta2 ** (state.step + 1))) ** 0.5
     return beta1 / (1 - beta1 ** (state.step + 1)) / root, state.eps / root
 
 
 def _rows(table: Tensor, slots: Tensor) -> Tensor:
-    """A fresh [tokens, K, H] copy of table rows."""
+    """Returns a fresh [tokens, K, H] copy of table rows."""
     return table.index_select(0, slots.reshape(-1)).view(*slots.shape, table.shape[1])
 
 
 def _with_slots(state: AdamState, ids: Tensor) -> tuple[Tensor, int]:
-    """slot_of_id with a new row for each id that has none, and how many rows that adds."""
+    """Returns slot_of_id with a new row for each id that has none, and how many rows that adds."""
     missing = ids[state.slot_of_id[ids] == 0]
     slot_of_id = state.slot_of_id.clone()
     used = state.first.shape[0]

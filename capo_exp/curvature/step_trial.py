@@ -1,122 +1,116 @@
-"""A proposed optimiser step that can be looked at before it is taken: what would a share of it do?
+"""A proposed optimiser step that can be looked at before it is settled: what would a part of it do?
 
-AdamW's step is linear in its learning rate, weight decay included, so a share of the step is the step at that
-share of the rate.
+AdamW's step is linear in its learning rate, weight decay included, so `step_scale` times the step is the step
+at that multiple of the rate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.core import policy
+from capo_exp.core.policy import ForwardSettings
 from capo_exp.core.types import BatchShifts, StepRecord
-from capo_exp.curvature import calibration
-
-Memory = Mapping[str, float]
+from capo_exp.curvature.calibration import (
+    SampleSize,
+    last_layer_move,
+    policy_move,
+    sample_recorded_tokens,
+    sample_tokens,
+)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The completion tokens that a shift is the mean over, drawn anew at every step."""
+class ProposedStep:
+    """What is known of an optimiser step before it is taken."""
 
-    completions: int
-    tokens: int
+    record: StepRecord  # What the step saw
+    predicted: BatchShifts  # By the optimiser model, for the whole step
+    learning_rate: float  # Of the whole step
+    settings: ForwardSettings  # Of forward passes that measure
+    states_on_record: bool
+    """Whether the record's hidden states are those of its logits; if not, a sample takes a forward pass."""
+    memory: Mapping[str, float]  # What the step rule kept of the steps before; empty at the first
+    seed: int  # Of the sample of tokens
 
 
-class Trial:
-    """The whole step, made on the model; settle takes back what is not wanted. Keeps a copy of weights."""
+@dataclass(frozen=True)
+class StepDecision:
+    """What a step rule decided."""
+
+    step_scale: float  # In [0, 1], how much of the proposed step to take
+    memory: Mapping[str, float] = field(default_factory=dict[str, float])
+    """For the next step; saved with checkpoints."""
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # What the rule saw on the way
+
+
+class StepTrial:
+    """The step on the model: a rule may `take` it whole and look at parts of it; `settle` ends with the part
+    that is wanted. A step that no rule takes costs no copy of the weights."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        record: StepRecord,
-        sample: Sample,
-        *,
-        seed: int,
-        measurable: bool,
-        states_on_record: bool,
-        forward_numbers: Mapping[str, Any],
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, proposed: ProposedStep
     ) -> None:
-        """Makes the step.
-
-        Args:
-            model: with gradients.
-            optimizer: its groups' `lr` is that of the whole step.
-            record: what the step saw.
-            sample: tokens to look at.
-            seed: of the sample.
-            measurable: whether `measured` will be asked; takes a forward pass over the sampled completions.
-            states_on_record: whether the record's hidden states are those of its logits; if not, that pass.
-            forward_numbers: of policy.forward, top_k left out.
-        """
+        """Changes nothing yet; the model has gradients, and the optimiser the rate of the whole step."""
+        self.proposed = proposed
         self._model = model
-        self._numbers = dict(forward_numbers)
-        fresh = measurable or not states_on_record
-        draw = partial(calibration.take_probe, **self._numbers) if fresh else calibration.read_probe
-        self._probe = draw(model, record, completions=sample.completions, tokens=sample.tokens, seed=seed)
-        self._before = [parameter.detach().clone() for parameter in model.parameters()]
-        optimizer.step()
-        self._measurable = measurable
-        self._share = 1.0
-        self._head = policy.last_layer(model).weight.detach().clone()
+        self._optimizer = optimizer
+        self._before: list[Tensor] = []
+        self._step_scale = 0.0
+
+    def take(self, size: SampleSize, *, measurable: bool) -> None:
+        """Draws the tokens that a shift is the mean over, keeps a copy of the weights, and takes the whole
+        step; at most once. `measured` may be asked later if `measurable`, which takes a forward pass."""
+        assert not self._before, "a step is taken once"
+        step, self._measurable = self.proposed, measurable
+        if measurable or not step.states_on_record:
+            self._sample = sample_tokens(self._model, step.record, size, step.settings, seed=step.seed)
+        else:
+            self._sample = sample_recorded_tokens(self._model, step.record, size, seed=step.seed)
+        self._before = [parameter.detach().clone() for parameter in self._model.parameters()]
+        self._optimizer.step()
+        self._step_scale = 1.0
+        self._head = policy.last_layer(self._model).weight.detach().clone()
 
     @torch.no_grad()
-    def last_layer(self, share: float) -> float:
-        """Mean KL(before || after) [nats a token] if the last layer alone moved, by a share of the step."""
+    def last_layer(self, step_scale: float) -> float:
+        """Predicts the mean KL(before || after) [nats a token] if the last layer alone moved, by a part of
+        the step."""
         head = policy.last_layer(self._model).weight
         (before,) = (
             old for old, now in zip(self._before, self._model.parameters(), strict=True) if now is head
         )
-        return calibration.last_layer_move(torch.lerp(before, self._head, share), self._probe)
+        return last_layer_move(torch.lerp(before, self._head, step_scale), self._sample)
 
     @torch.no_grad()
-    def measured(self, share: float) -> float:
-        """Mean KL(before || after) [nats a token] of the model after a share of the step; a forward pass."""
+    def measured(self, step_scale: float) -> float:
+        """Measures the mean KL(before || after) [nats a token] of the model after a part of the step; takes a
+        forward pass."""
         assert self._measurable
-        self.settle(share)
-        return calibration.policy_move(self._model, self._probe, **self._numbers)
+        self.settle(step_scale)
+        return policy_move(self._model, self._sample, self.proposed.settings)
 
     @torch.no_grad()
-    def settle(self, share: float) -> None:
-        """Gives the model the weights after a share of the step.
+    def settle(self, step_scale: float) -> None:
+        """Gives the model the weights after a part of the step, of one not taken yet, too.
 
         Raises:
-            AssertionError: after a share of 0, which forgets the step.
+            AssertionError: after a step_scale of 0, which forgets the step.
         """
-        if share == self._share:
+        if not self._before:
+            for group in self._optimizer.param_groups:
+                group["lr"] = step_scale * self.proposed.learning_rate
+            self._optimizer.step()
             return
-        assert self._share > 0
+        if step_scale == self._step_scale:
+            return
+        assert self._step_scale > 0
         for parameter, before in zip(self._model.parameters(), self._before, strict=True):
-            parameter.copy_(before if share == 0 else torch.lerp(before, parameter, share / self._share))
-        self._share = share
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a step rule decides about."""
-
-    predicted: BatchShifts
-    """By the optimiser model, for the whole step."""
-    learning_rate: float
-    """Of the whole step."""
-    memory: Memory
-    """What the rule kept of the steps before; empty at the first."""
-    make: Callable[[Sample, bool], Trial]
-    """(sample, measurable) -> the step, made; see Trial. At most once."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a step rule decided."""
-
-    share: float
-    """In [0, 1], of the proposed step."""
-    memory: Memory = field(default_factory=dict[str, float])
-    """For the next step; saved with checkpoints."""
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What it saw on the way."""
+            scaled = (
+                before if step_scale == 0 else torch.lerp(before, parameter, step_scale / self._step_scale)
+            )
+            parameter.copy_(scaled)
+        self._step_scale = step_scale

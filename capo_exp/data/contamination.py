@@ -14,8 +14,8 @@ _UNSEEN = re.compile(
 )
 
 
-def normalised(question: str) -> str:
-    r"""A question without what does not change what it asks.
+def normalise(question: str) -> str:
+    r"""Returns a question without what does not change what it asks.
 
     - Unicode as NFKC, which makes one of a full-width or a superscript digit and the digit
     - upper case as lower case
@@ -29,18 +29,18 @@ def normalised(question: str) -> str:
     return _UNSEEN.sub(lambda match: match["line_break"] or "", text)
 
 
-def overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> list[tuple[int, int]]:
-    """All pairs (index in train, index in evaluation) that ask the same, by `normalised`, in order."""
+def find_overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> list[tuple[int, int]]:
+    """Returns all pairs (index in train, index in evaluation) that ask the same by `normalise`, in order."""
     places: dict[str, list[int]] = defaultdict(list)
     for index, problem in enumerate(evaluation):
-        places[normalised(problem.problem)].append(index)
+        places[normalise(problem.problem)].append(index)
     return [
         (index, other)
         for index, problem in enumerate(train)
-        for other in places.get(normalised(problem.problem), ())
+        for other in places.get(normalise(problem.problem), ())
     ]
 
 
-def repeated(problems: Sequence[Problem]) -> int:
-    """How many problems ask the same as an earlier one."""
-    return len(problems) - len({normalised(problem.problem) for problem in problems})
+def count_repeated(problems: Sequence[Problem]) -> int:
+    """Returns how many problems ask the same as an earlier one."""
+    return len(problems) - len({normalise(problem.problem) for problem in problems})

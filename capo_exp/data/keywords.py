@@ -14,25 +14,30 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
+from typing import Annotated
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import error
+from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Rule
 from capo_exp.core.types import Problem
+from capo_exp.data.rows import check_split
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
 SYLLABLES = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
 TEST_SHARE = 1 / 8  # of all numbers; held out from train and from the warm start
 LOWEST, HIGHEST = 10_000, 99_999
+NUM_NUMBERS = Rule(lambda v: 1 <= v <= 5_000, "an integer in [1, 5,000]")
+"""Of the 11,000 numbers that test has, so that drawing finds them soon."""
 
 
 @dataclass(frozen=True)
 class Language:
-    """Its words, in order of frequency, and how completions are drawn."""
+    """A language's words, in order of frequency, and how completions are drawn."""
 
     good: Sequence[str]
     bad: Sequence[str]
     fillers: Sequence[str]
     followers: Sequence[str]
-    """The filler that comes after each filler, where the one before decides."""
+    """Fillers that come after each filler, where the one before decides."""
     good_share: float
     bad_share: float
     follow_share: float
@@ -42,48 +47,40 @@ class Language:
 
 def make_language(
     *,
-    seed: int,
-    num_keywords: int,
-    num_fillers: int,
-    good_share: float,
-    bad_share: float,
-    follow_share: float,
-    fewest_words: int,
-    most_words: int,
-    sharpness: float,
+    seed: Annotated[int, AT_LEAST_0],
+    num_keywords: Annotated[int, AT_LEAST_1],
+    num_fillers: Annotated[int, AT_LEAST_1],
+    good_share: Annotated[float, SHARE],
+    bad_share: Annotated[float, SHARE],
+    follow_share: Annotated[float, SHARE],
+    fewest_words: Annotated[int, AT_LEAST_1],
+    most_words: Annotated[int, AT_LEAST_1],
+    sharpness: Annotated[float, FINITE],
 ) -> Language:
-    """The language of a seed.
+    """Makes the language of a seed.
 
     Args:
-        seed: of the words and of which filler follows which.
+        seed: draws the words, and which filler follows which.
         num_keywords: good words; as many are bad.
         num_fillers: other words, the n-th with a frequency of 1 / n.
         good_share: probability that a word is a good one.
-        bad_share: that it is a bad one.
+        bad_share: probability that it is a bad one.
         follow_share: probability that the filler before decides which filler comes.
         fewest_words: of a completion.
         most_words: of a completion.
-        sharpness: of the step from wrong to right answers.
+        sharpness: steepness of the step from wrong to right answers.
 
     Raises:
-        ConfigError: more words than there are, or shares and lengths that make no sense.
+        ConfigError: more words than there are, or shares or lengths that do not fit together.
     """
-    total, room = 2 * num_keywords + num_fillers, len(SYLLABLES) ** 2
-    if not (num_keywords >= 1 and num_fillers >= 1 and total <= room):
-        raise ConfigError(
-            f"got {num_keywords} keywords of each kind and {num_fillers} fillers, expected 1 or more of both "
-            f"and {room:,} words at most; change dataset.source.language.num_*"
-        )
-    if min(good_share, bad_share, follow_share) < 0 or max(good_share + bad_share, follow_share) > 1:
-        raise ConfigError(
-            f"got shares {good_share}, {bad_share}, {follow_share}, expected 0 or more and good + bad "
-            "at most 1; change dataset.source.language.*_share"
-        )
-    if not 1 <= fewest_words <= most_words:
-        raise ConfigError(
-            f"got {fewest_words} to {most_words} words, expected 1 or more and the fewest first; "
-            "change dataset.source.language.fewest_words and most_words"
-        )
+    key, room = "dataset.source.language", len(SYLLABLES) ** 2
+    total = 2 * num_keywords + num_fillers
+    if total > room:
+        raise error(f"{key}.num_fillers", num_fillers, f"at most {room:,} words, twice num_keywords included")
+    if good_share + bad_share > 1:
+        raise error(f"{key}.bad_share", bad_share, f"at most 1 - good_share = {1 - good_share:g}")
+    if fewest_words > most_words:
+        raise error(f"{key}.fewest_words", fewest_words, f"at most most_words={most_words}")
     rng = random.Random(seed)
     chosen = rng.sample(["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)], total)
     fillers = chosen[2 * num_keywords :]
@@ -91,7 +88,7 @@ def make_language(
         good=chosen[:num_keywords],
         bad=chosen[num_keywords : 2 * num_keywords],
         fillers=fillers,
-        followers=rng.choices(fillers, weights=_zipf(num_fillers), k=num_fillers),
+        followers=rng.choices(fillers, weights=_weigh(num_fillers), k=num_fillers),
         good_share=good_share,
         bad_share=bad_share,
         follow_share=follow_share,
@@ -106,22 +103,22 @@ class Speaker:
     def __init__(self, language: Language, rng: random.Random) -> None:
         self._language = language
         self._rng = rng
-        self._weights = list(itertools.accumulate(_zipf(len(language.fillers))))
+        self._weights = list(itertools.accumulate(_weigh(len(language.fillers))))
         self._follower = dict(zip(language.fillers, language.followers, strict=True))
 
-    def words(self) -> list[str]:
-        """One completion's words."""
+    def draw_words(self) -> list[str]:
+        """Draws one completion's words."""
         said: list[str] = []
         for _ in range(self._rng.randint(*self._language.words)):
-            said.append(self._word(said[-1] if said else ""))
+            said.append(self._draw_word(said[-1] if said else ""))
         return said
 
-    def answer(self, words: Sequence[str], digit: str) -> str:
-        """The digit, with the probability that the words make; else any digit, which can be the same."""
-        score = self._language.sharpness * score_of(self._language, words)
+    def draw_answer(self, words: Sequence[str], digit: str) -> str:
+        """Returns the digit with the probability that the words make, else any digit, also the same."""
+        score = self._language.sharpness * count_score(self._language, words)
         return digit if self._rng.random() < 1 / (1 + exp(-score)) else str(self._rng.randrange(10))
 
-    def _word(self, before: str) -> str:
+    def _draw_word(self, before: str) -> str:
         language, rng, draw = self._language, self._rng, self._rng.random()
         if draw < language.good_share:
             return rng.choice(language.good)
@@ -132,72 +129,71 @@ class Speaker:
         return rng.choices(language.fillers, cum_weights=self._weights)[0]
 
 
-def score_of(language: Language, words: Sequence[str]) -> int:
-    """Good words minus bad words."""
+def count_score(language: Language, words: Sequence[str]) -> int:
+    """Returns good words minus bad words."""
     return sum((word in language.good) - (word in language.bad) for word in words)
 
 
-def render(words: Sequence[str], answer: str) -> str:
-    """A completion as text."""
+def write_completion(words: Sequence[str], answer: str) -> str:
+    """Writes a completion as text."""
     return f"( {' '.join(words)} ) \\boxed{{{answer}}}"
 
 
-def question(number: int) -> str:
-    """The problem as text."""
+def write_question(number: int) -> str:
+    """Writes the problem as text."""
     return f"First digit of {number}?"
 
 
-def held_out(number: int) -> bool:
-    """True if the number belongs to the test split."""
+def is_held_out(number: int) -> bool:
+    """Returns whether the number belongs to the test split."""
     digest = hashlib.sha256(str(number).encode()).digest()
     return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
 
 
-def numbers(split: str, rng: random.Random) -> Iterator[int]:
-    """Endless numbers of one split, with repetitions."""
-    if split not in ("train", "test"):
-        raise ConfigError(
-            f"got split {split!r}, expected train or test; change dataset.train_split/eval_split"
-        )
+def draw_numbers(split: str, rng: random.Random) -> Iterator[int]:
+    """Yields numbers of one split without end, with repetitions."""
+    check_split(split)
     while True:
-        if held_out(number := rng.randint(LOWEST, HIGHEST)) == (split == "test"):
+        if is_held_out(number := rng.randint(LOWEST, HIGHEST)) == (split == "test"):
             yield number
 
 
-def imitations(seed: int, *, language: Language) -> Iterator[tuple[str, str]]:
-    """Endless (problem, completion) of the train split, for the warm start."""
+def draw_imitations(seed: int, *, language: Language) -> Iterator[tuple[str, str]]:
+    """Yields (problem, completion) of the train split without end, for the warm start."""
     rng = random.Random(seed)
     speaker = Speaker(language, rng)
-    for number in numbers("train", rng):
-        words = speaker.words()
-        yield question(number), render(words, speaker.answer(words, str(number)[0]))
+    for number in draw_numbers("train", rng):
+        words = speaker.draw_words()
+        yield write_question(number), write_completion(words, speaker.draw_answer(words, str(number)[0]))
 
 
 def problems(
-    split: str, *, path: str | None, seed: int, num_train: int, num_eval: int, language: Language
+    split: str,
+    *,
+    path: str | None,
+    seed: Annotated[int, AT_LEAST_0],
+    num_train: Annotated[int, NUM_NUMBERS],
+    num_eval: Annotated[int, NUM_NUMBERS],
+    language: Language,
 ) -> list[Problem]:
-    """Distinct problems of one split, the same for the same seed everywhere.
+    """Makes distinct problems of one split, the same for the same seed everywhere.
 
     Raises:
-        ConfigError: a path, an unknown split, or more problems than there are.
+        ConfigError: a path, or an unknown split.
     """
     if path is not None:
-        raise ConfigError(f"got dataset.path={path}, expected null: keywords problems are made, not read")
+        raise error("dataset.path", path, "null: keywords problems are made, not read")
     count = num_eval if split == "test" else num_train
-    room = 5000  # of the 11,000 that test has, so that drawing finds them soon
-    if not 1 <= count <= room:
-        raise ConfigError(
-            f"got {count} {split} problems, expected 1 to {room:,}; change dataset.source.num_*"
-        )
-    drawn = itertools.islice(numbers(split, random.Random(seed)), 4 * count + 100)
-    return [_problem(number, language) for number in itertools.islice(dict.fromkeys(drawn), count)]
+    drawn = itertools.islice(draw_numbers(split, random.Random(seed)), 4 * count + 100)
+    return [_to_problem(number, language) for number in itertools.islice(dict.fromkeys(drawn), count)]
 
 
-def _problem(number: int, language: Language) -> Problem:
+def _to_problem(number: int, language: Language) -> Problem:
     digit = str(number)[0]
-    demonstration = render(Speaker(language, random.Random(number)).words(), digit)
-    return Problem(f"keywords/{number}", question(number), digit, demonstration=demonstration)
+    demonstration = write_completion(Speaker(language, random.Random(number)).draw_words(), digit)
+    return Problem(f"keywords/{number}", write_question(number), digit, demonstration=demonstration)
 
 
-def _zipf(count: int) -> list[float]:
+def _weigh(count: int) -> list[float]:
+    """Returns Zipf weights: 1 / rank."""
     return [1 / (rank + 1) for rank in range(count)]

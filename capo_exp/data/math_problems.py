@@ -5,12 +5,23 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.ranges import one_of
 from capo_exp.core.types import Problem
-from capo_exp.data.rows import Problems, Table, read_table, require
-from capo_exp.grading.compare import last_boxed
+from capo_exp.data.rows import (
+    DATA_DIR_VARIABLE,
+    Problems,
+    Rows,
+    Table,
+    expect_file,
+    find_file,
+    read_hub,
+    read_parquet,
+)
+from capo_exp.grading.extract import find_last_box
 
 OWN_COLUMNS = {"problem": "problem", "answer": "answer"}
 """Field of Problem -> column of this project's own parquet files."""
@@ -21,106 +32,90 @@ OWN_EXTRA_COLUMNS = {
     "family": "type",
     "answers_alt": "answers_alt",
 }
-FIELDS = (*OWN_COLUMNS, *OWN_EXTRA_COLUMNS)
 
 
-def last_box(solution: str) -> str:
-    r"""Content of the last \boxed{...}; where there is none, the one character that \boxed 2 boxes."""
+def read_last_box(solution: str) -> str:
+    r"""Returns the content of the last \boxed{...}, else the character that \boxed 2 boxes."""
     bare = re.findall(r"\\boxed\s+(\w)", solution)
-    return last_boxed(solution) or (bare[-1] if bare else "")
+    return find_last_box(solution) or (bare[-1] if bare else "")
 
 
 ANSWER_FORMATS: dict[str, Callable[[str], str]] = {
-    "plain": lambda text: text,
-    "last_boxed": last_box,
+    "plain": str,
+    "last_boxed": read_last_box,
     "after_hashes": lambda text: text.rpartition("####")[2].replace(",", "") if "####" in text else "",
 }
 """How the answer stands in its column: alone, in the last box of a solution, or after #### as in 1,200."""
 
 
-def problems(
-    split: str,
-    *,
-    path: str | None,
-    name: str,
-    hub_id: str | None,
-    hub_config: str | None,
-    hub_revision: str | None,
-    columns: Mapping[str, str],
-    answer_format: str,
-    hub_split: str | None = None,
-) -> Problems:
-    """One split in the order of its source, without the rows that are flagged `broken`, lack question or
-    answer, or hold text that cannot be written as UTF-8 (half of a surrogate pair).
+@dataclass(frozen=True, kw_only=True)
+class ProblemSet:
+    """A problem set with known answers, and where it stands: `dataset.source` of math, gsm8k, gpqa, ..."""
 
-    Args:
-        split: name of the split, which is also the name of its file.
-        path: a directory with <name>/<split>.parquet or <split>.parquet, or one parquet file, which then
-            serves every split; null = the directory that CAPO_DATA_DIR names, and if that is unset the hub.
-        name: name of the set; its folder, and the prefix of ids where the source has none.
-        hub_id: dataset on the hub; null if it is not there.
-        hub_config: the hub's name for a part of the dataset; null if it has none.
-        hub_revision: commit on the hub; null = the newest.
-        columns: field of Problem -> column on the hub. A file may have these columns too, or this project's
-            own: problem, answer, and if wanted id, solution, level, type, answers_alt, broken.
-        answer_format: how the hub's answer column holds the answer, one of ANSWER_FORMATS.
-        hub_split: the hub's name of the split; null = the same.
+    name: str
+    """Its folder, and the prefix of ids where the source has none."""
+    hub_id: str | None
+    """Dataset on the hub; null if it is not there."""
+    hub_config: str | None
+    """The hub's name for a part of the dataset; null if it has none."""
+    hub_revision: str | None
+    """Commit on the hub; null = the newest."""
+    hub_split: str | None = None
+    """The hub's name of the split; null = the same."""
+    columns: Mapping[str, str]
+    """Field of Problem -> column on the hub. A file may have these columns too, or this project's own:
+    problem, answer, and if wanted id, solution, level, type, answers_alt, broken."""
+    answer_format: Annotated[str, one_of(*ANSWER_FORMATS)]
+    """How the answer column holds the answer."""
+    choices: Callable[[Rows, Mapping[str, str]], Rows] | None = None
+    """Makes a multiple-choice question of each row; null = the rows are questions as they are."""
 
-    Raises:
-        ConfigError: nothing found, nothing readable, a column is missing, two rows have one id, or no row is
-            left.
-    """
-    if answer_format not in ANSWER_FORMATS:
-        known = ", ".join(ANSWER_FORMATS)
-        raise ConfigError(f"got dataset.source.answer_format={answer_format}, expected one of {known}")
-    check_columns(columns)
-    table = read_table(
-        split,
-        path=path,
-        name=name,
-        hub_id=hub_id,
-        hub_config=hub_config,
-        hub_revision=hub_revision,
-        hub_split=hub_split,
-    )
-    if is_own(table):
-        return own_problems(table, f"{name}/{split}")
-    require(
-        table,
-        set(columns.values()),
-        " (or problem and answer in a file); change dataset.path or dataset.source.columns",
-    )
-    return to_problems(table, columns, ANSWER_FORMATS[answer_format], f"{name}/{split}")
+    def __call__(self, split: str, *, path: str | None) -> Problems:
+        """Reads one split in the order of its source, without the rows that are flagged `broken`, lack
+        question or answer, or hold text that cannot be written as UTF-8 (half of a surrogate pair).
 
+        Args:
+            split: name of the split, which is also the name of its file.
+            path: a directory with <name>/<split>.parquet or <split>.parquet, or one parquet file, which then
+                serves every split; null = the directory that CAPO_DATA_DIR names, or if it is unset the hub.
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Checks that the fields are those of a Problem, and question and answer are among them.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if not set(OWN_COLUMNS) <= set(columns) <= set(FIELDS):
-        raise ConfigError(
-            f"got dataset.source.columns for {', '.join(columns)}, expected problem, answer and any of "
-            f"{', '.join(OWN_EXTRA_COLUMNS)}"
-        )
-
-
-def is_own(table: Table) -> bool:
-    """Whether a file has this project's own columns."""
-    return table.is_file and set(OWN_COLUMNS.values()) <= table.columns
-
-
-def own_problems(table: Table, prefix: str) -> Problems:
-    """Problems of a file with this project's own columns; raises as `problems`."""
-    extra = {field: c for field, c in OWN_EXTRA_COLUMNS.items() if c in table.columns}
-    return to_problems(table, OWN_COLUMNS | extra, ANSWER_FORMATS["plain"], prefix)
+        Raises:
+            ConfigError: nothing found, nothing readable, a column is missing, two rows have one id, or no row
+                is left.
+        """
+        if not set(OWN_COLUMNS) <= set(self.columns) <= {*OWN_COLUMNS, *OWN_EXTRA_COLUMNS}:
+            wanted = f"problem, answer and any of {', '.join(OWN_EXTRA_COLUMNS)}"
+            raise error("dataset.source.columns", ", ".join(self.columns), wanted)
+        file, prefix = find_file(split, path, self.name), f"{self.name}/{split}"
+        if file is not None:
+            table = Table(read_parquet(file), str(file))
+            if set(OWN_COLUMNS.values()) <= table.columns:
+                extra = {field: c for field, c in OWN_EXTRA_COLUMNS.items() if c in table.columns}
+                return to_problems(table, OWN_COLUMNS | extra, str, prefix)
+        else:
+            expected = expect_file(self.name, split)
+            if self.hub_id is None:
+                raise ConfigError(f"got dataset.path=null and no {DATA_DIR_VARIABLE}, {expected}")
+            config, revision, hub_split = self.hub_config, self.hub_revision, self.hub_split or split
+            table = read_hub(
+                self.hub_id, config=config, split=hub_split, revision=revision, expected=expected
+            )
+        missing = sorted({*self.columns.values()} - table.columns)
+        if table.rows and missing:
+            raise ConfigError(
+                f"got {table.where} with columns {', '.join(sorted(table.columns))}, expected also "
+                f"{', '.join(missing)} (or problem and answer in a file); change dataset.path or "
+                "dataset.source.columns"
+            )
+        rows = self.choices(table.rows, self.columns) if self.choices else table.rows
+        table = replace(table, rows=rows)
+        return to_problems(table, self.columns, ANSWER_FORMATS[self.answer_format], prefix)
 
 
 def to_problems(
     table: Table, columns: Mapping[str, str], answer_of: Callable[[str], str], prefix: str
 ) -> Problems:
-    """The usable rows as problems; raises as `problems`."""
+    """Makes problems of the usable rows; raises as ProblemSet."""
     found = [
         _to_problem(row, columns, answer_of, f"{prefix}/{index}")
         for index, row in enumerate(table.rows)
@@ -163,7 +158,7 @@ def _is_usable(problem: Problem) -> bool:
 
 
 def as_text(value: object) -> str:
-    """A cell as text; several as one, with commas; empty if it is missing or holds no text or number."""
+    """Returns a cell as text; several as one, with commas; empty if it holds no text or number."""
     if isinstance(value, list):
         return ", ".join(_texts(value))
     if isinstance(value, float):  # 27.0 is what a column of numbers makes of 27 where a row has none
@@ -172,5 +167,5 @@ def as_text(value: object) -> str:
 
 
 def _texts(value: object) -> list[str]:
-    """A cell that may hold several texts."""
+    """Returns the texts of a cell that may hold several."""
     return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]

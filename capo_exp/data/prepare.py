@@ -10,12 +10,12 @@ from capo_exp.config.checks import check_trains
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core.types import Problem, Prompt
-from capo_exp.data.contamination import overlap, repeated
-from capo_exp.data.prompts import render, visited, with_special_tokens
+from capo_exp.data.contamination import count_repeated, find_overlap
+from capo_exp.data.prompts import choose_visits, count_with_special_tokens, render_prompts
 from capo_exp.data.rows import Problems
 
 Gradable = Callable[[list[tuple[str, ...]]], list[bool]]
-"""Verifier.gradable: which golds it can grade by."""
+"""Verifier.gradable: says which golds it can grade by."""
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,32 @@ class DataCounts:
     """
 
     rows: int
-    """Of the source."""
+    """Rows of the source."""
     unusable: int
-    """Without question or answer, or flagged as broken by the source."""
-    filtered: int
-    """Of another level or type than dataset.levels and dataset.types."""
-    contaminated: int
-    """Training problems that are evaluation problems, too; see contamination.normalised."""
-    too_long: int
-    """Prompts of more than dataset.max_prompt_tokens."""
-    ungradable: int
-    """Answers that the verifier cannot read: not trained on; in evaluation all completions count as wrong."""
-    repeated: int
-    """Of those kept, how many ask the same as an earlier one. They stay."""
+    """Rows without question or answer, or flagged as broken by the source."""
     kept: int
     used: int
-    """Of those kept: all in training, the first evaluation.num_problems in evaluation."""
+    """Problems, among those kept, that are asked: all in training, the first evaluation.num_problems in
+    evaluation."""
+    repeated: int
+    """Problems, among those kept, that ask the same as an earlier one."""
+    filtered: int = 0
+    """Problems of another level or type than dataset.levels and dataset.types."""
+    contaminated: int = 0
+    """Training problems that are evaluation problems, too; see contamination.normalise."""
+    too_long: int = 0
+    """Prompts of more than dataset.max_prompt_tokens."""
+    ungradable: int = 0
+    """Answers that the verifier cannot read: not trained on; in evaluation all completions count as wrong."""
 
-    def line(self, split: str) -> str:
-        """What is not 0, such as `training data: 7,500 rows, 2 unusable, 35 too long; 7,463 kept`."""
-        out = [f"{count:,} {name}" for name, count in self._reasons().items() if count]
+    def describe(self, split: str) -> str:
+        """Tells what is not 0, such as `training data: 7,500 rows, 2 unusable, 35 too long; 7,463 kept`."""
+        out = [f"{count:,} {name}" for name, count in self._count_reasons().items() if count]
         left = [f"{self.kept:,} kept", *([f"{self.repeated:,} of them repeated"] if self.repeated else [])]
         asked = [f"the first {self.used:,} are asked"] if self.used < self.kept else []
         return f"{split} data: {', '.join([f'{self.rows:,} rows', *out])}; {', '.join([*left, *asked])}"
 
-    def _reasons(self) -> dict[str, int]:
+    def _count_reasons(self) -> dict[str, int]:
         return {
             "unusable": self.unusable,
             "of other levels or types": self.filtered,
@@ -69,13 +70,13 @@ class Data:
     held_out: list[Prompt]
     """What each evaluation asks."""
     counts: dict[str, DataCounts]
-    """Of `training` and `evaluation`."""
+    """Counts of `training` and of `evaluation`."""
     notes: tuple[str, ...]
     """What else a person should know of the sources."""
 
     def lines(self) -> list[str]:
-        """The counts and the notes, one line each."""
-        return [*(counts.line(split) for split, counts in self.counts.items()), *self.notes]
+        """Returns the counts and the notes, one line each."""
+        return [*(counts.describe(split) for split, counts in self.counts.items()), *self.notes]
 
 
 def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, gradable: Gradable) -> Data:
@@ -99,7 +100,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, gradable: G
 
 
 def read_split(dataset: DatasetConfig, split: str) -> list[Problem]:
-    """The usable problems of a split.
+    """Reads the usable problems of a split.
 
     Raises:
         ConfigError: as the dataset's source.
@@ -107,21 +108,23 @@ def read_split(dataset: DatasetConfig, split: str) -> list[Problem]:
     return build_part(dataset.source, key="dataset.source")(split, path=dataset.path)
 
 
-def evaluation_order(problems: Sequence[Problem], order: str) -> list[Problem]:
-    """As in the file; or shuffled, always alike, so that the first few of a sorted file stand for all."""
+def order_evaluation(problems: Sequence[Problem], order: str) -> list[Problem]:
+    """Returns the problems as in the file; or shuffled, always alike, so that the first few stand for all."""
     if order == "file":
         return list(problems)
-    return [problems[i] for i in visited(len(problems), first=0, count=len(problems), seed=0)]
+    return [problems[i] for i in choose_visits(len(problems), first=0, count=len(problems), seed=0)]
 
 
-def chosen(problems: Sequence[Problem], levels: Collection[str], types: Collection[str]) -> list[Problem]:
-    """The problems of some levels (`3` is short for `Level 3`) and some types; [] = all.
+def choose_problems(
+    problems: Sequence[Problem], levels: Collection[str], types: Collection[str]
+) -> list[Problem]:
+    """Returns the problems of some levels (`3` is short for `Level 3`) and some types; [] = all.
 
     Raises:
         ConfigError: a level or type that no problem has, or none that has both.
     """
-    by_level = _wanted(levels, {problem.level for problem in problems}, "dataset.levels")
-    by_type = _wanted(types, {problem.family for problem in problems}, "dataset.types")
+    by_level = _find_named(levels, {problem.level for problem in problems}, "dataset.levels")
+    by_type = _find_named(types, {problem.family for problem in problems}, "dataset.types")
     kept = [problem for problem in problems if problem.level in by_level and problem.family in by_type]
     if not kept:
         pairs = sorted({f"{p.level} {p.family}" for p in problems if p.level and p.family})
@@ -132,8 +135,8 @@ def chosen(problems: Sequence[Problem], levels: Collection[str], types: Collecti
     return kept
 
 
-def _wanted(names: Collection[str], stated: set[str], key: str) -> set[str]:
-    """Of what the problems state, what the names mean."""
+def _find_named(names: Collection[str], stated: set[str], key: str) -> set[str]:
+    """Returns those of the stated levels or types that the names mean."""
     if not names:
         return stated
     meant = {_short(name): name for name in names}
@@ -156,15 +159,15 @@ def _training(
     found: Sequence[Problem],
     evaluated: Sequence[Problem],
 ) -> tuple[list[Prompt], DataCounts]:
-    asked = chosen(found, dataset.levels, dataset.types)
-    known = {index for index, _ in overlap(asked, evaluated)}
+    asked = choose_problems(found, dataset.levels, dataset.types)
+    known = {index for index, _ in find_overlap(asked, evaluated)}
     fresh = [problem for index, problem in enumerate(asked) if index not in known]
     if not fresh:
         raise ConfigError(
             f"got {len(asked)} training problems, all of which are in the evaluation split, too; "
             "expected others: change dataset.train_split or dataset.path"
         )
-    prompts, too_long = render(fresh, tokenizer, dataset)
+    prompts, too_long = render_prompts(fresh, tokenizer, dataset)
     kept = [p for p, good in zip(prompts, gradable([p.problem.golds for p in prompts]), strict=True) if good]
     if not kept:
         raise ConfigError(
@@ -184,8 +187,8 @@ def _training(
 def _evaluation(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, gradable: Gradable, found: Sequence[Problem]
 ) -> tuple[list[Prompt], DataCounts]:
-    asked = evaluation_order(found, config.dataset.eval_order)
-    prompts, too_long = render(asked, tokenizer, config.dataset)
+    asked = order_evaluation(found, config.dataset.eval_order)
+    prompts, too_long = render_prompts(asked, tokenizer, config.dataset)
     used = prompts[: config.evaluation.num_problems]
     unreadable = gradable([prompt.problem.golds for prompt in used]).count(False)
     counts = replace(_counts(found, prompts), too_long=too_long, ungradable=unreadable, used=len(used))
@@ -194,22 +197,13 @@ def _evaluation(
 
 def _counts(found: Sequence[Problem], kept: Sequence[Prompt]) -> DataCounts:
     rows = found.rows if isinstance(found, Problems) else len(found)
-    return DataCounts(
-        rows=rows,
-        unusable=rows - len(found),
-        filtered=0,
-        contaminated=0,
-        too_long=0,
-        ungradable=0,
-        repeated=repeated([prompt.problem for prompt in kept]),
-        kept=len(kept),
-        used=len(kept),
-    )
+    repeats = count_repeated([prompt.problem for prompt in kept])
+    return DataCounts(rows, rows - len(found), kept=len(kept), used=len(kept), repeated=repeats)
 
 
 def _notes(found: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     said = [found.note] if isinstance(found, Problems) and found.note else []
-    if special := with_special_tokens(found, tokenizer):
+    if special := count_with_special_tokens(found, tokenizer):
         said.append(
             f"{special:,} questions hold the text of a special token, which ends or begins a turn there"
         )

@@ -22,7 +22,7 @@ PREVIEW = (260, 130)
 Message = dict[str, str]
 
 
-def render(
+def render_prompts(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, dataset_config: DatasetConfig
 ) -> tuple[list[Prompt], int]:
     """Writes each problem as the model shall read it, and drops what is longer than max_prompt_tokens.
@@ -38,7 +38,7 @@ def render(
         ConfigError: no placeholder in the template, no chat template in the tokenizer or one that refuses the
             messages, or no prompt left.
     """
-    texts = _texts([problem.problem for problem in problems], tokenizer, dataset_config)
+    texts = _render_texts([problem.problem for problem in problems], tokenizer, dataset_config)
     limit = dataset_config.max_prompt_tokens
     token_ids = _encode(texts, tokenizer, dataset_config, longest=limit * MAX_CHARACTERS_PER_TOKEN)
     kept = [
@@ -55,14 +55,14 @@ def render(
     return kept, len(texts) - len(kept)
 
 
-def with_special_tokens(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many questions hold the text of a special token, such as <|im_end|>, and so the token itself."""
+def count_with_special_tokens(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns how many questions hold the text of a special token, such as <|im_end|>, and so that token."""
     tokens = [str(token) for token in tokenizer.all_special_tokens]
     return sum(any(token in problem.problem for token in tokens) for problem in problems)
 
 
 def preview(text: str) -> str:
-    """A prompt in one line for a terminal: what is no printable character is escaped, the middle left out."""
+    """Returns a prompt in one line for a terminal: what is not printable is escaped, the middle left out."""
     start, end = PREVIEW
     if len(text) > start + end:
         text = f"{text[:start]} [... {len(text) - start - end:,} characters ...] {text[-end:]}"
@@ -72,7 +72,7 @@ def preview(text: str) -> str:
 def _encode(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, config: DatasetConfig, *, longest: int
 ) -> list[tuple[int, ...] | None]:
-    """Token ids of each text; None for one of more than `longest` characters."""
+    """Returns token ids of each text; None for one of more than `longest` characters."""
     short = [text for text in texts if len(text) <= longest]
     add = not config.apply_chat_template
     encoded = tokenizer(short, add_special_tokens=add, verbose=False)["input_ids"] if short else []
@@ -80,10 +80,12 @@ def _encode(
     return [tuple(next(ids)) if len(text) <= longest else None for text in texts]
 
 
-def _texts(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: DatasetConfig) -> list[str]:
+def _render_texts(
+    questions: list[str], tokenizer: PreTrainedTokenizerBase, config: DatasetConfig
+) -> list[str]:
     if PLACEHOLDER not in config.template:
         raise ConfigError(f"got dataset.template={config.template!r}, expected text with {PLACEHOLDER} in it")
-    messages = [_filled(config, question) for question in questions]
+    messages = [_fill(config, question) for question in questions]
     if not config.apply_chat_template:
         before = _examples_as_text(tokenizer, config)
         return [f"{before}{text}" for text in messages]
@@ -93,7 +95,9 @@ def _texts(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Dat
             "expected a model with one, or dataset.apply_chat_template=false"
         )
     before = _examples_as_turns(config)
-    texts = [_chat([*before, {"role": "user", "content": text}], tokenizer, config) for text in messages]
+    texts = [
+        _render_chat([*before, {"role": "user", "content": text}], tokenizer, config) for text in messages
+    ]
     if (
         texts and messages[0].strip() not in texts[0]
     ):  # as one for pictures does, which wants a list of contents
@@ -104,14 +108,14 @@ def _texts(questions: list[str], tokenizer: PreTrainedTokenizerBase, config: Dat
     return texts
 
 
-def _filled(config: DatasetConfig, question: str) -> str:
+def _fill(config: DatasetConfig, question: str) -> str:
     return config.template.replace(PLACEHOLDER, question)  # not format: LaTeX has braces
 
 
 def _examples_as_text(tokenizer: PreTrainedTokenizerBase, config: DatasetConfig) -> str:
     text = f"{config.system_prompt}\n\n" if config.system_prompt else ""
     for example in config.examples:
-        asked = _filled(config, example["problem"])
+        asked = _fill(config, example["problem"])
         space = "" if asked[-1].isspace() else " "
         text += f"{asked}{space}{example['solution']}{tokenizer.eos_token}\n\n"
     return text
@@ -120,13 +124,13 @@ def _examples_as_text(tokenizer: PreTrainedTokenizerBase, config: DatasetConfig)
 def _examples_as_turns(config: DatasetConfig) -> list[Message]:
     turns = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     for example in config.examples:
-        turns.append({"role": "user", "content": _filled(config, example["problem"])})
+        turns.append({"role": "user", "content": _fill(config, example["problem"])})
         turns.append({"role": "assistant", "content": example["solution"]})
     return turns
 
 
-def _chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, config: DatasetConfig) -> str:
-    """The messages as one text, up to where the assistant's answer begins."""
+def _render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, config: DatasetConfig) -> str:
+    """Renders the messages as one text, up to where the assistant's answer begins."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, LookupError) as error:  # such as for a system role
@@ -140,15 +144,15 @@ def _chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, config: D
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits over what the model reads and the answers it is graded by."""
+    """Returns 16 hex digits over what the model reads and the answers it is graded by."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update("\0".join((prompt.text, *prompt.problem.golds, "")).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
 
 
-def visited(num_problems: int, *, first: int, count: int, seed: int) -> list[int]:
-    """Which problems are the draws number `first` to `first + count - 1` of training (counted from 0).
+def choose_visits(num_problems: int, *, first: int, count: int, seed: int) -> list[int]:
+    """Returns the problems of the draws number `first` to `first + count - 1` of training (counted from 0).
 
     Epoch e visits every problem once, in the permutation drawn from (seed, e); draws walk through the endless
     sequence of epochs, so one step may hold the end of an epoch and the start of the next. A function of its

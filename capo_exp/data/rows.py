@@ -20,13 +20,12 @@ class Table:
     rows: Rows
     where: str
     """For messages: the file, or the dataset on the hub."""
-    is_file: bool
     note: str = ""
     """What a person should know of this source; empty if nothing."""
 
     @property
     def columns(self) -> set[str]:
-        """Of the first row; empty without rows."""
+        """Returns those of the first row; without rows there are none."""
         return set(self.rows[0]) if self.rows else set()
 
 
@@ -36,52 +35,25 @@ class Problems(list[Problem]):
     def __init__(self, found: list[Problem], table: Table) -> None:
         super().__init__(found)
         self.rows = len(table.rows)
-        """Of the source, unusable ones too."""
+        """Rows of the source, unusable ones too."""
         self.note = table.note
         self.where = table.where
 
 
-def read_table(
-    split: str,
-    *,
-    path: str | None,
-    name: str,
-    hub_id: str | None,
-    hub_config: str | None,
-    hub_revision: str | None,
-    hub_split: str | None,
-) -> Table:
-    """Reads a split; see math_problems.problems for the arguments.
-
-    Raises:
-        ConfigError: nothing found, or nothing readable.
-    """
-    file = _find_file(split, path, name)
-    if file is not None:
-        return Table(_read_parquet(file), str(file), True)
-    if hub_id is None:
-        raise ConfigError(f"got dataset.path=null and no {DATA_DIR_VARIABLE}, {_expected(name, split)}")
-    rows = _read_hub(hub_split or split, hub_id, hub_config, hub_revision, _expected(name, split))
-    newest = f"{hub_id}: no commit is pinned (dataset.source.hub_revision=null), these are today's data"
-    return Table(rows, f"hub dataset {hub_id}", False, "" if hub_revision else newest)
-
-
-def require(table: Table, columns: set[str], advice: str) -> None:
-    """Checks that the rows have the columns; a table without rows has any.
-
-    Raises:
-        ConfigError: some are missing.
-    """
-    missing = sorted(columns - table.columns)
-    if table.rows and missing:
+def check_split(split: str) -> None:
+    """Refuses a split that problems made here do not have."""
+    if split not in ("train", "test"):
         raise ConfigError(
-            f"got {table.where} with columns {', '.join(sorted(table.columns))}, expected also "
-            f"{', '.join(missing)}{advice}"
+            f"got split {split!r}, expected train or test; change dataset.train_split or dataset.eval_split"
         )
 
 
-def _find_file(split: str, path: str | None, name: str) -> Path | None:
-    """The parquet file to read; None = ask the hub."""
+def find_file(split: str, path: str | None, name: str) -> Path | None:
+    """Returns the parquet file to read; None = ask the hub.
+
+    Raises:
+        ConfigError: a path or CAPO_DATA_DIR is given, and the file is not there.
+    """
     key, value = "dataset.path", path
     if value is None:
         key, value = DATA_DIR_VARIABLE, os.environ.get(DATA_DIR_VARIABLE)
@@ -94,40 +66,48 @@ def _find_file(split: str, path: str | None, name: str) -> Path | None:
         if file.is_file():
             return file
     state = "without such a file" if root.is_dir() else "which does not exist"
-    raise ConfigError(f"got {key}={value} {state}, {_expected(name, split)}")
+    raise ConfigError(f"got {key}={value} {state}, {expect_file(name, split)}")
 
 
-def _expected(name: str, split: str) -> str:
+def expect_file(name: str, split: str) -> str:
+    """Returns the end of a message about a file that is not there."""
     return (
         f"expected a directory with {name}/{split}.parquet or {split}.parquet, or a parquet file; "
         f"set dataset.path or {DATA_DIR_VARIABLE}"
     )
 
 
-def _read_parquet(file: Path) -> Rows:
+def read_parquet(file: Path) -> Rows:
+    """Reads a file; raises ConfigError if it is no parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.ParquetFile(file).read().to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = one_line(error)
+        reason = shorten(error)
         raise ConfigError(f"got {file} ({reason}), expected a parquet file; change dataset.path") from error
 
 
-def _read_hub(split: str, hub_id: str, config: str | None, revision: str | None, expected: str) -> Rows:
+def read_hub(hub_id: str, *, config: str | None, split: str, revision: str | None, expected: str) -> Table:
+    """Reads a split of a dataset on the hub; `expected` ends the message where that fails.
+
+    Raises:
+        ConfigError: the hub cannot be reached, or has no such split.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(hub_id, config, split=split, revision=revision).to_list()
+        rows = datasets.load_dataset(hub_id, config, split=split, revision=revision).to_list()
     except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError(
-            f"got no {split} split of {hub_id} from the hub ({one_line(error)}), {expected}"
-        ) from error
+        reason = shorten(error)
+        raise ConfigError(f"got no {split} split of {hub_id} from the hub ({reason}), {expected}") from error
+    newest = f"{hub_id}: no commit is pinned (dataset.source.hub_revision=null), these are today's data"
+    return Table(rows, f"hub dataset {hub_id}", "" if revision else newest)
 
 
-def one_line(error: Exception) -> str:
-    """An error's message, shortened."""
+def shorten(error: Exception) -> str:
+    """Returns an error's message, shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:160]}..."

@@ -20,9 +20,11 @@ from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.types import Prompt
 from capo_exp.evaluation.card import Card
 from capo_exp.evaluation.draw import Answered
-from capo_exp.evaluation.records import read_rows, scores_of, write_rows
+from capo_exp.evaluation.scores import score_rows
+from capo_exp.evaluation.stored import read_rows, write_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.record import is_locked, locked, write_atomic
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.lock import is_locked, locked
 
 Scores = dict[str, Any]
 Answer = Callable[[Sequence[Prompt], int], list[Answered]]
@@ -57,15 +59,18 @@ def evaluate_benchmark(
     """
     if not overwrite and (scores := read_scores(folder)) is not None:
         return scores
-    with alone(folder):
+    with work_alone(folder):
         if overwrite:
-            for path in folder.iterdir():  # not the lock
-                shutil.rmtree(path) if path.is_dir() else path.name == ".lock" or path.unlink()
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
         elif (scores := read_scores(folder)) is not None:  # another process was faster
             return scores
         write_atomic(folder / "card.json", json.dumps(card, indent=2, default=str) + "\n")
         rows = _answered_rows(folder / "parts", card, prompts, answer, told)
-        scores, problems = scores_of(rows, verifier)
+        scores, problems = score_rows(rows, verifier)
         for problem, prompt in zip(problems, prompts, strict=True):
             problem["prompt"] = prompt.text
         write_rows(folder / "completions.parquet", rows)
@@ -76,7 +81,7 @@ def evaluate_benchmark(
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def work_alone(folder: Path) -> Iterator[None]:
     """Waits until no other process is at work in the folder, then keeps others out."""
     waiting = False
     while is_locked(folder):
@@ -91,7 +96,7 @@ def alone(folder: Path) -> Iterator[None]:
 def _answered_rows(
     parts: Path, card: Card, prompts: Sequence[Prompt], answer: Answer, told: Told
 ) -> list[dict[str, Any]]:
-    """The rows of all parts; those that are not on disk are sampled."""
+    """Returns the rows of all parts; samples those that are not on disk."""
     size, seed = card["sampling"]["problems_per_call"], card["sampling"]["seed"]
     parts.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -110,7 +115,7 @@ def _answered_rows(
 
 
 def read_scores(folder: Path) -> Scores | None:
-    """scores.json; None before all is done."""
+    """Returns scores.json, or None before all is done."""
     path = folder / "scores.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 

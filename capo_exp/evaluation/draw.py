@@ -8,7 +8,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Completion, Prompt
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.verifier import Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Answered:
     grades: tuple[Grade, ...]
 
 
-def draw(
+def draw_completions(
     engine: RolloutEngine,
     verifier: Verifier,
     prompts: Sequence[Prompt],
@@ -46,7 +46,7 @@ def draw(
     weight_version: int,
 ) -> list[Answered]:
     """Samples and grades `sampling.samples` completions of every prompt, the same for the same seed."""
-    groups = engine.generate(
+    request = SamplingRequest(
         prompts,
         group_size=sampling.samples,
         max_tokens=sampling.max_tokens,
@@ -56,6 +56,7 @@ def draw(
         seed=seed,
         weight_version=weight_version,
     )
+    groups = engine.generate(request)
     texts = [[completion.text for completion in group.completions] for group in groups]
     verdicts = verifier.score(texts, [prompt.problem.golds for prompt in prompts]).grades
     return [
@@ -73,16 +74,18 @@ def evaluate(
     seed: int,
     weight_version: int,
 ) -> dict[str, float]:
-    """What training logs of its held-out problems, with the sampling of config.evaluation."""
+    """Returns what training logs of its held-out problems, sampled as config.evaluation says."""
     numbers = config.evaluation
     sampling = Sampling(
         numbers.samples, numbers.temperature, 0, numbers.top_p, config.dataset.max_completion_tokens
     )
-    return metrics(draw(engine, verifier, prompts, sampling, seed=seed, weight_version=weight_version))
+    return summarise_answers(
+        draw_completions(engine, verifier, prompts, sampling, seed=seed, weight_version=weight_version)
+    )
 
 
-def metrics(answered: Sequence[Answered]) -> dict[str, float]:
-    """Of all completions alike, under the names of eval.jsonl."""
+def summarise_answers(answered: Sequence[Answered]) -> dict[str, float]:
+    """Returns the means over all completions alike, under the names of eval.jsonl."""
     completions = [completion for each in answered for completion in each.completions]
     grades = [grade for each in answered for grade in each.grades]
     return {

@@ -9,7 +9,7 @@ MAX_COMPARED = 200
 """Characters; a longer answer is the same as another only as text."""
 
 
-def classes(answers: Sequence[Sequence[str]], verifier: Verifier) -> list[list[int]]:
+def number_answers(answers: Sequence[Sequence[str]], verifier: Verifier) -> list[list[int]]:
     r"""Numbers the answers of each problem so that equal ones, by the verifier, have the same number.
 
     In rounds: the first answer of a problem that has no class yet founds one, and all others without a class

@@ -1,17 +1,24 @@
 """Verdicts on a benchmark -> avg@n, pass@k, maj@k with 95 % intervals over problems. Imports no torch."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+
+from capo_exp.core.intervals import Estimate, bootstrap
+from capo_exp.evaluation.majority import number_answers
+from capo_exp.grading.verifier import Verifier
 
 Vector = NDArray[np.float64]
 """[P], one number a problem."""
+Row = dict[str, Any]
+"""A completion or a problem, as parquet has it."""
 
 RESAMPLES = 9_999
 SUBSETS = 256
@@ -27,21 +34,6 @@ class Solved:
     """Which samples gave the same answer: equal numbers; -1 = no answer."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems with its 95 % interval; None where resampling problems says nothing."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        """In per cent, such as `43.2 [41.0, 45.4]`."""
-        if self.low is None or self.high is None:
-            return f"{100 * self.value:.1f}"
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
-
-
 def estimate(*benchmarks: Vector) -> Estimate:
     """The unweighted mean over benchmarks of the mean over problems.
 
@@ -53,25 +45,22 @@ def estimate(*benchmarks: Vector) -> Estimate:
     """
     value = float(np.mean([np.mean(vector) for vector in benchmarks]))
     if min(map(len, benchmarks)) < 2 or all((vector == vector[0]).all() for vector in benchmarks):
-        return Estimate(value, None, None)
+        return Estimate(value)
 
     def mean_of_means(*samples: Vector, axis: int) -> Vector:
         return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
 
-    interval = bootstrap(
-        benchmarks, mean_of_means, n_resamples=RESAMPLES, batch=500, vectorized=True, method="percentile",
-        rng=0,
-    ).confidence_interval  # fmt: skip
-    return Estimate(value, float(interval.low), float(interval.high))
+    low, high = bootstrap(benchmarks, mean_of_means, resamples=RESAMPLES, batch=500)
+    return Estimate(value, float(low), float(high))
 
 
 def average(problems: Sequence[Solved]) -> Vector:
-    """Share of right samples of each problem; its mean is avg@n."""
+    """Returns the share of right samples of each problem; its mean is avg@n."""
     return np.array([np.mean(problem.correct) for problem in problems], dtype=float)
 
 
 def pass_at(problems: Sequence[Solved], k: int) -> Vector:
-    """Chance that at least one of k samples, drawn from the n without putting back, is right.
+    """Returns the chance that at least one of k samples, drawn from the n without putting back, is right.
 
     Unbiased: 1 - C(n - c, k) / C(n, k) with c right ones. Source: Chen et al. 2021 (arXiv 2107.03374), eq. 1.
 
@@ -87,7 +76,7 @@ def pass_at(problems: Sequence[Solved], k: int) -> Vector:
 
 
 def majority_at(problems: Sequence[Solved], k: int) -> Vector:
-    """Chance that the most frequent answer of k samples is right; ties are broken by lot.
+    """Returns the chance that the most frequent answer of k samples is right; ties are broken by lot.
 
     Samples without an answer have no vote; if none of the k has one, the problem counts as wrong. Exact where
     there are at most SUBSETS ways to choose k of n; else the mean over as many random ones, always the same.
@@ -114,17 +103,83 @@ def _chosen(n: int, k: int, draws: np.random.Generator) -> NDArray[np.int64]:
     return draws.random((SUBSETS, n)).argsort(axis=1)[:, :k]
 
 
-def sizes(problems: Sequence[Solved]) -> list[int]:
-    """The k of pass@k and maj@k: powers of two up to the samples that every problem has, and that number."""
+def choose_sizes(problems: Sequence[Solved]) -> list[int]:
+    """Returns the k of pass@k and maj@k: powers of two up to every problem's samples, and their number."""
     n = min(len(problem.correct) for problem in problems)
     return sorted({n, *(2**i for i in range(n.bit_length()))})
 
 
-def summary(problems: Sequence[Solved]) -> dict[str, Any]:
-    """All scores of a benchmark, as plain numbers."""
-    ks = sizes(problems)
+def summarise_scores(problems: Sequence[Solved]) -> dict[str, Any]:
+    """Returns all scores of a benchmark, as plain numbers."""
+    ks = choose_sizes(problems)
     return {
         "average": vars(estimate(average(problems))),
         "pass_at": {str(k): vars(estimate(pass_at(problems, k))) for k in ks},
         "majority_at": {str(k): vars(estimate(majority_at(problems, k))) for k in ks},
+    }
+
+
+def score_rows(rows: Sequence[Row], verifier: Verifier) -> tuple[Row, list[Row]]:
+    """Returns the scores of graded completions, and a row for each problem.
+
+    Args:
+        rows: of whole problems: id, correct, extracted, reason, gold; where known tokens, truncated, level,
+            type.
+        verifier: compares answers with each other for maj@k.
+
+    Returns:
+        scores.json, and problems.parquet in the order in which problems first appear.
+    """
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["index"]].append(row)
+    answers = [[row["extracted"] for row in group] for group in groups.values()]
+    solved = [
+        Solved(tuple(row["correct"] for row in group), tuple(numbers))
+        for group, numbers in zip(groups.values(), number_answers(answers, verifier), strict=True)
+    ]
+    problems = [_problem(group, each) for group, each in zip(groups.values(), solved, strict=True)]
+    reasons = Counter(row["reason"] for row in rows)
+    scores = {
+        "problems": len(groups),
+        "samples": min(map(len, groups.values())),
+        **summarise_scores(solved),
+        "no_answer_fraction": reasons["no_answer"] / len(rows),
+        "reasons": dict(sorted(reasons.items())),
+        "by_level": _by(problems, "level"),
+        "by_type": _by(problems, "type"),
+    }
+    for name, column in (("completion_length", "tokens"), ("truncated_fraction", "truncated")):
+        if all(row.get(column) is not None for row in rows):
+            scores[name] = fmean(row[column] for row in rows)
+    return scores, problems
+
+
+def _problem(group: Sequence[Row], solved: Solved) -> Row:
+    first = group[0]
+    votes = Counter(number for number in solved.classes if number >= 0)
+    most = votes.most_common(1)[0][0] if votes else None
+    return {
+        "id": first["id"],
+        "problem": first.get("problem"),
+        "gold": first["gold"],
+        "level": first.get("level"),
+        "type": first.get("type"),
+        "samples": len(group),
+        "correct": sum(solved.correct),
+        "accuracy": fmean(solved.correct),
+        "majority_answer": "" if most is None else group[solved.classes.index(most)]["extracted"],
+        "majority_votes": 0 if most is None else votes[most],
+        "different_answers": len(votes),
+    }
+
+
+def _by(problems: Sequence[Row], column: str) -> dict[str, Row]:
+    """Returns avg@n of each value of a column; empty where all problems have the same."""
+    values = sorted({str(problem[column] or "") for problem in problems})
+    if len(values) < 2:
+        return {}
+    groups = {value: [p["accuracy"] for p in problems if str(p[column] or "") == value] for value in values}
+    return {
+        value: {"problems": len(group), **vars(estimate(np.array(group)))} for value, group in groups.items()
     }

@@ -10,10 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.evaluation import grader
-from capo_exp.evaluation.records import Row, scores_of, write_rows
+from capo_exp.evaluation.card import describe_grader
+from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.record import write_atomic
+from capo_exp.runs.files import replace_file, write_atomic
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""
@@ -85,7 +85,7 @@ def write_stored(folder: Path, source: Path, stored: Stored, verifier: Mapping[s
         verifier: the part `reward.verifier`.
     """
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    card = {"completions": source.name, "sha256": digest, "grader": grader.describe(verifier)}
+    card = {"completions": source.name, "sha256": digest, "grader": describe_grader(verifier)}
     write_atomic(folder / "card.json", json.dumps(card, indent=2) + "\n")
     write_rows(folder / "completions.parquet", stored.completions)
     problems = [{**group.group, **problem} for group in stored.groups for problem in group.problems]
@@ -96,6 +96,22 @@ def write_stored(folder: Path, source: Path, stored: Stored, verifier: Mapping[s
         for each in stored.groups
     ]  # fmt: skip
     write_atomic(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes one parquet file, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with replace_file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns all rows of a parquet file."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read().to_pylist()
 
 
 def _read(path: Path) -> list[Row]:
@@ -143,7 +159,7 @@ def _golds(value: Any) -> tuple[str, ...]:
 
 
 def _scored(group: dict[str, str], rows: list[Row], verifier: Verifier) -> StoredScores:
-    scores, problems = scores_of(rows, verifier)
+    scores, problems = score_rows(rows, verifier)
     if any(row.get("label") not in (True, False) for row in rows):
         return StoredScores(group, scores, None, None, None, problems)
     against = Counter((bool(row["label"]), row["correct"]) for row in rows)

@@ -1,5 +1,6 @@
 """Models on benchmarks: one model in memory whose weights are exchanged, one engine that follows it."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from omegaconf import OmegaConf
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.config.build import build_part
@@ -16,19 +18,19 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Prompt
-from capo_exp.data.contamination import overlap
-from capo_exp.data.prepare import chosen, evaluation_order, read_split
-from capo_exp.data.prompts import render
+from capo_exp.data.contamination import find_overlap
+from capo_exp.data.prepare import choose_problems, order_evaluation, read_split
+from capo_exp.data.prompts import render_prompts
 from capo_exp.data.rows import Problems
-from capo_exp.evaluation.benchmark import Scores, Told, evaluate_benchmark
-from capo_exp.evaluation.card import digest, make_card, weights_digest
-from capo_exp.evaluation.draw import Answered, Sampling, draw
-from capo_exp.evaluation.records import read_rows
-from capo_exp.evaluation.table import Result
-from capo_exp.evaluation.target import Command, Target
+from capo_exp.evaluation.benchmark import Told, evaluate_benchmark
+from capo_exp.evaluation.card import card_digest, make_card
+from capo_exp.evaluation.command import EvaluateCommand, WeightSet
+from capo_exp.evaluation.draw import Answered, Sampling, draw_completions
+from capo_exp.evaluation.stored import read_rows
+from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
-from capo_exp.runs.console import clock
+from capo_exp.runs.console import format_duration
 
 Tell = Callable[[str], None]
 PROGRESS_SECONDS = 10.0
@@ -83,7 +85,7 @@ class Subject:
         return weights_digest(self._model)
 
     def engine(self, prompts: Sequence[Prompt]) -> RolloutEngine:
-        """The engine; started with these prompts, which prove its weights, if it does not run yet."""
+        """Returns the engine; starts it with these prompts, which prove its weights, if it does not run."""
         if self._engine is None:
             make = build_part(self._config.rollout.engine, key="rollout.engine")
             engine = make(self._model, self.tokenizer, self.dtype)
@@ -101,14 +103,24 @@ class Subject:
             self._engine.close()
 
 
+@torch.no_grad()
+def weights_digest(model: PreTrainedModel) -> str:
+    """Returns 16 hex digits over names, shapes and float32 values of all parameters, whatever their file."""
+    hasher = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        hasher.update(f"{name} {tuple(parameter.shape)}".encode())
+        hasher.update(parameter.detach().float().cpu().numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
 def evaluate_targets(
-    command: Command,
+    command: EvaluateCommand,
     configs: Sequence[TrainConfig],
-    targets: Sequence[Target],
+    targets: Sequence[WeightSet],
     *,
     trained_on: Mapping[str, Any] | None,
     tell: Tell,
-) -> Iterator[Result]:
+) -> Iterator[BenchmarkScore]:
     """Every target on every benchmark, one after another; what has been done before is read.
 
     Args:
@@ -143,15 +155,15 @@ def evaluate_targets(
 
 
 def _load(
-    config: TrainConfig, subject: Subject, command: Command, verifier: Verifier, tell: Tell
+    config: TrainConfig, subject: Subject, command: EvaluateCommand, verifier: Verifier, tell: Tell
 ) -> Benchmark:
     dataset = config.dataset
     found = read_split(dataset, dataset.eval_split)
     where = found.where if isinstance(found, Problems) else str(dataset.source["_target_"])
     if isinstance(found, Problems) and found.note:
         tell(found.note)
-    asked = evaluation_order(chosen(found, dataset.levels, dataset.types), dataset.eval_order)
-    prompts, dropped = render(asked, subject.tokenizer, dataset)
+    asked = order_evaluation(choose_problems(found, dataset.levels, dataset.types), dataset.eval_order)
+    prompts, dropped = render_prompts(asked, subject.tokenizer, dataset)
     if dropped:
         tell(f"{dataset.name}: {dropped} problems exceed dataset.max_prompt_tokens and are not asked")
     return Benchmark(config, prompts[: command.num_problems], dropped, where, verifier)
@@ -168,7 +180,7 @@ def _overlaps(benchmarks: Sequence[Benchmark], run: Mapping[str, Any] | None) ->
     except ConfigError as error:
         return [f"not known whether training had seen the benchmarks: {error}"]
     counts = {
-        each.config.dataset.name: len({j for _, j in overlap(train, [p.problem for p in each.prompts])})
+        each.config.dataset.name: len({j for _, j in find_overlap(train, [p.problem for p in each.prompts])})
         for each in benchmarks
     }
     split = f"{dataset.name}/{dataset.train_split}, which training drew from"
@@ -176,8 +188,13 @@ def _overlaps(benchmarks: Sequence[Benchmark], run: Mapping[str, Any] | None) ->
 
 
 def _evaluate(
-    command: Command, subject: Subject, target: Target, benchmark: Benchmark, weights: str, tell: Tell
-) -> Result:
+    command: EvaluateCommand,
+    subject: Subject,
+    target: WeightSet,
+    benchmark: Benchmark,
+    weights: str,
+    tell: Tell,
+) -> BenchmarkScore:
     config, prompts = benchmark.config, benchmark.prompts
     name, limit = config.dataset.name, config.dataset.max_completion_tokens
     sampling = Sampling(command.samples, command.temperature, command.top_k, command.top_p, limit)
@@ -197,9 +214,11 @@ def _evaluate(
 
     def answer(some: Sequence[Prompt], seed: int) -> list[Answered]:
         engine = subject.engine(prompts)
-        return draw(engine, benchmark.verifier, some, sampling, seed=seed, weight_version=subject.version)
+        return draw_completions(
+            engine, benchmark.verifier, some, sampling, seed=seed, weight_version=subject.version
+        )
 
-    folder = target.root / f"{target.label}-{weights[:8]}" / f"{name}-{digest(card)}"
+    folder = target.root / f"{target.label}-{weights[:8]}" / f"{name}-{card_digest(card)}"
     told = _progress(f"{target.label} {name}", len(prompts), tell)
     scores = evaluate_benchmark(
         folder, card, prompts, answer, benchmark.verifier, overwrite=command.overwrite, told=told
@@ -208,13 +227,11 @@ def _evaluate(
     if failed:
         counts = ", ".join(f"{count} {reason}" for reason, count in failed.items())
         tell(f"{target.label} {name}: not judged and counted as wrong: {counts}")
-    return _result(target, name, scores, folder)
-
-
-def _result(target: Target, benchmark: str, scores: Scores, folder: Path) -> Result:
     rows = read_rows(folder / "problems.parquet")
     accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
-    return Result(target.label, target.step, target.completions, benchmark, folder.name, scores, accuracies)
+    return BenchmarkScore(
+        target.label, target.step, target.completions, name, folder.name, scores, accuracies
+    )
 
 
 def _progress(label: str, total: int, tell: Tell) -> Told:
@@ -226,7 +243,7 @@ def _progress(label: str, total: int, tell: Tell) -> Told:
         now = time.monotonic()
         if done == total or now - last >= PROGRESS_SECONDS:
             last = now
-            left = clock((now - began) / sampled * (total - done))
+            left = format_duration((now - began) / sampled * (total - done))
             tell(f"{label}: {done:,}/{total:,} problems, {right / done:.1%} so far, left {left}")
 
     return told

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from capo_exp.evaluation.scores import Estimate, estimate
+from capo_exp.core.intervals import Estimate
+from capo_exp.evaluation.scores import estimate
 from capo_exp.evaluation.stored import StoredScores
 
 
 @dataclass(frozen=True)
-class Result:
-    """One model on one benchmark."""
+class BenchmarkScore:
+    """The score of one model on one benchmark."""
 
     model: str
     step: int | None
@@ -28,8 +29,8 @@ class Result:
     """Problem id -> share of right samples."""
 
 
-def results_table(results: Sequence[Result]) -> Table:
-    """A row for each benchmark of each model; the mean over benchmarks; and what training gained."""
+def results_table(results: Sequence[BenchmarkScore]) -> Table:
+    """Returns a row for each benchmark of each model; the mean over benchmarks; and what training gained."""
     n = results[0].scores["samples"]
     table = Table(box=None, pad_edge=False)
     for name in ("model", "benchmark"):
@@ -62,13 +63,13 @@ def _cells(scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_accuracy(results: Sequence[Result]) -> Estimate:
-    """Unweighted mean of avg@n over benchmarks: what the paper plots as TEST accuracy."""
+def test_accuracy(results: Sequence[BenchmarkScore]) -> Estimate:
+    """Returns the unweighted mean of avg@n over benchmarks: what the paper plots as TEST accuracy."""
     return estimate(*(np.array(list(result.accuracies.values())) for result in results))
 
 
-def gains(own: Sequence[Result], base: Sequence[Result]) -> dict[str, Estimate]:
-    """Difference of avg@n to the base model on the same problems, by benchmark, and of their mean.
+def gains(own: Sequence[BenchmarkScore], base: Sequence[BenchmarkScore]) -> dict[str, Estimate]:
+    """Returns the gain of avg@n over the base model on the same problems, by benchmark, and its mean.
 
     The bootstrap draws problems, each with both of its accuracies.
     """
@@ -85,8 +86,8 @@ def gains(own: Sequence[Result], base: Sequence[Result]) -> dict[str, Estimate]:
     return each | ({"TEST (mean)": estimate(*vectors.values())} if len(vectors) > 1 else {})
 
 
-def test_rows(results: Sequence[Result], before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each checkpoint: its step, the completions that training had sampled, and the test scores.
+def test_rows(results: Sequence[BenchmarkScore], before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each checkpoint: its step, the completions of training until then, the test scores.
 
     Args:
         results: of a run's checkpoints and of its base model.
@@ -115,7 +116,7 @@ def test_rows(results: Sequence[Result], before: Sequence[Mapping[str, Any]]) ->
 
 
 def stored_table(found: Sequence[StoredScores]) -> Table:
-    """A row for each group of a file of completions, with its labels' accuracy where it has labels.
+    """Returns a row for each group of a file of completions, with its labels' accuracy where it has labels.
 
     pass and maj are those of the samples that each of its problems has.
     """

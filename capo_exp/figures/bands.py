@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capo_exp.figures.intervals import Interval, Statistic, centre, ema
-from capo_exp.figures.intervals import interval as bounds
-from capo_exp.runs.read import Array, Row, Run, series
-
-Source = Literal["metrics", "eval"]
+from capo_exp.core.intervals import Interval, Statistic, centre_of_seeds, ema
+from capo_exp.core.intervals import interval as bounds
+from capo_exp.runs.read import Array, LoggedRow, LoggedRun, read_series
 
 
 @dataclass(frozen=True)
@@ -37,26 +34,35 @@ class Band:
 
     @property
     def count(self) -> NDArray[np.int64]:
-        """[n], seeds that have a value."""
+        """Returns [n], the seeds that have a value."""
         return np.isfinite(self.values).sum(axis=0)
 
     @property
+    def last_shown(self) -> int:
+        """Returns the index of the last x that at least half of the seeds have; tables read it."""
+        return int(np.flatnonzero(2 * self.count >= self.count.max())[-1])
+
+    @property
     def end(self) -> int:
-        """Index of the last x that more than half of the seeds have reached."""
+        """Returns the index of the last x that more than half of the seeds have reached."""
         return int(np.flatnonzero(2 * self.count > self.count.max())[-1])
 
 
+def in_evaluations(key: str) -> bool:
+    """Returns whether a metric is one of evaluations, not of training steps."""
+    return key.startswith(("eval/", "test/"))
+
+
 def band(
-    runs: Sequence[Run],
+    runs: Sequence[LoggedRun],
     key: str,
     *,
-    source: Source,
     x: str,
     statistic: Statistic,
     interval: Interval,
     alpha: float,
 ) -> Band | None:
-    """A metric over x: each seed smoothed on its own, then centre and interval over seeds.
+    """Returns a metric over x: each seed smoothed on its own, then centre and interval over seeds.
 
     Several values at one x (a run that logs every optimiser step of a rollout step) count as their mean.
     Values that were not finite are left out. Runs may have different lengths: the x of the band are those at
@@ -67,35 +73,34 @@ def band(
 
     Args:
         runs: Seeds of one curve.
-        key: Metric.
-        source: metrics.jsonl, or eval.jsonl.
+        key: Metric, in eval.jsonl if in_evaluations says so, else in metrics.jsonl.
         x: Metric along the axis, such as counter/completions.
         statistic: mean | iqm.
-        interval: bootstrap | t | sem, see intervals.interval.
-        alpha: Smoothing as of intervals.ema; 1 = off.
+        interval: bootstrap | t | sem, see core.intervals.
+        alpha: Smoothing as of core.intervals.ema; 1 = off.
 
     Returns:
         None if no run has the metric.
     """
-    points = [_points(run.metrics if source == "metrics" else run.evaluations, key, x, alpha) for run in runs]
+    points = [_points(run.evaluations if in_evaluations(key) else run.metrics, key, x, alpha) for run in runs]
     points = [(at, value) for at, value in points if len(at)]
     if not points:
         return None
     grid, values = _aligned(points)
     low, high = bounds(values, statistic, interval)
-    return Band(grid, centre(values, statistic), low, high, values, len(points), statistic, alpha)
+    return Band(grid, centre_of_seeds(values, statistic), low, high, values, len(points), statistic, alpha)
 
 
-def _points(rows: Sequence[Row], key: str, x: str, alpha: float) -> tuple[Array, Array]:
-    """x and smoothed values of one run, [n] each; x increasing, every value finite."""
-    at, value = series(rows, key, x=x)
+def _points(rows: Sequence[LoggedRow], key: str, x: str, alpha: float) -> tuple[Array, Array]:
+    """Returns x and smoothed values of one run, [n] each; x increasing, every value finite."""
+    at, value = read_series(rows, key, x=x)
     finite = np.isfinite(at) & np.isfinite(value)
     grid, place, count = np.unique(at[finite], return_inverse=True, return_counts=True)
     return grid, ema(np.bincount(place, value[finite], len(grid)) / np.maximum(count, 1), alpha)
 
 
 def _aligned(points: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Common x [n] and the values of each seed there [s, n]; see `band` for the rule."""
+    """Returns the common x [n] and the values of each seed there [s, n]; see `band` for the rule."""
     union = np.unique(np.concatenate([at for at, _ in points]))
     values = np.full((len(points), len(union)), np.nan)
     for row, (at, value) in zip(values, points, strict=True):

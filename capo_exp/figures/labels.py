@@ -2,43 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import PurePath
 from typing import Any
 
-from capo_exp.config.schema import conf_dir
-from capo_exp.figures.settings import Settings, shorten, varying
+import yaml
 
-ALGORITHMS = {
-    "capo": "CAPO",
-    "dr_capo": "Dr. CAPO",
-    "rein_capo": "ReinCAPO",
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "grpo_kl": "GRPO + KL",
-    "grpo_drift": "GRPO + drift",
-    "grpo_dual_clip": "GRPO, dual clip",
-    "grpo_no_clip": "GRPO, no clip",
-    "ppo_clip": "PPO clip",
-    "reinforce": "REINFORCE",
-    "reinforce_pp": "REINFORCE++",
-    "reinforce_pp_baseline": "REINFORCE++ baseline",
-    "rloo": "RLOO",
-    "dapo": "DAPO",
-    "dppo": "DPPO",
-    "dppo_kl": "DPPO, binary KL",
-    "gspo": "GSPO",
-    "cispo": "CISPO",
-    "prorl": "ProRL",
-    "dash": "DASH",
-    "cpgd": "CPGD",
-    "cpgd_std": "CPGD, std weights",
-    "cpgd_equal": "CPGD, equal weights",
-    "cpgd_unprocessed": "CPGD, unprocessed rewards",
-    "cpg": "CPG",
-    "pgd": "PGD",
-    "pg": "PG",
-    "sft": "SFT",
-}
-"""algo.name -> name in the papers; others are shown as they are."""
+from capo_exp.config.schema import conf_dir
+from capo_exp.runs.read import LoggedRun
+from capo_exp.runs.settings import Settings, shorten, varying
+
 REGIMES = {"conservative": "", "aggressive": "A", "zero": "learning rate 0"}
 """regime.name -> what stands in parentheses; others are shown as they are."""
 TEXTS = {
@@ -69,22 +42,44 @@ MAX_LENGTH = 56
 """Characters of a label."""
 
 
-def base_label(settings: Settings, fallback: str) -> str:
-    """Algorithm and regime, such as `CAPO (A)`, and what was put on top of it; fallback if unknown."""
-    name = settings.get("algo.name")
-    if not name:
-        return fallback
-    regime = str(settings.get("regime.name") or "")
-    mark = REGIMES.get(regime, regime)
-    variant = str(settings.get("algo.variant") or "")
+def logged(run: LoggedRun, key: str) -> str:
+    """Returns algo.label, algo.colour or algo.marker: the run's own, else that of conf/algo for its name."""
+    return str(run.setting(f"algo.{key}") or _shipped(str(run.setting("algo.name", ""))).get(key) or "")
+
+
+@cache
+def _shipped(name: str) -> dict[str, Any]:
+    """Returns conf/algo/NAME.yaml, which also runs that are older than those keys can be drawn by."""
+    path = conf_dir() / "algo" / f"{PurePath(name).name}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def algorithm(run: LoggedRun) -> str:
+    """Returns the name for people, else algo.name; empty without a config.yaml."""
+    return logged(run, "label") or str(run.setting("algo.name", ""))
+
+
+def method(run: LoggedRun) -> str:
+    """Returns what was trained, in one label that figures also select by, such as `GRPO selection capo`."""
+    return " ".join(filter(None, [algorithm(run), *_on_top(run)]))
+
+
+def _on_top(run: LoggedRun) -> list[str]:
+    variant, step = (str(run.setting(f"algo.{key}", "")) for key in ("variant", "step_rule_name"))
     is_selection = (conf_dir() / "selection" / f"{variant}.yaml").is_file()
-    extra = f"selection {variant}" if is_selection else variant.replace("_", " ")
-    step = str(settings.get("algo.step_rule_name") or "").replace("_", " ")
-    return " ".join(filter(None, [ALGORITHMS.get(name, str(name)), mark and f"({mark})", extra, step]))
+    return [f"selection {variant}" if is_selection else variant.replace("_", " "), step.replace("_", " ")]
+
+
+def base_label(run: LoggedRun) -> str:
+    """Returns method and regime, such as `CAPO (A)`; the folder's name of a run without a config."""
+    regime = str(run.setting("regime.name", ""))
+    mark = REGIMES.get(regime, regime)
+    parts = [algorithm(run), mark and f"({mark})", *_on_top(run)]
+    return " ".join(filter(None, parts)) if algorithm(run) else run.name
 
 
 def unique_labels(table: Sequence[Settings], bases: Sequence[str]) -> list[str]:
-    """Labels that no two curves share: where bases are the same, with the fewest settings that differ.
+    """Returns labels that no two curves share: equal bases get the fewest settings that differ.
 
     Args:
         table: The settings of each curve, all different.
@@ -105,7 +100,7 @@ def unique_labels(table: Sequence[Settings], bases: Sequence[str]) -> list[str]:
 
 
 def _numbered(labels: Sequence[str]) -> list[str]:
-    """Sets apart what shortening or rounding has made the same."""
+    """Tells apart what shortening or rounding has made the same."""
     count, seen = Counter(labels), Counter[str]()
     result = []
     for label in labels:
@@ -115,7 +110,7 @@ def _numbered(labels: Sequence[str]) -> list[str]:
 
 
 def telling_keys(table: Sequence[Settings]) -> list[str]:
-    """The fewest keys, found greedily, whose values are different in all; the order is that of preference."""
+    """Returns the fewest keys, found greedily, whose values tell all apart, in the order of preference."""
     candidates = sorted(varying(table), key=_preference)
     chosen: list[str] = []
     while candidates and _kinds(table, chosen) < len(table):
@@ -136,7 +131,7 @@ def _preference(key: str) -> tuple[int, int, str]:
 
 
 def text(key: str, settings: Mapping[str, Any]) -> str:
-    """A setting in few words, such as `lr 5e-4`."""
+    """Says a setting in few words, such as `lr 5e-4`."""
     *groups, name = key.split(".")
     if name in ("_target_", "name"):
         name = groups[-1]
@@ -149,7 +144,7 @@ def text(key: str, settings: Mapping[str, Any]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in few characters: 0.0001 -> 1e-4."""
+    """Says a value in few characters: 0.0001 -> 1e-4."""
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "none"}[value]
     if isinstance(value, float):

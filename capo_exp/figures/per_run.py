@@ -1,95 +1,135 @@
-"""Panels whose numbers are no curve: where the time of a step goes, and what the configs say."""
+"""The families without a metric over x: where the time of a step goes, and what the configs say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.transforms import Bbox
 
-from capo_exp.figures import labels
-from capo_exp.figures.catalogue import PanelSpec
+from capo_exp.figures import style
+from capo_exp.figures.bars import ink_on
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.measure import Column, Panel, bars, parts
-from capo_exp.figures.study import Lacking, Series, Study, Unfit, estimate
-from capo_exp.runs.read import Run
+from capo_exp.figures.labels import short
+from capo_exp.figures.panel import Column, Panel, Series, cell_text, format_values, list_rows, parts
+from capo_exp.figures.study import Metric, Study
+from capo_exp.figures.style import Look
+from capo_exp.runs.read import LoggedRun
+
+TOTAL = "time/total_seconds"
+STAGES = {
+    "sampling": "time/rollout_seconds", "weight transfer": "time/transfer_seconds",
+    "verification": "time/reward_seconds", "credit": "time/credit_seconds",
+    "scoring pass": "time/scoring_seconds", "forward and backward": "time/policy_seconds",
+    "curvature": "time/curvature_seconds", "update": "time/update_seconds",
+    "calibration": "time/calibration_seconds",
+}  # fmt: skip
+SETTINGS = {
+    "learning rate": "regime.learning_rate", "prompts": "regime.prompts_per_step",
+    "group": "regime.group_size", "rollout steps": "num_steps", "passes": "algo.num_iterations",
+    "clip low": "algo.token_loss.clip_eps_low", "clip high": "algo.token_loss.clip_eps_high",
+    "KL": "algo.kl_coefficient", "m_F below": "algo.selection.policy_shift_max",
+    "m_H above": "algo.selection.objective_shift_min", "m_H below": "algo.selection.objective_shift_max",
+    "step model": "curvature.optimizer_model",
+}  # fmt: skip
 
 
-def cell_of(curve: Curve) -> tuple[float, int]:
-    """Learning rate, and completions a step."""
-    run = curve.runs[0]
-    rate, prompts, group = (
-        run.setting(f"regime.{key}", 0) for key in ("learning_rate", "prompts_per_step", "group_size")
-    )
-    return float(rate), int(prompts * group)
-
-
-def heat(spec: PanelSpec, title: str, study: Study, drawn: Sequence[Curve]) -> Panel:
-    """One number for each learning rate and batch of a method.
-
-    Raises:
-        Unfit: the method has one pair only.
-        Lacking: several curves have the same pair.
-    """
-    cells: dict[tuple[float, int], str] = {}
-    for curve in drawn:
-        if (other := cells.setdefault(cell_of(curve), curve.label)) != curve.label:
-            raise Lacking(f"{other} and {curve.label} have the same learning rate and batch; narrow runs=")
-    if len(cells) < 2:
-        raise Unfit("needs a method with more than one learning rate or batch")
-    return bars(spec, title, study, drawn)
-
-
-def stages(spec: PanelSpec, title: str, study: Study, drawn: Sequence[Curve]) -> Panel:
-    """Share of each stage in the time of a step, means over steps and seeds."""
-    timed = {curve.label: [run for run in curve.runs if total_time(run, spec)] for curve in drawn}
+def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
+    """Returns the share of each stage in the time of a step, means over steps and seeds."""
+    timed = {curve.label: [run for run in curve.runs if _step_seconds(run)] for curve in drawn}
     shown = [curve for curve in drawn if timed[curve.label]]
-    names = [*spec.keys, "other"]
-    shares = {c.label: np.array([shares_of(run, spec) for run in timed[c.label]]) for c in shown}
-    per = {label: [estimate(study, column) for column in table.T] for label, table in shares.items()}
+    names = [*STAGES, "other"]
+    shares = {c.label: np.array([_shares(run) for run in timed[c.label]]) for c in shown}
     used = [i for i, _ in enumerate(names) if any(table[:, i].any() for table in shares.values())]
-    seconds = {
-        c.label: estimate(study, np.array([total_time(run, spec) for run in timed[c.label]])) for c in shown
-    }
-    columns = [Column(names[i], spec.unit, {label: row[i] for label, row in per.items()}) for i in used]
+    per = {label: [study.over_seeds(table[:, i]) for i in used] for label, table in shares.items()}
+    seconds = {c.label: study.over_seeds(np.array(list(map(_step_seconds, timed[c.label])))) for c in shown}
+    columns = [
+        Column(names[i], "percent", {label: row[at] for label, row in per.items()})
+        for at, i in enumerate(used)
+    ]
     return Panel(
-        spec=spec,
-        title=title,
+        "stages", title, _paint_stages, metric=study.settled(Metric(TOTAL, TOTAL, "percent")),
+        height=0.9 + 0.36 * len(shown), columns=(Column("seconds a step", "seconds", seconds), *columns),
         series=tuple(
             Series(
-                c, [names[i] for i in used], *parts([per[c.label][i] for i in used]),
-                np.full(len(used), len(timed[c.label])),
+                c, [names[i] for i in used], *parts(per[c.label]), np.full(len(used), len(timed[c.label]))
             )
             for c in shown
         ),
-        columns=(Column("seconds a step", "seconds", seconds), *columns),
         absent=tuple(curve.label for curve in drawn if not timed[curve.label]),
     )  # fmt: skip
 
 
-def total_time(run: Run, spec: PanelSpec) -> float:
-    """Mean seconds of a step; 0 if the run has not logged any."""
-    found = [row[spec.key] for row in run.metrics if row.get(spec.key) is not None]
+def _step_seconds(run: LoggedRun) -> float:
+    """Returns the mean seconds of a step; 0 if the run has not logged any."""
+    found = [row[TOTAL] for row in run.metrics if row.get(TOTAL) is not None]
     return float(np.mean(found)) if found else 0.0
 
 
-def shares_of(run: Run, spec: PanelSpec) -> list[float]:
-    """Of each stage and of the rest, in the time of all steps."""
-    rows = [row for row in run.metrics if row.get(spec.key) is not None]
-    named = [sum(row.get(key) or 0.0 for row in rows) for key in spec.keys.values()]
-    total = max(sum(row[spec.key] for row in rows), sum(named))
+def _shares(run: LoggedRun) -> list[float]:
+    """Returns the share of each stage and of the rest in the time of all steps."""
+    rows = [row for row in run.metrics if row.get(TOTAL) is not None]
+    named = [sum(row.get(key) or 0.0 for row in rows) for key in STAGES.values()]
+    total = max(sum(row[TOTAL] for row in rows), sum(named))
     return [*(seconds / total for seconds in named), 1.0 - sum(named) / total]
 
 
-def settings(spec: PanelSpec, title: str, study: Study, drawn: Sequence[Curve]) -> Panel:
-    """What the curves' configs say; keys that no run has are left out."""
+def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+    """Draws shares of one whole beside each other."""
+    names, every = [str(name) for name in panel.series[0].x], [*STAGES, "other"]
+    faces = [style.STAGES[every.index(name) % len(style.STAGES)] for name in names]
+    edge: dict[str, Any] = {"edgecolor": style.REFERENCE, "linewidth": 0.5}
+    places = list_rows(axes, [series.curve.label for series in panel.series])
+    for place, series in zip(places, panel.series, strict=True):
+        left = 0.0
+        for share, face in zip(series.centre, faces, strict=True):
+            axes.barh(place, share, 0.62, left=left, color=face, **edge)
+            if share > 0.05:
+                middle = {"ha": "center", "va": "center", "fontsize": 8, "color": ink_on(face)}
+                axes.text(left + share / 2, place, f"{share:.0%}", **middle)
+            left += float(share)
+        cell = panel.columns[0].cells[series.curve.label]
+        seconds = cell if isinstance(cell, str) else f"{cell.value:.3g} s"
+        axes.text(1.01, place, seconds, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+    axes.set(title=panel.title, xlabel="share of a rollout step; at the right its seconds", xlim=(0, 1))
+    format_values(axes.xaxis, "percent")
+    return [Patch(label=name, facecolor=face, **edge) for name, face in zip(names, faces, strict=True)]
+
+
+def settings_table(drawn: Sequence[Curve], title: str) -> Panel:
+    """Returns what the curves' configs say; keys that no run has are left out."""
     columns = [
-        Column(name, "text", {curve.label: said(curve.runs[0].setting(key)) for curve in drawn})
-        for name, key in spec.keys.items()
+        Column(name, "text", {curve.label: _said(curve.run.setting(key)) for curve in drawn})
+        for name, key in SETTINGS.items()
     ]
     shown = tuple(column for column in columns if any(column.cells.values()))
     empty = np.array([])
     series = tuple(Series(curve, [], empty, empty, empty, empty) for curve in drawn) if shown else ()
-    return Panel(spec=spec, title=title, series=series, columns=shown)
+    height = 0.3 + 0.27 * (1 + len(series))
+    lack = "the runs have no config.yaml"
+    return Panel("settings", title, _paint_settings, series=series, height=height, columns=shown, lack=lack)
 
 
-def said(value: object) -> str:
-    """A config value as a cell; what is not there or does not bind is empty."""
-    return "" if value is None or (isinstance(value, float) and np.isinf(value)) else labels.short(value)
+def _said(value: object) -> str:
+    """Says a config value as a cell; what is not there or does not bind is empty."""
+    return "" if value is None or (isinstance(value, float) and np.isinf(value)) else short(value)
+
+
+def _paint_settings(
+    axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]
+) -> list[Any]:
+    """Draws the table as a picture."""
+    axes.axis("off")
+    names = [series.curve.label for series in panel.series]
+    cells = [[cell_text(column.cells[name], column.unit) for column in panel.columns] for name in names]
+    drawn = axes.table(
+        cells, rowLabels=names, colLabels=[column.heading for column in panel.columns],
+        edges="horizontal", loc="center", cellLoc="right", colLoc="right", rowLoc="left", bbox=Bbox.unit(),
+    )  # fmt: skip
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8.5)
+    for cell in drawn.get_celld().values():
+        cell.set_edgecolor("#BBBBBB")
+        cell.get_text().set_parse_math(False)
+    return []

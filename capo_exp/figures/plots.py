@@ -11,8 +11,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from capo_exp.figures import style
+from capo_exp.figures.labels import short
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Array, Run, load_run, series
+from capo_exp.runs.read import Array, LoggedRun, load_run, read_series
 
 
 def plot_run(run_dir: Path | str) -> Path:
@@ -25,7 +26,7 @@ def plot_run(run_dir: Path | str) -> Path:
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
         FigureCanvasAgg(figure)
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
-        figure.suptitle(title(run), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11)
         draw_accuracy(accuracy, run)
         draw_shifts(shifts, run)
         draw_rejection(rejection, run)
@@ -37,45 +38,45 @@ def plot_run(run_dir: Path | str) -> Path:
     return path
 
 
-def title(run: Run) -> str:
-    """What ran on two lines: algorithm, model, dataset; regime, learning rate, batch and seed."""
+def run_title(run: LoggedRun) -> str:
+    """Says on two lines what ran: algorithm, model, dataset; regime, learning rate, batch and seed."""
     subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
     rate = run.setting("regime.learning_rate")
     batch = [run.setting(f"regime.{key}", "?") for key in ("prompts_per_step", "group_size")]
     setup = [
         str(run.setting("regime.name", "?")),
-        f"learning rate {_short(rate) if rate is not None else '?'}",
+        f"learning rate {short(float(rate)) if rate is not None else '?'}",
         f"{batch[0]} prompts x {batch[1]} completions a step",
         f"seed {run.setting('seed', '?')}",
     ]
     return " · ".join(subject) + "\n" + " · ".join(setup)
 
 
-def draw_accuracy(axes: Axes, run: Run) -> None:
-    """Training accuracy, raw and smoothed, and the evaluations as points."""
-    colour = style.colour(str(run.setting("algo.name")))
-    x, y = series(run.metrics, names.TRAIN_ACCURACY)
+def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
+    """Draws training accuracy, raw and smoothed, and the evaluations as points."""
+    colour = style.colour(run)
+    x, y = read_series(run.metrics, names.TRAIN_ACCURACY)
     window = smoothing_window(len(y))
     _line(axes, x, y, color=colour, linewidth=0.8, alpha=0.4)
     label = f"training, mean of {window} steps" if window > 1 else "training, each step"
     _line(axes, x, trailing_mean(y, window), color=colour, label=label)
     points = {"marker": "o", "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
-    held_out = series(run.evaluations, names.EVAL_ACCURACY)
+    held_out = read_series(run.evaluations, names.EVAL_ACCURACY)
     _line(axes, *held_out, color="#222222", linewidth=1.0, label="held-out problems", **points)
     axes.set(ylim=(0, 1), ylabel="accuracy", title="Accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend(axes)
 
 
-def draw_shifts(axes: Axes, run: Run) -> None:
-    """Predicted shifts of single tokens on a log scale, and the bounds if the selection has any."""
+def draw_shifts(axes: Axes, run: LoggedRun) -> None:
+    """Draws predicted shifts of single tokens on a log scale, and the bounds if the selection has any."""
     dotted, solid, dashed = {"ls": ":", "lw": 1.2}, {"ls": "-", "lw": 1.5}, {"ls": "--", "lw": 1.2}
     for shift, prefix, looks in (
         ("policy", names.POLICY_SHIFT, {"max": dotted, "p99": solid, "mean": dashed}),
         ("|objective|", names.OBJECTIVE_SHIFT, {"max": dotted, "p99": solid}),
     ):
         for name, look in looks.items():
-            x, y = series(run.metrics, prefix + name)
+            x, y = read_series(run.metrics, prefix + name)
             size = np.where(y == 0, np.nan, np.abs(y))  # a log scale has no 0
             _line(axes, x, size, color=style.SHIFT_COLOURS[shift], label=f"{shift} {name}", **look)
     if axes.lines:
@@ -90,13 +91,13 @@ def draw_shifts(axes: Axes, run: Run) -> None:
     _legend(axes)
 
 
-def draw_rejection(axes: Axes, run: Run) -> None:
-    """Share of tokens that the selection left out."""
-    x, total = series(run.metrics, names.REJECTION_RATE)
+def draw_rejection(axes: Axes, run: LoggedRun) -> None:
+    """Draws the share of tokens that the selection left out."""
+    x, total = read_series(run.metrics, names.REJECTION_RATE)
     top = np.nanmax(total, initial=0.0)
-    _line(axes, x, total, color=style.colour(str(run.setting("algo.name"))), label="total")
+    _line(axes, x, total, color=style.colour(run), label="total")
     for reason, label, look in (("_policy", "policy", "--"), ("_objective", "|objective|", ":")):
-        x, y = series(run.metrics, names.REJECTION_RATE + reason)
+        x, y = read_series(run.metrics, names.REJECTION_RATE + reason)
         if top > 0:
             _line(axes, x, y, ls=look, lw=1.3, color=style.SHIFT_COLOURS[label], label=f"by {label} shift")
     if top == 0:
@@ -107,12 +108,12 @@ def draw_rejection(axes: Axes, run: Run) -> None:
 
 
 def smoothing_window(steps: int) -> int:
-    """Steps in the trailing mean: a twentieth of the run, at most 20."""
+    """Returns the steps in the trailing mean: a twentieth of the run, at most 20."""
     return max(1, min(20, steps // 20))
 
 
 def trailing_mean(values: Array, window: int) -> Array:
-    """Mean of each value and those before it, `window` in all, fewer at the start; skips NaN. [n] -> [n]."""
+    """Returns means of each value and those before it, `window` in all; skips NaN. [n] -> [n]."""
     chunks = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return np.array([np.nan if np.isnan(c).all() else np.nanmean(c) for c in chunks], dtype=np.float64)
 
@@ -128,20 +129,10 @@ def _bound(axes: Axes, bound: float | None, shift: str) -> None:
         return
     axes.axhline(abs(bound), color=style.SHIFT_COLOURS[shift], linewidth=3.5, alpha=0.28, zorder=1)
     text = axes.annotate(
-        f"{shift} bound {_short(abs(bound))}",
-        (0, abs(bound)),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 4),
-        textcoords="offset points",
-        fontsize=8,
-        color=style.SHIFT_COLOURS[shift],
-    )
+        f"{shift} bound {short(abs(float(bound)))}", (0, abs(bound)), xycoords=("axes fraction", "data"),
+        xytext=(4, 4), textcoords="offset points", fontsize=8, color=style.SHIFT_COLOURS[shift],
+    )  # fmt: skip
     text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-
-
-def _short(number: float) -> str:
-    small = 0 < abs(number) < 1e-2
-    return np.format_float_scientific(number, precision=3, trim="-", exp_digits=1) if small else f"{number:g}"
 
 
 def _legend(axes: Axes) -> None:

@@ -1,6 +1,6 @@
 """Arrays in, numbers out: how much sooner a method gets somewhere, and how well it stays there.
 
-No files, no drawing. What is in bands.py and intervals.py can be imported from here too.
+No files, no drawing.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,17 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
-from capo_exp.figures.bands import Band, Source, band
-from capo_exp.figures.intervals import LEVEL, RESAMPLES, Estimate, Interval, Statistic, centre, ema, interval
+from capo_exp.core.intervals import (
+    LEVEL,
+    RESAMPLES,
+    Estimate,
+    Interval,
+    Statistic,
+    centre_of_seeds,
+    seed_estimate,
+)
+from capo_exp.figures.bands import Band
 from capo_exp.runs.read import Array
-
-__all__ = [
-    "Band", "Estimate", "Factor", "Interval", "Source", "Stability", "Statistic", "band", "centre", "ema",
-    "interval", "sample_efficiency", "stability",
-]  # fmt: skip
 
 NOISE_DROP = 8.0
 """Standard deviations of its smoothed curve that a seed loses more than, if it collapsed; see `stability`."""
@@ -33,36 +36,25 @@ class Factor:
 
     target: float
     """That accuracy; NaN if the reference sets none, and then the rest is NaN or None."""
-    reference_x: float
     method_x: float | None
     """None if the method never reaches the target."""
     factor: float | None
-    """reference_x / method_x; 30 = the reference needs 30 times as many."""
+    """x of the reference over x of the method; 30 = the reference needs 30 times as many."""
     low: float
-    """95 % interval; 0 if more than 2.5 % of the resamples do not reach the target. NaN below two seeds of
-    either."""
+    """95 % interval; 0 if more than 2.5 % of the resamples do not reach the target; NaN below two seeds."""
     high: float
-    reached_share: float
-    """Share of the resamples in which the method reaches the target; 0 or 1 below two seeds."""
-    undefined_share: float
-    """Share of the resamples in which the reference sets no target; the others make the interval."""
 
 
 @dataclass(frozen=True)
 class Stability:
-    """Of one curve, over its seeds."""
+    """How stable one curve is, over its seeds."""
 
-    seeds: int
     collapsed_share: Estimate
     """Interval: Wilson's for a share."""
     kept_share: Estimate
-    """Of seeds that end with KEPT of their peak; likewise."""
-    collapses: tuple[float | None, ...]
-    """x of each seed's collapse; None if it did not."""
+    """Share of seeds that end with KEPT of their peak; likewise."""
     first_collapse: float | None
-    """Median of those that collapsed; None if none did."""
-    final: Estimate
-    """Of each seed's own last x, so of a seed that broke off too."""
+    """Median x of the collapses of those that collapsed; None if none did."""
     worst_after_peak: Estimate
     """Lowest point from the seed's highest on."""
     peak: Estimate
@@ -70,10 +62,8 @@ class Stability:
     """Mean height of the curve: area under it over the length of x."""
 
 
-def sample_efficiency(
-    reference: Band, method: Band, *, level: float | None = None, start: float | None = None
-) -> Factor:
-    """Completions that the reference needs over those that the method needs for the same accuracy.
+def sample_efficiency(reference: Band, method: Band, *, start: float | None = None) -> Factor:
+    """Compares the completions that reference and method need for the same accuracy.
 
     The target is the accuracy of the reference at its end (Band.end), of its seeds that get there. Both
     curves are read in the same way: the first x > 0 at which the smoothed centre is at or above the target,
@@ -82,45 +72,40 @@ def sample_efficiency(
     of the steps' sizes.
 
     The interval is the percentile bootstrap: seeds of both are drawn anew, each draw with a target of its
-    own. A draw in which the method does not reach its target has factor 0. With few seeds it is too narrow,
-    as that of a mean (intervals.py).
+    own. A draw in which the method does not reach its target has factor 0; one without a target is left out.
+    With few seeds it is too narrow, as that of a mean (core/intervals.py).
 
     Args:
         reference: With the same smoothing and statistic as the method.
         method: Likewise.
-        level: Target in place of the reference's end.
         start: Accuracy before training; None = the reference's first point.
     """
     at_end = np.isfinite(reference.values[:, reference.end])
     values = reference.values[at_end, : reference.end + 1]
-    ask = partial(_crossings, reference.x[: reference.end + 1], method.x, level=level, start=start)
-    target, before, after = ask(centre(values, reference.statistic)[None], method.centre[None])
-    reached = bool(np.isfinite(after[0]))
-    low, high, share, undefined = np.nan, np.nan, float(reached), float(np.isnan(target[0]))
+    ask = partial(_first_reached, reference.x[: reference.end + 1], method.x, start)
+    target, before, after = ask(centre_of_seeds(values, reference.statistic)[None], method.centre[None])
+    if np.isnan(target[0]):
+        return Factor(np.nan, None, None, np.nan, np.nan)
+    low, high = np.nan, np.nan
     if min(len(values), method.seeds) >= 2:
         draws = [_resampled(values, reference.statistic, 0), _resampled(method.values, method.statistic, 1)]
-        low, high, share, undefined = _spread(*ask(*draws))
-    if np.isnan(target[0]):
-        return Factor(np.nan, np.nan, None, None, np.nan, np.nan, np.nan, undefined)
-    return Factor(
-        target=float(target[0]),
-        reference_x=float(before[0]),
-        method_x=float(after[0]) if reached else None,
-        factor=float(before[0] / after[0]) if reached else None,
-        low=low,
-        high=high,
-        reached_share=share,
-        undefined_share=undefined,
-    )
+        targets, befores, afters = ask(*draws)
+        factors, tails = (befores / afters)[np.isfinite(targets)], ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+        if len(factors):
+            low, high = (float(q) for q in np.quantile(factors, tails, method="inverted_cdf"))
+    if not np.isfinite(after[0]):
+        return Factor(float(target[0]), None, None, low, high)
+    return Factor(float(target[0]), float(after[0]), float(before[0] / after[0]), low, high)
 
 
-def _crossings(
-    x: Array, method_x: Array, reference: Array, method: Array, *, level: float | None, start: float | None
+def _first_reached(
+    x: Array, method_x: Array, start: float | None, reference: Array, method: Array
 ) -> tuple[Array, Array, Array]:
-    """Target, and the first x of the reference [r, n] and of the method [r, m] at it, [r] each: NaN where the
-    reference sets no target, infinite where the method does not reach it."""
-    first, last = _ends(reference)
-    target = last if level is None else np.full(len(last), level)
+    """Returns the target, and the first x of the reference [r, n] and of the method [r, m] at it, [r] each.
+
+    They are NaN where the reference sets no target, infinite where the method does not reach it.
+    """
+    first, target = _ends(reference)
     before = _first_x(x, reference, target)
     sets = (target > (first if start is None else start)) & np.isfinite(before)
     after = _first_x(method_x, method, target)
@@ -128,7 +113,7 @@ def _crossings(
 
 
 def _ends(curves: Array) -> tuple[Array, Array]:
-    """First and last value of each curve, [r, n] -> two of [r]; NaN of a curve without any."""
+    """Returns the first and last value of each curve, [r, n] -> two of [r]; NaN of a curve without any."""
     there = np.isfinite(curves)
     row = np.arange(len(curves))
     return curves[row, there.argmax(1)], curves[row, -1 - there[:, ::-1].argmax(1)]
@@ -140,24 +125,16 @@ def _first_x(x: Array, curves: Array, target: Array) -> Array:
 
 
 def _resampled(values: Array, statistic: Statistic, stream: int) -> Array:
-    """Centres of resampled seeds, [s, n] -> [r, n]."""
+    """Returns centres of resampled seeds, [s, n] -> [r, n]."""
     seeds = len(values)
     draws = np.random.default_rng(stream).integers(0, seeds, (RESAMPLES, seeds))
-    return np.concatenate([centre(values[part], statistic, axis=1) for part in np.array_split(draws, 20)])
-
-
-def _spread(target: Array, before: Array, after: Array) -> tuple[float, float, float, float]:
-    """Bounds of the factor, share that reaches the target, share without one."""
-    defined = np.isfinite(target)
-    if not defined.any():
-        return np.nan, np.nan, np.nan, 1.0
-    tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    low, high = np.quantile(before[defined] / after[defined], tails, method="inverted_cdf")
-    return float(low), float(high), float(np.isfinite(after[defined]).mean()), float(1 - defined.mean())
+    return np.concatenate(
+        [centre_of_seeds(values[part], statistic, axis=1) for part in np.array_split(draws, 20)]
+    )
 
 
 def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
-    """How well a curve keeps what it has learned.
+    """Says how well a curve keeps what it has learned.
 
     A seed has collapsed if its smoothed accuracy, after its peak, has lost at least half of what it had
     gained by then, peak - start, and more than noise takes: NOISE_DROP standard deviations of its smoothed
@@ -173,54 +150,39 @@ def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
     Args:
         band: Accuracy.
         start: Accuracy before training.
-        kind: Of the intervals over seeds of final, worst_after_peak, peak and auc.
+        kind: Kind of the intervals over seeds of worst_after_peak, peak and auc.
     """
-    seeds = [(np.isfinite(y), y) for y in band.values]
-    fates = [_fate(band.x[there], y[there], start, band.alpha) for there, y in seeds if there.any()]
-    collapses = [fate.collapse for fate in fates]
-    when = [x for x in collapses if x is not None]
-    kept = [fate.final >= KEPT * fate.peak for fate in fates]
-    over = partial(_estimate, statistic=band.statistic, kind=kind)
+    seeds = [(band.x[there], y[there]) for y in band.values if (there := np.isfinite(y)).any()]
+    collapses = [x for own in seeds if (x := _collapse(*own, start, band.alpha)) is not None]
+    kept = sum(bool(y[-1] >= KEPT * y.max()) for _, y in seeds)
+
+    def over(of_seeds: Sequence[float]) -> Estimate:
+        return seed_estimate(np.array(of_seeds), band.statistic, kind)
+
     return Stability(
-        seeds=len(fates),
-        collapsed_share=_share(len(when), len(fates)),
-        kept_share=_share(sum(kept), len(fates)),
-        collapses=tuple(collapses),
-        first_collapse=float(np.median(when)) if when else None,
-        final=over([fate.final for fate in fates]),
-        worst_after_peak=over([fate.worst for fate in fates]),
-        peak=over([fate.peak for fate in fates]),
-        auc=over([fate.auc for fate in fates]),
+        collapsed_share=_share(len(collapses), len(seeds)),
+        kept_share=_share(kept, len(seeds)),
+        first_collapse=float(np.median(collapses)) if collapses else None,
+        worst_after_peak=over([float(y[_from_peak(y, start)].min()) for _, y in seeds]),
+        peak=over([float(y.max()) for _, y in seeds]),
+        auc=over([_area(x, y) for x, y in seeds]),
     )
 
 
-@dataclass(frozen=True)
-class _Fate:
-    final: float
-    worst: float
-    peak: float
-    auc: float
-    collapse: float | None
+def _from_peak(y: Array, start: float) -> slice:
+    return slice(int(y.argmax()) if y.max() >= start else 0, None)
 
 
-def _fate(x: Array, y: Array, start: float, alpha: float) -> _Fate:
-    """Of one seed, [n] each."""
-    top = int(y.argmax())
-    height = max(float(y[top]), start)
-    after = slice(0 if height > y[top] else top, None)
+def _collapse(x: Array, y: Array, start: float, alpha: float) -> float | None:
+    """Returns where one seed, [n] each, collapses; None if it does not."""
+    height, after = max(float(y.max()), start), _from_peak(y, start)
     loss = height - y[after]
     fallen = (loss >= (height - start) / 2) & (loss > NOISE_DROP * noise(y, alpha))
-    return _Fate(
-        final=float(y[-1]),
-        worst=float(y[after].min()),
-        peak=float(y[top]),
-        auc=_area(x, y),
-        collapse=float(x[after][fallen.argmax()]) if fallen.any() else None,
-    )
+    return float(x[after][fallen.argmax()]) if fallen.any() else None
 
 
 def areas(band: Band) -> Array:
-    """Mean height of each seed's curve, [s]: the area under it over its length."""
+    """Returns the mean height of each seed's curve, [s]: the area under it over its length."""
     there = np.isfinite(band.values)
     return np.array([_area(band.x[own], y[own]) for own, y in zip(there, band.values, strict=True)])
 
@@ -234,14 +196,8 @@ def _share(count: int, seeds: int) -> Estimate:
     return Estimate(count / seeds, float(wilson.low), float(wilson.high))
 
 
-def _estimate(of_seeds: Sequence[float], statistic: Statistic, kind: Interval) -> Estimate:
-    values = np.array(of_seeds)
-    low, high = interval(values, statistic, kind)
-    return Estimate(float(centre(values, statistic)), float(low), float(high))
-
-
 def noise(smooth: Array, alpha: float) -> float:
-    """Standard deviation of a moving average [n] from step to step noise; 0 below FEW values.
+    """Returns the standard deviation of a moving average [n] from step to step noise; 0 below FEW values.
 
     From the median difference of neighbours before smoothing, so that neither a trend nor a jump counts as
     noise.

@@ -1,130 +1,146 @@
 """A set of runs and how to look at them; the numbers of curves, each computed once."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.figures import stats
-from capo_exp.figures.catalogue import PanelSpec
-from capo_exp.figures.curves import Curve, reference_of, start_value
-from capo_exp.figures.stats import Band, Estimate, Interval, Source, Statistic
-from capo_exp.runs.read import Array, Run
+from capo_exp.core.intervals import Estimate, Interval, Statistic, seed_estimate
+from capo_exp.figures import bands, labels
+from capo_exp.figures.bands import Band, in_evaluations
+from capo_exp.figures.curves import Curve, curves, reference_of, start_value
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Array, LoggedRun
 
-
-@dataclass(frozen=True)
-class Study:
-    """What every figure is drawn from."""
-
-    runs: tuple[Run, ...]
-    curves: tuple[Curve, ...]
-    """Of all runs."""
-    statistic: Statistic
-    interval: Interval
-    smoothing: float | None
-    """In place of the panels' own; None = theirs."""
-    x: str | None
-    """In place of the panels' own."""
-    bands: dict[tuple[object, ...], Band | None] = field(default_factory=dict, repr=False, compare=False)
-    """Those computed so far."""
-
-    @property
-    def reference(self) -> Curve | None:
-        return reference_of(self.curves)
-
-
-@dataclass(frozen=True)
-class Series:
-    """What is drawn of one curve, and a block of rows of the CSV."""
-
-    curve: Curve
-    x: Array | list[str]
-    """[n]"""
-    centre: Array
-    """[n]"""
-    low: Array
-    """[n], NaN where there is no interval."""
-    high: Array
-    """[n]"""
-    seeds: NDArray[Any]
-    """[n], how many are behind each number."""
-
-    @property
-    def numbers(self) -> Array:
-        """x where it is not names."""
-        return np.asarray(self.x, dtype=np.float64)
+X_LABELS = {
+    "counter/completions": "training completions", "counter/optimizer_step": "optimiser steps",
+    "counter/rollout_step": "rollout steps", "counter/generated_tokens": "generated tokens",
+    "counter/prompts": "training prompts",
+}  # fmt: skip
+"""Metrics that can be the x axis -> what stands there."""
+MAX_VALUES = 4
+"""Values of a key that a message shows."""
 
 
 class Lacking(ConfigError):
     """These runs do not have what a figure shows."""
 
 
-class Unfit(Lacking):
-    """A panel is not about these curves; of a split panel other curves may fit."""
+@dataclass(frozen=True)
+class Metric:
+    """A metric, and how a figure reads and shows it."""
+
+    key: str
+    label: str
+    unit: str = "number"
+    """number | percent | seconds | completions"""
+    smoothing: float = 1.0
+    """Weight of a new value in the exponential moving average; 1 = none."""
+    start: bool = False
+    """Whether curves begin at x = 0 with the value of runs at learning rate 0, if there are any."""
+    log: bool = False
+    x: str = names.COMPLETIONS
 
 
-class NoMetric(Lacking):
-    """No run has logged the metric; the message is its name."""
+@dataclass(frozen=True)
+class Study:
+    """What every figure is drawn from."""
+
+    runs: tuple[LoggedRun, ...]
+    curves: tuple[Curve, ...]
+    """Those of all runs."""
+    statistic: Statistic
+    interval: Interval
+    smoothing: float | None
+    """In place of the figures' own; None = theirs."""
+    x: str | None
+    """In place of the figures' own."""
+    bands: dict[tuple[object, ...], Band | None] = field(default_factory=dict, repr=False, compare=False)
+    """Those computed so far."""
+
+    @property
+    def reference(self) -> Curve | None:
+        """Returns the curve that methods are compared with."""
+        return reference_of(self.curves)
+
+    def is_reference(self, curve: Curve) -> bool:
+        """Returns whether a curve of a figure has the runs of the reference."""
+        return self.reference is not None and curve.run.path in [run.path for run in self.reference.runs]
+
+    def choose(self, fits: Callable[[LoggedRun], bool], wanted: Mapping[str, str]) -> list[Curve]:
+        """Returns the curves of the runs that fit, with labels that tell just these apart.
+
+        Raises:
+            Lacking: there are none; `wanted` says by key what would have been needed.
+        """
+        chosen = [run for run in self.runs if fits(run)]
+        if not chosen:
+            raise Lacking(self.explain_lack(wanted))
+        return curves(chosen, mix=True)  # whether they can be compared, the command has checked
+
+    def explain_lack(self, wanted: Mapping[str, str]) -> str:
+        """Says what no run has, and what they have in its place."""
+        have = []
+        for key in wanted:
+            values = list(dict.fromkeys(_shown(run, key) for run in self.runs))
+            more = ["..."] if len(values) > MAX_VALUES else []
+            have.append(f"{key} = {'|'.join([*values[:MAX_VALUES], *more])}")
+        asked = " and ".join(f"{key} {value}" for key, value in wanted.items())
+        return f"needs runs with {asked}; these have {', '.join(have)}"
+
+    def settled(self, metric: Metric) -> Metric:
+        """Returns the metric with what the command line has in place of the figure's own."""
+        smoothing = metric.smoothing if self.smoothing is None else self.smoothing
+        return replace(metric, smoothing=smoothing, x=self.x or metric.x)
+
+    def start_of(self, curve: Curve, metric: Metric) -> float | None:
+        """Returns the value at x = 0, of runs at learning rate 0 with the same model and problems, if any."""
+        alike = [run for run in self.runs if _subject(run) == _subject(curve.run)]
+        return start_value(alike, metric.key) if metric.start else None
+
+    def band(self, curve: Curve, metric: Metric) -> Band | None:
+        """Returns a settled metric of a curve, smoothed from its start point on; None if no run has it."""
+        key = (tuple(run.path for run in curve.runs), metric.key, metric.x, metric.smoothing, metric.start)
+        if key not in self.bands:
+            start = self.start_of(curve, metric)
+            runs = curve.runs if start is None else [_from_start(run, metric, start) for run in curve.runs]
+            self.bands[key] = bands.band(
+                runs, metric.key, x=metric.x, alpha=metric.smoothing,
+                statistic=self.statistic, interval=self.interval,
+            )  # fmt: skip
+        return self.bands[key]
+
+    def bands_of(self, drawn: Sequence[Curve], metric: Metric) -> dict[str, Band]:
+        """Returns the bands of the curves that have the metric, by label."""
+        found = {curve.label: self.band(curve, metric) for curve in drawn}
+        return {label: band for label, band in found.items() if band is not None and band.count.any()}
+
+    def over_seeds(self, values: Array) -> Estimate:
+        """Returns one number from those of the seeds, [s]."""
+        return seed_estimate(values, self.statistic, self.interval)
 
 
-def alpha(study: Study, spec: PanelSpec) -> float:
-    """Weight of a new value in the moving average of a panel."""
-    return spec.smoothing if study.smoothing is None else study.smoothing
+def _shown(run: LoggedRun, key: str) -> str:
+    return labels.method(run) or "none" if key == "method" else str(run.setting(key, "none"))
 
 
-def x_of(study: Study, spec: PanelSpec) -> str:
-    """The metric on the x axis of a panel."""
-    return study.x or spec.x
-
-
-def start_of(study: Study, curve: Curve, spec: PanelSpec) -> float | None:
-    """Value at x = 0, of runs at learning rate 0 with the curve's model and problems; None without any."""
-    alike = [run for run in study.runs if _subject(run) == _subject(curve.runs[0])]
-    return start_value(alike, spec.key, source=cast(Source, spec.source)) if spec.start else None
-
-
-def _subject(run: Run) -> tuple[object, object]:
+def _subject(run: LoggedRun) -> tuple[object, object]:
     return run.setting("model.name"), run.setting("dataset.name")
 
 
-def band(study: Study, curve: Curve, spec: PanelSpec) -> Band | None:
-    """The panel's metric of a curve, smoothed from its start point on; None if no run has it."""
-    x, weight = x_of(study, spec), alpha(study, spec)
-    key = (tuple(run.path for run in curve.runs), spec.key, spec.source, x, weight, spec.start)
-    if key not in study.bands:
-        start = start_of(study, curve, spec)
-        runs = [from_start(run, spec, x, start) for run in curve.runs] if start is not None else curve.runs
-        study.bands[key] = stats.band(
-            runs, spec.key, source=cast(Source, spec.source), x=x, alpha=weight,
-            statistic=study.statistic, interval=study.interval,
-        )  # fmt: skip
-    return study.bands[key]
-
-
-def from_start(run: Run, spec: PanelSpec, x: str, start: float) -> Run:
-    """The run with a row before its first, unless it has one at x = 0 already."""
-    rows = run.evaluations if spec.source == "eval" else run.metrics
-    points = [row[x] for row in rows if spec.key in row and x in row]
+def _from_start(run: LoggedRun, metric: Metric, start: float) -> LoggedRun:
+    """Returns the run with a row before its first, unless it has one at x = 0 already."""
+    evaluated = in_evaluations(metric.key)
+    rows = run.evaluations if evaluated else run.metrics
+    points = [row[metric.x] for row in rows if metric.key in row and metric.x in row]
     if not points or 0 in points:
         return run
-    rows = [{x: 0, spec.key: start}, *rows]
-    return replace(run, evaluations=rows) if spec.source == "eval" else replace(run, metrics=rows)
+    rows = [{metric.x: 0, metric.key: start}, *rows]
+    return replace(run, evaluations=rows) if evaluated else replace(run, metrics=rows)
 
 
-def end(found: Band) -> int:
-    """Index of the last x that at least half of the seeds have, as for stats.sample_efficiency."""
-    return int(np.flatnonzero(2 * found.count >= found.count.max())[-1])
-
-
-def series_of(curve: Curve, found: Band) -> Series:
-    """The whole band."""
-    return Series(curve, found.x, found.centre, found.low, found.high, found.count)
-
-
-def estimate(study: Study, seeds: Array) -> Estimate:
-    """One number from those of the seeds, [s]."""
-    centre = stats.centre(seeds, study.statistic)
-    low, high = stats.interval(seeds, study.statistic, study.interval)
-    return Estimate(float(centre), float(low), float(high))
+def last_value(found: Band) -> Estimate:
+    """Returns the centre where tables read the curve, with its interval."""
+    value, low, high = (float(part[found.last_shown]) for part in (found.centre, found.low, found.high))
+    return Estimate(value, low, high) if np.isfinite([low, high]).all() else Estimate(value)

@@ -1,35 +1,26 @@
 """The one look of every figure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import matplotlib as mpl
+from matplotlib import rc_params_from_file
 
-ALGORITHM_COLOURS = {
-    # the subject of the study
-    "capo": "#0072B2",
-    "dr_capo": "#56B4E9",
-    "rein_capo": "#6A5ACD",
-    # what it is compared with
-    "grpo": "#D55E00",
-    "dr_grpo": "#E69F00",
-    "reinforce": "#CC79A7",
-    "rloo": "#009E73",
-    "reinforce_pp": "#882255",
-    "cpgd": "#332288",
-    "dapo": "#999933",
-    "gspo": "#44AA99",
-    "cispo": "#AA4499",
-    "dash": "#117733",
-}
-"""Colour-blind safe (Okabe and Ito 2008; Tol's muted set). Every figure gives an algorithm this colour."""
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.labels import logged
+from capo_exp.runs.read import LoggedRun
+
+SPARE = ("#AA4499", "#661100", "#6699CC", "#8C6D31", "#3F5F3F", "#7F3C8D", "#A6761D", "#4B4B8F")
+"""Colours of methods that state none, by their name; none of them is one of conf/algo."""
 OTHER = "#555555"
-"""An algorithm without a colour of its own."""
-MARKERS = dict(zip([*ALGORITHM_COLOURS, ""], "oD^sPvXh*<>pd.", strict=True))
-"""A second sign of the algorithm, for grey print; "" = one without a colour of its own."""
+"""What belongs to no method."""
+MARKERS = "oD^sPvXh*<>pd."
+"""Markers tell curves of one colour apart; a method that states none has one by its name."""
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 1.6)),
@@ -38,7 +29,7 @@ DASHES: tuple[Any, ...] = (
     (0, (9, 3)),
     (0, (4, 1.2, 1.2, 1.2, 1.2, 1.2)),
 )
-"""Tells curves of one colour apart; the second is for the conservative regime."""
+"""Dashes tell curves of one colour apart; the second is for the conservative regime."""
 REFERENCE = "#333333"
 """Lines at a reference's value."""
 STAGES = (
@@ -50,36 +41,12 @@ HEAT = "cividis"
 SHIFT_COLOURS = {"policy": "#222222", "|objective|": "#B07A1E"}
 """The two predicted quantities, dark and light so that grey print keeps them apart."""
 
-SETTINGS: dict[Any, Any] = {
-    "pdf.fonttype": 42,  # text stays text
-    "figure.dpi": 160,  # as saved: text is laid out in whole pixels
-    "savefig.dpi": 160,
-    "font.size": 9.5,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9.5,
-    "axes.labelcolor": "#222222",
-    "axes.edgecolor": "#777777",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 3.4,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-}
+SETTINGS = rc_params_from_file(Path(__file__).with_name("house.mplstyle"), use_default_template=False)
 
 
 @dataclass(frozen=True)
 class Look:
-    """Of one curve: colour and marker say the algorithm, dashes and filling the regime or variant."""
+    """The look of one curve: colour and marker say the method, dashes and filling the regime or variant."""
 
     colour: str
     dashes: Any
@@ -88,7 +55,7 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Arguments of Axes.plot."""
+        """Returns arguments of Axes.plot."""
         face = self.colour if self.filled else "white"
         return {
             "color": self.colour, "linestyle": self.dashes, "marker": self.marker, "markersize": 4.2,
@@ -96,39 +63,35 @@ class Look:
         }  # fmt: skip
 
 
-def family(algorithm: str) -> str:
-    """The algorithm with a colour that this is or, by its name, a variant of: grpo_kl -> grpo; else ""."""
-    parts = algorithm.split("_")
-    starts = ("_".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next((start for start in starts if start in ALGORITHM_COLOURS), "")
+def colour(run: LoggedRun) -> str:
+    """Returns the colour that every figure gives a run's method: its own, else one by its name."""
+    name = str(run.setting("algo.name", ""))
+    return logged(run, "colour") or (SPARE[crc32(name.encode()) % len(SPARE)] if name else OTHER)
 
 
-def colour(algorithm: str) -> str:
-    """The colour of the algorithm, or of the one that it is a variant of; grey if it has none."""
-    return ALGORITHM_COLOURS.get(family(algorithm), OTHER)
+def marker(run: LoggedRun) -> str:
+    """Returns a second sign of the method, for grey print."""
+    name = str(run.setting("algo.name", ""))
+    return logged(run, "marker") or (MARKERS[crc32(name.encode()) % len(MARKERS)] if name else MARKERS[-1])
 
 
-def looks(curves: Iterable[tuple[str, str, str]]) -> dict[str, Look]:
-    """How to draw the curves of one figure so that no two look the same.
-
-    Args:
-        curves: label, algorithm and regime of each.
-    """
-    seen: Counter[tuple[str, bool]] = Counter()
+def looks(curves: Sequence[Curve]) -> dict[str, Look]:
+    """Returns how to draw the curves of one figure, by label, so that no two look the same."""
+    seen: Counter[tuple[str, str, bool]] = Counter()
     result = {}
-    for label, algorithm, regime in curves:
-        kind = (family(algorithm), regime == "conservative")
-        result[label] = _look(kind[0], kind[1], seen[kind])
+    for curve in curves:
+        kind = (colour(curve.run), marker(curve.run), curve.conservative)
+        result[curve.label] = _look(*kind, seen[kind])
         seen[kind] += 1
     return result
 
 
-def _look(name: str, conservative: bool, place: int) -> Look:
+def _look(colour: str, first: str, conservative: bool, place: int) -> Look:
     styles = [DASHES[i] for i in ((1, 4) if conservative else (0, 2, 3, 5))]
-    turn, style = divmod(place, len(styles))
-    marks = list(MARKERS.values())
-    marker = marks[(marks.index(MARKERS[name]) + turn // 2) % len(marks)]
-    return Look(colour(name), styles[style], marker, filled=((place + turn) % 2 == 0) != conservative)
+    turn, dashes = divmod(place, len(styles))
+    start = MARKERS.find(first)
+    marker = MARKERS[(start + turn // 2) % len(MARKERS)] if start >= 0 or turn > 1 else first
+    return Look(colour, styles[dashes], marker, filled=((place + turn) % 2 == 0) != conservative)
 
 
 @contextmanager

@@ -2,16 +2,14 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tokens
-from capo_exp.figures.labels import short
-from capo_exp.figures.measure import Panel, thousands
-from capo_exp.figures.stats import Estimate
-from capo_exp.figures.study import Series
+from capo_exp.figures.panel import Panel, Series, cell_text, value_text
 
 CSV_HEADING = ("panel", "curve", "x", "centre", "low", "high", "seeds")
 LATEX = {
@@ -23,7 +21,7 @@ MARKDOWN = {"\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Cells as people read them."""
 
     heading: list[str]
@@ -31,17 +29,17 @@ class Table:
 
 
 def csv_text(panels: Sequence[Panel]) -> str:
-    """Every number that is drawn, and the lines and counts beside them."""
+    """Returns every number that is drawn, and the lines and counts beside them."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_HEADING)
     for panel in panels:
-        writer.writerows(csv_rows(panel))
+        writer.writerows(_csv_rows(panel))
     return out.getvalue()
 
 
-def csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
-    """Of one panel; an empty field is a number that there is not."""
+def _csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
+    """Yields the rows of one panel; an empty field stands where there is no number."""
     for name, series in [("", one) for one in panel.series] + list(panel.further):
         yield from _series_rows(f"{panel.title}: {name}" if name else panel.title, series)
     for level in panel.levels:
@@ -49,7 +47,7 @@ def csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
     for crossing in panel.crossings:
         name = f"{crossing.curve.label} reaches {panel.levels[0].label}"
         yield panel.title, name, _exact(crossing.x), _exact(crossing.y), "", "", ""
-    if panel.spec.draw == "settings":
+    if panel.kind == "settings":
         for column in panel.columns:
             for label, cell in column.cells.items():
                 yield panel.title, label, column.heading, cell_text(cell, column.unit), "", "", ""
@@ -64,16 +62,16 @@ def _series_rows(title: str, series: Series) -> Iterator[tuple[object, ...]]:
 
 
 def _exact(number: float) -> str:
-    """All digits; 96 in place of 96.0."""
+    """Says all digits; 96 in place of 96.0."""
     value = float(number)
     if not np.isfinite(value):
         return ""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
-def summary(panels: Sequence[Panel]) -> Table:
-    """One row for each curve, or for each rejected token."""
-    if any(panel.spec.draw == "tokens" for panel in panels):
+def table_of(panels: Sequence[Panel]) -> TextTable:
+    """Returns one row for each curve, or for each rejected token."""
+    if any(panel.kind == "tokens" for panel in panels):
         return _token_table(panels)
     curves = {series.curve.label: series.curve for panel in panels for series in panel.series}
     columns: dict[tuple[str, str], dict[str, Estimate | str]] = {}
@@ -83,65 +81,41 @@ def summary(panels: Sequence[Panel]) -> Table:
     rows = [
         [
             label,
-            str(len(curve.runs)),
-            *(cell_text(cells.get(label), key[1]) for key, cells in columns.items()),
+            str(len(c.runs)),
+            *(cell_text(cells.get(label), unit) for (_, unit), cells in columns.items()),
         ]
-        for label, curve in curves.items()
+        for label, c in curves.items()
     ]
-    return Table(["curve", "seeds", *(name for name, _ in columns)], rows)
+    return TextTable(["curve", "seeds", *(name for name, _ in columns)], rows)
 
 
-def _token_table(panels: Sequence[Panel]) -> Table:
+def _token_table(panels: Sequence[Panel]) -> TextTable:
     rows = []
     for panel in panels:
         drawn, further = panel.series[0], dict(panel.further)
         names = (tokens.REJECTED, tokens.OCCURRENCES, tokens.OF_REJECTED, tokens.OF_ALL)
-        parts = [further[name].centre for name in names]
-        for name, share, gone, total, of_rejected, of_all in zip(drawn.x, drawn.centre, *parts, strict=True):
-            shares = [value_text(value, "percent") for value in (share, of_rejected, of_all)]
-            rows.append([drawn.curve.label, str(name), f"{gone:.0f}", f"{total:.0f}", *shares])
+        counts = [further[name].centre for name in names]
+        for name, share, gone, total, *shares in zip(drawn.x, drawn.centre, *counts, strict=True):
+            cells = [value_text(value, "percent") for value in (share, *shares)]
+            rows.append([drawn.curve.label, str(name), f"{gone:.0f}", f"{total:.0f}", *cells])
     counted = ["rejected", "occurrences", "rejected of its occurrences", tokens.OF_REJECTED, tokens.OF_ALL]
-    return Table(["curve", "token", *counted], rows)
+    return TextTable(["curve", "token", *counted], rows)
 
 
-def cell_text(cell: Estimate | str | None, unit: str) -> str:
-    """A number with its interval, such as `71.3 % [68.0, 74.5]`."""
-    if cell is None or isinstance(cell, str):
-        return cell or ""
-    text = value_text(cell.value, unit)
-    if not np.isfinite(cell.low):
-        return text
-    return f"{text} [{', '.join(value_text(bound, unit, bare=True) for bound in (cell.low, cell.high))}]"
-
-
-def value_text(value: float, unit: str, *, bare: bool = False) -> str:
-    """A number to three digits or so; bare = without its unit."""
-    if not np.isfinite(value):
-        return ""
-    if unit == "percent":
-        return f"{100 * value:.1f}" + ("" if bare else " %")
-    if unit == "completions":
-        return thousands(value)
-    after = {"seconds": " s", "times": "x"}.get(unit, "")
-    small = 0 < abs(value) < 1e-3
-    text = short(float(f"{value:.2e}")) if small else f"{value:.3g}".replace("e+0", "e")
-    return text + ("" if bare else after)
-
-
-def markdown(table: Table) -> str:
-    """A table of bars, with text in the first column to the left and numbers to the right."""
+def markdown(table: TextTable) -> str:
+    """Returns a table of bars, with text in the first column to the left and numbers to the right."""
     cells = [[_replaced(cell, MARKDOWN) for cell in row] for row in (table.heading, *table.rows)]
     rule = ["---", *["---:"] * (len(table.heading) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (cells[0], rule, *cells[1:]))
 
 
-def latex(table: Table) -> str:
-    r"""A plain tabular with \hline, for any document class; needs no package."""
+def latex(table: TextTable) -> str:
+    r"""Returns a plain tabular with \hline, for any document class; needs no package."""
     every = (table.heading, *table.rows)
     head, *body = [" & ".join(_replaced(cell, LATEX) for cell in row) + r" \\" for row in every]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(table.heading) - 1)}}}"
     return "\n".join([begin, r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}", ""])
 
 
-def _replaced(text: str, table: dict[str, str]) -> str:
+def _replaced(text: str, table: Mapping[str, str]) -> str:
     return "".join(table.get(letter, letter) for letter in text)

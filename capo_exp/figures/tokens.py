@@ -1,44 +1,55 @@
-"""Which tokens a selection rejects, counted in the completions that runs have logged."""
+"""The family of rejected tokens, counted in the completions that runs have logged."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from capo_exp.figures.catalogue import PanelSpec
+from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.measure import NAN, Panel
-from capo_exp.figures.study import Lacking, Series, Study
-from capo_exp.runs.read import Run, load_completions
+from capo_exp.figures.panel import NAN, Panel, Series, format_values, list_rows
+from capo_exp.figures.style import Look
+from capo_exp.runs.read import LoggedRun, load_completions
 
 OCCURRENCES, REJECTED, OF_ALL, OF_REJECTED = (
     "occurrences", "rejected occurrences", "share of all tokens", "share of rejected tokens",
 )  # fmt: skip
+TOP = 20
+"""Tokens that are shown of a curve."""
 
 
-def tokens(spec: PanelSpec, title: str, study: Study, drawn: Sequence[Curve]) -> Panel:
-    """The tokens of a curve that were rejected most often, with the share of their occurrences that was.
-
-    Raises:
-        Lacking: nothing logged, nothing rejected.
-    """
-    counts = [count(curve.runs) for curve in drawn]
-    if not any(total for total, _ in counts):
-        raise Lacking("no completions on disk with their keep flags (logger.completions_every)")
-    made = [series(spec, curve, *both) for curve, both in zip(drawn, counts, strict=True) if both[1]]
-    if not made:
-        raise Lacking("no token of the logged completions was rejected")
+def tokens(curve: Curve) -> Panel:
+    """Returns the tokens of a curve that were rejected most often, with the share of their occurrences."""
+    total, rejected = count_tokens(curve.runs)
+    if not total:
+        lack = "no completions on disk with their keep flags (logger.completions_every)"
+        return Panel("tokens", curve.label, _paint, lack=lack)
+    if not rejected:
+        lack = "no token of the logged completions was rejected"
+        return Panel("tokens", curve.label, _paint, lack=lack)
+    top = sorted(rejected, key=lambda text: (-rejected[text], text))[:TOP]
+    counted = {
+        "": [rejected[t] / total[t] for t in top],
+        OCCURRENCES: [total[t] for t in top],
+        REJECTED: [rejected[t] for t in top],
+        OF_ALL: [total[t] / total.total() for t in top],
+        OF_REJECTED: [rejected[t] / rejected.total() for t in top],
+    }
+    names, none, seeds = [visible(t) for t in top], np.full(len(top), NAN), np.full(len(top), len(curve.runs))
+    made = [
+        (name, Series(curve, names, np.array(values, dtype=np.float64), none, none, seeds))
+        for name, values in counted.items()
+    ]
     return Panel(
-        spec=spec,
-        title=title,
-        series=tuple(parts[0][1] for parts in made),
-        further=tuple(part for parts in made for part in parts[1:]),
-        absent=tuple(curve.label for curve, (_, gone) in zip(drawn, counts, strict=True) if not gone),
-    )
+        "tokens", curve.label, _paint, series=(made[0][1],), further=tuple(made[1:]),
+        height=0.9 + 0.19 * len(top),
+    )  # fmt: skip
 
 
-def count(runs: Sequence[Run]) -> tuple[Counter[str], Counter[str]]:
-    """Occurrences of each token, and those rejected, over all logged completions of the runs."""
+def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]:
+    """Counts the occurrences of each token, and those rejected, over all logged completions of the runs."""
     total: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     for run in runs:
@@ -51,27 +62,25 @@ def count(runs: Sequence[Run]) -> tuple[Counter[str], Counter[str]]:
     return total, rejected
 
 
-def series(
-    spec: PanelSpec, curve: Curve, total: Counter[str], rejected: Counter[str]
-) -> list[tuple[str, Series]]:
-    """What is drawn, and then the counts behind it; tokens in order of their rejections."""
-    common = [text for text in rejected if total[text] >= spec.min_count]
-    top = sorted(common, key=lambda text: (-rejected[text], text))[: spec.top]
-    parts = {
-        "": [rejected[t] / total[t] for t in top],
-        OCCURRENCES: [total[t] for t in top],
-        REJECTED: [rejected[t] for t in top],
-        OF_ALL: [total[t] / total.total() for t in top],
-        OF_REJECTED: [rejected[t] / rejected.total() for t in top],
-    }
-    none, seeds = np.full(len(top), NAN), np.full(len(top), len(curve.runs))
-    names = [visible(text) for text in top]
-    return [
-        (name, Series(curve, names, np.array(values, dtype=np.float64), none, none, seeds))
-        for name, values in parts.items()
-    ]
-
-
 def visible(text: str) -> str:
-    r"""A token as one can see it: `\n`, an open box for a space, ASCII for what fonts lack."""
+    r"""Returns a token as one can see it: `\n`, an open box for a space, ASCII for what fonts lack."""
     return ascii(text)[1:-1].replace(" ", "\N{OPEN BOX}")
+
+
+def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+    """Draws the share of each token's occurrences, and the counts behind it."""
+    series, counts = panel.series[0], dict(panel.further)
+    places = list_rows(axes, list(series.x))
+    axes.barh(places, series.centre, 0.72, color=looks[series.curve.label].colour, alpha=0.75)
+    pairs = zip(counts[REJECTED].centre, counts[OCCURRENCES].centre, strict=True)
+    for place, share, (gone, total) in zip(places, series.centre, pairs, strict=True):
+        axes.annotate(
+            f"{gone:.0f} of {total:.0f}", (share, place), xytext=(3, 0), textcoords="offset points",
+            va="center", fontsize=7.5, color=style.OTHER,
+        )  # fmt: skip
+    axes.tick_params(axis="y", labelsize=8, labelfontfamily="monospace")
+    right = 1.35 * float(series.centre.max())
+    axes.set(title=panel.title, xlabel="share of the token's occurrences", xlim=(0, right))
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 1])
+    format_values(axes.xaxis, "percent")
+    return []

@@ -1,0 +1,6 @@
+"""Grading: finding a completion's answer, comparing it with the gold, and doing so in processes that can be
+killed. Imports no torch, and math-verify only when an answer is graded."""
+
+from capo_exp.grading.compare import Grade, grade
+
+__all__ = ["Grade", "grade"]

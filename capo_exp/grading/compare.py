@@ -1,8 +1,5 @@
 """Whether a completion's answer is the gold answer: one text against another, without limits of time or
-memory.
-
-Imports no torch, and math-verify only when it is needed. rewards.py runs what can hang where it can be
-killed.
+memory; verifier.py runs what can hang where it can be killed.
 """
 
 import re
@@ -11,17 +8,15 @@ from dataclasses import dataclass
 
 from capo_exp.grading.extract import (
     Answer,
-    boxes_side_by_side,
+    find_last_box,
     gold_has_text,
-    last_boxed,
     read_answer,
+    read_boxes_side_by_side,
     read_gold,
 )
 
 LONGEST = 1_000_000  # characters read, from the end: twice what 128,000 tokens come to
 STYLES = ("auto", "boxed", "gsm8k", "final_answer")
-
-
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\\[dt]?frac\{-?\d+\}\{\d+\})")
 
 
@@ -39,7 +34,7 @@ class Grade:
 def grade(completion: str, gold: str, style: str = "auto") -> Grade:
     r"""Decides with math-verify whether a completion's answer equals the gold answer.
 
-    No time limit: some answers take for ever. MathVerifier adds the limit.
+    There is no time limit, and some answers take for ever: MathVerifier adds the limit.
 
     The answer is the last box whose braces balance. Without one it is what the style declares:
 
@@ -55,16 +50,16 @@ def grade(completion: str, gold: str, style: str = "auto") -> Grade:
     Differences from the authors' program. A gold that cannot be parsed earns 0 and is counted (theirs: 1,
     which makes all rewards of the group equal and so skips it; see MathVerifier's unparsable_gold). The last
     box counts, not all boxes close to it. An answer that is the gold letter by letter is correct, even if it
-    cannot be read. Forms that math-verify 0.9 misreads are put right first (answers.py); docs/BENCHMARKS.md
+    cannot be read. Forms that math-verify 0.9 misreads are put right first (extract.py); docs/BENCHMARKS.md
     has the agreement with known labels.
 
     Args:
-        completion: text of the model's answer.
+        completion: the model's answer as text.
         gold: the answer alone, with or without $...$ around it.
         style: one of STYLES.
 
     Raises:
-        ValueError: unknown style.
+        ValueError: the style is unknown.
 
     Source: CAPO (arXiv 2510.00819), accuracy reward of the authors' repository.
     """
@@ -77,25 +72,26 @@ def grade(completion: str, gold: str, style: str = "auto") -> Grade:
 
 
 def grade_any(completion: str, golds: Sequence[str], style: str = "auto") -> Grade:
-    """The same against several ways to write the gold answer: correct if any of them fits."""
-    return best(grade(completion, gold, style) for gold in golds)
+    """Grades against several ways to write the gold answer; any of them counts."""
+    return choose_best(grade(completion, gold, style) for gold in golds)
 
 
-def best(grades: Iterable[Grade]) -> Grade:
-    """The first that is correct, else the first whose gold could be read, else the first."""
+def choose_best(grades: Iterable[Grade]) -> Grade:
+    """Returns the first that is correct, else the first whose gold could be read, else the first."""
     every = list(grades) or [Grade(False, "", "gold_unparsable")]
     readable = [one for one in every if one.reason != "gold_unparsable"]
     return next((one for one in readable if one.correct), (readable or every)[0])
 
 
-def plainly_readable(gold: str) -> bool:
-    """Whether a gold answer is a number or a fraction of numbers; half of MATH's are, and need no parser."""
+def is_plain_number(gold: str) -> bool:
+    """Returns whether a gold answer is a number or a fraction of numbers, as half of MATH's; these need no
+    parser."""
     return _NUMBER.fullmatch(gold) is not None
 
 
-def readable_gold(gold: str) -> bool:
-    """Whether grade can read a gold answer, as a formula or as a word."""
-    if plainly_readable(gold):
+def can_read_gold(gold: str) -> bool:
+    """Returns whether grade can read a gold answer, as a formula or as a word."""
+    if is_plain_number(gold):
         return True
     try:
         return gold_has_text(gold)
@@ -110,14 +106,14 @@ def _grade(completion: str, gold: str, style: str) -> Grade:
     expected = read_gold(gold)
     if expected is None:
         return Grade(False, "", "gold_unparsable")
-    if (box := last_boxed(completion)) is not None and box.strip() == gold.strip().strip("$"):
+    if (box := find_last_box(completion)) is not None and box.strip() == gold.strip().strip("$"):
         return Grade(True, box.strip(), "correct")  # also what the style cannot read
     answer = read_answer(completion, style)
     if answer is None:
         return Grade(False, "", "no_answer")
     if _equal(expected, answer):
         return Grade(True, answer.text, "correct")
-    joined = boxes_side_by_side(completion, style) if _SEPARATOR.search(gold) else None
+    joined = read_boxes_side_by_side(completion, style) if _SEPARATOR.search(gold) else None
     if joined is not None and _equal(expected, joined):
         return Grade(True, joined.text, "correct")
     return Grade(False, answer.text, "wrong")
@@ -127,7 +123,7 @@ _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
-    r"""50\% equals 50 and 0.5, but 0.5\% does not equal 50\%."""
+    r"""Returns whether two answers are equal: 50\% equals 50 and 0.5, but 0.5\% does not equal 50\%."""
     from latex2sympy2_extended.latex2sympy2 import convert_to_pct
     from math_verify import verify
     from sympy import Expr
@@ -140,10 +136,10 @@ def _equal(gold: Answer, answer: Answer) -> bool:
 
 
 def exact_match(completion: str, answer: str) -> Grade:
-    """Correct if the last boxed text equals the answer, apart from whitespace around them."""
+    """Grades as correct if the last boxed text equals the answer, apart from whitespace around them."""
     if not answer.strip():
         return Grade(False, "", "gold_unparsable")
-    boxed = last_boxed(completion)
+    boxed = find_last_box(completion)
     if boxed is None:
         return Grade(False, "", "no_answer")
     correct = boxed.strip() == answer.strip()

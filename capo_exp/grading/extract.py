@@ -12,24 +12,24 @@ class Answer:
     found: tuple[Any, ...]
     """math-verify's reading: expression and text, or only one of them."""
     percent: bool = False
-    """Whether a percent sign at the end was dropped."""
+    """Says whether a percent sign at the end was dropped."""
 
     @property
     def text(self) -> str:
-        """The matched text. Never str() of an expression: that can take for ever."""
+        """Returns the matched text. Never str() of an expression: that can take for ever."""
         return next((item for item in reversed(self.found) if isinstance(item, str)), "")
 
 
 @lru_cache(maxsize=4096)
 def read_gold(gold: str) -> Answer | None:
-    """A gold answer: a formula alone, with or without $...$ around it."""
+    """Reads a gold answer: a formula alone, with or without $...$ around it."""
     formula = _as_formula(gold)
     return _first_match(formula, "gold") or _anywhere(formula)
 
 
 def gold_has_text(gold: str) -> bool:
-    """Whether read_gold finds at least text, without the parser where that is sure: in a formula on its own.
-    What math-verify cannot parse it keeps as text."""
+    """Returns whether read_gold finds at least text, without the parser where that is sure: in a formula on
+    its own. What math-verify cannot parse it keeps as text."""
     from latex2sympy2_extended.math_normalization import normalize_latex
 
     formula = _as_formula(gold)[1:-1]
@@ -40,8 +40,8 @@ def gold_has_text(gold: str) -> bool:
 
 
 def read_answer(text: str, style: str) -> Answer | None:
-    """The answer of a completion: the last box, else what the style declares; see grading.grade."""
-    box = last_boxed(text)
+    """Reads the answer of a completion: the last box, else what the style declares; see compare.grade."""
+    box = find_last_box(text)
     if box is not None and box.strip():
         return _in_box(box, style)
     if style == "gsm8k":
@@ -56,11 +56,11 @@ def _in_box(content: str, style: str) -> Answer | None:
     return _first_match(rf"\boxed{{{_tidy(content)}}}", style)
 
 
-def boxes_side_by_side(text: str, style: str) -> Answer | None:
-    """As math-verify joins them: boxes with few characters and a separator between them."""
+def read_boxes_side_by_side(text: str, style: str) -> Answer | None:
+    """Joins boxes as math-verify does: those with few characters and a separator between them."""
     from latex2sympy2_extended.math_normalization import extract_boxed_content
 
-    if text.count(r"\boxed") < 2 or last_boxed(text) is None:
+    if text.count(r"\boxed") < 2 or find_last_box(text) is None:
         return None
     return _in_box(extract_boxed_content(text, "last"), style)
 
@@ -85,7 +85,7 @@ _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 
 
 def _declared(text: str) -> Answer | None:
-    """One formula without dollar signs, or a sentence that begins with the answer."""
+    """Reads one formula without dollar signs, or a sentence that begins with the answer."""
     text = re.split(r"\n\s*\n|\.(?!\S)", text)[0].strip(" \t\r\n*_")
     text = text.replace("$", "") if text.count("$") == 1 else text  # a currency
     delimited = any(mark in text for mark in ("$", r"\(", r"\["))
@@ -97,14 +97,14 @@ def _declared(text: str) -> Answer | None:
 
 
 def _as_formula(text: str) -> str:
-    r"""In $...$, for a bare \boxed{44\%} would only be read as a string."""
+    r"""Puts a gold in $...$, for a bare \boxed{44\%} would only be read as a string."""
     text = re.sub(r"\$\.$", "$", text.strip())
     return text if len(text) > 1 and text[0] == text[-1] == "$" else f"${_tidy(text)}$"
 
 
 def _tidy(text: str) -> str:
-    r"""Numbers as math-verify reads them: `1\,234`, `1 234`, `\frac{1}{2,000}`, `3 1/2` (not 3/2), `(20)(3)`
-    (not 23), `\approx 7`."""
+    r"""Writes numbers as math-verify reads them: `1\,234`, `1 234`, `\frac{1}{2,000}`, `3 1/2` (not 3/2),
+    `(20)(3)` (not 23), `\approx 7`."""
     text = re.sub(r"^(?:\\displaystyle)?\s*\\approx", "", text.strip()).strip()
     text = _IN_BRACES.sub(lambda match: match[0].replace(",", ""), re.sub(r"(?<=\d),\\!(?=\d{3})", "", text))
     if _SPACED_NUMBER.fullmatch(text):
@@ -123,8 +123,8 @@ _PI_FRACTION = re.compile(r"\\[dt]?frac\s*\\pi\s*(\d)")
 
 
 def _first_match(text: str, target: str) -> Answer | None:
-    """Of an announced formula. What leaves it unread is dropped, one thing after the other: a percent sign, a
-    full stop or comma at its end; the rule that takes the c of `a + b + c` for a unit."""
+    """Reads an announced formula. What leaves it unread is dropped, one after the other: a percent sign,
+    a full stop or comma at its end; the rule that takes the c of `a + b + c` for a unit."""
     target = target if target in _extraction_targets() else "auto"
     found = _read(text, target)
     if not found or found[0] != found[-1]:
@@ -143,13 +143,13 @@ def _read(text: str, target: str) -> list[Any]:
 
 
 def _anywhere(text: str) -> Answer | None:
-    """The library's defaults: a number or formula wherever it stands."""
+    """Reads by the library's defaults: a number or formula wherever it stands."""
     found = _parse(text)
     return Answer(tuple(found)) if found else None
 
 
 def _parse(text: str, **options: Any) -> list[Any]:
-    """math_verify.parse without its time-out, a Python signal that C code and threads do not obey."""
+    """Calls math_verify.parse without its time-out, a Python signal that C code and threads do not obey."""
     from math_verify import parse
 
     return parse(text, parsing_timeout=None, **options)  # pyright: ignore[reportArgumentType]
@@ -157,7 +157,7 @@ def _parse(text: str, **options: Any) -> list[Any]:
 
 @cache
 def _extraction_targets() -> dict[str, Any]:
-    """What counts as LaTeX, for the gold and for each style."""
+    """Returns what counts as LaTeX, for the gold and for each style."""
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig
 
@@ -181,8 +181,8 @@ def _extraction_targets() -> dict[str, Any]:
 _BRACES = re.compile(r"\\boxed\s*\{|\\(?!\\boxed)[\s\S]|[{}]")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...} whose braces balance; None if there is none. One pass."""
+def find_last_box(text: str) -> str | None:
+    r"""Returns the content of the last \boxed{...} whose braces balance; None if there is none. One pass."""
     start, open_braces, found = text.find(r"\boxed"), [], (-1, -1)
     for token in _BRACES.finditer(text, max(start, 0)) if start >= 0 else ():
         if token.group() == "}":

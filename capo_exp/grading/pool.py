@@ -20,7 +20,7 @@ BATCH_SECONDS = 1.0  # limit of an item in a batch; the items of a batch that fa
 MAX_BROKEN_POOLS = 3  # in a row, without a single result
 
 Task = tuple[Hashable, ...]
-"""The items that one message carries to a worker."""
+"""Items that one message carries to a worker."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Workers:
         """Starts nothing yet.
 
         Args:
-            count: processes.
+            count: number of processes.
             timeout_seconds: limit for one item, on the wall clock.
             memory_limit_gib: address space of each worker.
             warm_up: runs once in each worker, before the clock of its first item starts.
@@ -59,11 +59,11 @@ class Workers:
     def run(
         self, function: Callable[[Any], Any], items: Sequence[Hashable], *, batch: int
     ) -> dict[Hashable, Any]:
-        """Item -> function(item), or Failed. Items differ from each other.
+        """Returns item -> function(item), or Failed, for items that differ from each other.
 
         Args:
             function: can be pickled.
-            items: what it is called with.
+            items: the function's arguments.
             batch: items a message; more than 1 pays where an item takes about as long as its message.
 
         Raises:
@@ -88,7 +88,7 @@ class Workers:
     def _until_broken(
         self, function: Callable[[Any], Any], tasks: list[Task]
     ) -> tuple[dict[Hashable, Any], list[Task]]:
-        """Results, and the tasks still to do; a broken pool is closed.
+        """Returns results and the tasks still to do; closes a pool that broke.
 
         Pebble calls the whole pool broken if a worker dies while none is known to be busy, and can lose a
         task whose worker is stopped as it takes it (noxdafox/pebble issue 153). Hence the wait with a limit:
@@ -112,19 +112,19 @@ class Workers:
                 done += 1
         except BrokenExecutor as error:
             logging.getLogger(__name__).warning("verification pool replaced: %s", error)
-            self._stop()
+            self.close()
         except KeyboardInterrupt:
-            self._stop()  # or the next run would wait for results that nobody wants
+            self.close()  # or the next run would wait for results that nobody wants
             raise
         return results, left + tasks[done:]
 
     def _limit(self, task: Task) -> float:
-        """Seconds for each of its items."""
+        """Returns the seconds for each item of a task."""
         return self._timeout_seconds if len(task) == 1 else min(self._timeout_seconds, BATCH_SECONDS)
 
     def _schedule(self, function: Callable[[Any], Any], tasks: list[Task]) -> list[ProcessFuture]:
-        """A single item is ended by Pebble, at its limit; one of a batch by its worker, which knows when
-        it began."""
+        """Hands out the tasks. Pebble ends a single item, at its limit; its worker one of a batch, since it
+        knows when the item began."""
         pool, futures = self._start(), []
         try:
             for task in tasks:
@@ -146,23 +146,20 @@ class Workers:
                 initargs=(self._memory_limit_gib, self._warm_up),
                 context=multiprocessing.get_context("spawn"),  # a fork would copy torch, its threads and CUDA
             )
-            atexit.register(self._stop)
+            atexit.register(self.close)
         return self._pool
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Kills the workers and waits for their end. The next run starts new ones."""
         pool, self._pool = self._pool, None
-        atexit.unregister(self._stop)
+        atexit.unregister(self.close)
         if pool is not None:
             pool.stop()
             pool.join()
 
-    def close(self) -> None:
-        """Kills the workers and waits for their end. The next run starts new ones."""
-        self._stop()
-
 
 def _outcome(future: Future[list[Any]]) -> list[Any] | Failed:
-    """Of a finished task.
+    """Returns what became of a finished task.
 
     Raises:
         BrokenExecutor: it was not the items that ended the task; they have to run again.
@@ -194,7 +191,7 @@ def _start_worker(memory_limit_gib: float, warm_up: Callable[[], None]) -> None:
 
 
 def _in_worker(function: Callable[[Any], Any], task: Task, seconds: float) -> list[Any]:
-    """Results of a task's items; the alarm ends the process, in C code too and without its parent."""
+    """Returns the results of the items; the alarm ends the process, in C code too and without its parent."""
     return [_with_alarm(function, item, seconds) for item in task]
 
 

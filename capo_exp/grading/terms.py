@@ -8,20 +8,22 @@ overlong punishment, which is not repeated here) gets the total. Imports no torc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from capo_exp.config.build import build_part
+from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import Part, RewardConfig
-from capo_exp.grading.compare import last_boxed
+from capo_exp.grading.extract import find_last_box
 
 
 def no_format(text: str) -> float:
-    """No format term."""
+    """Stands for no format term."""
     del text
     return 0.0
 
 
 def think_then_answer(text: str) -> float:
-    """1 if the text is <think> reasoning </think> and then an answer, each tag once; else 0.
+    """Returns 1 if the text is <think> reasoning </think> and then an answer, each tag once; else 0.
 
     Source: the format reward of DeepSeek-R1 (arXiv 2501.12948).
     """
@@ -30,29 +32,29 @@ def think_then_answer(text: str) -> float:
 
 
 def one_box(text: str) -> float:
-    r"""1 if there is exactly one \boxed{...} and its braces balance; else 0."""
-    return float(text.count(r"\boxed") == 1 and bool(last_boxed(text)))
+    r"""Returns 1 if there is exactly one \boxed{...} and its braces balance; else 0."""
+    return float(text.count(r"\boxed") == 1 and bool(find_last_box(text)))
 
 
 def think_then_one_box(text: str) -> float:
-    """1 if think_then_answer holds and the answer, not the reasoning, has the one box; else 0."""
+    """Returns 1 if think_then_answer holds and the answer, not the reasoning, has the one box; else 0."""
     return think_then_answer(text) * one_box(text.rpartition("</think>")[2])
 
 
 def no_length(tokens: int) -> float:
-    """No length term."""
+    """Stands for no length term."""
     del tokens
     return 0.0
 
 
-def brevity(tokens: int, *, max_tokens: int) -> float:
-    """1 for an empty completion, linearly down to 0 at max_tokens: a positive weight rewards few tokens."""
+def brevity(tokens: int, *, max_tokens: Annotated[int, AT_LEAST_1]) -> float:
+    """Returns 1 for an empty completion, falling to 0 at max_tokens: a positive weight rewards few tokens."""
     return max(0.0, 1.0 - tokens / max_tokens)
 
 
 @dataclass(frozen=True)
 class RewardTerms:
-    """The terms of a run; None = no such term."""
+    """The terms of a run; None = there is no such term."""
 
     format: Callable[[str], float] | None = None
     format_weight: float = 0.0
@@ -61,21 +63,22 @@ class RewardTerms:
 
 
 def build_terms(config: RewardConfig) -> RewardTerms:
-    """The terms that do something.
+    """Builds the terms that do something.
 
     Raises:
-        ConfigError: as parts.build.
+        ConfigError: as build_part.
     """
     return RewardTerms(
-        _build(config.format, "format", "text", no_format),
+        _build(config.format, "format", no_format),
         config.format_weight,
-        _build(config.length, "length", "tokens", no_length),
+        _build(config.length, "length", no_length),
         config.length_weight,
     )
 
 
-def measure(terms: RewardTerms, completions: Sequence[tuple[str, int]]) -> dict[str, list[float]]:
-    """Text and tokens of completions -> the numbers of each term there is, by the key it is logged under."""
+def measure_terms(terms: RewardTerms, completions: Sequence[tuple[str, int]]) -> dict[str, list[float]]:
+    """Returns the numbers of each term there is, for completions given as text and number of tokens, by the
+    key under which they are logged."""
     found: dict[str, list[float]] = {}
     if terms.format is not None:
         found["reward/format"] = [terms.format(text) for text, _ in completions]
@@ -84,7 +87,7 @@ def measure(terms: RewardTerms, completions: Sequence[tuple[str, int]]) -> dict[
     return found
 
 
-def _build(part: Part, name: str, runtime: str, neutral: Callable[..., float]) -> Callable[..., float] | None:
+def _build(part: Part, name: str, neutral: Callable[..., float]) -> Callable[..., float] | None:
     if part["_target_"] == f"{__name__}.{neutral.__name__}":
         return None
-    return build_part(part, key=f"reward.{name}", runtime=(runtime,))
+    return build_part(part, key=f"reward.{name}")

@@ -1,31 +1,27 @@
-"""(completion, golds) -> reward and verdict. What can hang or crash runs in processes that can be killed.
-
-Imports no torch, and math-verify only when it is needed, so that a verification worker starts in a second.
+"""Verifiers: (completion, golds) -> reward and verdict. What can hang or crash runs in processes that can be
+killed, and this file imports nothing slow, so that a worker starts in a second.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, Self
+from typing import Annotated, Protocol, Self
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.ranges import AT_LEAST_1, POSITIVE, one_of
 from capo_exp.grading.cache import Pair, VerdictCache
 from capo_exp.grading.compare import (
     STYLES,
     Grade,
-    best,
+    can_read_gold,
+    choose_best,
     exact_match,
     grade,
     grade_any,
-    plainly_readable,
-    readable_gold,
+    is_plain_number,
 )
 from capo_exp.grading.pool import Failed, Workers
 
-__all__ = ["ExactVerifier", "Grade", "MathVerifier", "RewardResult", "Verifier", "exact_match", "grade"]
-
-POLICIES = ("drop", "one")
 GOLDS_A_MESSAGE = 64
 CACHED_ANSWERS = 65_536
 
@@ -37,20 +33,20 @@ class RewardResult:
     rewards: list[list[float]]
     """[P][G], 0 or 1."""
     metrics: dict[str, float]
-    """Counts of completions by what went wrong, and the fraction without an answer."""
+    """Counts completions by what went wrong, and has the fraction without an answer."""
     grades: list[list[Grade]]
     """[P][G], what the rewards were made from."""
 
 
 class Verifier(Protocol):
-    """What train.py and evaluate.py ask of a verifier."""
+    """What training and evaluation ask of a verifier."""
 
     def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
-        """P lists of G completions and P gold answers, each in every way to write it -> rewards [P][G]."""
+        """Scores P lists of G completions by P gold answers, each in every way to write it."""
         ...
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
-        """Which problems can be trained on; False = leave it out of the data."""
+        """Returns which problems can be trained on; False = leave it out of the data."""
         ...
 
     def close(self) -> None: ...
@@ -62,19 +58,19 @@ class ExactVerifier:
     """Scores with exact_match, in this process."""
 
     def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
-        """P lists of completions and P gold answers -> rewards [P][G]."""
+        """Scores as Verifier.score."""
         grades = {
-            (text, accepted): best(exact_match(text, gold) for gold in accepted)
+            (text, accepted): choose_best(exact_match(text, gold) for gold in accepted)
             for text, accepted in _unique_pairs(completions, golds)
         }
-        return _reward_result(completions, golds, grades, unparsable=0.0)
+        return _to_result(completions, golds, grades, unparsable=0.0)
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
-        """Whether there is any text in the gold answer."""
+        """Returns whether there is any text in each gold answer."""
         return [any(gold.strip() for gold in accepted) for accepted in golds]
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing: there is nothing to release."""
 
     def __enter__(self) -> Self:
         return self
@@ -93,39 +89,23 @@ class MathVerifier:
 
     def __init__(
         self,
-        timeout_seconds: float,
-        workers: int,
-        memory_limit_gib: float = 4.0,
-        style: str = "auto",
-        unparsable_gold: str = "drop",
+        *,
+        timeout_seconds: Annotated[float, POSITIVE],
+        workers: Annotated[int, AT_LEAST_1],
+        memory_limit_gib: Annotated[float, POSITIVE],
+        style: Annotated[str, one_of(*STYLES)],
+        unparsable_gold: Annotated[str, one_of("drop", "one")],
     ) -> None:
         """Starts nothing yet.
 
         Args:
             timeout_seconds: limit for one answer, on the wall clock.
-            workers: processes.
+            workers: number of processes.
             memory_limit_gib: address space of each worker.
             style: see grade.
-            unparsable_gold: what to do with a problem whose gold answer cannot be read: drop = leave it out
-                of the data; one = every completion earns 1, as in the authors' program.
-
-        Raises:
-            ConfigError: a number that is not positive, or an unknown style or policy.
+            unparsable_gold: what becomes of a problem whose gold answer cannot be read: drop = it leaves the
+                data; one = every completion earns 1, as in the authors' program.
         """
-        numbers = {
-            "timeout_seconds": timeout_seconds,
-            "workers": workers,
-            "memory_limit_gib": memory_limit_gib,
-        }
-        for key, value in numbers.items():
-            if value <= 0:
-                raise ConfigError(f"got reward.verifier.{key}={value}, expected a positive number")
-        for key, value, known in (
-            ("style", style, STYLES),
-            ("unparsable_gold", unparsable_gold, POLICIES),
-        ):
-            if value not in known:
-                raise ConfigError(f"got reward.verifier.{key}={value}, expected one of {', '.join(known)}")
         self.grader: Callable[[str, tuple[str, ...]], Grade] = partial(grade_any, style=style)
         self._unparsable_gold = unparsable_gold
         self._workers = Workers(
@@ -137,7 +117,7 @@ class MathVerifier:
         self._cache = VerdictCache(CACHED_ANSWERS)
 
     def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
-        """P lists of completions and P gold answers -> rewards [P][G]. Equal pairs are graded once.
+        """Scores as Verifier.score; equal pairs are graded once.
 
         Raises:
             RuntimeError: the workers cannot be started, or the verifier's pool broke several times in a row.
@@ -149,10 +129,10 @@ class MathVerifier:
         graded = {pair: _as_grade(outcomes[pair]) for pair in pending}
         self._cache.add(graded)
         unparsable = 1.0 if self._unparsable_gold == "one" else 0.0
-        return _reward_result(completions, golds, grades | graded, unparsable=unparsable)
+        return _to_result(completions, golds, grades | graded, unparsable=unparsable)
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
-        """Whether the gold answer can be read in any of its ways; with unparsable_gold=one always.
+        """Returns whether each gold answer can be read in any of its ways; with unparsable_gold=one always.
 
         Raises:
             RuntimeError: as score.
@@ -160,8 +140,8 @@ class MathVerifier:
         if self._unparsable_gold == "one":
             return [True] * len(golds)
         every = list(dict.fromkeys(gold for accepted in golds for gold in accepted))
-        hard = [gold for gold in every if not plainly_readable(gold)]
-        readable = self._workers.run(readable_gold, hard, batch=GOLDS_A_MESSAGE)
+        hard = [gold for gold in every if not is_plain_number(gold)]
+        readable = self._workers.run(can_read_gold, hard, batch=GOLDS_A_MESSAGE)
         return [any(readable.get(gold, True) is True for gold in accepted) for accepted in golds]
 
     def close(self) -> None:
@@ -195,22 +175,19 @@ def _as_grade(outcome: Grade | Failed) -> Grade:
 
 
 def _unique_pairs(completions: list[list[str]], golds: list[tuple[str, ...]]) -> list[Pair]:
-    """In order of first appearance."""
-    return list(
-        dict.fromkeys(
-            (text, accepted) for group, accepted in zip(completions, golds, strict=True) for text in group
-        )
-    )
+    """Returns each pair once, in order of first appearance."""
+    asked = zip(completions, golds, strict=True)
+    return list(dict.fromkeys((text, accepted) for group, accepted in asked for text in group))
 
 
-def _reward_result(
+def _to_result(
     completions: list[list[str]],
     golds: list[tuple[str, ...]],
     verdicts: dict[Pair, Grade],
     *,
     unparsable: float,
 ) -> RewardResult:
-    """`unparsable` is the reward where the gold answer could not be read."""
+    """Puts verdicts in the completions' order; `unparsable` is the reward where no gold could be read."""
     grades = [
         [verdicts[text, accepted] for text in group]
         for group, accepted in zip(completions, golds, strict=True)

@@ -1,33 +1,49 @@
-"""Rollout engines: prompts -> RolloutGroups. One file an engine, the same signature."""
+"""Rollout engines: a request -> RolloutGroups. One file an engine; this file imports no torch."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from capo_exp.config.errors import RunFailed
-from capo_exp.core.types import Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from capo_exp.core.types import Prompt, RolloutGroup
 
 
 class EngineFailed(RunFailed):
     """The engine reported an error, died, did not answer in time, or holds other weights than the learner."""
 
 
-class RolloutEngine(Protocol):
-    """What train.py and evaluate.py ask of an engine; see hf.HFRollout.generate for the arguments."""
+@dataclass(frozen=True)
+class SamplingRequest:
+    """One call of an engine: what to sample, and how."""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        weight_version: int,
-    ) -> list[RolloutGroup]:
-        """One group per prompt, in order, sampled with the learner's present weights.
+    prompts: Sequence[Prompt]
+    group_size: int
+    """Completions of each prompt."""
+    max_tokens: int
+    """Length limit; a completion that reaches it without ending is marked as truncated."""
+    temperature: float
+    """0 = greedy."""
+    top_k: int
+    """0 = off."""
+    top_p: float
+    """1 = off."""
+    seed: int
+    """The same request gives the same completions while the weights stay."""
+    weight_version: int
+    """Number of optimiser steps that the learner's weights have seen; recorded with each group."""
+
+
+class RolloutEngine(Protocol):
+    """What training and evaluation ask of an engine."""
+
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        """Returns one group per prompt, in order, sampled with the learner's present weights.
 
         Raises:
             EngineFailed: if an engine outside this process cannot do that.
@@ -38,17 +54,17 @@ class RolloutEngine(Protocol):
         """Starts what has to run before the first call.
 
         Args:
-            directory: of the run; takes the engine's log.
+            directory: folder of the run; takes the engine's log.
             prompts: some of the run's, the same after a resume; an engine proves its weights with them.
         """
         ...
 
     def rest(self) -> None:
-        """Sampling is over for now: memory may go to the learner."""
+        """Lets the engine give memory to the learner: sampling is over for now."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What transfers since the last call took, and what the last proof of the weights showed."""
+        """Returns what transfers took since the last call, and what the last proof of the weights showed."""
         ...
 
     def close(self) -> None:

@@ -1,11 +1,10 @@
 """Completions that nobody sampled: the dataset's worked solutions, for supervised fine-tuning."""
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.core.types import Completion, Prompt, RolloutGroup
+from capo_exp.rollout import SamplingRequest
 
 
 class DemonstrationRollout:
@@ -14,28 +13,17 @@ class DemonstrationRollout:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        weight_version: int,
-    ) -> list[RolloutGroup]:
-        """group_size copies of each prompt's demonstration, cut at max_tokens and then marked truncated.
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        """Returns group_size copies of each demonstration, cut at max_tokens and then marked as truncated.
 
         Raises:
             ConfigError: if a problem has no demonstration.
         """
-        del temperature, top_k, top_p, seed
-        copies = [(self._completion(prompt, max_tokens),) * group_size for prompt in prompts]
-        return [RolloutGroup(p, c, weight_version) for p, c in zip(prompts, copies, strict=True)]
+        size, version = request.group_size, request.weight_version
+        made = [self._complete(prompt, request.max_tokens) for prompt in request.prompts]
+        return [RolloutGroup(p, (c,) * size, version) for p, c in zip(request.prompts, made, strict=True)]
 
-    def _completion(self, prompt: Prompt, max_tokens: int) -> Completion:
+    def _complete(self, prompt: Prompt, max_tokens: int) -> Completion:
         text = prompt.problem.demonstration
         if not text:
             raise ConfigError(

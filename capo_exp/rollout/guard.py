@@ -16,7 +16,7 @@ POLL_SECONDS = 0.1
 
 
 def main() -> int:
-    """Runs the command; ends as it does."""
+    """Runs the command and ends as it does."""
     child = subprocess.Popen(sys.argv[1:])
     asked: list[float] = []
 

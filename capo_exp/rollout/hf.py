@@ -1,8 +1,9 @@
 """Rollouts with transformers' `generate` and the learner's own weights."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.core import policy
 from capo_exp.core.types import Completion, Prompt, RolloutGroup
+from capo_exp.rollout import SamplingRequest
 
 Cut = Callable[[Tensor, Tensor], Tensor]  # (context, logits) -> the same, -inf at what must not be sampled
 
@@ -31,40 +34,18 @@ class HFRollout:
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype,
         *,
-        max_sequences_per_call: int,
+        max_sequences_per_call: Annotated[int, AT_LEAST_1],
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_sequences = max_sequences_per_call
         self._compute_dtype = compute_dtype
-        self._ends = end_token_ids(model, tokenizer)
+        self._ends = find_end_token_ids(model, tokenizer)
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        weight_version: int,
-    ) -> list[RolloutGroup]:
-        """Completions of every prompt, the same for the same seed, prompts and weights.
-
-        Args:
-            prompts: P prompts.
-            group_size: completions per prompt.
-            max_tokens: length limit; a completion that reaches it without ending is marked truncated.
-            temperature: 0 = greedy.
-            top_k: 0 = off.
-            top_p: 1 = off.
-            seed: of this call.
-            weight_version: recorded with each group.
-        """
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        """Returns one group per prompt, the same for the same request and weights."""
         settings = GenerationConfig(
-            max_new_tokens=max_tokens,
+            max_new_tokens=request.max_tokens,
             pad_token_id=self._tokenizer.pad_token_id,
             eos_token_id=self._ends,
             # What is left open here is filled from the model's own generation_config.json.
@@ -73,41 +54,36 @@ class HFRollout:
             use_cache=True,
             cache_implementation="dynamic",
         )
-        cut = make_cut(top_k, top_p)
-        generator = torch.Generator(self._model.device).manual_seed(seed)
-        size = max(1, self._max_sequences // group_size)
+        generator = torch.Generator(self._model.device).manual_seed(request.seed)
+        size = max(1, self._max_sequences // request.group_size)
         groups: list[RolloutGroup] = []
-        for start in range(0, len(prompts), size):
-            part = prompts[start : start + size]
-            completions = self._sample(part, group_size, settings, temperature, cut, generator)
+        for start in range(0, len(request.prompts), size):
+            part = request.prompts[start : start + size]
+            completions = iter(self._sample(part, request, settings, generator))
             groups += [
-                RolloutGroup(
-                    prompt, tuple(completions[i * group_size : (i + 1) * group_size]), weight_version
-                )
-                for i, prompt in enumerate(part)
+                RolloutGroup(prompt, tuple(islice(completions, request.group_size)), request.weight_version)
+                for prompt in part
             ]
         return groups
 
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
-        """Nothing has to run beside the learner."""
+        """Does nothing: no engine runs beside the learner."""
 
     def rest(self) -> None:
-        """Nothing is held between calls."""
+        """Does nothing: no memory is held between calls."""
 
     def metrics(self) -> dict[str, float]:
-        """Weights are not sent, and never stale."""
+        """Returns zeros: weights are not sent, and never stale."""
         return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
 
     def close(self) -> None:
-        """Nothing is held beside the learner's model."""
+        """Does nothing: no memory is held beside the learner's model."""
 
     def _sample(
         self,
         prompts: Sequence[Prompt],
-        group_size: int,
+        request: SamplingRequest,
         settings: GenerationConfig,
-        temperature: float,
-        cut: Cut | None,
         generator: torch.Generator,
     ) -> list[Completion]:
         encoded = self._tokenizer.pad(
@@ -120,13 +96,13 @@ class HFRollout:
                 **encoded,
                 generation_config=settings,
                 custom_generate=decode,
-                temperature=temperature,
-                cut=cut,
-                group_size=group_size,
+                temperature=request.temperature,
+                cut=make_cut(request.top_k, request.top_p),
+                group_size=request.group_size,
                 generator=generator,
             )
         drawn = zip(tokens.tolist(), log_probs.tolist(), strict=True)
-        rows = [_cut(row, scores, self._ends) for row, scores in drawn]
+        rows = [_end(row, scores, self._ends) for row, scores in drawn]
         texts = self._tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
         return [
             Completion(tuple(ids), tuple(scores), text, truncated=ids[-1] not in self._ends)
@@ -147,7 +123,7 @@ def decode(
     generator: torch.Generator,
     **model_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The sampling loop that `generate` runs for us (its `custom_generate` hook), written for groups.
+    """Runs the sampling loop inside `generate` (its `custom_generate` hook), written for groups.
 
     Three differences from the built-in loop: a group's prompt is computed once, rows that have ended leave
     the batch, and the log-prob of each sampled token is kept instead of the scores of the whole vocabulary.
@@ -221,26 +197,26 @@ def _next_logits(model: PreTrainedModel, context: Tensor, mask: Tensor, cache: D
 
 
 def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One token a row, by the exponential race: argmax of p / e with e ~ Exp(1) is a draw from p."""
+    """Draws one token a row, by the exponential race: argmax of p / e with e ~ Exp(1) is a draw from p."""
     noise = torch.empty_like(log_probs).exponential_(generator=generator)
     return (log_probs.exp() / noise).argmax(1)
 
 
 def make_cut(top_k: int, top_p: float) -> Cut | None:
-    """What limits the tokens to sample from; None = all of them."""
+    """Makes what limits the tokens to sample from; None = all of them are allowed."""
     top = [TopKLogitsWarper(top_k)] if top_k else []
     nucleus = [TopPLogitsWarper(top_p)] if top_p < 1 else []
     return LogitsProcessorList([*top, *nucleus]) if top or nucleus else None  # pyright: ignore[reportReturnType]
 
 
-def _cut(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:
-    """The row up to and including its end-of-sequence token."""
+def _end(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:
+    """Returns the row up to and including its end-of-sequence token."""
     length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:length], log_probs[:length]
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: a chat model can have several, of which its tokenizer names one."""
+def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns all tokens that end a completion: a chat model can have several; its tokenizer names one."""
     own = model.generation_config.eos_token_id if model.generation_config else None
     known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return sorted({token for token in known if isinstance(token, int)})

@@ -10,20 +10,20 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.config.build import resolve_model_path
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.core.types import Completion, Prompt, RolloutGroup
-from capo_exp.rollout import EngineFailed
-from capo_exp.rollout.hf import end_token_ids
-from capo_exp.rollout.vllm_process import EngineProcess, Limits, Request, Response
+from capo_exp.rollout import EngineFailed, SamplingRequest
+from capo_exp.rollout.hf import find_end_token_ids
+from capo_exp.rollout.vllm_process import EngineProcess, Request, Response
 from capo_exp.rollout.vllm_server import Server, start_server
-from capo_exp.rollout.weight_proof import Probe, choose_prompts, take_probe
+from capo_exp.rollout.vllm_settings import VLLMSettings
+from capo_exp.rollout.weight_proof import WeightProbe, choose_probe_prompts, probe_weights
 from capo_exp.rollout.weight_transfer import WeightClient, choose_backend, make_sender
 
 LOG_FILE = "vllm.log"
@@ -50,115 +50,46 @@ class VLLMRollout:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype,
-        *,
-        model_path: str,
-        revision: str | None,
-        server_url: str | None,
-        visible_devices: str | int | None,
-        dtype: str,
-        max_model_len: int,
-        max_num_seqs: int,
-        gpu_memory_utilization: float,
-        kv_cache_gib: float | None,
-        tensor_parallel_size: int,
-        enforce_eager: bool,
-        sleep_level: int,
-        top_k: int,
-        top_p: float,
-        weight_transfer: str,
-        weight_transfer_address: str,
-        start_seconds: float,
-        generate_seconds: float,
-        transfer_seconds: float,
-        max_probe_difference: dict[str, float],
+        settings: VLLMSettings,
     ) -> None:
-        """Nothing runs until start().
+        """Checks the settings against the learner's device; nothing runs until start().
 
         Args:
             model: the learner's; only its weights are read.
             tokenizer: decodes completions; the engine sees token ids only.
-            compute_dtype: of the learner, which `dtype: auto` follows.
-            model_path: for the architecture; the weights are the learner's.
-            revision: of model_path on the hub.
-            server_url: null = an engine process of this run; start = a server of it; else a server's URL.
-            visible_devices: CUDA_VISIBLE_DEVICES of an engine of this run; null = the learner's GPU.
-            dtype: auto, float32, bfloat16 or float16.
-            max_model_len: longest prompt and completion together, in tokens.
-            max_num_seqs: completions sampled at the same time.
-            gpu_memory_utilization: share of the GPU's memory that the engine may take.
-            kv_cache_gib: size of the KV cache; null = what that share leaves (on a CPU 1).
-            tensor_parallel_size: GPUs of the engine.
-            enforce_eager: no CUDA graphs: a faster start, slower sampling.
-            sleep_level: between rollouts the engine keeps (0) its GPU memory, (1) its weights in CPU memory,
-                (2) nothing.
-            top_k: of training rollouts; 0 = off.
-            top_p: of training rollouts; 1 = off. Where either cuts, vLLM's processed log-probs are
-                renormalised over what is left; the learner's are not, so raw ones are asked for (at
-                temperature 1 the learner's; checks.py).
-            weight_transfer: auto, ipc, nccl or safetensors.
-            weight_transfer_address: nccl only: this machine's name or address for the engine's workers.
-            start_seconds: limit of the start.
-            generate_seconds: limit of one call that samples.
-            transfer_seconds: limit of each step of a weight transfer.
-            max_probe_difference: dtype -> mean difference [nats] of the probe's log-probs above which weights
-                count as stale.
+            compute_dtype: the learner's.
+            settings: see VLLMSettings.
+
+        Raises:
+            ConfigError: for a sleep level or a weight transfer that is impossible here.
         """
+        self.settings = settings
         self._model = model
         self._tokenizer = tokenizer
         self._compute_dtype = compute_dtype
-        self._server_url = server_url
-        self._visible_devices = None if visible_devices is None else str(visible_devices)
-        self._dtype = str(compute_dtype).removeprefix("torch.") if dtype == "auto" else dtype
-        self._limits = Limits(start_seconds, generate_seconds, transfer_seconds)
-        self._tolerance = max_probe_difference[self._dtype]
-        self._sleep_level = sleep_level
-        self._address = weight_transfer_address
-        self._ends = end_token_ids(model, tokenizer)
-        self._on_cpu = model.device.type == "cpu"
-        if sleep_level and self._on_cpu:
-            wanted = "0 on a CPU, which has no sleep mode"
-            raise ConfigError(f"rollout.engine.sleep_level={sleep_level}: expected {wanted}")
-        url = server_url not in (None, "start")
-        self._backend = choose_backend(
-            weight_transfer,
-            model.device,
-            shares_memory=server_url is None and visible_devices is None,
-            other_gpu=url or visible_devices is not None,
+        self._dtype = (
+            str(compute_dtype).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype
         )
-        address = weight_transfer_address
-        if url and self._backend == "nccl" and _is_local(address) and not _is_local(str(server_url)):
-            wanted = "this machine's name as the server's node reaches it"
-            raise ConfigError(f"rollout.engine.weight_transfer_address={address}: expected {wanted}")
-        self._world_size = tensor_parallel_size
-        kv_cache_gib = 1 if kv_cache_gib is None and self._on_cpu else kv_cache_gib
-        self._arguments: dict[str, Any] = {
-            "model": resolve_model_path(model_path),
-            "revision": revision,
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the model's own, which can hold a repetition penalty
-            "dtype": self._dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-            "tensor_parallel_size": tensor_parallel_size,
-            "enforce_eager": enforce_eager,
-            "enable_sleep_mode": sleep_level > 0,
-            "logprobs_mode": "raw_logprobs" if top_k or top_p < 1 else "processed_logprobs",
-            "weight_transfer_config": {"backend": self._backend},
-        }
-        if self._on_cpu:
-            # After part of a prefill vLLM 0.32 rewinds the request's generator, which torch cannot on a CPU.
-            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
-            self._arguments |= whole
+        self._ends = find_end_token_ids(model, tokenizer)
+        on_cpu = model.device.type == "cpu"
+        if settings.sleep_level and on_cpu:
+            wanted = "0 on a CPU, which has no sleep mode"
+            raise error("rollout.engine.sleep_level", settings.sleep_level, wanted)
+        self._backend = choose_backend(
+            settings.weight_transfer,
+            model.device,
+            shares_memory=settings.server_url is None and settings.visible_devices is None,
+            other_gpu=settings.is_remote or settings.visible_devices is not None,
+        )
+        _check_address(settings, self._backend)
+        self._arguments = settings.engine_arguments(dtype=self._dtype, backend=self._backend, on_cpu=on_cpu)
         self._name = uuid.uuid4().hex[:8]
         self._engine: Engine | None = None
         self._version: int | None = None
         """Of the weights that the engine is proven to hold."""
         self._asleep = False
         self._probe_prompts: list[Prompt] = []
-        self._last_probe: Probe | None = None
+        self._last_probe: WeightProbe | None = None
         self._metrics = {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
 
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
@@ -167,93 +98,92 @@ class VLLMRollout:
         Raises:
             EngineFailed: if it cannot be started within its limit.
         """
-        self._probe_prompts = choose_prompts(prompts)
-        log = directory / LOG_FILE
-        if self._server_url is None:
-            self._engine = EngineProcess(
-                self._arguments, environment=self._environment(), limits=self._limits, log_file=log
-            )
-        elif self._server_url == "start":
-            self._engine = start_server(
-                self._arguments, environment=self._environment(), limits=self._limits, log_file=log
-            )
-        else:
-            self._engine = Server(self._server_url, limits=self._limits, log_file=log)
-            self._world_size = self._engine.world_size()
+        settings, log = self.settings, directory / LOG_FILE
+        self._probe_prompts = choose_probe_prompts(prompts)
+        world_size = settings.tensor_parallel_size
+        if settings.is_remote:
+            self._engine = Server(str(settings.server_url), limits=settings, log_file=log)
+            world_size = self._engine.world_size()
             found, wanted = self._engine.log_probs_mode(), self._arguments["logprobs_mode"]
             if found != wanted:
-                raise ConfigError(f"{self._server_url} runs with --logprobs-mode {found}: expected {wanted}")
+                raise ConfigError(
+                    f"{settings.server_url} runs with --logprobs-mode {found}: expected {wanted}"
+                )
+        else:
+            start_engine = EngineProcess if settings.server_url is None else start_server
+            environment = engine_environment(self._model.device, settings.visible_devices)
+            self._engine = start_engine(
+                self._arguments, environment=environment, limits=settings, log_file=log
+            )
         self._send = make_sender(
-            self._backend, self._engine, self._model,
-            address=self._address, world_size=self._world_size, seconds=self._limits.transfer_seconds,
-        )  # fmt: skip
+            self._backend,
+            self._engine,
+            self._model,
+            address=settings.weight_transfer_address,
+            world_size=world_size,
+            seconds=settings.transfer_seconds,
+        )
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        weight_version: int,
-    ) -> list[RolloutGroup]:
-        """Completions of every prompt; arguments as of hf.HFRollout.generate.
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        """Returns one group per prompt.
 
-        Each prompt has a seed of its own, from `seed` and its place; its completions share its prefix.
+        Each prompt has a seed of its own, from the request's and its place; its completions share its prefix.
 
         Raises:
             EngineFailed: if the engine fails, or is not proven to hold the learner's weights.
         """
-        self._synchronise(weight_version)
+        self._synchronise(request.weight_version)
         params = {
-            "n": 1 if temperature == 0 else group_size,  # greedy completions are all the same
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
+            "n": 1 if request.temperature == 0 else request.group_size,  # greedy ones are all the same
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "max_tokens": request.max_tokens,
             "stop_token_ids": self._ends,
             "ignore_eos": True,  # _ends has it
         }
-        seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(prompts))]
-        requests = [Request(p.token_ids, params | {"seed": s}) for p, s in zip(prompts, seeds, strict=True)]
-        responses = self._running().generate(requests)
-        return [
-            self._group(prompt, response, group_size, weight_version)
-            for prompt, response in zip(prompts, responses, strict=True)
+        requests = [
+            Request(prompt.token_ids, params | {"seed": _derive_seed(request.seed, place)})
+            for place, prompt in enumerate(request.prompts)
         ]
+        responses = self.running().generate(requests)
+        pairs = zip(request.prompts, responses, strict=True)
+        return [self._to_group(request, prompt, response) for prompt, response in pairs]
 
     def rest(self) -> None:
         """Puts the engine to sleep, if it may; generate wakes it."""
-        if self._sleep_level and not self._asleep:
-            self._running().sleep(self._sleep_level)
+        level = self.settings.sleep_level
+        if level and not self._asleep:
+            self.running().sleep(level)
             self._asleep = True
-            self._version = self._version if self._sleep_level == 1 else None
+            self._version = self._version if level == 1 else None
 
     def metrics(self) -> dict[str, float]:
+        """Returns the seconds of transfers since the last call, and the last probe's mean difference."""
         latest = dict(self._metrics)
         self._metrics["time/transfer_seconds"] = 0.0
         return latest
 
     def close(self) -> None:
+        """Ends an engine of this run; a second call does no harm."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
 
-    def _label(self, version: int) -> str:
-        """Of weights that are this learner's, on whichever server."""
-        return f"{self._name}:{version}"
-
-    def _running(self) -> Engine:
+    def running(self) -> Engine:
+        """Returns the engine that start() has started."""
         assert self._engine is not None, "start() comes first, close() last"
         return self._engine
 
-    def _group(self, prompt: Prompt, response: Response, size: int, version: int) -> RolloutGroup:
-        versions = {label for sampled in response.completions for label in sampled.weight_versions}
-        if versions != {self._label(version)}:
-            wanted = f"expected {self._label(version)}; does another run use this server?"
+    def _label(self, version: int) -> str:
+        """Names weights that are this learner's, on whichever server."""
+        return f"{self._name}:{version}"
+
+    def _to_group(self, request: SamplingRequest, prompt: Prompt, response: Response) -> RolloutGroup:
+        label = self._label(request.weight_version)
+        versions = {version for sampled in response.completions for version in sampled.weight_versions}
+        if versions != {label}:
+            wanted = f"expected {label}; does another run use this server?"
             raise EngineFailed(f"vLLM: sampled with weights {sorted(versions)}: {wanted}")
         rows = [sampled.token_ids for sampled in response.completions]
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -261,11 +191,12 @@ class VLLMRollout:
             Completion(tuple(s.token_ids), tuple(s.log_probs), text, s.token_ids[-1] not in self._ends)
             for s, text in zip(response.completions, texts, strict=True)
         ]
-        return RolloutGroup(prompt, tuple(completions * (size // len(completions))), version)
+        copies = request.group_size // len(completions)
+        return RolloutGroup(prompt, tuple(completions * copies), request.weight_version)
 
     def _synchronise(self, version: int) -> None:
         """Sends the learner's weights if the engine has not got them, and proves that it has."""
-        engine, start = self._running(), time.perf_counter()
+        engine, start = self.running(), time.perf_counter()
         stale = self._version != version
         if self._asleep:  # the documented order: weights first, the KV cache when they are in place
             torch.cuda.empty_cache()  # what the learner's last step left, and another process cannot use
@@ -286,37 +217,51 @@ class VLLMRollout:
 
     def _prove(self, version: int) -> None:
         """Raises EngineFailed, with step and size of the difference, if weights are not the learner's."""
-        generate = self._running().generate
-        probe = take_probe(generate, self._model, self._compute_dtype, self._probe_prompts)
+        probe = probe_weights(self.running().generate, self._model, self._compute_dtype, self._probe_prompts)
         before, self._last_probe = self._last_probe, probe
         mean, largest = probe.difference.mean().item(), probe.difference.max().item()
         self._metrics["mismatch/probe_difference"] = mean
-        expected = f"on average at most rollout.engine.max_probe_difference.{self._dtype}={self._tolerance:g}"
-        if before is not None and probe.only_learner_moved(before, by=MOVED * self._tolerance):
+        tolerance = self.settings.max_probe_difference[self._dtype]
+        expected = f"on average at most rollout.engine.max_probe_difference.{self._dtype}={tolerance:g}"
+        if before is not None and probe.only_learner_moved(before, by=MOVED * tolerance):
             expected = "the engine's to change with the learner's"
-        elif mean <= self._tolerance:
+        elif mean <= tolerance:
             return
         raise EngineFailed(
             f"vLLM: its weights are not the learner's: after optimiser step {version} log-probs differ by "
             f"{mean:.3g} nats on average, {largest:.3g} at most; expected {expected}"
         )
 
-    def _environment(self) -> dict[str, str]:
-        """Of an engine that belongs to the run; what the user has set stays."""
-        wanted = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-        environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
-        if not self._on_cpu:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            here = self._model.device.index or 0
-            own = visible[here] if visible != [""] else str(here)
-            chosen = self._visible_devices
-            environment["CUDA_VISIBLE_DEVICES"] = own if chosen is None else chosen
-        return environment
+
+def engine_environment(device: torch.device, visible_devices: str | int | None) -> dict[str, str]:
+    """Returns the variables of an engine that belongs to the run; what the user has set stays.
+
+    Args:
+        device: the learner's.
+        visible_devices: GPUs of the engine; None = the learner's.
+    """
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    if device.type != "cpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        here = device.index or 0
+        own = visible[here] if visible != [""] else here
+        environment["CUDA_VISIBLE_DEVICES"] = str(own if visible_devices is None else visible_devices)
+    return environment
 
 
-def _is_local(address: str) -> bool:
-    return any(name in address for name in ("127.0.0.1", "localhost"))
+def _check_address(settings: VLLMSettings, backend: str) -> None:
+    """Refuses an address that the node of a server elsewhere cannot reach."""
+    address, url = settings.weight_transfer_address, str(settings.server_url)
+    here, there = (any(name in text for name in ("127.0.0.1", "localhost")) for text in (address, url))
+    if settings.is_remote and backend == "nccl" and here and not there:
+        wanted = "this machine's name as the server's node reaches it"
+        raise error("rollout.engine.weight_transfer_address", address, wanted)
+
+
+def _derive_seed(seed: int, place: int) -> int:
+    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])

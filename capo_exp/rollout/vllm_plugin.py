@@ -44,7 +44,7 @@ class SafetensorsWeightTransferEngine(WeightTransferEngine[SafetensorsInitInfo, 
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Without the base class's synchronisation of an accelerator, which a CPU has not."""
+        """Leaves out the base class's synchronisation of an accelerator, which a CPU has not."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SafetensorsUpdateInfo) -> None:
@@ -60,7 +60,7 @@ class SafetensorsWeightTransferEngine(WeightTransferEngine[SafetensorsInitInfo, 
 
 
 def register() -> None:
-    """vLLM calls this in each of its processes, possibly more than once."""
+    """Makes the backend known; vLLM calls this in each of its processes, possibly more than once."""
     global _registered
     if not _registered:
         WeightTransferEngineFactory.register_engine(BACKEND, SafetensorsWeightTransferEngine)

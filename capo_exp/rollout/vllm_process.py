@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from capo_exp.rollout import EngineFailed
+from capo_exp.rollout.vllm_settings import VLLMSettings
 
 LAST_LINES = 12
 OUT_OF_MEMORY = {
@@ -32,16 +33,7 @@ OUT_OF_MEMORY = {
         "model.micro_batch_size",
     ),
 }
-"""How torch and vLLM say it, in lower case -> what helps."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds that a call may take before the engine is given up."""
-
-    start_seconds: float
-    generate_seconds: float
-    transfer_seconds: float
+"""What torch and vLLM say, in lower case -> what helps."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class Sampled:
     token_ids: list[int]
     log_probs: list[float]
     weight_versions: list[str]
-    """Of the weights that sampled its tokens, in order."""
+    """Labels of the weights that sampled its tokens, in order."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +60,16 @@ class Response:
 
     completions: list[Sampled]
     prompt_log_probs: list[float]
-    """Of prompt tokens 1, 2, ...; empty unless asked for."""
+    """Log-probs of prompt tokens 1, 2, ...; empty unless the request asks for them."""
 
 
-def common_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What every request asks for beside its own: token ids and their log-probs, no text."""
+def complete_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to a request's arguments what all of them ask for: token ids and their log-probs, no text."""
     return {"logprobs": 0, "detokenize": False, **params}
 
 
-def engine_failed(what: str, reason: str, log_file: Path) -> EngineFailed:
-    """The error for a call that did not work, with the end of vLLM's own log."""
+def explain_failure(what: str, reason: str, log_file: Path) -> EngineFailed:
+    """Returns the error for a call that did not work, with the end of vLLM's own log."""
     lines = log_file.read_text(errors="replace").splitlines()[-LAST_LINES:] if log_file.is_file() else []
     said = "\n".join([reason, *lines]).lower()
     if remedy := next((remedy for phrase, remedy in OUT_OF_MEMORY.items() if phrase in said), None):
@@ -98,23 +90,23 @@ class EngineProcess:
         arguments: Mapping[str, Any],
         *,
         environment: Mapping[str, str],
-        limits: Limits,
+        limits: VLLMSettings,
         log_file: Path,
     ) -> None:
         """Starts vLLM and waits until it is ready.
 
         Args:
-            arguments: of vLLM's LLM.
+            arguments: those of vLLM's LLM.
             environment: variables for the child alone.
-            limits: of start, generation, and everything about weights.
+            limits: has the seconds that a call may take before the engine is given up.
             log_file: takes all that vLLM prints.
         """
-        self._limits = limits
+        self.limits = limits
         self._log_file = log_file
         self._connection, theirs = multiprocessing.Pipe()
         descriptor = theirs.fileno()
         with log_file.open("ab") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "capo_exp.rollout.vllm_worker", str(descriptor)],
                 pass_fds=[descriptor],
                 env={**os.environ, **environment},
@@ -124,18 +116,16 @@ class EngineProcess:
                 start_new_session=True,  # a Ctrl-C is for the parent, which finishes its step first
             )
         theirs.close()
-        self.pid = self._process.pid
         try:
-            self._call("start", "starting", limits.start_seconds, "start_seconds", dict(arguments))
+            self._call("start", "starting", "start_seconds", dict(arguments))
         except BaseException:  # a Ctrl-C as well: nobody has this object yet, so nobody could close it
             self.close()
             raise
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
-        """All completions of all requests, in order."""
+        """Returns all completions of all requests, in order."""
         what = f"sampling for {len(requests)} prompts"
-        limit = self._limits.generate_seconds
-        return self._call("generate", what, limit, "generate_seconds", list(requests))
+        return self._call("generate", what, "generate_seconds", list(requests))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._transfer("init_weight_transfer_engine", {"init_info": init_info})
@@ -162,18 +152,19 @@ class EngineProcess:
         self._transfer("wake_up", tags)
 
     def close(self) -> None:
-        """Ends the process and whatever it started; its memory is free afterwards. Again does no harm."""
+        """Ends the process and whatever it started; its memory is free afterwards. Twice does no harm."""
         if self._connection.closed:
             return
         self._connection.close()
         self._kill()
-        self._process.wait()
+        self.process.wait()
 
     def _transfer(self, method: str, *args: Any) -> Any:
-        return self._call(method, method, self._limits.transfer_seconds, "transfer_seconds", *args)
+        return self._call(method, method, "transfer_seconds", *args)
 
-    def _call(self, method: str, what: str, seconds: float, key: str, *args: Any) -> Any:
-        expired = threading.Event()
+    def _call(self, method: str, what: str, limit: str, *args: Any) -> Any:
+        """Calls a method of the child; `limit` names the setting with its seconds."""
+        seconds, expired = getattr(self.limits, limit), threading.Event()
 
         def give_up() -> None:
             expired.set()
@@ -186,19 +177,19 @@ class EngineProcess:
             self._connection.send((method, args))
             worked, result = self._connection.recv()
         except (EOFError, OSError):
-            worked, result = False, self._epitaph(f"rollout.engine.{key}={seconds:g}", expired)
+            worked, result = False, self._epitaph(f"rollout.engine.{limit}={seconds:g}", expired)
         finally:
             timer.cancel()
         if not worked:
             self.close()
-            raise engine_failed(what, result, self._log_file)
+            raise explain_failure(what, result, self._log_file)
         return result
 
     def _epitaph(self, key: str, expired: threading.Event) -> str:
         if expired.is_set():
             return f"no answer within {key}"
-        return f"its process ended with exit code {self._process.wait()}"
+        return f"its process ended with exit code {self.process.wait()}"
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # its own group: tensor-parallel workers are in it
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own group: tensor-parallel workers are in it

@@ -26,8 +26,9 @@ from typing import Any, NoReturn
 
 import requests
 
-from capo_exp.rollout.vllm_process import Limits, Request, Response, Sampled, common_params, engine_failed
-from capo_exp.runs.signals import end_with_parent
+from capo_exp.rollout.vllm_process import Request, Response, Sampled, complete_params, explain_failure
+from capo_exp.rollout.vllm_settings import VLLMSettings
+from capo_exp.runs.processes import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
@@ -40,20 +41,25 @@ class Server:
     """
 
     def __init__(
-        self, url: str, *, limits: Limits, log_file: Path, process: subprocess.Popen[bytes] | None = None
+        self,
+        url: str,
+        *,
+        limits: VLLMSettings,
+        log_file: Path,
+        process: subprocess.Popen[bytes] | None = None,
     ) -> None:
         """Waits until the server is up.
 
         Args:
             url: such as http://node7:8000.
-            limits: of start, generation, and everything about weights.
-            log_file: of a server that belongs to the run.
+            limits: has the seconds that a call may take before the server is given up.
+            log_file: the log of a server that belongs to the run.
             process: the server, if it belongs to the run; close() ends it.
         """
-        self._url = url.rstrip("/")
-        self._limits = limits
+        self.url = url.rstrip("/")
+        self.limits = limits
         self._log_file = log_file
-        self._process = process
+        self.process = process
         try:
             self._wait_until_up()
         except BaseException:  # a Ctrl-C as well: nobody has this object yet, so nobody could close it
@@ -61,24 +67,24 @@ class Server:
             raise
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
-        """All completions of all requests, in order; the server batches them as they come."""
+        """Returns all completions of all requests, in order; the server batches them as they come."""
+        seconds = self.limits.generate_seconds
         pool = ThreadPoolExecutor(min(len(requests), MAX_CONNECTIONS))
         try:
-            answers = pool.map(self._generate, requests, timeout=self._limits.generate_seconds)
-            return list(answers)
+            return list(pool.map(self._generate, requests, timeout=seconds))
         except TimeoutError:
-            limit = f"rollout.engine.generate_seconds={self._limits.generate_seconds:g}"
-            self._fail(f"sampling for {len(requests)} prompts", f"no answer from {self._url} within {limit}")
+            limit = f"rollout.engine.generate_seconds={seconds:g}"
+            self._fail(f"sampling for {len(requests)} prompts", f"no answer from {self.url} within {limit}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def log_probs_mode(self) -> str:
-        """What the server's --logprobs-mode is."""
+        """Returns the server's --logprobs-mode."""
         info = self._ask("GET", "server_info?config_format=json")
         return info["vllm_config"]["model_config"]["logprobs_mode"]
 
     def world_size(self) -> int:
-        """Number of the server's workers."""
+        """Returns the number of the server's workers."""
         return self._ask("GET", "get_world_size")["world_size"]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -109,7 +115,7 @@ class Server:
 
     def close(self) -> None:
         """Ends a server that belongs to the run."""
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is None:
             return
         with suppress(subprocess.TimeoutExpired):
@@ -120,72 +126,63 @@ class Server:
         process.wait()
 
     def _generate(self, request: Request) -> Response:
-        body = {"token_ids": list(request.token_ids), "sampling_params": common_params(request.params)}
-        key = "generate_seconds"
-        answer = self._ask("POST", "inference/v1/generate", body, self._limits.generate_seconds, key)
+        body = {"token_ids": list(request.token_ids), "sampling_params": complete_params(request.params)}
+        answer = self._ask("POST", "inference/v1/generate", body, "generate_seconds")
         prompt = [next(iter(entry.values()))["logprob"] for entry in (answer["prompt_logprobs"] or ())[1:]]
         return Response([_sampled(choice) for choice in answer["choices"]], prompt)
 
-    def _ask(
-        self,
-        method: str,
-        route: str,
-        body: Any = None,
-        seconds: float | None = None,
-        key: str = "transfer_seconds",
-    ) -> Any:
-        seconds = seconds or self._limits.transfer_seconds
-        api_key = os.environ.get("VLLM_API_KEY")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    def _ask(self, method: str, route: str, body: Any = None, limit: str = "transfer_seconds") -> Any:
+        """Sends a request and returns the answer's JSON; `limit` names the setting with its seconds."""
+        seconds = getattr(self.limits, limit)
         try:
-            with requests.Session() as session:
-                session.trust_env = False  # a proxy for the internet does not know the cluster's nodes
-                answer = session.request(
-                    method, f"{self._url}/{route}", json=body, timeout=seconds, headers=headers
-                )
+            answer = self._request(method, route, seconds, json=body)
         except requests.Timeout:
-            self._fail(route, f"no answer from {self._url} within rollout.engine.{key}={seconds:g}")
+            self._fail(route, f"no answer from {self.url} within rollout.engine.{limit}={seconds:g}")
         except requests.RequestException as error:
             self._fail(route, self._epitaph(error))
         if not answer.ok:
-            self._fail(route, f"{self._url} answered {answer.status_code}: {answer.text[:500]}")
+            self._fail(route, f"{self.url} answered {answer.status_code}: {answer.text[:500]}")
         return answer.json() if answer.content else None
 
+    def _request(self, method: str, route: str, seconds: float, **body: Any) -> requests.Response:
+        api_key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        with requests.Session() as session:
+            session.trust_env = False  # a proxy for the internet does not know the cluster's nodes
+            url = f"{self.url}/{route}"
+            return session.request(method, url, timeout=seconds, headers=headers, **body)
+
     def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + self._limits.start_seconds
+        deadline = time.monotonic() + self.limits.start_seconds
         while time.monotonic() < deadline:
-            if self._process is not None and self._process.poll() is not None:
-                self._fail("starting", f"the server ended with exit code {self._process.returncode}")
-            try:
-                with requests.Session() as session:
-                    session.trust_env = False
-                    if session.get(f"{self._url}/health", timeout=POLL_SECONDS * 10).ok:
-                        return
-            except requests.RequestException:
-                pass
+            if self.process is not None and self.process.poll() is not None:
+                self._fail("starting", f"the server ended with exit code {self.process.returncode}")
+            with suppress(requests.RequestException):
+                if self._request("GET", "health", POLL_SECONDS * 10).ok:
+                    return
             time.sleep(POLL_SECONDS)
-        limit = f"rollout.engine.start_seconds={self._limits.start_seconds:g}"
-        self._fail("starting", f"no server at {self._url} within {limit}")
+        limit = f"rollout.engine.start_seconds={self.limits.start_seconds:g}"
+        self._fail("starting", f"no server at {self.url} within {limit}")
 
     def _epitaph(self, error: Exception) -> str:
-        code = None if self._process is None else self._process.poll()
+        code = None if self.process is None else self.process.poll()
         if code is not None:
             return f"the server ended with exit code {code}"
-        return f"{self._url} is not reached ({type(error).__name__})"
+        return f"{self.url} is not reached ({type(error).__name__})"
 
     def _fail(self, what: str, reason: str) -> NoReturn:
-        raise engine_failed(what, reason, self._log_file)
+        raise explain_failure(what, reason, self._log_file)
 
 
 def start_server(
-    arguments: Mapping[str, Any], *, environment: Mapping[str, str], limits: Limits, log_file: Path
+    arguments: Mapping[str, Any], *, environment: Mapping[str, str], limits: VLLMSettings, log_file: Path
 ) -> Server:
-    """A server of this run, on this machine and reachable from it alone.
+    """Starts a server of this run, on this machine and reachable from it alone.
 
     Args:
-        arguments: of vLLM's LLM.
+        arguments: those of vLLM's LLM.
         environment: variables for the server alone.
-        limits: as for Server.
+        limits: see Server.
         log_file: takes all that the server prints.
     """
     port = _free_port()

@@ -7,7 +7,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from capo_exp.rollout.vllm_process import Request, Response, Sampled, common_params
+from capo_exp.rollout.vllm_process import Request, Response, Sampled, complete_params
 
 
 class Worker:
@@ -26,7 +26,7 @@ class Worker:
 
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(request.token_ids)} for request in requests],
-            [SamplingParams(**common_params(request.params), flat_logprobs=True) for request in requests],
+            [SamplingParams(**complete_params(request.params), flat_logprobs=True) for request in requests],
             use_tqdm=False,
         )
         return [_response(output) for output in outputs]
@@ -36,7 +36,7 @@ class Worker:
 
 
 def serve(connection: Connection) -> NoReturn:
-    """Ends when the parent closes the pipe or dies."""
+    """Answers calls until the parent closes the pipe or dies."""
     # Schedulers signal all processes of a job; the parent ends its step first, and then this one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker = None
@@ -58,7 +58,7 @@ def serve(connection: Connection) -> NoReturn:
 
 
 def _response(output: Any) -> Response:
-    """From vLLM's RequestOutput. With logprobs=0 there is one log-prob a token: that of the token itself."""
+    """Reads vLLM's RequestOutput. With logprobs=0 there is one log-prob a token: that of the token itself."""
     completions = [
         Sampled(
             list(completion.token_ids),

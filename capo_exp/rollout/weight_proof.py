@@ -19,50 +19,48 @@ PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Log-probs [N] nats of the same tokens under both."""
+class WeightProbe:
+    """Log-probs [N] nats of the same tokens under learner and engine."""
 
     learner: Tensor
     engine: Tensor
 
     @property
     def difference(self) -> Tensor:
-        """[N] nats, not negative; NaN if either is."""
+        """Is [N] nats, not negative; NaN where either is."""
         return (self.learner - self.engine).abs()
 
-    def only_learner_moved(self, before: "Probe", *, by: float) -> bool:
+    def only_learner_moved(self, before: "WeightProbe", *, by: float) -> bool:
         """Whether the engine says to the last bit what it said before, although the learner's log-probs have
         moved by more than `by` nats on average: then it has not got the new weights."""
         moved = (self.learner - before.learner).abs().mean().item() > by
         return moved and torch.equal(self.engine, before.engine)
 
 
-def take_probe(
+def probe_weights(
     generate: Callable[[Sequence[Request]], list[Response]],
     model: PreTrainedModel,
     compute_dtype: torch.dtype,
     prompts: Sequence[Prompt],
-) -> Probe:
-    """Both log-probs of the prompts' last tokens, at temperature 1.
+) -> WeightProbe:
+    """Returns both log-probs of the prompts' last tokens, at temperature 1.
 
     Args:
-        generate: of the engine.
+        generate: the engine's.
         model: the learner's.
-        compute_dtype: of the learner.
-        prompts: of two tokens or more.
+        compute_dtype: the learner's.
+        prompts: have two tokens or more.
     """
     params = {"n": 1, "temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
     responses = generate([Request(prompt.token_ids, params) for prompt in prompts])
     groups = [_as_completion(p, r.prompt_log_probs) for p, r in zip(prompts, responses, strict=True)]
     batch = collate(groups, pad_token_id=0, device=model.device)
-    own = policy.log_probs(
-        model, batch, temperature=1.0, chunk_tokens=PROBE_TOKENS, compute_dtype=compute_dtype
-    )
-    return Probe(own[batch.completion_mask], batch.sampler_log_probs[batch.completion_mask])
+    own = policy.log_probs(model, batch, policy.ForwardSettings(1.0, PROBE_TOKENS, compute_dtype))
+    return WeightProbe(own[batch.completion_mask], batch.sampler_log_probs[batch.completion_mask])
 
 
-def choose_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first few that can prove anything.
+def choose_probe_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the first few prompts that can prove anything.
 
     Raises:
         EngineFailed: if none has two tokens.
@@ -74,7 +72,7 @@ def choose_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _as_completion(prompt: Prompt, log_probs: Sequence[float]) -> RolloutGroup:
-    """The end of a prompt in the place of a completion."""
+    """Puts the end of a prompt in the place of a completion."""
     count = min(PROBE_TOKENS, len(prompt.token_ids) - 1)
     end = Completion(prompt.token_ids[-count:], tuple(log_probs[-count:]), "", truncated=False)
     return RolloutGroup(Prompt(prompt.problem, "", prompt.token_ids[:-count]), (end,), 0)

@@ -7,6 +7,7 @@ anything else as safetensors bytes (vllm_plugin.py is the other end). No file is
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ class WeightClient(Protocol):
 
 
 def choose_backend(wanted: str, device: torch.device, *, shares_memory: bool, other_gpu: bool) -> str:
-    """`auto`, resolved.
+    """Returns the way that weights travel: the one that is wanted, or for `auto` the best.
 
     Args:
         wanted: auto, ipc, nccl or safetensors.
@@ -59,12 +60,12 @@ def make_sender(
     world_size: int,
     seconds: float,
 ) -> Callable[[], None]:
-    """A function that sends all weights as they are when it is called.
+    """Makes a function that sends all weights as they are when it is called.
 
     Args:
         backend: safetensors, ipc or nccl.
-        client: of the engine that takes them.
-        model: whose weights.
+        client: the engine's, which takes them.
+        model: has the weights.
         address: nccl only: this machine's name or address for the engine's workers.
         world_size: nccl only: number of the engine's workers.
         seconds: ipc and nccl only: limit of the handshake and of each transfer, whatever the client's are.
@@ -87,7 +88,8 @@ def make_sender(
     watched: Any = _Watched(client)
 
     def join() -> Any:
-        return WeightTransferTrainerFactory.trainer_init(info, client=watched, source=weight_source(model))
+        source = make_weight_source(model)
+        return WeightTransferTrainerFactory.trainer_init(info, client=watched, source=source)
 
     def limited(what: str, action: Callable[[], Any]) -> Any:
         def on_its_gpu() -> Any:
@@ -95,7 +97,7 @@ def make_sender(
                 torch.cuda.synchronize()  # vLLM copies on streams of its own: the update has to be done
                 return action()
 
-        return within(seconds, what, on_its_gpu, failed=lambda: watched.failure)
+        return run_within(seconds, what, on_its_gpu, failed=lambda: watched.failure)
 
     sender = limited(f"joining the engine for {backend} transfers", join)
     return lambda: limited(f"sending weights by {backend}", sender.send_weights)
@@ -119,8 +121,8 @@ class _Watched:
         return call
 
 
-def weight_source(model: PreTrainedModel) -> Any:
-    """All parameters as vLLM's senders read them: a WeightSource."""
+def make_weight_source(model: PreTrainedModel) -> Any:
+    """Makes a WeightSource, from which vLLM's senders read all parameters."""
     from vllm.distributed.weight_transfer import ParamMeta, WeightSource
 
     class AllParameters(WeightSource):
@@ -128,19 +130,19 @@ def weight_source(model: PreTrainedModel) -> Any:
             return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return all_parameters(model)
+            return list_parameters(model)
 
     return AllParameters()
 
 
-def all_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under every name it has: of a tied last layer vLLM's CPU build keeps a packed copy, which
-    would go stale if it were sent as the embedding alone."""
+def list_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yields every weight under every name it has: of a tied last layer vLLM's CPU build keeps a packed
+    copy, which would go stale if it were sent as the embedding alone."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield name, parameter.detach()
 
 
-def within(
+def run_within(
     seconds: float,
     what: str,
     action: Callable[[], Any],
@@ -151,53 +153,45 @@ def within(
 
     Args:
         seconds: limit.
-        what: for the message.
+        what: names the action in the message.
         action: its result is returned.
-        failed: asked now and then whether waiting is in vain.
+        failed: says now and then whether waiting is in vain.
 
     Raises:
         EngineFailed: if the action fails, `failed` says so, or after `seconds`. The thread may hang for ever;
             it ends with the process.
     """
-    results: list[Any] = []
-    errors: list[Exception] = []
+    outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
-            results.append(action())
+            outcome.set_result(action())
         except Exception as error:
-            errors.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     deadline = time.monotonic() + seconds
-    while thread.is_alive() and time.monotonic() < deadline and not failed():
-        thread.join(POLL_SECONDS)
-    if error := failed():
-        raise error
-    if errors and isinstance(errors[0], EngineFailed):
-        raise errors[0]
-    if errors:
-        raise EngineFailed(f"vLLM: {what}: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
-    if not results:
+    while not outcome.done() and time.monotonic() < deadline and not failed():
+        wait([outcome], timeout=POLL_SECONDS)
+    if lost := failed():
+        raise lost
+    if not outcome.done():
         raise EngineFailed(f"vLLM: {what}: no answer within rollout.engine.transfer_seconds={seconds:g}")
-    return results[0]
+    error = outcome.exception()
+    if error is not None and not isinstance(error, EngineFailed):
+        raise EngineFailed(f"vLLM: {what}: {type(error).__name__}: {error}") from error
+    return outcome.result()
 
 
 def _send_safetensors(client: WeightClient, model: PreTrainedModel) -> None:
+    """Sends whole tensors, about CHUNK_BYTES at a time."""
     client.start_weight_update()
-    for chunk in _chunks(all_parameters(model)):
-        client.update_weights({"data": save(chunk)})
-    client.finish_weight_update()
-
-
-def _chunks(weights: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Whole tensors, about CHUNK_BYTES at a time."""
     chunk: dict[str, Tensor] = {}
-    for name, tensor in weights:
+    for name, tensor in list_parameters(model):
         chunk[name] = tensor.cpu().clone()  # safetensors refuses tensors that share memory
         if sum(t.nbytes for t in chunk.values()) >= CHUNK_BYTES:
-            yield chunk
+            client.update_weights({"data": save(chunk)})
             chunk = {}
     if chunk:
-        yield chunk
+        client.update_weights({"data": save(chunk)})
+    client.finish_weight_update()

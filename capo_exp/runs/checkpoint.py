@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.runs.files import writing
+from capo_exp.runs.files import name_disk_error
 
 _STATE = "trainer_state.pt"
 _REFERENCE = "reference"
@@ -30,11 +30,11 @@ class Checkpointer:
             shutil.rmtree(unfinished)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, which transformers can load as a model; None before the first."""
+        """Returns the newest checkpoint, which transformers can load as a model; None before the first."""
         return max(self._folder.glob("step_*"), default=None)
 
     def latest_reference(self) -> Path | None:
-        """The reference model of the newest checkpoint; None where it is still the base model."""
+        """Returns the reference model of the newest checkpoint; None where it is still the base model."""
         latest = self.latest()
         saved = latest / _REFERENCE if latest else None
         return saved if saved and saved.is_dir() else None
@@ -50,11 +50,11 @@ class Checkpointer:
         """Writes checkpoints/step_<step>, then removes all but the newest `keep`.
 
         Args:
-            step: rollout step.
-            state: what else the next step depends on; numbers, texts, tensors, and dicts of them.
-            model: its weights.
-            tokenizer: saved beside them.
-            reference: only where it is no longer the base model.
+            step: The rollout step that is done.
+            state: What else the next step depends on: numbers, texts, tensors, and dicts of them.
+            model: The model whose weights are saved.
+            tokenizer: The tokenizer that is saved beside them.
+            reference: The reference model where it is no longer the base model, else None.
 
         Raises:
             OSError: The disk takes no more. What was written is removed, the older ones are there.
@@ -62,8 +62,14 @@ class Checkpointer:
         target = self._folder / f"step_{step:06d}"
         partial = self._folder / f".{target.name}"
         try:
-            with writing(target):
-                _write(partial, state, model, tokenizer, reference)
+            with name_disk_error(target):
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                if reference is not None:
+                    reference.save_pretrained(partial / _REFERENCE)
+                with (partial / _STATE).open("wb") as file:  # torch alone would not say why it cannot write
+                    torch.save(dict(state), file)
+                _flush(partial)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
         except OSError:
@@ -74,24 +80,8 @@ class Checkpointer:
         return target
 
     def restore(self, path: Path, device: torch.device) -> dict[str, Any]:
-        """Reads the state of a checkpoint, its tensors on `device`; weights not among them."""
+        """Reads the state of a checkpoint, without the weights; its tensors are on `device`."""
         return torch.load(path / _STATE, map_location=device, weights_only=True)
-
-
-def _write(
-    folder: Path,
-    state: Mapping[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    reference: PreTrainedModel | None,
-) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if reference is not None:
-        reference.save_pretrained(folder / _REFERENCE)
-    with (folder / _STATE).open("wb") as file:  # torch alone would not say why it cannot write
-        torch.save(dict(state), file)
-    _flush(folder)
 
 
 def _flush(folder: Path) -> None:

@@ -11,7 +11,7 @@ from rich.progress import Progress as LiveBar
 from rich.table import Table
 
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Row, load_run
+from capo_exp.runs.read import LoggedRow, load_run
 
 SHOWN = {
     names.TRAIN_ACCURACY: "acc {:.1%}",
@@ -37,14 +37,7 @@ class Progress:
         every_seconds: float = 10.0,
         console: Console | None = None,
     ) -> None:
-        """Prepares the display.
-
-        Args:
-            total_steps: Rollout steps of the whole run.
-            first_step: Rollout steps done before, when a run is resumed.
-            every_seconds: Pause between plain lines.
-            console: Standard output if None.
-        """
+        """Prepares the display for a run of `total_steps`, of which a resumed one has done `first_step`."""
         self._console = console or Console(highlight=False)
         self._total, self._first, self._every = total_steps, first_step, every_seconds
         self._began = self._last_line = -float("inf")
@@ -56,7 +49,7 @@ class Progress:
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Shows a rollout step that is done; `counter/rollout_step` has to be there."""
-        step, shown = int(metrics[names.STEP]), describe(metrics)
+        step, shown = int(metrics[names.STEP]), format_step(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif step == self._total or time.monotonic() - self._last_line >= self._every:
@@ -76,7 +69,7 @@ class Progress:
     def _time_left(self, step: int) -> str:
         done = step - self._first
         seconds = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else 0.0
-        return clock(seconds)
+        return format_duration(seconds)
 
     def __enter__(self) -> "Progress":
         self._began = time.monotonic()
@@ -89,19 +82,19 @@ class Progress:
             self._bar.stop()
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """Such as `acc 41.7%  rejected 0.35%  shift 3.1e-05  2,410 tok/s`; the shift is policy_shift's p99."""
+def format_step(metrics: Mapping[str, float]) -> str:
+    """Returns such as `acc 41.7%  rejected 0.35%  shift 3.1e-05  2,410 tok/s`, with policy_shift's p99."""
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics)
 
 
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
+def format_duration(seconds: float) -> str:
+    """Returns hours, minutes and seconds: 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def summary_table(run_dir: Path) -> Table:
-    """What a run came to and where each file is, from the files of its directory.
+    """Returns what a run came to and where each file is, from the files of its directory.
 
     Raises:
         FileNotFoundError: There is no metrics.jsonl.
@@ -110,15 +103,15 @@ def summary_table(run_dir: Path) -> Table:
     table = Table(title=str(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for label, text in (*_outcome(run.metrics, run.evaluations), *_places(run_dir, run.record.get("wandb"))):
-        table.add_row(label, text)
+    for row in (*_outcome(run.metrics, run.evaluations), *_places(run_dir, run.record.get("wandb"))):
+        table.add_row(*row)
     seconds = run.record.get("wall_seconds")
     if seconds is not None:
-        table.add_row("wall time", clock(seconds))
+        table.add_row("wall time", format_duration(seconds))
     return table
 
 
-def _outcome(metrics: list[Row], evaluations: list[Row]) -> list[tuple[str, str]]:
+def _outcome(metrics: list[LoggedRow], evaluations: list[LoggedRow]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if held_out := _values(evaluations, names.EVAL_ACCURACY):
         first, last = held_out[0], held_out[-1]
@@ -135,12 +128,12 @@ def _outcome(metrics: list[Row], evaluations: list[Row]) -> list[tuple[str, str]
     return rows
 
 
-def _values(rows: list[Row], key: str) -> list[float]:
+def _values(rows: list[LoggedRow], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None]
 
 
 def _places(run_dir: Path, wandb_location: str | None) -> list[tuple[str, str]]:
-    files = (
+    known = [
         "metrics.jsonl",
         "eval.jsonl",
         "completions",
@@ -148,9 +141,7 @@ def _places(run_dir: Path, wandb_location: str | None) -> list[tuple[str, str]]:
         "config.yaml",
         "run.json",
         "run.png",
-    )
-    places = [
-        ("directory", str(run_dir)),
-        ("files", " ".join(name for name in files if (run_dir / name).exists())),
     ]
+    files = " ".join(name for name in known if (run_dir / name).exists())
+    places = [("directory", str(run_dir)), ("files", files)]
     return [*places, ("W&B", wandb_location)] if wandb_location else places

@@ -1,20 +1,66 @@
-"""A disk that takes no more: what could not be written, and how to go on, in one line. Imports no torch."""
+"""Files that are whole or not there, and what is said when the disk takes no more. Imports no torch."""
 
 import errno
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from capo_exp.config.errors import ConfigError, RunFailed
 
 STOPS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-"""Full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's)."""
+"""A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's)."""
 
 
-def reason(error: BaseException | None) -> int | None:
-    """The number in STOPS that an error or one that it came from has; None if it is about something else.
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write; on success it is on disk and takes the place of `path` in one go."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with name_disk_error(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        with suppress(OSError):  # such as of a disk that is read-only now
+            partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the whole new one, whatever kills the process."""
+    with replace_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON object for people to read, the whole of it or nothing."""
+    write_atomic(path, json.dumps(fields, indent=2) + "\n")
+
+
+def append_line(file: FileIO, line: str) -> None:
+    """Appends a line to a file, the whole of it or nothing.
+
+    Raises:
+        OSError: The disk takes no more; the error names the file.
+    """
+    data, end = line.encode(), file.seek(0, os.SEEK_END)
+    try:
+        with name_disk_error(Path(str(file.name))):
+            while data:
+                data = data[file.write(data) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def find_disk_error(error: BaseException | None) -> int | None:
+    """Returns the number in STOPS of an error or of one that it came from; None if it is about another thing.
 
     torch raises a RuntimeError with the OSError behind it, the libraries in Rust put its number in the text.
     """
@@ -28,30 +74,30 @@ def reason(error: BaseException | None) -> int | None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def name_disk_error(path: Path) -> Iterator[None]:
     """Makes whatever a library raises when the disk takes no more an OSError that names the file."""
     try:
         yield
     except Exception as error:
-        number = reason(error)
+        number = find_disk_error(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager
-def stops_cleanly(run_dir: Path) -> Iterator[None]:
+def stop_on_disk_error(run_dir: Path) -> Iterator[None]:
     """Ends a run whose disk takes no more in one line that says where it goes on.
 
     Raises:
-        RunFailed: What could not be written and why, the free space, the last checkpoint.
+        RunFailed: The message says what could not be written and why, the free space, the last checkpoint.
     """
     try:
         yield
     except (ConfigError, RunFailed):
         raise
     except Exception as error:
-        number = reason(error)
+        number = find_disk_error(error)
         if number is None:
             raise
         named = error.filename if isinstance(error, OSError) else None

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import metrics as names
-from capo_exp.runs.files import writing
-from capo_exp.runs.record import replacing, write_atomic
-from capo_exp.runs.wandb_run import WandbRun
-from capo_exp.runs.wandb_start import has_key as has_key
-from capo_exp.runs.wandb_start import resolve_mode
+from capo_exp.runs.files import append_line, name_disk_error, replace_file, write_atomic
+from capo_exp.runs.trackers import WandbRun, resolve_mode
 
 log = logging.getLogger(__name__)
 
@@ -36,40 +31,33 @@ COMPLETION_TYPES = {
 """Columns with one entry per completion token; the others get their type from their values."""
 
 SIGNIFICANT_BITS = 8
-"""Of a float per token: 0.4 % at most, as in bfloat16. The other 16 bits are most of the file and noise."""
+"""Precision of a float per token: 0.4 %, as in bfloat16. The other 16 bits are most of a file, and noise."""
 
 
 class RunLogger:
     """Owns metrics.jsonl, eval.jsonl, completions/ and the W&B run of one run directory."""
 
-    def __init__(self, run_dir: Path, config: TrainConfig, *, run_id: str, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, wandb_mode: str) -> None:
         """Opens the files behind the checkpoint that training goes on from.
 
         Args:
-            run_dir: Must exist.
-            config: Only `logger`, names and the values that W&B shows are read.
-            run_id: Begins the id of the W&B run, which is the same after a resume.
+            run_dir: The run's directory; for W&B its config.yaml and run.json have to be there.
             resume_step: Rollout steps in the checkpoint; what was logged later is dropped, everything if 0.
+            wandb_mode: auto | online | offline | disabled.
 
         Raises:
             ConfigError: A line of the files is not a row, or W&B refuses.
         """
         self.run_dir = run_dir
-        kept = {name: drop_after(run_dir / name, resume_step) for name in ("metrics.jsonl", "eval.jsonl")}
-        drop_completions_after(run_dir / "completions", resume_step)
-        last = max((row[names.STEP] for row in kept["metrics.jsonl"]), default=0)
+        last = max(_cut_rows(run_dir / "metrics.jsonl", resume_step), default=0)
+        self.evaluated_step = max(_cut_rows(run_dir / "eval.jsonl", resume_step), default=-1)
+        _cut_completions(run_dir / "completions", resume_step)
         if last < resume_step:
             log.warning("%s: rows of steps %s to %s are missing", run_dir, last + 1, resume_step)
-        self.evaluated_step = max((row[names.STEP] for row in kept["eval.jsonl"]), default=-1)
-        disabled = resolve_mode(config.logger.wandb_mode) == "disabled"  # then wandb is not imported
-        self._wandb = None if disabled else WandbRun(run_dir, config, run_id)
+        disabled = resolve_mode(wandb_mode) == "disabled"  # then wandb is not imported
+        self._wandb = None if disabled else WandbRun(run_dir, wandb_mode)
         self._metrics = FileIO(run_dir / "metrics.jsonl", "a")
         self._evaluations = FileIO(run_dir / "eval.jsonl", "a")
-
-    def describe(self, record: Mapping[str, Any]) -> None:
-        """Gives W&B what run.json says of the run."""
-        if self._wandb is not None:
-            self._wandb.describe(record)
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
         """Appends the metrics of one rollout step to metrics.jsonl and W&B."""
@@ -87,7 +75,7 @@ class RunLogger:
         folder = self.run_dir / "completions"
         folder.mkdir(exist_ok=True)
         columns = {key: _column(key, [row[key] for row in rows]) for key in rows[0]} if rows else {}
-        with replacing(folder / f"step_{step:06d}.parquet") as partial:
+        with replace_file(folder / f"step_{step:06d}.parquet") as partial:
             pq.write_table(
                 pa.table(columns),
                 partial,
@@ -102,20 +90,20 @@ class RunLogger:
     def sync(self) -> None:
         """Forces the rows to disk: a checkpoint does not go beyond them, even after a power cut."""
         for file in (self._metrics, self._evaluations):
-            with writing(Path(str(file.name))):
+            with name_disk_error(Path(str(file.name))):
                 os.fsync(file)
 
     @property
     def wandb_location(self) -> str | None:
-        """Where the W&B run is: its URL, the command that uploads it, or None if W&B is disabled."""
+        """The W&B run's URL, or the command that uploads it; None if W&B is disabled."""
         return self._wandb and self._wandb.location
 
     def finish(self, exit_code: int) -> None:
         """Closes the files and the W&B run; 0 means success. A second call does nothing."""
+        if self._wandb is not None and not self._metrics.closed:
+            self._wandb.finish(exit_code)
         self._metrics.close()
         self._evaluations.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code)
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -127,30 +115,13 @@ class RunLogger:
         names.check_known(metrics)
         assert {names.STEP, names.COMPLETIONS} <= metrics.keys(), f"no {names.STEP} or {names.COMPLETIONS}"
         row = {key: _plain(value) for key, value in metrics.items()}
-        append(file, json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+        append_line(file, json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.send(row)
 
 
-def append(file: FileIO, line: str) -> None:
-    """Writes a line, the whole of it or nothing.
-
-    Raises:
-        OSError: The disk takes no more; the error names the file.
-    """
-    data, end = line.encode(), file.seek(0, os.SEEK_END)
-    try:
-        with writing(Path(str(file.name))):
-            while data:
-                data = data[file.write(data) :]
-    except OSError:
-        with suppress(OSError):
-            file.truncate(end)
-        raise
-
-
 def _plain(value: float) -> float | int | None:
-    """A number as JSON has it: exact, and null where it is not finite."""
+    """Returns a number as JSON has it: exact, and null where it is not finite."""
     if isinstance(value, int):
         return value
     return float(value) if math.isfinite(value) else None
@@ -169,35 +140,30 @@ def _column(key: str, values: Sequence[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(ends, pa.array(rounded, pa.float32()))
 
 
-def drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keeps the rows of a .jsonl file up to a rollout step, none if it is 0; a line cut short goes too.
+def _cut_rows(path: Path, step: int) -> list[int]:
+    """Keeps the rows of a .jsonl file up to a rollout step, none if it is 0, and returns their steps.
 
     Raises:
         ConfigError: A line before that step is not a row.
     """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    kept: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(text.split("\n")[:-1] if step > 0 else [], start=1):
-        row = _row(path, number, line)
-        if row[names.STEP] > step:
+    lines = path.read_bytes().split(b"\n")[:-1] if step > 0 and path.exists() else []
+    steps: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            at = int(json.loads(line)[names.STEP])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path}, line {number}: expected one JSON object with {names.STEP} ({error}); "
+                "mend or remove the line, or start again with overwrite=true"
+            ) from None
+        if at > step:
             break
-        kept.append((line, row))
-    write_atomic(path, "".join(line + "\n" for line, _ in kept))
-    return [row for _, row in kept]
+        steps.append(at)
+    write_atomic(path, "".join(f"{line.decode()}\n" for line in lines[: len(steps)]))
+    return steps
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        return row | {names.STEP: int(row[names.STEP])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path}, line {number}: expected one JSON object with {names.STEP} ({error}); "
-            "mend or remove the line, or start again with overwrite=true"
-        ) from None
-
-
-def drop_completions_after(folder: Path, step: int) -> None:
+def _cut_completions(folder: Path, step: int) -> None:
     """Removes samples of rollout steps beyond `step`, and what a kill left of one."""
     for path in folder.glob("step_*.parquet"):
         number = path.stem.removeprefix("step_")

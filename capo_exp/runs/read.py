@@ -1,7 +1,6 @@
-"""Reads what a run left on disk. Runs may be short, unfinished, or older than a metric."""
+"""Reads what a run left on disk. Runs may be short, unfinished, or older than a metric. Imports no torch."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +14,19 @@ from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.record import read, status
+from capo_exp.runs.record import read_record, run_status
 
-Row = Mapping[str, Any]
+LoggedRow = Mapping[str, Any]
 Array = NDArray[np.float64]
 
 MARKS = {"run.json", "metrics.jsonl"}
 """A folder with one of these files is a run directory."""
 
+EXPECTED = "expected a directory with runs, such as outputs, or a run's own, with run.json or metrics.jsonl"
+
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """One run directory in memory."""
 
     path: Path
@@ -33,14 +34,14 @@ class Run:
     """config.yaml; empty if missing."""
     record: dict[str, Any]
     """run.json; empty if missing."""
-    metrics: list[Row]
+    metrics: list[LoggedRow]
     """metrics.jsonl, one row an optimiser step; empty before the first."""
-    evaluations: list[Row]
+    evaluations: list[LoggedRow]
     """eval.jsonl, one row an evaluation of training; then evaluations/test.jsonl, one row a checkpoint that
     `python -m capo_exp.evaluate` has tested, by the cards that it used last."""
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """A config value by its dotted key, such as `algo.selection.policy_shift_max`."""
+        """Returns a config value by its dotted key, such as `algo.selection.policy_shift_max`."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -48,20 +49,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run directory."""
+        """The name of the run directory."""
         return self.path.name
 
     @property
     def state(self) -> str:
-        """As it is now: absent (no run.json) | running | finished | failed | interrupted | pruned."""
-        return status(self.path)
+        """What it is now: absent (no run.json) | running | finished | failed | interrupted."""
+        return run_status(self.path)
 
 
 def find_runs(patterns: Sequence[str | Path]) -> list[Path]:
-    """Run directories, each once, in order of their paths.
+    """Returns run directories, each once, in order of their paths.
 
     Args:
-        patterns: Each a run directory, a file in it, a folder with runs at any depth, or a glob of these.
+        patterns: Each is a run directory, a file in it, a folder with runs at any depth, or a glob of these.
             Hidden folders, and what is inside a run directory, are not searched.
 
     Raises:
@@ -74,24 +75,19 @@ def find_runs(patterns: Sequence[str | Path]) -> list[Path]:
                 found.setdefault(os.path.realpath(run), run)
     if not found:
         what = ", ".join(map(str, patterns)) or "no folder given"
-        raise ConfigError(f"{what}: no run there; {_expected()}")
+        raise ConfigError(f"{what}: no run there; {EXPECTED}")
     return sorted(found.values())
 
 
 def _places(pattern: str) -> list[Path]:
-    """What is on disk under a name or, if there is nothing of that name, a glob."""
+    """Returns what is on disk under a name or, if there is nothing of that name, a glob."""
     text = os.path.expanduser(pattern)
     if os.path.exists(text):
         return [Path(text)]
     matches = sorted(glob(text, recursive=True))
     if not matches:
-        raise ConfigError(f"{pattern or 'an empty name'}: no such file or directory; {_expected()}")
+        raise ConfigError(f"{pattern or 'an empty name'}: no such file or directory; {EXPECTED}")
     return [Path(match) for match in matches]
-
-
-def _expected() -> str:
-    marks = " or ".join(sorted(MARKS, reverse=True))
-    return f"expected a directory with runs, such as outputs, or a run's own, which has a {marks}"
 
 
 def _runs_in(place: Path) -> Iterator[Path]:
@@ -109,7 +105,7 @@ def _runs_in(place: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def load_run(run_dir: Path | str) -> Run:
+def load_run(run_dir: Path | str) -> LoggedRun:
     """Reads a run directory as far as it is.
 
     Raises:
@@ -119,17 +115,17 @@ def load_run(run_dir: Path | str) -> Run:
     path = Path(run_dir)
     if not any((path / mark).exists() for mark in MARKS):
         raise FileNotFoundError(f"{path} has no metrics.jsonl; expected the directory of one run")
-    return Run(
+    return LoggedRun(
         path=path,
         config=_yaml(path / "config.yaml"),
-        record=read(path) or {},
+        record=read_record(path) or {},
         metrics=read_jsonl(path / "metrics.jsonl") or _archived(path / "metrics.parquet"),
         evaluations=[*read_jsonl(path / "eval.jsonl"), *_tests(path / "evaluations" / "test.jsonl")],
     )
 
 
-def to_its_end(run: Run) -> Run:
-    """A run that ended early for want of any reward (stop_after_unrewarded), with the steps that it left out.
+def to_its_end(run: LoggedRun) -> LoggedRun:
+    """Returns a run that ended for want of reward (stop_after_unrewarded) with the steps that it left out.
 
     They have a reward and an accuracy of 0; its last evaluation stands at the end, too. Other runs stay
     as they are.
@@ -141,7 +137,7 @@ def to_its_end(run: Run) -> Run:
     return replace(run, metrics=[*run.metrics, *left_out], evaluations=evaluations)
 
 
-def _left_out(run: Run) -> list[Row]:
+def _left_out(run: LoggedRun) -> list[LoggedRow]:
     if run.record.get("status") != "finished" or not run.metrics:
         return []
     last = run.metrics[-1]
@@ -157,14 +153,14 @@ def _left_out(run: Run) -> list[Row]:
     ]
 
 
-def _tests(path: Path) -> list[Row]:
-    """The rows of the benchmarks that were tested last; others are other questions."""
+def _tests(path: Path) -> list[LoggedRow]:
+    """Returns the rows of the benchmarks that were tested last; others are other questions."""
     rows = read_jsonl(path)
     return [row for row in rows if row.get("cards") == rows[-1].get("cards")]
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """The rows of a .jsonl file; a missing file has none, a last line that a kill cut short is left out.
+def read_jsonl(path: Path) -> list[LoggedRow]:
+    """Returns the rows of a .jsonl file: none if it is missing, without a last line that a kill cut short.
 
     Raises:
         ConfigError: Another line is not a JSON object.
@@ -173,24 +169,22 @@ def read_jsonl(path: Path) -> list[Row]:
     return [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _object(text: bytes, where: str) -> Row:
+def _object(text: bytes, where: str) -> LoggedRow:
     try:
         row = json.loads(text)
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{where}: not JSON ({error}); remove the line, or the run") from None
-    if not isinstance(row, dict):
-        raise ConfigError(
-            f"{where}: got {str(row)[:40]}, expected a JSON object; remove the line, or the run"
-        )
-    return row
+    if isinstance(row, dict):
+        return row
+    raise ConfigError(f"{where}: got {str(row)[:40]}, expected a JSON object; remove the line, or the run")
 
 
-def load_completions(run: Run, step: int | None = None) -> list[Row]:
-    """Sampled completions in the order of their steps, each with its `step`; none if there are none.
+def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]:
+    """Returns sampled completions in the order of their steps, each with its `step`.
 
     Args:
-        run: Older runs lack some columns.
-        step: Rollout step; None = all that are on disk.
+        run: The run; older ones lack some columns.
+        step: The rollout step; None = all that are on disk.
 
     Raises:
         ConfigError: A file is damaged.
@@ -200,14 +194,14 @@ def load_completions(run: Run, step: int | None = None) -> list[Row]:
     return [{**row, "step": number} for number in wanted for row in _parquet(files[number])]
 
 
-def _archived(path: Path) -> list[Row]:
-    """The same rows from what scripts/archive_runs.py makes of them: no value is no key, NaN is null."""
+def _archived(path: Path) -> list[LoggedRow]:
+    """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
     rows = _parquet(path) if path.exists() else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
     return [{key: None if value != value else value for key, value in row.items()} for row in known]
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> list[LoggedRow]:
     import pyarrow.parquet as pq  # here, so that whoever reads no completions does not wait for it
 
     try:
@@ -217,29 +211,21 @@ def _parquet(path: Path) -> list[Row]:
         raise ConfigError(f"{path} cannot be read as parquet ({reason}); remove the file") from None
 
 
-def series(rows: Sequence[Row], key: str, *, x: str = names.COMPLETIONS) -> tuple[Array, Array]:
-    """Values of x and of a metric, [n] each, where both are there; null (not finite) becomes NaN."""
+def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIONS) -> tuple[Array, Array]:
+    """Returns x and a metric, [n] each, of rows that have both; null (not finite) becomes NaN."""
     pairs = [(row[x], row[key]) for row in rows if key in row and x in row]
-    table = np.array([[_number(a), _number(b)] for a, b in pairs], dtype=np.float64).reshape(-1, 2)
+    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None and "NaN" become NaN
+    table[~np.isfinite(table)] = np.nan
     return table[:, 0], table[:, 1]
 
 
-def _number(value: float | None) -> float:
-    number = float("nan") if value is None else float(value)
-    return number if math.isfinite(number) else float("nan")
-
-
 def _yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:  # a resolved config is plain YAML: libyaml reads it 20 times faster than OmegaConf.load
-        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader)
+        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.exists() else {}
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not YAML ({' '.join(str(error).split())}); restore or remove it"
-        ) from None
-    if not isinstance(plain, dict):
-        raise ConfigError(
-            f"{path}: got {str(plain)[:40]!r}, expected the config of a run; restore or remove it"
-        )
-    return {str(key): value for key, value in plain.items()}
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML ({reason}); restore or remove it") from None
+    if isinstance(plain, dict):
+        return {str(key): value for key, value in plain.items()}
+    got = f"got {str(plain)[:40]!r}, expected the config of a run"
+    raise ConfigError(f"{path}: {got}; restore or remove it")

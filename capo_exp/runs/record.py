@@ -1,19 +1,15 @@
-"""A run's identity, its folder, and what is on record about it: config.yaml, run.json, git.diff, the lock.
+"""What is on record about a run: config.yaml, run.json with the machine and the code, git.diff. No torch."""
 
-Imports no torch, so that plan_only, status and figures start at once.
-"""
-
-import fcntl
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,37 +19,10 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.files import writing
+from capo_exp.runs.files import write_atomic, write_json
+from capo_exp.runs.identity import as_dict, run_id, run_name
+from capo_exp.runs.lock import is_locked, locked
 
-ENGINE_RUNS_SO = (
-    "server_url", "visible_devices", "max_num_seqs", "gpu_memory_utilization", "kv_cache_gib", "sleep_level",
-    "weight_transfer", "weight_transfer_address", "start_seconds", "generate_seconds", "transfer_seconds",
-    "max_probe_difference",
-)  # fmt: skip
-NOT_RESULTS = (
-    "output_dir", "overwrite", "plan_only", "logger", "sweep", "checkpoint", "experiment_name",
-    "stop_after_unrewarded",
-    "rollout.server_url", "dataset.prompt_style",
-    *(f"rollout.engine.{name}" for name in ENGINE_RUNS_SO),
-)  # fmt: skip
-"""Config keys that change a run's numbers by rounding at most, hence not its identity: a run whose engine
-failed for want of time or memory goes on with more of it."""
-ADDED: dict[str, Any] = {
-    "algo.step_rule_name": "",
-    "curvature.diagnose_every": 0,
-    "dataset.eval_order": "file",
-    "dataset.examples": [],
-    "dataset.levels": [],
-    "dataset.types": [],
-    "evaluation.top_p": 1.0,
-    "reward.format": {"_target_": "capo_exp.grading.terms.no_format", "_partial_": True},
-    "reward.format_weight": 0.0,
-    "reward.length": {"_target_": "capo_exp.grading.terms.no_length", "_partial_": True},
-    "reward.length_weight": 0.0,
-    "reward.verifier.unparsable_gold": "drop",
-}
-"""Keys younger than the reference runs -> the value that changes nothing; there, a run has the id that it had
-before the key. A new key goes here."""
 FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
 FOLDERS = ("completions", "checkpoints", "evaluations", "wandb")
 PACKAGES = (
@@ -61,75 +30,8 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain dicts, lists and numbers, interpolations resolved."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def run_id(config: TrainConfig) -> str:
-    """8 hex digits that are the same whenever the command asks for the same numbers."""
-    canonical = json.dumps(_results(as_dict(config)), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
-
-
-def _results(node: Any, prefix: str = "") -> Any:
-    """A config, or a part of it, without NOT_RESULTS and without what is ADDED and neutral."""
-    if not isinstance(node, dict):
-        return node
-    named = {f"{prefix}{name}": value for name, value in node.items()}
-    return {key: _results(value, f"{key}.") for key, value in named.items() if _counts(key, value)}
-
-
-def _counts(key: str, value: Any) -> bool:
-    """Whether a key is part of a run's identity."""
-    return key not in NOT_RESULTS and not (key in ADDED and value == ADDED[key])
-
-
-def run_name(config: TrainConfig) -> str:
-    """Such as `capo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-1a2b3c4d`: what sweeps change, and the id.
-
-    Safe in a shell, a URL and a Hydra override.
-    """
-    regime = config.regime
-    batch = (f"lr{regime.learning_rate:g}", f"{regime.prompts_per_step}x{regime.group_size}")
-    subject = (config.algo.label, config.model.name, config.dataset.name, regime.name)
-    return "-".join([*map(_slug, (*subject, *batch, f"s{config.seed}")), run_id(config)])
-
-
-def run_dir(config: TrainConfig) -> Path:
-    """output_dir / experiment_name / run_name; always two folders below output_dir."""
-    return Path(config.output_dir) / _slug(config.experiment_name) / run_name(config)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:60] or "unnamed"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write; on success it is on disk and takes the place of `path` in one go."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path):
-            yield partial
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        with suppress(OSError):  # such as of a disk that is read-only now
-            partial.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one, whatever kills the process."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def read(run_dir: Path) -> dict[str, Any] | None:
-    """run.json as it is on disk; None if the run has never started.
+def read_record(run_dir: Path) -> dict[str, Any] | None:
+    """Returns run.json as it is on disk; None if the run has never started.
 
     Raises:
         ConfigError: The file is not JSON.
@@ -142,9 +44,9 @@ def read(run_dir: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{run_dir}/run.json is not JSON ({error}); remove it to start again") from None
 
 
-def status(run_dir: Path) -> str:
-    """absent | running | finished | failed | interrupted (also: its process is gone) | pruned."""
-    record = read(run_dir) or {"status": "absent"}
+def run_status(run_dir: Path) -> str:
+    """Returns absent | running | finished | failed | interrupted (also: its process is gone)."""
+    record = read_record(run_dir) or {"status": "absent"}
     gone = record["status"] == "running" and not is_locked(run_dir)
     return "interrupted" if gone else record["status"]
 
@@ -152,7 +54,7 @@ def status(run_dir: Path) -> str:
 def amend(run_dir: Path, fields: Mapping[str, Any]) -> None:
     """Changes fields of the run.json of a run that has ended."""
     with locked(run_dir):
-        write_atomic(run_dir / "run.json", json.dumps({**(read(run_dir) or {}), **fields}, indent=2) + "\n")
+        write_json(run_dir / "run.json", {**(read_record(run_dir) or {}), **fields})
 
 
 def clear(run_dir: Path) -> None:
@@ -163,78 +65,20 @@ def clear(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
-_held: set[int] = set()
-
-
-def _forget_in_child() -> None:
-    # A forked worker shares the lock and would keep it after a kill of its parent.
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; the operating system frees it even after SIGKILL.
-
-    Raises:
-        ConfigError: Another process has the run, or the folder cannot be written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        expected = "expected output_dir to be a directory that can be written"
-        raise ConfigError(f"{run_dir}: {error.strerror}; {expected}") from None
-    try:
-        _acquire(descriptor, run_dir)
-        _held.add(descriptor)
-        yield
-    finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-
-def _acquire(descriptor: int, run_dir: Path) -> None:
-    for _ in range(5):  # is_locked of a status command holds the lock for an instant
-        with suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return
-        time.sleep(0.1)
-    pid = os.pread(descriptor, 20, 0).decode() or "unknown"
-    raise ConfigError(f"run {run_dir} is in progress in another process (pid {pid}); wait for it or stop it")
-
-
-def is_locked(run_dir: Path) -> bool:
-    """True while a process is inside `locked` for this folder."""
-    try:
-        with (run_dir / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 class RunRecord:
     """Owns config.yaml and run.json of one run. Use it inside `locked`, as a context manager around the loop.
 
     Leaving the block records how the run ended: finished, failed with the error, or interrupted
-    (KeyboardInterrupt, SystemExit). A killed process leaves `running`; `status` tells it from a live one.
+    (KeyboardInterrupt, SystemExit). A killed process leaves `running`; `run_status` tells it from a live one.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, *, device_name: str | None = None) -> None:
         """Writes both files; a run.json that is there already makes this a resume."""
-        before = read(run_dir) or {"resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}}
+        new = {"resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}}
+        before = read_record(run_dir) or new
         self._path = run_dir / "run.json"
         self._began = time.monotonic() - before["wall_seconds"]
-        self.fields: dict[str, Any] = {
+        self._fields: dict[str, Any] = {
             "run_id": run_id(config),
             "name": run_name(config),
             "status": "running",
@@ -244,54 +88,52 @@ class RunRecord:
             "seeds": {"seed": config.seed},
             "counters": before["counters"],
             "device": device_name,
-            **hardware(),
+            **read_hardware(),
             "platform": f"{platform.system()}-{platform.machine()}",
             "python": platform.python_version(),
             "packages": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
-            "git": _git_state(run_dir),
+            "git": read_git_state(run_dir),
         }
         write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
-        self.update({})
+        self.add({})
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """Adds fields to run.json, or changes them, and refreshes its times."""
+        times = {"updated_at": _now(), "wall_seconds": round(time.monotonic() - self._began, 3)}
+        self._fields |= {**fields, **times}
+        write_json(self._path, self._fields)
 
     def update(self, counters: Mapping[str, float]) -> None:
-        """Refreshes the time and the counters (without their `counter/`); call it at each checkpoint."""
-        self.fields["counters"] |= {key.removeprefix("counter/"): value for key, value in counters.items()}
-        self.fields |= {"updated_at": _now(), "wall_seconds": round(time.monotonic() - self._began, 3)}
-        write_atomic(self._path, json.dumps(self.fields, indent=2) + "\n")
-
-    def finish(self, status: str, error: BaseException | None = None) -> None:
-        """Records how the run ended: finished | failed | interrupted."""
-        text = f"{type(error).__name__}: {error}" if error is not None else None
-        self.fields |= {"status": status, "error": text and _without_folders(text)}
-        self.update({})
+        """Refreshes the counters (without their `counter/`); call it at each checkpoint."""
+        named = {key.removeprefix("counter/"): value for key, value in counters.items()}
+        self.add({"counters": self._fields["counters"] | named})
 
     def __enter__(self) -> "RunRecord":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is None:
+            self.add({"status": "finished"})
+        else:
+            status = "failed" if isinstance(error, Exception) else "interrupted"
             with suppress(OSError):  # a full disk must not hide what went wrong
-                self.finish("failed" if isinstance(error, Exception) else "interrupted", error)
-        elif self.fields["status"] == "running":
-            self.finish("finished")
+                self.add({"status": status, "error": _without_folders(f"{type(error).__name__}: {error}")})
 
 
-def hardware() -> dict[str, Any]:
-    """What the machine's own files say of it, without torch; null where they are silent."""
+def read_hardware() -> dict[str, Any]:
+    """Returns what the machine's own files say of it, without torch; null where they are silent."""
     return {
-        "cpu": _line(Path("/proc/cpuinfo"), "model name"),
+        "cpu": _line("/proc/cpuinfo", "model name"),
         "cpu_count": os.cpu_count(),
-        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "memory": _line(Path("/proc/meminfo"), "MemTotal"),
+        "cpus_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
+        "memory": _line("/proc/meminfo", "MemTotal"),
     }
 
 
-def _line(path: Path, key: str) -> str | None:
+def _line(path: str, key: str) -> str | None:
     with suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
+        found = re.search(rf"^{key}\s*:(.*)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1].strip() if found else None
     return None
 
 
@@ -305,8 +147,8 @@ def _without_folders(text: str) -> str:
     return text
 
 
-def _git_state(run_dir: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout this package is in; what was not committed goes to git.diff."""
+def read_git_state(run_dir: Path) -> dict[str, Any] | None:
+    """Returns commit and dirty flag of this package's checkout; what was not committed goes to git.diff."""
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None  # no git, no checkout, or installed below somebody else's checkout

@@ -14,13 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.config.build import check_parts
-from capo_exp.config.checks import check, check_trains, plan
+from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.memory import check_memory, learner_device
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, to_config
-from capo_exp.runs.record import run_dir, status
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.record import run_status
 
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
+"""Environment variable. The command line sets HYDRA_FULL_ERROR for Hydra's sake, and this one with it where
+the user had not set the first; a sweep's processes inherit both."""
 
 
 def execute(config: TrainConfig) -> None:
@@ -35,11 +39,12 @@ def execute(config: TrainConfig) -> None:
     sys.stdout.flush()
     if config.plan_only:
         return
-    check_parts(config)
-    if status(run_dir(config)) == "finished" and not config.overwrite:
+    if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), fresh=False)
         return
+    if not config.allow_overcommit:
+        check_memory(config, learner_device(config))
     from capo_exp.training.loop import run  # torch, so only now
 
     show(run(config), fresh=True)
@@ -57,10 +62,15 @@ def show(directory: Path, *, fresh: bool) -> None:
     Console().print(summary_table(directory))
 
 
+def full_error() -> bool:
+    """Returns whether the user wants the traceback of every error."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and not os.environ.get(SHORT_ERRORS)
+
+
 def report(error: Exception) -> int:
     """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
     wrong_config = isinstance(error, ConfigError)
-    if (wrong_config or isinstance(error, RunFailed)) and not FULL_ERROR:
+    if (wrong_config or isinstance(error, RunFailed)) and not full_error():
         sys.stderr.write(f"{error}\n")
     else:
         traceback.print_exception(error)

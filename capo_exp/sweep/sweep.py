@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,15 +26,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from capo_exp.config.checks import check, plan
+from capo_exp.config.checks import check
+from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig, conf_dir, to_config
+from capo_exp.config.plan import plan
+from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.identity import as_dict, run_dir
+from capo_exp.runs.lock import locked
+from capo_exp.runs.processes import end_with_parent, forwarded_to
 from capo_exp.runs.read import read_jsonl
-from capo_exp.runs.record import amend, as_dict, locked, run_dir, status, write_atomic
-from capo_exp.runs.signals import end_with_parent, forwarded_to
+from capo_exp.runs.record import run_status
 from capo_exp.sweep.job import execute, report
-from capo_exp.sweep.pruning import Watch
-from capo_exp.sweep.table import WIDTH, Line, summarise, table
+from capo_exp.sweep.table import WIDTH, RunSummary, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
 """Environment variable: what the processes of one sweep share; a launcher hands it on to its workers."""
@@ -52,7 +56,7 @@ class JobFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Result:
+class EndedJob:
     """How a job ended."""
 
     number: int
@@ -60,9 +64,9 @@ class Result:
     directory: str
     """Empty if the configuration gave none."""
     state: str
-    """finished | failed | interrupted | pruned | planned."""
+    """finished | failed | interrupted | planned."""
     details: str = ""
-    """For a failed one, the end of its log."""
+    """For a failed one, the error or the end of its log."""
 
 
 class Submission(Callback):
@@ -75,17 +79,21 @@ class Submission(Callback):
         folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=sweep_dir)).resolve()
         os.environ[FOLDER] = str(folder)
         loader: Any = GlobalHydra.instance().config_loader()
-        read_from(loader, Path(shutil.copytree(conf_dir(), folder / "conf")))
+        read_from_copies(loader, folder)
         jobs = list_jobs(config, loader)
         shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-        write_atomic(folder / "jobs.json", json.dumps({"count": len(jobs), "shared": sorted(shared)}))
-        for number, overrides in enumerate(jobs):
-            try:
-                check(to_config(_composed(loader, config, overrides)))
-            except ConfigError as error:
-                sys.stderr.write(f"job {number} cannot run: {error}\n")
-            except (HydraException, OmegaConfBaseException):
-                return  # the sweeper composes all jobs next, and ends with this error
+        wrong: dict[int, str] = {}
+        try:
+            for number, overrides in enumerate(jobs):
+                try:
+                    check(to_config(_composed(loader, config, overrides)))
+                except ConfigError as error:
+                    wrong[number] = str(error)
+                    sys.stderr.write(f"job {number} cannot run: {error}\n")
+        except (HydraException, OmegaConfBaseException):
+            pass  # the sweeper composes all jobs next, and ends with this error
+        about = {"count": len(jobs), "shared": sorted(shared), "wrong": wrong}
+        write_atomic(folder / "jobs.json", json.dumps(about))
 
 
 def task(cfg: DictConfig) -> float | None:
@@ -99,30 +107,32 @@ def task(cfg: DictConfig) -> float | None:
     return None
 
 
-def read_from(loader: Any, folder: Path) -> None:
-    """Makes Hydra compose from a copy of conf/: edits made while the sweep runs do not reach its jobs."""
+def read_from_copies(loader: Any, folder: Path) -> None:
+    """Makes Hydra compose from copies of conf/ and a user's own folder, so that edits reach no job."""
     path = loader.get_search_path()
-    for element in path.get_path():
-        if element.provider == "main":
-            element.path = f"file://{folder}"
+    for number, element in enumerate(path.get_path()):
+        original = element.path.removeprefix("file://") if element.path else ""
+        if element.provider in ("main", "command-line"):
+            element.path = f"file://{shutil.copytree(original, folder / str(number))}"
     loader.repository.initialize_sources(path)
 
 
 def list_jobs(config: DictConfig, loader: Any) -> list[list[str]]:
-    """The overrides of each job; none where a search proposes them as it goes."""
+    """Returns the overrides of each job; none where a search proposes them as it goes."""
     if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         return []
     swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides([*swept, *config.hydra.overrides.task])
-    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    choices: dict[str, list[str]] = {}  # of two overrides of a key the later one holds, as in Hydra's sweeper
+    for override in parser.parse_overrides([*swept, *config.hydra.overrides.task]):
+        several = override.is_discrete_sweep()
+        values = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
+        choices[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
+    return list(map(list, product(*choices.values())))
 
 
 def _composed(loader: Any, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    cfg = loader.load_sweep_config(config, list(overrides))
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return cfg
+    return without_hydra(loader.load_sweep_config(config, list(overrides)))
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -140,52 +150,46 @@ def run_job(cfg: DictConfig) -> float | None:
     say(f"job {hydra.job.num}{of}: {title}")
     directory = ""
     try:
+        if error := about["wrong"].get(str(hydra.job.num)):
+            raise ConfigError(error)
         config = to_config(cfg)
-        check(config)
         directory = str(run_dir(config))
         state = _run(config, hydra.job.num, parallel=int(hydra.launcher.get("n_jobs") or 1))
     except Exception as error:
-        _record(Result(hydra.job.num, title, "", "failed", str(error)))
+        _record(EndedJob(hydra.job.num, title, "", "failed", str(error)))
         raise JobFailed(report(error)) from None
     except KeyboardInterrupt:
-        _record(Result(hydra.job.num, title, directory, "interrupted"))
+        _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
         raise
-    failed = state not in ("finished", "pruned", "planned")
+    failed = state not in ("finished", "planned")
     details = "\n".join(_tail(Path(directory) / "log.txt")) if failed else ""
-    _record(Result(hydra.job.num, title, directory, "failed" if failed else state, details))
+    _record(EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details))
     if failed:
         raise JobFailed(2 if state == "refused" else 1)
     return 0.0 if config.plan_only else objective(config)
 
 
 def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
-    """finished | pruned | planned | refused (a wrong configuration) | failed."""
+    """Returns finished | planned | refused (a wrong configuration) | failed."""
     if config.plan_only:
         say("\n".join(plan(config)))
         return "planned"
     directory = run_dir(config)
-    before = status(directory)
-    done = ("finished",) if config.sweep.pruner == "none" else ("finished", "pruned")
-    if before in done and not config.overwrite:
-        say(f"this run is {before}; overwrite=true repeats it")
-        return before
-    watch = Watch(config)
+    if run_status(directory) == "finished" and not config.overwrite:
+        say("this run is finished; overwrite=true repeats it")
+        return "finished"
     with ExitStack() as stack:
         env = environment(take_device(config.sweep.devices, stack), parallel)
-        code = _wait(config, env, watch, echo=parallel == 1)
+        code = _wait(config, env, echo=parallel == 1)
     if code == 0:
         say(f"job {number} finished: {directory}")
-    elif watch.pruned:
-        amend(directory, {"status": "pruned"})
-        say(f"job {number} pruned: {directory}")
-        return "pruned"
     else:
         tail = "" if parallel == 1 else "\n".join(["", *_tail(directory / "log.txt")])
         say(f"job {number} failed with exit status {code}: {directory}/log.txt{tail}")
     return {0: "finished", 2: "refused"}.get(code, "failed")
 
 
-def _wait(config: TrainConfig, env: Mapping[str, str], watch: Watch, *, echo: bool) -> int:
+def _wait(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
     """Runs the job to its end, its output in the log and on the console if nothing else writes there.
 
     Raises:
@@ -213,7 +217,6 @@ def _wait(config: TrainConfig, env: Mapping[str, str], watch: Watch, *, echo: bo
         output.seek(end)
         while (code := child.poll()) is None:
             _copy(output, echo)
-            watch.look(child)
             time.sleep(POLL_SECONDS)
         _copy(output, echo)
     if stopped.is_set() and code != 0:
@@ -244,7 +247,7 @@ def take_device(devices: Sequence[str], stack: ExitStack) -> str | None:
 
 
 def environment(device: str | None, parallel: int) -> dict[str, str]:
-    """This process's, with the job's GPU, and its share of the cores where several jobs run at a time."""
+    """Returns this process's environment with the job's GPU, and its share of the cores where several run."""
     env = dict(os.environ)
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = device
@@ -255,7 +258,7 @@ def environment(device: str | None, parallel: int) -> dict[str, str]:
 
 
 def objective(config: TrainConfig) -> float | None:
-    """The last value of config.sweep.objective in the run's files; None if it has logged none."""
+    """Returns the last value of config.sweep.objective in the run's files; None if it has logged none."""
     for name in ("eval.jsonl", "metrics.jsonl"):
         values = [row.get(config.sweep.objective) for row in read_jsonl(run_dir(config) / name)]
         if known := [float(value) for value in values if value is not None]:
@@ -268,32 +271,32 @@ def conclude() -> None:
     folder = Path(os.environ.pop(FOLDER, ""))
     if folder.name:
         count = _jobs(folder)["count"]
-        results = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
+        results = [EndedJob(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
         shutil.rmtree(folder, ignore_errors=True)
         if shown := [result for result in results if result.state != "planned"]:
-            Console(width=None if sys.stdout.isatty() else WIDTH).print(table(list(map(_line, shown))))
+            Console(width=None if sys.stdout.isatty() else WIDTH).print(runs_table(list(map(_line, shown))))
         if 0 < len(results) < count:
             say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
 
 
-def _line(result: Result) -> Line:
+def _line(result: EndedJob) -> RunSummary:
     directory = Path(result.directory)
-    known = Line("", "", 0, None, None, None, None, None, None, directory)
+    known = RunSummary("", "", 0, None, None, None, None, None, None, directory)
     if result.directory and (directory / "run.json").exists():
-        known = summarise(directory)
+        known = summarise_run(directory)
     log_file = [str(directory / "log.txt")] if result.directory and result.details else []
     error = "\n".join([*log_file, result.details]) or None
     return replace(known, name=f"{result.number}: {result.title}", state=result.state, error=error)
 
 
 def _jobs(folder: Path | None = None) -> dict[str, Any]:
-    known = {"count": 0, "shared": []}
+    known = {"count": 0, "shared": [], "wrong": {}}
     with suppress(OSError):
         known = json.loads(((folder or Path(os.environ.get(FOLDER, ""))) / "jobs.json").read_text())
     return known
 
 
-def _record(result: Result) -> None:
+def _record(result: EndedJob) -> None:
     folder = Path(os.environ.get(FOLDER, "?"))
     if folder.is_dir():  # a job that Slurm started again outlives its sweep
         write_atomic(folder / f"result_{result.number:05d}.json", json.dumps(asdict(result)))
@@ -306,6 +309,6 @@ def _tail(log_file: Path) -> list[str]:
 
 
 def say(text: str) -> None:
-    """A line on the console, at once."""
+    """Writes a line on the console, at once."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()

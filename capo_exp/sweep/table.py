@@ -1,20 +1,17 @@
-"""`python -m capo_exp.status [DIR ...]`: what runs there are, and how far. Reads files, not torch."""
+"""The table of runs: what they are, and how far. Reads files, not torch."""
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Run, find_runs, load_run, read_jsonl
-from capo_exp.runs.record import read, status
+from capo_exp.runs.read import LoggedRun, load_run, read_jsonl
+from capo_exp.runs.record import read_record, run_status
 
 RECENT = 10
 """Steps that training accuracy is the mean of, and the time left is reckoned from."""
@@ -24,12 +21,12 @@ WIDTH = 160
 
 
 @dataclass(frozen=True)
-class Line:
+class RunSummary:
     """One run of the table."""
 
     name: str
     state: str
-    """running | finished | failed | interrupted | pruned | unreadable."""
+    """running | finished | failed | interrupted | unreadable."""
     step: int
     num_steps: int | None
     """None if config.yaml is missing."""
@@ -43,21 +40,21 @@ class Line:
     path: Path
 
 
-def summarise(path: Path) -> Line:
-    """One run as it is now; a run.json that is not JSON hides no other run."""
+def summarise_run(path: Path) -> RunSummary:
+    """Reads one run as it is now; a run.json that is not JSON hides no other run."""
     try:
-        record = read(path) or {}
+        record = read_record(path) or {}
     except ConfigError as error:
-        return Line(path.name, "unreadable", 0, None, None, None, None, None, str(error), path)
-    run = load_run(path) if (path / "metrics.jsonl").exists() else Run(path, {}, record, [], [])
-    state = status(path)
+        return RunSummary(path.name, "unreadable", 0, None, None, None, None, None, str(error), path)
+    run = load_run(path) if (path / "metrics.jsonl").exists() else LoggedRun(path, {}, record, [], [])
+    state = run_status(path)
     rows = list({row[names.STEP]: row for row in run.metrics if names.STEP in row}.values())
     recent = rows[-RECENT:]
     step = int(rows[-1][names.STEP]) if rows else 0
     total = run.setting("num_steps")
     pace = median(_values(recent, "time/total_seconds") or [0.0])
     evaluations = _values(read_jsonl(path / "eval.jsonl"), names.EVAL_ACCURACY)
-    return Line(
+    return RunSummary(
         name=path.name,
         state=state,
         step=step,
@@ -71,37 +68,20 @@ def summarise(path: Path) -> Line:
     )
 
 
-def table(lines: Sequence[Line]) -> Table:
-    """The runs, one a row; errors of failed ones below their names."""
+def runs_table(runs: Sequence[RunSummary]) -> Table:
+    """Returns the runs, one a row, with the errors of failed ones below their names."""
     result = Table(box=None, pad_edge=False)
     result.add_column("run", overflow="fold")
     for column in ("state", "step", "train", "held-out", "rejected", "left"):
         result.add_column(column, no_wrap=True)
-    for line in lines:
-        name = "\n  ".join([line.name, *(line.error or "").splitlines()])
-        left = "" if line.seconds_left is None else str(timedelta(seconds=round(line.seconds_left)))
+    for run in runs:
+        name = "\n  ".join([run.name, *(run.error or "").splitlines()])
+        left = "" if run.seconds_left is None else str(timedelta(seconds=round(run.seconds_left)))
         result.add_row(
-            name, line.state, f"{line.step}/{'?' if line.num_steps is None else line.num_steps}",
-            _percent(line.train_accuracy), _percent(line.eval_accuracy), _percent(line.rejection_rate), left,
+            name, run.state, f"{run.step}/{'?' if run.num_steps is None else run.num_steps}",
+            _percent(run.train_accuracy), _percent(run.eval_accuracy), _percent(run.rejection_rate), left,
         )  # fmt: skip
     return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m capo_exp.status", description=__doc__)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], metavar="DIR")
-    try:
-        lines = [summarise(path) for path in find_runs(parser.parse_args(arguments).folders)]
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(table(lines))
-    states = [line.state for line in lines]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    console.print(f"{len(lines)} runs: {counts}")
-    return 0
 
 
 def _values(rows: Sequence[Mapping[str, float | None]], key: str) -> list[float]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import AdamState
@@ -13,7 +14,7 @@ from capo_exp.curvature import model as curvature
 
 
 def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamState | None:
-    """The optimiser model's own moments; None where it has none."""
+    """Makes the optimiser model's own moments; None where it has none."""
     if config.curvature.optimizer_model != "adam":
         return None
     beta1, beta2 = config.curvature.betas
@@ -27,7 +28,7 @@ def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamSta
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters."""
+    """Makes AdamW over all parameters."""
     numbers = config.optimizer
     beta1, beta2 = numbers.betas
     return torch.optim.AdamW(
@@ -40,10 +41,10 @@ def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.O
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig
+    optimizer: torch.optim.Optimizer, config: TrainConfig, algorithm: Algorithm
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over the optimiser steps of the run."""
-    total = config.num_steps * config.algo.num_iterations * config.algo.num_minibatches
+    """Makes the learning rate over the optimiser steps of the run."""
+    total = config.num_steps * algorithm.num_iterations * algorithm.num_minibatches
     warmup = round(config.optimizer.warmup_ratio * total)
     return get_scheduler(
         config.optimizer.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total
@@ -51,8 +52,8 @@ def make_schedule(
 
 
 def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> AdamState:
-    """The real optimiser's moments of the last layer as an optimiser model: views, no copies. Before its
-    first step they are zero. With tied weights they hold the input embedding's gradients too."""
+    """Returns the real optimiser's moments of the last layer as an optimiser model: views, no copies. Before
+    its first step they are zero. With tied weights they hold the input embedding's gradients too."""
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     moments: dict[str, Any] = optimizer.state.get(weight, {})
     zero = weight.new_zeros(1, weight.shape[1])
@@ -64,5 +65,6 @@ def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> AdamSta
         step=int(moments.get("step", 0)),
         betas=group["betas"],
         eps=group["eps"],
-        live=True,
+        sign=-1.0,
+        raw_steps=0,
     )

@@ -1,18 +1,27 @@
-"""StepRecord -> metrics of the step. Pure; train.py logs what comes out. Meanings are in metric_names.py."""
+"""Metrics of a rollout and of an optimiser step. Pure; the loop logs what comes out. Meanings are in
+runs/metrics.py."""
 
+from collections.abc import Sequence
 from math import log
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from capo_exp.core.masked import masked_max, masked_mean, masked_quantile, share
-from capo_exp.core.types import StepRecord
+from capo_exp.core.types import Gradient, RolloutGroup, StepRecord
+from capo_exp.grading.compare import Grade
 
 _REASONS = ("policy", "objective")
 
 
+def gradient_metrics(gradient: Gradient) -> dict[str, float]:
+    """Returns what is known of an optimiser step before it is taken."""
+    return {"loss/total": gradient.loss, "policy/grad_norm": gradient.norm, **summarise(gradient.record)}
+
+
 def summarise(record: StepRecord) -> dict[str, float]:
-    """Statistics over the completion tokens of the whole step, the same however it was cut into
+    """Makes statistics over the completion tokens of the whole step, the same however it was cut into
     micro-batches."""
     mask, output = record.batch.completion_mask, record.output
     selection = record.selection
@@ -39,8 +48,32 @@ def summarise(record: StepRecord) -> dict[str, float]:
     return {name: value.item() for name, value in metrics.items()}
 
 
+def merge_rounds(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Merges rounds of equal size: shares and terms are averaged, counts added."""
+    return {
+        name: (fmean if name.endswith(("_fraction", "/format", "/length")) else sum)(
+            verdict[name] for verdict in verdicts
+        )
+        for name in verdicts[0]
+    }
+
+
+def rollout_metrics(
+    groups: Sequence[RolloutGroup], rewards: Tensor, grades: Sequence[Sequence[Grade]]
+) -> dict[str, float]:
+    """Describes all completions that a rollout step sampled; rewards [P, G]."""
+    completions = [completion for group in groups for completion in group.completions]
+    correct = torch.tensor([[grade.correct for grade in group] for group in grades])
+    return {
+        "reward/accuracy": correct.float().mean().item(),
+        "rollout/completion_length/mean": fmean(len(completion.token_ids) for completion in completions),
+        "rollout/truncated_fraction": fmean(completion.truncated for completion in completions),
+        "advantage/zero_group_fraction": (rewards == rewards[:, :1]).all(1).float().mean().item(),
+    }
+
+
 def _mismatch(record: StepRecord) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are off, before and after the correction: of each token's ratio of
+    """Says how far the sampler's log-probs are off, before and after the correction: of each token's ratio of
     learner to sampler, and of its weight. Where all weights are 1 nothing was corrected: both are the raw
     values."""
     mask, weights = record.batch.completion_mask, record.weights.double()  # in float32 k3 near 1 is rounding
@@ -55,7 +88,7 @@ def _mismatch(record: StepRecord) -> dict[str, Tensor]:
 
 
 def _ratios(name: str, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Of ln ratios [B, T] nats, float64; NaN, where nobody sampled, stays NaN."""
+    """Describes ln ratios [B, T] nats, float64; NaN, where nobody sampled, stays NaN."""
     ratio = log_ratio.exp()
     beyond = torch.where(log_ratio.isnan(), log_ratio, (log_ratio.abs() > log(2)).double())
     return {

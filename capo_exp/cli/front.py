@@ -1,0 +1,271 @@
+"""The command line of every command: Hydra's flags and key=value, read by Hydra itself.
+
+`run_training` runs Hydra's application, which also sweeps. `run_command` lets Hydra compose one
+configuration, checks it against a schema and hands the typed values to a command. Whatever is wrong ends in
+one line on stderr and exit status 2; HYDRA_FULL_ERROR=1 shows where it comes from. None of it imports torch.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
+from omegaconf import DictConfig, OmegaConf
+
+from capo_exp.cli.compose import is_group
+from capo_exp.cli.errors import in_one_line
+from capo_exp.config.errors import ConfigError, error, suggest
+from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.sweep import sweep
+from capo_exp.sweep.job import SHORT_ERRORS, full_error, report
+
+COMPLETION = """\
+_capo_exp_complete() {
+    [[ "$COMP_LINE" == *" -m capo_exp "* ]] || return
+    local words=($COMP_LINE)
+    local query="${words[0]} -m capo_exp -sc query=bash"
+    local choices=$(COMP_LINE="$COMP_LINE" COMP_POINT=$COMP_POINT $query 2>/dev/null)
+    COMPREPLY=($(compgen -o nospace -o default -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _capo_exp_complete python python3
+"""
+"""Hydra's own completion knows `python file.py` and installed programs, not `python -m`."""
+SHORT = {
+    "-h": "--help", "-c": "--cfg", "-r": "--resolve", "-cd": "--config-dir", "-p": "--package",
+    "-i": "--info", "-m": "--multirun", "-sc": "--shell-completion", "-cn": "--config-name",
+    "-cp": "--config-path",
+}  # fmt: skip
+FLAGS = ("--help", "--cfg", "--resolve", "--config-dir", "--package", "--info", "--hydra-help")
+"""Hydra's flags that every command takes."""
+SWEEP_FLAGS = (
+    *FLAGS, "--multirun", "--run", "--shell-completion", "--config-name", "--config-path", "--version",
+    "--experimental-rerun",
+)  # fmt: skip
+VALUES = {"--cfg": "job, hydra or all", "--config-dir": "a folder", "--package": "a key"}
+"""Flags that take a value -> what is expected."""
+QUIET = {
+    "defaults": [{"override hydra/hydra_logging": "none"}, {"override hydra/job_logging": "none"}],
+    "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
+}
+"""What makes Hydra write no folder and no log."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the command line of one command is made of."""
+
+    config: str
+    """conf/CONFIG.yaml holds the keys and their defaults."""
+    schema: type
+    """Frozen dataclass with their types, and ranges in the fields' metadata; its `config_dir` receives
+    the folder of --config-dir."""
+    usage: Callable[[], str]
+    """Returns the text of --help; `{keys}` in it stands for the keys with their defaults and meanings."""
+    others: tuple[str, ...] = ()
+    """Beginnings of keys of the training configuration; such overrides go into the field `overrides`."""
+    words: str = ""
+    """Key, a list, that takes arguments without `=`."""
+
+
+def run_training() -> int:
+    """Runs `python -m capo_exp` and returns its exit status."""
+    arguments = sys.argv[1:]
+    if {"-sc", "--shell-completion"} & set(arguments) and "install=bash" in arguments:
+        sys.stdout.write(COMPLETION)
+        return 0
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])
+
+    def call() -> None:
+        flags, words = _split(arguments, SWEEP_FLAGS)
+        register()
+        _call_hydra(sweep.task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+
+    try:
+        return exit_status(call)
+    finally:
+        sweep.conclude()
+
+
+def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
+    """Composes one configuration, runs a command with it and returns the exit status.
+
+    Args:
+        task: (typed configuration) -> exit status.
+        line: what the command takes.
+        arguments: in place of those of this process.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(given):
+        sys.stdout.write(line.usage().replace("{keys}", _keys(line.config)))
+        return 0
+    found: list[tuple[DictConfig, dict[str, Any]]] = []
+
+    def compose(config: DictConfig) -> None:
+        found.append((config, dict(HydraConfig.get().sweeper.params or {})))
+
+    def call() -> int:
+        flags, words = _split(given, FLAGS)
+        register()
+        if line.schema is TrainConfig:
+            overrides = [*map(choose_by_slash, words), *flags]
+        else:
+            _store(line)
+            overrides = _as_hydra(flags, words, line)
+        _call_hydra(compose, line.config, line.schema, ["hydra.mode=RUN", *overrides])
+        if not found:  # after --cfg or --info
+            return 0
+        config, swept = found[0]
+        _refuse_sweep(swept, given)
+        with in_one_line(line.schema):
+            typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
+        for key in fields(line.schema):
+            rule, value = key.metadata.get("range"), getattr(typed, key.name)
+            if line.schema is not TrainConfig and rule and value is not None and not rule.holds(value):
+                raise error(key.name, value, rule.expected)
+        return task(typed)
+
+    return exit_status(call)
+
+
+def exit_status(call: Callable[[], int | None]) -> int:
+    """Calls, turns an error into a message on stderr, and returns the exit status."""
+    try:
+        return call() or 0
+    except sweep.JobFailed as failed:
+        return failed.status
+    except KeyboardInterrupt:
+        return 130
+    except Exception as raised:
+        return report(raised)
+
+
+def choose_by_slash(argument: str) -> str:
+    """Writes `rollout.correction=token_mask` as Hydra wants the choice of a nested group: with a slash."""
+    key, equals, value = argument.partition("=")
+    group = key.replace(".", "/")
+    return f"{group}={value}" if equals and "." in key and value[:1] != "{" and is_group(group) else argument
+
+
+def quoted(text: object) -> str:
+    """Writes any text as a value of Hydra's grammar."""
+    escaped = str(text).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def entries(value: str) -> list[str]:
+    """Splits `a,b` or `[a,b]`."""
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    return [entry.strip().strip("'\"") for entry in inner.split(",") if entry.strip()]
+
+
+def _store(line: CommandLine) -> None:
+    """Makes the command's configuration known to Hydra.
+
+    conf/ is not on the search path then, for a key such as `model` would be a group there.
+    """
+    schema = OmegaConf.structured(line.schema)
+    OmegaConf.set_readonly(schema, False)  # as one made of a frozen dataclass is, which YAML could not fill
+    values = OmegaConf.load(conf_dir() / f"{line.config}.yaml")
+    assert isinstance(values, DictConfig)
+    defaults = [f"{line.config}_schema", "_self_", *QUIET["defaults"]]
+    store = ConfigStore.instance()
+    store.store(name=f"{line.config}_schema", node=schema)
+    store.store(name=f"{line.config}_command", node={**values, "hydra": QUIET["hydra"], "defaults": defaults})
+
+
+def _call_hydra(task: Callable[[DictConfig], Any], config: str, schema: type, arguments: list[str]) -> None:
+    where = (str(conf_dir()), config) if schema is TrainConfig else (None, f"{config}_command")
+    application = hydra.main(*where, version_base="1.3")(task)
+    # Without the first variable Hydra would print and exit itself; the second says what the user wants.
+    variables = {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "" if full_error() else "1"}
+    with _argv(arguments), in_one_line(schema), env_override(variables):
+        application()
+
+
+@contextmanager
+def _argv(arguments: Sequence[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _split(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns flags, as --flag or --flag=value, and the rest, for Hydra's parser takes no mixture of the two.
+
+    Raises:
+        ConfigError: an unknown flag, or a wrong value of one.
+    """
+    found, others, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        flag = SHORT.get(name, name)
+        if not argument.startswith("-"):
+            others.append(argument)
+            continue
+        if flag not in flags:
+            raise ConfigError(f"{argument}: no flag of this command; {suggest(name, flags)}")
+        if not equals and rest and (flag in VALUES or (flag == "--info" and "=" not in rest[0])):
+            value = rest.pop(0)
+        if flag in VALUES and (not value or (flag == "--cfg" and value not in ("job", "hydra", "all"))):
+            raise ConfigError(f"{name} {value}".strip() + f": expected {VALUES[flag]}")
+        if flag == "--config-dir" and not Path(value).is_dir():
+            raise ConfigError(f"{name} {value}: no such folder; expected one with YAML files as in conf/")
+        found.append(f"{flag}={value}" if value else flag)
+    return found, others
+
+
+def _refuse_sweep(swept: dict[str, Any], arguments: Sequence[str]) -> None:
+    for key, values in swept.items():
+        if not any(argument.startswith(f"{key}=") for argument in arguments):
+            raise ConfigError(f"{key}={values}: expected one of them, since this command takes one run")
+
+
+def _keys(config: str) -> str:
+    """Returns the lines of conf/CONFIG.yaml below its defaults list, which say what each key means."""
+    text = (conf_dir() / f"{config}.yaml").read_text(encoding="utf-8")
+    return re.sub(r"(?m)^", "  ", text.partition("\n\n")[2]).rstrip() + "\n"
+
+
+def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> Iterator[str]:
+    """Yields the arguments as Hydra's grammar wants them, which takes no bare path, comma or bracket."""
+    kinds = get_type_hints(line.schema)
+    lists: dict[str, list[str]] = {"overrides": [], line.words: []}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in kinds:
+            yield f"{key}={_value(kinds[key], value)}"
+        elif key.lstrip("+").startswith(line.others or ("=",)):
+            lists["overrides"].append(choose_by_slash(word).replace("${", "\\${"))
+        elif line.words and not equals:
+            lists[line.words].append(word)
+        else:
+            yield word
+    yield from (f"{key}=[{','.join(map(quoted, values))}]" for key, values in lists.items() if values)
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name != "--config-dir":
+            yield flag
+        elif "config_dir" in kinds:
+            yield f"config_dir={quoted(Path(value).absolute())}"
+
+
+def _value(kind: Any, text: str) -> str:
+    if kind == list[str]:
+        return f"[{','.join(map(quoted, entries(text)))}]"
+    if kind == str | None and text in ("", "null"):
+        return "null"
+    return quoted(text) if kind in (str, str | None) and text[:1] not in ("'", '"') else text

@@ -1,0 +1,202 @@
+"""The families of one number for each curve: in a list, and on a grid of learning rate and batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, to_rgb
+
+from capo_exp.core.intervals import Estimate
+from capo_exp.figures import style
+from capo_exp.figures.bands import Band
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.labels import short
+from capo_exp.figures.lines import reduced
+from capo_exp.figures.panel import NAN, Column, Panel, Series, format_values, list_rows, parts, value_text
+from capo_exp.figures.stats import areas, stability
+from capo_exp.figures.study import Metric, Study
+from capo_exp.figures.style import Look
+
+Measure = Literal[
+    "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead"
+]
+STABILITY = {
+    "worst": "worst_after_peak", "peak": "peak", "auc": "auc", "collapsed": "collapsed_share",
+    "kept": "kept_share",
+}  # fmt: skip
+"""Measure -> field of stats.Stability."""
+
+
+def bars(
+    study: Study,
+    drawn: Sequence[Curve],
+    metric: Metric,
+    title: str,
+    measure: Measure,
+    *,
+    heading: str = "",
+    limits: tuple[float | None, float | None] = (None, None),
+    rivals: Sequence[Curve] = (),
+) -> Panel:
+    """Returns a panel with one number for each curve.
+
+    Args:
+        study: The runs.
+        drawn: The curves.
+        metric: What is measured.
+        title: Above the panel.
+        measure: How a curve becomes one number; stats.Stability explains most.
+        heading: Name of the table's column in place of the title.
+        limits: Ends of the axis.
+        rivals: For measure lead: the curves whose best one is compared with.
+    """
+    metric = study.settled(metric)
+    found = study.bands_of(drawn, metric)
+    shown = [curve for curve in drawn if curve.label in found]
+    cells = {c.label: _one_number(study, metric, c, found[c.label], measure, rivals) for c in shown}
+    numbers = {k: Estimate(NAN) if isinstance(cell, str) else cell for k, cell in cells.items()}
+    return Panel(
+        "bars", title, _paint_bars, metric=metric, height=0.85 + 0.27 * len(shown), limits=limits,
+        series=tuple(
+            Series(c, [measure], *parts([numbers[c.label]]), np.array([found[c.label].seeds])) for c in shown
+        ),
+        columns=(Column(heading or title, metric.unit, cells),),
+        absent=tuple(curve.label for curve in drawn if curve.label not in found),
+    )  # fmt: skip
+
+
+def _one_number(
+    study: Study, metric: Metric, curve: Curve, found: Band, measure: Measure, rivals: Sequence[Curve]
+) -> Estimate | str:
+    if measure in ("final", "mean", "max", "min"):
+        return reduced(study, found, measure)
+    if measure == "lead":
+        return _lead(study, metric, curve, rivals)
+    start = study.start_of(curve, metric)
+    first = float(found.centre[np.isfinite(found.centre)][0])
+    stable = stability(found, start=first if start is None else start, kind=study.interval)
+    if measure == "first_collapse":
+        return "none" if stable.first_collapse is None else Estimate(stable.first_collapse)
+    return getattr(stable, STABILITY[measure])
+
+
+def _lead(study: Study, metric: Metric, curve: Curve, rivals: Sequence[Curve]) -> Estimate | str:
+    """Returns the area under a curve less that of the best rival, over the seeds that both have."""
+    known = [(one, seeds) for one in rivals if (seeds := _areas_of_seeds(study, metric, one))]
+    if not known:
+        return "no rival"
+    best, theirs = max(known, key=lambda pair: float(np.mean(list(pair[1].values()))))
+    if best.run.path == curve.run.path:
+        return "the best rival"
+    own = _areas_of_seeds(study, metric, curve)
+    shared = sorted(own.keys() & theirs.keys())
+    if not shared:
+        return "no seed in common"
+    return study.over_seeds(np.array([own[seed] - theirs[seed] for seed in shared]))
+
+
+def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, float]:
+    """Returns the area under the curve of each seed; empty if not all runs have the metric."""
+    found = study.band(curve, metric)
+    if found is None or found.seeds < len(curve.runs):
+        return {}
+    return {run.setting("seed"): float(a) for run, a in zip(curve.runs, areas(found), strict=True)}
+
+
+def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+    """Draws one number with its interval for each curve."""
+    axes.set(title=panel.title, xlabel=panel.named.label)
+    if panel.is_log:
+        axes.set_xscale("log")
+    labels = [series.curve.label for series in panel.series]
+    for place, series in zip(list_rows(axes, labels), panel.series, strict=True):
+        look, value = looks[series.curve.label], float(series.centre[0])
+        if not np.isfinite(value):
+            across = axes.get_yaxis_transform()
+            axes.text(0.02, place, "none", transform=across, va="center", color=style.OTHER)
+            continue
+        if np.isfinite(series.low[0]):
+            axes.plot([series.low[0], series.high[0]], [place, place], color=look.colour, lw=2.2, alpha=0.55)
+        axes.plot(value, place, **{**look.line, "markersize": 7}, clip_on=False)
+    format_values(axes.xaxis, panel.named.unit, log=panel.is_log)
+    axes.set_xlim(*panel.limits)
+    if not any(np.isfinite(series.centre[0]) for series in panel.series):
+        axes.set_xticks([])
+    return []
+
+
+def cell_of(curve: Curve) -> tuple[float, int]:
+    """Returns the learning rate, and the completions a step."""
+    keys = ("learning_rate", "prompts_per_step", "group_size")
+    rate, prompts, group = (curve.run.setting(f"regime.{key}", 0) for key in keys)
+    return float(rate), int(prompts * group)
+
+
+def heat(
+    study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measure: Measure, *, heading: str
+) -> Panel:
+    """Returns a panel with one number for each learning rate and batch; other arguments as of `bars`."""
+    cells: dict[tuple[float, int], str] = {}
+    for curve in drawn:
+        if (other := cells.setdefault(cell_of(curve), curve.label)) != curve.label:
+            lack = f"{other} and {curve.label} have the same learning rate and batch; narrow runs="
+            return Panel("heat", title, _paint_heat, lack=lack)
+    listed = bars(study, drawn, metric, title, measure, heading=heading)
+    return replace(listed, kind="heat", paint=_paint_heat, height=2.3)
+
+
+@dataclass(frozen=True)
+class HeatGrid:
+    """What the heat maps of a figure have in common."""
+
+    rates: list[float]
+    batches: list[int]
+    norm: Normalize
+
+
+def _common_grid(panels: Sequence[Panel]) -> HeatGrid:
+    every = [series for panel in panels for series in panel.series]
+    cells = [cell_of(series.curve) for series in every]
+    values = [float(series.centre[0]) for series in every]
+    rates, batches = sorted({rate for rate, _ in cells}), sorted({batch for _, batch in cells})
+    return HeatGrid(rates, batches, Normalize(min(values), max(values)))
+
+
+def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+    """Draws learning rate up, completions a step to the right; cells without runs are hatched."""
+    grid, unit = _common_grid(panels), panel.named.unit
+    axes.set_facecolor("#F3F3F3")
+    axes.patch.set(hatch="////", edgecolor="#CFCFCF")
+    for series in panel.series:
+        rate, batch = cell_of(series.curve)
+        x, y, value = grid.batches.index(batch), grid.rates.index(rate), float(series.centre[0])
+        face = mpl.colormaps[style.HEAT](grid.norm(value))
+        axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=face)
+        ink = ink_on(face[:3])
+        seeds = bool(np.isfinite(series.low[0]))  # their interval is the cell's second line
+        above = "bottom" if seeds else "center"
+        axes.text(x, y, value_text(value, unit), ha="center", va=above, color=ink, fontsize=9)
+        if seeds:
+            bounds = (float(series.low[0]), float(series.high[0]))
+            spread = " to ".join(value_text(bound, unit, bare=True) for bound in bounds)
+            axes.text(x, y - 0.06, spread, ha="center", va="top", color=ink, fontsize=7)
+    axes.set(title=panel.title, xlabel="completions a step", ylabel="learning rate")
+    axes.set_xticks(range(len(grid.batches)), [f"{batch:,}" for batch in grid.batches])
+    axes.set_yticks(range(len(grid.rates)), [short(rate) for rate in grid.rates])
+    axes.set(xlim=(-0.5, len(grid.batches) - 0.5), ylim=(-0.5, len(grid.rates) - 0.5))
+    axes.grid(False)
+    axes.tick_params(length=0)
+    return []
+
+
+def ink_on(face: Any) -> str:
+    """Returns black or white, whichever can be read."""
+    return "black" if luminance(face) > 0.4 else "white"
+
+
+def luminance(colour: Any) -> float:
+    """Returns 0 for black to 1 for white, as grey print has it (Rec. 709 of sRGB's values)."""
+    return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))

@@ -1,0 +1,214 @@
+"""The family of curves over x: centres with bands, a line at the reference, and how soon each reaches it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from capo_exp.core.intervals import Estimate
+from capo_exp.figures import style
+from capo_exp.figures.bands import Band
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.panel import (
+    Column,
+    Crossing,
+    Level,
+    Panel,
+    Series,
+    format_values,
+    thousands,
+    value_text,
+)
+from capo_exp.figures.stats import Factor, sample_efficiency
+from capo_exp.figures.study import X_LABELS, Metric, Study, last_value
+from capo_exp.figures.style import Look
+from capo_exp.runs.read import Array
+
+MARKS = 7
+"""Markers along a line, about."""
+DASHED = {"color": style.REFERENCE, "linewidth": 1.0, "linestyle": (0, (4, 3))}
+
+
+def lines(
+    study: Study,
+    drawn: Sequence[Curve],
+    metric: Metric,
+    title: str,
+    *,
+    reference: Literal["", "end", "max"] = "",
+    efficiency: bool = False,
+    summary: Sequence[str] = ("final",),
+    heading: str = "",
+    levels: Sequence[Level] = (),
+    limits: tuple[float | None, float | None] = (None, None),
+) -> Panel:
+    """Returns a panel with a metric over x.
+
+    Args:
+        study: The runs.
+        drawn: The curves.
+        metric: The metric.
+        title: Above the panel.
+        reference: Where the line of the reference's curve is: at its end, at its largest value, nowhere.
+        efficiency: Marks where curves reach that line, and says the sample-efficiency factor.
+        summary: Columns of the table: final | mean | max.
+        heading: Name of these columns in place of the title.
+        levels: Further lines.
+        limits: Ends of the y axis; None = from the data.
+    """
+    metric = study.settled(metric)
+    found = study.bands_of(drawn, metric)
+    shown = [curve for curve in drawn if curve.label in found]
+    level = _reference_level(study, metric, reference, drawn) if shown else None
+    factors = _efficiencies(study, metric, shown) if efficiency and level else {}
+    columns = [
+        Column(
+            f"{heading or title}, {how}", metric.unit, {k: reduced(study, b, how) for k, b in found.items()}
+        )
+        for how in summary
+    ]
+    if factors:
+        cells = {label: _factor_cell(factors[label]) if label in factors else "reference" for label in found}
+        columns.append(Column(f"{heading or title}, sample efficiency", "times", cells))
+    others = [found[curve.label] for curve in shown if not study.is_reference(curve)]
+    missing = {label: band.seeds - int(band.count[band.last_shown]) for label, band in found.items()}
+    return Panel(
+        "lines", title, _paint, metric=metric, height=3.1, columns=tuple(columns), limits=limits,
+        series=tuple(Series(c, (b := found[c.label]).x, b.centre, b.low, b.high, b.count) for c in shown),
+        levels=(*([level] if level else []), *levels),
+        crossings=tuple(
+            Crossing(curve, f.method_x, f.target, f.factor)
+            for curve in shown
+            if (f := factors.get(curve.label)) and f.method_x is not None and f.factor is not None
+        ),
+        wants_reference=bool(reference),
+        x_max=max((float(band.x[-1]) for band in others), default=None),
+        absent=tuple(curve.label for curve in drawn if curve.label not in found),
+        early=tuple(f"{name} {n} of {found[name].seeds}" for name, n in missing.items() if n),
+    )  # fmt: skip
+
+
+def _reference_level(study: Study, metric: Metric, where: str, drawn: Sequence[Curve]) -> Level | None:
+    """Returns a line at the end of the reference's curve, or at its largest value."""
+    curve = study.reference if where else None
+    found = study.band(curve, metric) if curve else None
+    if curve is None or found is None or not found.count.any():
+        return None
+    label = next((one.label for one in drawn if study.is_reference(one)), curve.label)
+    if where == "max":
+        return Level(f"{label}, largest", float(np.nanmax(found.centre)))
+    last = found.last_shown
+    return Level(f"{label} at {thousands(found.x[last])}", float(found.centre[last]))
+
+
+def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[str, Factor]:
+    """Returns the sample-efficiency factor of each curve but the reference, by label."""
+    reference = study.reference and study.band(study.reference, metric)
+    if study.reference is None or reference is None:
+        return {}
+    start = study.start_of(study.reference, metric)
+    others = [(curve, study.band(curve, metric)) for curve in shown if not study.is_reference(curve)]
+    return {c.label: sample_efficiency(reference, b, start=start) for c, b in others if b is not None}
+
+
+def _factor_cell(factor: Factor) -> Estimate | str:
+    """Returns a factor with its interval, or why there is none."""
+    if factor.factor is None:
+        return "not reached" if np.isfinite(factor.target) else "reference does not improve"
+    bounds = (factor.low, factor.high) if np.isfinite(factor.low) else ()
+    return Estimate(factor.factor, *bounds)
+
+
+def reduced(study: Study, found: Band, how: str) -> Estimate:
+    """Returns one number for a curve: at its end, or the mean, largest or smallest of each seed's values."""
+    if how == "final":
+        return last_value(found)
+    of = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}[how]
+    return study.over_seeds(of(found.values[np.isfinite(found.values).any(axis=1)], axis=1))
+
+
+def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+    """Draws centres over x with their bands, the levels, and where curves cross the first."""
+    metric = panel.named
+    for place, whole in enumerate(panel.series):
+        _draw_curve(axes, _up_to(whole, panel.x_max), looks[whole.curve.label], place, log=panel.is_log)
+    for level in panel.levels:
+        axes.axhline(level.y, zorder=1.5, **DASHED)
+        axes.annotate(
+            value_text(level.y, metric.unit), (1, level.y), xycoords=("axes fraction", "data"),
+            xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=style.REFERENCE,
+        )  # fmt: skip
+    if panel.is_log:
+        axes.set_yscale("log")
+    axes.set(title=panel.title, xlabel=X_LABELS.get(metric.x, metric.x))
+    axes.set_ylabel("" if metric.label.lower() == panel.title.lower() else metric.label)
+    left = min(series.numbers[0] for series in panel.series)
+    axes.set_xlim(0 if panel.x_max or left <= 0 else None, panel.x_max or None)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    format_values(axes.yaxis, metric.unit, log=panel.is_log)
+    low, high = panel.limits
+    if high is None and low == 0 and not any(np.nanmax(s.centre, initial=0) > 0 for s in panel.series):
+        high = 0.01  # nothing but zeros
+    axes.set_ylim(low, high)
+    _draw_crossings(axes, panel.crossings, looks)
+    return []
+
+
+def _up_to(series: Series, x_max: float | None) -> Series:
+    """Returns the points up to the end of the axis, and where the line to the next one meets it."""
+    x = series.numbers
+    if x_max is None or x[-1] <= x_max:
+        return series
+    inside = np.append(x[x < x_max], x_max)
+    centre, low, high = (np.interp(inside, x, part) for part in (series.centre, series.low, series.high))
+    return Series(series.curve, inside, centre, low, high, series.seeds[: len(inside)])
+
+
+def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool) -> None:
+    """Draws one curve; markers of different curves are at different places."""
+
+    def shown(values: Array) -> Array:
+        return np.where(values > 0, values, np.nan) if log else values  # a log axis shows nothing else
+
+    x = series.numbers
+    if np.isfinite(shown(series.low)).any():
+        axes.fill_between(
+            x, shown(series.low), shown(series.high), color=look.colour, alpha=0.16, linewidth=0
+        )
+    every = max(1, len(x) // MARKS)
+    marked = list(range((1 + place) * every // 4, max(1, len(x) - 1), every)) or [0]
+    axes.plot(x, shown(series.centre), **look.line, markevery=marked, clip_on=False)
+
+
+def _draw_crossings(axes: Axes, crossings: Sequence[Crossing], looks: Mapping[str, Look]) -> None:
+    """Draws a ring where a curve first reaches the line, and its factor; neighbours are set higher."""
+    left, right = axes.get_xlim()
+    above, before = 0, -np.inf
+    for crossing in sorted(crossings, key=lambda one: one.x):
+        place = (crossing.x - left) / (right - left)
+        above = above + 1 if place - before < 0.09 else 0
+        before = place
+        look = looks[crossing.curve.label]
+        axes.plot(crossing.x, crossing.y, "o", ms=7.5, mfc="none", mec=look.colour, mew=1.3, zorder=5)
+        side, shift = ("right", -5) if place > 0.1 else ("left", 4)
+        text = axes.annotate(
+            f"{crossing.factor:.3g}x", (crossing.x, crossing.y), xytext=(shift, 6 + 11 * above),
+            textcoords="offset points", ha=side, color=look.colour, fontsize=9, fontweight="bold", zorder=6,
+        )  # fmt: skip
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def legend_entries(panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Line2D]:
+    """Returns what the legend explains of line panels: the curves, then the levels."""
+    mine = [panel for panel in panels if panel.kind == "lines"]
+    named = {series.curve.label for panel in mine for series in panel.series}
+    levels = dict.fromkeys(level.label for panel in mine for level in panel.levels)
+    return [
+        *(Line2D([], [], label=label, **looks[label].line) for label in looks if label in named),
+        *(Line2D([], [], label=label, **DASHED) for label in levels),
+    ]

@@ -1,0 +1,100 @@
+"""A figure's files, and where it comes from, which is written inside each of them."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from capo_exp.figures import page, style, tables
+from capo_exp.figures.page import Picture
+from capo_exp.runs.files import replace_file
+from capo_exp.runs.read import LoggedRun
+
+KEY = "capo_exp"
+"""Name of the PNG's text chunk."""
+PACKAGES = ("matplotlib", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class DrawnFigure:
+    """One figure on disk, for the report."""
+
+    name: str
+    title: str
+    caption: str
+    """Seeds, band, smoothing, and what the figure lacks."""
+    png: Path
+    pdf: Path
+    csv: Path
+    """The plotted numbers."""
+    table: tables.TextTable
+
+
+def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
+    """Draws a figure and writes its files: all of them or, whatever goes wrong, none."""
+    says, table = page.caption(picture), tables.table_of(picture.panels)
+    origin = provenance(picture, command)
+    line = as_line(origin)
+    with style.house_style():
+        figure = page.draw_page(picture)
+        chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
+        png = page.as_bytes(figure, "png", chunks)
+        entries = {"Title": picture.title, "Subject": line, "Creator": KEY, "Producer": "matplotlib"}
+        pdf = page.as_bytes(figure, "pdf", {**entries, "CreationDate": None})
+
+    def comments(mark: str) -> str:
+        return f"{mark} capo_exp.figures: {command}\n{mark} {line}\n"
+
+    files = {
+        ".png": png,
+        ".pdf": pdf,
+        ".csv": (comments("#") + tables.csv_text(picture.panels)).encode(),
+        ".md": f"<!-- {line} -->\n\n## {picture.title}\n\n{tables.markdown(table)}\n{says}\n".encode(),
+        ".tex": (comments("%") + tables.latex(table) + f"% {says}\n").encode(),
+    }
+    paths = {suffix: output / f"{picture.name}{suffix}" for suffix in files}
+    with ExitStack() as stack:
+        partial = {suffix: stack.enter_context(replace_file(path)) for suffix, path in paths.items()}
+        for suffix, content in files.items():
+            partial[suffix].write_bytes(content)
+    return DrawnFigure(picture.name, picture.title, says, paths[".png"], paths[".pdf"], paths[".csv"], table)
+
+
+def provenance(picture: Picture, command: str) -> dict[str, Any]:
+    """Says what the figure is, of which runs, and how it was made. No date, so that it can be made again."""
+    study, metrics = picture.study, [panel.metric for panel in picture.panels if panel.metric]
+    runs = {run.path: run for curve in picture.curves for run in curve.runs}
+    lined = any(panel.wants_reference for panel in picture.panels)
+    beside = study.reference.runs if study.reference and lined else ()
+    still = [run for run in study.runs if run.setting("regime.learning_rate") == 0]
+    runs |= {run.path: run for run in (*beside, *(still if any(m.start for m in metrics) else ()))}
+    return {
+        "figure": picture.name,
+        "command": command,
+        "runs": [_origin(run) for run in runs.values()],
+        "seeds": {curve.label: len(curve.runs) for curve in picture.curves},
+        "statistic": study.statistic,
+        "interval": study.interval,
+        "smoothing": {metric.key: metric.smoothing for metric in metrics},
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _origin(run: LoggedRun) -> dict[str, Any]:
+    """Says a run's id, commit, whether the code had uncommitted changes, and how far the run was."""
+    git = run.record.get("git") or {}
+    return {
+        "id": run.record.get("run_id", run.name),
+        "name": run.name,
+        "commit": git.get("commit"),
+        "dirty": git.get("dirty"),
+        "steps": len(run.metrics),
+    }
+
+
+def as_line(values: Mapping[str, Any]) -> str:
+    """Returns ASCII JSON that can stand in any comment: two dashes in a row would end one of HTML."""
+    return json.dumps(values, separators=(",", ":")).replace("--", "-\\u002d")

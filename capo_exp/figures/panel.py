@@ -1,0 +1,172 @@
+"""What one pair of axes shows: its numbers, and the function that draws them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import EngFormatter, FuncFormatter, ScalarFormatter
+from numpy.typing import NDArray
+
+from capo_exp.core.intervals import Estimate
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.labels import short
+from capo_exp.figures.study import Metric
+from capo_exp.figures.style import Look
+from capo_exp.runs.read import Array
+
+Kind = Literal["lines", "bars", "heat", "stages", "tokens", "settings"]
+Painter = Callable[[Axes, "Panel", Sequence["Panel"], Mapping[str, Look]], list[Any]]
+"""Draws a panel on axes, given all panels of the figure and the looks by label; returns legend entries."""
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is drawn of one curve, and a block of rows of the CSV."""
+
+    curve: Curve
+    x: Array | list[str]
+    """[n]"""
+    centre: Array
+    """[n]"""
+    low: Array
+    """[n], NaN where there is no interval."""
+    high: Array
+    """[n]"""
+    seeds: NDArray[Any]
+    """[n], how many are behind each number."""
+
+    @property
+    def numbers(self) -> Array:
+        """Returns x where it is not names."""
+        return np.asarray(self.x, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line."""
+
+    label: str
+    y: float
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a curve reaches the reference's line."""
+
+    curve: Curve
+    x: float
+    y: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: a cell for each curve that has one, by its label."""
+
+    heading: str
+    unit: str
+    cells: Mapping[str, Estimate | str]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one pair of axes shows; without series, why there are none."""
+
+    kind: Kind
+    title: str
+    paint: Painter
+    series: tuple[Series, ...] = ()
+    metric: Metric | None = None
+    """Settled: smoothing and x as they were used."""
+    height: float = 0.0
+    """Inches."""
+    columns: tuple[Column, ...] = ()
+    limits: tuple[float | None, float | None] = (None, None)
+    """Ends of the axis of values; None = from the data."""
+    levels: tuple[Level, ...] = ()
+    crossings: tuple[Crossing, ...] = ()
+    wants_reference: bool = False
+    further: tuple[tuple[str, Series], ...] = ()
+    """Numbers beside the drawn ones, with their names."""
+    x_max: float | None = None
+    absent: tuple[str, ...] = ()
+    """Labels of curves that lack the metric."""
+    early: tuple[str, ...] = ()
+    """Curves with seeds that end early, and how many."""
+    lack: str = ""
+    """Why there is nothing to draw, unless it is that no run has logged the metric."""
+
+    @property
+    def named(self) -> Metric:
+        """Returns the metric of a panel that is about one."""
+        assert self.metric is not None
+        return self.metric
+
+    @property
+    def is_log(self) -> bool:
+        """Returns whether the values' axis is logarithmic: they span a decade, as good ticks need."""
+        found = np.concatenate([series.centre for series in self.series])
+        found = found[found > 0]
+        return self.named.log and len(found) > 0 and bool(found.max() >= 10 * found.min())
+
+
+def parts(estimates: Sequence[Estimate]) -> tuple[Array, Array, Array]:
+    """Returns values, lower and upper bounds, [n] each."""
+    value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
+    return value, low, high
+
+
+def thousands(x: float) -> str:
+    """Says a number in few characters, such as 59.9k."""
+    size = next((s for s in ("M", "k") if abs(x) >= {"M": 1e6, "k": 1e3}[s]), "")
+    return f"{x / {'M': 1e6, 'k': 1e3, '': 1}[size]:.3g}{size}"
+
+
+def value_text(value: float, unit: str, *, bare: bool = False) -> str:
+    """Says a number to three digits or so; bare = without its unit."""
+    if not np.isfinite(value):
+        return ""
+    if unit == "percent":
+        return f"{100 * value:.1f}" + ("" if bare else " %")
+    if unit == "completions":
+        return thousands(value)
+    after = {"seconds": " s", "times": "x"}.get(unit, "")
+    small = 0 < abs(value) < 1e-3
+    text = short(float(f"{value:.2e}")) if small else f"{value:.3g}".replace("e+0", "e")
+    return text + ("" if bare else after)
+
+
+def cell_text(cell: Estimate | str | None, unit: str) -> str:
+    """Says a number with its interval, such as `71.3 % [68.0, 74.5]`."""
+    if cell is None or isinstance(cell, str):
+        return cell or ""
+    text = value_text(cell.value, unit)
+    if cell.low is None or cell.high is None:
+        return text
+    return f"{text} [{', '.join(value_text(bound, unit, bare=True) for bound in (cell.low, cell.high))}]"
+
+
+def format_values(axis: Axis, unit: str, *, log: bool = False) -> None:
+    """Gives an axis the ticks of a unit."""
+    if unit == "percent":
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    elif unit == "number" and not log:
+        formatter = ScalarFormatter(useMathText=True)
+        formatter.set_powerlimits((-2, 4))  # a power of ten above the axis where numbers are small or large
+        axis.set_major_formatter(formatter)
+    elif unit == "completions":
+        axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def list_rows(axes: Axes, names: Sequence[str]) -> Array:
+    """Makes the y axis a list, read from the top; returns the places of its entries."""
+    places = np.arange(len(names), dtype=np.float64)
+    axes.set_yticks(places, names, parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    return places

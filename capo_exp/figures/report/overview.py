@@ -1,0 +1,181 @@
+"""The report's tables, as text: the runs in a line each, what differs between them, where they come from."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from statistics import fmean
+from typing import Any
+
+from capo_exp.figures import style
+from capo_exp.figures.command import as_typed
+from capo_exp.figures.curves import Curve
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import LoggedRow, LoggedRun
+from capo_exp.runs.settings import results, varying
+
+RECENT = 10
+"""Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
+COLUMNS = (
+    "run", "state", "steps", "training", "held-out, first → last", "best", "rejected, mean", "largest",
+    "completions", "wall time",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the summary."""
+
+    text: str
+    value: float | str
+    """What the column is sorted by; "" where the run has no such number."""
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A run of the summary."""
+
+    label: str
+    name: str
+    colour: str
+    error: str | None
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Settings that are not the same in all runs; runs that differ in their seed only share a column."""
+
+    heads: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def in_order(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[LoggedRun]:
+    """Returns the runs of the first curve, those of the next, and at last those of none."""
+    place = {run.path: i for i, run in enumerate(run for curve in curves for run in curve.runs)}
+    return sorted(runs, key=lambda run: place.get(run.path, len(place)))
+
+
+def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
+    """Returns a name for each run that no other has: its curve and seed, else its folder."""
+    of_path = {run.path: curve.label for curve in curves for run in curve.runs}
+    short = [
+        f"{of_path[run.path]} · seed {run.setting('seed', '?')}" if run.path in of_path else run.path.name
+        for run in runs
+    ]
+    count = Counter(short)
+    return [
+        text if count[text] == 1 else f"{text} · {run.path.parent.name}/{run.path.name}"
+        for text, run in zip(short, runs, strict=True)
+    ]
+
+
+def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
+    """Returns a line for each run."""
+    return [
+        RunLine(
+            label=label,
+            name=run.path.name,
+            colour=style.colour(run),
+            error=run.record.get("error") if run.state == "failed" else None,
+            cells=_cells(run),
+        )
+        for run, label in zip(runs, named, strict=True)
+    ]
+
+
+def _cells(run: LoggedRun) -> list[Cell]:
+    per_step = {
+        row[names.STEP]: row for row in run.metrics if names.STEP in row
+    }  # of several updates the last
+    done, planned = max(per_step, default=0), run.setting("num_steps", "?")
+    recent = values(list(per_step.values())[-RECENT:], names.TRAIN_ACCURACY)
+    held_out = values(run.evaluations, names.EVAL_ACCURACY)
+    rejected = values(run.metrics, names.REJECTION_RATE)
+    completions = max(values(run.metrics, names.COMPLETIONS), default=None)
+    seconds = run.record.get("wall_seconds")
+    change = f"{held_out[0]:.1%} → {held_out[-1]:.1%}" if held_out else "-"
+    return [
+        Cell(run.state, run.state),
+        Cell(f"{done:g}/{planned}", done),
+        percent(fmean(recent) if recent else None),
+        Cell(change, held_out[-1] if held_out else ""),
+        percent(max(held_out, default=None)),
+        percent(fmean(rejected) if rejected else None),
+        percent(max(rejected, default=None)),
+        Cell("-", "") if completions is None else Cell(f"{completions:,.0f}", completions),
+        Cell("-", "") if seconds is None else Cell(str(timedelta(seconds=round(seconds))), seconds),
+    ]
+
+
+def values(rows: Sequence[LoggedRow], key: str) -> list[float]:
+    """Returns a metric where it is there and finite."""
+    return [value for row in rows if (value := row.get(key)) is not None]
+
+
+def percent(share: float | None) -> Cell:
+    """Says a share as 12.3%."""
+    return Cell("-", "") if share is None else Cell(f"{share:.1%}", share)
+
+
+def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
+    """Returns dotted config keys that are not the same in all runs, with each value; None where none is.
+
+    The seed is one of them, and so is how often a run is measured; keys that change no number of a run
+    (runs.record.NOT_RESULTS) and the folder of the problems are not.
+    """
+    table = [results(run) for run in runs]
+    return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
+
+
+def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> Differences:
+    """Returns what differs, a column for the runs that are alike but for their seed."""
+    table = differences(runs)
+    seeds = table.pop("seed", None)
+    columns: dict[tuple[str, ...], list[int]] = {}
+    for place in range(len(runs)):
+        columns.setdefault(tuple(setting(row[place]) for row in table.values()), []).append(place)
+    rows = [(key, list(row)) for key, row in zip(table, zip(*columns, strict=True), strict=True)]
+    if seeds is not None:
+        rows.append(("seed", [", ".join(setting(seeds[p]) for p in places) for places in columns.values()]))
+    return Differences([_head(places, named) for places in columns.values()], rows if table or seeds else [])
+
+
+def _head(places: Sequence[int], named: Sequence[str]) -> str:
+    stems = {named[place].partition(" · seed ")[0] for place in places}
+    return named[places[0]] if len(places) == 1 else f"{' / '.join(sorted(stems))} ({len(places)} runs)"
+
+
+def setting(value: Any) -> str:
+    """Says a config value for people."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {setting(each)}" for key, each in value.items()) or "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
+    """Says what made this page and the runs in it; no date, so that it can be made again."""
+    records = [run.record for run in runs]
+    packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]
+    rows = {
+        "command": [as_typed(sys.argv[1:])],
+        "runs": [str(run.record.get("run_id", run.path.name)) for run in runs],
+        "commits": [_commit(record) for record in records],
+        "packages": [*(f"python {r['python']}" for r in records if "python" in r), *packages],
+        "machines": [machine for r in records if (machine := _machine(r))],
+        "problems": [f"fingerprint {record['data']}" for record in records if "data" in record],
+    }
+    return [(key, ", ".join(dict.fromkeys(found))) for key, found in rows.items() if found]
+
+
+def _commit(record: Mapping[str, Any]) -> str:
+    git = record.get("git") or {}
+    return f"{git.get('commit') or 'unknown'}{' with changes (git.diff)' if git.get('dirty') else ''}"
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    fields = (record.get(name) for name in ("device", "cpu", "platform"))
+    return " / ".join(str(field) for field in fields if field)

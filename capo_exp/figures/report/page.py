@@ -1,0 +1,123 @@
+"""One HTML file about a set of runs: tables, figures, and what the model wrote, token by token.
+
+It needs no network and no other file. Its content security policy forbids both, and allows no script but
+those of assets/, whose hashes it states: what a model wrote cannot run, whatever it wrote.
+"""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from capo_exp.figures import style, tables
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.output import DrawnFigure
+from capo_exp.figures.report import overview
+from capo_exp.figures.report.viewer import excerpts, script_json, viewer_data
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.read import LoggedRun
+
+ASSETS = Path(__file__).parent / "assets"
+MAX_CSV_BYTES = 500_000
+"""A larger CSV stays a file beside the page."""
+CSS_DPI = 96
+
+
+def write_report(
+    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
+) -> Path:
+    """Writes the page.
+
+    Args:
+        runs: any.
+        curves: give the runs their order and their labels; a run of none is called by its folder, and last.
+        figures: drawn from these runs.
+        output: the file, or a folder that gets report.html.
+    """
+    runs = overview.in_order(runs, curves)
+    named = overview.run_labels(runs, curves)
+    taken = excerpts(runs)
+    data = viewer_data(taken, named)
+    css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
+    html = _template().render(
+        title=page_title(runs),
+        policy=content_security_policy([summary_js, viewer_js], [css]),
+        css=css,
+        summary_js=summary_js,
+        viewer_js=viewer_js,
+        columns=overview.COLUMNS,
+        recent=overview.RECENT,
+        summary=overview.overview(runs, named),
+        figures=[embedded(figure) for figure in figures],
+        differences=overview.differing(runs, named),
+        notes=[(label, part.note) for label, part in zip(named, taken, strict=True)],
+        provenance=overview.origins(runs),
+        data=Markup(script_json(data)) if data["runs"] else None,
+    )
+    path = output if output.suffix == ".html" else output / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A lone surrogate of a JSON file has no UTF-8.
+    write_atomic(path, html.encode("utf-8", errors="replace").decode("utf-8"))
+    return path
+
+
+def page_title(runs: Sequence[LoggedRun]) -> str:
+    """Returns the experiments' names and the number of runs."""
+    found = dict.fromkeys(str(run.setting("experiment_name", run.path.parent.name)) for run in runs)
+    return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
+def asset(name: str) -> Markup:
+    """Returns a file of assets/ as it goes into the page: ours, hence not escaped."""
+    return Markup((ASSETS / name).read_text(encoding="utf-8"))
+
+
+def content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """Forbids network, frames and forms, and allows data: images and just these scripts and styles."""
+    hashes = [" ".join(map(_hash, texts)) for texts in (scripts, styles)]
+    allowed = f"default-src 'none'; img-src data:; script-src {hashes[0]}; style-src {hashes[1]}"
+    return f"{allowed}; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _template() -> Template:
+    loader = FileSystemLoader(ASSETS)
+    options = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return options.get_template("report.html")
+
+
+def embedded(figure: DrawnFigure) -> dict[str, Any]:
+    """Returns a figure as it stands in the page; image and CSV are data: URIs, None if too large."""
+    png, csv = figure.png.read_bytes(), figure.csv.read_bytes()
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "caption": figure.caption,
+        "image": data_uri("image/png", png),
+        "size": screen_size(png),
+        "csv": data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
+        "csv_name": figure.csv.name,
+        "markdown": tables.markdown(figure.table),
+        "table": figure.table,
+    }
+
+
+def screen_size(png: bytes) -> tuple[int, int]:
+    """Returns width and height that a figure was designed for: its pixels at the style's resolution."""
+    scale = CSS_DPI / style.SETTINGS["savefig.dpi"]
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the header chunk
+    return round(width * scale), round(height * scale)
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Returns the content as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

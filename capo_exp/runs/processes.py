@@ -1,0 +1,75 @@
+"""How processes end each other: a signal lets the step end and be saved; children end with their parent."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PR_SET_PDEATHSIG = 1
+ONE_PRESS = 1.0
+"""Seconds in which signals count as one: a terminal or Slurm and the parent may both send it."""
+
+Handler = Callable[[int, object], None]
+
+
+@contextmanager
+def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C or SIGTERM sets; a second signal raises KeyboardInterrupt at once.
+
+    Args:
+        message: A function that tells the user what a signal has done.
+    """
+    stopped = threading.Event()
+    first = 0.0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal first
+        del number, frame
+        if stopped.is_set() and time.monotonic() - first > ONE_PRESS:
+            raise KeyboardInterrupt
+        if not stopped.is_set():
+            first = time.monotonic()
+            stopped.set()
+            message(
+                "stopping after this step; once more stops now and loses what came after the last checkpoint"
+            )
+
+    with _handled_by(handle):
+        yield stopped
+
+
+@contextmanager
+def forwarded_to(child: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """Sends Ctrl-C and SIGTERM on to a child, which decides how to end; the event says that there was one."""
+    stopped = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        stopped.set()
+        child.send_signal(number)
+
+    with _handled_by(handle):
+        yield stopped
+
+
+@contextmanager
+def _handled_by(handle: Handler) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """For preexec_fn: Linux ends the new process, by SIGTERM, when its parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,34 @@
+"""What is predicted of tokens and of a step before it is taken; pure functions that the learner calls."""
+
+from capo_exp.core.masked import unpack
+from capo_exp.core.types import AdamState, Batch, BatchShifts, PolicyOutput, Scored, StepRecord, TokenShifts
+from capo_exp.curvature.model import (
+    apply_row_gradients,
+    batch_shifts,
+    mean_row_gradients,
+    pack_batch,
+    predict_shifts,
+)
+
+
+def score(
+    batch: Batch, output: PolicyOutput, learning_rate: float, moments: AdamState | None, seed: int
+) -> Scored:
+    """Predicts the shifts [B, T] of a micro-batch, for completion tokens only."""
+    mask = batch.completion_mask
+    tokens = pack_batch(output, batch, batch.advantages, mask)
+    packed = predict_shifts(tokens, learning_rate=learning_rate, state=moments)
+    shifts = TokenShifts(*(unpack(values, mask) for values in packed))
+    return Scored(batch, output, shifts, learning_rate, moments, seed)
+
+
+def predict_step(
+    record: StepRecord, optimizer_model: AdamState | None, learning_rate: float, moments: AdamState | None
+) -> tuple[BatchShifts, AdamState | None]:
+    """Predicts the shifts of the kept tokens' mean update; returns the optimiser model after it, too. The
+    moments to predict with are the optimiser model's own, if it has any, or the real optimiser's."""
+    credit = record.selection.weighed(record.batch.advantages)
+    tokens = pack_batch(record.output, record.batch, credit, record.selection.keep_mask)
+    rows = mean_row_gradients(tokens)
+    predicted = batch_shifts(tokens, rows, learning_rate=learning_rate, state=moments)
+    return predicted, None if optimizer_model is None else apply_row_gradients(optimizer_model, rows)

@@ -1,0 +1,188 @@
+"""A run in progress: what it reads before its directory exists, what it holds, and how it is opened."""
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from capo_exp.algorithms.protocols import Algorithm, build_algorithm
+from capo_exp.config.build import build_part
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core import policy
+from capo_exp.data.prepare import Data, prepare
+from capo_exp.data.prompts import fingerprint, preview
+from capo_exp.grading.terms import build_terms
+from capo_exp.grading.verifier import Verifier
+from capo_exp.rollout import RolloutEngine
+from capo_exp.runs.checkpoint import Checkpointer
+from capo_exp.runs.console import Progress
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.record import RunRecord, read_record
+from capo_exp.training.learner import Learner
+from capo_exp.training.rollout_step import Rollout, Sampler
+
+COUNTS = tuple(
+    f"counter/{name}"
+    for name in ("rollout_step", "prompts", "completions", "generated_tokens", "unrewarded_steps")
+)
+"""What a session counts; the last one in a row, up to the last step."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What can be checked and read before a run directory exists."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    verifier: Verifier  # Has graded nothing but golds; whoever reads inputs closes it
+    fingerprint: str  # Of the problems, so that a run cannot go on with others
+    algorithm: Algorithm
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills the padding; the tokenizer always has one."""
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return pad
+
+
+@dataclass
+class Session:
+    """What a run in progress holds, and how far it has got."""
+
+    config: TrainConfig
+    inputs: Inputs
+    learner: Learner
+    engine: RolloutEngine  # Samples for evaluations, and for training unless sampler.engine is another
+    sampler: Sampler
+    checkpointer: Checkpointer
+    logger: RunLogger
+    record: RunRecord
+    progress: Progress
+    counts: dict[str, int]  # The COUNTS
+
+    @property
+    def step(self) -> int:
+        """The rollout steps done."""
+        return self.counts["counter/rollout_step"]
+
+    def count(self, rollout: Rollout) -> None:
+        """Counts a rollout step that is done."""
+        done = (1, rollout.prompts, rollout.completions, rollout.tokens, 1)
+        for name, number in zip(COUNTS, done, strict=True):
+            self.counts[name] += number
+        if rollout.rewarded:
+            self.counts["counter/unrewarded_steps"] = 0
+
+    def counters(self) -> dict[str, int]:
+        """Returns how far the run has got, under the names of its metrics."""
+        learner = self.learner
+        own = {"counter/optimizer_step": learner.optimizer_step}
+        return self.counts | own | {"counter/reference_resets": learner.reference_resets}
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self.logger.sync()
+        learner, counters = self.learner, self.counters()
+        state = learner.state_dict() | {"counters": counters}
+        reference = learner.reference if learner.reference_resets else None
+        self.checkpointer.save(self.step, state, learner.model, self.inputs.tokenizer, reference)
+        self.record.update(counters)
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Reads model facts, tokenizer and data.
+
+    Raises:
+        ConfigError: if an input is missing or wrong.
+    """
+    algorithm = build_algorithm(config.algo)
+    device = policy.choose_device(config.device)
+    policy.check_architecture(config.model)
+    policy.check_length(config.model, config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens)
+    tokenizer = policy.load_tokenizer(config.model)
+    verifier = build_part(config.reward.verifier, key="reward.verifier")()
+    try:
+        data = prepare(config, tokenizer, verifier.gradable)
+    except BaseException:  # a signal, too: its workers must not stay
+        verifier.close()
+        raise
+    problems = fingerprint([*data.train, *data.held_out])
+    dtype = policy.choose_dtype(config.model.compute_dtype, device)
+    return Inputs(tokenizer, data, verifier, problems, algorithm, device, dtype)
+
+
+def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack) -> Session:
+    """Loads what a run holds, from its last checkpoint if it has one, and starts the engine.
+
+    Raises:
+        ConfigError: if the run began with other problems.
+    """
+    checkpointer = Checkpointer(directory, keep=config.checkpoint.keep)
+    latest = checkpointer.latest()
+    model = policy.load_model(config.model, inputs.device, weights=latest)
+    reference = load_reference(config, inputs, checkpointer.latest_reference())
+    learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
+    before = (read_record(directory) or {}).get("data", inputs.fingerprint)
+    if latest is not None and before != inputs.fingerprint:
+        raise ConfigError(
+            f"{directory} began with other problems ({before}): expected those, or overwrite=true"
+        )
+    state = {} if latest is None else checkpointer.restore(latest, inputs.device)
+    counters = state.get("counters", {})
+    step = counters.get("counter/rollout_step", 0)
+    if state:
+        learner.load_state_dict(state)
+    engine = build_engine(config, inputs, model)
+    stack.callback(engine.close)
+    stack.callback(inputs.verifier.close)
+    record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
+    record.add(_describe_data(inputs))  # before the logger, which gives W&B the record
+    logger = stack.enter_context(RunLogger(directory, resume_step=step, wandb_mode=config.logger.wandb_mode))
+    record.add({"wandb": logger.wandb_location})
+    progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
+    for line in (*inputs.data.lines(), f"first prompt: {preview(inputs.data.train[0].text)}"):
+        progress.message(line)
+    engine.start(directory, inputs.data.train)
+    if latest is not None:
+        progress.message(f"goes on after step {step}, from {latest}")
+    train_engine = choose_train_engine(config, inputs, engine)
+    terms = build_terms(config.reward)
+    sampler = Sampler(train_engine, engine, inputs.verifier, inputs.data.train, terms)
+    counts = {name: counters.get(name, 0) for name in COUNTS}
+    return Session(config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts)
+
+
+def load_reference(config: TrainConfig, inputs: Inputs, weights: Path | None) -> PreTrainedModel | None:
+    """Loads the frozen reference where the algorithm needs one; `weights` are a checkpoint of it."""
+    if not inputs.algorithm.needs_reference:
+        return None
+    return policy.load_model(config.model, inputs.device, weights=weights).requires_grad_(False)
+
+
+def build_engine(config: TrainConfig, inputs: Inputs, model: PreTrainedModel) -> RolloutEngine:
+    """Builds the engine that samples; it is not started."""
+    build = build_part(config.rollout.engine, key="rollout.engine")
+    return build(model, inputs.tokenizer, inputs.compute_dtype)
+
+
+def choose_train_engine(config: TrainConfig, inputs: Inputs, engine: RolloutEngine) -> RolloutEngine:
+    """Returns where training completions come from: the given engine, or one of demonstrations."""
+    if config.rollout.train_engine is None:
+        return engine
+    return build_part(config.rollout.train_engine, key="rollout.train_engine")(inputs.tokenizer)
+
+
+def _describe_data(inputs: Inputs) -> dict[str, object]:
+    """Returns what run.json says of the problems."""
+    return {
+        "data": inputs.fingerprint,
+        "data_counts": {split: asdict(counts) for split, counts in inputs.data.counts.items()},
+        "data_notes": list(inputs.data.notes),
+        "first_prompt": inputs.data.train[0].text,
+    }

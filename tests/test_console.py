@@ -1,0 +1,92 @@
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from capo_exp.runs.console import Progress, format_duration, format_step, summary_table
+
+
+def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, force_terminal=terminal, width=100, highlight=False), text
+
+
+def row(step: int) -> dict[str, float]:
+    return {
+        "counter/rollout_step": step,
+        "counter/completions": 96 * step,
+        "counter/generated_tokens": 1000 * step,
+        "reward/accuracy": 0.1 * step,
+        "selection/rejection_rate": 0.01 * step,
+        "curvature/token/policy_shift/p99": 1.25e-6,
+        "time/tokens_per_second": 1234.5,
+    }
+
+
+def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 1000, 5))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    out, text = console(terminal=False)
+    with Progress(total_steps=3, every_seconds=0.0, console=out) as progress:
+        progress.evaluation({"counter/rollout_step": 0, "eval/accuracy": 0.25})
+        for step in (1, 2, 3):
+            progress.update(row(step))
+        progress.message("[not markup] done")
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "evaluation after step 0: 25.0%"
+    assert lines[1].startswith("step 1/3  acc 10.0%  rejected 1.00%  shift 1.3e-06  1,234 tok/s  left 0:00:")
+    assert lines[3].endswith("left 0:00:00")
+    assert lines[4] == "[not markup] done"
+    assert "\x1b" not in text.getvalue() and "\r" not in text.getvalue()
+
+
+def test_a_log_is_not_flooded_and_has_the_last_step() -> None:
+    out, text = console(terminal=False)
+    with Progress(total_steps=500, first_step=100, every_seconds=3600, console=out) as progress:
+        for step in range(101, 501):
+            progress.update(row(step))
+    assert [line.split()[1] for line in text.getvalue().splitlines()] == ["101/500", "500/500"]
+
+
+def test_a_terminal_gets_one_live_line_and_messages_above() -> None:
+    out, text = console(terminal=True)
+    with Progress(total_steps=3, console=out) as progress:
+        progress.update(row(1))
+        progress.message("saved")
+        progress.update(row(3))
+    written = text.getvalue()
+    assert "saved" in written
+    assert "3/3" in written
+    assert "acc 30.0%" in written
+
+
+def test_missing_metrics_are_left_out() -> None:
+    assert format_step({"counter/rollout_step": 1, "reward/accuracy": 0.5}) == "acc 50.0%"
+    assert format_duration(3723.4) == "1:02:03"
+
+
+def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
+    steps = [json.dumps(row(step)) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(steps) + "\n")
+    scores = [json.dumps({"counter/rollout_step": step, "eval/accuracy": 0.2 + step / 15}) for step in (0, 3)]
+    (tmp_path / "eval.jsonl").write_text("\n".join(scores) + "\n")
+    (tmp_path / "run.json").write_text(
+        json.dumps({"name": "grpo-tiny", "wall_seconds": 61.0, "wandb": "wandb sync here"})
+    )
+    out, text = console(terminal=False)
+    out.print(summary_table(tmp_path))
+    words = text.getvalue().replace("\n", " ")
+    for expected in (
+        "grpo-tiny", "20.0% -> 40.0%, best 40.0%", "20.0%, mean of the last 3 steps", "288", "3,000",
+        "0:01:01", "mean 2.00%, max 3.00%", "metrics.jsonl", "run.json", "wandb sync here",
+    ):  # fmt: skip
+        assert expected in words
+    assert "checkpoints" not in words
+
+
+def test_the_summary_of_a_run_without_steps(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert summary_table(tmp_path).row_count == 2  # where it is, and which files

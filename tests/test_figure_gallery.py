@@ -1,0 +1,404 @@
+"""Every figure on runs whose right answer is known."""
+
+import csv
+import io
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from capo_exp.config.errors import ConfigError
+from capo_exp.figures import style, tables
+from capo_exp.figures.bars import luminance
+from capo_exp.figures.curves import Curve
+from capo_exp.figures.gallery import FIGURES, TRAINING, find_figure
+from capo_exp.figures.lines import lines
+from capo_exp.figures.page import Picture, caption, compose, draw_page, footer
+from capo_exp.figures.panel import Level, Panel
+from capo_exp.figures.per_run import STAGES
+from capo_exp.figures.study import Lacking, Study
+from capo_exp.runs.metrics import METRICS
+from capo_exp.runs.read import LoggedRun
+from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_run, write_study
+
+pytestmark = NO_WARNINGS
+
+CLIMBS = {
+    "grpo_conservative": lambda x, seed: 0.4 + 2e-6 * x + 0.02 * seed,
+    "grpo_aggressive": lambda x, seed: 0.42 + 0.02 * seed,
+    "capo": lambda x, seed: 0.4 + 4e-5 * x + 0.02 * seed,
+    "zero_learning_rate": lambda x, seed: 0.35 + 0.02 * seed,
+}
+"""Mean over seeds 0 and 1: GRPO ends at 0.529808, which CAPO first reaches at 32 x 96 = 3,072 completions."""
+TARGET = 0.41 + 2e-6 * 59904
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Two seeds of the paper's runs, at most 30 steps."""
+    return study_in(write_study(tmp_path_factory.mktemp("all"), PAPER, steps=30))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Figure 1's runs, in full."""
+    root = tmp_path_factory.mktemp("first")
+    for job in FIGURE_1:
+        write_study(root, [job], accuracy=CLIMBS[job])
+    return study_in(root)
+
+
+def drawn(shown: Picture) -> Figure:
+    with style.house_style():
+        return draw_page(shown)
+
+
+def rows(panels: tuple[Panel, ...]) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(tables.csv_text(panels))))
+
+
+def curve(found: list[dict[str, str]], label: str, panel: str | None = None) -> list[dict[str, str]]:
+    return [row for row in found if row["curve"] == label and panel in (None, row["panel"])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
+    shown = compose(name, everything)
+    assert shown.lacking == ()
+    assert len(shown.panels) == len(FIGURES[name].panels(everything))
+    assert len(rows(shown.panels)) >= len(shown.panels)
+    assert len(tables.table_of(shown.panels).rows) >= 1
+    check_page(drawn(shown))
+
+
+def check_page(figure: Figure) -> None:
+    """Nothing sticks out of the page, no tick label lies on another, no legend on the axes."""
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    everything, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
+    assert min(everything.x0, everything.y0) > -0.01
+    assert everything.x1 < width + 0.01 and everything.y1 < height + 0.01
+    for axes in figure.axes:
+        box = axes.get_window_extent(renderer)
+        assert not any(legend.get_window_extent(renderer).overlaps(box) for legend in figure.legends)
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label.get_window_extent(renderer) for label in shown_ticks(axis)]
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
+
+
+def shown_ticks(axis: Any) -> list[Text]:
+    """Labels inside the limits; matplotlib keeps others."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
+
+
+def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
+    shown = compose("1", first)
+    found = rows(shown.panels)
+    capo = curve(found, "CAPO (A)")
+    assert [int(row["x"]) for row in capo] == [96 * step for step in range(101)]
+    assert float(capo[0]["centre"]) == pytest.approx(0.36)  # step 10 of the runs at learning rate 0
+    np.testing.assert_allclose(
+        [float(row["centre"]) for row in capo[1:]], 0.41 + 4e-5 * 96 * np.arange(1, 101)
+    )
+    assert {row["seeds"] for row in capo} == {"2"}
+    for row in capo[1:]:  # two seeds: the bootstrap's 95 % reaches from one to the other
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(
+            (float(row["centre"]) - 0.01, float(row["centre"]) + 0.01)
+        )
+    [line] = curve(found, "GRPO at 59.9k")
+    assert float(line["centre"]) == pytest.approx(TARGET)
+    [ring] = curve(found, "CAPO (A) reaches GRPO at 59.9k")
+    assert (int(ring["x"]), float(ring["centre"])) == (3072, pytest.approx(TARGET))
+    [panel] = shown.panels
+    assert panel.x_max == 9600
+    table = {row[0]: row for row in tables.table_of(shown.panels).rows}
+    assert table["CAPO (A)"][-1].startswith("19.5x [")
+    assert table["GRPO (A)"][-1] == "not reached"
+    assert table["GRPO"][-1] == "reference"
+    assert table["GRPO"][:3] == ["GRPO", "2", "53.0 % [52.0, 54.0]"]
+
+
+def test_what_figure_1_shows(first: Study) -> None:
+    [axes] = drawn(compose("1", first)).axes
+    lines = {str(line.get_label()): line for line in axes.lines}
+    dashed = [line for line in axes.lines if line.get_color() == style.REFERENCE]
+    assert [float(line.get_ydata()[0]) for line in dashed] == [pytest.approx(TARGET)]
+    assert axes.get_xlim() == (0, 9600)
+    colours = [line.get_color() for line in lines.values() if len(line.get_xdata()) > 5]
+    assert colours == ["#0072B2", "#D55E00", "#D55E00"]
+    assert {text.get_text() for text in axes.texts} == {"19.5x", "53.0 %"}
+    assert len(axes.collections) == 3  # a band for each curve
+
+
+def test_the_line_of_figure_3_is_the_references_maximum(tmp_path: Path) -> None:
+    def peak(x: int, seed: int) -> float:
+        return 0.5 - 1e-6 * abs(x - 5 * 1152) + 0.1 * seed
+
+    study = study_in(write_study(tmp_path, ["grpo_conservative"], steps=10, accuracy=peak))
+    assert {panel.levels[0].label for panel in compose("3", study).panels} == {"GRPO, largest"}
+    panel = lines(study, study.curves, TRAINING, "x", reference="max")
+    assert panel.levels == (Level("GRPO, largest", pytest.approx(0.55)),)
+
+
+def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
+    paper = Study(**{**vars(first), "smoothing": None, "bands": {}})
+    found = curve(rows(compose("1", paper).panels), "CAPO (A)")
+    first_step = 0.41 + 4e-5 * 96
+    assert float(found[1]["centre"]) == pytest.approx(0.9 * 0.36 + 0.1 * first_step)
+    assert "EMA 0.1" in caption(compose("1", paper))
+    assert "not smoothed" in caption(compose("1", first))
+
+
+def test_another_x_axis(first: Study) -> None:
+    steps = Study(**{**vars(first), "x": "counter/optimizer_step", "bands": {}})
+    shown = compose("1", steps)
+    assert [row["x"] for row in curve(rows(shown.panels), "GRPO")] == [str(step) for step in range(53)]
+    [axes] = drawn(shown).axes
+    assert axes.get_xlabel() == "optimiser steps"
+    nowhere = Study(**{**vars(first), "x": "counter/elsewhere", "bands": {}})
+    with pytest.raises(Lacking, match="no run has logged reward/accuracy with counter/elsewhere"):
+        compose("1", nowhere)
+
+
+def test_without_a_reference_there_is_no_line(tmp_path: Path) -> None:
+    study = study_in(write_study(tmp_path, ["capo", "grpo_aggressive"], steps=5))
+    shown = compose("1", study)
+    assert shown.panels[0].levels == ()
+    assert shown.panels[0].crossings == ()
+    assert "the runs have no conservative GRPO" in caption(shown)
+    assert "sample efficiency" not in " ".join(tables.table_of(shown.panels).heading)
+
+
+def test_one_seed_has_no_band(tmp_path: Path) -> None:
+    study = study_in(write_study(tmp_path, ["capo"], seeds=1, steps=5))
+    shown = compose("accuracy", study)
+    assert {row["low"] for row in rows(shown.panels)} == {""}
+    assert "n = 1 seed; one seed, hence no interval" in caption(shown)
+    assert all(len(axes.collections) == 0 for axes in drawn(shown).axes)
+
+
+def test_seeds_of_different_length(tmp_path: Path) -> None:
+    for seed, steps in enumerate((10, 10, 4)):
+        write_run(tmp_path, "capo", seed, steps=steps)
+    study = study_in(tmp_path)
+    shown = compose("1", study)
+    assert [row["seeds"] for row in curve(rows(shown.panels), "CAPO (A)")] == ["3"] * 4 + ["2"] * 6
+    assert "Seeds that end earlier than the others: CAPO (A) 1 of 3." in caption(shown)
+
+
+def test_a_long_footer_stays_on_the_page(tmp_path: Path) -> None:
+    jobs = [f"capo regime.learning_rate={rate}" for rate in (0.1, 0.2, 0.3, 0.4)]
+    write_study(tmp_path, jobs, seeds=1, steps=3)
+    write_study(tmp_path, [f"{job} regime.group_size=4" for job in jobs], seeds=2, steps=3)
+    study = study_in(tmp_path)
+    shown = compose("1", study)
+    assert len(footer(shown)) > 150
+    check_page(drawn(shown))
+
+
+def test_a_curve_without_the_metric_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path, "capo", steps=5)
+    write_run(tmp_path, "grpo_aggressive", steps=5, without=["policy/entropy"])
+    study = study_in(tmp_path)
+    shown = compose("metrics", study)
+    assert shown.lacking == ("Entropy: not in GRPO (A)",)
+    assert "Left out: Entropy: not in GRPO (A)." in caption(shown)
+    assert {row["curve"] for row in rows(shown.panels) if row["panel"] == "Entropy"} == {"CAPO (A)"}
+    assert {row["curve"] for row in rows(shown.panels)} == {"CAPO (A)", "GRPO (A)"}
+
+
+def test_a_panel_without_the_metric_is_left_out(tmp_path: Path) -> None:
+    study = study_in(write_study(tmp_path, ["capo"], steps=5, without=["policy/entropy", "policy/grad_norm"]))
+    shown = compose("metrics", study)
+    assert shown.lacking == ("no run has logged policy/entropy, policy/grad_norm",)
+    assert len(shown.panels) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("8", "needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"),
+        ("7", "needs runs with algo.num_iterations > 1; these have algo.num_iterations = 1"),
+        ("4", "needs runs with method = CAPO|Dr. CAPO|ReinCAPO; these have method = GRPO"),
+        ("6", "needs runs with method = CAPO|Dr. CAPO|ReinCAPO and curvature.optimizer_model = sgd; "),
+        ("5", "needs runs with algo.selection._target_ not keep_all; these have"
+              " algo.selection._target_ = capo_exp.algorithms.neutral.keep_all"),
+        ("constraint", "needs runs with algo.selection.policy_shift_max = inf or "
+                       "algo.selection.objective_shift_max = inf; these have "),
+        ("regimes", "needs a method with more than one learning rate or batch"),
+        ("calibration", "no run has logged calibration/policy_shift/spearman"),
+    ],
+)  # fmt: skip
+def test_what_is_lacking_is_said(name: str, reason: str, tmp_path: Path) -> None:
+    without = [key for key in METRICS if key.startswith("calibration/")]
+    study = study_in(write_study(tmp_path, ["grpo_aggressive"], seeds=1, steps=3, without=without))
+    with pytest.raises(Lacking) as error:
+        compose(name, study)
+    assert str(error.value).startswith(reason)
+    assert "\n" not in str(error.value)
+
+
+def test_plain_is_what_the_label_says(tmp_path: Path) -> None:
+    """Whatever is put on top of a method changes its label, and figure 1 shows plain methods only."""
+    jobs = ["grpo_aggressive", "grpo_aggressive selection=random", "grpo_aggressive step_rule=measured"]
+    jobs += ["capo algo.label=mine", "figure_8 algo=grpo algo.kl_coefficient=0.1"]
+    study = study_in(write_study(tmp_path, jobs, seeds=1, steps=3))
+    assert [curve.label for curve in compose("1", study).curves] == ["GRPO (A)"]
+    assert len(study.curves) == 5
+
+
+def test_nothing_rejected_and_nothing_logged(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "capo", steps=3)
+    shutil.rmtree(run / "completions")
+    with pytest.raises(Lacking, match="no completions on disk"):
+        compose("rejected_tokens", study_in(tmp_path))
+
+
+def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
+    study = study_in(write_study(tmp_path, ["capo"], steps=3))
+    shown = compose(find_figure("tokens"), study)
+    assert tables.table_of(shown.panels).rows == [
+        ["CAPO (A)", "a", "4", "10", "40.0 %", "66.7 %", "71.4 %"],
+        ["CAPO (A)", "␣$b_", "2", "2", "100.0 %", "33.3 %", "14.3 %"],
+    ]
+    found = rows(shown.panels)
+    assert [(row["x"], float(row["centre"])) for row in found if row["panel"] == "CAPO (A)"] == [
+        ("a", 0.4),
+        ("␣$b_", 1),
+    ]
+    assert [row["centre"] for row in found if row["panel"] == "CAPO (A): occurrences"] == ["10", "2"]
+
+
+def test_time_is_shared_out(tmp_path: Path) -> None:
+    study = study_in(write_study(tmp_path, ["capo"], steps=3))
+    found = {row["x"]: float(row["centre"]) for row in rows(compose("time", study).panels)}
+    assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
+
+
+def test_the_largest_gradient_norm(everything: Study) -> None:
+    found = rows(compose("8", everything).panels)
+    norms = [row for row in found if row["x"] == "max"]
+    assert {float(row["centre"]) for row in norms} == {45.0}  # 30 steps, of 1 and 2 each
+    assert {(float(row["low"]), float(row["high"])) for row in norms} == {(30.0, 60.0)}
+
+
+def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Path) -> None:
+    def breaks(x: int, seed: int) -> float:
+        return 0.41 if x > 50 * 96 and seed == 0 else 0.4 + 0.004 * min(x / 96, 50)
+
+    study = study_in(write_study(tmp_path, ["capo"], steps=60, accuracy=breaks))
+    shown = compose("stability", study)
+    found = {row["panel"]: float(row["centre"]) for row in rows(shown.panels)}
+    area = found.pop("Area under the curve")
+    assert found == {
+        "Collapsed seeds": 0.5,
+        "First collapse": 51 * 96,
+        "Peak": pytest.approx(0.6),
+        "Worst after the peak": pytest.approx((0.41 + 0.6) / 2),
+        "Final": pytest.approx((0.41 + 0.6) / 2),
+    }
+    assert 0.5 < area < 0.53  # (0.404 + 0.6) / 2 for 49 of 59 steps, then 0.505
+    [line] = tables.table_of(shown.panels).rows
+    assert line[2].startswith("50.0 % [")
+    assert line[3] == "4.9k"
+
+
+def test_a_log_axis_needs_a_decade(everything: Study) -> None:
+    norms = drawn(compose("8", everything)).axes[1]
+    assert norms.get_xscale() == "linear"  # 45 in all
+    token, update, *_ = drawn(compose("3", everything)).axes
+    assert (token.get_yscale(), update.get_yscale()) == ("linear", "log")  # 0.1 in all; 1e-7 to 3e-6
+
+
+def test_heat_map_cells(tmp_path: Path) -> None:
+    for rate in (0.1, 0.2):
+        for prompts in (2, 4):
+            write_run(
+                tmp_path, f"capo regime.learning_rate={rate} regime.prompts_per_step={prompts}", steps=4,
+                accuracy=lambda x, seed, rate=rate, prompts=prompts: rate + prompts / 100,
+            )  # fmt: skip
+    study = study_in(tmp_path)
+    shown = compose("regimes", study)
+    final, worst = drawn(shown).axes
+    assert [text.get_text() for text in final.get_xticklabels()] == ["16", "32"]
+    assert [text.get_text() for text in final.get_yticklabels()] == ["0.1", "0.2"]
+    cells = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in final.texts}
+    assert cells == {(0, 0): "12.0 %", (1, 0): "14.0 %", (0, 1): "22.0 %", (1, 1): "24.0 %"}
+    assert {text.get_va() for text in final.texts} == {"center"}  # one seed: nothing stands below
+    assert worst.get_title("left") == "CAPO: worst accuracy"
+    write_run(tmp_path, "capo regime.learning_rate=0.1 regime.prompts_per_step=2 num_steps=5", steps=4)
+    write_run(
+        tmp_path, "capo regime.learning_rate=0.1 regime.prompts_per_step=2 optimizer.weight_decay=1", steps=4
+    )
+    with pytest.raises(Lacking, match="have the same learning rate and batch; narrow runs="):
+        compose("regimes", study_in(tmp_path))
+
+
+def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(everything: Study) -> None:
+    seen: dict[str, set[str]] = {}
+    for name in ("1", "2", "3", "4", "5", "accuracy"):
+        looks = style.looks(compose(name, everything).curves)
+        assert len({(str(look.dashes), look.marker, look.filled) for look in looks.values()}) == len(looks)
+        for label, look in looks.items():
+            seen.setdefault(label.split(" (")[0].split(" + ")[0], set()).add(look.colour)
+    assert {name: len(colours) for name, colours in seen.items()} == dict.fromkeys(seen, 1)
+    assert seen["CAPO"] == {"#0072B2"}
+    assert len(seen) == 6
+
+
+def test_no_two_of_many_curves_look_the_same_even_in_grey() -> None:
+    def curve(i: int, regime: str, marker: str) -> Curve:
+        config = {"algo": {"name": marker, "colour": "k", "marker": marker}, "regime": {"name": regime}}
+        return Curve(f"{i} {regime} {marker}", (LoggedRun(Path("r"), config, {}, [], []),))
+
+    many = [curve(i, "aggressive", marker) for marker in style.MARKERS for i in range(8)]
+    many += [curve(0, "conservative", marker) for marker in style.MARKERS]
+    in_grey = {(str(look.dashes), look.marker, look.filled) for look in style.looks(many).values()}
+    assert len(in_grey) == len(many)
+
+
+def test_neighbours_in_a_bar_differ_in_lightness() -> None:
+    grey = [luminance(face) for face in style.STAGES]
+    assert min(abs(a - b) for a, b in itertools.pairwise(grey)) > 0.12
+    assert len(style.STAGES) > len(STAGES)
+
+
+def test_names_and_aliases() -> None:
+    assert (find_figure("rejection"), find_figure("time")) == ("5", "time")
+    assert list(FIGURES)[:8] == list("12345678")
+    with pytest.raises(ConfigError, match=r"figure=stabilty: no such figure; .* nearest: stability"):
+        find_figure("stabilty")
+
+
+def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -> None:
+    """Constant curves, so that areas are their heights; seed 0 of the method has no partner."""
+    slow, fast = "grpo_aggressive regime.learning_rate=1e-5", "grpo_aggressive regime.learning_rate=2e-4"
+    heights = {
+        slow: {1: 0.5, 2: 0.5},
+        fast: {1: 0.6, 2: 0.7},
+        "capo": {0: 0.1, 1: 0.65, 2: 0.72},
+        "grpo_conservative": {1: 0.9, 2: 0.9},
+    }
+    for job, of_seeds in heights.items():
+        for seed in of_seeds:
+            write_run(tmp_path, job, seed, steps=6, accuracy=lambda _, s, of_seeds=of_seeds: of_seeds[s])
+    study = study_in(tmp_path)
+    picture = compose("criterion", study)
+    (column,) = [c for c in picture.panels[-1].columns if "Lead" in c.heading]
+    found = dict(column.cells)
+    assert found["CAPO (A)"].value == pytest.approx((0.05 + 0.02) / 2)
+    assert found["GRPO"].value == pytest.approx((0.3 + 0.2) / 2)  # conservative: no rival
+    assert sorted(cell for cell in found.values() if isinstance(cell, str)) == ["the best rival"]
+
+
+def test_without_plain_runs_there_is_no_lead(tmp_path: Path) -> None:
+    picture = compose("criterion", study_in(write_study(tmp_path, ["capo"], steps=3)))
+    assert set(picture.panels[-1].columns[0].cells.values()) == {"no rival"}

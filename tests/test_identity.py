@@ -1,0 +1,95 @@
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.identity import as_dict, list_engine_conditions, run_dir, run_id, select_results
+
+Composed = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def config(composed: Composed, tmp_path: Path) -> TrainConfig:
+    return composed("algo=grpo", "logger=files", f"output_dir={tmp_path}")
+
+
+def test_the_same_command_has_the_same_id(composed: Composed, config: TrainConfig) -> None:
+    assert run_id(config) == run_id(composed("algo=grpo"))
+    assert len(run_id(config)) == 8
+    int(run_id(config), 16)
+
+
+def test_what_does_not_change_results_does_not_change_the_id(composed: Composed, config: TrainConfig) -> None:
+    for override in (
+        "overwrite=true", "plan_only=true", "experiment_name=x", "logger.tags=[a]", "checkpoint.every=3",
+        "rollout.server_url=start", "stop_after_unrewarded=3",
+    ):  # fmt: skip
+        assert run_id(composed("algo=grpo", override)) == run_id(config), override
+
+
+def test_what_changes_results_changes_the_id(composed: Composed, config: TrainConfig) -> None:
+    overrides = (
+        "seed=1", "num_steps=7", "regime.learning_rate=3e-5", "algo.token_loss.clip_eps_low=0.3", "algo=capo",
+        "algo.kl_coefficient=0.1", "dataset.levels=[1]", "evaluation.top_p=0.9", "algo.num_minibatches=2",
+    )  # fmt: skip
+    assert len({run_id(config), *(run_id(composed("algo=grpo", override)) for override in overrides)}) == 10
+
+
+@dataclass
+class Inner:
+    strength: float = 0.0
+    parts: dict = field(default_factory=lambda: {"_target_": "capo_exp.none", "_partial_": True})
+    label: str = field(default="", metadata={"result": False})
+
+
+@dataclass
+class Newer(TrainConfig):
+    """A version that knows more keys, all with neutral defaults."""
+
+    bonus: float = 0.0
+    names: list[str] = field(default_factory=list)
+    workers: int = field(default=1, metadata={"result": False})
+    inner: Inner = field(default_factory=Inner)
+    hidden: Inner = field(default_factory=Inner, metadata={"result": False})
+
+
+def test_the_schema_says_what_counts(config: TrainConfig) -> None:
+    """A new key at its neutral default, or one that changes no result, leaves every id as it is."""
+
+    def newer(**more: object) -> str:
+        return run_id(Newer(**vars(config), **more))  # pyright: ignore[reportArgumentType]
+
+    for same in ({}, {"workers": 7}, {"inner": Inner(label="x")}, {"hidden": Inner(strength=1.0)}):
+        assert newer(**same) == run_id(config), same
+    changed = [{"bonus": 0.5}, {"names": ["a"]}, {"inner": Inner(1.0)}, {"inner": Inner(parts={"a": 1})}]
+    assert len({run_id(config), *(newer(**more) for more in changed)}) == 5
+    assert select_results(Newer(**vars(config), bonus=0.5)) == select_results(config) | {"bonus": 0.5}
+
+
+def test_what_an_engine_runs_with_is_its_own_affair(composed: Composed) -> None:
+    vllm = composed("algo=grpo", "rollout=vllm")
+    conditions = list_engine_conditions(vllm)
+    assert {"gpu_memory_utilization", "start_seconds"} < set(conditions) < vllm.rollout.engine.keys()
+    more = dict.fromkeys(conditions, 9)
+    other = dataclasses.replace(vllm.rollout, engine=vllm.rollout.engine | more)
+    assert run_id(dataclasses.replace(vllm, rollout=other)) == run_id(vllm)
+    assert run_id(composed("algo=grpo", "rollout=vllm", "rollout.engine.dtype=float16")) != run_id(vllm)
+
+
+def test_run_dir_is_readable_and_safe(config: TrainConfig, tmp_path: Path) -> None:
+    assert run_dir(config) == tmp_path / "default" / (
+        f"grpo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-{run_id(config)}"
+    )
+    model = dataclasses.replace(config.model, name="org/My Model=2")
+    odd = dataclasses.replace(config, model=model, experiment_name="../paper/figure 1")
+    assert run_dir(odd) == tmp_path / "paper_figure_1" / (
+        f"grpo-org_My_Model_2-arithmetic-aggressive-lr0.0001-12x8-s0-{run_id(odd)}"
+    )
+
+
+def test_as_dict_is_plain(config: TrainConfig) -> None:
+    assert json.loads(json.dumps(as_dict(config))) == as_dict(config)

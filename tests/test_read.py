@@ -1,0 +1,221 @@
+"""What a run left on disk, in whatever state: found, and read as far as it goes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf
+
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.identity import as_dict
+from capo_exp.runs.lock import locked
+from capo_exp.runs.read import LoggedRun, find_runs, load_completions, load_run, read_jsonl, read_series
+from capo_exp.runs.record import RunRecord
+
+ROWS = [
+    {"counter/rollout_step": 1, "reward/accuracy": 0.5},
+    {"counter/rollout_step": 2, "reward/accuracy": None},
+]
+
+
+def make(path: Path, mark: str = "metrics.jsonl") -> Path:
+    """A run directory with one of the files that make it one, and folders that are not runs."""
+    path.mkdir(parents=True)
+    (path / mark).write_text("{}\n")
+    for inside in ("checkpoints/step_000010", "wandb/offline-run", "completions"):
+        (path / inside).mkdir(parents=True)
+        (path / inside / "run.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Path]:
+    """Runs at three depths, hidden ones, a link to a run and one that leads back up."""
+    outputs = tmp_path / "outputs"
+    runs = {
+        "a": make(outputs / "study" / "grpo-s0"),
+        "b": make(outputs / "study" / "grpo-s1", mark="run.json"),
+        "c": make(outputs / "deep" / "er" / "capo-s0"),
+        "odd": make(outputs / "odd" / "lr[1e-4]*?"),
+    }
+    make(outputs / ".hidden" / "run")
+    make(outputs / "study" / ".trash")
+    (outputs / "study" / "multirun.yaml").write_text("hydra: {}\n")
+    (outputs / "link").symlink_to(runs["a"])
+    (outputs / "deep" / "up").symlink_to(outputs)
+    return {"outputs": outputs, **runs}
+
+
+def test_every_run_once_at_any_depth_and_none_inside_another(tree: dict[str, Path]) -> None:
+    found = find_runs([tree["outputs"]])
+    assert {path.resolve() for path in found} == {tree[name] for name in ("a", "b", "c", "odd")}
+    assert len(found) == 4 and found == sorted(found)
+
+
+PATTERNS = {
+    "study/grpo-s0": "a", "study/grpo-s0/metrics.jsonl": "a", "study/grpo-s1/run.json": "b", "study": "a b",
+    "study/*": "a b", "study/*s1": "b", "**/*-s0": "a c", "*/lr*": "odd",
+    "d*": "a b c odd",  # by the link that leads up
+    "odd/lr[1e-4]*?": "odd",  # a name, although it reads as a glob
+}  # fmt: skip
+
+
+def test_patterns(tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for pattern, expected in PATTERNS.items():
+        found = find_runs([f"{tree['outputs']}/{pattern}"])
+        assert sorted(path.resolve() for path in found) == sorted(tree[name] for name in expected.split())
+    patterns = [tree["outputs"] / "study", str(tree["outputs"] / "*" / "*s0"), tree["outputs"] / "link"]
+    assert find_runs(patterns) == [tree["a"], tree["b"]]  # each once
+    monkeypatch.setenv("HOME", str(tree["outputs"]))
+    assert find_runs(["~/study"]) == [tree["a"], tree["b"]]
+    monkeypatch.chdir(tree["outputs"])
+    assert find_runs(["study/*0"]) == [Path("study/grpo-s0")]
+
+
+def test_a_link_that_leads_up_is_followed_once(
+    tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits: list[str] = []
+    real = os.path.realpath
+    monkeypatch.setattr("os.path.realpath", lambda path: visits.append(path) or real(path))
+    find_runs([tree["outputs"]])
+    assert len(visits) < 30
+
+
+def test_what_is_shown_when_there_is_no_run(tree: dict[str, Path]) -> None:
+    study = tree["outputs"] / "study"
+    for patterns, message in {
+        (study, study / "nowhere"): r"nowhere: no such file or directory; expected .* run\.json or metrics",
+        (f"{study}/nothing*",): r"nothing\*: no such",
+        (study / "multirun.yaml",): r"multirun\.yaml: no run there; expected",
+        ("",): "an empty name: no such",
+        (): "no folder given",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            find_runs(patterns)
+    (empty := tree["outputs"] / "empty").mkdir()
+    assert find_runs([empty, tree["a"]]) == [tree["a"]]
+
+
+def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable[..., TrainConfig]) -> None:
+    config = composed(
+        "algo.selection.policy_shift_max=.inf", "regime.learning_rate=1e-5", "dataset.path='1e-5'"
+    )
+    with locked(tmp_path), RunRecord(tmp_path, config):
+        pass
+    run = load_run(tmp_path)
+    assert run.config == as_dict(config)
+    assert run.config == OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
+    assert run.setting("regime.learning_rate") == 1e-5 and run.setting("dataset.path") == "1e-5"
+    assert run.setting("no.such", "else") == "else" and run.setting("algo.name.more") is None
+    assert (run.name, run.state) == (tmp_path.name, "finished")
+    assert run.metrics == run.evaluations == []
+
+
+def test_a_run_of_another_age(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = load_run(tmp_path)
+    assert (run.config, run.record, run.evaluations, run.metrics) == ({}, {}, [], ROWS)
+    assert run.state == "absent"
+    assert run.setting("algo.name") is None
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    for text, rows in (
+        (f"{json.dumps(ROWS[0])}\n" + '{"counter/ro', 1),
+        ('{"counter/rollout_st', 0),
+        ("", 0),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert load_run(tmp_path).metrics == ROWS[:rows]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    (tmp_path / "metrics.jsonl").write_text("")
+    for line, reason in {
+        b'{"a": 1': "not JSON",
+        b"[1]": "expected a JSON object",
+        b"\xff\0": "not JSON",
+    }.items():
+        path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+        with pytest.raises(ConfigError, match=rf"eval\.jsonl, line 3: .*{reason}.*; remove the line"):
+            load_run(tmp_path)
+    path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n')
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    for name, text, message in (
+        ("run.json", "{", "run.json is not JSON"),
+        ("config.yaml", "a: [", "config.yaml is not YAML"),
+        ("config.yaml", "just text", "expected the config of a run"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_run(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / name).unlink()
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
+        load_run(tmp_path)
+
+
+def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
+    x_axis = "counter/completions"
+    rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, {x_axis: 5, "a": "Infinity"}]
+    x, y = read_series(rows, "a")
+    np.testing.assert_array_equal(x, [1, 3, 5])
+    np.testing.assert_array_equal(y, [2, np.nan, np.nan])
+    assert read_series([], "a")[0].shape == (0,)
+
+
+def completions(path: Path, step: int, count: int, **columns: Any) -> None:
+    folder = path / "completions"
+    folder.mkdir(exist_ok=True)
+    table = pa.table(
+        {"reward": [float(i) for i in range(count)], "token_ids": [[i, i] for i in range(count)], **columns}
+    )
+    pq.write_table(table, folder / f"step_{step:06d}.parquet")
+
+
+def test_completions(tmp_path: Path) -> None:
+    run = LoggedRun(tmp_path, {}, {}, [], [])
+    assert load_completions(run) == [] and load_completions(run, 10) == []
+    completions(tmp_path, 1_000_000, 1)  # in the order of steps, not of names
+    completions(tmp_path, 20, 2, tokens=[["a", "b"], []])
+    (tmp_path / "completions" / ".step_000030.parquet.partial").write_text("half")
+    found = load_completions(run)
+    assert [row["step"] for row in found] == [20, 20, 1_000_000]
+    assert found[1] == {"reward": 1.0, "token_ids": [1, 1], "tokens": [], "step": 20}
+    assert load_completions(run, 20) == found[:2] and load_completions(run, 30) == []
+    (tmp_path / "completions" / "step_000040.parquet").write_bytes(b"PAR1 no")
+    assert load_completions(run, 20) == found[:2]
+    with pytest.raises(ConfigError, match=r"step_000040\.parquet cannot be read") as caught:
+        load_completions(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_needs_neither_torch_nor_a_display(tmp_path: Path) -> None:
+    make(tmp_path / "run", mark="run.json")
+    code = """
+import sys
+from capo_exp.figures import curves, stats
+from capo_exp.runs.read import find_runs, load_run
+curves.curves([load_run(path) for path in find_runs(sys.argv[1:])], mix=False)
+assert not {"torch", "wandb", "transformers", "datasets", "pandas", "matplotlib.pyplot"} & set(sys.modules)
+"""
+    environment = {**os.environ, "MPLBACKEND": ""}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)

@@ -1,0 +1,269 @@
+"""W&B's own client against the server of wandb_server.py: its run is what the files are."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from omegaconf import OmegaConf
+
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.record import RunRecord, clear
+from capo_exp.runs.trackers import BEST, RECORD, has_key, resolve_mode
+from tests.wandb_server import HISTORY, SUMMARY, Server, serve
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+CREDENTIALS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
+Open = Callable[..., RunLogger]
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield
+    wandb.teardown()  # it has read the environment once and for all
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with serve() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        wandb.teardown()
+        yield server
+        wandb.teardown()
+
+
+@pytest.fixture
+def open_logger(composed: Callable[..., TrainConfig]) -> Open:
+    """Opens the logger of a run directory, which is made if it is not there."""
+    config = composed("algo=grpo", "logger=wandb", "logger.tags=[a]")
+
+    def make(run_dir: Path, mode: str, resume_step: int = 0) -> RunLogger:
+        run_dir.mkdir(exist_ok=True)
+        RunRecord(run_dir, config, device_name="cpu")
+        return RunLogger(run_dir, resume_step=resume_step, wandb_mode=mode)
+
+    return make
+
+
+def log_step(logger: RunLogger, step: int, **more: float) -> None:
+    named = {key.replace("__", "/"): value for key, value in more.items()}
+    logger.log_step(
+        {"counter/rollout_step": step, "counter/completions": 96 * step, "loss/total": 1 / 3} | named
+    )
+
+
+def log_evaluation(logger: RunLogger, step: int, accuracy: float) -> None:
+    counters = {"counter/rollout_step": step, "counter/completions": 96 * step}
+    logger.log_evaluation({**counters, "eval/accuracy": accuracy})
+
+
+def half_a_run(logger: RunLogger) -> None:
+    """Evaluation, three steps, evaluation; the checkpoint is of step 2. One value is not finite."""
+    with logger:
+        log_evaluation(logger, 0, 0.5)
+        for step in (1, 2):
+            log_step(logger, step, loss__kl=math.inf if step == 1 else 2 / 7)
+        third_step(logger)
+
+
+def the_other_half(logger: RunLogger) -> str:
+    with logger:
+        third_step(logger)
+        log_step(logger, 4, loss__kl=4 / 7)
+        log_evaluation(logger, 4, 0.4)
+        assert logger.wandb_location
+        return logger.wandb_location
+
+
+def third_step(logger: RunLogger) -> None:
+    log_step(logger, 3, loss__kl=3 / 7)
+    log_evaluation(logger, 3, 0.2)
+
+
+def assert_same(run: dict[str, Any], run_dir: Path) -> None:
+    """W&B's run has each row of the files once, in the order of the run, with its number."""
+    rows = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
+    rows.sort(key=lambda row: row["counter/rollout_step"])
+    there = [json.loads(line) for line in run["files"][HISTORY]]
+    assert [row.pop("_step") for row in there] == list(range(len(rows)))
+    found = [{key: value for key, value in row.items() if key[0] != "_"} for row in there]
+    found, expected = (json.dumps(each, sort_keys=True) for each in (found, rows))
+    assert found.replace('"NaN"', "NaN") == expected.replace("null", "NaN")  # an export would not see a null
+
+
+def upload(command: str, folder: Path) -> None:
+    wandb.teardown()  # else the command looks for this process's service
+    command = f"{Path(sys.executable).parent}/{command}"
+    subprocess.run(command, shell=True, check=True, capture_output=True, cwd=folder)  # writes ./wandb/logs
+
+
+# --- offline ---
+
+
+@pytest.mark.slow  # `wandb sync`
+def test_what_is_uploaded_of_an_offline_run_is_what_the_files_are_also_after_a_resume(
+    tmp_path: Path, open_logger: Open, server: Server
+) -> None:
+    run_dir = tmp_path / "run"
+    half_a_run(open_logger(run_dir, "offline"))
+    location = the_other_half(open_logger(run_dir, "offline", 2))
+    assert location == f"wandb sync {run_dir}/wandb/offline-run-*"
+    written = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(written) > 3 and not [path for path in written if KEY.encode() in path.read_bytes()]
+    upload(location, tmp_path)
+    [(wandb_id, run)] = server.runs.items()
+    assert wandb_id.startswith(f"{(record := json.loads((run_dir / 'run.json').read_text()))['run_id']}-")
+    assert_same(run, run_dir)
+    assert (run["groupName"], run["jobType"], run["tags"]) == ("default", "train", ["a"])
+    assert run["displayName"] == record["name"] and not run.get("host")
+    config = {key: item["value"] for key, item in json.loads(run["config"]).items()}
+    assert "counter/completions" in json.dumps(config.pop("_wandb"))  # the x axis
+    assert config == OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    summary = json.loads(run["files"][SUMMARY][-1])
+    assert summary[BEST] == 0.5 and summary[RECORD] == record
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_after_its_upload_or_its_server_is_another_and_whole(
+    tmp_path: Path, open_logger: Open, server: Server
+) -> None:
+    half_a_run(open_logger(tmp_path / "offline", "offline"))
+    upload(f"wandb sync {tmp_path}/offline/wandb/offline-run-*", tmp_path)
+    half_a_run(open_logger(tmp_path / "online", "online"))
+    assert [len(server.rows(name)) for name in server.runs] == [5, 5]
+    for name in ("offline", "online"):
+        upload(the_other_half(open_logger(tmp_path / name, "offline", 2)), tmp_path)
+        *_, last = server.runs.values()
+        assert_same(last, tmp_path / name)
+    assert len(server.runs) == 4
+
+
+def test_without_a_key_nothing_is_said(
+    tmp_path: Path, open_logger: Open, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.WARNING)
+    half_a_run(open_logger(tmp_path / "run", "auto"))
+    assert list(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+
+
+# --- online ---
+
+
+def test_online_a_resume_goes_on_in_the_same_run_and_repeats_nothing(
+    tmp_path: Path, open_logger: Open, server: Server
+) -> None:
+    run_dir = tmp_path / "run"
+    half_a_run(open_logger(run_dir, "online"))
+    [(wandb_id, run)] = server.runs.items()
+    assert len(server.rows(wandb_id)) == 5 and run["state"] == "finished"
+    assert the_other_half(open_logger(run_dir, "online", 2)).endswith(f"/runs/{wandb_id}")
+    assert list(server.runs) == [wandb_id]
+    assert_same(run, run_dir)
+    logs = "".join(path.read_text() for path in run_dir.rglob("debug-internal.log"))
+    assert "stream: started" in logs and "ignoring" not in logs  # it would warn of each row that it has
+    assert json.loads(run["files"][SUMMARY][-1])[BEST] == 0.5
+
+
+def test_online_a_server_that_lost_rows_or_the_run_gets_them(
+    tmp_path: Path, open_logger: Open, server: Server
+) -> None:
+    half_a_run(open_logger(tmp_path / "run", "online"))
+    [run] = server.runs.values()
+    del run["files"][HISTORY][2:], run["files"][SUMMARY]
+    the_other_half(open_logger(tmp_path / "run", "online", 2))
+    assert_same(run, tmp_path / "run")
+    server.runs.clear()
+    open_logger(tmp_path / "run", "online", 4).finish(0)
+    [run] = server.runs.values()
+    assert_same(run, tmp_path / "run")
+
+
+def test_every_run_has_an_id_of_its_own(tmp_path: Path, open_logger: Open, server: Server) -> None:
+    """The same configuration of two people, two sweeps, or again with overwrite=true: W&B would mix them."""
+    for number, name in enumerate(("one", "two", "one"), start=1):
+        clear(tmp_path / name)
+        open_logger(tmp_path / name, "online").finish(0)
+        assert len(server.runs) == number
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_the_process_of_wandb_dies_and_nothing_is_lost(
+    tmp_path: Path, open_logger: Open, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_logger(tmp_path / "run", "online") as logger:
+        for step in range(1, 7):
+            log_step(logger, step)
+            if step == 1:
+                find = ["pgrep", "-P", str(os.getpid()), "wandb-core"]
+                found = subprocess.run(find, capture_output=True, text=True, check=True).stdout
+                os.kill(int(found.split()[-1]), signal.SIGKILL)
+                time.sleep(0.2)
+        location = logger.wandb_location
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 6
+    assert "the run goes on offline" in caplog.text and location
+    upload(location, tmp_path)
+    *_, last = server.runs.values()
+    assert_same(last, tmp_path / "run")
+
+
+def test_auto_goes_on_offline_when_the_server_is_away(
+    tmp_path: Path, open_logger: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, modes = wandb.init, []
+
+    def init(**given: Any) -> Any:
+        modes.append(given["mode"])
+        if given["mode"] == "online":
+            raise wandb.errors.CommError("no route")
+        return genuine(**given)
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ConfigError, match="wandb_mode=offline"):
+        open_logger(tmp_path / "run", "online")
+    half_a_run(open_logger(tmp_path / "run", "auto"))
+    assert modes == ["online", "online", "offline"]
+
+
+def test_a_failure_at_the_end_is_said_and_no_more(
+    tmp_path: Path,
+    open_logger: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    half_a_run(open_logger(tmp_path / "run", "offline"))
+    assert "W&B's run is not complete (division by zero); the files have all of it" in caplog.text
+
+
+def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text(f"machine other.example login user password {KEY}\n")
+    assert not has_key()
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert resolve_mode("auto") == "online"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert resolve_mode("auto") == "online"
+    assert resolve_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") == "disabled"
+    with pytest.raises(ConfigError, match=r"logger\.wandb_mode"):
+        resolve_mode("onlin")
