@@ -1,4 +1,4 @@
-"""README and PAPER_MAP are true: commands compose, metrics are listed, named functions and tests exist."""
+"""The documents are true: commands compose, metrics are listed, named functions, tests and files exist."""
 
 import ast
 import importlib
@@ -12,11 +12,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capo_exp.config.checks import check
 from capo_exp.config.schema import conf_dir, register, to_config
-from capo_exp.runs.metrics import METRICS
+from scripts.metrics_page import page
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path: path.read_text() for path in DOCUMENTS}
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if re.search(r"-m capo_exp(\.doctor)?(\s|$)", line)]
 FIGURES = [line for line in LINES if "-m capo_exp.figures" in line]
@@ -35,22 +36,25 @@ def overrides_of(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_composes(command: str) -> None:
+def test_every_command_of_the_documents_composes(command: str) -> None:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         check(to_config(compose("config", overrides_of(command))))
 
 
-def test_the_readme_lists_every_metric_and_nothing_is_left_to_fill_in() -> None:
-    missing = [name for name, meaning in METRICS.items() if f"| `{name}` | {meaning} |" not in README]
-    assert not missing
-    assert not re.findall(r"\b[A-Z]+_(?:OUTPUT|TABLE|TEXT)\b", README)
+def test_the_page_of_metrics_is_the_printed_one() -> None:
+    assert (ROOT / "docs" / "METRICS.md").read_text() == page()
+
+
+def test_nothing_is_left_to_fill_in_and_the_readme_is_short() -> None:
+    assert not re.findall(r"@@\w+@@|\b[A-Z]+_(?:OUTPUT|TABLE|TEXT)\b", "".join(TEXTS.values()))
+    assert (ROOT / "README.md").stat().st_size <= 12_000
 
 
 def test_every_file_that_the_documents_link_to_is_there() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text()):
-            assert (ROOT / target).exists(), f"{document} links to {target}"
+    for document, text in TEXTS.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (document.parent / target).exists(), f"{document} links to {target}"
 
 
 def test_the_paper_map_names_functions_and_tests_that_exist() -> None:
