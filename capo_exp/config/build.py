@@ -3,6 +3,7 @@
 import importlib
 import importlib.resources
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.schema import TrainConfig
 
 PACKAGE = "capo_exp"
+MADE_HERE = "cache://"
+"""Begins the path of a model that is made on this machine when it is first used; see core/smollm2.py."""
+CACHE_DIR_VARIABLE = "CAPO_CACHE_DIR"
 
 
 def build_part(part: Mapping[str, Any], *, key: str, runtime: Collection[str] = ()) -> Any:
@@ -136,15 +140,19 @@ def _is_number(parameter: inspect.Parameter) -> bool:
 
 def is_local_path(path: str) -> bool:
     """Whether a model path means this machine's disk and not a hub id."""
-    return path.startswith(("pkg://", "/", "./", "../", "~")) or Path(path).is_dir()
+    return path.startswith(("pkg://", MADE_HERE, "/", "./", "../", "~")) or Path(path).is_dir()
 
 
 def resolve_model_path(path: str) -> str:
-    """`pkg://capo_exp/assets/tiny` -> its directory in the installed package; any other path as it is.
+    """`pkg://capo_exp/assets/tiny` -> its directory in the installed package; `cache://x` -> x in CAPO_CACHE_DIR,
+    else in ~/.cache/capo_exp; any other path as it is.
 
     Raises:
         ConfigError: for a package that is not installed.
     """
+    if path.startswith(MADE_HERE):
+        cache = Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/capo_exp").expanduser()
+        return str(cache / path.removeprefix(MADE_HERE))
     if not path.startswith("pkg://"):
         return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, inside = path.removeprefix("pkg://").partition("/")

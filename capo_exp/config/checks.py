@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.build import check_target, find_parts, is_local_path, resolve_model_path
+from capo_exp.config.build import MADE_HERE, check_target, find_parts, is_local_path, resolve_model_path
 from capo_exp.config.errors import error
 from capo_exp.config.plan import describe
 from capo_exp.config.ranges import OPEN_BETAS, PART_RULES, RULES, VLLM_RULES, apply
@@ -217,7 +217,12 @@ def _check_model(config: TrainConfig) -> None:
             wanted = "a directory, pkg://capo_exp/..., or a hub id org/name"
             made = f"; python scripts/pretrain.py warm_start={model.name} makes it"
             raise error("model.path", model.path, wanted + made * (model.path.startswith("outputs/models/")))
-    elif not (Path(resolve_model_path(model.path)) / "config.json").is_file():
+    elif model.path.startswith(MADE_HERE) and model.path != f"{MADE_HERE}smollm2_135m":
+        raise error("model.path", model.path, f"{MADE_HERE}smollm2_135m, the only model that is made here")
+    elif (
+        not model.path.startswith(MADE_HERE)
+        and not (Path(resolve_model_path(model.path)) / "config.json").is_file()
+    ):
         raise error("model.path", model.path, f"config.json in {resolve_model_path(model.path)}")
     elif model.revision is not None:
         raise error("model.revision", model.revision, "null for a local model.path")

