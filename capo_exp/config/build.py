@@ -144,8 +144,8 @@ def is_local_path(path: str) -> bool:
 
 
 def resolve_model_path(path: str) -> str:
-    """`pkg://capo_exp/assets/tiny` -> its directory in the installed package; `cache://x` -> x in CAPO_CACHE_DIR,
-    else in ~/.cache/capo_exp; any other path as it is.
+    """`pkg://capo_exp/assets/tiny` -> its directory in the installed package; `cache://x` -> x in
+    CAPO_CACHE_DIR, else in ~/.cache/capo_exp; any other path as it is.
 
     Raises:
         ConfigError: for a package that is not installed.

