@@ -2,7 +2,7 @@
 
 Each job is a `python -m capo_exp` of its own; on a GPU they share it through CUDA MPS where that can be
 started. Jobs start in the order of the sweep, those that finished before are not repeated, and what the limit
-stops is repeated by the same command. Weights of runs that have ended are removed.
+stops goes on by the same command. Weights of runs that have ended are removed.
 
     python benchmarks/many_runs.py experiment=study/real_rates --parallel 14 --seconds 420
     python benchmarks/many_runs.py algo=grpo,capo num_steps=2 --device cpu --parallel 2
@@ -36,6 +36,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capo_exp.config.schema import conf_dir, register
 from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.signals import end_with_parent
 
 MPS = "nvidia-cuda-mps-control"
 GRACE_SECONDS = 15.0
@@ -115,14 +116,15 @@ def start(job: Job, machine: Machine) -> None:
             stderr=log,
             env={**os.environ, **machine.environment},
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
     job.began = time.monotonic()
 
 
 def close(job: Job, state: str) -> None:
-    """Notes how a job ended, and frees the disk of its weights."""
+    """Notes how a job ended, and frees the disk of weights that nothing goes on from."""
     job.state, job.seconds = state, time.monotonic() - job.began
-    for weights in job.folder.glob("*/*/checkpoints"):
+    for weights in job.folder.glob("*/*/checkpoints") if state != "stopped" else ():
         shutil.rmtree(weights, ignore_errors=True)
     if state == "failed":
         lines = (job.folder / "log.txt").read_text(errors="replace").splitlines()[-3:]
@@ -256,6 +258,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs/many_runs"))
     parser.add_argument("--list", action="store_true", help="show the jobs in order and stop")
     arguments, overrides = parser.parse_known_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started it in the background
+        signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ def test_the_model_is_whole(composed, monkeypatch, tmp_path):
     config = composed("model=smollm2_135m").model
     policy.check_architecture(config)
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2_135m"]
+    assert policy.read_origin(config)["sha256"].startswith("a672150f")
     tokenizer, model = policy.load_tokenizer(config), policy.load_model(config, torch.device("cpu"))
     assert tokenizer.tokenize("is 1234+5") == ["is", "Ġ", "1", "2", "3", "4", "+", "5"]
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.decode(tokenizer("a 1  b").input_ids) == "a 1  b"

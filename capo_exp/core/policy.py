@@ -3,6 +3,7 @@
 The shift by one (a state at position p predicts the token at p + 1) and the temperature live here, once.
 """
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def find_model(config: ModelConfig) -> str:
     if config.path.startswith(MADE_HERE) and not Path(path).is_dir():
         smollm2.convert(Path(path))
     return path
+
+
+def read_origin(config: ModelConfig) -> dict[str, str] | None:
+    """Returns what a model that was made on this machine came from, with its digest; None for others."""
+    if not config.path.startswith(MADE_HERE):
+        return None
+    return json.loads((Path(find_model(config)) / smollm2.ORIGIN).read_text(encoding="utf-8"))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -171,7 +171,8 @@ def start(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack
     stack.callback(inputs.verifier.close)
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
     logger = stack.enter_context(RunLogger(directory, config, run_id=run_id(config), resume_step=step))
-    record.fields |= {"wandb": logger.wandb_location} | _data_on_record(inputs)
+    record.fields |= {"wandb": logger.wandb_location, "model_origin": policy.read_origin(config.model)}
+    record.fields |= _data_on_record(inputs)
     record.update({})
     logger.describe(record.fields)
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
