@@ -7,6 +7,7 @@ A parameter that a YAML sets is keyword-only, and its annotation says what it ma
 import importlib
 import importlib.resources
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
@@ -22,6 +23,9 @@ from capo_exp.config.schema import AlgoConfig, TrainConfig
 PACKAGES = ["capo_exp"]
 """Where a `_target_` may stand."""
 SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+MADE_HERE = "cache://"
+"""Begins the path of a model that is made on this machine when it is first used; see core/smollm2.py."""
+CACHE_DIR_VARIABLE = "CAPO_CACHE_DIR"
 
 
 def build_part(part: Mapping[str, Any], *, key: str) -> Any:
@@ -196,15 +200,19 @@ def needs_reference(algo: AlgoConfig) -> bool:
 
 def is_local_path(path: str) -> bool:
     """Returns whether a model path means this machine's disk and not a hub id."""
-    return path.startswith(("pkg://", "/", "./", "../", "~")) or Path(path).is_dir()
+    return path.startswith(("pkg://", MADE_HERE, "/", "./", "../", "~")) or Path(path).is_dir()
 
 
 def resolve_model_path(path: str) -> str:
-    """Returns the directory that a path such as pkg://capo_exp/assets/tiny means, or any other path as it is.
+    """Returns the directory that pkg://PACKAGE/DIR means, or cache://NAME (in CAPO_CACHE_DIR, else in
+    ~/.cache/capo_exp), or any other path as it is.
 
     Raises:
         ConfigError: for a package that is not installed.
     """
+    if path.startswith(MADE_HERE):
+        cache = Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/capo_exp").expanduser()
+        return str(cache / path.removeprefix(MADE_HERE))
     if not path.startswith("pkg://"):
         return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, inside = path.removeprefix("pkg://").partition("/")

@@ -114,6 +114,9 @@ def _check_model(config: TrainConfig) -> None:
             if model.path.startswith("outputs/models/"):
                 wanted += f"; python scripts/pretrain.py warm_start={model.name} makes it"
             raise error("model.path", model.path, wanted)
+    elif model.path.startswith(build.MADE_HERE):  # made when it is loaded
+        if model.path != f"{build.MADE_HERE}smollm2_135m":
+            raise error("model.path", model.path, f"{build.MADE_HERE}smollm2_135m, the only one made here")
     elif not (Path(build.resolve_model_path(model.path)) / "config.json").is_file():
         raise error("model.path", model.path, f"config.json in {build.resolve_model_path(model.path)}")
     elif model.revision is not None:

@@ -3,6 +3,7 @@
 The shift by one (a state at position p predicts the token at p + 1) and the temperature live here, once.
 """
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from capo_exp.config.build import resolve_model_path
+from capo_exp.config.build import MADE_HERE, resolve_model_path
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
+from capo_exp.core import smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
+
+
+def find_model(config: ModelConfig) -> str:
+    """Returns the directory or hub id of a model; one in the cache is made if it is not there yet.
+
+    Raises:
+        ConfigError: if it has to be made, and what it is made from is missing.
+    """
+    path = resolve_model_path(config.path)
+    if config.path.startswith(MADE_HERE) and not Path(path).is_dir():
+        smollm2.convert(Path(path))
+    return path
+
+
+def read_origin(config: ModelConfig) -> dict[str, str] | None:
+    """Returns what a model that was made on this machine came from, with its digest; None for others."""
+    if not config.path.startswith(MADE_HERE):
+        return None
+    return json.loads((Path(find_model(config)) / smollm2.ORIGIN).read_text(encoding="utf-8"))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -32,7 +53,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: if it cannot be found, or has no end-of-sequence token.
     """
-    path = resolve_model_path(config.path)
+    path = find_model(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=False, padding_side="left"
@@ -58,7 +79,7 @@ def check_architecture(config: ModelConfig) -> None:
     """
     try:
         facts = AutoConfig.from_pretrained(
-            resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
+            find_model(config), revision=config.revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(config, error) from error
@@ -94,9 +115,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     Raises:
         ConfigError: there are fewer; transformers would go on beyond them in silence.
     """
-    facts = AutoConfig.from_pretrained(
-        resolve_model_path(config.path), revision=config.revision, trust_remote_code=False
-    )
+    facts = AutoConfig.from_pretrained(find_model(config), revision=config.revision, trust_remote_code=False)
     positions = getattr(facts, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ConfigError(
@@ -118,7 +137,7 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            weights or resolve_model_path(config.path),
+            weights or find_model(config),
             revision=None if weights else config.revision,
             dtype=torch.float32,
             attn_implementation=config.attn_implementation,

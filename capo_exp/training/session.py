@@ -142,7 +142,8 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
-    record.add(_describe_data(inputs))  # before the logger, which gives W&B the record
+    origin = {"model_origin": policy.read_origin(config.model)}
+    record.add(_describe_data(inputs) | origin)  # before the logger, which gives W&B the record
     logger = stack.enter_context(RunLogger(directory, resume_step=step, wandb_mode=config.logger.wandb_mode))
     record.add({"wandb": logger.wandb_location})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
