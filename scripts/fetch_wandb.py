@@ -1,6 +1,6 @@
 """Exports W&B runs, every row of them, into the record format that figures read.
 
-    python scripts/fetch_wandb.py ENTITY/PROJECT outputs/fetched --group tiny_figure_1
+    python scripts/fetch_wandb.py ENTITY/PROJECT outputs/fetched --group paper_figure_1-tiny
 
 writes outputs/fetched/<group>/<run>/{config.yaml, run.json, metrics.jsonl, eval.jsonl}. The same command
 again fetches what is new: runs that had not ended, and runs that have gone on. Runs of the authors' program

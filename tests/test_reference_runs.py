@@ -10,7 +10,7 @@ from capo_exp.figures.__main__ import main
 from capo_exp.runs.read import find_runs, load_run
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
-FIGURES = sorted(path.stem for path in (REFERENCE / "tiny_figure_1" / "figures").glob("*.csv"))
+FIGURES = sorted(path.stem for path in (REFERENCE / "paper_figure_1-tiny" / "figures").glob("*.csv"))
 
 
 def numbers(path: Path) -> list[list[str]]:
@@ -20,7 +20,7 @@ def numbers(path: Path) -> list[list[str]]:
 @pytest.mark.slow
 def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None:
     assert {"1", "3", "5", "stability"} <= set(FIGURES)
-    assert main([f"runs={REFERENCE}/tiny_figure_1", f"figure={','.join(FIGURES)}", f"output={tmp_path}"]) == 0
+    assert main([f"runs={REFERENCE}/paper_figure_1-tiny", f"figure={','.join(FIGURES)}", f"output={tmp_path}"]) == 0
     for name in FIGURES:
         kept, drawn = (numbers(folder / f"{name}.csv") for folder in (_figures(), tmp_path))
         assert [row[:2] for row in drawn] == [row[:2] for row in kept]
@@ -31,11 +31,11 @@ def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None
 
 
 def _figures() -> Path:
-    return REFERENCE / "tiny_figure_1" / "figures"
+    return REFERENCE / "paper_figure_1-tiny" / "figures"
 
 
 def test_they_are_whole_runs_of_one_clean_commit_and_small() -> None:
-    runs = [load_run(path) for path in find_runs([REFERENCE / "tiny_figure_1"])]
+    runs = [load_run(path) for path in find_runs([REFERENCE / "paper_figure_1-tiny"])]
     assert len(runs) == 20
     assert {run.record["git"]["commit"] for run in runs} == {runs[0].record["git"]["commit"]}
     assert not any(run.record["git"]["dirty"] for run in runs)
