@@ -1,6 +1,6 @@
 """Copies runs into a folder that is small enough to keep in git, for figures and reports.
 
-    python scripts/archive_runs.py runs=outputs/paper_figure_1-tiny output=outputs/reference/paper_figure_1-tiny
+    python scripts/archive_runs.py runs=outputs/NAME output=outputs/reference/NAME
 
 Of each run: config.yaml, run.json, eval.jsonl, evaluations/test.jsonl, and metrics.jsonl as metrics.parquet
 (every row, every key; a tenth of the bytes). Of the first `samples` runs of each algorithm and regime: the

@@ -27,7 +27,7 @@ def solved(kind, text):
 def test_problems_of_a_kind(kind, composed):
     config = composed(f"dataset={kind}", "model=smollm2_135m")
     check(config)
-    assert config.reward.verifier["style"] == "auto" and config.dataset.apply_chat_template
+    assert config.reward.name == "last_number" and config.dataset.apply_chat_template
     made = {
         split: build_part(config.dataset.source, key="dataset.source")(split, path=None)
         for split in ("train", "test")
@@ -53,3 +53,24 @@ def test_problems_of_a_kind(kind, composed):
 def test_wrong_input_is_named(split, changes, named):
     with pytest.raises(ConfigError, match=named):
         problems(split, **({"kind": "sums"} | NUMBERS | changes))
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("94 + 85 = 179.", "correct"),
+        ("The answer is **179**", "correct"),
+        ("It is 1,179", "wrong"),
+        ("It is -179", "wrong"),
+        ("It is 179.5", "wrong"),
+        ("179 and then 5", "wrong"),
+        ("To calculate 94 + 85 as", "wrong"),  # what a run on real weights was rewarded for by math_verify
+        ("A sum", "no_answer"),
+    ],
+)
+def test_only_the_number_is_rewarded_and_not_the_question(completion, reason, composed):
+    with build_part(
+        composed("dataset=sums", "model=smollm2_135m").reward.verifier, key="reward"
+    )() as verifier:
+        result = verifier.score([[completion]], [("179",)])
+    assert result.grades[0][0].reason == reason and result.rewards == [[float(reason == "correct")]]

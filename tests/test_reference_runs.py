@@ -20,7 +20,10 @@ def numbers(path: Path) -> list[list[str]]:
 @pytest.mark.slow
 def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None:
     assert {"1", "3", "5", "stability"} <= set(FIGURES)
-    assert main([f"runs={REFERENCE}/paper_figure_1-tiny", f"figure={','.join(FIGURES)}", f"output={tmp_path}"]) == 0
+    assert (
+        main([f"runs={REFERENCE}/paper_figure_1-tiny", f"figure={','.join(FIGURES)}", f"output={tmp_path}"])
+        == 0
+    )
     for name in FIGURES:
         kept, drawn = (numbers(folder / f"{name}.csv") for folder in (_figures(), tmp_path))
         assert [row[:2] for row in drawn] == [row[:2] for row in kept]

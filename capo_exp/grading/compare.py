@@ -135,6 +135,20 @@ def _equal(gold: Answer, answer: Answer) -> bool:
     return bool(verify(golds, answers, timeout_seconds=None))  # not symmetric: the gold comes first
 
 
+def last_number_match(completion: str, answer: str) -> Grade:
+    """Grades as correct if the last number of the text is the answer, a whole number.
+
+    An expression that equals the answer is not the answer: whoever accepts one trains a model to repeat the
+    question (docs/study/real_weights.md).
+    """
+    numbers = re.findall(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?", completion)
+    if not numbers:
+        return Grade(False, "", "no_answer")
+    last = numbers[-1].replace(",", "")
+    correct = last == answer.strip()
+    return Grade(correct, last, "correct" if correct else "wrong")
+
+
 def exact_match(completion: str, answer: str) -> Grade:
     """Grades as correct if the last boxed text equals the answer, apart from whitespace around them."""
     if not answer.strip():

@@ -19,6 +19,7 @@ from capo_exp.grading.compare import (
     grade,
     grade_any,
     is_plain_number,
+    last_number_match,
 )
 from capo_exp.grading.pool import Failed, Workers
 
@@ -55,12 +56,15 @@ class Verifier(Protocol):
 
 
 class ExactVerifier:
-    """Scores with exact_match, in this process."""
+    """Scores in this process by comparing texts: the last box, or what another `match` looks at."""
+
+    def __init__(self, match: Callable[[str, str], Grade] = exact_match) -> None:
+        self._match = match
 
     def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
         """Scores as Verifier.score."""
         grades = {
-            (text, accepted): choose_best(exact_match(text, gold) for gold in accepted)
+            (text, accepted): choose_best(self._match(text, gold) for gold in accepted)
             for text, accepted in _unique_pairs(completions, golds)
         }
         return _to_result(completions, golds, grades, unparsable=0.0)
@@ -77,6 +81,11 @@ class ExactVerifier:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def last_number() -> ExactVerifier:
+    """Makes the verifier that compares the last number of a completion with the answer."""
+    return ExactVerifier(last_number_match)
 
 
 class MathVerifier:
