@@ -1,7 +1,8 @@
 """A figure's files, and where it comes from, which is written inside each of them."""
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,6 +32,11 @@ class DrawnFigure:
     csv: Path
     """The plotted numbers."""
     table: tables.TextTable
+
+
+def as_typed(arguments: Sequence[str]) -> str:
+    """Returns the command that a shell would take."""
+    return shlex.join(["python", "-m", "capo_exp.figures", *arguments])
 
 
 def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from capo_exp.figures import style
-from capo_exp.figures.command import as_typed
 from capo_exp.figures.curves import Curve
+from capo_exp.figures.output import as_typed
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, LoggedRun
 from capo_exp.runs.settings import results, varying
