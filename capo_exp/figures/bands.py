@@ -54,13 +54,7 @@ def in_evaluations(key: str) -> bool:
 
 
 def band(
-    runs: Sequence[LoggedRun],
-    key: str,
-    *,
-    x: str,
-    statistic: Statistic,
-    interval: Interval,
-    alpha: float,
+    runs: Sequence[LoggedRun], key: str, *, x: str, statistic: Statistic, interval: Interval, alpha: float
 ) -> Band | None:
     """Returns a metric over x: each seed smoothed on its own, then centre and interval over seeds.
 

@@ -15,27 +15,16 @@ from capo_exp.runs.settings import Settings, shorten, varying
 REGIMES = {"conservative": "", "aggressive": "A", "zero": "learning rate 0"}
 """regime.name -> what stands in parentheses; others are shown as they are."""
 TEXTS = {
-    "model.name": "{}",
-    "dataset.name": "{}",
-    "regime.learning_rate": "lr {}",
-    "regime.prompts_per_step": "{} prompts",
-    "regime.group_size": "groups of {}",
-    "algo.selection._target_": "selection {}",
-    "algo.selection.policy_shift_max": "m_F < {}",
-    "algo.selection.objective_shift_max": "m_H < {}",
-    "algo.selection.objective_shift_min": "m_H > {}",
-    "algo.selection.rate": "rate {}",
-    "algo.num_iterations": "{} passes",
-    "algo.num_minibatches": "{} minibatches",
-    "algo.token_loss.clip_eps_low": "clip {}",
-    "algo.token_loss.clip_eps_high": "clip high {}",
-    "algo.kl_coefficient": "KL {}",
-    "curvature.optimizer_model": "{} model",
-    "optimizer.schedule": "{} schedule",
-    "rollout.name": "{}",
-    "rollout.temperature": "temperature {}",
-    "num_steps": "{} steps",
-}
+    "model.name": "{}", "dataset.name": "{}", "regime.learning_rate": "lr {}",
+    "regime.prompts_per_step": "{} prompts", "regime.group_size": "groups of {}",
+    "algo.selection._target_": "selection {}", "algo.selection.policy_shift_max": "m_F < {}",
+    "algo.selection.objective_shift_max": "m_H < {}", "algo.selection.objective_shift_min": "m_H > {}",
+    "algo.selection.rate": "rate {}", "algo.num_iterations": "{} passes",
+    "algo.num_minibatches": "{} minibatches", "algo.token_loss.clip_eps_low": "clip {}",
+    "algo.token_loss.clip_eps_high": "clip high {}", "algo.kl_coefficient": "KL {}",
+    "curvature.optimizer_model": "{} model", "optimizer.schedule": "{} schedule", "rollout.name": "{}",
+    "rollout.temperature": "temperature {}", "num_steps": "{} steps",
+}  # fmt: skip
 """Key -> how its value is told; earlier ones are preferred where several would tell the curves apart."""
 SUBJECTS = ("model.name", "dataset.name")
 MAX_LENGTH = 56
@@ -81,9 +70,7 @@ def base_label(run: LoggedRun) -> str:
 def unique_labels(table: Sequence[Settings], bases: Sequence[str]) -> list[str]:
     """Returns labels that no two curves share: equal bases get the fewest settings that differ.
 
-    Args:
-        table: The settings of each curve, all different.
-        bases: The base label of each curve. Model and dataset are added where the curves have several.
+    `table` has the settings of each curve, all different. Model and dataset are added where several are.
     """
     subjects = [key for key in SUBJECTS if len({each[key] for each in table if key in each}) > 1]
     bases = [

@@ -22,13 +22,8 @@ OTHER = "#555555"
 MARKERS = "oD^sPvXh*<>pd."
 """Markers tell curves of one colour apart; a method that states none has one by its name."""
 DASHES: tuple[Any, ...] = (
-    "-",
-    (0, (5, 1.6)),
-    (0, (1.2, 1.4)),
-    (0, (6, 1.5, 1.2, 1.5)),
-    (0, (9, 3)),
-    (0, (4, 1.2, 1.2, 1.2, 1.2, 1.2)),
-)
+    "-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (4, *[1.2] * 5)),
+)  # fmt: skip
 """Dashes tell curves of one colour apart; the second is for the conservative regime."""
 REFERENCE = "#333333"
 """Lines at a reference's value."""
@@ -65,14 +60,17 @@ class Look:
 
 def colour(run: LoggedRun) -> str:
     """Returns the colour that every figure gives a run's method: its own, else one by its name."""
-    name = str(run.setting("algo.name", ""))
-    return logged(run, "colour") or (SPARE[crc32(name.encode()) % len(SPARE)] if name else OTHER)
+    return logged(run, "colour") or _by_name(run, SPARE, OTHER)
 
 
 def marker(run: LoggedRun) -> str:
     """Returns a second sign of the method, for grey print."""
+    return logged(run, "marker") or _by_name(run, MARKERS, MARKERS[-1])
+
+
+def _by_name(run: LoggedRun, signs: Sequence[str], nameless: str) -> str:
     name = str(run.setting("algo.name", ""))
-    return logged(run, "marker") or (MARKERS[crc32(name.encode()) % len(MARKERS)] if name else MARKERS[-1])
+    return signs[crc32(name.encode()) % len(signs)] if name else nameless
 
 
 def looks(curves: Sequence[Curve]) -> dict[str, Look]:
