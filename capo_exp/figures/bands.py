@@ -13,16 +13,13 @@ from capo_exp.runs.read import Array, LoggedRow, LoggedRun, read_series
 
 @dataclass(frozen=True)
 class Band:
-    """A metric over x, with its seeds."""
+    """A metric over x [n], which increases, with its seeds."""
 
     x: Array
-    """[n], increasing."""
     centre: Array
-    """[n]"""
     low: Array
-    """[n], NaN where fewer than two seeds have a value."""
+    """NaN where fewer than two seeds have a value, and so is high."""
     high: Array
-    """[n], likewise."""
     values: Array
     """[s, n] of each seed, smoothed; NaN where it has none."""
     seeds: int

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -42,8 +42,8 @@ def as_typed(arguments: Sequence[str]) -> str:
 def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     """Draws a figure and writes its files: all of them or, whatever goes wrong, none."""
     says, table = page.caption(picture), tables.table_of(picture.panels)
-    origin = provenance(picture, command)
-    line = as_line(origin)
+    # ASCII that can stand in any comment: two dashes in a row would end one of HTML.
+    line = json.dumps(provenance(picture, command), separators=(",", ":")).replace("--", "-\\u002d")
     with style.house_style():
         figure = page.draw_page(picture)
         chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
@@ -92,15 +92,5 @@ def provenance(picture: Picture, command: str) -> dict[str, Any]:
 def _origin(run: LoggedRun) -> dict[str, Any]:
     """Says a run's id, commit, whether the code had uncommitted changes, and how far the run was."""
     git = run.record.get("git") or {}
-    return {
-        "id": run.record.get("run_id", run.name),
-        "name": run.name,
-        "commit": git.get("commit"),
-        "dirty": git.get("dirty"),
-        "steps": len(run.metrics),
-    }
-
-
-def as_line(values: Mapping[str, Any]) -> str:
-    """Returns ASCII JSON that can stand in any comment: two dashes in a row would end one of HTML."""
-    return json.dumps(values, separators=(",", ":")).replace("--", "-\\u002d")
+    said = {"id": run.record.get("run_id", run.name), "name": run.name}
+    return {**said, "commit": git.get("commit"), "dirty": git.get("dirty"), "steps": len(run.metrics)}

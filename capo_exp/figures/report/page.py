@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from capo_exp.figures import style, tables
@@ -43,7 +43,9 @@ def write_report(
     taken = excerpts(runs)
     data = viewer_data(taken, named)
     css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
-    html = _template().render(
+    strict: Any = {"undefined": StrictUndefined, "keep_trailing_newline": True}
+    pages = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, **strict)
+    html = pages.get_template("report.html").render(
         title=page_title(runs),
         policy=content_security_policy([summary_js, viewer_js], [css]),
         css=css,
@@ -85,14 +87,6 @@ def content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> st
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _template() -> Template:
-    loader = FileSystemLoader(ASSETS)
-    options = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    return options.get_template("report.html")
 
 
 def embedded(figure: DrawnFigure) -> dict[str, Any]:
