@@ -60,7 +60,7 @@ def test_the_curves_of_figure_1(make: Make) -> None:
         ("GRPO (A)", [0, 1, 2]),
         ("GRPO (learning rate 0)", [0, 1]),
     ]
-    assert [curve.conservative for curve in found] == [False, True, False, False]
+    assert [labels.is_safe(curve.run) for curve in found] == [False, True, False, False]
     assert reference_of(found) is found[1]
     assert reference_of(found[2:]) is None
 

@@ -13,7 +13,7 @@ from typing import Any
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.figures.bars import bars, cell_of, heat
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.labels import algorithm, method
+from capo_exp.figures.labels import algorithm, is_safe, method
 from capo_exp.figures.lines import lines
 from capo_exp.figures.panel import Level, Panel
 from capo_exp.figures.per_run import settings_table, stages
@@ -50,11 +50,6 @@ def trains(run: LoggedRun) -> bool:
 def is_plain(run: LoggedRun, labels: Sequence[str]) -> bool:
     """Returns whether a run trains one of these methods with nothing on top of it: its label says so."""
     return method(run) in labels and trains(run)
-
-
-def is_safe(run: LoggedRun) -> bool:
-    """Returns whether a run is in the conservative regime."""
-    return run.setting("regime.name") == "conservative"
 
 
 def selects(run: LoggedRun) -> bool:

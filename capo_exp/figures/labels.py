@@ -59,6 +59,11 @@ def _on_top(run: LoggedRun) -> list[str]:
     return [f"selection {variant}" if is_selection else variant.replace("_", " "), step.replace("_", " ")]
 
 
+def is_safe(run: LoggedRun) -> bool:
+    """Returns whether a run is in the conservative regime, the paper's safe one."""
+    return run.setting("regime.name") == "conservative"
+
+
 def base_label(run: LoggedRun) -> str:
     """Returns method and regime, such as `CAPO (A)`; the folder's name of a run without a config."""
     regime = str(run.setting("regime.name", ""))

@@ -62,9 +62,7 @@ def lines(
     level = _reference_level(study, metric, reference, drawn) if shown else None
     factors = _efficiencies(study, metric, shown) if efficiency and level else {}
     columns = [
-        Column(
-            f"{heading or title}, {how}", metric.unit, {k: reduced(study, b, how) for k, b in found.items()}
-        )
+        Column(f"{heading or title}, {how}", metric.unit, {k: reduced(study, found[k], how) for k in found})
         for how in summary
     ]
     if factors:

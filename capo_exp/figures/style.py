@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib import rc_params_from_file
 
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.labels import logged
+from capo_exp.figures.labels import is_safe, logged
 from capo_exp.runs.read import LoggedRun
 
 SPARE = ("#AA4499", "#661100", "#6699CC", "#8C6D31", "#3F5F3F", "#7F3C8D", "#A6761D", "#4B4B8F")
@@ -78,7 +78,7 @@ def looks(curves: Sequence[Curve]) -> dict[str, Look]:
     seen: Counter[tuple[str, str, bool]] = Counter()
     result = {}
     for curve in curves:
-        kind = (colour(curve.run), marker(curve.run), curve.conservative)
+        kind = (colour(curve.run), marker(curve.run), is_safe(curve.run))
         result[curve.label] = _look(*kind, seen[kind])
         seen[kind] += 1
     return result

@@ -75,15 +75,11 @@ def table_of(panels: Sequence[Panel]) -> TextTable:
         return _token_table(panels)
     curves = {series.curve.label: series.curve for panel in panels for series in panel.series}
     columns: dict[tuple[str, str], dict[str, Estimate | str]] = {}
-    for panel in panels:
-        for column in panel.columns:
-            columns.setdefault((column.heading, column.unit), {}).update(column.cells)
+    for column in (column for panel in panels for column in panel.columns):
+        columns.setdefault((column.heading, column.unit), {}).update(column.cells)
+    units = [(unit, cells) for (_, unit), cells in columns.items()]
     rows = [
-        [
-            label,
-            str(len(c.runs)),
-            *(cell_text(cells.get(label), unit) for (_, unit), cells in columns.items()),
-        ]
+        [label, str(len(c.runs)), *(cell_text(cells.get(label), unit) for unit, cells in units)]
         for label, c in curves.items()
     ]
     return TextTable(["curve", "seeds", *(name for name, _ in columns)], rows)

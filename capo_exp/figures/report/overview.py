@@ -74,21 +74,14 @@ def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
 def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
     """Returns a line for each run."""
     return [
-        RunLine(
-            label=label,
-            name=run.path.name,
-            colour=style.colour(run),
-            error=run.record.get("error") if run.state == "failed" else None,
-            cells=_cells(run),
-        )
+        RunLine(label, run.path.name, style.colour(run), error, _cells(run))
         for run, label in zip(runs, named, strict=True)
+        for error in [run.record.get("error") if run.state == "failed" else None]
     ]
 
 
 def _cells(run: LoggedRun) -> list[Cell]:
-    per_step = {
-        row[names.STEP]: row for row in run.metrics if names.STEP in row
-    }  # of several updates the last
+    per_step = {row[names.STEP]: row for row in run.metrics if names.STEP in row}  # of updates the last
     done, planned = max(per_step, default=0), run.setting("num_steps", "?")
     recent = values(list(per_step.values())[-RECENT:], names.TRAIN_ACCURACY)
     held_out = values(run.evaluations, names.EVAL_ACCURACY)
@@ -125,7 +118,7 @@ def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
     The seed is one of them, and so is how often a run is measured; keys that change no number of a run
     (runs.record.NOT_RESULTS) and the folder of the problems are not.
     """
-    table = [results(run) for run in runs]
+    table = list(map(results, runs))
     return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
 
 

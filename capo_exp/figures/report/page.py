@@ -30,13 +30,9 @@ CSS_DPI = 96
 def write_report(
     runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
 ) -> Path:
-    """Writes the page.
+    """Writes the page to the file `output`, or as report.html into a folder.
 
-    Args:
-        runs: any.
-        curves: give the runs their order and their labels; a run of none is called by its folder, and last.
-        figures: drawn from these runs.
-        output: the file, or a folder that gets report.html.
+    The curves give the runs their order and labels; a run of none is called by its folder, and last.
     """
     runs = overview.in_order(runs, curves)
     named = overview.run_labels(runs, curves)
@@ -93,15 +89,12 @@ def embedded(figure: DrawnFigure) -> dict[str, Any]:
     """Returns a figure as it stands in the page; image and CSV are data: URIs, None if too large."""
     png, csv = figure.png.read_bytes(), figure.csv.read_bytes()
     return {
-        "name": figure.name,
-        "title": figure.title,
-        "caption": figure.caption,
+        **vars(figure),
         "image": data_uri("image/png", png),
         "size": screen_size(png),
         "csv": data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
         "csv_name": figure.csv.name,
         "markdown": tables.markdown(figure.table),
-        "table": figure.table,
     }
 
 
