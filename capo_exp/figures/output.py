@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+
 from capo_exp.figures import page, style, tables
 from capo_exp.figures.page import Picture
 from capo_exp.runs.files import replace_file
@@ -44,7 +46,7 @@ def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     says, table = page.caption(picture), tables.table_of(picture.panels)
     # ASCII that can stand in any comment: two dashes in a row would end one of HTML.
     line = json.dumps(provenance(picture, command), separators=(",", ":")).replace("--", "-\\u002d")
-    with style.house_style():
+    with rc_context(style.SETTINGS):
         figure = page.draw_page(picture)
         chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
         png = page.as_bytes(figure, "png", chunks)

@@ -1,14 +1,12 @@
 """The one look of every figure."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import matplotlib as mpl
 from matplotlib import rc_params_from_file
 
 from capo_exp.figures.curves import Curve
@@ -90,10 +88,3 @@ def _look(colour: str, first: str, conservative: bool, place: int) -> Look:
     start = MARKERS.find(first)
     marker = MARKERS[(start + turn // 2) % len(MARKERS)] if start >= 0 or turn > 1 else first
     return Look(colour, styles[dashes], marker, filled=((place + turn) % 2 == 0) != conservative)
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Applies the look to figures made inside; settings of the caller come back afterwards."""
-    with mpl.rc_context(SETTINGS):
-        yield

@@ -15,6 +15,7 @@ from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, LoggedRun
 from capo_exp.runs.settings import results, varying
 
+MACHINE = ("device", "cpu", "platform")
 RECENT = 10
 """Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
 COLUMNS = (
@@ -156,19 +157,12 @@ def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
     rows = {
         "command": [as_typed(sys.argv[1:])],
         "runs": [str(run.record.get("run_id", run.path.name)) for run in runs],
-        "commits": [_commit(record) for record in records],
+        "commits": [
+            f"{git.get('commit') or 'unknown'}{' with changes (git.diff)' if git.get('dirty') else ''}"
+            for git in (record.get("git") or {} for record in records)
+        ],
         "packages": [*(f"python {r['python']}" for r in records if "python" in r), *packages],
-        "machines": [machine for r in records if (machine := _machine(r))],
+        "machines": [" / ".join(str(r[key]) for key in MACHINE if r.get(key)) for r in records],
         "problems": [f"fingerprint {record['data']}" for record in records if "data" in record],
     }
-    return [(key, ", ".join(dict.fromkeys(found))) for key, found in rows.items() if found]
-
-
-def _commit(record: Mapping[str, Any]) -> str:
-    git = record.get("git") or {}
-    return f"{git.get('commit') or 'unknown'}{' with changes (git.diff)' if git.get('dirty') else ''}"
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    fields = (record.get(name) for name in ("device", "cpu", "platform"))
-    return " / ".join(str(field) for field in fields if field)
+    return [(key, ", ".join(dict.fromkeys(filter(None, found)))) for key, found in rows.items() if any(found)]

@@ -38,7 +38,10 @@ def write_report(
     named = overview.run_labels(runs, curves)
     taken = excerpts(runs)
     data = viewer_data(taken, named)
-    css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
+    files = (ASSETS / name for name in ("report.css", "summary.js", "viewer.js"))
+    css, summary_js, viewer_js = (
+        Markup(file.read_text(encoding="utf-8")) for file in files
+    )  # ours: no escapes
     strict: Any = {"undefined": StrictUndefined, "keep_trailing_newline": True}
     pages = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, **strict)
     html = pages.get_template("report.html").render(
@@ -67,11 +70,6 @@ def page_title(runs: Sequence[LoggedRun]) -> str:
     """Returns the experiments' names and the number of runs."""
     found = dict.fromkeys(str(run.setting("experiment_name", run.path.parent.name)) for run in runs)
     return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
-
-
-def asset(name: str) -> Markup:
-    """Returns a file of assets/ as it goes into the page: ours, hence not escaped."""
-    return Markup((ASSETS / name).read_text(encoding="utf-8"))
 
 
 def content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
