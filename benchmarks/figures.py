@@ -26,13 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from capo_exp.config.schema import conf_dir, register, to_config
-from capo_exp.figures.command import load_study, parse_command
+from capo_exp.figures.curves import curves
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.figures.output import write_figure
 from capo_exp.figures.page import compose as compose_figure
-from capo_exp.figures.study import Lacking
+from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs import metrics as names
 from capo_exp.runs.identity import as_dict
+from capo_exp.runs.read import find_runs, load_run
 
 JOBS = ("grpo_conservative", "grpo_aggressive", "capo", "dr_capo", "reinforce_aggressive", "capo_sgd")
 TOKENS, COMPLETIONS, EVERY = 30, 32, 10
@@ -83,8 +84,8 @@ def write_jsonl(path: Path, rows: list[dict[str, float]]) -> None:
 
 def each_figure(runs: Path, output: Path) -> dict[str, float]:
     """Seconds of each figure in one process; only those that these runs have something for."""
-    command = parse_command([f"runs={runs}"])
-    study = load_study(command, sorted(path.parent for path in runs.glob("*/run.json")))
+    loaded = tuple(map(load_run, find_runs([runs])))
+    study = Study(loaded, tuple(curves(loaded, mix=False)), "mean", "bootstrap", smoothing=None, x=None)
     seconds = {}
     for name in FIGURES:
         began = time.perf_counter()

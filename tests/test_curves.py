@@ -60,7 +60,7 @@ def test_the_curves_of_figure_1(make: Make) -> None:
         ("GRPO (A)", [0, 1, 2]),
         ("GRPO (learning rate 0)", [0, 1]),
     ]
-    assert [curve.conservative for curve in found] == [False, True, False, False]
+    assert [labels.is_safe(curve.run) for curve in found] == [False, True, False, False]
     assert reference_of(found) is found[1]
     assert reference_of(found[2:]) is None
 
@@ -91,7 +91,7 @@ def test_what_changes_no_training_makes_no_other_curve(make: Make, override: str
         ("optimizer.warmup_ratio=0.05", "CAPO (A) warmup_ratio 0.05"),
         ("optimizer.betas=[0.9,0.95]", "CAPO (A) betas [0.9, 0.95]"),
         ("algo.selection.policy_shift_max=inf", "CAPO (A) m_F < inf"),
-        ("algo.scoring_pass=true", "CAPO (A) scoring_pass on"),
+        ("model.gradient_checkpointing=true", "CAPO (A) gradient_checkpointing on"),
         ("algo.token_loss._target_=capo_exp.algorithms.pg.plain", "CAPO (A) token_loss plain"),
         ("optimizer.max_grad_norm=2.0", "CAPO (A) max_grad_norm 2"),
     ],
@@ -381,5 +381,5 @@ def test_a_config_that_has_been_through_javascript_is_the_same(make: Make) -> No
     exported = replace(make("seed=1"), config=json.loads(text))
     assert exported.config["optimizer"]["betas"] == [0, 0.95] and '"top_p": 1,' in text
     assert len(curves([run, exported], mix=False)) == 1
-    whole = make("seed=1", "algo.scoring_pass=true", "optimizer.betas=[0.0,0.95]")
+    whole = make("seed=1", "model.gradient_checkpointing=true", "optimizer.betas=[0.0,0.95]")
     assert len(curves([run, whole], mix=False)) == 2

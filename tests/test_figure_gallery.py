@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -54,7 +55,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def drawn(shown: Picture) -> Figure:
-    with style.house_style():
+    with rc_context(style.SETTINGS):
         return draw_page(shown)
 
 

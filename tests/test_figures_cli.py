@@ -5,16 +5,14 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.cli.figures import FigureCommand, common_parent, main
 from capo_exp.figures import output
-from capo_exp.figures.__main__ import main
-from capo_exp.figures.command import FigureCommand, common_parent, parse_command
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.runs.files import replace_file
 from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
@@ -58,26 +56,23 @@ def test_help_lists_keys_and_figures(run) -> None:
     assert (result.status, result.err) == (0, "")
     for name in FIGURES:
         assert re.search(rf"^  {name}\b.*\w{{4}}", result.out, re.MULTILINE), name
-    for key in vars(FigureCommand()):
-        assert f"\n  {key}=" in result.out
+    for key in fields(FigureCommand):
+        assert f"\n  {key.name}: " in result.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rns=x"], "rns=x: unknown key; .*nearest: runs"),
-        (["runs"], "runs: expected key=value"),
-        ([], "runs: no value"),
+        ([], r"runs=\[\]: expected directories of runs"),
         (["runs=x", "figure=stabilty"], "figure=stabilty: no such figure; .*nearest: stability"),
-        (["runs=x", "statistic=median"], "statistic=median; expected one of mean, iqm"),
-        (["runs=x", "interval=bootsrap"], "interval=bootsrap; .*nearest: bootstrap"),
-        (["runs=x", "smoothing=papr"], "smoothing=papr; expected paper, off or a number"),
-        (["runs=x", "smoothing=0"], "smoothing=0; expected"),
-        (["runs=x", "smoothing=1.5"], "smoothing=1.5; expected"),
-        (["runs=x", "x=counter/completion"], "x=counter/completion; .*nearest: counter/completions"),
-        (["runs=x", "report=htm"], "report=htm; .*nearest: html"),
-        (["runs=x", "mix=maybe"], "mix: .*maybe"),
-        (["runs=x", "keys=policy/entropi"], "keys: no metric policy/entropi; nearest: policy/entropy"),
+        (["runs=x", "statistic=median"], "statistic=median: expected one of mean, iqm"),
+        (["runs=x", "interval=bootsrap"], "interval=bootsrap: expected one of bootstrap, t, sem"),
+        (["runs=x", "smoothing=papr"], "smoothing=papr: expected paper, off or a number"),
+        (["runs=x", "smoothing=0"], "smoothing=0: expected"),
+        (["runs=x", "smoothing=1.5"], "smoothing=1.5: expected"),
+        (["runs=x", "x=counter/completion"], "x=counter/completion: expected one of counter/completions"),
+        (["runs=x", "report=htm"], "report=htm: expected one of html, none"),
+        (["runs=x", "keys=policy/entropi"], "keys=policy/entropi: .*; nearest: policy/entropy"),
         (["runs=/nowhere/at/all"], "/nowhere/at/all: no such file or directory"),
     ],
 )  # fmt: skip
@@ -251,7 +246,7 @@ def test_a_failure_leaves_the_old_files(
 
     monkeypatch.setattr(output, "replace_file", replacing_until_full)
     result = run(f"runs={study}", "figure=5", "smoothing=0.5", f"output={tmp_path}")
-    assert result.status == 2
+    assert result.status == 1
     assert re.fullmatch(r".*No space left on device.*\n", result.err)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -265,18 +260,15 @@ def test_a_folder_that_cannot_be_made(study: Path, tmp_path: Path, run) -> None:
     )
 
 
-def test_values_of_the_command_line() -> None:
-    command = parse_command(
-        ["runs=[a,b]", "figure=1, 2", "smoothing=0.25", "mix=true", "output=null", "x=counter/prompts"]
-    )
-    assert (command.runs, command.figure, command.mix) == (["a", "b"], ["1", "2"], True)
-    assert (command.output, command.x, command.weight) == (None, "counter/prompts", 0.25)
-    assert parse_command(["runs=a"]).weight is None
-    assert parse_command(["runs=a", "smoothing=off"]).weight == 1.0
-    assert parse_command(["runs=a", "keys=loss/kl"]).figure == ["metrics"]
-    assert parse_command(["runs=a", "keys=loss/kl", "figure=all"]).figure == ["all"]
-    with pytest.raises(ConfigError, match="figure: no value"):
-        parse_command(["runs=a", "figure="])
+@pytest.mark.parametrize(("smoothing", "weight"), [("paper", 0.1), ("0.25", 0.25), ("off", 1.0)])
+def test_smoothing_and_x_of_the_command_line(
+    study: Path, tmp_path: Path, run, smoothing: str, weight: float
+) -> None:
+    command = [f"runs=[{study}]", "figure=1", "x=counter/rollout_step", f"output={tmp_path}"]
+    assert run(*command, f"smoothing={smoothing}").status == 0
+    lines = (tmp_path / "1.csv").read_text().splitlines()
+    assert json.loads(lines[1].removeprefix("# "))["smoothing"] == {"reward/accuracy": weight}
+    assert [line.split(",")[2] for line in lines[3:5]] == ["0", "1"]  # steps
 
 
 @pytest.mark.slow

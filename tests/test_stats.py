@@ -359,12 +359,12 @@ def test_a_collapse_at_a_known_step() -> None:
     falls = [*rises, 0.59, 0.55, 0.51, 0.49, 0.2, 0.3]
     found = stability(of([falls, [*rises, *[0.59] * 6]]), start=0.4)
     assert found.first_collapse == 240
-    assert found.collapsed_share.value == 0.5
+    assert found.collapsed.value == 0.5
     expected = scipy_stats.binomtest(1, 2).proportion_ci(0.95, method="wilson")
-    assert (found.collapsed_share.low, found.collapsed_share.high) == (expected.low, expected.high)
-    assert found.kept_share == found.collapsed_share  # one of two again
+    assert (found.collapsed.low, found.collapsed.high) == (expected.low, expected.high)
+    assert found.kept == found.collapsed  # one of two again
     assert found.peak.value == pytest.approx(0.59)
-    assert found.worst_after_peak.value == pytest.approx((0.2 + 0.59) / 2)
+    assert found.worst.value == pytest.approx((0.2 + 0.59) / 2)
 
 
 @pytest.mark.parametrize(
@@ -383,20 +383,20 @@ def test_a_collapse_at_a_known_step() -> None:
 def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
     found = stability(of([curve]), start=0.4)
     assert found.first_collapse == collapse
-    assert found.collapsed_share.value == (collapse is not None)
+    assert found.collapsed.value == (collapse is not None)
     assert found.peak.low is None and found.peak.value == max(curve)
-    assert found.worst_after_peak.value == min(curve[curve.index(max(curve)) :])
+    assert found.worst.value == min(curve[curve.index(max(curve)) :])
 
 
 @pytest.mark.parametrize(("final", "kept"), [(0.73, True), (0.71, False), (0.8, True), (0.2, False)])
 def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final: float, kept: bool) -> None:
-    assert stability(of([[0.4, 0.8, 0.1, final]]), start=0.4).kept_share.value == kept
-    assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept_share.value == 1
+    assert stability(of([[0.4, 0.8, 0.1, final]]), start=0.4).kept.value == kept
+    assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept.value == 1
 
 
 def test_a_run_that_never_is_as_good_as_before_training_has_collapsed_from_its_first_row_on() -> None:
     found = stability(of([[0.1, 0.3, 0.3]]), start=0.8)
-    assert found.first_collapse == 10 and found.worst_after_peak.value == 0.1 and found.peak.value == 0.3
+    assert found.first_collapse == 10 and found.worst.value == 0.1 and found.peak.value == 0.3
 
 
 def test_the_first_collapse_is_the_median_of_those_that_collapsed() -> None:
@@ -423,7 +423,7 @@ def test_intervals_are_those_over_seeds() -> None:
 
 def test_a_seed_that_broke_off_is_judged_as_far_as_it_went() -> None:
     found = stability(drawn([run([0.4, 0.8, 0.1]), run([0.4, 0.6, 0.8, 0.8])]), start=0.4)
-    assert found.first_collapse == 30 and found.worst_after_peak.value == pytest.approx(0.45)
+    assert found.first_collapse == 30 and found.worst.value == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.35])
@@ -433,7 +433,7 @@ def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha: float) -> Non
 
     def share(chances: Array) -> float:
         seeds = [[0.45, *rng.binomial(96, chances) / 96] for _ in range(300)]
-        return stability(of(seeds, alpha=alpha), start=0.45).collapsed_share.value
+        return stability(of(seeds, alpha=alpha), start=0.45).collapsed.value
 
     assert share(np.full(100, 0.45)) < 0.02
     assert share(np.r_[np.linspace(0.45, 0.65, 40), np.full(60, 0.65)]) < 0.02

@@ -64,7 +64,7 @@ def show_scores(given: EvaluateCommand) -> int:
     command = read_command(given)
     try:
         if command.output is not None:
-            _make_folder(Path(command.output))
+            front.make_folder(Path(command.output))
         if command.completions is not None:
             _evaluate_stored(Path(command.completions), command)
         else:
@@ -80,13 +80,6 @@ def show_scores(given: EvaluateCommand) -> int:
         sys.stderr.write(f"{error}; {KEPT}\n")
         return 1
     return 0
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={path}: no folder can be made there ({error.strerror})") from error
 
 
 def _evaluate_stored(path: Path, command: EvaluateCommand) -> None:

@@ -168,6 +168,14 @@ def entries(value: str) -> list[str]:
     return [entry.strip().strip("'\"") for entry in inner.split(",") if entry.strip()]
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder of output=."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as failed:
+        raise ConfigError(f"output={path}: no folder can be made there ({failed.strerror})") from failed
+
+
 def _store(line: CommandLine) -> None:
     """Makes the command's configuration known to Hydra.
 

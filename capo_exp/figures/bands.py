@@ -13,16 +13,13 @@ from capo_exp.runs.read import Array, LoggedRow, LoggedRun, read_series
 
 @dataclass(frozen=True)
 class Band:
-    """A metric over x, with its seeds."""
+    """A metric over x [n], which increases, with its seeds."""
 
     x: Array
-    """[n], increasing."""
     centre: Array
-    """[n]"""
     low: Array
-    """[n], NaN where fewer than two seeds have a value."""
+    """NaN where fewer than two seeds have a value, and so is high."""
     high: Array
-    """[n], likewise."""
     values: Array
     """[s, n] of each seed, smoothed; NaN where it has none."""
     seeds: int
@@ -54,15 +51,9 @@ def in_evaluations(key: str) -> bool:
 
 
 def band(
-    runs: Sequence[LoggedRun],
-    key: str,
-    *,
-    x: str,
-    statistic: Statistic,
-    interval: Interval,
-    alpha: float,
+    runs: Sequence[LoggedRun], key: str, *, x: str, statistic: Statistic, interval: Interval, alpha: float
 ) -> Band | None:
-    """Returns a metric over x: each seed smoothed on its own, then centre and interval over seeds.
+    """Returns a metric over x, or None if no run has it: each seed smoothed, then centre and interval.
 
     Several values at one x (a run that logs every optimiser step of a rollout step) count as their mean.
     Values that were not finite are left out. Runs may have different lengths: the x of the band are those at
@@ -71,16 +62,7 @@ def band(
     filtered), seeds are interpolated, linearly between two of their own points, onto as many of all x as the
     longest has.
 
-    Args:
-        runs: Seeds of one curve.
-        key: Metric, in eval.jsonl if in_evaluations says so, else in metrics.jsonl.
-        x: Metric along the axis, such as counter/completions.
-        statistic: mean | iqm.
-        interval: bootstrap | t | sem, see core.intervals.
-        alpha: Smoothing as of core.intervals.ema; 1 = off.
-
-    Returns:
-        None if no run has the metric.
+    `x` is the metric along the axis; statistic, interval and alpha (1 = off) are as in core.intervals.
     """
     points = [_points(run.evaluations if in_evaluations(key) else run.metrics, key, x, alpha) for run in runs]
     points = [(at, value) for at, value in points if len(at)]

@@ -1,7 +1,7 @@
 """The families of one number for each curve: in a list, and on a grid of learning rate and batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -23,11 +23,7 @@ from capo_exp.figures.style import Look
 Measure = Literal[
     "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead"
 ]
-STABILITY = {
-    "worst": "worst_after_peak", "peak": "peak", "auc": "auc", "collapsed": "collapsed_share",
-    "kept": "kept_share",
-}  # fmt: skip
-"""Measure -> field of stats.Stability."""
+"""How a curve becomes one number; stats.Stability has those that reduced and _lead do not know."""
 
 
 def bars(
@@ -43,15 +39,8 @@ def bars(
 ) -> Panel:
     """Returns a panel with one number for each curve.
 
-    Args:
-        study: The runs.
-        drawn: The curves.
-        metric: What is measured.
-        title: Above the panel.
-        measure: How a curve becomes one number; stats.Stability explains most.
-        heading: Name of the table's column in place of the title.
-        limits: Ends of the axis.
-        rivals: For measure lead: the curves whose best one is compared with.
+    `heading` names the table's column in place of the title, `limits` are the ends of the axis, and `rivals`
+    the curves whose best one measure lead compares with.
     """
     metric = study.settled(metric)
     found = study.bands_of(drawn, metric)
@@ -80,7 +69,7 @@ def _one_number(
     stable = stability(found, start=first if start is None else start, kind=study.interval)
     if measure == "first_collapse":
         return "none" if stable.first_collapse is None else Estimate(stable.first_collapse)
-    return getattr(stable, STABILITY[measure])
+    return getattr(stable, measure)
 
 
 def _lead(study: Study, metric: Metric, curve: Curve, rivals: Sequence[Curve]) -> Estimate | str:
@@ -148,32 +137,21 @@ def heat(
     return replace(listed, kind="heat", paint=_paint_heat, height=2.3)
 
 
-@dataclass(frozen=True)
-class HeatGrid:
-    """What the heat maps of a figure have in common."""
-
-    rates: list[float]
-    batches: list[int]
-    norm: Normalize
-
-
-def _common_grid(panels: Sequence[Panel]) -> HeatGrid:
-    every = [series for panel in panels for series in panel.series]
-    cells = [cell_of(series.curve) for series in every]
-    values = [float(series.centre[0]) for series in every]
-    rates, batches = sorted({rate for rate, _ in cells}), sorted({batch for _, batch in cells})
-    return HeatGrid(rates, batches, Normalize(min(values), max(values)))
-
-
 def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    """Draws learning rate up, completions a step to the right; cells without runs are hatched."""
-    grid, unit = _common_grid(panels), panel.named.unit
+    """Draws learning rate up, completions a step to the right; cells without runs are hatched.
+
+    The heat maps of a figure have both axes and the scale in common.
+    """
+    every, unit = [series for panel in panels for series in panel.series], panel.named.unit
+    rates, batches = (sorted(set(axis)) for axis in zip(*(cell_of(s.curve) for s in every), strict=True))
+    values = [float(series.centre[0]) for series in every]
+    norm = Normalize(min(values), max(values))
     axes.set_facecolor("#F3F3F3")
     axes.patch.set(hatch="////", edgecolor="#CFCFCF")
     for series in panel.series:
         rate, batch = cell_of(series.curve)
-        x, y, value = grid.batches.index(batch), grid.rates.index(rate), float(series.centre[0])
-        face = mpl.colormaps[style.HEAT](grid.norm(value))
+        x, y, value = batches.index(batch), rates.index(rate), float(series.centre[0])
+        face = mpl.colormaps[style.HEAT](norm(value))
         axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=face)
         ink = ink_on(face[:3])
         seeds = bool(np.isfinite(series.low[0]))  # their interval is the cell's second line
@@ -184,9 +162,9 @@ def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappin
             spread = " to ".join(value_text(bound, unit, bare=True) for bound in bounds)
             axes.text(x, y - 0.06, spread, ha="center", va="top", color=ink, fontsize=7)
     axes.set(title=panel.title, xlabel="completions a step", ylabel="learning rate")
-    axes.set_xticks(range(len(grid.batches)), [f"{batch:,}" for batch in grid.batches])
-    axes.set_yticks(range(len(grid.rates)), [short(rate) for rate in grid.rates])
-    axes.set(xlim=(-0.5, len(grid.batches) - 0.5), ylim=(-0.5, len(grid.rates) - 0.5))
+    axes.set_xticks(range(len(batches)), [f"{batch:,}" for batch in batches])
+    axes.set_yticks(range(len(rates)), [short(rate) for rate in rates])
+    axes.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(rates) - 0.5))
     axes.grid(False)
     axes.tick_params(length=0)
     return []

@@ -38,23 +38,12 @@ class Curve:
         """Returns the first run, whose settings are those of all."""
         return self.runs[0]
 
-    @property
-    def conservative(self) -> bool:
-        """Returns whether the regime is the paper's safe one."""
-        return self.run.setting("regime.name") == "conservative"
-
 
 def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     """Groups runs by all that changes how they train or what is measured, but the seed (settings.training).
 
-    A copy of a run (the same run id) counts once. Runs without a config.yaml are curves of their own.
-
-    Args:
-        runs: Those of one figure.
-        mix: Draws runs together that cannot be compared.
-
-    Returns:
-        Curves, the paper's methods first, each with a label of its own.
+    A copy of a run (the same run id) counts once. Runs without a config.yaml are curves of their own. The
+    paper's methods are first. `mix` draws runs together that cannot be compared.
 
     Raises:
         ConfigError: mix=False and runs differ in model, problems, reward or sampling; or two different runs
@@ -122,7 +111,7 @@ def order(curve: Curve) -> tuple[int, list[tuple[float, str]]]:
 
 def reference_of(curves: Sequence[Curve]) -> Curve | None:
     """Returns the curve of plain GRPO in the conservative regime; the one with most seeds if several are."""
-    plain = [curve for curve in curves if curve.conservative and labels.method(curve.run) == "GRPO"]
+    plain = [curve for curve in curves if labels.is_safe(curve.run) and labels.method(curve.run) == "GRPO"]
     return max(plain, key=lambda curve: len(curve.runs), default=None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.figures.bars import bars, cell_of, heat
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.labels import algorithm, method
+from capo_exp.figures.labels import algorithm, is_safe, method
 from capo_exp.figures.lines import lines
 from capo_exp.figures.panel import Level, Panel
 from capo_exp.figures.per_run import settings_table, stages
@@ -21,6 +21,7 @@ from capo_exp.figures.study import Lacking, Metric, Study
 from capo_exp.figures.tokens import tokens
 from capo_exp.runs.read import LoggedRun
 
+Fits = Callable[[LoggedRun], bool]
 TRAINING = Metric("reward/accuracy", "training accuracy", "percent", smoothing=0.1, start=True)
 HELD_OUT = Metric("eval/accuracy", "held-out accuracy", "percent")
 FROM_START = replace(HELD_OUT, smoothing=0.35, start=True)
@@ -51,11 +52,6 @@ def is_plain(run: LoggedRun, labels: Sequence[str]) -> bool:
     return method(run) in labels and trains(run)
 
 
-def is_safe(run: LoggedRun) -> bool:
-    """Returns whether a run is in the conservative regime."""
-    return run.setting("regime.name") == "conservative"
-
-
 def selects(run: LoggedRun) -> bool:
     """Returns whether a run's selection may reject tokens."""
     return not str(run.setting("algo.selection._target_")).endswith(".keep_all")
@@ -69,12 +65,7 @@ def _plain(study: Study, labels: Sequence[str]) -> list[Curve]:
     return study.choose(lambda run: is_plain(run, labels), _named(labels) | TRAINS)
 
 
-def _by_algorithm(
-    study: Study,
-    fits: Callable[[LoggedRun], bool],
-    needed: Callable[[LoggedRun], bool],
-    wanted: dict[str, str],
-) -> dict[str, list[Curve]]:
+def _by_algorithm(study: Study, fits: Fits, needed: Fits, wanted: dict[str, str]) -> dict[str, list[Curve]]:
     """Returns the curves of the algorithms of which some have what is needed."""
     groups = grouped(study.choose(fits, wanted), lambda curve: algorithm(curve.run))
     found = {name: mine for name, mine in groups.items() if any(needed(curve.run) for curve in mine)}
@@ -131,11 +122,11 @@ def figure_5(study: Study) -> list[Panel]:
     """Draws the share of tokens that a selection rejects, in all and by reason."""
     drawn = study.choose(selects, SELECTS)
     shown = partial(lines, study, drawn, summary=("max", "mean"), limits=(0, None))
-    return [
-        shown(REJECTED, "Rejected for any reason"),
-        shown(replace(REJECTED, key=f"{REJECTED.key}_policy"), "Because of the policy shift"),
-        shown(replace(REJECTED, key=f"{REJECTED.key}_objective"), "Because of the objective shift"),
+    by_reason = [
+        shown(replace(REJECTED, key=f"{REJECTED.key}_{reason}"), f"Because of the {reason} shift")
+        for reason in ("policy", "objective")
     ]
+    return [shown(REJECTED, "Rejected for any reason"), *by_reason]
 
 
 def figure_6(study: Study) -> list[Panel]:

@@ -15,27 +15,16 @@ from capo_exp.runs.settings import Settings, shorten, varying
 REGIMES = {"conservative": "", "aggressive": "A", "zero": "learning rate 0"}
 """regime.name -> what stands in parentheses; others are shown as they are."""
 TEXTS = {
-    "model.name": "{}",
-    "dataset.name": "{}",
-    "regime.learning_rate": "lr {}",
-    "regime.prompts_per_step": "{} prompts",
-    "regime.group_size": "groups of {}",
-    "algo.selection._target_": "selection {}",
-    "algo.selection.policy_shift_max": "m_F < {}",
-    "algo.selection.objective_shift_max": "m_H < {}",
-    "algo.selection.objective_shift_min": "m_H > {}",
-    "algo.selection.rate": "rate {}",
-    "algo.num_iterations": "{} passes",
-    "algo.num_minibatches": "{} minibatches",
-    "algo.token_loss.clip_eps_low": "clip {}",
-    "algo.token_loss.clip_eps_high": "clip high {}",
-    "algo.kl_coefficient": "KL {}",
-    "curvature.optimizer_model": "{} model",
-    "optimizer.schedule": "{} schedule",
-    "rollout.name": "{}",
-    "rollout.temperature": "temperature {}",
-    "num_steps": "{} steps",
-}
+    "model.name": "{}", "dataset.name": "{}", "regime.learning_rate": "lr {}",
+    "regime.prompts_per_step": "{} prompts", "regime.group_size": "groups of {}",
+    "algo.selection._target_": "selection {}", "algo.selection.policy_shift_max": "m_F < {}",
+    "algo.selection.objective_shift_max": "m_H < {}", "algo.selection.objective_shift_min": "m_H > {}",
+    "algo.selection.rate": "rate {}", "algo.num_iterations": "{} passes",
+    "algo.num_minibatches": "{} minibatches", "algo.token_loss.clip_eps_low": "clip {}",
+    "algo.token_loss.clip_eps_high": "clip high {}", "algo.kl_coefficient": "KL {}",
+    "curvature.optimizer_model": "{} model", "optimizer.schedule": "{} schedule", "rollout.name": "{}",
+    "rollout.temperature": "temperature {}", "num_steps": "{} steps",
+}  # fmt: skip
 """Key -> how its value is told; earlier ones are preferred where several would tell the curves apart."""
 SUBJECTS = ("model.name", "dataset.name")
 MAX_LENGTH = 56
@@ -70,6 +59,11 @@ def _on_top(run: LoggedRun) -> list[str]:
     return [f"selection {variant}" if is_selection else variant.replace("_", " "), step.replace("_", " ")]
 
 
+def is_safe(run: LoggedRun) -> bool:
+    """Returns whether a run is in the conservative regime, the paper's safe one."""
+    return run.setting("regime.name") == "conservative"
+
+
 def base_label(run: LoggedRun) -> str:
     """Returns method and regime, such as `CAPO (A)`; the folder's name of a run without a config."""
     regime = str(run.setting("regime.name", ""))
@@ -81,9 +75,7 @@ def base_label(run: LoggedRun) -> str:
 def unique_labels(table: Sequence[Settings], bases: Sequence[str]) -> list[str]:
     """Returns labels that no two curves share: equal bases get the fewest settings that differ.
 
-    Args:
-        table: The settings of each curve, all different.
-        bases: The base label of each curve. Model and dataset are added where the curves have several.
+    `table` has the settings of each curve, all different. Model and dataset are added where several are.
     """
     subjects = [key for key in SUBJECTS if len({each[key] for each in table if key in each}) > 1]
     bases = [

@@ -24,7 +24,7 @@ from capo_exp.figures.panel import (
     value_text,
 )
 from capo_exp.figures.stats import Factor, sample_efficiency
-from capo_exp.figures.study import X_LABELS, Metric, Study, last_value
+from capo_exp.figures.study import X_LABELS, Metric, Study
 from capo_exp.figures.style import Look
 from capo_exp.runs.read import Array
 
@@ -49,10 +49,6 @@ def lines(
     """Returns a panel with a metric over x.
 
     Args:
-        study: The runs.
-        drawn: The curves.
-        metric: The metric.
-        title: Above the panel.
         reference: Where the line of the reference's curve is: at its end, at its largest value, nowhere.
         efficiency: Marks where curves reach that line, and says the sample-efficiency factor.
         summary: Columns of the table: final | mean | max.
@@ -66,9 +62,7 @@ def lines(
     level = _reference_level(study, metric, reference, drawn) if shown else None
     factors = _efficiencies(study, metric, shown) if efficiency and level else {}
     columns = [
-        Column(
-            f"{heading or title}, {how}", metric.unit, {k: reduced(study, b, how) for k, b in found.items()}
-        )
+        Column(f"{heading or title}, {how}", metric.unit, {k: reduced(study, found[k], how) for k in found})
         for how in summary
     ]
     if factors:
@@ -126,7 +120,8 @@ def _factor_cell(factor: Factor) -> Estimate | str:
 def reduced(study: Study, found: Band, how: str) -> Estimate:
     """Returns one number for a curve: at its end, or the mean, largest or smallest of each seed's values."""
     if how == "final":
-        return last_value(found)
+        value, *bounds = (float(part[found.last_shown]) for part in (found.centre, found.low, found.high))
+        return Estimate(value, *(bounds if np.isfinite(bounds).all() else ()))
     of = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}[how]
     return study.over_seeds(of(found.values[np.isfinite(found.values).any(axis=1)], axis=1))
 

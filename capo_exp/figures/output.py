@@ -1,12 +1,15 @@
 """A figure's files, and where it comes from, which is written inside each of them."""
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from matplotlib import rc_context
 
 from capo_exp.figures import page, style, tables
 from capo_exp.figures.page import Picture
@@ -33,12 +36,17 @@ class DrawnFigure:
     table: tables.TextTable
 
 
+def as_typed(arguments: Sequence[str]) -> str:
+    """Returns the command that a shell would take."""
+    return shlex.join(["python", "-m", "capo_exp.figures", *arguments])
+
+
 def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     """Draws a figure and writes its files: all of them or, whatever goes wrong, none."""
     says, table = page.caption(picture), tables.table_of(picture.panels)
-    origin = provenance(picture, command)
-    line = as_line(origin)
-    with style.house_style():
+    # ASCII that can stand in any comment: two dashes in a row would end one of HTML.
+    line = json.dumps(provenance(picture, command), separators=(",", ":")).replace("--", "-\\u002d")
+    with rc_context(style.SETTINGS):
         figure = page.draw_page(picture)
         chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
         png = page.as_bytes(figure, "png", chunks)
@@ -86,15 +94,5 @@ def provenance(picture: Picture, command: str) -> dict[str, Any]:
 def _origin(run: LoggedRun) -> dict[str, Any]:
     """Says a run's id, commit, whether the code had uncommitted changes, and how far the run was."""
     git = run.record.get("git") or {}
-    return {
-        "id": run.record.get("run_id", run.name),
-        "name": run.name,
-        "commit": git.get("commit"),
-        "dirty": git.get("dirty"),
-        "steps": len(run.metrics),
-    }
-
-
-def as_line(values: Mapping[str, Any]) -> str:
-    """Returns ASCII JSON that can stand in any comment: two dashes in a row would end one of HTML."""
-    return json.dumps(values, separators=(",", ":")).replace("--", "-\\u002d")
+    said = {"id": run.record.get("run_id", run.name), "name": run.name}
+    return {**said, "commit": git.get("commit"), "dirty": git.get("dirty"), "steps": len(run.metrics)}

@@ -25,19 +25,16 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Series:
-    """What is drawn of one curve, and a block of rows of the CSV."""
+    """What is drawn of one curve, and a block of rows of the CSV; all but the curve is [n]."""
 
     curve: Curve
     x: Array | list[str]
-    """[n]"""
     centre: Array
-    """[n]"""
     low: Array
-    """[n], NaN where there is no interval."""
+    """NaN where there is no interval, and so is high."""
     high: Array
-    """[n]"""
     seeds: NDArray[Any]
-    """[n], how many are behind each number."""
+    """How many are behind each number."""
 
     @property
     def numbers(self) -> Array:
@@ -122,8 +119,8 @@ def parts(estimates: Sequence[Estimate]) -> tuple[Array, Array, Array]:
 
 def thousands(x: float) -> str:
     """Says a number in few characters, such as 59.9k."""
-    size = next((s for s in ("M", "k") if abs(x) >= {"M": 1e6, "k": 1e3}[s]), "")
-    return f"{x / {'M': 1e6, 'k': 1e3, '': 1}[size]:.3g}{size}"
+    unit, size = (1e6, "M") if abs(x) >= 1e6 else (1e3, "k") if abs(x) >= 1e3 else (1, "")
+    return f"{x / unit:.3g}{size}"
 
 
 def value_text(value: float, unit: str, *, bare: bool = False) -> str:

@@ -108,7 +108,7 @@ def settings_table(drawn: Sequence[Curve], title: str) -> Panel:
     series = tuple(Series(curve, [], empty, empty, empty, empty) for curve in drawn) if shown else ()
     height = 0.3 + 0.27 * (1 + len(series))
     lack = "the runs have no config.yaml"
-    return Panel("settings", title, _paint_settings, series=series, height=height, columns=shown, lack=lack)
+    return Panel("settings", title, _paint_table, series=series, height=height, columns=shown, lack=lack)
 
 
 def _said(value: object) -> str:
@@ -116,9 +116,7 @@ def _said(value: object) -> str:
     return "" if value is None or (isinstance(value, float) and np.isinf(value)) else short(value)
 
 
-def _paint_settings(
-    axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]
-) -> list[Any]:
+def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
     """Draws the table as a picture."""
     axes.axis("off")
     names = [series.curve.label for series in panel.series]

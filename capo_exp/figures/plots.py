@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def plot_run(run_dir: Path | str) -> Path:
     The numbers behind it are metrics.jsonl and eval.jsonl beside it.
     """
     run = load_run(run_dir)
-    with style.house_style():
+    with rc_context(style.SETTINGS):
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
         FigureCanvasAgg(figure)
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])

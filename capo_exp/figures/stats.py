@@ -10,15 +10,8 @@ from functools import partial
 import numpy as np
 from scipy import stats
 
-from capo_exp.core.intervals import (
-    LEVEL,
-    RESAMPLES,
-    Estimate,
-    Interval,
-    Statistic,
-    centre_of_seeds,
-    seed_estimate,
-)
+from capo_exp.core import intervals
+from capo_exp.core.intervals import LEVEL, RESAMPLES, Estimate, Interval, Statistic, centre_of_seeds
 from capo_exp.figures.bands import Band
 from capo_exp.runs.read import Array
 
@@ -49,13 +42,13 @@ class Factor:
 class Stability:
     """How stable one curve is, over its seeds."""
 
-    collapsed_share: Estimate
-    """Interval: Wilson's for a share."""
-    kept_share: Estimate
+    collapsed: Estimate
+    """Share of seeds; interval: Wilson's for a share."""
+    kept: Estimate
     """Share of seeds that end with KEPT of their peak; likewise."""
     first_collapse: float | None
     """Median x of the collapses of those that collapsed; None if none did."""
-    worst_after_peak: Estimate
+    worst: Estimate
     """Lowest point from the seed's highest on."""
     peak: Estimate
     auc: Estimate
@@ -150,20 +143,20 @@ def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
     Args:
         band: Accuracy.
         start: Accuracy before training.
-        kind: Kind of the intervals over seeds of worst_after_peak, peak and auc.
+        kind: Kind of the intervals over seeds of worst, peak and auc.
     """
     seeds = [(band.x[there], y[there]) for y in band.values if (there := np.isfinite(y)).any()]
     collapses = [x for own in seeds if (x := _collapse(*own, start, band.alpha)) is not None]
     kept = sum(bool(y[-1] >= KEPT * y.max()) for _, y in seeds)
 
     def over(of_seeds: Sequence[float]) -> Estimate:
-        return seed_estimate(np.array(of_seeds), band.statistic, kind)
+        return intervals.seed_estimate(np.array(of_seeds), band.statistic, kind)
 
     return Stability(
-        collapsed_share=_share(len(collapses), len(seeds)),
-        kept_share=_share(kept, len(seeds)),
+        collapsed=_share(len(collapses), len(seeds)),
+        kept=_share(kept, len(seeds)),
         first_collapse=float(np.median(collapses)) if collapses else None,
-        worst_after_peak=over([float(y[_from_peak(y, start)].min()) for _, y in seeds]),
+        worst=over([float(y[_from_peak(y, start)].min()) for _, y in seeds]),
         peak=over([float(y.max()) for _, y in seeds]),
         auc=over([_area(x, y) for x, y in seeds]),
     )

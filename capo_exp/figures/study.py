@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from capo_exp.config.errors import ConfigError
 from capo_exp.core.intervals import Estimate, Interval, Statistic, seed_estimate
 from capo_exp.figures import bands, labels
@@ -138,9 +136,3 @@ def _from_start(run: LoggedRun, metric: Metric, start: float) -> LoggedRun:
         return run
     rows = [{metric.x: 0, metric.key: start}, *rows]
     return replace(run, evaluations=rows) if evaluated else replace(run, metrics=rows)
-
-
-def last_value(found: Band) -> Estimate:
-    """Returns the centre where tables read the curve, with its interval."""
-    value, low, high = (float(part[found.last_shown]) for part in (found.centre, found.low, found.high))
-    return Estimate(value, low, high) if np.isfinite([low, high]).all() else Estimate(value)

@@ -1,18 +1,16 @@
 """The one look of every figure."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import matplotlib as mpl
 from matplotlib import rc_params_from_file
 
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.labels import logged
+from capo_exp.figures.labels import is_safe, logged
 from capo_exp.runs.read import LoggedRun
 
 SPARE = ("#AA4499", "#661100", "#6699CC", "#8C6D31", "#3F5F3F", "#7F3C8D", "#A6761D", "#4B4B8F")
@@ -22,13 +20,8 @@ OTHER = "#555555"
 MARKERS = "oD^sPvXh*<>pd."
 """Markers tell curves of one colour apart; a method that states none has one by its name."""
 DASHES: tuple[Any, ...] = (
-    "-",
-    (0, (5, 1.6)),
-    (0, (1.2, 1.4)),
-    (0, (6, 1.5, 1.2, 1.5)),
-    (0, (9, 3)),
-    (0, (4, 1.2, 1.2, 1.2, 1.2, 1.2)),
-)
+    "-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (4, *[1.2] * 5)),
+)  # fmt: skip
 """Dashes tell curves of one colour apart; the second is for the conservative regime."""
 REFERENCE = "#333333"
 """Lines at a reference's value."""
@@ -65,14 +58,17 @@ class Look:
 
 def colour(run: LoggedRun) -> str:
     """Returns the colour that every figure gives a run's method: its own, else one by its name."""
-    name = str(run.setting("algo.name", ""))
-    return logged(run, "colour") or (SPARE[crc32(name.encode()) % len(SPARE)] if name else OTHER)
+    return logged(run, "colour") or _by_name(run, SPARE, OTHER)
 
 
 def marker(run: LoggedRun) -> str:
     """Returns a second sign of the method, for grey print."""
+    return logged(run, "marker") or _by_name(run, MARKERS, MARKERS[-1])
+
+
+def _by_name(run: LoggedRun, signs: Sequence[str], nameless: str) -> str:
     name = str(run.setting("algo.name", ""))
-    return logged(run, "marker") or (MARKERS[crc32(name.encode()) % len(MARKERS)] if name else MARKERS[-1])
+    return signs[crc32(name.encode()) % len(signs)] if name else nameless
 
 
 def looks(curves: Sequence[Curve]) -> dict[str, Look]:
@@ -80,7 +76,7 @@ def looks(curves: Sequence[Curve]) -> dict[str, Look]:
     seen: Counter[tuple[str, str, bool]] = Counter()
     result = {}
     for curve in curves:
-        kind = (colour(curve.run), marker(curve.run), curve.conservative)
+        kind = (colour(curve.run), marker(curve.run), is_safe(curve.run))
         result[curve.label] = _look(*kind, seen[kind])
         seen[kind] += 1
     return result
@@ -92,10 +88,3 @@ def _look(colour: str, first: str, conservative: bool, place: int) -> Look:
     start = MARKERS.find(first)
     marker = MARKERS[(start + turn // 2) % len(MARKERS)] if start >= 0 or turn > 1 else first
     return Look(colour, styles[dashes], marker, filled=((place + turn) % 2 == 0) != conservative)
-
-
-@contextmanager
-def house_style() -> Iterator[None]:
-    """Applies the look to figures made inside; settings of the caller come back afterwards."""
-    with mpl.rc_context(SETTINGS):
-        yield

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,14 @@ from capo_exp.figures import tokens
 from capo_exp.figures.panel import Panel, Series, cell_text, value_text
 
 CSV_HEADING = ("panel", "curve", "x", "centre", "low", "high", "seeds")
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#",
     "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "\N{OPEN BOX}": r"\textvisiblespace{}",
-}  # fmt: skip
-MARKDOWN = {"\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", ">": "&gt;", "\n": " "}
+})  # fmt: skip
+MARKDOWN = str.maketrans({
+    "\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", ">": "&gt;", "\n": " ",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,11 @@ def table_of(panels: Sequence[Panel]) -> TextTable:
         return _token_table(panels)
     curves = {series.curve.label: series.curve for panel in panels for series in panel.series}
     columns: dict[tuple[str, str], dict[str, Estimate | str]] = {}
-    for panel in panels:
-        for column in panel.columns:
-            columns.setdefault((column.heading, column.unit), {}).update(column.cells)
+    for column in (column for panel in panels for column in panel.columns):
+        columns.setdefault((column.heading, column.unit), {}).update(column.cells)
+    units = [(unit, cells) for (_, unit), cells in columns.items()]
     rows = [
-        [
-            label,
-            str(len(c.runs)),
-            *(cell_text(cells.get(label), unit) for (_, unit), cells in columns.items()),
-        ]
+        [label, str(len(c.runs)), *(cell_text(cells.get(label), unit) for unit, cells in units)]
         for label, c in curves.items()
     ]
     return TextTable(["curve", "seeds", *(name for name, _ in columns)], rows)
@@ -104,7 +102,7 @@ def _token_table(panels: Sequence[Panel]) -> TextTable:
 
 def markdown(table: TextTable) -> str:
     """Returns a table of bars, with text in the first column to the left and numbers to the right."""
-    cells = [[_replaced(cell, MARKDOWN) for cell in row] for row in (table.heading, *table.rows)]
+    cells = [[cell.translate(MARKDOWN) for cell in row] for row in (table.heading, *table.rows)]
     rule = ["---", *["---:"] * (len(table.heading) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (cells[0], rule, *cells[1:]))
 
@@ -112,10 +110,6 @@ def markdown(table: TextTable) -> str:
 def latex(table: TextTable) -> str:
     r"""Returns a plain tabular with \hline, for any document class; needs no package."""
     every = (table.heading, *table.rows)
-    head, *body = [" & ".join(_replaced(cell, LATEX) for cell in row) + r" \\" for row in every]
+    head, *body = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in every]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(table.heading) - 1)}}}"
     return "\n".join([begin, r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}", ""])
-
-
-def _replaced(text: str, table: Mapping[str, str]) -> str:
-    return "".join(table.get(letter, letter) for letter in text)

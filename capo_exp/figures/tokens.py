@@ -23,11 +23,9 @@ TOP = 20
 def tokens(curve: Curve) -> Panel:
     """Returns the tokens of a curve that were rejected most often, with the share of their occurrences."""
     total, rejected = count_tokens(curve.runs)
-    if not total:
-        lack = "no completions on disk with their keep flags (logger.completions_every)"
-        return Panel("tokens", curve.label, _paint, lack=lack)
     if not rejected:
-        lack = "no token of the logged completions was rejected"
+        none = "no completions on disk with their keep flags (logger.completions_every)"
+        lack = "no token of the logged completions was rejected" if total else none
         return Panel("tokens", curve.label, _paint, lack=lack)
     top = sorted(rejected, key=lambda text: (-rejected[text], text))[:TOP]
     counted = {
@@ -42,10 +40,8 @@ def tokens(curve: Curve) -> Panel:
         (name, Series(curve, names, np.array(values, dtype=np.float64), none, none, seeds))
         for name, values in counted.items()
     ]
-    return Panel(
-        "tokens", curve.label, _paint, series=(made[0][1],), further=tuple(made[1:]),
-        height=0.9 + 0.19 * len(top),
-    )  # fmt: skip
+    series, further, height = (made[0][1],), tuple(made[1:]), 0.9 + 0.19 * len(top)
+    return Panel("tokens", curve.label, _paint, series=series, further=further, height=height)
 
 
 def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]:

@@ -9,12 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from capo_exp.figures import style
-from capo_exp.figures.command import as_typed
 from capo_exp.figures.curves import Curve
+from capo_exp.figures.output import as_typed
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, LoggedRun
 from capo_exp.runs.settings import results, varying
 
+MACHINE = ("device", "cpu", "platform")
 RECENT = 10
 """Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
 COLUMNS = (
@@ -74,21 +75,14 @@ def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
 def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
     """Returns a line for each run."""
     return [
-        RunLine(
-            label=label,
-            name=run.path.name,
-            colour=style.colour(run),
-            error=run.record.get("error") if run.state == "failed" else None,
-            cells=_cells(run),
-        )
+        RunLine(label, run.path.name, style.colour(run), error, _cells(run))
         for run, label in zip(runs, named, strict=True)
+        for error in [run.record.get("error") if run.state == "failed" else None]
     ]
 
 
 def _cells(run: LoggedRun) -> list[Cell]:
-    per_step = {
-        row[names.STEP]: row for row in run.metrics if names.STEP in row
-    }  # of several updates the last
+    per_step = {row[names.STEP]: row for row in run.metrics if names.STEP in row}  # of updates the last
     done, planned = max(per_step, default=0), run.setting("num_steps", "?")
     recent = values(list(per_step.values())[-RECENT:], names.TRAIN_ACCURACY)
     held_out = values(run.evaluations, names.EVAL_ACCURACY)
@@ -125,7 +119,7 @@ def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
     The seed is one of them, and so is how often a run is measured; keys that change no number of a run
     (runs.record.NOT_RESULTS) and the folder of the problems are not.
     """
-    table = [results(run) for run in runs]
+    table = list(map(results, runs))
     return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
 
 
@@ -163,19 +157,12 @@ def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
     rows = {
         "command": [as_typed(sys.argv[1:])],
         "runs": [str(run.record.get("run_id", run.path.name)) for run in runs],
-        "commits": [_commit(record) for record in records],
+        "commits": [
+            f"{git.get('commit') or 'unknown'}{' with changes (git.diff)' if git.get('dirty') else ''}"
+            for git in (record.get("git") or {} for record in records)
+        ],
         "packages": [*(f"python {r['python']}" for r in records if "python" in r), *packages],
-        "machines": [machine for r in records if (machine := _machine(r))],
+        "machines": [" / ".join(str(r[key]) for key in MACHINE if r.get(key)) for r in records],
         "problems": [f"fingerprint {record['data']}" for record in records if "data" in record],
     }
-    return [(key, ", ".join(dict.fromkeys(found))) for key, found in rows.items() if found]
-
-
-def _commit(record: Mapping[str, Any]) -> str:
-    git = record.get("git") or {}
-    return f"{git.get('commit') or 'unknown'}{' with changes (git.diff)' if git.get('dirty') else ''}"
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    fields = (record.get(name) for name in ("device", "cpu", "platform"))
-    return " / ".join(str(field) for field in fields if field)
+    return [(key, ", ".join(dict.fromkeys(filter(None, found)))) for key, found in rows.items() if any(found)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from capo_exp.figures import style, tables
@@ -30,20 +30,21 @@ CSS_DPI = 96
 def write_report(
     runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
 ) -> Path:
-    """Writes the page.
+    """Writes the page to the file `output`, or as report.html into a folder.
 
-    Args:
-        runs: any.
-        curves: give the runs their order and their labels; a run of none is called by its folder, and last.
-        figures: drawn from these runs.
-        output: the file, or a folder that gets report.html.
+    The curves give the runs their order and labels; a run of none is called by its folder, and last.
     """
     runs = overview.in_order(runs, curves)
     named = overview.run_labels(runs, curves)
     taken = excerpts(runs)
     data = viewer_data(taken, named)
-    css, summary_js, viewer_js = (asset(name) for name in ("report.css", "summary.js", "viewer.js"))
-    html = _template().render(
+    files = (ASSETS / name for name in ("report.css", "summary.js", "viewer.js"))
+    css, summary_js, viewer_js = (
+        Markup(file.read_text(encoding="utf-8")) for file in files
+    )  # ours: no escapes
+    strict: Any = {"undefined": StrictUndefined, "keep_trailing_newline": True}
+    pages = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, **strict)
+    html = pages.get_template("report.html").render(
         title=page_title(runs),
         policy=content_security_policy([summary_js, viewer_js], [css]),
         css=css,
@@ -71,11 +72,6 @@ def page_title(runs: Sequence[LoggedRun]) -> str:
     return f"{', '.join(found)}: {len(runs)} run{'' if len(runs) == 1 else 's'}"
 
 
-def asset(name: str) -> Markup:
-    """Returns a file of assets/ as it goes into the page: ours, hence not escaped."""
-    return Markup((ASSETS / name).read_text(encoding="utf-8"))
-
-
 def content_security_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
     """Forbids network, frames and forms, and allows data: images and just these scripts and styles."""
     hashes = [" ".join(map(_hash, texts)) for texts in (scripts, styles)]
@@ -87,27 +83,16 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _template() -> Template:
-    loader = FileSystemLoader(ASSETS)
-    options = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    return options.get_template("report.html")
-
-
 def embedded(figure: DrawnFigure) -> dict[str, Any]:
     """Returns a figure as it stands in the page; image and CSV are data: URIs, None if too large."""
     png, csv = figure.png.read_bytes(), figure.csv.read_bytes()
     return {
-        "name": figure.name,
-        "title": figure.title,
-        "caption": figure.caption,
+        **vars(figure),
         "image": data_uri("image/png", png),
         "size": screen_size(png),
         "csv": data_uri("text/csv;charset=utf-8", csv) if len(csv) <= MAX_CSV_BYTES else None,
         "csv_name": figure.csv.name,
         "markdown": tables.markdown(figure.table),
-        "table": figure.table,
     }
 
 

@@ -25,6 +25,9 @@ KEPT, BY_POLICY, BY_OBJECTIVE, OTHER = 0, 1, 2, 4
 COLOURS = {"policy": 6, "objective": 4}
 """Steps of each colour scale of report.css, for one sign."""
 BOUNDS = ("policy_shift_max", "objective_shift_min", "objective_shift_max")
+Bounds = tuple[float, float, float]
+Places = dict[tuple[Any, ...], int]
+"""Token id and text, or prompt, answer and family -> the place in its table."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,12 @@ def row_bytes(row: LoggedRow) -> int:
 
 
 def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, Any]:
-    """Returns everything assets/viewer.js needs, as plain JSON values.
+    """Returns everything assets/viewer.js needs of these runs and their labels, as plain JSON values.
 
     Token texts and prompts stand in one table each, and completions have places in them.
-
-    Args:
-        taken: the runs, in the order of the page.
-        labels: their names for people.
     """
-    tokens: dict[tuple[int, str | None], int] = {}
-    prompts: dict[tuple[str, str, str], int] = {}
+    tokens: Places = {}
+    prompts: Places = {}
     runs = []
     for label, part in zip(labels, taken, strict=True):
         bounds = bounds_of(part.run)
@@ -137,12 +136,7 @@ def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, An
     }
 
 
-def _row(
-    row: LoggedRow,
-    bounds: tuple[float, float, float] | None,
-    tokens: dict[tuple[int, str | None], int],
-    prompts: dict[tuple[str, str, str], int],
-) -> dict[str, Any]:
+def _row(row: LoggedRow, bounds: Bounds | None, tokens: Places, prompts: Places) -> dict[str, Any]:
     prompt = (str(row.get("prompt", "")), str(row.get("answer", "")), str(row.get("family", "")))
     ids, text = list(row.get("token_ids") or ()), str(row.get("completion", ""))
     texts: list[str | None] = list(row.get("tokens") or [None] * len(ids))
@@ -167,7 +161,7 @@ def _row(
     }
 
 
-def bounds_of(run: LoggedRun) -> tuple[float, float, float] | None:
+def bounds_of(run: LoggedRun) -> Bounds | None:
     """Returns (m_F below, m_H above, m_H below) if the run's selection tests each token alone, else None."""
     by_token = str(run.setting("algo.selection._target_")).endswith("capo.shift_bounds")
     policy, low, high = (run.setting(f"algo.selection.{name}") for name in BOUNDS)

@@ -1,0 +1,135 @@
+"""`python -m capo_exp.figures`: figures and tables from logged runs. Imports no torch."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import MISSING
+
+from capo_exp.cli import front
+from capo_exp.config.errors import ConfigError, RunFailed, error
+from capo_exp.config.ranges import Rule, one_of
+from capo_exp.config.schema import setting
+from capo_exp.core.intervals import Interval, Statistic
+from capo_exp.figures.curves import curves
+from capo_exp.figures.gallery import FIGURES, find_figure
+from capo_exp.figures.output import DrawnFigure, as_typed, write_figure
+from capo_exp.figures.page import compose
+from capo_exp.figures.study import X_LABELS, Study
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import find_runs, load_run, to_its_end
+
+USAGE = """\
+python -m capo_exp.figures runs=DIR[,DIR...] [figure=NAME,... key=value ...]
+
+Figures and tables from logged runs: NAME.png, .pdf, .csv, .md and .tex of each. Reads files, trains nothing.
+
+{keys}
+Figures:
+{figures}
+
+Exit status: 0, 1 = the disk failed, 2 = wrong input, or a figure that was asked for cannot be drawn.
+"""
+WEIGHTS = {"paper": None, "off": 1.0}
+"""Words for a weight of smoothing; None = as each figure has it."""
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return text in WEIGHTS or 0 < float(text) <= 1
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class FigureCommand:
+    """The keys of conf/figures.yaml, which says what each one means."""
+
+    runs: list[str] = setting(Rule(bool, "directories of runs, such as runs=outputs/tiny_figure_1"))
+    figure: list[str] = MISSING
+    output: str | None = MISSING
+    smoothing: str = setting(Rule(_is_weight, "paper, off or a number above 0 up to 1"))
+    statistic: str = setting(one_of(*get_args(Statistic)))
+    interval: str = setting(one_of(*get_args(Interval)))
+    x: str | None = setting(one_of(*X_LABELS))
+    keys: list[str] = MISSING
+    mix: bool = MISSING
+    report: str = setting(one_of("html", "none"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    line = front.CommandLine("figures", FigureCommand, _usage)
+    return front.run_command(partial(draw_figures, typed=as_typed(given)), line, given)
+
+
+def _usage() -> str:
+    listed = {", ".join(filter(None, (name, spec.alias))): spec for name, spec in FIGURES.items()}
+    said = {name: (spec.panels.__doc__ or "").removeprefix("Draws ") for name, spec in listed.items()}
+    lines = [f"  {name:24} {text.splitlines()[0].removesuffix('.')}" for name, text in said.items()]
+    return USAGE.replace("{figures}", "\n".join(lines))
+
+
+def draw_figures(command: FigureCommand, typed: str) -> int:
+    """Draws what the command asks for, and returns the exit status.
+
+    Args:
+        command: What to draw.
+        typed: The command as a shell takes it, which every file states.
+    """
+    asked = command.figure or (["metrics"] if command.keys else ["all"])
+    wanted = list(FIGURES) if asked == ["all"] else [find_figure(name) for name in asked]
+    for key in command.keys:
+        if names.meaning(key) is None:
+            raise error("keys", key, _nearest(key))
+    try:
+        paths = find_runs(command.runs)
+        runs = tuple(to_its_end(load_run(path)) for path in paths)
+        options: Any = {"statistic": command.statistic, "interval": command.interval}
+        weight = WEIGHTS[command.smoothing] if command.smoothing in WEIGHTS else float(command.smoothing)
+        drawn = tuple(curves(runs, mix=command.mix))
+        study = Study(runs, drawn, smoothing=weight, x=command.x, **options)
+        output = Path(command.output) if command.output else common_parent(paths) / "figures"
+        front.make_folder(output)
+        return _write(study, wanted, command, output, typed, every=asked == ["all"])
+    except OSError as failed:  # such as a full disk
+        raise RunFailed(str(failed)) from failed
+
+
+def _nearest(name: str) -> str:
+    """Says the few known metrics nearest to a wrong one: a list of all would be too long."""
+    choices, last = list(names.METRICS), name.rsplit("/", 1)[-1]
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) or [c for c in choices if last in c][:3]
+    return f"a metric; nearest: {', '.join(close)}" if close else "a metric of capo_exp/runs/metrics.py"
+
+
+def common_parent(paths: Sequence[Path]) -> Path:
+    """Returns the folder that all runs are in; of one run, the run itself."""
+    alike = len({path.is_absolute() for path in paths}) == 1
+    return Path(os.path.commonpath(paths if alike else [path.absolute() for path in paths]))
+
+
+def _write(
+    study: Study, wanted: Sequence[str], command: FigureCommand, output: Path, typed: str, *, every: bool
+) -> int:
+    """Draws and writes each figure that these runs have something for; says which they do not."""
+    drawn: list[DrawnFigure] = []
+    for name in wanted:
+        try:
+            picture = compose(name, study, command.keys if name == "metrics" else ())
+            drawn.append(write_figure(picture, output, typed))
+            sys.stdout.write(f"figure {name}: {drawn[-1].png}\n")
+        except ConfigError as lack:
+            stream = sys.stdout if every else sys.stderr
+            stream.write(f"figure {name}: {'skipped, ' if every else ''}{lack}\n")
+    if command.report == "html":
+        from capo_exp.figures.report.page import write_report  # jinja2 only for whoever asks for a page
+
+        sys.stdout.write(f"report: {write_report(study.runs, study.curves, drawn, output)}\n")
+    return 0 if len(drawn) == len(wanted) or (drawn and every) else 2
