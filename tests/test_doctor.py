@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from capo_exp.config import memory
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import RolloutGroup
-from capo_exp.grading import verifier as rewards
 from capo_exp.grading.compare import Grade
+from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.checkpoint import Checkpointer
@@ -149,7 +150,8 @@ def test_wandb_mode_and_why(
 
 def always(correct: bool) -> Callable[[Patch], None]:
     verdict = Grade(correct, "", "correct" if correct else "wrong")
-    return lambda patch: patch.setattr(rewards, "exact_match", lambda text, answer: verdict)
+    score, blind = ExactVerifier.score, ExactVerifier(lambda text, answer: verdict)
+    return lambda patch: patch.setattr(ExactVerifier, "score", lambda self, *given: score(blind, *given))
 
 
 def sampler_off_by(nats: float) -> Callable[[Patch], None]:
@@ -177,7 +179,13 @@ def engine_without_completions(patch: Patch) -> None:
 
 
 def forgetful_restore(patch: Patch) -> None:
-    patch.setattr(Checkpointer, "restore", lambda self, path, learner: (1, {}))
+    restore = Checkpointer.restore
+
+    def without_moments(self: Checkpointer, path: Path, device: torch.device) -> dict[str, Any]:
+        state = restore(self, path, device)
+        return state | {"optimizer": state["optimizer"] | {"state": {}}}
+
+    patch.setattr(Checkpointer, "restore", without_moments)
 
 
 def little_memory(patch: Patch) -> None:
@@ -414,7 +422,7 @@ def test_the_engine_is_closed_whatever_happens(
     def score(*_: object) -> None:
         raise ending
 
-    monkeypatch.setattr(rewards.ExactVerifier, "score", score)
+    monkeypatch.setattr(ExactVerifier, "score", score)
     if isinstance(ending, RuntimeError):
         assert examine()["reward"].seen == "RuntimeError: boom"
     else:

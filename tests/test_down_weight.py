@@ -58,11 +58,14 @@ def test_infinite_bounds_change_nothing():
     assert weights([1e9, 1e-9], [-1e9, 0.0], math.inf, math.inf) == [1.0, 1.0]
 
 
-def test_rows_take_their_weights_along():
+def test_rows_take_their_weights_along(random_batch):
     whole = Selection(torch.ones(3, 4, dtype=torch.bool), weights=torch.arange(12.0).view(3, 4) / 12)
-    part = whole.of_rows(torch.tensor([2, 0]), 3)
+    part = whole.of_rows(torch.tensor([2, 0]), random_batch(rows=2, length=3))
     assert torch.equal(part.weights, whole.weights[[2, 0], :3])
     values = torch.ones(2, 3)
     assert torch.equal(part.weighed(values), part.weights)
     assert torch.equal(Selection(whole.keep_mask).weighed(values), values)
-    assert replace(whole, weights=None).of_rows(torch.tensor([1]), 2).weights is None
+    assert (
+        replace(whole, weights=None).of_rows(torch.tensor([1]), random_batch(rows=1, length=2)).weights
+        is None
+    )

@@ -44,7 +44,7 @@ def _list_names(group: str) -> list[str]:
     """Returns the files of a group, those in its folders after its own; `_name` is a part of others."""
     loader = GlobalHydra.instance().config_loader()
     names = [name for name in loader.get_group_options(group) if not name.startswith("_")]
-    if group == "experiment":  # its folders only sort
+    if group.partition("/")[0] == "experiment":  # its folders only sort
         folders = loader.list_groups(group)
         names += [f"{folder}/{name}" for folder in folders for name in _list_names(f"{group}/{folder}")]
     return names
