@@ -118,7 +118,8 @@ def test_every_job_of_every_experiment_is_a_run_of_its_own_that_passes_the_check
         dash = "dash" in name  # the only paper that states its seed
         failures += expect(f"{name}: seeds", {c.seed for _, c in configs}, {42 if dash else 0})
         if sweep := composed(f"experiment={name}").sweep:
-            seeds = {"paper/extension_grid": "range(2)"}.get(name, None if dash else "range(5)")
+            own = {"paper/extension_grid": "range(2)", "study/real_rates": "10,11,12,13,14"}
+            seeds = own.get(name, None if dash else "range(5)")
             failures += expect(f"{name}: swept seeds", sweep.get("seed"), seeds)
     report_failures(failures)
 
@@ -149,7 +150,7 @@ def test_both_regimes_of_a_study_setting_ask_for_the_same_completions() -> None:
             for config in [composed(f"setting={setting}", f"regime={regime}").config]
         )
         assert conservative == pytest.approx(aggressive, rel=0.05), setting
-        assert aggressive == (9_600 if setting == "keywords_deep" else 19_200), setting
+        assert aggressive == {"keywords_deep": 9_600, "sums": 4_800}.get(setting, 19_200), setting
 
 
 # scale=tiny against the experiment itself.
