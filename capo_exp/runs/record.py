@@ -21,7 +21,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.files import write_atomic, write_json
 from capo_exp.runs.identity import as_dict, run_id, run_name
-from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.lock import is_locked
 
 FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
 FOLDERS = ("completions", "checkpoints", "evaluations", "wandb")
@@ -49,12 +49,6 @@ def run_status(run_dir: Path) -> str:
     record = read_record(run_dir) or {"status": "absent"}
     gone = record["status"] == "running" and not is_locked(run_dir)
     return "interrupted" if gone else record["status"]
-
-
-def amend(run_dir: Path, fields: Mapping[str, Any]) -> None:
-    """Changes fields of the run.json of a run that has ended."""
-    with locked(run_dir):
-        write_json(run_dir / "run.json", {**(read_record(run_dir) or {}), **fields})
 
 
 def clear(run_dir: Path) -> None:
