@@ -155,7 +155,7 @@ def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) ->
     """Draws means of four steps up to a run's last, which a cross marks if the run was ended early."""
     label, colour, dashes = LOOKS[method]
     if colour == "conf":
-        colour = str(OmegaConf.load(conf_dir() / "algo" / f"{method}.yaml")["colour"])
+        colour = OmegaConf.select(OmegaConf.load(conf_dir() / "algo" / f"{method}.yaml"), "colour")
     for curve in curves:
         m = {COMPLETIONS * t: 100 * value for t, value in means(curve).items()}
         panel.plot(list(m), list(m.values()), color=colour, linestyle=dashes, linewidth=0.7, alpha=0.45)
