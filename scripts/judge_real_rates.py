@@ -1,20 +1,45 @@
 """The measures of docs/study/real_weights.md, from the runs.parquet that benchmarks/many_runs.py writes.
 
-python scripts/judge_real_rates.py outputs/reference/smollm2/runs.parquet
+One file a task; --picture draws their curves, as docs/study_real_weights.png shows them:
+
+cd outputs/reference/smollm2
+python ../../../scripts/judge_real_rates.py sums/runs.parquet max_of_three/runs.parquet --picture curves.png
 """
 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, log10
+from math import inf, isfinite, log10
 from pathlib import Path
 from statistics import fmean, median
 
 import pyarrow.parquet as pq
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from capo_exp.config.schema import conf_dir
+from capo_exp.figures.style import DASHES, OTHER, SETTINGS, SPARE
 
 STEPS, COMPLETIONS = 50, 96
+PICTURE_RATE = 1e-3
+LOOKS = {
+    "grpo": ("GRPO", "conf", "-"),
+    "grpo_large_eps": ("GRPO, Adam's eps 1e-3", SPARE[3], "-"),
+    "measured": ("GRPO, measured step", SPARE[4], "-"),
+    "calibrated": ("GRPO, calibrated step", SPARE[0], "-"),
+    "predicted": ("GRPO, predicted step", OTHER, DASHES[2]),
+    "capo": ("CAPO", "conf", "-"),
+    "capo_no_upper": ("CAPO, no upper bound on m_H", SPARE[2], "-"),
+    "policy_bound": ("the bound on m_F alone", SPARE[1], DASHES[1]),
+}
+"""Method -> its label, colour and dashes in the picture; conf: the colour that every figure gives it."""
+
+Curves = dict[tuple[str, float, int], list[float]]
+"""(method, rate, seed) -> accuracy of each step."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +57,15 @@ class Measures:
     held: bool
 
 
+def means(accuracies: Sequence[float]) -> dict[int, float]:
+    """Returns the mean of the last four steps at each step that has four."""
+    return {t: fmean(accuracies[t - 4 : t]) for t in range(4, len(accuracies) + 1)}
+
+
 def measure(accuracies: Sequence[float], base: float) -> Measures:
     """Returns the measures of a whole run; steps that an early end left out count as 0."""
     a = [*accuracies, *[0.0] * (STEPS - len(accuracies))]
-    m = {t: fmean(a[t - 4 : t]) for t in range(4, STEPS + 1)}
+    m = means(a)
     final, end, peak = fmean(a[-12:]), fmean(a[-8:]), max(m.values())
     first_80 = next((t for t, value in m.items() if value >= 0.8), inf)
     first_90 = next((t for t, value in m.items() if value >= 0.9), STEPS)
@@ -57,8 +87,8 @@ def width(learning: Sequence[bool], rates: Sequence[float]) -> float:
     return max((log10(rates[j] / rates[i]) for i, j in runs), default=-1.0)
 
 
-def read_curves(path: Path) -> dict[tuple[str, float, int], list[float]]:
-    """Returns (method, rate, seed) -> accuracy of each step; of finished runs only."""
+def read_curves(path: Path) -> Curves:
+    """Returns the curves of a runs.parquet; of finished runs only."""
     columns = ["overrides", "state", "counter/rollout_step", "reward/accuracy"]
     found: dict[tuple[str, float, int], dict[int, float]] = defaultdict(dict)
     for row in pq.read_table(path, columns=columns).to_pylist():
@@ -70,10 +100,8 @@ def read_curves(path: Path) -> dict[tuple[str, float, int], list[float]]:
     return {key: [steps[t] for t in sorted(steps)] for key, steps in found.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path)
-    curves = read_curves(parser.parse_args().runs)
+def judge(curves: Curves) -> list[str]:
+    """Returns the table of one task, a line a cell, then where each method learns."""
     base = fmean(value for curve in curves.values() for value in curve[:2])
     cells: dict[tuple[str, float], list[Measures]] = defaultdict(list)
     for (method, rate, _), curve in sorted(curves.items()):
@@ -87,7 +115,8 @@ def main() -> None:
     lines.append("method, rate, seeds, F (median), P, end, C (median), dips, collapsed, held, learns, fast")
     for (method, rate), found in sorted(cells.items()):
         n, time = len(found), median(one.to_80 for one in found)
-        learns, fast = finals[method, rate] >= 0.9 * best, time <= 1.25 * fastest
+        learns = finals[method, rate] >= 0.9 * best
+        fast = time <= 1.25 * fastest if isfinite(fastest) else "undefined"
         counts = [sum(one.collapsed for one in found), sum(one.held for one in found)]
         lines.append(
             f"{method}, {rate:g}, {n}, {finals[method, rate]:.3f}, {median(m.peak for m in found):.3f}, "
@@ -101,7 +130,55 @@ def main() -> None:
         ]  # a missing cell does not
         at = ", ".join(f"{rate:g}" for rate, yes in zip(rates, learning, strict=True) if yes)
         lines.append(f"{method} learns at {at or 'no rate'}: {width(learning, rates):.2f} decades")
-    sys.stdout.write("\n".join(lines) + "\n")
+    return lines
+
+
+def draw(tasks: Mapping[str, Curves], target: Path) -> None:
+    """Draws the curves at PICTURE_RATE, a panel a task: every seed thin, the median of the seeds thick."""
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(9.6, 4.9), layout="constrained")
+        panels: list[Axes] = list(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0])
+        for panel, (task, curves) in zip(panels, tasks.items(), strict=True):
+            for method in LOOKS:
+                _draw_method(
+                    panel, method, [c for key, c in curves.items() if key[:2] == (method, PICTURE_RATE)]
+                )
+            panel.set(title=f"{task}, learning rate {PICTURE_RATE:g}", xlabel="completions", ylim=(-3, 103))
+            panel.set_xlim(0, COMPLETIONS * STEPS)
+        panels[0].set_ylabel("training accuracy, % (mean of 4 steps)")
+        lines, labels = panels[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=4, handlelength=2.4)
+        figure.savefig(target, pil_kwargs={"optimize": True})
+
+
+def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) -> None:
+    """Draws means of four steps up to a run's last, which a cross marks if the run was ended early."""
+    label, colour, dashes = LOOKS[method]
+    if colour == "conf":
+        colour = OmegaConf.select(OmegaConf.load(conf_dir() / "algo" / f"{method}.yaml"), "colour")
+    for curve in curves:
+        m = {COMPLETIONS * t: 100 * value for t, value in means(curve).items()}
+        panel.plot(list(m), list(m.values()), color=colour, linestyle=dashes, linewidth=0.7, alpha=0.45)
+        if len(curve) < STEPS:
+            panel.plot([max(m)], [m[max(m)]], "x", color=colour, markersize=5, clip_on=False)
+    last = max(len(curve) for curve in curves)
+    padded = [means([*curve, *[0.0] * (last - len(curve))]) for curve in curves]
+    middle = {COMPLETIONS * t: 100 * median(m[t] for m in padded) for t in padded[0]}
+    panel.plot(list(middle), list(middle.values()), color=colour, linestyle=dashes, linewidth=2, label=label)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--picture", type=Path, help="where to draw the curves")
+    arguments = parser.parse_args()
+    tasks = {path.parent.name: read_curves(path) for path in arguments.runs}
+    for task, curves in tasks.items():
+        sys.stdout.write("\n".join([f"{task}:", *judge(curves)]) + "\n")
+    if arguments.picture:
+        draw(tasks, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from capo_exp.figures.__main__ import main
 from capo_exp.runs.read import find_runs, load_run
+from scripts.judge_real_rates import judge, read_curves
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 FIGURES = sorted(path.stem for path in (REFERENCE / "paper_figure_1-tiny" / "figures").glob("*.csv"))
@@ -48,3 +50,21 @@ def test_they_are_whole_runs_of_one_clean_commit_and_small() -> None:
         assert len(run.metrics) == run.setting("num_steps") or given_up
         assert "/tmp" not in json.dumps([run.record, run.config])
     assert sum(path.stat().st_size for path in REFERENCE.rglob("*") if path.is_file()) < 3_000_000
+
+
+@pytest.mark.parametrize(("place", "task"), [(0, "sums"), (1, "max_of_three")])
+def test_the_page_on_real_weights_says_what_the_kept_runs_say(place: int, task: str) -> None:
+    page = (REFERENCE.parents[1] / "docs" / "study" / "real_weights_numbers.md").read_text()
+    table = re.findall(r"(?:^\|.*F \(median\).*\n)(?:^\|.*\n)+", page, re.MULTILINE)[place]
+    names, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines())
+    said = [dict(zip(names, row, strict=True)) for row in rows]
+    lines = judge(read_curves(REFERENCE / "smollm2" / task / "runs.parquet"))
+    names, *rows = (line.split(", ") for line in lines if line.count(", ") == 11)
+    judged = {(row[0], float(row[1])): dict(zip(names, row, strict=True)) for row in rows}
+    assert len(said) == len(judged) > 0
+    for row in said:
+        one = judged[row["method"].strip("`"), float(row["rate"])]
+        for name in ("F (median)", "P", "end"):
+            assert row[name] == one[name], (row, name)
+        assert [f"{row[name]}/3" for name in ("collapsed", "held")] == [one["collapsed"], one["held"]]
+        assert (row["learns"] == "yes") == (one["learns"] == "True")
