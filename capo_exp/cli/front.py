@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from omegaconf import DictConfig, OmegaConf
 
-from capo_exp.cli.compose import is_group
+from capo_exp.cli.compose import entries, guard, is_group
 from capo_exp.cli.errors import in_one_line
 from capo_exp.config.errors import ConfigError, error, suggest
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
@@ -41,15 +41,11 @@ complete -o nospace -o default -F _capo_exp_complete python python3
 """Hydra's own completion knows `python file.py` and installed programs, not `python -m`."""
 SHORT = {
     "-h": "--help", "-c": "--cfg", "-r": "--resolve", "-cd": "--config-dir", "-p": "--package",
-    "-i": "--info", "-m": "--multirun", "-sc": "--shell-completion", "-cn": "--config-name",
-    "-cp": "--config-path",
+    "-i": "--info", "-m": "--multirun", "-sc": "--shell-completion",
 }  # fmt: skip
 FLAGS = ("--help", "--cfg", "--resolve", "--config-dir", "--package", "--info", "--hydra-help")
 """Hydra's flags that every command takes."""
-SWEEP_FLAGS = (
-    *FLAGS, "--multirun", "--run", "--shell-completion", "--config-name", "--config-path", "--version",
-    "--experimental-rerun",
-)  # fmt: skip
+SWEEP_FLAGS = (*FLAGS, "--multirun", "--run", "--shell-completion", "--version")
 VALUES = {"--cfg": "job, hydra or all", "--config-dir": "a folder", "--package": "a key"}
 """Flags that take a value -> what is expected."""
 QUIET = {
@@ -162,12 +158,6 @@ def quoted(text: object) -> str:
     return f"'{escaped}'"
 
 
-def entries(value: str) -> list[str]:
-    """Splits `a,b` or `[a,b]`."""
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    return [entry.strip().strip("'\"") for entry in inner.split(",") if entry.strip()]
-
-
 def make_folder(path: Path) -> None:
     """Makes the folder of output=."""
     try:
@@ -233,6 +223,7 @@ def _split(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], l
         if flag == "--config-dir" and not Path(value).is_dir():
             raise ConfigError(f"{name} {value}: no such folder; expected one with YAML files as in conf/")
         found.append(f"{flag}={value}" if value else flag)
+    guard(others, [flag.removeprefix("--config-dir=") for flag in found if flag.startswith("--config-dir=")])
     return found, others
 
 

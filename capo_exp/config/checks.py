@@ -21,7 +21,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: one line, `key=value: expected ...`, for the first problem found.
     """
-    _check_ranges(config)
+    check_ranges(config)
+    _check_plugins(config)
     for key, part in build.find_parts(config):
         build.check_target(part, key=key)
     _check_batch(config)
@@ -47,13 +48,25 @@ def check_trains(config: TrainConfig) -> None:
         raise error("dataset.train_split", None, wanted)
 
 
-def _check_ranges(node: Any, prefix: str = "") -> None:
+def check_ranges(node: Any, prefix: str = "") -> None:
+    """Compares the values of a group and of those in it with the ranges of their fields.
+
+    Raises:
+        ConfigError: for the first that is not within.
+    """
     for field in fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if is_dataclass(value):
-            _check_ranges(value, f"{key}.")
+            check_ranges(value, f"{key}.")
         elif "range" in field.metadata:
             apply(field.metadata["range"], key, value)
+
+
+def _check_plugins(config: TrainConfig) -> None:
+    unasked = [name for name in config.plugins if name not in build.allowed_plugins()]
+    if unasked:
+        wanted = f"plugins=[{','.join(unasked)}] on the command line of this process: a file allows nothing"
+        raise error("plugins", f"[{','.join(unasked)}]", wanted)
 
 
 def _check_batch(config: TrainConfig) -> None:

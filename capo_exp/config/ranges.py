@@ -60,9 +60,11 @@ BETAS = Rule(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers 
 OPEN_BETAS = Rule(lambda v: len(v) == 2 and all(0 < b < 1 for b in v), "two numbers inside (0, 1)")
 DEVICE = matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
 GPUS = Rule(lambda v: all(re.fullmatch(r"[\w,-]+", d) for d in v), "a list of GPUs, such as [0,1]")
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-FOLDER = matches(_NAME, "the name of one folder: letters, digits, dot, underscore, hyphen")
-FOLDER_OR_EMPTY = matches(f"({_NAME})?", "empty, or a short name without spaces")
+_NAME, _LETTERS = r"[A-Za-z0-9][A-Za-z0-9._-]", "letters, digits, dot, underscore, hyphen"
+FOLDER = matches(f"{_NAME}{{0,99}}", f"the name of one folder: at most 100 {_LETTERS}")
+NAME = matches(f"{_NAME}{{0,39}}", f"a name that can be in that of a folder: at most 40 {_LETTERS}")
+NAME_OR_EMPTY = Rule(lambda v: v == "" or NAME.holds(v), f"empty, or at most 40 {_LETTERS}")
+NAME_OR_NULL = Rule(lambda v: v is None or NAME.holds(v), f"null, or at most 40 {_LETTERS}")
 ONE_LINE = matches(r".*", "one line of text")
 COLOUR = matches(r"(#[0-9a-fA-F]{6})?", "empty, or a colour as #rrggbb")
 MARKER = matches(

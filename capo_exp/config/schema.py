@@ -48,8 +48,8 @@ class AlgoConfig:
     Defaults here are neutral: they do nothing, so that a YAML shows only what its method has.
     """
 
-    name: str = MISSING
-    variant: str = setting(ranges.FOLDER_OR_EMPTY, default="")  # what selection=... put on top
+    name: str = setting(ranges.NAME)
+    variant: str = setting(ranges.NAME_OR_EMPTY, default="")  # what selection=... put on top
     label: str = setting(ranges.ONE_LINE, default="", result=False)  # empty = from name, variant
     colour: str = setting(ranges.COLOUR, default="", result=False)  # in figures, as the label
     marker: str = setting(ranges.MARKER, default="", result=False)
@@ -71,7 +71,7 @@ class AlgoConfig:
     reference_reset_every: int = setting(ranges.AT_LEAST_0, default=0)
     optimizer_reset_every: int = setting(ranges.AT_LEAST_0, default=0)
     aggregation: Part = MISSING
-    step_rule_name: str = ""  # what step_rule=... put on top
+    step_rule_name: str = setting(ranges.NAME_OR_EMPTY, default="")  # what step_rule=... put on top
     step_rule: Part = setting(default=_neutral("full_step"))
 
     @property
@@ -82,7 +82,7 @@ class AlgoConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     path: str = MISSING  # local directory, hub id, or pkg://... for what ships with this package
     revision: str | None = MISSING  # hub commit; null for local paths
     # From here the ARCHITECTURE, named as in the model's own config.json.
@@ -113,12 +113,14 @@ estimate, which reads no model, counts with them."""
 
 @dataclass
 class DatasetConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     # Directory with <name>/<split>.parquet or <split>.parquet; null = CAPO_DATA_DIR, else the hub.
     path: str | None = MISSING
     source: Part = MISSING  # (split) -> list[Problem]
-    train_split: str | None = MISSING  # null = a set to evaluate on, which nothing trains on
-    eval_split: str = MISSING
+    train_split: str | None = setting(
+        ranges.NAME_OR_NULL
+    )  # null = a set to evaluate on, which nothing trains on
+    eval_split: str = setting(ranges.NAME)
     # Which are the first num_problems of an evaluation.
     eval_order: str = setting(ranges.one_of("file", "shuffled"), default="file")
     levels: list[str] = setting(default=list)  # difficulties to train on, as in [3,4,5]; [] = all
@@ -136,7 +138,7 @@ class DatasetConfig:
 
 @dataclass
 class RegimeConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     learning_rate: float = setting(ranges.NON_NEGATIVE)  # peak of the schedule
     prompts_per_step: int = setting(ranges.AT_LEAST_1)
     group_size: int = setting(ranges.AT_LEAST_1)
@@ -144,7 +146,7 @@ class RegimeConfig:
 
 @dataclass
 class RolloutConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     engine: Part = MISSING  # samples; also what evaluation uses
     # rollout=vllm: null = an engine of the run's own, start = a server of its own
     server_url: str | None = setting(default=None, result=False)
@@ -166,7 +168,7 @@ class RolloutConfig:
 class RewardConfig:
     """Total reward = verifier + format_weight x format + length_weight x length; see grading/terms.py."""
 
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     verifier: Part = MISSING
     format: Part = setting(default=_neutral("no_format", "grading.terms"))  # (text) -> 0..1
     format_weight: float = setting(ranges.FINITE, default=0.0)  # 0 = the term is only logged
@@ -176,7 +178,7 @@ class RewardConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     betas: list[float] = setting(ranges.BETAS)
     eps: float = setting(ranges.POSITIVE)
     weight_decay: float = setting(ranges.NON_NEGATIVE)
@@ -222,7 +224,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggerConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     # auto = online with a key, offline without
     wandb_mode: str = setting(ranges.one_of("auto", "online", "offline", "disabled"))
     project: str = MISSING
@@ -262,6 +264,8 @@ class TrainConfig:
     output_dir: str = setting(ranges.not_empty("a directory"), result=False)
     overwrite: bool = setting(result=False)  # start again although a run with this identity exists
     plan_only: bool = setting(result=False)  # print the plan and stop
+    # Packages of a user's own that `_target_` may name; only the command line can allow them.
+    plugins: list[str] = setting(default=list, result=False)
     allow_overcommit: bool = setting(default=False, result=False)  # start although memory seems too small
 
 

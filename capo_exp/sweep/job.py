@@ -1,7 +1,7 @@
 """One job: check it, show the plan, train, show what came out; whatever goes wrong is an exit status.
 
-`python -m capo_exp.sweep.job < outputs/.../config.yaml` runs a recorded configuration;
-a sweep starts its jobs so.
+`python -m capo_exp.sweep.job < outputs/.../config.yaml` runs a recorded configuration; config/record.py says
+what its reader has to name. A sweep starts its jobs so.
 """
 
 import os
@@ -10,15 +10,14 @@ import traceback
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
-from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.config.record import read_config
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.record import run_status
 
@@ -77,25 +76,10 @@ def report(error: Exception) -> int:
     return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def read_config(text: str) -> TrainConfig:
-    """A resolved configuration, such as a run's config.yaml.
-
-    Raises:
-        ConfigError: It is not YAML, or not of this version's keys.
-    """
-    try:
-        given = OmegaConf.create(text)
-        if not isinstance(given, DictConfig):
-            raise ConfigError("standard input: expected a run's config.yaml")
-        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), given))  # pyright: ignore[reportArgumentType]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"standard input: {str(error).splitlines()[0]}; expected config.yaml") from error
-
-
 def main() -> int:
     """Runs the configuration on standard input."""
     try:
-        execute(read_config(sys.stdin.read()))
+        execute(read_config(sys.stdin.read(), sys.argv[1:]))
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -22,17 +22,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from capo_exp.config.build import allowed_plugins
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
+from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.files import write_atomic
-from capo_exp.runs.identity import as_dict, run_dir
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.processes import end_with_parent, forwarded_to
 from capo_exp.runs.read import read_jsonl
@@ -202,7 +204,7 @@ def _wait(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
         log.flush()
         end = log.tell()
         child = subprocess.Popen(
-            COMMAND,
+            [*COMMAND, "own=true", f"plugins=[{','.join(allowed_plugins())}]"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -213,7 +215,7 @@ def _wait(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
     with forwarded_to(child) as stopped, log_file.open("rb") as output:
         assert child.stdin is not None
         with suppress(BrokenPipeError), child.stdin as stdin:
-            stdin.write(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))).encode())
+            stdin.write(to_yaml(config).encode())
         output.seek(end)
         while (code := child.poll()) is None:
             _copy(output, echo)
