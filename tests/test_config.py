@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING
 
-from capo_exp.config import build
 from capo_exp.config.build import find_parts, needs_reference
 from capo_exp.config.checks import check
 from capo_exp.config.declare import compares_group, needs_kl
@@ -307,7 +306,7 @@ def test_what_changes_no_result_says_so() -> None:
     assert unimportant == {
         "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
         "checkpoint", "sweep", "stop_after_unrewarded", "experiment_name", "output_dir", "overwrite",
-        "plan_only", "allow_overcommit",
+        "plan_only", "plugins", "allow_overcommit",
     }  # fmt: skip
 
 
@@ -331,7 +330,7 @@ def charged(rewards: float, *, beta: float) -> float:
 
 
 def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "tests"])
+    monkeypatch.setenv("CAPO_EXP_PLUGINS", "tests")
     config = composed("algo=reinforce", "regime.group_size=1", "algo.reference_reset_every=5")
     algo = config.algo
     algo.shaping = {"_target_": f"{__name__}.charged", "_partial_": True, "beta": 0}

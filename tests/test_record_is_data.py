@@ -1,4 +1,4 @@
-"""A configuration is data, also a stranger's: it runs nothing, reads no secret, names no place and no path."""
+"""A configuration is data, also a stranger's: it runs nothing, reads no secret and names no place."""
 
 import io
 import json
@@ -28,23 +28,26 @@ from capo_exp.sweep import job
 from tests.figure_pieces import write_run
 
 Values = dict[str, Any]
-TARGETS: list[Any] = """
+LISTED = """
 os.system os.execv os.remove posix.system nt.system subprocess.run subprocess.Popen subprocess.check_output
-distutils.spawn.spawn builtins.exec builtins.eval builtins.open builtins.__import__ builtins.print pickle.loads
-marshal.loads joblib.load numpy.load pandas.read_pickle torch.load torch.hub.load yaml.unsafe_load shutil.rmtree
-shutil.copyfile urllib.request.urlretrieve urllib.request.urlopen sympy.sympify importlib.import_module
-runpy.run_path code.interact pty.spawn webbrowser.open ctypes.CDLL socket.create_connection
-pathlib.Path.write_text pathlib.Path.touch logging.FileHandler logging.config.dictConfig hydra.utils.call
-hydra.utils.instantiate hydra_plugins.evil.Sweeper omegaconf.OmegaConf.load timeit.timeit multiprocessing.Process
-transformers.AutoModel.from_pretrained huggingface_hub.snapshot_download datasets.load_dataset evil.run
-capo_exp capo_exp_evil.run tests.pieces.prompt capo_exp.runs.files.write_atomic capo_exp.config.build.os.system
-capo_exp.algorithms.protocols.build_part capo_exp.algorithms.grpo.os.system capo_exp.grading.verifier.partial
-capo_exp.grading.verifier._grade_pair capo_exp.rollout.vllm_server.start_server capo_exp.rollout.guard.main
+distutils.spawn.spawn builtins.exec builtins.eval builtins.open builtins.__import__ builtins.print
+pickle.loads marshal.loads joblib.load numpy.load pandas.read_pickle torch.load torch.hub.load
+yaml.unsafe_load shutil.rmtree shutil.copyfile urllib.request.urlretrieve urllib.request.urlopen
+sympy.sympify importlib.import_module runpy.run_path code.interact pty.spawn webbrowser.open ctypes.CDLL
+socket.create_connection pathlib.Path.write_text pathlib.Path.touch logging.FileHandler
+logging.config.dictConfig hydra.utils.call hydra.utils.instantiate hydra_plugins.evil.Sweeper
+omegaconf.OmegaConf.load timeit.timeit multiprocessing.Process transformers.AutoModel.from_pretrained
+huggingface_hub.snapshot_download datasets.load_dataset evil.run capo_exp capo_exp_evil.run
+tests.pieces.prompt capo_exp.runs.files.write_atomic capo_exp.config.build.os.system
+capo_exp.algorithms.protocols.build_part capo_exp.algorithms.grpo.os.system
+capo_exp.grading.verifier.partial capo_exp.grading.verifier._grade_pair
+capo_exp.rollout.vllm_server.start_server capo_exp.rollout.guard.main
 capo_exp.rollout.vllm_process.subprocess.Popen capo_exp.sweep.sweep.Submission capo_exp.data.rows.read_hub
 capo_exp.data.math_problems.read_hub capo_exp.data.math_problems.ProblemSet.__call__
 capo_exp.algorithms.neutral.keep_all.__globals__ capo_exp..os.system . capo_exp/algorithms/neutral.keep_all
 capo_exp.algorithms.neutral.keep_all( ${oc.env:EVIL}
-""".split()
+"""
+TARGETS: list[Any] = [*LISTED.split()]
 TARGETS += ["", "os.system\n", " os.system", 42, None, ["os", "system"]]
 DEPTHS: dict[str, Callable[[Values, Values], object]] = {
     "a part": lambda values, node: values["reward"].update(verifier=node),
@@ -240,8 +243,9 @@ def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "text", ["${oc.env:HF_TOKEN} {problem}", r"\${seed} {problem}", "${hydra:job.name}{problem}", "${{problem}", "${seed}{problem}"]
-)  # fmt: skip
+    "text",
+    ["${oc.env:HF_TOKEN} {problem}", r"\${seed} {problem}", "${hydra:job.name}{problem}", "${{problem}"],
+)
 def test_an_interpolation_in_a_record_is_text(
     text: str, values: Values, record: Callable[[Values], Path]
 ) -> None:
@@ -277,7 +281,7 @@ def test_a_record_names_no_place(
     node[name] = value
     text = json.dumps(values)
     assert run_job(text) == 2
-    line = f"{key}={value}: stands in a record only, whose servers, paths and hub ids are not used; expected {key}="
+    line = f"{key}={value}: stands in a record only, whose servers, paths and hub ids are not used; expected"
     assert line in capsys.readouterr().err
     assert _at(read_config(text, [f"{key}={value}"]), key) == value
     assert _at(read_config(text, ["own=true"]), key) == value
@@ -295,8 +299,8 @@ def _at(config: Any, key: str) -> Any:
 
 
 def test_an_evaluation_goes_on_without_the_places_of_a_record(
-    values: Values, record: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    values: Values, record: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checkpoint needs no model.path; the base model, whose place only the record knows, is left out."""
     seen: list[tuple[str, list[str]]] = []
 

@@ -28,9 +28,9 @@ CHILD = """
 import json, os, pathlib, signal, sys, time, yaml
 c = yaml.safe_load(sys.stdin)
 print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
-from capo_exp.sweep.job import read_config
+from capo_exp.config.record import read_config
 from capo_exp.runs.identity import run_dir
-folder = run_dir(read_config(yaml.safe_dump(c)))
+folder = run_dir(read_config(yaml.safe_dump(c), sys.argv[1:]))
 def record(status):
     (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
 pathlib.Path("jobs.txt").open("a").write(f"{os.getpid()} {c['seed']} {c['regime']['learning_rate']}\\n")

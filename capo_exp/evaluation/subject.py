@@ -130,7 +130,7 @@ def evaluate_targets(
         command: how to sample.
         configs: one a benchmark; they differ in data, lengths and reward.
         targets: weights.
-        trained_on: `dataset` of a run's config.yaml, whose training problems are looked for in the benchmarks.
+        trained_on: `dataset` of a run's config.yaml; its training problems are looked for in the benchmarks.
         tell: takes lines of progress.
 
     Raises:
