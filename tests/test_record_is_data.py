@@ -115,7 +115,7 @@ def run_job(text: str, *arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(text))
         patch.setattr(sys, "argv", ["job", *arguments])
-        return job.main()
+        return job.main(lambda _: None)
 
 
 def run_training(*arguments: str) -> int:

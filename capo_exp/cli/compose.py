@@ -41,6 +41,8 @@ def guard(words: Sequence[str], folders: Sequence[str]) -> None:
     given = [word.lstrip("+").partition("=")[::2] for word in words]
     allow_plugins(entries(([""] + [value for key, value in given if key == "plugins"])[-1]))
     for key, value in given:
+        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
+            raise error(key, value, "output_dir=..., below which each run makes a folder of its own")
         if key.startswith("hydra"):
             for target in re.findall(r"_target_['\"]?\s*[=:]\s*['\"]?([^\s,}'\"]*)", f"{key}={value}"):
                 if not re.fullmatch(HYDRAS, target):

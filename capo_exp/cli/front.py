@@ -18,14 +18,15 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from capo_exp.cli.compose import entries, guard, is_group
+from capo_exp.cli.compose import entries, find_choices, guard, is_group
 from capo_exp.cli.errors import in_one_line
 from capo_exp.config.errors import ConfigError, error, suggest
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
-from capo_exp.sweep.job import SHORT_ERRORS, full_error, report
+from capo_exp.sweep.job import SHORT_ERRORS, execute, full_error, report
 
 COMPLETION = """\
 _capo_exp_complete() {
@@ -84,12 +85,37 @@ def run_training() -> int:
     def call() -> None:
         flags, words = _split(arguments, SWEEP_FLAGS)
         register()
-        _call_hydra(sweep.task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+        _call_hydra(task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
 
+    status = 1
     try:
-        return exit_status(call)
+        status = exit_status(call)
     finally:
-        sweep.conclude()
+        ran = sweep.conclude()
+    if ran or status:
+        return status
+    sys.stderr.write(
+        "no job: expected values to sweep over, which range(0) or a glob without a match has not\n"
+    )
+    return 2
+
+
+def task(cfg: DictConfig) -> float | None:
+    """What Hydra calls: once for a run, once for each job of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.run_job(cfg)
+    try:
+        execute(to_config(cfg), draw_run)
+    except Exception as raised:
+        raise SystemExit(report(raised)) from None
+    return None
+
+
+def draw_run(directory: Path) -> None:
+    """Draws the picture of a run; matplotlib is imported when it is needed."""
+    from capo_exp.cli.figures import plot_run
+
+    plot_run(directory)
 
 
 def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
@@ -136,7 +162,12 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
 def exit_status(call: Callable[[], int | None]) -> int:
     """Calls, turns an error into a message on stderr, and returns the exit status."""
     try:
-        return call() or 0
+        status = call() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `--help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except sweep.JobFailed as failed:
         return failed.status
     except KeyboardInterrupt:
@@ -146,10 +177,22 @@ def exit_status(call: Callable[[], int | None]) -> int:
 
 
 def choose_by_slash(argument: str) -> str:
-    """Writes `rollout.correction=token_mask` as Hydra wants the choice of a nested group: with a slash."""
+    """Writes `rollout.correction=token_mask` as Hydra wants the choice of a nested group: with a slash.
+
+    Raises:
+        ConfigError: it names no choice, such as `reward=123`, or no key, or has text that wants quotes.
+    """
     key, equals, value = argument.partition("=")
-    group = key.replace(".", "/")
-    return f"{group}={value}" if equals and "." in key and value[:1] != "{" and is_group(group) else argument
+    if not key.strip("+~"):
+        raise ConfigError(f"{argument or repr(argument)}: expected key=value")
+    if not value.isascii() and not re.search(r"[\"']", value):
+        raise ConfigError(f"{argument}: expected quotes around such text, as in {key}='\"{value}\"'")
+    group = key.lstrip("+").replace(".", "/")
+    if not equals or value[:1] == "{" or not is_group(group):
+        return argument
+    if re.fullmatch(r"[\d\s.,_eE+-]*\d[\d\s.,_eE+-]*|\[.*\]", value):
+        raise ConfigError(f"{argument}: expected a choice of {group}; {suggest(value, find_choices(group))}")
+    return f"{group}={value}" if "." in key and key[0] != "+" else argument
 
 
 def quoted(text: object) -> str:
@@ -249,10 +292,10 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
             yield f"{key}={_value(kinds[key], value)}"
         elif key.lstrip("+").startswith(line.others or ("=",)):
             lists["overrides"].append(choose_by_slash(word).replace("${", "\\${"))
-        elif line.words and not equals:
+        elif line.words and not equals and word.strip():
             lists[line.words].append(word)
         else:
-            yield word
+            yield choose_by_slash(word)
     yield from (f"{key}=[{','.join(map(quoted, values))}]" for key, values in lists.items() if values)
     for flag in flags:
         name, _, value = flag.partition("=")

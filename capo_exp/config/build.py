@@ -95,7 +95,7 @@ def _build(node: Any, key: str) -> Any:
 
 
 def check_parts(config: TrainConfig) -> None:
-    """Compares all parts with their functions, which imports torch.
+    """Compares all parts with their functions and with what stands in their place, which imports torch.
 
     Raises:
         ConfigError: as check_part, for the first that does not fit.
@@ -108,6 +108,47 @@ def check_parts(config: TrainConfig) -> None:
                 raise
             goes = f"selection={config.algo.variant} goes on an algorithm without one, such as algo=grpo"
             raise ConfigError(f"{failure} ({goes})") from failure
+    groups = {field.name: getattr(config, field.name) for field in fields(config)}
+    for group, values in groups.items():
+        for field in fields(values) if is_dataclass(values) else ():
+            part = getattr(values, field.name)
+            if "like" in field.metadata and part is not None:
+                _check_place(part, f"{group}.{field.name}", field.metadata["like"])
+
+
+def _check_place(part: Mapping[str, Any], key: str, like: str) -> None:
+    """Refuses a part of another kind than one that fits: a loss where an advantage has to be.
+
+    A function of ours has the same parameters and result, a class is of the same room; of those of a user's
+    package the number of parameters is compared.
+    """
+    found, model = locate(part, key), locate({"_target_": like}, key)
+    bound = {name: None for name in part if name not in MARKS}
+    if isinstance(model, type):
+        fits = not found.__module__.startswith("capo_exp.") or _room(found) == _room(model)
+    elif isinstance(found, FunctionType) and found.__module__.startswith("capo_exp."):
+        fits = _shape(found) == _shape(model)
+    else:
+        try:
+            inspect.signature(found).bind(*_shape(model)[0], **bound)
+            fits = True
+        except TypeError:
+            fits = False
+    if not fits:
+        raise error(f"{key}._target_", part["_target_"], f"a part that is called like {like}")
+
+
+def _room(function: Any) -> str:
+    return function.__module__.split(".")[1]
+
+
+def _shape(function: Callable[..., Any]) -> tuple[list[str], str]:
+    """Returns the names of what a caller passes by position, and the annotation of the result."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    return [
+        each.name for each in parameters if each.kind is not each.KEYWORD_ONLY
+    ], signature.return_annotation
 
 
 def check_part(part: Mapping[str, Any], *, key: str) -> None:

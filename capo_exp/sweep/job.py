@@ -7,6 +7,7 @@ what its reader has to name. A sweep starts its jobs so.
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -26,8 +27,8 @@ SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 the user had not set the first; a sweep's processes inherit both."""
 
 
-def execute(config: TrainConfig) -> None:
-    """Checks, shows the plan, trains.
+def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
+    """Checks, shows the plan, trains; `draw` makes the picture of a run directory.
 
     Raises:
         ConfigError: The configuration is wrong; nothing was written.
@@ -40,24 +41,23 @@ def execute(config: TrainConfig) -> None:
         return
     if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config), fresh=False)
+        show(run_dir(config), draw, fresh=False)
         return
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
     from capo_exp.training.loop import run  # torch, so only now
 
-    show(run(config), fresh=True)
+    show(run(config), draw, fresh=True)
 
 
-def show(directory: Path, *, fresh: bool) -> None:
+def show(directory: Path, draw: Callable[[Path], None], *, fresh: bool) -> None:
     """Draws the run and says what came out and where it is."""
     from rich.console import Console
 
-    from capo_exp.figures.plots import plot_run
     from capo_exp.runs.console import summary_table
 
     if fresh or not (directory / "run.png").exists():
-        plot_run(directory)
+        draw(directory)
     Console().print(summary_table(directory))
 
 
@@ -76,10 +76,10 @@ def report(error: Exception) -> int:
     return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def main() -> int:
+def main(draw: Callable[[Path], None]) -> int:
     """Runs the configuration on standard input."""
     try:
-        execute(read_config(sys.stdin.read(), sys.argv[1:]))
+        execute(read_config(sys.stdin.read(), sys.argv[1:]), draw)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -88,4 +88,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from capo_exp.cli.front import draw_run
+
+    raise SystemExit(main(draw_run))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -35,11 +35,11 @@ from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.identity import run_dir
-from capo_exp.runs.lock import locked
+from capo_exp.runs.lock import is_locked, locked
 from capo_exp.runs.processes import end_with_parent, forwarded_to
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import run_status
-from capo_exp.sweep.job import execute, report
+from capo_exp.sweep.job import report
 from capo_exp.sweep.table import WIDTH, RunSummary, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
@@ -47,6 +47,8 @@ FOLDER = "CAPO_EXP_SWEEP"
 COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
 POLL_SECONDS = 0.2
 TAIL_LINES = 8
+CHECKED_JOBS, CHECK_SECONDS = 500, 20.0
+"""Most jobs that are checked before the first starts, and how long it may take."""
 
 
 class JobFailed(Exception):
@@ -85,28 +87,29 @@ class Submission(Callback):
         jobs = list_jobs(config, loader)
         shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
         wrong: dict[int, str] = {}
-        try:
-            for number, overrides in enumerate(jobs):
-                try:
-                    check(to_config(_composed(loader, config, overrides)))
-                except ConfigError as error:
-                    wrong[number] = str(error)
-                    sys.stderr.write(f"job {number} cannot run: {error}\n")
-        except (HydraException, OmegaConfBaseException):
-            pass  # the sweeper composes all jobs next, and ends with this error
+        with suppress(HydraException, OmegaConfBaseException):  # the sweeper composes all next, and says so
+            _find_wrong(loader, config, jobs, wrong)
         about = {"count": len(jobs), "shared": sorted(shared), "wrong": wrong}
         write_atomic(folder / "jobs.json", json.dumps(about))
 
 
-def task(cfg: DictConfig) -> float | None:
-    """What Hydra calls: once for a run, once for each job of a sweep."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_job(cfg)
-    try:
-        execute(to_config(cfg))
-    except Exception as error:
-        raise SystemExit(report(error)) from None
-    return None
+def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wrong: dict[int, str]) -> None:
+    """Checks the jobs before the first starts, for as long as someone would wait, and adds what is wrong."""
+    began = time.monotonic()
+    for number, overrides in enumerate(jobs):
+        try:
+            check(to_config(_composed(loader, config, overrides)))
+        except ConfigError as error:
+            wrong[number] = str(error)
+            sys.stderr.write(f"job {number} cannot run: {error}\n")
+        seconds = time.monotonic() - began
+        if number == CHECKED_JOBS or seconds > CHECK_SECONDS:
+            about = timedelta(seconds=round(seconds / (number + 1) * len(jobs)))
+            text = (
+                f"the first {number + 1} of {len(jobs):,} jobs are checked; Hydra composes all of them before"
+            )
+            sys.stderr.write(f"{text} the first starts, in about {about}\n")
+            return
 
 
 def read_from_copies(loader: Any, folder: Path) -> None:
@@ -163,7 +166,7 @@ def run_job(cfg: DictConfig) -> float | None:
     except KeyboardInterrupt:
         _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
         raise
-    failed = state not in ("finished", "planned")
+    failed = state not in ("finished", "planned", "running")
     details = "\n".join(_tail(Path(directory) / "log.txt")) if failed else ""
     _record(EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details))
     if failed:
@@ -172,7 +175,7 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
-    """Returns finished | planned | refused (a wrong configuration) | failed."""
+    """Returns finished | planned | running (in another sweep) | refused (a wrong configuration) | failed."""
     if config.plan_only:
         say("\n".join(plan(config)))
         return "planned"
@@ -180,15 +183,24 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
     if run_status(directory) == "finished" and not config.overwrite:
         say("this run is finished; overwrite=true repeats it")
         return "finished"
+    if is_locked(directory):
+        return _leave(directory)
     with ExitStack() as stack:
         env = environment(take_device(config.sweep.devices, stack), parallel)
         code = _wait(config, env, echo=parallel == 1)
     if code == 0:
         say(f"job {number} finished: {directory}")
+    elif code == 2 and is_locked(directory):  # another began it in this moment
+        return _leave(directory)
     else:
         tail = "" if parallel == 1 else "\n".join(["", *_tail(directory / "log.txt")])
         say(f"job {number} failed with exit status {code}: {directory}/log.txt{tail}")
     return {0: "finished", 2: "refused"}.get(code, "failed")
+
+
+def _leave(directory: Path) -> str:
+    say(f"another process is at this run, which is left to it: {directory}")
+    return "running"
 
 
 def _wait(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
@@ -268,9 +280,9 @@ def objective(config: TrainConfig) -> float | None:
     return None
 
 
-def conclude() -> None:
-    """Shows what came of the jobs and removes what they shared; does nothing if there was no sweep."""
-    folder = Path(os.environ.pop(FOLDER, ""))
+def conclude() -> bool:
+    """Shows what came of the jobs and removes what they shared; returns False for a sweep without a job."""
+    folder, results = Path(os.environ.pop(FOLDER, "")), []
     if folder.name:
         count = _jobs(folder)["count"]
         results = [EndedJob(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
@@ -279,6 +291,7 @@ def conclude() -> None:
             Console(width=None if sys.stdout.isatty() else WIDTH).print(runs_table(list(map(_line, shown))))
         if 0 < len(results) < count:
             say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
+    return not folder.name or bool(results)
 
 
 def _line(result: EndedJob) -> RunSummary:
