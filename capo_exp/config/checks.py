@@ -155,8 +155,8 @@ def _check_architecture(model: ModelConfig, path: Path) -> None:
     known = stated if isinstance(stated, dict) else {}
     wrong = [name for name in ARCHITECTURE if known.get(name, getattr(model, name)) != getattr(model, name)]
     if wrong:
-        wanted = " ".join(f"model.{name}={json.dumps(known[name])}" for name in wrong)
-        raise error("model.path", model.path, f"{wanted.replace('"', '')}, as its config.json says")
+        wanted = " ".join(f"model.{name}={json.dumps(known[name])}" for name in wrong).replace('"', "")
+        raise error("model.path", model.path, f"{wanted}, as its config.json says")
 
 
 def _check_algorithm(config: TrainConfig) -> None:
