@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from capo_exp.cli.compose import compose_config, find_choices, guard
 from capo_exp.cli.errors import in_one_line
-from capo_exp.cli.front import choose_by_slash
+from capo_exp.cli.words import choose_by_slash
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan

@@ -12,6 +12,7 @@ from rich.console import Console
 from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
+from capo_exp.cli.words import quoted
 from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import find_unnamed, refuse_place
@@ -122,7 +123,7 @@ def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
         unnamed = dict(find_unnamed(run, command.overrides))
         base = command.base and "model.path" not in unnamed
         targets = _targets(replace(command, base=base), directory, run)
-        own = [] if base else [f"model.path={front.quoted(targets[0].weights)}", "model.revision=null"]
+        own = [] if base else [f"model.path={quoted(targets[0].weights)}", "model.revision=null"]
         names = command.benchmarks or [run["dataset"]["name"]]
         overrides = [*own, *command.overrides]
         configs = [benchmark_config(n, overrides, run=run, config_dir=command.config_dir) for n in names]

@@ -21,9 +21,9 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from capo_exp.cli.compose import entries, find_choices, guard, is_group
 from capo_exp.cli.errors import in_one_line
-from capo_exp.config.errors import ConfigError, error, suggest
+from capo_exp.cli.words import FLAGS, SWEEP_FLAGS, choose_by_slash, quoted, split_flags, write_value
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
 from capo_exp.sweep.job import SHORT_ERRORS, execute, full_error, report
@@ -40,15 +40,6 @@ COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F _capo_exp_complete python python3
 """
 """Hydra's own completion knows `python file.py` and installed programs, not `python -m`."""
-SHORT = {
-    "-h": "--help", "-c": "--cfg", "-r": "--resolve", "-cd": "--config-dir", "-p": "--package",
-    "-i": "--info", "-m": "--multirun", "-sc": "--shell-completion",
-}  # fmt: skip
-FLAGS = ("--help", "--cfg", "--resolve", "--config-dir", "--package", "--info", "--hydra-help")
-"""Hydra's flags that every command takes."""
-SWEEP_FLAGS = (*FLAGS, "--multirun", "--run", "--shell-completion", "--version")
-VALUES = {"--cfg": "job, hydra or all", "--config-dir": "a folder", "--package": "a key"}
-"""Flags that take a value -> what is expected."""
 QUIET = {
     "defaults": [{"override hydra/hydra_logging": "none"}, {"override hydra/job_logging": "none"}],
     "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
@@ -83,9 +74,15 @@ def run_training() -> int:
         os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])
 
     def call() -> None:
-        flags, words = _split(arguments, SWEEP_FLAGS)
+        flags, words = split_flags(arguments, SWEEP_FLAGS)
         register()
-        _call_hydra(task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+        try:
+            _call_hydra(task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+        except OSError as failed:
+            if failed.filename is None or "--multirun" not in flags:
+                raise
+            wanted = "expected output_dir to be a directory that can be written"
+            raise ConfigError(f"{failed.filename}: {failed.strerror}; {wanted}") from failed
 
     status = 1
     try:
@@ -136,7 +133,7 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
         found.append((config, dict(HydraConfig.get().sweeper.params or {})))
 
     def call() -> int:
-        flags, words = _split(given, FLAGS)
+        flags, words = split_flags(given, FLAGS)
         register()
         if line.schema is TrainConfig:
             overrides = [*map(choose_by_slash, words), *flags]
@@ -174,31 +171,6 @@ def exit_status(call: Callable[[], int | None]) -> int:
         return 130
     except Exception as raised:
         return report(raised)
-
-
-def choose_by_slash(argument: str) -> str:
-    """Writes `rollout.correction=token_mask` as Hydra wants the choice of a nested group: with a slash.
-
-    Raises:
-        ConfigError: it names no choice, such as `reward=123`, or no key, or has text that wants quotes.
-    """
-    key, equals, value = argument.partition("=")
-    if not key.strip("+~"):
-        raise ConfigError(f"{argument or repr(argument)}: expected key=value")
-    if not value.isascii() and not re.search(r"[\"']", value):
-        raise ConfigError(f"{argument}: expected quotes around such text, as in {key}='\"{value}\"'")
-    group = key.lstrip("+").replace(".", "/")
-    if not equals or value[:1] == "{" or not is_group(group):
-        return argument
-    if re.fullmatch(r"[\d\s.,_eE+-]*\d[\d\s.,_eE+-]*|\[.*\]", value):
-        raise ConfigError(f"{argument}: expected a choice of {group}; {suggest(value, find_choices(group))}")
-    return f"{group}={value}" if "." in key and key[0] != "+" else argument
-
-
-def quoted(text: object) -> str:
-    """Writes any text as a value of Hydra's grammar."""
-    escaped = str(text).replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def make_folder(path: Path) -> None:
@@ -243,33 +215,6 @@ def _argv(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _split(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns flags, as --flag or --flag=value, and the rest, for Hydra's parser takes no mixture of the two.
-
-    Raises:
-        ConfigError: an unknown flag, or a wrong value of one.
-    """
-    found, others, rest = [], [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        flag = SHORT.get(name, name)
-        if not argument.startswith("-"):
-            others.append(argument)
-            continue
-        if flag not in flags:
-            raise ConfigError(f"{argument}: no flag of this command; {suggest(name, flags)}")
-        if not equals and rest and (flag in VALUES or (flag == "--info" and "=" not in rest[0])):
-            value = rest.pop(0)
-        if flag in VALUES and (not value or (flag == "--cfg" and value not in ("job", "hydra", "all"))):
-            raise ConfigError(f"{name} {value}".strip() + f": expected {VALUES[flag]}")
-        if flag == "--config-dir" and not Path(value).is_dir():
-            raise ConfigError(f"{name} {value}: no such folder; expected one with YAML files as in conf/")
-        found.append(f"{flag}={value}" if value else flag)
-    guard(others, [flag.removeprefix("--config-dir=") for flag in found if flag.startswith("--config-dir=")])
-    return found, others
-
-
 def _refuse_sweep(swept: dict[str, Any], arguments: Sequence[str]) -> None:
     for key, values in swept.items():
         if not any(argument.startswith(f"{key}=") for argument in arguments):
@@ -289,7 +234,7 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
     for word in words:
         key, equals, value = word.partition("=")
         if equals and key in kinds:
-            yield f"{key}={_value(kinds[key], value)}"
+            yield f"{key}={write_value(kinds[key], value)}"
         elif key.lstrip("+").startswith(line.others or ("=",)):
             lists["overrides"].append(choose_by_slash(word).replace("${", "\\${"))
         elif line.words and not equals and word.strip():
@@ -303,11 +248,3 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
             yield flag
         elif "config_dir" in kinds:
             yield f"config_dir={quoted(Path(value).absolute())}"
-
-
-def _value(kind: Any, text: str) -> str:
-    if kind == list[str]:
-        return f"[{','.join(map(quoted, entries(text)))}]"
-    if kind == str | None and text in ("", "null"):
-        return "null"
-    return quoted(text) if kind in (str, str | None) and text[:1] not in ("'", '"') else text

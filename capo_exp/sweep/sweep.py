@@ -5,11 +5,10 @@ here they get the YAML files as they were at the start, a process, a log and a G
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -26,27 +25,22 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from capo_exp.config.build import allowed_plugins
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
-from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.identity import run_dir
-from capo_exp.runs.lock import is_locked, locked
-from capo_exp.runs.processes import end_with_parent, forwarded_to
+from capo_exp.runs.lock import is_locked
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import run_status
 from capo_exp.sweep.job import report
+from capo_exp.sweep.processes import environment, read_tail, say, take_device, wait_for_job
 from capo_exp.sweep.table import WIDTH, RunSummary, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
 """Environment variable: what the processes of one sweep share; a launcher hands it on to its workers."""
-COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
-POLL_SECONDS = 0.2
-TAIL_LINES = 8
 CHECKED_JOBS, CHECK_SECONDS = 500, 20.0
 """Most jobs that are checked before the first starts, and how long it may take."""
 
@@ -167,7 +161,7 @@ def run_job(cfg: DictConfig) -> float | None:
         _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
         raise
     failed = state not in ("finished", "planned", "running")
-    details = "\n".join(_tail(Path(directory) / "log.txt")) if failed else ""
+    details = "\n".join(read_tail(Path(directory) / "log.txt")) if failed else ""
     _record(EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details))
     if failed:
         raise JobFailed(2 if state == "refused" else 1)
@@ -187,13 +181,13 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
         return _leave(directory)
     with ExitStack() as stack:
         env = environment(take_device(config.sweep.devices, stack), parallel)
-        code = _wait(config, env, echo=parallel == 1)
+        code = wait_for_job(config, env, echo=parallel == 1)
     if code == 0:
         say(f"job {number} finished: {directory}")
     elif code == 2 and is_locked(directory):  # another began it in this moment
         return _leave(directory)
     else:
-        tail = "" if parallel == 1 else "\n".join(["", *_tail(directory / "log.txt")])
+        tail = "" if parallel == 1 else "\n".join(["", *read_tail(directory / "log.txt")])
         say(f"job {number} failed with exit status {code}: {directory}/log.txt{tail}")
     return {0: "finished", 2: "refused"}.get(code, "failed")
 
@@ -201,74 +195,6 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
 def _leave(directory: Path) -> str:
     say(f"another process is at this run, which is left to it: {directory}")
     return "running"
-
-
-def _wait(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
-    """Runs the job to its end, its output in the log and on the console if nothing else writes there.
-
-    Raises:
-        KeyboardInterrupt: if this process was told to stop; the job was, too, and has ended.
-    """
-    log_file = run_dir(config) / "log.txt"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("wb" if config.overwrite else "ab") as log:
-        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-        log.flush()
-        end = log.tell()
-        child = subprocess.Popen(
-            [*COMMAND, "own=true", f"plugins=[{','.join(allowed_plugins())}]"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=env,
-            start_new_session=True,  # Ctrl-C reaches it from here only
-            preexec_fn=end_with_parent,
-        )
-    with forwarded_to(child) as stopped, log_file.open("rb") as output:
-        assert child.stdin is not None
-        with suppress(BrokenPipeError), child.stdin as stdin:
-            stdin.write(to_yaml(config).encode())
-        output.seek(end)
-        while (code := child.poll()) is None:
-            _copy(output, echo)
-            time.sleep(POLL_SECONDS)
-        _copy(output, echo)
-    if stopped.is_set() and code != 0:
-        raise KeyboardInterrupt
-    return code
-
-
-def _copy(output: Any, echo: bool) -> None:
-    if echo and (text := output.read()):
-        sys.stdout.write(text.decode(errors="replace"))
-        sys.stdout.flush()
-
-
-def take_device(devices: Sequence[str], stack: ExitStack) -> str | None:
-    """Waits for the first free one of the GPUs and keeps it for the stack's time; None if none is named.
-
-    A GPU named twice takes two jobs. Other sweeps of this user on this machine wait for the same GPUs.
-    """
-    root = Path(tempfile.gettempdir()) / f"capo_exp-{os.getuid()}"
-    while devices:
-        for number, device in enumerate(devices):
-            place = root / f"device-{device}-{list(devices[:number]).count(device)}"
-            with suppress(ConfigError):
-                stack.enter_context(locked(place))
-                return device
-        time.sleep(POLL_SECONDS)
-    return None
-
-
-def environment(device: str | None, parallel: int) -> dict[str, str]:
-    """Returns this process's environment with the job's GPU, and its share of the cores where several run."""
-    env = dict(os.environ)
-    if device is not None:
-        env["CUDA_VISIBLE_DEVICES"] = device
-    if parallel != 1:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel) if parallel > 0 else 1))
-    return env
 
 
 def objective(config: TrainConfig) -> float | None:
@@ -315,15 +241,3 @@ def _record(result: EndedJob) -> None:
     folder = Path(os.environ.get(FOLDER, "?"))
     if folder.is_dir():  # a job that Slurm started again outlives its sweep
         write_atomic(folder / f"result_{result.number:05d}.json", json.dumps(asdict(result)))
-
-
-def _tail(log_file: Path) -> list[str]:
-    with suppress(OSError):
-        return log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return []
-
-
-def say(text: str) -> None:
-    """Writes a line on the console, at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
