@@ -414,6 +414,17 @@ def test_find_parts_sees_every_part(composed: Composed) -> None:
     assert keys == {f"algo.{name}" for name in algo} | others | {"dataset.source"}
 
 
+def test_find_parts_sees_what_is_hidden(composed: Composed) -> None:
+    """At any depth, in lists, and where no part is read; by any of the keys that Hydra would act on."""
+    config = composed()
+    before = {key for key, _ in find_parts(config)}
+    config.dataset.examples = [{"problem": "", "solution": [{"deep": [{"_target_": "os.system"}]}]}]
+    config.dataset.source["families"] = {"evil": {"_args_": []}, "worse": ({"x": {"_partial_": True}},)}
+    found = {key for key, _ in find_parts(config)} - before
+    families = {"dataset.source.families.evil", "dataset.source.families.worse[0].x"}
+    assert found == families | {"dataset.examples[0].solution[0].deep[0]"}
+
+
 def test_suggestions() -> None:
     assert suggest("capoo", ["capo", "grpo"]) == "expected one of capo, grpo; nearest: capo"
     assert suggest("zzz", ["capo", "grpo"]) == "expected one of capo, grpo"

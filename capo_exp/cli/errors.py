@@ -28,7 +28,7 @@ def in_one_line(schema: type = TrainConfig) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if full_error() or isinstance(error, ConfigError):
             raise
-        raise ConfigError(_Composing(schema).condense(error)) from None
+        raise ConfigError(_Composing(schema).condense(error).replace("\n", "\\n")) from None
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,12 @@ class _Composing:
         if match := re.match(r"Error merging override ~([^=]+)", text):
             return f"~{match[1]}: a key that cannot be left out; expected {match[1]}=, {self._type(match[1])}"
         if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text, re.DOTALL):
-            names = match[2].split(".")
-            parents = [".".join(names[:count]) for count in range(len(names) - 1, 0, -1)]
-            inside = [
-                f"{each}=, {self._type(each)}, with no keys in it" for each in parents if self._type(each)
-            ]
-            expected = self._type(match[2]) or next(iter(inside), _first_line(error.__cause__ or error))
-            return str(wrong_value(match[2], match[3], expected))
+            key, parent = match[2], match[2]
+            while parent and not self._type(parent):
+                parent = parent.rpartition(".")[0]
+            inside = f"{parent}=, {self._type(parent)}, with no keys in it"
+            expected = self._type(key) or (inside if parent else _first_line(error.__cause__ or error))
+            return str(wrong_value(key, match[3], expected))
         if match := re.search(r"full_key: (\S+)", text):
             if re.search(r"Key '\S+' not in '", text):
                 return f"{self._unknown_key(match[1])} ({text.partition(':')[0]})"  # In 'experiment/x'
