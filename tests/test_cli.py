@@ -17,6 +17,7 @@ from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.trackers import resolve_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
@@ -370,16 +371,36 @@ def test_a_commands_help_and_configuration(
     assert capsys.readouterr().out.startswith("runs:\n- a\nmodel: null\ncount: 4\n")
 
 
-def test_module_ends_in_one_line_from_another_directory(tmp_path: Path) -> None:
+def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path: Path) -> None:
     done = subprocess_run("algo=capoo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of 28")
-
-
-def test_full_error_on_request(tmp_path: Path) -> None:
+    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of 28 choices; nearest: capo, ")
     done = subprocess_run("algo=capoo", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 2
     assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    """As in `--help | head -1`."""
+    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "capo_exp", "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_who_set_the_mode_of_wandb_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    for mode, resolved in (("", "online"), ("offline", "offline")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert resolve_mode("auto") == resolved
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with pytest.raises(
+        ConfigError, match=r"^the environment variable WANDB_MODE=dryrun: expected auto, online"
+    ):
+        resolve_mode("auto")
 
 
 def test_help_names_groups_and_commands(run: Run) -> None:

@@ -77,7 +77,7 @@ def find_unnamed(values: Any, arguments: Sequence[str], key: str = "") -> Iterat
         arguments: `key=value` of the command line.
         key: dotted place of the values.
     """
-    given = dict(each.lstrip("+").partition("=")[::2] for each in arguments)
+    given = _read_words(arguments)
     named = {text.strip("'\"") for text in given.values()}
     children = values.items() if isinstance(values, dict) else enumerate(values)
     for name, value in children:
@@ -86,6 +86,10 @@ def find_unnamed(values: Any, arguments: Sequence[str], key: str = "") -> Iterat
             yield from find_unnamed(value, arguments, where)
         elif name in PLACES and where not in given and str(value) not in named and not _is_own(value):
             yield where, str(value)
+
+
+def _read_words(arguments: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (each.lstrip("+").partition("=") for each in arguments)}
 
 
 def refuse_place(key: str, value: str) -> ConfigError:
@@ -124,7 +128,7 @@ def read_config(text: str, arguments: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: It is not YAML, not of this version's keys, or names what the reader has not.
     """
-    given = dict(each.partition("=")[::2] for each in arguments)
+    given = _read_words(arguments)
     own = given.pop("own", "false") == "true"
     allow_plugins(filter(None, re.split(r"[\[\],\s]+", given.pop("plugins", ""))))
     if strange := [

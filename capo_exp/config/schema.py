@@ -34,8 +34,9 @@ def setting(
         like: Of a part: one that fits here; without it, the default.
     """
     metadata: dict[str, Any] = {"result": result} | ({} if rule is None else {"range": rule})
-    if like or (callable(default) and default is not list):
-        metadata["like"] = f"capo_exp.{like}" if like else default()["_target_"]
+    made: Any = default() if callable(default) else None
+    if like or made:
+        metadata["like"] = f"capo_exp.{like}" if like else made["_target_"]
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
