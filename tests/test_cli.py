@@ -117,7 +117,7 @@ def subprocess_run(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["foo=1"], "foo=1: unknown key; expected one of 24 choices; nearest: "),
+        (["foo=1"], "foo=1: unknown key; expected one of 22 choices; nearest: "),
         (["sede=1"], "sede=1: unknown key; nearest: seed"),
         (["alg=grpo"], "alg=grpo: unknown key; nearest: algo"),
         (["learning_rate=1"], "learning_rate=1: unknown key; nearest: regime.learning_rate"),
@@ -158,6 +158,7 @@ def subprocess_run(
         (["sweep.devices=[{a:1}]"], "sweep.devices=[{'a': 1}]: expected a list of GPUs"),
         (["hydra.run.dir=X"], "hydra.run.dir=X: expected output_dir=..., below which each run makes"),
         (["hydra.sweep.dir=X", "-m", "seed=0,1"], "hydra.sweep.dir=X: expected output_dir=..., below"),
+        (["-m", "seed=0,1", "output_dir=/proc/x"], "/proc/x: No such file or directory; expected output_dir"),
         (["-m", "seed=range(0)"], "no job: expected values to sweep over, which range(0) or a glob"),
         (["-m", "algo=glob(nothing*)"], "no job: expected values to sweep over"),
         (["regime.learning_rate=${nope}"], "regime.learning_rate: Interpolation key 'nope' not found"),

@@ -73,7 +73,10 @@ class Submission(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Keeps the YAML files as they are now, and tells which jobs cannot run before the first does."""
         sweep_dir = Path(config.hydra.sweep.dir)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # the sweeper makes it next, and ends with this error
         folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=sweep_dir)).resolve()
         os.environ[FOLDER] = str(folder)
         loader: Any = GlobalHydra.instance().config_loader()
