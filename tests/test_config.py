@@ -323,7 +323,7 @@ def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+foo=1"], "foo=1: unknown key; expected one of algo"),
+        (["+foo=1"], "foo=1: unknown key; expected one of 22 choices"),
         (["+regime.group_sizes=1"], "regime.group_sizes=1: unknown key"),
         (["~seed"], "seed: no value; expected an integer"),
         (["num_steps=???"], "num_steps: no value; expected an integer"),
@@ -382,8 +382,8 @@ def halved(rewards: float) -> float:
 
 
 @needs_kl(unless_zero="beta")
-def charged(rewards: float, *, beta: float) -> float:
-    return rewards * beta
+def charged(rewards: float, lengths: float, kl: float, *, beta: float) -> float:
+    return rewards - beta * kl + 0 * lengths
 
 
 def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
