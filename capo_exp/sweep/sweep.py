@@ -99,9 +99,11 @@ def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wron
         except ConfigError as error:
             wrong[number] = str(error)
             sys.stderr.write(f"job {number} cannot run: {error}\n")
+        if number == 0:
+            began = time.monotonic()  # the first waited for torch
         seconds = time.monotonic() - began
-        if number == CHECKED_JOBS or seconds > CHECK_SECONDS:
-            about = timedelta(seconds=round(seconds / (number + 1) * len(jobs)))
+        if number == CHECKED_JOBS or (number >= 3 and seconds > CHECK_SECONDS):
+            about = timedelta(seconds=round(seconds / number * len(jobs)))
             text = (
                 f"the first {number + 1} of {len(jobs):,} jobs are checked; Hydra composes all of them before"
             )
