@@ -17,6 +17,7 @@ from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.trackers import resolve_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
@@ -97,7 +98,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
     fake = SimpleNamespace(run=record)
     monkeypatch.setitem(sys.modules, "capo_exp.training.loop", fake)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("capo_exp.sweep.job.show", lambda directory, fresh: None)
+    monkeypatch.setattr("capo_exp.sweep.job.show", lambda *_, **__: None)
     return calls
 
 
@@ -116,7 +117,7 @@ def subprocess_run(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["foo=1"], "foo=1: unknown key; expected one of algo, model"),
+        (["foo=1"], "foo=1: unknown key; expected one of 22 choices; nearest: "),
         (["sede=1"], "sede=1: unknown key; nearest: seed"),
         (["alg=grpo"], "alg=grpo: unknown key; nearest: algo"),
         (["learning_rate=1"], "learning_rate=1: unknown key; nearest: regime.learning_rate"),
@@ -131,12 +132,35 @@ def subprocess_run(
         (["regime.group_size=null"], "regime.group_size=null: expected an integer"),
         (["overwrite=maybe"], "overwrite=maybe: expected true or false"),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9: expected a list of numbers"),
-        (["algo=capoo"], "algo=capoo: unknown choice; expected one of capo, cpg, cpgd,"),
-        (["experiment=paper/x"], "experiment=paper/x: unknown choice; expected one of paper/"),
+        (["algo=capoo"], "algo=capoo: unknown choice; expected one of 28 choices; nearest: capo, "),
+        (
+            ["experiment=paper/x"],
+            "experiment=paper/x: unknown choice; expected one of 91 choices; nearest: paper/",
+        ),
         (["regime=null"], "regime=null: expected one of aggressive, conservative"),
         (["~seed"], "seed: no value; expected an integer"),
         (["+seed=1"], "Could not append to config. An item is already at 'seed'"),
         (["seed"], "seed: expected key=value"),
+        (["=1"], "=1: expected key=value"),
+        ([""], "'': expected key=value"),
+        (["seed=${add:1}"], "seed: TypeError raised while resolving interpolation: add() missing 1 required"),
+        (
+            ["algo.label=модель"],
+            "algo.label=модель: expected quotes around such text, as in algo.label='\"мод",
+        ),
+        (
+            ["~algo.selection"],
+            "~algo.selection: a key that cannot be left out; expected algo.selection=, a part",
+        ),
+        (["algo.name.x.y=1"], "algo.name.x.y=1: expected algo.name=, text, with no keys in it"),
+        (["reward=123"], "reward=123: expected a choice of reward; expected one of exact, last_number"),
+        (["reward=[exact]"], "reward=[exact]: expected a choice of reward; expected one of exact"),
+        (["sweep.devices=[{a:1}]"], "sweep.devices=[{'a': 1}]: expected a list of GPUs"),
+        (["hydra.run.dir=X"], "hydra.run.dir=X: expected output_dir=..., below which each run makes"),
+        (["hydra.sweep.dir=X", "-m", "seed=0,1"], "hydra.sweep.dir=X: expected output_dir=..., below"),
+        (["-m", "seed=0,1", "output_dir=/proc/x"], "/proc/x: No such file or directory; expected output_dir"),
+        (["-m", "seed=range(0)"], "no job: expected values to sweep over, which range(0) or a glob"),
+        (["-m", "algo=glob(nothing*)"], "no job: expected values to sweep over"),
         (["regime.learning_rate=${nope}"], "regime.learning_rate: Interpolation key 'nope' not found"),
         (["regime.group_size=1"], "regime.group_size=1: expected at least 2"),
         (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
@@ -348,16 +372,36 @@ def test_a_commands_help_and_configuration(
     assert capsys.readouterr().out.startswith("runs:\n- a\nmodel: null\ncount: 4\n")
 
 
-def test_module_ends_in_one_line_from_another_directory(tmp_path: Path) -> None:
+def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path: Path) -> None:
     done = subprocess_run("algo=capoo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of capo")
-
-
-def test_full_error_on_request(tmp_path: Path) -> None:
+    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of 28 choices; nearest: capo, ")
     done = subprocess_run("algo=capoo", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 2
     assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    """As in `--help | head -1`."""
+    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "capo_exp", "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_who_set_the_mode_of_wandb_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    for mode, resolved in (("", "online"), ("offline", "offline")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert resolve_mode("auto") == resolved
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with pytest.raises(
+        ConfigError, match=r"^the environment variable WANDB_MODE=dryrun: expected auto, online"
+    ):
+        resolve_mode("auto")
 
 
 def test_help_names_groups_and_commands(run: Run) -> None:

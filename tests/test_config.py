@@ -1,5 +1,6 @@
 """Every YAML composes and passes the checks; every impossible combination is refused in one line."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING
 
-from capo_exp.config import build
 from capo_exp.config.build import find_parts, needs_reference
 from capo_exp.config.checks import check
 from capo_exp.config.declare import compares_group, needs_kl
@@ -161,6 +161,21 @@ def change(config: TrainConfig, override: str) -> TrainConfig:
         "optimizer.max_grad_norm=0",
         "reward.format_weight=1",
         "logger.wandb_mode=on",
+        "logger.tags=['']",
+        "logger.tags=[" + "x" * 65 + "]",
+        "logger.project=a/b",
+        "optimizer.eps=1e-300",
+        "optimizer.eps=1e300",
+        "curvature.eps=1e-300",
+        "optimizer.weight_decay=1e30",
+        "regime.learning_rate=1e30",
+        "rollout.temperature=1e-30",
+        "evaluation.temperature=1e-30",
+        "evaluation.num_problems=10000000000000",
+        "model.name=a/b",
+        "dataset.eval_split=../x",
+        "algo.step_rule.policy_shift_max=0 | algo=grpo step_rule=calibrated",
+        "model.attn_implementation=org/kernel",
         "logger.completions_every=-1",
         "evaluation.every=-1",
         "evaluation.num_problems=0",
@@ -209,6 +224,47 @@ def test_refused_in_one_line_that_names_the_key(composed: Composed, override: st
     assert "expected" in message and "\n" not in message
     key = {"dataset.examples": "dataset.examples[0]"}.get(name := given.partition("=")[0], name)
     assert message.startswith(f"{key}=")
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        ("algo.aggregation", "algorithms.neutral.keep_all"),
+        ("algo.advantage", "algorithms.neutral.unshaped"),
+        ("algo.group_filter", "algorithms.reinforce.raw_reward"),
+        ("algo.selection", "algorithms.neutral.full_step"),
+        ("algo.selection", "algorithms.neutral.all_completions"),
+        ("algo.completion_filter", "algorithms.neutral.keep_all"),
+        ("algo.kl_estimator", "algorithms.neutral.all_groups"),
+        ("rollout.correction", "algorithms.kl.kl_k3"),
+        ("rollout.engine", "grading.verifier.ExactVerifier"),
+        ("reward.verifier", "rollout.hf.HFRollout"),
+        ("reward.format", "grading.terms.no_length"),
+        ("dataset.source", "algorithms.neutral.keep_all"),
+    ],
+)
+def test_a_part_of_another_kind_is_refused(composed: Composed, key: str, target: str) -> None:
+    config = composed("algo=grpo")
+    group, name = key.split(".")
+    setattr(getattr(config, group), name, {"_target_": f"capo_exp.{target}", "_partial_": True})
+    with pytest.raises(
+        ConfigError, match=rf"^{key}(\._target_=capo_exp\.{target}: expected a part that is|\.max_se)"
+    ):
+        check(config)
+
+
+def test_a_plan_is_of_the_model_that_is_asked_for(composed: Composed, tmp_path: Path) -> None:
+    """Not of the one whose numbers stand in model=."""
+    stated = {"model_type": "qwen2", "hidden_size": 896, "tie_word_embeddings": False, "unknown": 1}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ConfigError) as error:
+        check(composed(f"model.path={tmp_path}"))
+    wanted = "model.hidden_size=896 model.tie_word_embeddings=false, as its config.json says"
+    assert str(error.value) == f"model.path={tmp_path}: expected {wanted}"
+    check(composed(f"model.path={tmp_path}", "model.hidden_size=896", "model.tie_word_embeddings=false"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"expected a readable config\.json"):
+        check(composed(f"model.path={tmp_path}"))
 
 
 def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -> None:
@@ -267,7 +323,7 @@ def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+foo=1"], "foo=1: unknown key; expected one of algo"),
+        (["+foo=1"], "foo=1: unknown key; expected one of 22 choices"),
         (["+regime.group_sizes=1"], "regime.group_sizes=1: unknown key"),
         (["~seed"], "seed: no value; expected an integer"),
         (["num_steps=???"], "num_steps: no value; expected an integer"),
@@ -297,7 +353,7 @@ def test_every_number_has_its_range_beside_its_field() -> None:
     assert len(numbers) >= 50
     assert not [key for key, field in numbers.items() if not isinstance(field.metadata.get("range"), Rule)]
     for key, kind, field in schema_fields():
-        assert set(field.metadata) <= {"range", "result"}, key
+        assert set(field.metadata) <= {"range", "result", "like"}, key
         if "range" in field.metadata and field.default is not MISSING and kind in (int, float, str):
             assert field.metadata["range"].holds(field.default), key
 
@@ -307,7 +363,7 @@ def test_what_changes_no_result_says_so() -> None:
     assert unimportant == {
         "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
         "checkpoint", "sweep", "stop_after_unrewarded", "experiment_name", "output_dir", "overwrite",
-        "plan_only", "allow_overcommit",
+        "plan_only", "plugins", "allow_overcommit",
     }  # fmt: skip
 
 
@@ -326,12 +382,12 @@ def halved(rewards: float) -> float:
 
 
 @needs_kl(unless_zero="beta")
-def charged(rewards: float, *, beta: float) -> float:
-    return rewards * beta
+def charged(rewards: float, lengths: float, kl: float, *, beta: float) -> float:
+    return rewards - beta * kl + 0 * lengths
 
 
 def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "tests"])
+    monkeypatch.setenv("CAPO_EXP_PLUGINS", "tests")
     config = composed("algo=reinforce", "regime.group_size=1", "algo.reference_reset_every=5")
     algo = config.algo
     algo.shaping = {"_target_": f"{__name__}.charged", "_partial_": True, "beta": 0}
@@ -358,6 +414,20 @@ def test_find_parts_sees_every_part(composed: Composed) -> None:
     assert keys == {f"algo.{name}" for name in algo} | others | {"dataset.source"}
 
 
+def test_find_parts_sees_what_is_hidden(composed: Composed) -> None:
+    """At any depth, in lists, and where no part is read; by any of the keys that Hydra would act on."""
+    config = composed()
+    before = {key for key, _ in find_parts(config)}
+    config.dataset.examples = [{"problem": "", "solution": [{"deep": [{"_target_": "os.system"}]}]}]
+    config.dataset.source["families"] = {"evil": {"_args_": []}, "worse": ({"x": {"_partial_": True}},)}
+    found = {key for key, _ in find_parts(config)} - before
+    families = {"dataset.source.families.evil", "dataset.source.families.worse[0].x"}
+    assert found == families | {"dataset.examples[0].solution[0].deep[0]"}
+
+
 def test_suggestions() -> None:
     assert suggest("capoo", ["capo", "grpo"]) == "expected one of capo, grpo; nearest: capo"
     assert suggest("zzz", ["capo", "grpo"]) == "expected one of capo, grpo"
+    many = [f"choice_{number}" for number in range(30)]
+    assert suggest("choice_7", many).startswith("expected one of 30 choices; nearest: choice_7, choice_")
+    assert suggest("zzz", many).count(",") == 4

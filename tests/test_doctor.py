@@ -367,15 +367,8 @@ def test_a_package_that_is_not_installed(examine: Examine, monkeypatch: Patch) -
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["regime.group_sise=1"], "regime.group_sise=1: unknown key; nearest: regime.group_size"),
         (["regime.group_size=1"], "regime.group_size=1: expected at least 2"),
-        (["algo=capoo"], "algo=capoo: unknown choice; expected one of capo"),
-        (["+algo.selection.bound=1"], "algo.selection.bound: unknown parameter of capo_exp"),
-        (["+foo=1"], "foo=1: unknown key"),
-        (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
         (["seed=0", "-m"], "-m: no flag of this command; expected one of --help, --cfg,"),
-        (["--cfg", "jobs"], "--cfg jobs: expected job, hydra or all"),
-        (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder; expected one with YAML files"),
         (
             ["experiment=paper/figure_1", "scale=tiny"],
             "seed=range(5): expected one of them, since this command takes one run",

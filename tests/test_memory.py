@@ -175,12 +175,13 @@ def test_nothing_is_loaded_for_a_run_that_does_not_fit(
     with_memory(monkeypatch, 100e6)
     started = []
     monkeypatch.setattr("capo_exp.training.loop.run", started.append)
-    monkeypatch.setattr("capo_exp.sweep.job.show", lambda directory, fresh: None)
+    drawn: list[Path] = []
+    monkeypatch.setattr("capo_exp.sweep.job.show", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"^estimated peak 180 MB; free 100 MB on cpu"):
-        execute(composed("device=cpu", f"output_dir={tmp_path}"))
-    execute(composed("device=cpu", f"output_dir={tmp_path}", "plan_only=true"))
+        execute(composed("device=cpu", f"output_dir={tmp_path}"), drawn.append)
+    execute(composed("device=cpu", f"output_dir={tmp_path}", "plan_only=true"), drawn.append)
     assert not started
-    execute(composed("device=cpu", f"output_dir={tmp_path}", "allow_overcommit=true"))
+    execute(composed("device=cpu", f"output_dir={tmp_path}", "allow_overcommit=true"), drawn.append)
     assert len(started) == 1
 
 

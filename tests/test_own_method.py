@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from capo_exp.config import build
+from capo_exp.cli import front
 from capo_exp.config.build import needs_reference
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
@@ -27,6 +27,9 @@ from capo_exp.config.ranges import POSITIVE, SHARE
 @compares_group
 def best_of_group(rewards, *, margin: Annotated[float, POSITIVE]):
     return margin * (rewards - rewards.max(1, keepdim=True).values)
+
+
+def _hidden(rewards, *, margin): ...
 
 
 @needs_kl(unless_zero="beta")
@@ -70,7 +73,7 @@ def bold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bold:
     (tmp_path / "conf" / "algo").mkdir(parents=True)
     (tmp_path / "conf" / "algo" / "bold.yaml").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "bold_methods"])
+    monkeypatch.setenv("CAPO_EXP_PLUGINS", "bold_methods")
     for name in [name for name in sys.modules if name.startswith("bold_methods")]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -102,7 +105,7 @@ def test_it_passes_the_checks_and_has_its_names(bold: Bold) -> None:
         (["algo.shaping.beta=2"], "algo.shaping.beta=2: expected a number in [0, 1]"),
         (
             ["~algo.shaping.beta"],
-            "algo.shaping.beta: no value; bold_methods.functions.charge needs a number",
+            "algo.shaping.beta: no value; bold_methods.functions.charge needs one here",
         ),
         (
             ["+algo.advantage.eps=1"],
@@ -130,10 +133,37 @@ def test_what_it_declares_decides_about_the_reference(bold: Bold) -> None:
     assert needs_reference(charged.algo)
 
 
-def test_its_package_has_to_be_allowed(bold: Bold, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PACKAGES", ["capo_exp"])
-    with pytest.raises(ConfigError, match=r"functions\.charge: expected a function of capo_exp, as in"):
-        check(bold())
+def plan_of(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["capo_exp", "algo=bold", "plan_only=true", *arguments])
+        try:
+            return front.run_training()
+        except SystemExit as end:
+            return int(end.code or 0)
+
+
+def test_its_package_has_to_be_allowed_on_this_command_line(
+    bold: Bold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = f"--config-dir={tmp_path / 'conf'}"
+    assert plan_of(own, "plugins=[bold_methods]") == 0
+    assert capsys.readouterr().out.startswith("bold on arithmetic with tiny")
+    for allowed in ([], ["plugins=[]"], ["plugins=[bold_method]"], ["plugins=[bold_methods.other]"]):
+        assert plan_of(own, *allowed) == 2  # what an earlier command allowed does not count
+        line = capsys.readouterr().err
+        assert line.startswith(
+            "algo.shaping._target_=bold_methods.functions.charge: expected a function of capo_exp"
+        )
+        assert (
+            line.endswith("which plugins=[bold_methods] on the command line allows\n")
+            and line.count("\n") == 1
+        )
+
+
+@pytest.mark.parametrize("name", ["Annotated", "POSITIVE", "_hidden", "compares_group", "nothing"])
+def test_what_its_package_imports_or_hides_is_no_part(bold: Bold, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"functions\.{name}: "):
+        check(bold(f"algo.advantage._target_=bold_methods.functions.{name}"))
 
 
 @pytest.mark.slow

@@ -10,19 +10,12 @@ from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hin
 import pytest
 import torch
 
-from capo_exp.config import build
-from capo_exp.config.build import (
-    build_part,
-    check_target,
-    find_faults,
-    is_local_path,
-    read_settings,
-    resolve_model_path,
-)
+from capo_exp.config.build import build_part, check_target, is_local_path, resolve_model_path
 from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
 from capo_exp.config.schema import conf_dir
+from capo_exp.config.signature import find_faults, read_settings
 
 
 class Bounds(TypedDict):
@@ -52,7 +45,7 @@ PART: dict[str, Any] = {"_target_": f"{__name__}.select", "_partial_": True, "lo
 
 @pytest.fixture(autouse=True)
 def own_functions_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PACKAGES", ["capo_exp", "tests"])
+    monkeypatch.setenv("CAPO_EXP_PLUGINS", "tests")
 
 
 def refusal(part: dict[str, Any]) -> str:
@@ -94,7 +87,7 @@ def test_nested_values_stay_plain() -> None:
         ({"looks": 1.5}, ".looks=1.5: expected an integer of at least 1"),
         ({"low": 3}, ".low=3: expected at most high=2.0"),
         ({"score": PART | {"high": -2}}, ".score.high=-2: expected a positive finite number"),  # at any depth
-        ({"_target_": "os.system"}, "._target_=os.system: expected a function of capo_exp or tests, as in"),
+        ({"_target_": "os.system"}, "._target_=os.system: expected a function of capo_exp, as in"),
         ({"_target_": "capo_exp"}, "._target_=capo_exp: expected a function of"),
         ({"_target_": "capo_expo.x"}, "._target_=capo_expo.x: expected a function of"),
         ({"_target_": ""}, "._target_=: expected a function of"),
@@ -113,7 +106,7 @@ def test_a_mistake_names_its_key(change: dict[str, Any], message: str) -> None:
 
 def test_a_number_without_a_value() -> None:
     del (part := dict(PART))["high"]
-    assert refusal(part) == f"algo.selection.high: no value; {__name__}.select needs a number here"
+    assert refusal(part) == f"algo.selection.high: no value; {__name__}.select needs one here"
     assert refusal({"_target_": "capo_exp.algorithms.neutral.keep_all", "x": 1}).endswith("known: none")
     assert refusal(PART | {"_target_": f"{__name__}.selekt"}).endswith("nearest: select")
 
@@ -160,7 +153,7 @@ def test_a_target_whose_dependency_is_absent(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("capo_exp.config.build.importlib.import_module", absent)
     assert refusal(PART).endswith("select: expected the package vllm to be installed")
-    with pytest.raises(ConfigError, match=r"expected a function of capo_exp or tests"):
+    with pytest.raises(ConfigError, match=r"expected a function of capo_exp, as in"):
         check_target({"_target_": "os.system"}, key="x")  # imports nothing, so it does not get so far
 
 

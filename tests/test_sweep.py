@@ -18,8 +18,9 @@ import pytest
 from capo_exp.cli import front
 from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.runs.identity import run_dir
+from capo_exp.runs.lock import locked
 from capo_exp.runs.record import run_status
-from capo_exp.sweep import sweep
+from capo_exp.sweep import processes, sweep
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +29,10 @@ CHILD = """
 import json, os, pathlib, signal, sys, time, yaml
 c = yaml.safe_load(sys.stdin)
 print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
-from capo_exp.sweep.job import read_config
+from capo_exp.config.record import read_config
 from capo_exp.runs.identity import run_dir
-folder = run_dir(read_config(yaml.safe_dump(c)))
+from capo_exp.runs.lock import locked
+folder = run_dir(read_config(yaml.safe_dump(c), sys.argv[1:]))
 def record(status):
     (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
 pathlib.Path("jobs.txt").open("a").write(f"{os.getpid()} {c['seed']} {c['regime']['learning_rate']}\\n")
@@ -51,7 +53,7 @@ def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs a sweep whose jobs are CHILD and some more lines; returns the exit status."""
 
     def run_here(lines: str, *arguments: str) -> int:
-        monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-c", CHILD + lines))
+        monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", CHILD + lines))
         monkeypatch.setattr(sys, "argv", ["capo_exp", "-m", *arguments])
         return front.run_training()
 
@@ -130,9 +132,8 @@ def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
 def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> None:
     waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
     waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
-    start = (
-        f"from capo_exp.sweep import sweep; sweep.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})\n"
-    )
+    command = f"processes.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})"
+    start = f"from capo_exp.sweep import processes; {command}\n"
     start += "from capo_exp.cli.front import run_training; raise SystemExit(run_training())"
     command = [sys.executable, "-c", start, "-m", "seed=0,1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -148,6 +149,35 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> No
     assert run_status(directory) == "interrupted"
     assert "0: seed=0" in out and "interrupted" in out
     assert "1 of 2 jobs have not run; the same command goes on" in out
+
+
+def test_two_sweeps_over_one_grid_share_the_work(
+    run: Callable[..., int], composed: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What another is at, also if it began in the same moment, is left to it and is no failure."""
+    with locked(run_dir(composed("seed=0"))):
+        assert run(ENDS, "seed=0,1") == 0
+    assert [seed for _, seed, _ in jobs()] == ["1"]
+    assert capfd.readouterr().out.count("another process is at this run, which is left to it") == 1
+    late = "from capo_exp.runs.lock import locked\n"
+    late += "if c['seed'] == 3:\n    os.system(f'flock -x {folder}/.lock sleep 3 &')\n"
+    late += "    time.sleep(1)\n    sys.exit(2)\n"
+    assert run(late + ENDS, "seed=2,3") == 0
+    assert capfd.readouterr().out.count("is left to it") == 1
+
+
+@pytest.mark.parametrize("more", [[], ["regime.group_size=1"]])
+def test_a_failed_job_is_one_line(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """Hydra's variable, set for its own sake, does not make the jobs print tracebacks."""
+    fails = "from capo_exp.config.errors import RunFailed\nfrom capo_exp.sweep.job import report\n"
+    assert run(fails + "raise SystemExit(report(RunFailed('no luck')))\n", "seed=0,1", *more) == (
+        2 if more else 1
+    )
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    assert more or captured.out.count("no luck") == 4  # of each as it ends, and in the table
 
 
 def test_plan_only_shows_each_jobs_plan_and_starts_none(
@@ -170,30 +200,32 @@ def test_with_joblib_jobs_run_at_a_time(work_dir: Path) -> None:
 
 
 def test_a_gpu_has_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
     late: list[str | None] = []
     with ExitStack() as all_of_them:
         first = ExitStack()
-        taken = [sweep.take_device(["3", "5", "5"], stack) for stack in (first, all_of_them, all_of_them)]
+        taken = [processes.take_device(["3", "5", "5"], stack) for stack in (first, all_of_them, all_of_them)]
         assert taken == ["3", "5", "5"]
-        waiter = threading.Thread(target=lambda: late.append(sweep.take_device(["3", "5", "5"], all_of_them)))
+        waiter = threading.Thread(
+            target=lambda: late.append(processes.take_device(["3", "5", "5"], all_of_them))
+        )
         waiter.start()
         time.sleep(0.5)
         assert not late
         first.close()
         waiter.join(timeout=30)
         assert late == ["3"]
-        assert sweep.take_device([], all_of_them) is None
+        assert processes.take_device([], all_of_them) is None
 
 
 def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    threads = [sweep.environment(None, n).get("OMP_NUM_THREADS") for n in (1, 2, 3, 16, -1)]
+    threads = [processes.environment(None, n).get("OMP_NUM_THREADS") for n in (1, 2, 3, 16, -1)]
     assert threads == [None, "4", "2", "1", "1"]
-    assert sweep.environment("2,3", 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert processes.environment("2,3", 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert sweep.environment(None, 2)["OMP_NUM_THREADS"] == "7"
+    assert processes.environment(None, 2)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.slow

@@ -1,13 +1,83 @@
 """Composing of the training configuration beside the command line's own, and the choices of its groups."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from glob import iglob
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from capo_exp.config.build import allow_plugins, check_target, find_parts
 from capo_exp.config.choices import without_hydra
+from capo_exp.config.errors import error
 from capo_exp.config.schema import conf_dir, expected_type, register
+
+HYDRAS = r"hydra\._internal\.core_plugins\.[\w.]+|hydra_plugins\.[\w.]+|optuna\.samplers\.\w+"
+"""What Hydra may build of its own nodes: launchers, sweepers and their samplers."""
+
+
+def entries(value: str) -> list[str]:
+    """Splits `a,b` or `[a,b]`."""
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    return [entry.strip().strip("'\"") for entry in inner.split(",") if entry.strip()]
+
+
+def guard(words: Sequence[str], folders: Sequence[str]) -> None:
+    """Allows the plugins of a command line, and refuses what Hydra would build before a configuration is
+    checked: it makes callbacks and log handlers as soon as it has composed.
+
+    Args:
+        words: `key=value` of the command line.
+        folders: with YAML files of a user's own.
+
+    Raises:
+        ConfigError: something stands there that is no part.
+    """
+    given = [word.lstrip("+").partition("=")[::2] for word in words]
+    allow_plugins(entries(([""] + [value for key, value in given if key == "plugins"])[-1]))
+    for key, value in given:
+        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
+            raise error(key, value, "output_dir=..., below which each run makes a folder of its own")
+        if key.startswith("hydra"):
+            for target in re.findall(r"_target_['\"]?\s*[=:]\s*['\"]?([^\s,}'\"]*)", f"{key}={value}"):
+                if not re.fullmatch(HYDRAS, target):
+                    raise error(key, target, "a launcher, a sweeper or a sampler of Hydra's")
+    searched = [place for key, value in given if key == "hydra.searchpath" for place in entries(value)]
+    for folder in (*folders, *searched):
+        _check_folder(folder.removeprefix("file://"))
+
+
+def _check_folder(folder: str) -> None:
+    """Reads the YAML files of a folder of which one speaks of Hydra's own nodes, whatever will be chosen."""
+    files: dict[str, tuple[str, Any]] = {}
+    for path in iglob("**/*.yaml", root_dir=folder, recursive=True, include_hidden=True):
+        with suppress(
+            OmegaConfBaseException, YAMLError, OSError, ValueError
+        ):  # Hydra says so, if it reads it
+            text = (Path(folder) / path).read_text(encoding="utf-8")
+            files[path] = (text, OmegaConf.to_container(OmegaConf.create(text)))
+    for path, (_, values) in files.items() if "hydra" in repr(files) else ():
+        for key, part in find_parts(values, "", part=False):
+            if "_target_" in part and not re.fullmatch(HYDRAS, str(part["_target_"])):
+                check_target({"_target_": part["_target_"]}, key=f"{path}: {key.lstrip('.')}")
+        for name, value in _list_keys(values):
+            if name.lstrip("+~").startswith(("hydra.", "hydra/")) or name in ("()", "env_set"):
+                raise error(f"{path}: {name}", value, "no such key in a file: the command line can set it")
+            if name == "class" and value not in ("logging.StreamHandler", "logging.NullHandler"):
+                raise error(f"{path}: {name}", value, "logging.StreamHandler")
+
+
+def _list_keys(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the key and value of every mapping, at any depth."""
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _list_keys(child)
+    if isinstance(node, dict):
+        yield from ((str(key), value) for key, value in node.items())
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:

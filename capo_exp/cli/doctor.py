@@ -17,23 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from capo_exp.cli import doctor_checks as checks
 from capo_exp.cli import front
-from capo_exp.cli.doctor_checks import (
-    CheckFailed,
-    Result,
-    compare_disk,
-    compare_log_probs,
-    compare_memory,
-    compare_versions,
-    find_device,
-    grade_answers,
-    read_data,
-    read_model,
-    resolve_wandb,
-    round_trip,
-    start_engine,
-    transfer_weights,
-)
+from capo_exp.cli.doctor_checks import CheckFailed, Result
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
@@ -71,27 +57,29 @@ class Row:
 
 
 CHECKS = (
-    Check("versions", compare_versions, "pip install -e ."),
-    Check("device", find_device, "device=auto"),
+    Check("versions", checks.compare_versions, "pip install -e ."),
+    Check("device", checks.find_device, "device=auto"),
     Check(
         "memory",
-        compare_memory,
+        checks.compare_memory,
         "lower model.micro_batch_size or model.logits_chunk_tokens; model.gradient_checkpointing=true; "
         "with rollout=vllm lower rollout.engine.gpu_memory_utilization or kv_cache_gib",
     ),
-    Check("model", read_model, "model.path with whole safetensors weights and their tokenizer"),
-    Check("data", read_data, "dataset.path, dataset.max_prompt_tokens"),
-    Check("engine", start_engine, "what its log says; rollout=hf needs no engine of its own"),
-    Check("weight transfer", transfer_weights, "another rollout.engine.weight_transfer; rollout=hf"),
+    Check("model", checks.read_model, "model.path with whole safetensors weights and their tokenizer"),
+    Check("data", checks.read_data, "dataset.path, dataset.max_prompt_tokens"),
+    Check("engine", checks.start_engine, "what its log says; rollout=hf needs no engine of its own"),
+    Check("weight transfer", checks.transfer_weights, "another rollout.engine.weight_transfer; rollout=hf"),
     Check(
         "log-probs",
-        compare_log_probs,
+        checks.compare_log_probs,
         "rollout.engine.dtype as model.compute_dtype; rollout/correction=token_mask weights what is left",
     ),
-    Check("reward", grade_answers, "reward=exact or reward=math_verify, as the dataset's answers need"),
-    Check("disk space", compare_disk, "lower checkpoint.keep; output_dir on a larger disk"),
-    Check("W&B", resolve_wandb, "wandb login; logger.wandb_mode=offline; logger=files"),
-    Check("resume", round_trip, "output_dir on another disk; a run would not go on as it began"),
+    Check(
+        "reward", checks.grade_answers, "reward=exact or reward=math_verify, as the dataset's answers need"
+    ),
+    Check("disk space", checks.compare_disk, "lower checkpoint.keep; output_dir on a larger disk"),
+    Check("W&B", checks.resolve_wandb, "wandb login; logger.wandb_mode=offline; logger=files"),
+    Check("resume", checks.round_trip, "output_dir on another disk; a run would not go on as it began"),
 )
 
 

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from capo_exp.cli.compose import compose_config, find_choices, is_group
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.errors import error as wrong_value
 from capo_exp.config.schema import TrainConfig, conf_dir, expected_type
 from capo_exp.sweep.job import full_error
 
@@ -27,7 +28,7 @@ def in_one_line(schema: type = TrainConfig) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if full_error() or isinstance(error, ConfigError):
             raise
-        raise ConfigError(_Composing(schema).condense(error)) from None
+        raise ConfigError(_Composing(schema).condense(error).replace("\n", "\\n")) from None
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,16 @@ class _Composing:
             return self._unknown_key(match[1])
         if text.startswith("Config group override"):  # algo=null: Hydra does not name it
             given = next((a for a in sys.argv[1:] if a.endswith("=null")), "")
-            return f"{given}: expected one of {', '.join(find_choices(given.partition('=')[0]))}"
-        if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text):
-            expected = self._type(match[2]) or _first_line(error.__cause__ or error)
-            return f"{match[2]}={match[3]}: expected {expected}"
+            return f"{given}: {suggest('', find_choices(given.partition('=')[0]))}"
+        if match := re.match(r"Error merging override ~([^=]+)", text):
+            return f"~{match[1]}: a key that cannot be left out; expected {match[1]}=, {self._type(match[1])}"
+        if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text, re.DOTALL):
+            key, parent = match[2], match[2]
+            while parent and not self._type(parent):
+                parent = parent.rpartition(".")[0]
+            inside = f"{parent}=, {self._type(parent)}, with no keys in it"
+            expected = self._type(key) or (inside if parent else _first_line(error.__cause__ or error))
+            return str(wrong_value(key, match[3], expected))
         if match := re.search(r"full_key: (\S+)", text):
             if re.search(r"Key '\S+' not in '", text):
                 return f"{self._unknown_key(match[1])} ({text.partition(':')[0]})"  # In 'experiment/x'

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ from rich.console import Console
 from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
+from capo_exp.cli.words import quoted
 from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import find_unnamed, refuse_place
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
 from capo_exp.runs.files import find_disk_error
+from capo_exp.runs.identity import slug
 
 USAGE = """\
 python -m capo_exp.evaluate run=DIR [benchmarks=math500,gsm8k samples=16 ...]
@@ -30,7 +33,7 @@ over problems. What is done is kept: the same command goes on, and then only sho
 Benchmarks: {benchmarks}
 Exit status: 0, 1 = the engine or the disk failed, 2 = wrong input, 130 = interrupted.
 """
-OTHERS = ("model.", "dataset.", "prompt", "device", "rollout", "reward")
+OTHERS = ("model.", "dataset.", "prompt", "device", "rollout", "reward", "plugins")
 """Beginnings of the keys of the training configuration that an evaluation depends on."""
 KEPT = "parts that are done are kept, and the same command goes on from there"
 WIDTH = 160
@@ -47,6 +50,8 @@ class EvaluationJob:
     targets: list[WeightSet]
     run: dict[str, Any] | None
     """Its config.yaml; None for a model."""
+    trained_on: dict[str, Any] | None
+    """Its dataset; None if it is not known, or stands where only the record says."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,8 +109,8 @@ def _model_job(command: EvaluateCommand) -> EvaluationJob:
         for name in command.benchmarks
     ]
     root = Path(command.output or "outputs/evaluations")
-    label = Path(command.model).name or "model"
-    return EvaluationJob(command.model, configs, [WeightSet(label, None, None, None, root)], None)
+    label = slug(Path(command.model).name)
+    return EvaluationJob(command.model, configs, [WeightSet(label, None, None, None, root)], None, None)
 
 
 def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
@@ -115,14 +120,18 @@ def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
     jobs = []
     for directory in find_runs(command.run):
         run = run_config(directory)
-        targets = _targets(command, directory, run)
-        own = (
-            [] if command.base else [f"model.path={front.quoted(targets[0].weights)}", "model.revision=null"]
-        )
+        unnamed = dict(find_unnamed(run, command.overrides))
+        base = command.base and "model.path" not in unnamed
+        targets = _targets(replace(command, base=base), directory, run)
+        own = [] if base else [f"model.path={quoted(targets[0].weights)}", "model.revision=null"]
         names = command.benchmarks or [run["dataset"]["name"]]
         overrides = [*own, *command.overrides]
         configs = [benchmark_config(n, overrides, run=run, config_dir=command.config_dir) for n in names]
-        jobs.append(EvaluationJob(directory.name, configs, targets, run))
+        for key, value in unnamed.items():
+            if key.startswith(("model.", "rollout.", "dataset.")):
+                _tell(f"{directory.name}: left out: {refuse_place(key, value)}")
+        known = not any(key.startswith("dataset.") for key in unnamed)
+        jobs.append(EvaluationJob(directory.name, configs, targets, run, run["dataset"] if known else None))
     return jobs
 
 
@@ -163,7 +172,7 @@ def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool
     from capo_exp.evaluation.table import results_table
 
     results = []
-    for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.run, tell=_tell):
+    for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.trained_on, tell=_tell):
         results.append(result)
         if len(results) % len(job.configs) == 0 and job.run is not None:
             _write_test_rows(job.targets[0].root, results)

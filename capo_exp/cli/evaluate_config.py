@@ -7,14 +7,16 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from capo_exp.cli.compose import compose_config, find_choices
 from capo_exp.cli.errors import in_one_line
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.ranges import NAME, apply
+from capo_exp.config.record import as_data, find_unnamed, read_values, refuse_place
 from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, to_config
 from capo_exp.evaluation.command import EvaluateCommand
+from capo_exp.runs.identity import slug
 
 PROMPT_KEYS: dict[str, Any] = {
     "prompt_style": "own", "system_prompt": None, "template": "", "apply_chat_template": False,
@@ -63,7 +65,7 @@ def _check_completions(command: EvaluateCommand) -> None:
         if name not in ("completions", "output", "overrides", "config_dir") and value != defaults[name]:
             raise ConfigError(f"{name}={value}: expected only output and reward keys with completions=")
     for override in command.overrides:
-        if not override.startswith("reward"):
+        if not override.startswith(("reward", "plugins=")):
             raise ConfigError(f"{override}: expected only output and reward keys with completions=")
 
 
@@ -97,10 +99,10 @@ def benchmark_config(
         first.append(f"rollout={run['rollout']['name']}")
     with in_one_line():
         cfg = compose_config([*first, *overrides], config_dir=config_dir)
-        values = _inherited(run, benchmark, chosen, cfg.rollout.engine) if run else {}
+        values = _inherited(run, benchmark, chosen, cfg.rollout.engine, overrides) if run else {}
         values |= _described(model, cfg.model.revision) if model and not named else {}
         for key, value in values.items():
-            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+            OmegaConf.update(cfg, key, as_data(value), merge=False, force_add=True)
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if "." in override.key_or_group:  # a group's choice is not a value
                 OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
@@ -110,9 +112,17 @@ def benchmark_config(
 
 
 def _inherited(
-    run: Mapping[str, Any], benchmark: str, chosen: set[str], engine: Mapping[str, Any]
+    run: Mapping[str, Any],
+    benchmark: str,
+    chosen: set[str],
+    engine: Mapping[str, Any],
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
-    """Dotted keys of the run that hold for the benchmark, unless the command line chose their group."""
+    """Dotted keys of the run that hold for the benchmark, unless the command line chose their group.
+
+    Raises:
+        ConfigError: the benchmark is the run's own, and its data stand where only the record says.
+    """
     found = {f"model.{key}": value for key, value in run["model"].items() if "model" not in chosen}
     if "rollout" not in chosen:
         same = {k: v for k, v in run["rollout"]["engine"].items() if k in engine and k != "max_model_len"}
@@ -122,12 +132,16 @@ def _inherited(
     if benchmark != dataset["name"]:
         dataset = prompt
     else:
+        for key, value in find_unnamed(dataset, overrides, "dataset"):
+            raise refuse_place(key, value)
         dataset = {key: value for key, value in (dataset | prompt).items() if key not in TRAINING_KEYS}
         if "reward" not in chosen:
             found["reward.verifier"] = run["reward"]["verifier"]
     if "prompt" in chosen:
         dataset = {key: value for key, value in dataset.items() if key not in PROMPT_KEYS}
-    return found | {f"dataset.{key}": value for key, value in dataset.items()}
+    unnamed = {key for key, _ in find_unnamed({key: run[key] for key in ("model", "rollout")}, overrides)}
+    kept = {key: value for key, value in found.items() if key not in unnamed}
+    return kept | {f"dataset.{key}": value for key, value in dataset.items()}
 
 
 def _described(path: str, revision: str | None) -> dict[str, Any]:
@@ -143,7 +157,7 @@ def _described(path: str, revision: str | None) -> dict[str, Any]:
         raise ConfigError(f"model={path}: {wanted} ({reason})") from error
     stated = {key: getattr(facts, key, None) for key in ARCHITECTURE}
     return {
-        "model.name": Path(path).name,
+        "model.name": slug(Path(path).name, 40),
         "model.path": path,
         "model.revision": revision,
         **{f"model.{key}": value for key, value in stated.items() if value is not None},
@@ -156,13 +170,20 @@ def run_config(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or it is no configuration of a run.
     """
-    path = directory / "config.yaml"
     try:
-        plain = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError) as error:
+        text = (directory / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"run={directory}: no readable config.yaml ({error}); expected a run") from error
-    if not isinstance(plain, dict) or not {"model", "dataset", "rollout", "reward"} <= set(plain):
-        raise ConfigError(
-            f"run={directory}: config.yaml without model, dataset, rollout, reward; expected a run's"
-        )
-    return {str(key): value for key, value in plain.items()}
+    plain = read_values(text, f"run={directory}")
+    for group in ("model", "dataset", "rollout", "reward"):
+        if not isinstance(plain.get(group), dict):
+            raise ConfigError(
+                f"run={directory}: {group} is no group of keys in its config.yaml; expected a run's"
+            )
+        apply(NAME, f"{group}.name", str(plain[group].get("name", "")))
+    for key, group in (("engine", "rollout"), ("verifier", "reward"), ("source", "dataset")):
+        if not isinstance(plain[group].get(key), dict):
+            raise ConfigError(
+                f"run={directory}: {group}.{key} is no part in its config.yaml; expected a run's"
+            )
+    return plain

@@ -18,14 +18,15 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from capo_exp.cli.compose import is_group
 from capo_exp.cli.errors import in_one_line
-from capo_exp.config.errors import ConfigError, error, suggest
+from capo_exp.cli.words import FLAGS, SWEEP_FLAGS, choose_by_slash, quoted, split_flags, write_value
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
-from capo_exp.sweep.job import SHORT_ERRORS, full_error, report
+from capo_exp.sweep.job import SHORT_ERRORS, execute, full_error, report
 
 COMPLETION = """\
 _capo_exp_complete() {
@@ -39,19 +40,6 @@ COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F _capo_exp_complete python python3
 """
 """Hydra's own completion knows `python file.py` and installed programs, not `python -m`."""
-SHORT = {
-    "-h": "--help", "-c": "--cfg", "-r": "--resolve", "-cd": "--config-dir", "-p": "--package",
-    "-i": "--info", "-m": "--multirun", "-sc": "--shell-completion", "-cn": "--config-name",
-    "-cp": "--config-path",
-}  # fmt: skip
-FLAGS = ("--help", "--cfg", "--resolve", "--config-dir", "--package", "--info", "--hydra-help")
-"""Hydra's flags that every command takes."""
-SWEEP_FLAGS = (
-    *FLAGS, "--multirun", "--run", "--shell-completion", "--config-name", "--config-path", "--version",
-    "--experimental-rerun",
-)  # fmt: skip
-VALUES = {"--cfg": "job, hydra or all", "--config-dir": "a folder", "--package": "a key"}
-"""Flags that take a value -> what is expected."""
 QUIET = {
     "defaults": [{"override hydra/hydra_logging": "none"}, {"override hydra/job_logging": "none"}],
     "hydra": {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}},
@@ -86,14 +74,45 @@ def run_training() -> int:
         os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])
 
     def call() -> None:
-        flags, words = _split(arguments, SWEEP_FLAGS)
+        flags, words = split_flags(arguments, SWEEP_FLAGS)
         register()
-        _call_hydra(sweep.task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+        try:
+            _call_hydra(task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+        except OSError as failed:
+            if failed.filename is None or "--multirun" not in flags:
+                raise
+            wanted = "expected output_dir to be a directory that can be written"
+            raise ConfigError(f"{failed.filename}: {failed.strerror}; {wanted}") from failed
 
+    status = 1
     try:
-        return exit_status(call)
+        status = exit_status(call)
     finally:
-        sweep.conclude()
+        ran = sweep.conclude()
+    if ran or status:
+        return status
+    sys.stderr.write(
+        "no job: expected values to sweep over, which range(0) or a glob without a match has not\n"
+    )
+    return 2
+
+
+def task(cfg: DictConfig) -> float | None:
+    """What Hydra calls: once for a run, once for each job of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.run_job(cfg)
+    try:
+        execute(to_config(cfg), draw_run)
+    except Exception as raised:
+        raise SystemExit(report(raised)) from None
+    return None
+
+
+def draw_run(directory: Path) -> None:
+    """Draws the picture of a run; matplotlib is imported when it is needed."""
+    from capo_exp.cli.figures import plot_run
+
+    plot_run(directory)
 
 
 def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +133,7 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
         found.append((config, dict(HydraConfig.get().sweeper.params or {})))
 
     def call() -> int:
-        flags, words = _split(given, FLAGS)
+        flags, words = split_flags(given, FLAGS)
         register()
         if line.schema is TrainConfig:
             overrides = [*map(choose_by_slash, words), *flags]
@@ -140,32 +159,18 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
 def exit_status(call: Callable[[], int | None]) -> int:
     """Calls, turns an error into a message on stderr, and returns the exit status."""
     try:
-        return call() or 0
+        status = call() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `--help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except sweep.JobFailed as failed:
         return failed.status
     except KeyboardInterrupt:
         return 130
     except Exception as raised:
         return report(raised)
-
-
-def choose_by_slash(argument: str) -> str:
-    """Writes `rollout.correction=token_mask` as Hydra wants the choice of a nested group: with a slash."""
-    key, equals, value = argument.partition("=")
-    group = key.replace(".", "/")
-    return f"{group}={value}" if equals and "." in key and value[:1] != "{" and is_group(group) else argument
-
-
-def quoted(text: object) -> str:
-    """Writes any text as a value of Hydra's grammar."""
-    escaped = str(text).replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def entries(value: str) -> list[str]:
-    """Splits `a,b` or `[a,b]`."""
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    return [entry.strip().strip("'\"") for entry in inner.split(",") if entry.strip()]
 
 
 def make_folder(path: Path) -> None:
@@ -210,32 +215,6 @@ def _argv(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _split(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns flags, as --flag or --flag=value, and the rest, for Hydra's parser takes no mixture of the two.
-
-    Raises:
-        ConfigError: an unknown flag, or a wrong value of one.
-    """
-    found, others, rest = [], [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        flag = SHORT.get(name, name)
-        if not argument.startswith("-"):
-            others.append(argument)
-            continue
-        if flag not in flags:
-            raise ConfigError(f"{argument}: no flag of this command; {suggest(name, flags)}")
-        if not equals and rest and (flag in VALUES or (flag == "--info" and "=" not in rest[0])):
-            value = rest.pop(0)
-        if flag in VALUES and (not value or (flag == "--cfg" and value not in ("job", "hydra", "all"))):
-            raise ConfigError(f"{name} {value}".strip() + f": expected {VALUES[flag]}")
-        if flag == "--config-dir" and not Path(value).is_dir():
-            raise ConfigError(f"{name} {value}: no such folder; expected one with YAML files as in conf/")
-        found.append(f"{flag}={value}" if value else flag)
-    return found, others
-
-
 def _refuse_sweep(swept: dict[str, Any], arguments: Sequence[str]) -> None:
     for key, values in swept.items():
         if not any(argument.startswith(f"{key}=") for argument in arguments):
@@ -255,13 +234,13 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
     for word in words:
         key, equals, value = word.partition("=")
         if equals and key in kinds:
-            yield f"{key}={_value(kinds[key], value)}"
+            yield f"{key}={write_value(kinds[key], value)}"
         elif key.lstrip("+").startswith(line.others or ("=",)):
             lists["overrides"].append(choose_by_slash(word).replace("${", "\\${"))
-        elif line.words and not equals:
+        elif line.words and not equals and word.strip():
             lists[line.words].append(word)
         else:
-            yield word
+            yield choose_by_slash(word)
     yield from (f"{key}=[{','.join(map(quoted, values))}]" for key, values in lists.items() if values)
     for flag in flags:
         name, _, value = flag.partition("=")
@@ -269,11 +248,3 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
             yield flag
         elif "config_dir" in kinds:
             yield f"config_dir={quoted(Path(value).absolute())}"
-
-
-def _value(kind: Any, text: str) -> str:
-    if kind == list[str]:
-        return f"[{','.join(map(quoted, entries(text)))}]"
-    if kind == str | None and text in ("", "null"):
-        return "null"
-    return quoted(text) if kind in (str, str | None) and text[:1] not in ("'", '"') else text

@@ -1,35 +1,63 @@
-"""Builds what a YAML names: functions with their numbers bound, or objects. Imports only what is built.
+"""Builds what a YAML names: functions with their numbers bound, or objects. The one place that does.
 
-A parameter that a YAML sets is keyword-only, and its annotation says what it may be, as in
-`Annotated[float, POSITIVE]`, at any depth: in Optional, lists, mappings and typed dictionaries.
+A configuration is data, also a stranger's: it names parts, and parts are public functions and classes of the
+modules in PART_MODULES, or of a package that the command line of this process allows with plugins=[PKG].
+Nothing else is imported, called or built, wherever in the configuration it stands.
 """
 
 import importlib
 import importlib.resources
-import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from types import FunctionType
+from typing import Any
 
 from capo_exp.config.declare import declares
 from capo_exp.config.errors import ConfigError, error, suggest
-from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import AlgoConfig, TrainConfig
+from capo_exp.config.signature import check_settings, is_like
 
-PACKAGES = ["capo_exp"]
-"""Where a `_target_` may stand."""
-SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+PART_MODULES = re.compile(
+    r"capo_exp\.(algorithms\.(?!protocols)[a-z]\w*|data\.(arithmetic|keywords|math_problems|multiple_choice|questions)"
+    r"|grading\.(terms|verifier)|rollout\.(demonstrations|hf|vllm_settings))"
+)
+"""Where the parts of this package stand. What a module there imports is no part, nor is a private name."""
+PLUGINS = "CAPO_EXP_PLUGINS"
+"""Environment variable: the packages that the command line allows. The processes of a run inherit it."""
+MARKS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+"""Keys with which Hydra marks what it would build. A part has the first two."""
 MADE_HERE = "cache://"
 """Begins the path of a model that is made on this machine when it is first used; see core/smollm2.py."""
 CACHE_DIR_VARIABLE = "CAPO_CACHE_DIR"
 
 
+def allow_plugins(names: Iterable[str]) -> None:
+    """Lets `_target_` name functions of these packages, and of no others, in this process and its children.
+
+    Only a command line calls it: what a file or a record says allows nothing.
+
+    Raises:
+        ConfigError: for what is no package of a user's own.
+    """
+    allowed, ours = list(names), {"capo_exp", *sys.stdlib_module_names}
+    for name in allowed:
+        if not all(each.isidentifier() for each in name.split(".")) or name.partition(".")[0] in ours:
+            raise error("plugins", f"[{name}]", "names of packages of your own, as in plugins=[mypackage]")
+    os.environ[PLUGINS] = ",".join(allowed)
+
+
+def allowed_plugins() -> list[str]:
+    """Returns the packages that the command line allows."""
+    return [name for name in os.environ.get(PLUGINS, "").split(",") if name]
+
+
 def build_part(part: Mapping[str, Any], *, key: str) -> Any:
-    """Builds `{_target_, _partial_, <numbers>}`: a function with its numbers bound, or an object.
+    """Builds `{_target_, _partial_, <its numbers>}`: a function with its numbers bound, or an object.
 
     Args:
         part: The YAML node as plain values.
@@ -38,21 +66,26 @@ def build_part(part: Mapping[str, Any], *, key: str) -> Any:
     Raises:
         ConfigError: as check_part, for it or a part inside it; and those that a target raises.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate  # 0.1 s that `--help` does not need
-
     for where, each in find_parts(part, key):
         check_part(each, key=where)
-    try:
-        return instantiate(dict(part), _convert_="all")
-    except InstantiationException as failure:
-        if isinstance(failure.__cause__, ConfigError):
-            raise failure.__cause__ from None
-        raise
+    return _build(part, key)
+
+
+def _build(node: Any, key: str) -> Any:
+    """Copies plain values, and puts what they name in place of the parts among them."""
+    if isinstance(node, list | tuple):
+        return [_build(each, f"{key}[{index}]") for index, each in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    values = {name: _build(value, f"{key}.{name}") for name, value in node.items() if name not in MARKS}
+    if "_target_" not in node:
+        return values
+    function = locate(node, key)
+    return partial(function, **values) if node.get("_partial_") else function(**values)
 
 
 def check_parts(config: TrainConfig) -> None:
-    """Compares all parts with their functions, which imports torch.
+    """Compares all parts with their functions and with what fits in their place, which imports torch.
 
     Raises:
         ConfigError: as check_part, for the first that does not fit.
@@ -65,109 +98,82 @@ def check_parts(config: TrainConfig) -> None:
                 raise
             goes = f"selection={config.algo.variant} goes on an algorithm without one, such as algo=grpo"
             raise ConfigError(f"{failure} ({goes})") from failure
+    for group in (config.algo, config.dataset, config.rollout, config.reward):
+        for field in fields(group):
+            like, part = field.metadata.get("like"), getattr(group, field.name)
+            if (
+                like
+                and part is not None
+                and not is_like(locate(part, field.name), locate({"_target_": like}, ""))
+            ):
+                prefix = type(group).__name__.removesuffix("Config").lower()
+                wanted = f"a part that is called like {like}"
+                raise error(f"{prefix}.{field.name}._target_", part["_target_"], wanted)
 
 
 def check_part(part: Mapping[str, Any], *, key: str) -> None:
-    """Compares a part with the signature of its function: names, kinds and ranges.
+    """Compares a part with its function.
 
     Raises:
-        ConfigError: for a target outside the allowed packages or absent, an unknown parameter, a value of
-            another kind or outside its range, a number without a value, or two in the wrong order.
+        ConfigError: for a target outside the allowed packages or absent, and as check_settings.
     """
-    function = locate(part, key)
-    settings = read_settings(function)
-    for name, value in part.items():
-        if name in ("_target_", "_partial_"):
-            continue
-        if name not in settings:
-            choices = ", ".join(settings) or "none"
-            raise ConfigError(f"{key}.{name}: unknown parameter of {part['_target_']}; known: {choices}")
-        for fault in find_faults(settings[name].annotation, f"{key}.{name}", value):
-            raise fault
-    for name, setting in settings.items():
-        if name not in part and setting.default is setting.empty and _has_number(setting.annotation):
-            raise ConfigError(f"{key}.{name}: no value; {part['_target_']} needs a number here")
-    ordered = declares(function, "ordered")
-    if ordered and part[ordered[0]] > part[ordered[1]]:
-        low, high = ordered
-        raise error(f"{key}.{low}", part[low], f"at most {high}={part[high]}")
+    check_settings(locate(part, key), part, key)
 
 
 def check_target(part: Mapping[str, Any], *, key: str) -> None:
-    """Refuses a part that names nothing, or something outside the allowed packages. Imports nothing."""
-    target = str(part.get("_target_", ""))
-    if not target.startswith(tuple(f"{package}." for package in PACKAGES)):
-        wanted = f"a function of {' or '.join(PACKAGES)}, as in capo_exp.algorithms.neutral.keep_all"
+    """Refuses a part that names nothing, or no part of this package or an allowed one. Imports nothing.
+
+    Raises:
+        ConfigError: it does; or it has a key by which Hydra would build something else.
+    """
+    target = part.get("_target_", "")
+    for mark in MARKS & set(part):
+        if mark not in ("_target_", "_partial_") or (mark == "_partial_" and type(part[mark]) is not bool):
+            raise error(
+                f"{key}.{mark}", part[mark], "only _target_, _partial_ (true or false) and its numbers"
+            )
+    module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    own = PART_MODULES.fullmatch(module) is not None
+    if not re.fullmatch(r"[^\W_]\w*", name) or not (own or _find_plugin(module)):
+        wanted = "a function of capo_exp, as in capo_exp.algorithms.neutral.keep_all"
+        root = module.partition(".")[0]
+        if re.fullmatch(r"\w+", root) and root not in {"capo_exp", *sys.stdlib_module_names}:
+            wanted += f", or of your own package, which plugins=[{root}] on the command line allows"
         raise error(f"{key}._target_", target, wanted)
 
 
-def find_faults(kind: Any, key: str, value: Any) -> Iterator[ConfigError]:
-    """Yields why a value is not of an annotation's kind, or not within a range in it; nothing where it is.
+def _find_plugin(module: str) -> str | None:
+    """Returns the allowed package in which a module stands."""
+    return next((name for name in allowed_plugins() if f"{module}.".startswith(f"{name}.")), None)
 
-    What is no number, text, or collection of them is not looked at.
+
+def find_parts(node: Any, key: str = "", *, part: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the dotted key of every part of a configuration, and the part.
+
+    Parts are the mappings that stand where the schema has a part, and whatever is marked as one, at any
+    depth, also where nothing would build it.
     """
-    origin, inner = get_origin(kind), get_args(kind)
-    if isinstance(value, Mapping) and "_target_" in value:
-        return  # a part of its own
-    if origin is Annotated:
-        rules = [mark for mark in inner[1:] if isinstance(mark, Rule)]
-        if any(find_faults(inner[0], key, value)):
-            yield from [error(key, value, rules[0].expected)] if rules else find_faults(inner[0], key, value)
-        elif value is not None:
-            yield from (error(key, value, rule.expected) for rule in rules if not rule.holds(value))
-    elif origin in (Union, UnionType):
-        faults = [list(find_faults(each, key, value)) for each in inner]
-        yield from faults[0] if all(faults) else ()
-    elif kind in SCALARS:
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            yield error(key, value, SCALARS[kind])
-    elif is_typeddict(kind):
-        kinds = get_type_hints(kind, include_extras=True)
-        if not isinstance(value, Mapping) or set(value) != set(kinds):
-            yield error(key, value, f"a mapping with {', '.join(kinds)}")
-        else:
-            yield from chain(*(find_faults(kinds[name], f"{key}.{name}", value[name]) for name in kinds))
-    elif isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            yield error(key, value, "a mapping")
-        else:
-            yield from chain(*(find_faults(inner[1], f"{key}.{name}", value[name]) for name in value))
-    elif isinstance(origin, type) and issubclass(origin, Sequence):
-        if not isinstance(value, list | tuple):
-            yield error(key, value, "a list")
-        else:
-            yield from chain(*(find_faults(inner[0], f"{key}[{i}]", each) for i, each in enumerate(value)))
-
-
-def _has_number(kind: Any) -> bool:
-    """Returns whether an annotation speaks of numbers, at any depth."""
-    return kind in (bool, int, float) or any(map(_has_number, get_args(kind)))
-
-
-def find_parts(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the dotted key of every part of a configuration, and the part; those in a part, too."""
     if is_dataclass(node):
         for field in fields(node):
-            yield from find_parts(getattr(node, field.name), f"{prefix}.{field.name}".lstrip("."))
-    elif isinstance(node, Mapping):
-        yield prefix, node
-        for name, child in node.items():  # a part that takes a part, as controls.at_rate takes a score
-            if isinstance(child, Mapping) and "_target_" in child:
-                yield from find_parts(child, f"{prefix}.{name}")
+            yield from find_parts(getattr(node, field.name), f"{key}.{field.name}".lstrip("."))
+        return
+    if isinstance(node, Mapping) and (part or MARKS & set(node)):
+        yield key, node
+    for where, child in _list_children(node, key):
+        yield from find_parts(child, where, part=False)
 
 
-def read_settings(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Returns what a YAML may set of a function or class: its keyword-only parameters, with their ranges."""
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+def _list_children(node: Any, key: str) -> list[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        return [(f"{key}.{name}", child) for name, child in node.items()]
+    return [(f"{key}[{i}]", child) for i, child in enumerate(node)] if isinstance(node, list | tuple) else []
 
 
 def locate(part: Mapping[str, Any], key: str) -> Callable[..., Any]:
     """Imports the function or class that a part names.
 
     Raises:
-        ConfigError: if it stands outside the allowed packages, or is not there.
+        ConfigError: if it is none of an allowed module, or is not there.
     """
     check_target(part, key=key)
     target = str(part["_target_"])
@@ -176,26 +182,27 @@ def locate(part: Mapping[str, Any], key: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as failure:
         absent = str(failure.name)
-        if absent.partition(".")[0] in PACKAGES:
+        if absent.partition(".")[0] == module_name.partition(".")[0] and "." in absent:
             raise ConfigError(f"{key}._target_={target}: there is no module {absent}") from failure
         raise error(f"{key}._target_", target, f"the package {absent} to be installed") from failure
-    found = getattr(module, name, None)
-    if not callable(found):
-        own = [n for n, v in vars(module).items() if callable(v) and v.__module__ == module_name]
+    package = _find_plugin(module_name) or module_name
+    own = {n: v for n, v in vars(module).items() if n[0] != "_" and _stands_in(package, v)}
+    if name not in own:
         raise ConfigError(f"{key}._target_={target}: unknown function; {suggest(name, own)}")
-    return found
+    return own[name]
 
 
-def uses_reward_kl(algo: AlgoConfig) -> bool:
-    """Returns whether the shaping or the credit, with the numbers it has, uses the KL to the reference."""
-    parts = {"algo.shaping": algo.shaping, "algo.credit": algo.credit}
-    numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
-    return any(number is not None and part.get(number) != 0 for part, number in numbers)
+def _stands_in(package: str, found: object) -> bool:
+    """Returns whether a function or class is of a package itself, and not of one that it imports."""
+    return isinstance(found, FunctionType | type) and f"{found.__module__}.".startswith(f"{package}.")
 
 
 def needs_reference(algo: AlgoConfig) -> bool:
-    """Returns whether a run holds a frozen reference model."""
-    return algo.kl_coefficient > 0 or uses_reward_kl(algo)
+    """Returns whether a run holds a frozen reference model, for the loss, the shaping or the credit."""
+    parts = {"algo.shaping": algo.shaping, "algo.credit": algo.credit}
+    numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
+    in_reward = any(number is not None and part.get(number) != 0 for part, number in numbers)
+    return algo.kl_coefficient > 0 or in_reward
 
 
 def is_local_path(path: str) -> bool:

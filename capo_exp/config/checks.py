@@ -3,8 +3,10 @@
 What needs no part is checked first, without torch: such a mistake ends in under a second.
 """
 
+import json
 import re
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from capo_exp.config import build
 from capo_exp.config.declare import declares
 from capo_exp.config.errors import error
 from capo_exp.config.ranges import OPEN_BETAS, apply
-from capo_exp.config.schema import TrainConfig
+from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
 
 
 def check(config: TrainConfig) -> None:
@@ -21,7 +23,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: one line, `key=value: expected ...`, for the first problem found.
     """
-    _check_ranges(config)
+    check_ranges(config)
+    _check_plugins(config)
     for key, part in build.find_parts(config):
         build.check_target(part, key=key)
     _check_batch(config)
@@ -47,13 +50,25 @@ def check_trains(config: TrainConfig) -> None:
         raise error("dataset.train_split", None, wanted)
 
 
-def _check_ranges(node: Any, prefix: str = "") -> None:
+def check_ranges(node: Any, prefix: str = "") -> None:
+    """Compares the values of a group and of those in it with the ranges of their fields.
+
+    Raises:
+        ConfigError: for the first that is not within.
+    """
     for field in fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
         if is_dataclass(value):
-            _check_ranges(value, f"{key}.")
+            check_ranges(value, f"{key}.")
         elif "range" in field.metadata:
             apply(field.metadata["range"], key, value)
+
+
+def _check_plugins(config: TrainConfig) -> None:
+    unasked = [name for name in config.plugins if name not in build.allowed_plugins()]
+    if unasked:
+        wanted = f"plugins=[{','.join(unasked)}] on the command line of this process: a file allows nothing"
+        raise error("plugins", f"[{','.join(unasked)}]", wanted)
 
 
 def _check_batch(config: TrainConfig) -> None:
@@ -121,9 +136,27 @@ def _check_model(config: TrainConfig) -> None:
         raise error("model.path", model.path, f"config.json in {build.resolve_model_path(model.path)}")
     elif model.revision is not None:
         raise error("model.revision", model.revision, "null for a local model.path")
+    else:
+        _check_architecture(model, Path(build.resolve_model_path(model.path)) / "config.json")
+    if "/" in model.attn_implementation and find_spec("kernels") is None:
+        wanted = "sdpa, or the package kernels to be installed, which loads a kernel from the hub"
+        raise error("model.attn_implementation", model.attn_implementation, wanted)
     flash = model.attn_implementation.startswith("flash_attention")
     if flash and (config.device == "cpu" or model.compute_dtype == "float32"):
         raise error("model.attn_implementation", model.attn_implementation, "sdpa on a CPU or in float32")
+
+
+def _check_architecture(model: ModelConfig, path: Path) -> None:
+    """Compares what the plan and the memory estimate count with what a model on disk says of itself."""
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as failure:
+        raise error("model.path", model.path, f"a readable config.json ({failure})") from None
+    known = stated if isinstance(stated, dict) else {}
+    wrong = [name for name in ARCHITECTURE if known.get(name, getattr(model, name)) != getattr(model, name)]
+    if wrong:
+        wanted = " ".join(f"model.{name}={json.dumps(known[name])}" for name in wrong).replace('"', "")
+        raise error("model.path", model.path, f"{wanted}, as its config.json says")
 
 
 def _check_algorithm(config: TrainConfig) -> None:

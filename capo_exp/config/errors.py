@@ -13,15 +13,22 @@ class RunFailed(RuntimeError):
     """A run that has to end although its configuration is right. The message says why, and how to go on."""
 
 
+MOST_CHOICES = 20
+"""Longest list of choices that a message has; of a longer one it has the nearest five."""
+
+
 def error(key: str, value: Any, expected: str) -> ConfigError:
     """Returns the error `key=value: expected ...`, in one line."""
     if value is None or isinstance(value, bool):
         value = {None: "null", True: "true", False: "false"}[value]  # as YAML writes it
-    return ConfigError(f"{key}={value}: expected {expected}".replace("\n", "\\n"))
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(value))
+    return ConfigError(f"{key}={text if len(text) <= 200 else f'{text[:200]}...'}: expected {expected}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns the second half of a message about an unknown name: the choices, and the one probably meant."""
     choices = list(known)
-    near = difflib.get_close_matches(name, choices, n=1)
+    near = difflib.get_close_matches(name, choices, n=5, cutoff=0.6 if len(choices) <= MOST_CHOICES else 0.0)
+    if len(choices) > MOST_CHOICES:
+        return f"expected one of {len(choices)} choices; nearest: {', '.join(near)}"
     return f"expected one of {', '.join(choices)}" + (f"; nearest: {near[0]}" if near else "")

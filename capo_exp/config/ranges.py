@@ -5,6 +5,7 @@ schema.py, or in the annotation of a part's parameter, as in `Annotated[float, P
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from capo_exp.config.errors import error
@@ -19,9 +20,11 @@ class Rule(NamedTuple):
 
 
 def apply(rule: Rule, key: str, value: Any) -> None:
-    """Raises ConfigError if the value of a key breaks the rule."""
-    if not rule.holds(value):
-        raise error(key, value, rule.expected)
+    """Raises ConfigError if the value of a key breaks the rule, or is of a kind that the rule cannot see."""
+    with suppress(TypeError):
+        if rule.holds(value):
+            return
+    raise error(key, value, rule.expected)
 
 
 def one_of(*choices: str) -> Rule:
@@ -58,11 +61,22 @@ NUM_PROBLEMS = Rule(lambda v: 1 <= v <= 1_000_000, "an integer in [1, 1,000,000]
 TOP_P = Rule(lambda v: 0 < v <= 1, "a number in (0, 1] (1 = off)")
 BETAS = Rule(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
 OPEN_BETAS = Rule(lambda v: len(v) == 2 and all(0 < b < 1 for b in v), "two numbers inside (0, 1)")
+COUNT = Rule(lambda v: 1 <= v <= 10**9, "an integer of at least 1, at most 1e9")
+COUNT_OR_0 = Rule(lambda v: 0 <= v <= 10**9, "an integer of at least 0, at most 1e9")
+LEARNING_RATE = Rule(lambda v: v == 0 or 1e-12 <= v <= 10, "0 or a number in [1e-12, 10]")
+WEIGHT_DECAY = Rule(lambda v: 0 <= v <= 10, "a number in [0, 10]")
+EPS = Rule(lambda v: 1e-20 <= v <= 1, "a number in [1e-20, 1]")
+TEMPERATURE = Rule(lambda v: 0.01 <= v <= 100, "a number in [0.01, 100]")
+TEMPERATURE_OR_0 = Rule(lambda v: v == 0 or TEMPERATURE.holds(v), "0 (greedy) or a number in [0.01, 100]")
+PROJECT = matches(r"[^/\\#?%:\x00-\x1f]{1,128}", "a name of W&B: 1 to 128 characters without / \\ # ? % :")
+TAGS = Rule(lambda v: all(re.fullmatch(r".{1,64}", tag) for tag in v), "texts of 1 to 64 characters")
 DEVICE = matches(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")
 GPUS = Rule(lambda v: all(re.fullmatch(r"[\w,-]+", d) for d in v), "a list of GPUs, such as [0,1]")
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-FOLDER = matches(_NAME, "the name of one folder: letters, digits, dot, underscore, hyphen")
-FOLDER_OR_EMPTY = matches(f"({_NAME})?", "empty, or a short name without spaces")
+_NAME, _LETTERS = r"[A-Za-z0-9][A-Za-z0-9._-]", "letters, digits, dot, underscore, hyphen"
+FOLDER = matches(f"{_NAME}{{0,99}}", f"the name of one folder: at most 100 {_LETTERS}")
+NAME = matches(f"{_NAME}{{0,39}}", f"a name that can be in that of a folder: at most 40 {_LETTERS}")
+NAME_OR_EMPTY = Rule(lambda v: v == "" or NAME.holds(v), f"empty, or at most 40 {_LETTERS}")
+NAME_OR_NULL = Rule(lambda v: v is None or NAME.holds(v), f"null, or at most 40 {_LETTERS}")
 ONE_LINE = matches(r".*", "one line of text")
 COLOUR = matches(r"(#[0-9a-fA-F]{6})?", "empty, or a colour as #rrggbb")
 MARKER = matches(

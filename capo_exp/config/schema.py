@@ -21,7 +21,9 @@ Part = dict[str, Any]
 """`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by build.build_part."""
 
 
-def setting(rule: ranges.Rule | None = None, *, default: Any = MISSING, result: bool = True) -> Any:
+def setting(
+    rule: ranges.Rule | None = None, *, default: Any = MISSING, result: bool = True, like: str = ""
+) -> Any:
     """Returns a field with its range beside it.
 
     Args:
@@ -29,8 +31,12 @@ def setting(rule: ranges.Rule | None = None, *, default: Any = MISSING, result: 
         default: The neutral value, with which a key does nothing, or what makes it; without one, a YAML has
             to give the value.
         result: False for a key that changes no number of a run: it is no part of the run's identity.
+        like: Of a part: one that fits here; without it, the default.
     """
-    metadata = {"result": result} if rule is None else {"result": result, "range": rule}
+    metadata: dict[str, Any] = {"result": result} | ({} if rule is None else {"range": rule})
+    made: Any = default() if callable(default) else None
+    if like or made:
+        metadata["like"] = f"capo_exp.{like}" if like else made["_target_"]
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,30 +54,30 @@ class AlgoConfig:
     Defaults here are neutral: they do nothing, so that a YAML shows only what its method has.
     """
 
-    name: str = MISSING
-    variant: str = setting(ranges.FOLDER_OR_EMPTY, default="")  # what selection=... put on top
+    name: str = setting(ranges.NAME)
+    variant: str = setting(ranges.NAME_OR_EMPTY, default="")  # what selection=... put on top
     label: str = setting(ranges.ONE_LINE, default="", result=False)  # empty = from name, variant
     colour: str = setting(ranges.COLOUR, default="", result=False)  # in figures, as the label
     marker: str = setting(ranges.MARKER, default="", result=False)
     group_filter: Part = setting(default=_neutral("all_groups"))
-    max_sampling_rounds: int = setting(ranges.AT_LEAST_1, default=1)  # until enough groups pass
+    max_sampling_rounds: int = setting(ranges.COUNT, default=1)  # until enough groups pass
     shaping: Part = setting(default=_neutral("unshaped"))
-    advantage: Part = MISSING
+    advantage: Part = setting(like="algorithms.grpo.group_normalised")
     credit: Part = setting(default=_neutral("every_token"))
     completion_filter: Part = setting(default=_neutral("all_completions"))
     # Which completions a loss averages over after the filter.
     filter_denominator: str = setting(ranges.one_of("all", "kept"), default="all")
-    num_iterations: int = setting(ranges.AT_LEAST_1, default=1)  # passes over the batch of a rollout step
-    num_minibatches: int = setting(ranges.AT_LEAST_1, default=1)  # optimiser steps a pass
+    num_iterations: int = setting(ranges.COUNT, default=1)  # passes over the batch of a rollout step
+    num_minibatches: int = setting(ranges.COUNT, default=1)  # optimiser steps a pass
     selection: Part = setting(default=_neutral("keep_all"))
-    token_loss: Part = MISSING
+    token_loss: Part = setting(like="algorithms.grpo.clipped_surrogate")
     kl_estimator: Part = setting(default=_neutral("kl_k3", "algorithms.kl"))
     kl_coefficient: float = setting(ranges.NON_NEGATIVE, default=0.0)  # of a KL in the loss
     # Rollout steps until the reference becomes the policy, and until Adam's moments start again; 0 = never.
-    reference_reset_every: int = setting(ranges.AT_LEAST_0, default=0)
-    optimizer_reset_every: int = setting(ranges.AT_LEAST_0, default=0)
-    aggregation: Part = MISSING
-    step_rule_name: str = ""  # what step_rule=... put on top
+    reference_reset_every: int = setting(ranges.COUNT_OR_0, default=0)
+    optimizer_reset_every: int = setting(ranges.COUNT_OR_0, default=0)
+    aggregation: Part = setting(like="algorithms.aggregation.token_mean")
+    step_rule_name: str = setting(ranges.NAME_OR_EMPTY, default="")  # what step_rule=... put on top
     step_rule: Part = setting(default=_neutral("full_step"))
 
     @property
@@ -82,25 +88,25 @@ class AlgoConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     path: str = MISSING  # local directory, hub id, or pkg://... for what ships with this package
     revision: str | None = MISSING  # hub commit; null for local paths
     # From here the ARCHITECTURE, named as in the model's own config.json.
     model_type: str = setting(ranges.not_empty("the model_type of its config.json, such as qwen2 or llama"))
-    vocab_size: int = setting(ranges.AT_LEAST_1)
-    hidden_size: int = setting(ranges.AT_LEAST_1)
-    intermediate_size: int = setting(ranges.AT_LEAST_1)
-    num_hidden_layers: int = setting(ranges.AT_LEAST_1)
-    num_attention_heads: int = setting(ranges.AT_LEAST_1)
-    num_key_value_heads: int = setting(ranges.AT_LEAST_1)
+    vocab_size: int = setting(ranges.COUNT)
+    hidden_size: int = setting(ranges.COUNT)
+    intermediate_size: int = setting(ranges.COUNT)
+    num_hidden_layers: int = setting(ranges.COUNT)
+    num_attention_heads: int = setting(ranges.COUNT)
+    num_key_value_heads: int = setting(ranges.COUNT)
     tie_word_embeddings: bool = MISSING
     # auto = float32 on CPU, bfloat16 autocast on GPU (weights stay float32)
     compute_dtype: str = setting(ranges.one_of("auto", "float32", "bfloat16"))
     attn_implementation: str = setting(ranges.ATTENTION)
     gradient_checkpointing: bool = MISSING
     reference_learning_rate: float = setting(ranges.POSITIVE)  # the conservative regime's rate for this model
-    micro_batch_size: int = setting(ranges.AT_LEAST_1)  # completions per forward and backward pass
-    logits_chunk_tokens: int = setting(ranges.AT_LEAST_1)  # tokens of the last layer computed at once
+    micro_batch_size: int = setting(ranges.COUNT)  # completions per forward and backward pass
+    logits_chunk_tokens: int = setting(ranges.COUNT)  # tokens of the last layer computed at once
 
 
 ARCHITECTURE = (
@@ -113,12 +119,14 @@ estimate, which reads no model, counts with them."""
 
 @dataclass
 class DatasetConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     # Directory with <name>/<split>.parquet or <split>.parquet; null = CAPO_DATA_DIR, else the hub.
     path: str | None = MISSING
-    source: Part = MISSING  # (split) -> list[Problem]
-    train_split: str | None = MISSING  # null = a set to evaluate on, which nothing trains on
-    eval_split: str = MISSING
+    source: Part = setting(like="data.math_problems.ProblemSet")  # (split) -> list[Problem]
+    train_split: str | None = setting(
+        ranges.NAME_OR_NULL
+    )  # null = a set to evaluate on, which nothing trains on
+    eval_split: str = setting(ranges.NAME)
     # Which are the first num_problems of an evaluation.
     eval_order: str = setting(ranges.one_of("file", "shuffled"), default="file")
     levels: list[str] = setting(default=list)  # difficulties to train on, as in [3,4,5]; [] = all
@@ -130,31 +138,33 @@ class DatasetConfig:
     template: str = setting(ranges.Rule(lambda v: "{problem}" in v, "text with {problem} in it"))
     # Worked examples before the problem, each with `problem` and `solution`; as text or as turns of the chat.
     examples: list[Part] = setting(default=list)
-    max_prompt_tokens: int = setting(ranges.AT_LEAST_1)  # longer prompts are dropped and counted
-    max_completion_tokens: int = setting(ranges.AT_LEAST_1)
+    max_prompt_tokens: int = setting(ranges.COUNT)  # longer prompts are dropped and counted
+    max_completion_tokens: int = setting(ranges.COUNT)
 
 
 @dataclass
 class RegimeConfig:
-    name: str = MISSING
-    learning_rate: float = setting(ranges.NON_NEGATIVE)  # peak of the schedule
-    prompts_per_step: int = setting(ranges.AT_LEAST_1)
-    group_size: int = setting(ranges.AT_LEAST_1)
+    name: str = setting(ranges.NAME)
+    learning_rate: float = setting(ranges.LEARNING_RATE)  # peak of the schedule
+    prompts_per_step: int = setting(ranges.COUNT)
+    group_size: int = setting(ranges.COUNT)
 
 
 @dataclass
 class RolloutConfig:
-    name: str = MISSING
-    engine: Part = MISSING  # samples; also what evaluation uses
+    name: str = setting(ranges.NAME)
+    engine: Part = setting(like="rollout.hf.HFRollout")  # samples; also what evaluation uses
     # rollout=vllm: null = an engine of the run's own, start = a server of its own
     server_url: str | None = setting(default=None, result=False)
-    train_engine: Part | None = MISSING  # where training completions come from instead; null = engine
+    # Where training completions come from instead; null = engine.
+    train_engine: Part | None = setting(like="rollout.demonstrations.DemonstrationRollout")
     # One call of the engine a rollout step, or one a micro-batch.
     chunking: str = setting(ranges.one_of("per_step", "per_micro_batch"))
-    temperature: float = setting(ranges.POSITIVE)
-    top_k: int = setting(ranges.Rule(lambda v: v >= 0, "an integer of at least 0 (0 = off)"))
+    temperature: float = setting(ranges.TEMPERATURE)
+    top_k: int = setting(ranges.COUNT_OR_0)  # 0 = off
     top_p: float = setting(ranges.TOP_P)
-    correction: Part = MISSING  # weights the credit where sampler and learner differ; rollout/correction=
+    # Weights the credit where sampler and learner differ; rollout/correction=
+    correction: Part = setting(like="algorithms.correction.uncorrected")
 
     @property
     def is_vllm(self) -> bool:
@@ -166,8 +176,8 @@ class RolloutConfig:
 class RewardConfig:
     """Total reward = verifier + format_weight x format + length_weight x length; see grading/terms.py."""
 
-    name: str = MISSING
-    verifier: Part = MISSING
+    name: str = setting(ranges.NAME)
+    verifier: Part = setting(like="grading.verifier.ExactVerifier")
     format: Part = setting(default=_neutral("no_format", "grading.terms"))  # (text) -> 0..1
     format_weight: float = setting(ranges.FINITE, default=0.0)  # 0 = the term is only logged
     length: Part = setting(default=_neutral("no_length", "grading.terms"))  # (tokens) -> number
@@ -176,10 +186,10 @@ class RewardConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     betas: list[float] = setting(ranges.BETAS)
-    eps: float = setting(ranges.POSITIVE)
-    weight_decay: float = setting(ranges.NON_NEGATIVE)
+    eps: float = setting(ranges.EPS)
+    weight_decay: float = setting(ranges.WEIGHT_DECAY)
     max_grad_norm: float = setting(ranges.POSITIVE_OR_INF)
     # The schedules of transformers.get_scheduler that need no further numbers.
     schedule: str = setting(ranges.one_of(
@@ -194,41 +204,41 @@ class CurvatureConfig:
 
     # adam = moments of its own | adam_live = the optimiser's | sgd
     optimizer_model: str = setting(ranges.one_of("adam", "adam_live", "sgd"))
-    top_k: int = setting(ranges.AT_LEAST_1)
+    top_k: int = setting(ranges.COUNT)
     hidden_shift: int = setting(ranges.HIDDEN_SHIFT)  # 1 = the state one token late
     betas: list[float] = setting(ranges.OPEN_BETAS)
-    eps: float = setting(ranges.POSITIVE)
-    calibrate_every: int = setting(ranges.AT_LEAST_0)  # optimiser steps between measurements; 0 = never
-    calibrate_completions: int = setting(ranges.AT_LEAST_1)  # completions of a measurement
-    calibrate_tokens: int = setting(ranges.AT_LEAST_1)  # tokens of a measurement, drawn from them
+    eps: float = setting(ranges.EPS)
+    calibrate_every: int = setting(ranges.COUNT_OR_0)  # optimiser steps between measurements; 0 = never
+    calibrate_completions: int = setting(ranges.COUNT)  # completions of a measurement
+    calibrate_tokens: int = setting(ranges.COUNT)  # tokens of a measurement, drawn from them
     # Optimiser steps between comparisons with the unmasked step; 0 = never.
-    diagnose_every: int = setting(ranges.AT_LEAST_0, default=0)
+    diagnose_every: int = setting(ranges.COUNT_OR_0, default=0)
 
 
 @dataclass
 class EvaluationConfig:
-    every: int = setting(ranges.AT_LEAST_0)  # rollout steps; 0 = only before and after training
-    num_problems: int = setting(ranges.AT_LEAST_1)
-    samples: int = setting(ranges.AT_LEAST_1)  # completions per problem
-    temperature: float = setting(ranges.NON_NEGATIVE)  # 0 = greedy
+    every: int = setting(ranges.COUNT_OR_0)  # rollout steps; 0 = only before and after training
+    num_problems: int = setting(ranges.COUNT)
+    samples: int = setting(ranges.COUNT)  # completions per problem
+    temperature: float = setting(ranges.TEMPERATURE_OR_0)  # 0 = greedy
     top_p: float = setting(ranges.TOP_P, default=1.0)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = setting(ranges.AT_LEAST_1)  # rollout steps
-    keep: int = setting(ranges.AT_LEAST_1)  # newest checkpoints that stay on disk
+    every: int = setting(ranges.COUNT)  # rollout steps
+    keep: int = setting(ranges.COUNT)  # newest checkpoints that stay on disk
 
 
 @dataclass
 class LoggerConfig:
-    name: str = MISSING
+    name: str = setting(ranges.NAME)
     # auto = online with a key, offline without
     wandb_mode: str = setting(ranges.one_of("auto", "online", "offline", "disabled"))
-    project: str = MISSING
-    tags: list[str] = MISSING
-    completions_every: int = setting(ranges.AT_LEAST_0)  # rollout steps between samples; 0 = never
-    completions_groups: int = setting(ranges.AT_LEAST_1)  # prompts per sample
+    project: str = setting(ranges.PROJECT)
+    tags: list[str] = setting(ranges.TAGS)
+    completions_every: int = setting(ranges.COUNT_OR_0)  # rollout steps between samples; 0 = never
+    completions_groups: int = setting(ranges.COUNT)  # prompts per sample
 
 
 @dataclass
@@ -253,15 +263,17 @@ class TrainConfig:
     evaluation: EvaluationConfig = MISSING
     checkpoint: CheckpointConfig = setting(result=False)
     sweep: SweepConfig = setting(result=False)
-    num_steps: int = setting(ranges.AT_LEAST_1)  # rollout steps
+    num_steps: int = setting(ranges.COUNT)  # rollout steps
     # Rollout steps in a row without a reward that end a run; 0 = none do.
-    stop_after_unrewarded: int = setting(ranges.AT_LEAST_0, result=False)
+    stop_after_unrewarded: int = setting(ranges.COUNT_OR_0, result=False)
     seed: int = setting(ranges.Rule(lambda v: 0 <= v < 2**32, "an integer in [0, 2**32)"))
     device: str = setting(ranges.DEVICE)
     experiment_name: str = setting(ranges.FOLDER, result=False)  # folder under output_dir
     output_dir: str = setting(ranges.not_empty("a directory"), result=False)
     overwrite: bool = setting(result=False)  # start again although a run with this identity exists
     plan_only: bool = setting(result=False)  # print the plan and stop
+    # Packages of a user's own that `_target_` may name; only the command line can allow them.
+    plugins: list[str] = setting(default=list, result=False)
     allow_overcommit: bool = setting(default=False, result=False)  # start although memory seems too small
 
 
@@ -275,11 +287,32 @@ def conf_dir() -> Path:
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra; call once before composing."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
-    OmegaConf.register_new_resolver("mul", lambda a, b: float(a) * float(b), replace=True)
-    OmegaConf.register_new_resolver("add", lambda a, b: int(a) + int(b), replace=True)
-    OmegaConf.register_new_resolver("div", lambda a, b: max(1, int(a) // int(b)), replace=True)
-    OmegaConf.register_new_resolver("name_choices", lambda _root_: name_choices(_root_), replace=True)
-    OmegaConf.register_new_resolver("list_choices", lambda _root_: list_choices(_root_), replace=True)
+    for name, function in _RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def mul(a: Any, b: Any) -> float:
+    """Returns the product, as in ${mul:5,${model.reference_learning_rate}}."""
+    return float(a) * float(b)
+
+
+def add(a: Any, b: Any) -> int:
+    """Returns the sum of two integers."""
+    return int(a) + int(b)
+
+
+def div(a: Any, b: Any) -> int:
+    """Returns the quotient of two integers, rounded down to at least 1."""
+    return max(1, int(a) // int(b))
+
+
+_RESOLVERS: dict[str, Callable[..., Any]] = {
+    "mul": mul,
+    "add": add,
+    "div": div,
+    "name_choices": lambda _root_: name_choices(_root_),
+    "list_choices": lambda _root_: list_choices(_root_),
+}
 
 
 def to_config(cfg: DictConfig) -> TrainConfig:
@@ -293,8 +326,11 @@ def to_config(cfg: DictConfig) -> TrainConfig:
         _check_keys(cfg)
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, TrainConfig)
+        kind = expected_type(str(error.full_key))
+        reason = str(error).splitlines()[0] + (f"; expected {kind}" if kind else "")
+        raise ConfigError(f"{error.full_key}: {reason}") from error
+    if not isinstance(config, TrainConfig):
+        raise ConfigError("a file of yours hides this package's schema; expected no schema.yaml of your own")
     return config
 
 
@@ -305,7 +341,7 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
     known = [field.name for field in fields(schema)]
     for name in map(str, node):
         if name not in known:
-            raise ConfigError(f"{prefix}{name}={node[name]}: unknown key; {suggest(name, known)}")
+            raise ConfigError(f"{prefix}{name}={str(node[name])[:80]}: unknown key; {suggest(name, known)}")
     for name in known:
         if name not in node:  # also true of a value that is still "???"
             raise ConfigError(f"{prefix}{name}: no value; expected {expected_type(prefix + name)}")

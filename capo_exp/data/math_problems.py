@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from capo_exp.config.errors import ConfigError, error
-from capo_exp.config.ranges import one_of
+from capo_exp.config.ranges import NAME, one_of
 from capo_exp.core.types import Problem
 from capo_exp.data.rows import (
     DATA_DIR_VARIABLE,
@@ -52,7 +52,7 @@ ANSWER_FORMATS: dict[str, Callable[[str], str]] = {
 class ProblemSet:
     """A problem set with known answers, and where it stands: `dataset.source` of math, gsm8k, gpqa, ..."""
 
-    name: str
+    name: Annotated[str, NAME]
     """Its folder, and the prefix of ids where the source has none."""
     hub_id: str | None
     """Dataset on the hub; null if it is not there."""

@@ -10,11 +10,14 @@ from typing import Any, Self
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.config.build import build_part
+from capo_exp.config.checks import check_ranges
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import as_data
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Prompt
@@ -127,7 +130,7 @@ def evaluate_targets(
         command: how to sample.
         configs: one a benchmark; they differ in data, lengths and reward.
         targets: weights.
-        trained_on: config.yaml of the run, whose training problems are looked for in the benchmarks.
+        trained_on: `dataset` of a run's config.yaml; its training problems are looked for in the benchmarks.
         tell: takes lines of progress.
 
     Raises:
@@ -169,15 +172,17 @@ def _load(
     return Benchmark(config, prompts[: command.num_problems], dropped, where, verifier)
 
 
-def _overlaps(benchmarks: Sequence[Benchmark], run: Mapping[str, Any] | None) -> list[str]:
+def _overlaps(benchmarks: Sequence[Benchmark], trained_on: Mapping[str, Any] | None) -> list[str]:
     """A line for each benchmark that shares problems with the split that a run was trained on."""
-    if run is None or run["dataset"].get("train_split") is None:
+    if trained_on is None or trained_on.get("train_split") is None:
         return []
-    dataset = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DatasetConfig), run["dataset"]))
-    assert isinstance(dataset, DatasetConfig) and dataset.train_split is not None
     try:
+        given = OmegaConf.merge(OmegaConf.structured(DatasetConfig), as_data(trained_on))
+        dataset = OmegaConf.to_object(given)
+        assert isinstance(dataset, DatasetConfig) and dataset.train_split is not None
+        check_ranges(dataset, "dataset.")
         train = read_split(dataset, dataset.train_split)
-    except ConfigError as error:
+    except (ConfigError, OmegaConfBaseException) as error:
         return [f"not known whether training had seen the benchmarks: {error}"]
     counts = {
         each.config.dataset.name: len({j for _, j in find_overlap(train, [p.problem for p in each.prompts])})

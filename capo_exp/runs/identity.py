@@ -8,23 +8,20 @@ a neutral default therefore leaves every id as it is.
 import hashlib
 import json
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import omegaconf
-from omegaconf import OmegaConf
 
 from capo_exp.config.build import locate
 from capo_exp.config.schema import TrainConfig
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the config as plain dicts, lists and numbers, with its interpolations resolved."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    """Returns the config as plain dicts, lists and numbers; a text in it stays as it is."""
+    return asdict(config)
 
 
 @cache

@@ -15,12 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.files import write_atomic, write_json
-from capo_exp.runs.identity import as_dict, run_id, run_name
+from capo_exp.runs.identity import run_id, run_name
 from capo_exp.runs.lock import is_locked
 
 FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
@@ -88,7 +87,7 @@ class RunRecord:
             "packages": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
             "git": read_git_state(run_dir),
         }
-        write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
+        write_atomic(run_dir / "config.yaml", to_yaml(config))
         self.add({})
 
     def add(self, fields: Mapping[str, Any]) -> None:

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
-
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import read_values
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, read_jsonl
 from capo_exp.runs.record import read_record
@@ -43,11 +42,12 @@ def resolve_mode(mode: str) -> str:
     Raises:
         ConfigError: The mode is unknown.
     """
-    chosen = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    chosen = (os.environ.get("WANDB_MODE") or "auto") if mode == "auto" else mode
     if chosen == "auto":
         chosen = "online" if has_key() else "offline"
     if chosen not in ("online", "offline", "disabled"):
-        raise ConfigError(f"logger.wandb_mode is {chosen!r}; expected auto, online, offline or disabled")
+        key = "logger.wandb_mode" if mode == chosen else "the environment variable WANDB_MODE"
+        raise ConfigError(f"{key}={chosen}: expected auto, online, offline or disabled")
     return chosen
 
 
@@ -148,18 +148,19 @@ def read_logged(run_dir: Path) -> list[LoggedRow]:
 def _init(run_dir: Path, mode: Any) -> Any:
     import wandb
 
-    config, record = OmegaConf.load(run_dir / "config.yaml"), read_record(run_dir) or {}
+    config = read_values((run_dir / "config.yaml").read_text(encoding="utf-8"), str(run_dir))
+    record = read_record(run_dir) or {}
     return wandb.init(
         id=_wandb_id(run_dir, record["run_id"], mode),
         resume="allow" if mode == "online" else None,  # offline W&B would only warn
         reinit="create_new",  # two runs in one process never share
         mode=mode,
-        project=config.logger.project,
-        group=config.experiment_name,
+        project=config["logger"]["project"],
+        group=config["experiment_name"],
         job_type="train",
         name=record["name"],
-        tags=list(config.logger.tags),
-        config=OmegaConf.to_container(config),  # pyright: ignore[reportArgumentType]
+        tags=config["logger"]["tags"],
+        config=config,
         dir=run_dir,
         settings=wandb.Settings(
             silent=True,

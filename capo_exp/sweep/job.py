@@ -1,24 +1,24 @@
 """One job: check it, show the plan, train, show what came out; whatever goes wrong is an exit status.
 
-`python -m capo_exp.sweep.job < outputs/.../config.yaml` runs a recorded configuration;
-a sweep starts its jobs so.
+`python -m capo_exp.sweep.job < outputs/.../config.yaml` runs a recorded configuration; config/record.py says
+what its reader has to name. A sweep starts its jobs so.
 """
 
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
-from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.config.record import read_config
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.record import run_status
 
@@ -27,8 +27,8 @@ SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 the user had not set the first; a sweep's processes inherit both."""
 
 
-def execute(config: TrainConfig) -> None:
-    """Checks, shows the plan, trains.
+def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
+    """Checks, shows the plan, trains; `draw` makes the picture of a run directory.
 
     Raises:
         ConfigError: The configuration is wrong; nothing was written.
@@ -41,24 +41,23 @@ def execute(config: TrainConfig) -> None:
         return
     if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config), fresh=False)
+        show(run_dir(config), draw, fresh=False)
         return
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
     from capo_exp.training.loop import run  # torch, so only now
 
-    show(run(config), fresh=True)
+    show(run(config), draw, fresh=True)
 
 
-def show(directory: Path, *, fresh: bool) -> None:
+def show(directory: Path, draw: Callable[[Path], None], *, fresh: bool) -> None:
     """Draws the run and says what came out and where it is."""
     from rich.console import Console
 
-    from capo_exp.figures.plots import plot_run
     from capo_exp.runs.console import summary_table
 
     if fresh or not (directory / "run.png").exists():
-        plot_run(directory)
+        draw(directory)
     Console().print(summary_table(directory))
 
 
@@ -77,25 +76,10 @@ def report(error: Exception) -> int:
     return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def read_config(text: str) -> TrainConfig:
-    """A resolved configuration, such as a run's config.yaml.
-
-    Raises:
-        ConfigError: It is not YAML, or not of this version's keys.
-    """
-    try:
-        given = OmegaConf.create(text)
-        if not isinstance(given, DictConfig):
-            raise ConfigError("standard input: expected a run's config.yaml")
-        return to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), given))  # pyright: ignore[reportArgumentType]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"standard input: {str(error).splitlines()[0]}; expected config.yaml") from error
-
-
-def main() -> int:
+def main(draw: Callable[[Path], None]) -> int:
     """Runs the configuration on standard input."""
     try:
-        execute(read_config(sys.stdin.read()))
+        execute(read_config(sys.stdin.read(), sys.argv[1:]), draw)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -104,4 +88,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from capo_exp.cli.front import draw_run
+
+    raise SystemExit(main(draw_run))

@@ -5,13 +5,13 @@ here they get the YAML files as they were at the start, a process, a log and a G
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -32,19 +31,18 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.files import write_atomic
-from capo_exp.runs.identity import as_dict, run_dir
-from capo_exp.runs.lock import locked
-from capo_exp.runs.processes import end_with_parent, forwarded_to
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.lock import is_locked
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import run_status
-from capo_exp.sweep.job import execute, report
+from capo_exp.sweep.job import report
+from capo_exp.sweep.processes import environment, read_tail, say, take_device, wait_for_job
 from capo_exp.sweep.table import WIDTH, RunSummary, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
 """Environment variable: what the processes of one sweep share; a launcher hands it on to its workers."""
-COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
-POLL_SECONDS = 0.2
-TAIL_LINES = 8
+CHECKED_JOBS, CHECK_SECONDS = 500, 20.0
+"""Most jobs that are checked before the first starts, and how long it may take."""
 
 
 class JobFailed(Exception):
@@ -75,7 +73,10 @@ class Submission(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Keeps the YAML files as they are now, and tells which jobs cannot run before the first does."""
         sweep_dir = Path(config.hydra.sweep.dir)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # the sweeper makes it next, and ends with this error
         folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=sweep_dir)).resolve()
         os.environ[FOLDER] = str(folder)
         loader: Any = GlobalHydra.instance().config_loader()
@@ -83,28 +84,31 @@ class Submission(Callback):
         jobs = list_jobs(config, loader)
         shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
         wrong: dict[int, str] = {}
-        try:
-            for number, overrides in enumerate(jobs):
-                try:
-                    check(to_config(_composed(loader, config, overrides)))
-                except ConfigError as error:
-                    wrong[number] = str(error)
-                    sys.stderr.write(f"job {number} cannot run: {error}\n")
-        except (HydraException, OmegaConfBaseException):
-            pass  # the sweeper composes all jobs next, and ends with this error
+        with suppress(HydraException, OmegaConfBaseException):  # the sweeper composes all next, and says so
+            _find_wrong(loader, config, jobs, wrong)
         about = {"count": len(jobs), "shared": sorted(shared), "wrong": wrong}
         write_atomic(folder / "jobs.json", json.dumps(about))
 
 
-def task(cfg: DictConfig) -> float | None:
-    """What Hydra calls: once for a run, once for each job of a sweep."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_job(cfg)
-    try:
-        execute(to_config(cfg))
-    except Exception as error:
-        raise SystemExit(report(error)) from None
-    return None
+def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wrong: dict[int, str]) -> None:
+    """Checks the jobs before the first starts, for as long as someone would wait, and adds what is wrong."""
+    began = time.monotonic()
+    for number, overrides in enumerate(jobs):
+        try:
+            check(to_config(_composed(loader, config, overrides)))
+        except ConfigError as error:
+            wrong[number] = str(error)
+            sys.stderr.write(f"job {number} cannot run: {error}\n")
+        if number == 0:
+            began = time.monotonic()  # the first waited for torch
+        seconds = time.monotonic() - began
+        if number == CHECKED_JOBS or (number >= 3 and seconds > CHECK_SECONDS):
+            about = timedelta(seconds=round(seconds / number * len(jobs)))
+            text = (
+                f"the first {number + 1} of {len(jobs):,} jobs are checked; Hydra composes all of them before"
+            )
+            sys.stderr.write(f"{text} the first starts, in about {about}\n")
+            return
 
 
 def read_from_copies(loader: Any, folder: Path) -> None:
@@ -161,8 +165,8 @@ def run_job(cfg: DictConfig) -> float | None:
     except KeyboardInterrupt:
         _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
         raise
-    failed = state not in ("finished", "planned")
-    details = "\n".join(_tail(Path(directory) / "log.txt")) if failed else ""
+    failed = state not in ("finished", "planned", "running")
+    details = "\n".join(read_tail(Path(directory) / "log.txt")) if failed else ""
     _record(EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details))
     if failed:
         raise JobFailed(2 if state == "refused" else 1)
@@ -170,7 +174,7 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
-    """Returns finished | planned | refused (a wrong configuration) | failed."""
+    """Returns finished | planned | running (in another sweep) | refused (a wrong configuration) | failed."""
     if config.plan_only:
         say("\n".join(plan(config)))
         return "planned"
@@ -178,83 +182,24 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
     if run_status(directory) == "finished" and not config.overwrite:
         say("this run is finished; overwrite=true repeats it")
         return "finished"
+    if is_locked(directory):
+        return _leave(directory)
     with ExitStack() as stack:
         env = environment(take_device(config.sweep.devices, stack), parallel)
-        code = _wait(config, env, echo=parallel == 1)
+        code = wait_for_job(config, env, echo=parallel == 1)
     if code == 0:
         say(f"job {number} finished: {directory}")
+    elif code == 2 and is_locked(directory):  # another began it in this moment
+        return _leave(directory)
     else:
-        tail = "" if parallel == 1 else "\n".join(["", *_tail(directory / "log.txt")])
+        tail = "" if parallel == 1 else "\n".join(["", *read_tail(directory / "log.txt")])
         say(f"job {number} failed with exit status {code}: {directory}/log.txt{tail}")
     return {0: "finished", 2: "refused"}.get(code, "failed")
 
 
-def _wait(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
-    """Runs the job to its end, its output in the log and on the console if nothing else writes there.
-
-    Raises:
-        KeyboardInterrupt: if this process was told to stop; the job was, too, and has ended.
-    """
-    log_file = run_dir(config) / "log.txt"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("wb" if config.overwrite else "ab") as log:
-        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-        log.flush()
-        end = log.tell()
-        child = subprocess.Popen(
-            COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=env,
-            start_new_session=True,  # Ctrl-C reaches it from here only
-            preexec_fn=end_with_parent,
-        )
-    with forwarded_to(child) as stopped, log_file.open("rb") as output:
-        assert child.stdin is not None
-        with suppress(BrokenPipeError), child.stdin as stdin:
-            stdin.write(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))).encode())
-        output.seek(end)
-        while (code := child.poll()) is None:
-            _copy(output, echo)
-            time.sleep(POLL_SECONDS)
-        _copy(output, echo)
-    if stopped.is_set() and code != 0:
-        raise KeyboardInterrupt
-    return code
-
-
-def _copy(output: Any, echo: bool) -> None:
-    if echo and (text := output.read()):
-        sys.stdout.write(text.decode(errors="replace"))
-        sys.stdout.flush()
-
-
-def take_device(devices: Sequence[str], stack: ExitStack) -> str | None:
-    """Waits for the first free one of the GPUs and keeps it for the stack's time; None if none is named.
-
-    A GPU named twice takes two jobs. Other sweeps of this user on this machine wait for the same GPUs.
-    """
-    root = Path(tempfile.gettempdir()) / f"capo_exp-{os.getuid()}"
-    while devices:
-        for number, device in enumerate(devices):
-            place = root / f"device-{device}-{list(devices[:number]).count(device)}"
-            with suppress(ConfigError):
-                stack.enter_context(locked(place))
-                return device
-        time.sleep(POLL_SECONDS)
-    return None
-
-
-def environment(device: str | None, parallel: int) -> dict[str, str]:
-    """Returns this process's environment with the job's GPU, and its share of the cores where several run."""
-    env = dict(os.environ)
-    if device is not None:
-        env["CUDA_VISIBLE_DEVICES"] = device
-    if parallel != 1:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel) if parallel > 0 else 1))
-    return env
+def _leave(directory: Path) -> str:
+    say(f"another process is at this run, which is left to it: {directory}")
+    return "running"
 
 
 def objective(config: TrainConfig) -> float | None:
@@ -266,9 +211,9 @@ def objective(config: TrainConfig) -> float | None:
     return None
 
 
-def conclude() -> None:
-    """Shows what came of the jobs and removes what they shared; does nothing if there was no sweep."""
-    folder = Path(os.environ.pop(FOLDER, ""))
+def conclude() -> bool:
+    """Shows what came of the jobs and removes what they shared; returns False for a sweep without a job."""
+    folder, results = Path(os.environ.pop(FOLDER, "")), []
     if folder.name:
         count = _jobs(folder)["count"]
         results = [EndedJob(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
@@ -277,6 +222,7 @@ def conclude() -> None:
             Console(width=None if sys.stdout.isatty() else WIDTH).print(runs_table(list(map(_line, shown))))
         if 0 < len(results) < count:
             say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
+    return not folder.name or bool(results)
 
 
 def _line(result: EndedJob) -> RunSummary:
@@ -300,15 +246,3 @@ def _record(result: EndedJob) -> None:
     folder = Path(os.environ.get(FOLDER, "?"))
     if folder.is_dir():  # a job that Slurm started again outlives its sweep
         write_atomic(folder / f"result_{result.number:05d}.json", json.dumps(asdict(result)))
-
-
-def _tail(log_file: Path) -> list[str]:
-    with suppress(OSError):
-        return log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return []
-
-
-def say(text: str) -> None:
-    """Writes a line on the console, at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

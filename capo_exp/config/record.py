@@ -1,0 +1,154 @@
+"""A recorded configuration is data: what config.yaml of a run, perhaps a stranger's, may do to who reads it.
+
+It is plain values: no interpolation in it is resolved. Its parts are checked as any (build.py). It allows no
+plugins, overwrites nothing, and uses no place (a server, a path, a hub id) that the reader has not named, on
+the command line or in this installation's own conf/. Imports no torch.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from capo_exp.config.build import MADE_HERE, allow_plugins, allowed_plugins
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig, conf_dir, to_config
+
+PLACES = ("path", "model_path", "hub_id", "server_url", "weight_transfer_address", "output_dir")
+"""Last names of the keys that say where something is read, written or sent."""
+Values = dict[str, Any]
+
+
+class _Loader(yaml.CSafeLoader):
+    """Reads YAML as OmegaConf does, but for interpolations: 1e-4 is a number, 2026-11-26 is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
+    for first, rules in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def as_data(node: Any) -> Any:
+    """Copies plain values so that OmegaConf takes every text as it is, also one such as `${oc.env:HOME}`."""
+    if isinstance(node, Mapping):
+        return {name: as_data(value) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [as_data(value) for value in node]
+    if isinstance(node, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
+    return node
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Returns config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_data(asdict(config))), resolve=True)
+
+
+def read_values(text: str, what: str) -> Values:
+    """Returns what config.yaml says, interpolations as the text that they are.
+
+    Raises:
+        ConfigError: It is not YAML, or no mapping; `what` names it.
+    """
+    try:
+        values = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as failure:
+        reason = " ".join(str(failure).split())[:160]
+        raise ConfigError(f"{what}: {reason}; expected config.yaml of a run") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"{what}: expected config.yaml of a run, a mapping of its keys")
+    return values
+
+
+def find_unnamed(values: Any, arguments: Sequence[str], key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the key and value of each place that a record names and its reader does not.
+
+    Args:
+        values: of the record, or a part of them.
+        arguments: `key=value` of the command line.
+        key: dotted place of the values.
+    """
+    given = _read_words(arguments)
+    named = {text.strip("'\"") for text in given.values()}
+    children = values.items() if isinstance(values, dict) else enumerate(values)
+    for name, value in children:
+        where = f"{key}.{name}".lstrip(".")
+        if isinstance(value, dict | list):
+            yield from find_unnamed(value, arguments, where)
+        elif name in PLACES and where not in given and str(value) not in named and not _is_own(value):
+            yield where, str(value)
+
+
+def _read_words(arguments: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (each.lstrip("+").partition("=") for each in arguments)}
+
+
+def refuse_place(key: str, value: str) -> ConfigError:
+    """Returns the error about a place that only a record names."""
+    shown = "".join(character if character.isprintable() else "?" for character in value)[:160]
+    return ConfigError(
+        f"{key}={shown}: stands in a record only, whose servers, paths and hub ids are not used; "
+        f"expected {key}=... on this command line"
+    )
+
+
+def _is_own(value: Any) -> bool:
+    shipped = (
+        isinstance(value, str) and value.startswith(("pkg://capo_exp/", MADE_HERE)) and ".." not in value
+    )
+    return value is None or shipped or value in ("start", *_read_own_places())
+
+
+@cache
+def _read_own_places() -> frozenset[str]:
+    """Returns the places that the YAML files of this installation name."""
+    files = [conf_dir() / "config.yaml", *conf_dir().glob("*/*.yaml")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    found = [re.findall(rf"(?m)^ *(?:{'|'.join(PLACES)}): *([^\s{{}}#]+)", text) for text in texts]
+    return frozenset(place for places in found for place in places)
+
+
+def read_config(text: str, arguments: Sequence[str] = ()) -> TrainConfig:
+    """Returns a recorded configuration to run again.
+
+    Args:
+        text: config.yaml.
+        arguments: what the reader says of it: `plugins=[PKG]`, `overwrite=true`, places by their keys and
+            `logger.wandb_mode`; or `own=true` for all that it says, as a sweep tells its jobs.
+
+    Raises:
+        ConfigError: It is not YAML, not of this version's keys, or names what the reader has not.
+    """
+    given = _read_words(arguments)
+    own = given.pop("own", "false") == "true"
+    allow_plugins(filter(None, re.split(r"[\[\],\s]+", given.pop("plugins", ""))))
+    if strange := [
+        key for key in given if key.rpartition(".")[2] not in (*PLACES, "overwrite", "wandb_mode")
+    ]:
+        raise ConfigError(
+            f"{strange[0]}: expected own=true, plugins=[PKG], overwrite, or a place of the record"
+        )
+    values = read_values(text, "standard input") | {"plugins": allowed_plugins()}
+    try:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(TrainConfig), as_data(values))
+        for key, value in given.items():
+            OmegaConf.update(merged, key, yaml.safe_load(value), force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as failure:
+        raise ConfigError(f"standard input: {str(failure).splitlines()[0]}; expected config.yaml") from None
+    config = to_config(merged)
+    if not own:
+        config.overwrite = given.get("overwrite") == "true"
+        for key, value in find_unnamed(values, arguments):
+            raise refuse_place(key, value)
+        if "logger.wandb_mode" not in given and config.logger.wandb_mode != "disabled":
+            config.logger.wandb_mode = "offline"  # no key of the reader's is used unasked
+    return config

@@ -1,0 +1,398 @@
+"""A configuration is data, also a stranger's: it runs nothing, reads no secret and names no place."""
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from capo_exp.cli import evaluate, evaluate_config, figures, front, status
+from capo_exp.cli.compose import compose_config
+from capo_exp.config.build import allow_plugins, build_part
+from capo_exp.config.checks import check
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import as_data, read_config, to_yaml
+from capo_exp.config.schema import TrainConfig, conf_dir, to_config
+from capo_exp.evaluation import subject
+from capo_exp.evaluation.command import EvaluateCommand
+from capo_exp.sweep import job
+from tests.figure_pieces import write_run
+
+Values = dict[str, Any]
+LISTED = """
+os.system os.execv os.remove posix.system nt.system subprocess.run subprocess.Popen subprocess.check_output
+distutils.spawn.spawn builtins.exec builtins.eval builtins.open builtins.__import__ builtins.print
+pickle.loads marshal.loads joblib.load numpy.load pandas.read_pickle torch.load torch.hub.load
+yaml.unsafe_load shutil.rmtree shutil.copyfile urllib.request.urlretrieve urllib.request.urlopen
+sympy.sympify importlib.import_module runpy.run_path code.interact pty.spawn webbrowser.open ctypes.CDLL
+socket.create_connection pathlib.Path.write_text pathlib.Path.touch logging.FileHandler
+logging.config.dictConfig hydra.utils.call hydra.utils.instantiate hydra_plugins.evil.Sweeper
+omegaconf.OmegaConf.load timeit.timeit multiprocessing.Process transformers.AutoModel.from_pretrained
+huggingface_hub.snapshot_download datasets.load_dataset evil.run capo_exp capo_exp_evil.run
+tests.pieces.prompt capo_exp.runs.files.write_atomic capo_exp.config.build.os.system
+capo_exp.algorithms.protocols.build_part capo_exp.algorithms.grpo.os.system
+capo_exp.grading.verifier.partial capo_exp.grading.verifier._grade_pair
+capo_exp.rollout.vllm_server.start_server capo_exp.rollout.guard.main
+capo_exp.rollout.vllm_process.subprocess.Popen capo_exp.sweep.sweep.Submission capo_exp.data.rows.read_hub
+capo_exp.data.math_problems.read_hub capo_exp.data.math_problems.ProblemSet.__call__
+capo_exp.algorithms.neutral.keep_all.__globals__ capo_exp..os.system . capo_exp/algorithms/neutral.keep_all
+capo_exp.algorithms.neutral.keep_all( ${oc.env:EVIL}
+"""
+TARGETS: list[Any] = [*LISTED.split()]
+TARGETS += ["", "os.system\n", " os.system", 42, None, ["os", "system"]]
+DEPTHS: dict[str, Callable[[Values, Values], object]] = {
+    "a part": lambda values, node: values["reward"].update(verifier=node),
+    "in a part": lambda values, node: values["dataset"]["source"]["families"].update(evil=node),
+    "in a list of what is no part": lambda values, node: values["dataset"].update(
+        examples=[{"problem": "1", "solution": [{"deep": [node]}]}]
+    ),
+}
+each_depth = pytest.mark.parametrize("put", DEPTHS.values(), ids=DEPTHS)
+
+
+def evil(target: Any) -> Values:
+    """What would leave a trace with most of the targets, if it were built."""
+    trace = "touch PWNED; open('PWNED', 'w')"
+    return {"_target_": target, "cmd": trace, "args": ["touch", "PWNED"], "filename": "PWNED"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Works in an empty folder, with a secret in the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVIL", "os.system")
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
+    monkeypatch.delenv("CAPO_EXP_PLUGINS", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def record(here: Path) -> Callable[[Values], Path]:
+    """Writes the record of a run with a checkpoint, such as a stranger could send."""
+    folder = write_run(here / "outputs" / "default", "capo", steps=3)
+    (folder / "checkpoints" / "step_000003").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000003" / "config.json").write_text("{}")
+
+    def write(values: Values) -> Path:
+        (folder / "config.yaml").write_text(json.dumps(values))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def values(composed: Callable[..., TrainConfig]) -> Values:
+    return recorded(composed())
+
+
+def recorded(config: TrainConfig) -> Values:
+    plain = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composes what an evaluation asks for once: 200 of them would take minutes."""
+    once = cache(lambda overrides, config_dir: compose_config(list(overrides), config_dir=config_dir))
+    monkeypatch.setattr(
+        evaluate_config,
+        "compose_config",
+        lambda overrides, *, config_dir=None: deepcopy(once(tuple(overrides), config_dir)),
+    )
+
+
+def run_job(text: str, *arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(text))
+        patch.setattr(sys, "argv", ["job", *arguments])
+        return job.main(lambda _: None)
+
+
+def run_training(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["capo_exp", *arguments])
+        try:
+            return front.run_training()
+        except SystemExit as end:
+            return int(end.code or 0)
+
+
+@pytest.mark.slow
+@each_depth
+def test_no_target_of_a_record_is_run_again(
+    put: Callable[[Values, Values], object], values: Values, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even in the user's own sweep."""
+    assert len(TARGETS) >= 60
+    for target in TARGETS:
+        put(hostile := deepcopy(values), evil(target))
+        assert run_job(json.dumps(hostile), "own=true") == 2, target
+        line = capsys.readouterr().err
+        assert "_target_" in line and line.count("\n") == 1, line
+    assert not list(here.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@each_depth
+def test_no_target_of_a_record_is_evaluated_or_drawn(
+    put: Callable[[Values, Values], object],
+    record: Callable[[Values], Path],
+    values: Values,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = record(values)
+    keys: Any = OmegaConf.merge(
+        OmegaConf.structured(EvaluateCommand), OmegaConf.load(conf_dir() / "evaluate.yaml")
+    )
+    command: Any = replace(OmegaConf.to_object(keys), run=[str(folder)], samples=1, num_problems=1)
+    for target in TARGETS:
+        put(hostile := deepcopy(values), evil(target))
+        record(hostile)
+        assert front.exit_status(lambda: evaluate.show_scores(command)) == 2, target
+        line = capsys.readouterr().err
+        assert "_target_" in line and line.count("\n") == 1, line
+    assert status.main([str(here / "outputs")]) == 0  # of the last one
+    assert figures.main([f"runs={folder}", "figure=stability", f"output={here / 'figures'}"]) in (0, 2)
+    assert sorted(path.name for path in here.iterdir() if path.name != "figures") == ["outputs"]
+
+
+@each_depth
+def test_no_target_of_a_users_own_yaml_runs(put: Callable[[Values, Values], object], values: Values) -> None:
+    OmegaConf.set_struct(base := compose_config(()), False)
+    for target in TARGETS:
+        put(hostile := {"reward": {}, "dataset": {"source": {"families": {}}}}, evil(target))
+        with pytest.raises(ConfigError, match="_target_"):
+            check(to_config(OmegaConf.merge(base, hostile)))  # pyright: ignore[reportArgumentType]
+    assert not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "algo: {selection: {_target_: subprocess.check_call, args: [touch, PWNED]}}",
+        "dataset: {source: {families: {evil: {_target_: '${oc.env:EVIL}', command: touch PWNED}}}}",
+        "dataset: {examples: [{problem: p, solution: s, x: [{_target_: os.system, command: touch PWNED}]}]}",
+        "hydra: {callbacks: {evil: {_target_: subprocess.check_call, args: [touch, PWNED]}}}",
+        "hydra: {launcher: {_target_: subprocess.check_call, args: [touch, PWNED]}}",
+        "hydra: {sweeper: {params: {+hydra.callbacks.evil: '{_target_: os.system}'}}}",
+        "hydra: {hydra_logging: {formatters: {x: {(): os.system, command: touch PWNED}}}}",
+        "hydra: {job_logging: {handlers: {x: {class: logging.FileHandler, filename: PWNED}}}}",
+        "hydra: {job: {env_set: {PATH: .}}}",
+        "plugins: [subprocess]",
+        "plugins: [tests]",
+    ],
+)
+def test_no_experiment_file_runs_or_allows_anything(
+    text: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own" / "experiment").mkdir(parents=True)
+    (here / "own" / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
+    for more in ([], ["-m", "seed=0,1"]):
+        assert run_training("--config-dir", "own", "experiment=x", "plan_only=true", *more) == 2
+        err = capsys.readouterr().err
+        assert "Traceback" not in err and ("expected" in err or "cannot run" in err), err
+    shutil.rmtree("outputs", ignore_errors=True)
+    assert [path.name for path in here.iterdir()] == ["own"]
+
+
+def test_the_command_line_cannot_make_hydra_build_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_training("+hydra.callbacks.x={_target_: os.system, command: touch PWNED}") == 2
+    assert "expected a launcher, a sweeper" in capsys.readouterr().err
+    assert run_training("plugins=[os]") == run_training("plugins=[capo_exp]") == 2
+    assert "names of packages of your own, as in plugins=[mypackage]" in capsys.readouterr().err
+
+
+def test_keys_by_which_hydra_would_build_something_else_are_refused() -> None:
+    part = {
+        "_target_": "capo_exp.algorithms.grpo.group_normalised",
+        "_partial_": True,
+        "eps": 1.0,
+        "target_std": 1.0,
+    }
+    build_part(part, key="k")
+    for mark, value in (("_args_", [1]), ("_recursive_", False), ("_convert_", "all"), ("_partial_", "yes")):
+        with pytest.raises(ConfigError, match=rf"^k\.{mark}="):
+            build_part(part | {mark: value}, key="k")
+
+
+def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "evil_methods.py").write_text("open('PWNED', 'w')\ndef run(): ...\n")
+    monkeypatch.syspath_prepend(here)
+    hostile = values | {"plugins": ["evil_methods"]}
+    DEPTHS["in a part"](hostile, {"_target_": "evil_methods.run"})
+    for arguments in ([], ["own=true"]):
+        config = read_config(json.dumps(hostile), arguments)
+        assert config.plugins == []
+        with pytest.raises(ConfigError, match=r"plugins=\[evil_methods\] on the command line allows"):
+            check(config)
+    assert not Path("PWNED").exists() and "evil_methods" not in sys.modules
+    assert read_config(json.dumps(hostile), ["plugins=[evil_methods]"]).plugins == ["evil_methods"]
+    allow_plugins([])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["${oc.env:HF_TOKEN} {problem}", r"\${seed} {problem}", "${hydra:job.name}{problem}", "${{problem}"],
+)
+def test_an_interpolation_in_a_record_is_text(
+    text: str, values: Values, record: Callable[[Values], Path]
+) -> None:
+    values["dataset"]["template"] = text
+    config = read_config(json.dumps(values))
+    assert config.dataset.template == text
+    assert read_config(to_yaml(config), ["own=true"]).dataset.template == text  # as often as it is recorded
+    run = evaluate_config.run_config(record(values))
+    assert evaluate_config.benchmark_config("arithmetic", [], run=run).dataset.template == text
+    assert OmegaConf.to_object(OmegaConf.create({"a": as_data([text])})) == {"a": [text]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.path", "evil/model"),
+        ("model.path", "/etc"),
+        ("model.path", "pkg://capo_exp/../../etc"),
+        ("dataset.path", "/etc"),
+        ("rollout.server_url", "http://evil:8000"),
+        ("rollout.engine.server_url", "http://evil:8000"),
+        ("dataset.source.hub_id", "evil/data"),
+        ("output_dir", "/tmp/evil"),
+    ],
+)
+def test_a_record_names_no_place(
+    key: str, value: str, values: Values, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    *groups, name = key.split(".")
+    node = values
+    for group in groups:
+        node = node[group]
+    node[name] = value
+    text = json.dumps(values)
+    assert run_job(text) == 2
+    line = f"{key}={value}: stands in a record only, whose servers, paths and hub ids are not used; expected"
+    assert line in capsys.readouterr().err
+    assert _at(read_config(text, [f"{key}={value}"]), key) == value
+    assert _at(read_config(text, ["own=true"]), key) == value
+    assert _at(read_config(text, [f"{key}=another"]), key) == "another"
+    if key != "output_dir":
+        run = record(values)
+        evaluate.main([f"run={run}", "num_problems=1", "samples=1"])
+        assert line in capsys.readouterr().err
+
+
+def _at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def test_an_evaluation_goes_on_without_the_places_of_a_record(
+    values: Values, record: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint needs no model.path; the base model, whose place only the record knows, is left out."""
+    seen: list[tuple[str, list[str]]] = []
+
+    def note(_: object, configs: list[TrainConfig], targets: list[Any], **__: object) -> None:
+        seen.append((configs[0].model.path, [target.label for target in targets]))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(subject, "evaluate_targets", note)
+    values["model"]["path"] = "evil/model"
+    run = record(values)
+    for more in ([], ["model.path=evil/model"]):
+        assert evaluate.main([f"run={run}", *more]) == 2
+    last = f"{run}/checkpoints/step_000003"
+    assert seen == [(last, ["step_000003"]), ("evil/model", ["step_000003", "tiny"])]
+
+
+def test_a_record_overwrites_nothing_and_takes_no_key(values: Values) -> None:
+    values |= {"overwrite": True}
+    values["logger"]["wandb_mode"] = "online"
+    config = read_config(json.dumps(values))
+    assert (config.overwrite, config.logger.wandb_mode) == (False, "offline")
+    config = read_config(json.dumps(values), ["overwrite=true", "logger.wandb_mode=online"])
+    assert (config.overwrite, config.logger.wandb_mode) == (True, "online")
+    with pytest.raises(ConfigError, match=r"^seed: expected own=true, plugins"):
+        read_config(json.dumps(values), ["seed=1"])
+
+
+NAMES = [
+    "../x",
+    "..",
+    ".",
+    "a/b",
+    "/etc/x",
+    "a\\b",
+    "a\nb",
+    "a\x00b",
+    "\x1b[31m",
+    "",
+    "-x",
+    "a" * 300,
+    "x\u2028y",
+]
+
+
+@pytest.mark.parametrize(
+    "key", ["model.name", "dataset.name", "algo.name", "algo.variant", "regime.name", "experiment_name",
+            "dataset.eval_split", "dataset.train_split", "algo.step_rule_name", "rollout.name"]
+)  # fmt: skip
+def test_a_name_that_becomes_a_path_is_one_folder(
+    key: str, composed: Callable[..., TrainConfig], record: Callable[[Values], Path], here: Path
+) -> None:
+    optional = key in ("algo.variant", "algo.step_rule_name")
+    for name in NAMES:
+        if optional and not name:
+            continue
+        config = composed()
+        *groups, last = key.split(".")
+        setattr(_at(config, groups[0]) if groups else config, last, name)
+        with pytest.raises(ConfigError, match=rf"^{key}="):
+            check(config)
+        run = record(recorded(config))
+        if name in NAMES[:2] and key in ("model.name", "dataset.name", "rollout.name", "dataset.eval_split"):
+            assert evaluate.main([f"run={run}", "num_problems=1", "samples=1", f"output={here / 'out'}"]) == 2
+    assert not list(here.rglob("*-*/arithmetic-*"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "a: [",
+        "x",
+        "{model: 1}",
+        "{model: {name: a}, dataset: 3}",
+        "\t",
+        "? [a]\n: b",
+        "1: 2",
+        "{algo: 7}",
+    ],
+)
+def test_a_record_that_is_no_configuration_is_one_line(
+    text: str, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = record({})
+    (run / "config.yaml").write_text(text)
+    assert evaluate.main([f"run={run}"]) == run_job(text) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and not any("Traceback" in line for line in lines), lines
+
+
+def test_the_environment_of_the_processes_of_a_run_carries_what_is_allowed() -> None:
+    allow_plugins(["mine", "yours.methods"])
+    assert os.environ["CAPO_EXP_PLUGINS"] == "mine,yours.methods"
+    allow_plugins([])
