@@ -10,6 +10,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: threads of several would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # or each command that a test starts compiles the package anew
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -81,7 +84,7 @@ def random_batch() -> Callable[..., Batch]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def composed() -> Callable[..., TrainConfig]:
     """`composed("algo=grpo", ...)` is the TrainConfig of that command line."""
     return lambda *overrides: deepcopy(_composed(overrides))
