@@ -35,7 +35,10 @@ from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
 
 ROOT = Path(__file__).parents[1]
-FIXED = ["device=cpu", "logger=files", "logger.completions_every=0", "evaluation.num_problems=1"]
+FIXED = [
+    "device=cpu", "logger=files", "logger.completions_every=0", "evaluation.num_problems=1",
+    "dataset.source.num_train=256", "dataset.source.num_eval=8",
+]  # fmt: skip
 WARM_UP = [
     "regime.prompts_per_step=1",
     "regime.group_size=2",

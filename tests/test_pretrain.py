@@ -1,12 +1,12 @@
 """scripts/pretrain.py, and the shipped model for the keywords language."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +14,7 @@ import capo_exp
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import conf_dir
 from capo_exp.data.keywords import make_language, problems
+from capo_exp.training import loop
 from scripts import pretrain
 
 ASSETS = Path(capo_exp.__file__).parent / "assets" / "keywords"
@@ -22,9 +23,9 @@ LANGUAGE = make_language(**{k: v for k, v in SOURCE["language"].items() if k != 
 STARTS = sorted(p.stem for p in (conf_dir() / "warm_start").glob("[!_]*.yaml"))
 
 
-def compose_start(name):
+def compose_start(name, *overrides):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return OmegaConf.to_container(compose("pretrain", [f"warm_start={name}"]), resolve=True)
+        return OmegaConf.to_container(compose("pretrain", [f"warm_start={name}", *overrides]), resolve=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +75,29 @@ def test_a_vocabulary_that_the_corpus_does_not_fill_is_one_clear_error():
         pretrain.train_tokenizer(iter(["a b c"]), 5000)
 
 
-def test_a_mistake_is_one_line_and_writes_nothing(tmp_path):
-    root, made = Path(__file__).parents[1], tmp_path / "model"
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    made = tmp_path / "model"
     given = ["warm_start=keywords", f"output={made}", "dataset.source.language.num_fillers=7000"]
-    command = [sys.executable, root / "scripts" / "pretrain.py", *given]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert found.returncode == 2 and not made.exists()
-    (line,) = found.stderr.splitlines()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
+    with pytest.raises(SystemExit) as end:
+        pretrain.main()
+    GlobalHydra.instance().clear()
+    assert end.value.code == 2 and not made.exists()
+    (line,) = capsys.readouterr().err.splitlines()
     assert "dataset.source.language.num_fillers=7000: expected at most 6,400 words" in line
 
 
 @pytest.mark.slow
-def test_the_script_makes_a_model_that_trains(tmp_path):
+def test_the_script_makes_a_model_that_trains(tmp_path, composed):
     """As a user does, with two steps instead of 900; then one step of the main command with what it made."""
-    root, made = Path(__file__).parents[1], tmp_path / "model"
+    made, threads = tmp_path / "model", torch.get_num_threads()
     small = ["warm_start.steps=2", "warm_start.batch_size=4", "warm_start.eval_problems=4"]
-    script = [sys.executable, root / "scripts" / "pretrain.py"]
-    command = [*script, "warm_start=keywords", f"output={made}", *small]
-    subprocess.run(command, check=True, cwd=root, capture_output=True)
-    run = [
-        sys.executable, "-m", "capo_exp", "setting=keywords", f"model.path={made}", "num_steps=1",
-        "regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4", "evaluation.every=0",
-        "logger=files", f"output_dir={tmp_path}",
-    ]  # fmt: skip
-    subprocess.run(run, check=True, cwd=root, capture_output=True)
-    assert list(tmp_path.glob("default/*/metrics.jsonl"))
+    pretrain.make(compose_start("keywords", f"output={made}", f"warm_start.threads={threads}", *small))
+    directory = loop.run(
+        composed(
+            "setting=keywords", f"model.path={made}", "num_steps=1", "regime.prompts_per_step=2",
+            "regime.group_size=2", "model.micro_batch_size=4", "evaluation.every=0", "logger=files",
+            "evaluation.num_problems=2", f"output_dir={tmp_path}",
+        )
+    )  # fmt: skip
+    assert len((directory / "metrics.jsonl").read_text().splitlines()) == 1

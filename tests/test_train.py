@@ -1,6 +1,7 @@
 """The loop on the shipped model: what a run leaves behind, determinism, resume rules, and learning itself."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,13 +26,26 @@ Compose = Callable[..., TrainConfig]
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
     "evaluation.num_problems=6", "dataset.max_completion_tokens=16", "checkpoint.every=2",
-    "logger.completions_every=2", "evaluation.every=2",
+    "logger.completions_every=2", "evaluation.every=2", "dataset.source.num_train=64",
+    "dataset.source.num_eval=8",
 ]  # fmt: skip
 
 
 @pytest.fixture
 def small(composed: Compose, tmp_path: Path) -> Compose:
     return lambda *overrides: composed(*SMALL, f"output_dir={tmp_path}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(composed: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of `small()`, run to its end without a break; nobody writes into it."""
+    return train.run(composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('whole')}"))
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, where `small()` looks for its run."""
+    return Path(shutil.copytree(whole, tmp_path / whole.parent.name / whole.name))
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -57,18 +71,17 @@ CONTRACT = [
 ]  # fmt: skip
 
 
-def test_a_run_leaves_what_the_contract_says(small: Compose) -> None:
-    directory = train.run(small())
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
     assert [row["counter/completions"] for row in rows] == [12, 24, 36]
     assert set(CONTRACT) <= set(rows[-1])
     check_known(rows[-1])
     assert rows[-1]["mismatch/kl_k3"] < 1e-6  # the sampler is the learner
-    assert [row["counter/rollout_step"] for row in lines(directory / "eval.jsonl")] == [0, 2, 3]
-    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
-    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
-    table = pq.read_table(directory / "completions" / "step_000002.parquet").to_pylist()
+    assert [row["counter/rollout_step"] for row in lines(whole / "eval.jsonl")] == [0, 2, 3]
+    assert json.loads((whole / "run.json").read_text())["status"] == "finished"
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    table = pq.read_table(whole / "completions" / "step_000002.parquet").to_pylist()
     assert len(table) == 12
     for row in table:
         of_tokens = ("token_ids", "tokens", "log_prob", "policy_shift", "objective_shift", "keep")
@@ -77,30 +90,30 @@ def test_a_run_leaves_what_the_contract_says(small: Compose) -> None:
         assert all(value <= 0 for value in row["log_prob"])
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small: Compose) -> None:
-    first, again, other = (
-        train.run(small(f"experiment_name={n}", f"seed={s}")) for n, s in zip("abc", (0, 0, 1), strict=True)
-    )
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(whole: Path, small: Compose) -> None:
+    """Also off the main thread."""
+    done: list[Path] = []
+    thread = threading.Thread(target=lambda: done.append(train.run(small())))
+    thread.start()
+    thread.join()
     for name in ("metrics.jsonl", "eval.jsonl"):
-        assert lines(first / name) == lines(again / name)
-    assert lines(first / "metrics.jsonl") != lines(other / "metrics.jsonl")
+        assert lines(done[0] / name) == lines(whole / name)
+    assert lines(train.run(small("seed=1")) / "metrics.jsonl") != lines(whole / "metrics.jsonl")
 
 
-def test_a_finished_run_is_not_repeated_unless_asked(small: Compose) -> None:
-    directory = train.run(small())
-    before = (directory / "metrics.jsonl").read_bytes()
-    assert train.run(small()) == directory
-    assert (directory / "metrics.jsonl").read_bytes() == before
+def test_a_finished_run_is_not_repeated_unless_asked(finished: Path, small: Compose) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train.run(small()) == finished
+    assert (finished / "metrics.jsonl").read_bytes() == before
     train.run(small("overwrite=true"))
-    assert (directory / "metrics.jsonl").read_bytes() != before  # the clock's values differ
-    assert len(lines(directory / "metrics.jsonl")) == 3
+    assert (finished / "metrics.jsonl").read_bytes() != before  # the clock's values differ
+    assert len(lines(finished / "metrics.jsonl")) == 3
 
 
-def test_a_run_does_not_go_on_with_other_problems(small: Compose) -> None:
-    directory = train.run(small())
-    record = json.loads((directory / "run.json").read_text())
+def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose) -> None:
+    record = json.loads((finished / "run.json").read_text())
     changed = record | {"status": "interrupted", "data": "0123456789abcdef"}
-    (directory / "run.json").write_text(json.dumps(changed))
+    (finished / "run.json").write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match=r"began with other problems \(0123456789abcdef\).*overwrite=true"):
         train.run(small())
 
@@ -115,29 +128,18 @@ def test_inner_iterations_are_one_line_each(small: Compose) -> None:
     assert rows[3]["policy/ratio_max"] == 1.0 < rows[4]["policy/ratio_max"]
 
 
-def test_a_run_works_off_the_main_thread(small: Compose) -> None:
-    done: list[Path] = []
-    thread = threading.Thread(target=lambda: done.append(train.run(small())))
-    thread.start()
-    thread.join()
-    assert len(lines(done[0] / "metrics.jsonl")) == 3
-
-
-def test_a_bad_input_leaves_no_directory(small: Compose, tmp_path: Path) -> None:
-    for wrong in ("dataset=math", "model.path=./nowhere"):
-        extra = ["dataset.path=./nowhere"] if wrong == "dataset=math" else []
+def test_a_bad_input_leaves_no_directory(composed: Compose, tmp_path: Path) -> None:
+    for wrong in (["dataset=math", "dataset.path=./nowhere"], ["model.path=./nowhere"]):
         with pytest.raises(ConfigError):
-            train.run(small(wrong, *extra))
+            train.run(composed("logger=files", f"output_dir={tmp_path}", *wrong))
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
-    small: Compose, monkeypatch: pytest.MonkeyPatch, number: int
+    whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
-    unbroken = lines(train.run(small("experiment_name=unbroken")) / "eval.jsonl")
-    assert [row["counter/rollout_step"] for row in unbroken] == [0, 2, 3]
     calls, evaluate = [], train.evaluate
 
     def fails_once(*args: object, **kwargs: object) -> dict[str, float]:
@@ -151,7 +153,7 @@ def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
     with pytest.raises(EngineFailed, match=f"exit code -9\n{kept}; the same command goes on from there"):
         train.run(small())
     directory = train.run(small())
-    assert lines(directory / "eval.jsonl") == unbroken
+    assert lines(directory / "eval.jsonl") == lines(whole / "eval.jsonl")
     assert run_status(directory) == "finished"
 
 

@@ -12,29 +12,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from capo_exp.cli import front
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import Rule
-from capo_exp.config.schema import TrainConfig, conf_dir, register
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import render_prompts
-from capo_exp.rollout import EngineFailed, SamplingRequest
+from capo_exp.rollout import EngineFailed, SamplingRequest, vllm
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
-from capo_exp.rollout.vllm_process import EngineProcess, explain_failure
+from capo_exp.rollout.vllm_process import EngineProcess, Request, explain_failure
 from capo_exp.rollout.vllm_server import Server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe
@@ -45,7 +43,10 @@ from capo_exp.rollout.weight_transfer import (
     run_within,
 )
 from capo_exp.runs.identity import run_id
+from capo_exp.training import rollout_step
+from tests.conftest import compose_config
 
+ROOT = Path(__file__).parents[1]
 Composed = Callable[..., TrainConfig]
 T = TypeVar("T")
 
@@ -116,11 +117,7 @@ def nearly_the_same(expected: list[tuple[int, ...]], found: list[tuple[int, ...]
 
 
 def compose_vllm(*overrides: str) -> TrainConfig:
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", ["rollout=vllm", SMALL_KV, *overrides]))
-    assert isinstance(config, TrainConfig)
-    return config
+    return compose_config("rollout=vllm", SMALL_KV, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -286,13 +283,27 @@ def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
 
 @needs_vllm
 def test_a_difference_that_is_not_a_number_stops_the_run(running: Setup) -> None:
-    """The last test of this engine: its cache keeps the NaN."""
+    """The last test that samples with this engine: its cache keeps the NaN."""
     running.sample()
     with torch.no_grad():
         next(running.model.parameters()).fill_(float("nan"))
     running.version += 1
     with pytest.raises(EngineFailed, match="log-probs differ by nan"):
         running.sample()
+
+
+@needs_vllm
+def test_an_engine_that_does_not_answer_is_given_up(running: Setup) -> None:
+    """The last test of this engine."""
+    engine = running.engine.running()
+    assert isinstance(engine, EngineProcess)
+    engine.limits = replace(engine.limits, generate_seconds=1)
+    os.killpg(engine.process.pid, signal.SIGSTOP)
+    with pytest.raises(
+        EngineFailed, match=r"sampling for 1 prompts: no answer within rollout.engine.generate_seconds=1"
+    ):
+        engine.generate([Request((5, 6), {"max_tokens": 2})])
+    assert engine.process.poll() == -signal.SIGKILL
 
 
 # Behind HTTP
@@ -353,14 +364,24 @@ def test_a_server_that_dies_is_named(served: Setup) -> None:
         served.sample()
 
 
+START_SERVER = """
+import json, sys; from pathlib import Path; from types import SimpleNamespace
+from capo_exp.rollout.vllm_server import start_server
+arguments, limits = json.loads(sys.argv[1]), SimpleNamespace(start_seconds=600)
+start_server(arguments, environment={}, limits=limits, log_file=Path(sys.argv[2]))
+"""
+
+
 @needs_vllm
 def test_a_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     """Nobody is left to close it then."""
-    command = [*RUN, "rollout.server_url=start", f"output_dir={tmp_path}"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    arguments = settings_of(EAGER).engine_arguments(dtype="float32", backend="safetensors", on_cpu=True)
+    command = [sys.executable, "-c", START_SERVER, json.dumps(arguments), str(tmp_path / "vllm.log")]
+    with subprocess.Popen(command, cwd=ROOT) as run:
         guard = wait_for(lambda: children_of(run.pid, "api_server"))[0]
         server = wait_for(lambda: children_of(guard, "api_server"))[0]
-        wait_for(lambda: b"EngineCore" in b"".join(f.read_bytes() for f in tmp_path.glob("*/*/vllm.log")))
+        wait_for(lambda: (tmp_path / "vllm.log").stat().st_size)  # vLLM is being imported
+        assert runs(server)
         run.kill()
     wait_for(lambda: not runs(server))
 
@@ -377,22 +398,6 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_an_engine_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
-    setup = Setup(compose_vllm(EAGER), tmp_path)
-    with setup:
-        engine = setup.engine.running()
-        assert isinstance(engine, EngineProcess)
-        setup.sample(max_tokens=2)
-        engine.limits = replace(engine.limits, generate_seconds=1)
-        os.killpg(engine.process.pid, signal.SIGSTOP)
-        with pytest.raises(
-            EngineFailed, match=r"sampling for 12 prompts: no answer within rollout.engine.generate_seconds=1"
-        ):
-            setup.sample()
-        assert engine.process.poll() == -signal.SIGKILL
-
-
-@needs_vllm
 def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
     setup = Setup(compose_vllm("rollout.engine.kv_cache_gib=100000", EAGER), tmp_path)
     with pytest.raises(EngineFailed) as failed:
@@ -402,9 +407,9 @@ def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
 
 
 RUN = [
-    sys.executable, "-m", "capo_exp", "rollout=vllm", SMALL_KV, EAGER, "num_steps=4",
-    "regime.prompts_per_step=4", "regime.group_size=4", "evaluation.num_problems=4", "checkpoint.every=100",
-    "logger.wandb_mode=disabled", "dataset.max_completion_tokens=24",
+    "rollout=vllm", SMALL_KV, EAGER, "num_steps=4", "regime.prompts_per_step=4", "regime.group_size=4",
+    "evaluation.num_problems=4", "checkpoint.every=100", "logger=files", "dataset.max_completion_tokens=24",
+    "dataset.source.num_train=64", "dataset.source.num_eval=8",
 ]  # fmt: skip
 
 
@@ -429,25 +434,60 @@ def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
     return seen
 
 
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EngineProcess]]:
+    """The engines that runs start; one that a run closes serves the next run, too."""
+    started: list[EngineProcess] = []
+    close = EngineProcess.close
+
+    def start(*args: Any, **kwargs: Any) -> EngineProcess:
+        if not started or started[-1].process.poll() is not None:
+            started.append(EngineProcess(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(vllm, "EngineProcess", start)
+    monkeypatch.setattr(EngineProcess, "close", lambda engine: None)
+    yield started
+    for engine in started:
+        close(engine)
+
+
 @needs_vllm
-def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path: Path) -> None:
-    """Killed after the first step: one clear message, a checkpoint, and then the same run to its end as one
+def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engines: list[EngineProcess],
+) -> None:
+    """Killed in the third step: one clear message, a checkpoint, and then the same run to its end as one
     that was never interrupted."""
-    command = [*RUN, f"output_dir={tmp_path / 'killed'}"]
-    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as run:
-        wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("killed/*/*/metrics.jsonl")), 240)
-        worker = children_of(run.pid)
-        assert len(worker) == 1
-        os.kill(worker[0], signal.SIGKILL)
-        _, errors = run.communicate(timeout=240)
-    assert run.returncode == 1, errors
-    assert "ended with exit code -9" in errors and "the same command goes on from there" in errors
+
+    def run(name: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["capo_exp", *RUN, f"output_dir={tmp_path / name}"])
+        try:
+            return front.run_training()
+        except SystemExit as end:
+            return int(end.code or 0)
+
+    assert run("whole") == 0
+    draw, calls = rollout_step.sample_rollout, []
+
+    def sample_until_killed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        if calls[-1] == 2:
+            os.kill(engines[0].process.pid, signal.SIGKILL)
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(rollout_step, "sample_rollout", sample_until_killed)
+    capsys.readouterr()
+    assert run("killed") == 1
+    errors = capsys.readouterr().err
+    assert "ended with exit code -9" in errors
+    assert "step 2 is saved; the same command goes on from there" in errors
     assert "vllm.log:" in errors and "INFO" in errors and "Traceback" not in errors  # the log's last lines
-    assert not Path(f"/proc/{worker[0]}").exists()
-    whole = [*RUN, f"output_dir={tmp_path / 'whole'}"]
-    options: Any = {"stdout": PIPE, "text": True, "timeout": 300, "check": True}
-    said = [subprocess.run(each, **options).stdout for each in (command, whole)]
-    assert "goes on after step" in said[0]
+    assert not Path(f"/proc/{engines[0].process.pid}").exists()
+    assert run("killed") == 0 and len(engines) == 2 and len(calls) == 5
+    assert "goes on after step 2" in capsys.readouterr().out
     assert timeless_metrics(tmp_path / "killed") == timeless_metrics(tmp_path / "whole")
 
 
