@@ -12,8 +12,11 @@ from typing import Any
 
 from capo_exp.config.errors import ConfigError, RunFailed
 
-STOPS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-"""A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's)."""
+STOPS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
+}  # fmt: skip
+"""A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's); a
+file or folder may not be written (permissions, an immutable file)."""
 
 
 @contextmanager
@@ -57,6 +60,13 @@ def append_line(file: FileIO, line: str) -> None:
         with suppress(OSError):
             file.truncate(end)
         raise
+
+
+def list_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Returns step -> checkpoints/step_<step>, the oldest first, whole or not; other names are not ours."""
+    folders = (path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    steps = {int(path.name[5:]): path for path in folders if re.fullmatch("[0-9]{6,}", path.name[5:])}
+    return dict(sorted(steps.items()))
 
 
 def find_disk_error(error: BaseException | None) -> int | None:
@@ -104,7 +114,7 @@ def stop_on_disk_error(run_dir: Path) -> Iterator[None]:
         what = named or f"{run_dir}, or the output of this command,"
         raise RunFailed(
             f"{what} could not be written: {os.strerror(number)}{_free(run_dir)}; {_kept(run_dir)}. "
-            "Make room or mend the disk, then the same command goes on from there"
+            "Make room, or mend the disk or its permissions; then the same command goes on from there"
         ) from error
 
 
@@ -117,5 +127,7 @@ def _free(folder: Path) -> str:
 
 
 def _kept(run_dir: Path) -> str:
-    last = max((path.name for path in (run_dir / "checkpoints").glob("step_*")), default=None)
-    return f"step {int(last.removeprefix('step_'))} is saved" if last else "nothing was saved yet"
+    with suppress(OSError):
+        if saved := list_checkpoints(run_dir):
+            return f"step {max(saved)} is saved"
+    return "nothing was saved yet"
