@@ -1,8 +1,6 @@
 """However a run was ended, and whatever became of its checkpoints, the same command ends in the same bits."""
 
-import errno
 import json
-import logging
 import multiprocessing
 import os
 import pty
@@ -18,42 +16,37 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.cli.front import run_training
-from capo_exp.config.schema import TrainConfig
+from capo_exp.cli.compose import compose_config
+from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.core import policy
 from capo_exp.runs.checkpoint import Checkpointer, find_damage, find_reference
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
+from capo_exp.runs.processes import stop_signal
 from capo_exp.training import loop as train
 
-STEPS = 8
+STEPS = 6
 SMALL = [
     "algo=capo", "algo.kl_coefficient=0.05", "logger=files", f"num_steps={STEPS}",
     "regime.prompts_per_step=3", "regime.group_size=4", "evaluation.num_problems=4",
     "dataset.max_completion_tokens=12", "checkpoint.every=2", "evaluation.every=3",
-    "regime.learning_rate=5e-4", "logger.completions_every=1", "curvature.top_k=8",
+    "regime.learning_rate=5e-4", "logger.completions_every=1",
+    "dataset.source.num_train=50", "dataset.source.num_eval=10",
 ]  # fmt: skip
 
-# Processes of the real command line, forked from one that has imported torch and nothing else.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["capo_exp.cli.front", "capo_exp.training.loop", "capo_exp.figures.plots"])
+SERVER.set_forkserver_preload(["capo_exp.training.loop"])  # imports torch once for all processes
 
 
-def command_line(output: Path, terminal: str | None) -> None:
+def train_on(terminal: str, config: TrainConfig) -> None:
     os.setsid()
-    if terminal is None:
-        screen = os.open(output / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    else:
-        screen = os.open(terminal, os.O_RDWR)  # becomes the controlling terminal of this session
+    screen = os.open(terminal, os.O_RDWR)  # becomes the controlling terminal of this session
     for descriptor in (1, 2):
         os.dup2(screen, descriptor)
-    sys.argv = ["capo_exp", *SMALL, f"output_dir={output}"]
-    raise SystemExit(run_training())
-
-
-def directory(output: Path) -> Path:
-    (found,) = (output / "default").iterdir()
-    return found
+    try:
+        train.run(config)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def logged(run: Path) -> int:
@@ -61,13 +54,13 @@ def logged(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def run_until(output: Path, ready: Callable[[Path], bool], end: signal.Signals) -> int:
-    """Starts the command, ends it by a signal in that moment, and returns its exit status."""
+def run_until(config: TrainConfig, ready: Callable[[Path], bool], end: signal.Signals) -> int:
+    """Starts the run, ends it by a signal in that moment, and returns its exit status."""
     master, slave = pty.openpty()
-    process = SERVER.Process(target=command_line, args=(output, os.ttyname(slave)))
+    process = SERVER.Process(target=train_on, args=(os.ttyname(slave), config))
     process.start()
     deadline = time.monotonic() + 120
-    while not any(map(ready, (output / "default").glob("*"))):
+    while not ready(run_dir(config)):
         assert process.is_alive() and time.monotonic() < deadline, "the run ended before the signal"
         time.sleep(0.001)
     os.close(slave)
@@ -83,14 +76,6 @@ def run_until(output: Path, ready: Callable[[Path], bool], end: signal.Signals) 
     return process.exitcode
 
 
-def finish(output: Path) -> Path:
-    process = SERVER.Process(target=command_line, args=(output, None))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0, (output / "log.txt").read_text()
-    return directory(output)
-
-
 def outcome(run: Path) -> tuple[dict[str, list[float]], list[str], list[str]]:
     weights = load_file(run / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors")
     timeless = []
@@ -104,9 +89,15 @@ def record(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())
 
 
+@pytest.fixture
+def config(composed: Callable[..., TrainConfig], tmp_path: Path) -> TrainConfig:
+    return composed(*SMALL, f"output_dir={tmp_path}")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(tmp_path_factory.mktemp("undisturbed"))
+    config = compose_config([*SMALL, f"output_dir={tmp_path_factory.mktemp('undisturbed')}"])
+    return train.run(to_config(config))
 
 
 KILLS: list[Callable[[Path], bool]] = [
@@ -117,17 +108,19 @@ KILLS: list[Callable[[Path], bool]] = [
 
 
 @pytest.mark.slow
-def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(
+    undisturbed: Path, config: TrainConfig
+) -> None:
+    run = run_dir(config)
     for ready in KILLS:
-        assert run_until(tmp_path, ready, signal.SIGKILL) == -signal.SIGKILL
-        assert not (directory(tmp_path) / "checkpoints" / f"step_{STEPS:06d}").exists()
-    for number, end in enumerate((signal.SIGHUP, signal.SIGTERM, signal.SIGINT), start=3):
-        assert run_until(tmp_path, lambda run, steps=number + 1: logged(run) >= steps, end) == 130
-        run = directory(tmp_path)
+        assert run_until(config, ready, signal.SIGKILL) == -signal.SIGKILL
+        assert not (run / "checkpoints" / f"step_{STEPS:06d}").exists()
+    for number, end in enumerate((signal.SIGHUP, signal.SIGINT), start=3):
+        assert run_until(config, lambda run, steps=number + 1: logged(run) >= steps, end) == 130
         assert (state := record(run))["status"] == "interrupted" and state["resumed"] == number
         assert logged(run) == max(list_checkpoints(run)) == state["counters"]["rollout_step"] < STEPS
-    assert outcome(finish(tmp_path)) == outcome(undisturbed)
-    assert (record(run)["status"], record(run)["resumed"]) == ("finished", 6)
+    assert outcome(train.run(config)) == outcome(undisturbed)
+    assert (record(run)["status"], record(run)["resumed"]) == ("finished", 5)
 
 
 def spoil(checkpoint: Path, how: str) -> None:
@@ -215,7 +208,8 @@ def test_steps_are_numbers_and_other_files_are_left_alone(
     for step in steps:
         ours.save(step, {}, small_model, tokenizer)
     assert list(list_checkpoints(tmp_path)) == [999_999, 1_000_000]
-    assert ours.latest() == folder / "step_1000000" and ours.latest(before=1_000_000) == folder / "step_999999"
+    found = ours.latest(), ours.latest(before=1_000_000)
+    assert found == (folder / "step_1000000", folder / "step_999999")
     spoil(folder / "step_1000000", "emptied")
     late = Checkpointer(tmp_path, keep=1, run_id="a")
     assert late.latest() == folder / "step_999999"
@@ -229,9 +223,8 @@ def test_steps_are_numbers_and_other_files_are_left_alone(
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
-    undisturbed: Path, composed: Callable[..., TrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    undisturbed: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = composed(*SMALL, f"output_dir={tmp_path}")
     run = run_dir(config)
     shutil.copytree(undisturbed, run)
 
@@ -244,7 +237,6 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
     assert record(run)["counters"] == record(undisturbed)["counters"]
     spoil(run / "checkpoints" / f"step_{STEPS:06d}", "model.safetensors bit")
     killed_before_run_json_was_written()
-    logging.getLogger().setLevel(logging.WARNING)
     train.run(config)
     assert f"step_{STEPS:06d} is not used: model.safetensors is not what was written" in caplog.text
     assert outcome(run) == outcome(undisturbed)
@@ -252,8 +244,6 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
 
 
 def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others() -> None:
-    from capo_exp.runs.processes import stop_signal
-
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         for action, expected in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
@@ -261,12 +251,8 @@ def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others() -> None:
             with stop_signal(lambda text: None) as stopped:
                 signal.raise_signal(signal.SIGHUP)
                 assert stopped.is_set() == expected
+                signal.raise_signal(signal.SIGTERM)
+                assert stopped.is_set()
             assert signal.getsignal(signal.SIGHUP) == action
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_an_error_of_permissions_stops_like_a_full_disk() -> None:
-    from capo_exp.runs.files import STOPS
-
-    assert {errno.EACCES, errno.EPERM, errno.EROFS} < STOPS

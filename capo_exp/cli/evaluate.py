@@ -190,4 +190,4 @@ def _tell(text: str) -> None:
 
 def console() -> Console:
     """A terminal's width, or room enough in a log file."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)

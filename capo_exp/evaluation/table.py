@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.evaluation.scores import estimate
@@ -41,12 +42,12 @@ def results_table(results: Sequence[BenchmarkScore]) -> Table:
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
         for result in own:
-            table.add_row(model, result.benchmark, *_cells(result.scores))
+            table.add_row(Text(model), Text(result.benchmark), *_cells(result.scores))
         if len(own) > 1:
-            table.add_row(model, "TEST (mean)", "", str(test_accuracy(own)), style="bold")
+            table.add_row(Text(model), "TEST (mean)", "", str(test_accuracy(own)), style="bold")
         if gained := gains(own, [result for result in results if result.step == 0]):
             for name, gain in gained.items():
-                table.add_row(f"{model} - base", name, "", str(gain))
+                table.add_row(Text(f"{model} - base"), Text(name), "", str(gain))
     return table
 
 
@@ -142,5 +143,5 @@ def stored_table(found: Sequence[StoredScores]) -> Table:
         ]
         if each.labels is not None:
             cells += [f"{100 * each.labels:.1f}", str(each.false_negatives), str(each.false_positives)]
-        table.add_row(*each.group.values(), *cells)
+        table.add_row(*map(Text, each.group.values()), *cells)
     return table

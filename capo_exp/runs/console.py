@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as LiveBar
 from rich.table import Table
+from rich.text import Text
 
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, load_run
@@ -100,11 +101,11 @@ def summary_table(run_dir: Path) -> Table:
         FileNotFoundError: There is no metrics.jsonl.
     """
     run = load_run(run_dir)
-    table = Table(title=str(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
+    table = Table(title=Text(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for row in (*_outcome(run.metrics, run.evaluations), *_places(run_dir, run.record.get("wandb"))):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     seconds = run.record.get("wall_seconds")
     if seconds is not None:
         table.add_row("wall time", format_duration(seconds))

@@ -45,7 +45,7 @@ def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
 
 @contextmanager
 def forwarded_to(child: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Sends Ctrl-C, SIGTERM and SIGHUP on to a child, which decides how to end; the event says that there was one."""
+    """Sends Ctrl-C, SIGTERM and SIGHUP on to a child, which decides how to end; the event is set then."""
     stopped = threading.Event()
 
     def handle(number: int, frame: object) -> None:

@@ -23,6 +23,7 @@ from capo_exp.runs.files import write_atomic, write_json
 from capo_exp.runs.identity import as_dict, run_id, run_name
 from capo_exp.runs.lock import is_locked
 
+STATES = ("absent", "running", "finished", "failed", "interrupted")
 FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
 FOLDERS = ("completions", "checkpoints", "evaluations", "wandb")
 PACKAGES = (
@@ -34,21 +35,30 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     """Returns run.json as it is on disk; None if the run has never started.
 
     Raises:
-        ConfigError: The file is not JSON.
+        ConfigError: The file is not a JSON object.
     """
     try:
-        return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{run_dir}/run.json is not JSON ({error}); remove it to start again") from None
+    if isinstance(record, dict):
+        return record
+    got = f"got {str(record)[:40]}, expected a JSON object"
+    raise ConfigError(f"{run_dir}/run.json: {got}; remove it to start again")
 
 
 def run_status(run_dir: Path) -> str:
-    """Returns absent | running | finished | failed | interrupted (also: its process is gone)."""
-    record = read_record(run_dir) or {"status": "absent"}
-    gone = record["status"] == "running" and not is_locked(run_dir)
-    return "interrupted" if gone else record["status"]
+    """Returns absent | running | finished | failed | interrupted (also: its process is gone) | unreadable."""
+    try:
+        record = read_record(run_dir)
+    except ConfigError:
+        return "unreadable"
+    status = "absent" if record is None else record.get("status")
+    if status == "running" and not is_locked(run_dir):
+        return "interrupted"
+    return status if status in STATES else "unreadable"
 
 
 def clear(run_dir: Path) -> None:
@@ -69,7 +79,8 @@ class RunRecord:
     def __init__(self, run_dir: Path, config: TrainConfig, *, device_name: str | None = None) -> None:
         """Writes both files; a run.json that is there already makes this a resume."""
         new = {"resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}}
-        before = read_record(run_dir) or new
+        known = read_record(run_dir) or {}
+        before = {key: known[key] if isinstance(known.get(key), type(new[key])) else new[key] for key in new}
         self._path = run_dir / "run.json"
         self._began = time.monotonic() - before["wall_seconds"]
         self._fields: dict[str, Any] = {

@@ -84,7 +84,7 @@ def _advise(session: Session) -> str:
     """
     regime, optimizer = session.config.regime, session.config.optimizer
     good = session.checkpointer.latest(before=session.step)
-    back = f"go on from before the trouble with model.path={good}" if good else "begin again from the base model"
+    back = f"go on from before it with model.path={good}" if good else "begin again from the base model"
     return (
         f"the same command would end here again: lower regime.learning_rate={regime.learning_rate:g} or "
         f"optimizer.max_grad_norm={optimizer.max_grad_norm:g}, and {back}"
