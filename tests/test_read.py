@@ -183,12 +183,6 @@ def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
     x_axis = "counter/completions"
     infinite = {x_axis: 5, "a": float("inf")}
     rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, infinite]
-        {x_axis: 1, "a": 2},
-        {x_axis: 2},
-        {x_axis: 3, "a": None},
-        {"a": 4},
-        {x_axis: 5, "a": float("inf")},
-    ]
     x, y = read_series(rows, "a")
     np.testing.assert_array_equal(x, [1, 3, 5])
     np.testing.assert_array_equal(y, [2, np.nan, np.nan])

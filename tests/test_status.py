@@ -98,7 +98,7 @@ def test_one_damaged_run_file_or_line_hides_nothing_else(
             assert "1 finished" in shown or "2 finished" in shown
             assert ("1 unreadable" in shown) == (name == "run.json"), (name, damage)
             known = damage in ("num_steps: many\n",) or '"status"' in damage or '"a"' in damage
-            assert known or "left out: " in shown and f"broken/{name}" in shown, (name, damage)
+            assert known or ("left out: " in shown and f"broken/{name}" in shown), (name, damage)
             line = summarise_run(broken)
             assert (line.step, line.train_accuracy) == (40, 0.9), (name, damage)
             (broken / "eval.jsonl").unlink(missing_ok=True)
