@@ -16,7 +16,8 @@ from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
-from capo_exp.runs.files import find_disk_error
+from capo_exp.runs.checkpoint import find_damage
+from capo_exp.runs.files import find_disk_error, list_checkpoints
 
 USAGE = """\
 python -m capo_exp.evaluate run=DIR [benchmarks=math500,gsm8k samples=16 ...]
@@ -132,8 +133,11 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     Raises:
         ConfigError: they are not there.
     """
-    folders = (directory / "checkpoints").glob("step_*")
-    found = {int(path.name[5:]): path for path in folders if path.name[5:].isdecimal()}
+    from capo_exp.runs.read import load_run
+
+    found, owner = list_checkpoints(directory), load_run(directory).record.get("run_id")
+    while command.checkpoint == "last" and found and (damage := find_damage(found[max(found)], owner)):
+        _tell(f"{found.pop(max(found))} is not used: {damage}")
     if not found:
         raise ConfigError(f"run={directory}: no checkpoint there; expected a run that has saved one")
     steps = sorted(found) if command.checkpoint == "all" else [max(found)]
@@ -142,6 +146,11 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     if not set(steps) <= set(found):
         known = ", ".join(map(str, sorted(found)))
         raise ConfigError(f"checkpoint={command.checkpoint}: expected last, all, or one of the steps {known}")
+    for step in steps:
+        if command.checkpoint != "last" and (damage := find_damage(found[step], owner)):
+            raise ConfigError(
+                f"checkpoint={command.checkpoint}: {found[step]}: {damage}; expected a whole one"
+            )
     here = directory.resolve()
     root = Path(command.output) / here.name if command.output else directory / "evaluations"
     shared = Path(command.output) if command.output else here.parents[1] / "evaluations"

@@ -14,16 +14,11 @@ from capo_exp.rollout import RolloutEngine, SamplingRequest
 class Sampling:
     """How completions are drawn."""
 
-    samples: int
-    """Completions a problem."""
-    temperature: float
-    """0 = greedy."""
-    top_k: int
-    """0 = off."""
-    top_p: float
-    """1 = off."""
-    max_tokens: int
-    """Of a completion."""
+    samples: int  # Completions a problem
+    temperature: float  # 0 = greedy
+    top_k: int  # 0 = off
+    top_p: float  # 1 = off
+    max_tokens: int  # Of a completion
 
 
 def draw_completions(

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -40,8 +40,8 @@ def write_atomic(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people to read, the whole of it or nothing."""
+def write_json(path: Path, fields: Any) -> None:
+    """Writes JSON for people to read, the whole of it or nothing."""
     write_atomic(path, json.dumps(fields, indent=2) + "\n")
 
 

@@ -114,17 +114,13 @@ class RunLogger:
     def _append(self, file: FileIO, metrics: Mapping[str, float]) -> None:
         names.check_known(metrics)
         assert {names.STEP, names.COMPLETIONS} <= metrics.keys(), f"no {names.STEP} or {names.COMPLETIONS}"
-        row = {key: _plain(value) for key, value in metrics.items()}
+        row = {
+            key: None if not math.isfinite(value) else value if isinstance(value, int) else float(value)
+            for key, value in metrics.items()
+        }
         append_line(file, json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.send(row)
-
-
-def _plain(value: float) -> float | int | None:
-    """Returns a number as JSON has it: exact, and null where it is not finite."""
-    if isinstance(value, int):
-        return value
-    return float(value) if math.isfinite(value) else None
 
 
 def _is_floats(key: str) -> bool:

@@ -19,11 +19,8 @@ Handler = Callable[[int, object], None]
 
 @contextmanager
 def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C, SIGTERM or SIGHUP sets; a second signal raises KeyboardInterrupt at once.
-
-    Args:
-        message: A function that tells the user what a signal has done.
-    """
+    """Gives an event that Ctrl-C, SIGTERM or SIGHUP sets, which `message` tells the user; a second one raises
+    KeyboardInterrupt at once."""
     stopped = threading.Event()
     first = 0.0
 

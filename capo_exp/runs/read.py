@@ -5,27 +5,24 @@ A damaged file or line hides nothing else: a LoggedRun is what can be read, and 
 
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
+from capo_exp.runs.parse import LoggedRow, is_parquet, read_parquet, read_yaml, scan_jsonl
 from capo_exp.runs.record import read_record, run_status
 
 log = logging.getLogger(__name__)
 
-LoggedRow = Mapping[str, Any]
 Array = NDArray[np.float64]
 
 MARKS = {"run.json", "metrics.jsonl"}
@@ -134,11 +131,11 @@ def load_run(run_dir: Path | str) -> LoggedRun:
     left_out: list[str] = []
 
     def rows(name: str) -> list[LoggedRow]:
-        found, damaged = _scan(path / name)
+        found, damaged = scan_jsonl(path / name)
         left_out.extend(damaged)
         return found
 
-    config = _or_empty(lambda: _yaml(path / "config.yaml"), left_out)
+    config = _or_empty(lambda: read_yaml(path / "config.yaml"), left_out)
     record = _or_empty(lambda: read_record(path) or {}, left_out)
     wrong = [key for key, kind in RECORD_TYPES.items() if key in record and not isinstance(record[key], kind)]
     left_out += [f"{path}/run.json: {key} is {json.dumps(record.pop(key))[:40]}" for key in wrong]
@@ -195,60 +192,22 @@ def read_jsonl(path: Path) -> list[LoggedRow]:
     Raises:
         ConfigError: Another line is not a row.
     """
-    rows, damaged = _scan(path)
+    rows, damaged = scan_jsonl(path)
     if damaged:
         raise ConfigError(f"{damaged[0]}; remove the line, or the run")
     return rows
 
 
-def _scan(path: Path) -> tuple[list[LoggedRow], list[str]]:
-    """Returns the rows of a .jsonl file, and what is wrong with each other line."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        return [], [f"{path}: {error.strerror}"]
-    rows: list[LoggedRow] = []
-    damaged: list[str] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                rows.append(_row(line))
-        except (ValueError, RecursionError) as error:
-            damaged.append(f"{path}, line {number}: {error}")
-    return rows, damaged
-
-
-def _row(line: bytes) -> LoggedRow:
-    """Reads a JSON object whose values are numbers or null, and whose counters are numbers."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"got {str(row)[:40]}, expected a JSON object")
-    for key, value in row.items():
-        fits = value is None or isinstance(value, int | float) or (key == "cards" and isinstance(value, list))
-        if key.startswith("counter/"):
-            fits = isinstance(value, int | float) and math.isfinite(value)
-        if not fits:
-            raise ValueError(f"{key} is {json.dumps(value)[:40]}, expected a number")
-    return row
-
-
 def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]:
-    """Returns sampled completions in the order of their steps, each with its `step`; warns of a damaged file.
+    """Returns sampled completions of a step, or all in the order of their steps, each with its `step`.
 
-    Args:
-        run: The run; older ones lack some columns.
-        step: The rollout step; None = all that are on disk.
+    A damaged file is left out with a warning; older runs lack some columns.
     """
     found: list[LoggedRow] = []
     for number, path in sorted(list_samples(run.path).items()):
         if step in (None, number):
             try:
-                found += [{**row, "step": number} for row in _parquet(path)]
+                found += [{**row, "step": number} for row in read_parquet(path)]
             except ConfigError as error:
                 log.warning("left out: %s", error)
     return found
@@ -256,7 +215,7 @@ def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]
 
 def list_samples(run_dir: Path) -> dict[int, Path]:
     """Returns step -> file of sampled completions, without what is no parquet file from end to end."""
-    return {step: path for step, path in _samples(run_dir).items() if _has_marks(path)}
+    return {step: path for step, path in _samples(run_dir).items() if is_parquet(path)}
 
 
 def _samples(run_dir: Path) -> dict[int, Path]:
@@ -264,29 +223,11 @@ def _samples(run_dir: Path) -> dict[int, Path]:
     return {int(name[5:]): path for name, path in files.items() if re.fullmatch("step_[0-9]+", name)}
 
 
-def _has_marks(path: Path) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        start = file.read(4)
-        file.seek(-4, os.SEEK_END)
-        return start == file.read(4) == b"PAR1"
-    return False
-
-
 def _archived(path: Path) -> list[LoggedRow]:
     """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
-    rows = _parquet(path) if path.exists() else []
+    rows = read_parquet(path) if path.exists() else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
     return [{key: None if value != value else value for key, value in row.items()} for row in known]
-
-
-def _parquet(path: Path) -> list[LoggedRow]:
-    import pyarrow.parquet as pq  # here, so that whoever reads no completions does not wait for it
-
-    try:
-        return pq.ParquetFile(path).read().to_pylist()  # read_table would import pandas
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read as parquet ({reason}); remove the file") from None
 
 
 def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIONS) -> tuple[Array, Array]:
@@ -295,15 +236,3 @@ def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIO
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None and "NaN" become NaN
     table[~np.isfinite(table)] = np.nan
     return table[:, 0], table[:, 1]
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:  # a resolved config is plain YAML: libyaml reads it 20 times faster than OmegaConf.load
-        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.exists() else {}
-    except (yaml.YAMLError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split()).replace(";", ",")
-        raise ConfigError(f"{path} is not YAML ({reason}); restore or remove it") from None
-    if isinstance(plain, dict):
-        return {str(key): value for key, value in plain.items()}
-    got = f"got {str(plain)[:40]!r}, expected the config of a run"
-    raise ConfigError(f"{path}: {got}; restore or remove it")

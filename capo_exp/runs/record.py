@@ -93,7 +93,10 @@ class RunRecord:
             "seeds": {"seed": config.seed},
             "counters": before["counters"],
             "device": device_name,
-            **read_hardware(),
+            "cpu": _line("/proc/cpuinfo", "model name"),
+            "cpu_count": os.cpu_count(),
+            "cpus_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
+            "memory": _line("/proc/meminfo", "MemTotal"),
             "platform": f"{platform.system()}-{platform.machine()}",
             "python": platform.python_version(),
             "packages": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
@@ -125,17 +128,8 @@ class RunRecord:
                 self.add({"status": status, "error": _without_folders(f"{type(error).__name__}: {error}")})
 
 
-def read_hardware() -> dict[str, Any]:
-    """Returns what the machine's own files say of it, without torch; null where they are silent."""
-    return {
-        "cpu": _line("/proc/cpuinfo", "model name"),
-        "cpu_count": os.cpu_count(),
-        "cpus_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
-        "memory": _line("/proc/meminfo", "MemTotal"),
-    }
-
-
 def _line(path: str, key: str) -> str | None:
+    """Returns what one of the machine's own files says; null where it is silent."""
     with suppress(OSError):
         found = re.search(rf"^{key}\s*:(.*)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
         return found[1].strip() if found else None

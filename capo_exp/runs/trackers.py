@@ -2,8 +2,8 @@
 
 W&B's row i is row i of the files. Online the rows go out as they are logged, and a resume leaves out those
 that the server has. Offline, or where W&B has failed, nothing happens until the process ends: then the whole
-run is written from the files, for `wandb sync` to upload. `python scripts/write_wandb.py DIR` writes it for a run
-whose process was killed, or whose disk was full then.
+run is written from the files, for `wandb sync` to upload. `python scripts/write_wandb.py DIR` writes it for
+one whose process was killed, or whose disk was full then.
 """
 
 import json
