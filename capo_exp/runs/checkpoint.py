@@ -29,12 +29,7 @@ _REFERENCE = "reference"
 
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str | None:
-    """Says what is wrong with a checkpoint, by reading all of it; None if it is as it was written.
-
-    Args:
-        checkpoint: The folder.
-        run_id: The run that it has to be of; None = any.
-    """
+    """Reads all of a checkpoint and says what is wrong with it; run_id=None takes that of any run."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
         files, step, owner = manifest["files"], manifest["step"], manifest["run_id"]
@@ -73,12 +68,9 @@ class Checkpointer:
             _remove(unfinished)
 
     def latest(self, before: int | None = None) -> Path | None:
-        """Returns the newest whole checkpoint, which transformers can load as a model; None if there is none.
+        """Returns the newest whole checkpoint, older than a step if one is given; transformers can load it.
 
         Damaged ones are named in a warning, once. They stay until a new one of their step takes their place.
-
-        Args:
-            before: The step that it has to be older than.
         """
         for step, path in reversed(list_checkpoints(self._run_dir).items()):
             if path in self._damaged or (before is not None and step >= before):
@@ -102,12 +94,8 @@ class Checkpointer:
     ) -> Path:
         """Writes checkpoints/step_<step>, then removes all older ones but the newest, `keep` in all.
 
-        Args:
-            step: The rollout step that is done.
-            state: What else the next step depends on: numbers, texts, tensors, and dicts of them.
-            model: The model whose weights are saved.
-            tokenizer: The tokenizer that is saved beside them.
-            reference: The reference model where it is no longer the base model, else None.
+        `state` is what else the next step depends on: numbers, texts, tensors, and dicts of them; `reference`
+        is the reference model where it is no longer the base model.
 
         Raises:
             OSError: The disk takes no more. What was written is removed, the older ones are there.
@@ -128,10 +116,10 @@ class Checkpointer:
                 digests = {str(path.relative_to(partial)): _digest(path) for path in files}
                 manifest = {"run_id": self._run_id, "step": step, "files": digests}
                 write_json(partial / _MANIFEST, manifest)
-                _flush(partial)
+                _flush(*partial.rglob("*"), partial)  # before the rename makes them count
                 _remove(target)
                 partial.rename(target)
-                _flush_entry(self._folder)
+                _flush(self._folder)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -161,13 +149,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(folder: Path) -> None:
-    """Forces the files to disk before the rename makes them count."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _flush(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -46,11 +46,7 @@ def write_json(path: Path, fields: Any) -> None:
 
 
 def append_line(file: FileIO, line: str) -> None:
-    """Appends a line to a file, the whole of it or nothing.
-
-    Raises:
-        OSError: The disk takes no more; the error names the file.
-    """
+    """Appends a line to a file, the whole of it or nothing; raises an OSError that names the file."""
     data, end = line.encode(), file.seek(0, os.SEEK_END)
     try:
         with name_disk_error(Path(str(file.name))):
@@ -113,21 +109,17 @@ def stop_on_disk_error(run_dir: Path) -> Iterator[None]:
         named = error.filename if isinstance(error, OSError) else None
         what = named or f"{run_dir}, or the output of this command,"
         raise RunFailed(
-            f"{what} could not be written: {os.strerror(number)}{_free(run_dir)}; {_kept(run_dir)}. "
+            f"{what} could not be written: {os.strerror(number)}{_state(run_dir)}. "
             "Make room, or mend the disk or its permissions; then the same command goes on from there"
         ) from error
 
 
-def _free(folder: Path) -> str:
+def _state(run_dir: Path) -> str:
+    """Returns such as ` (0.0 MB free); step 8 is saved`, as far as the disk says."""
+    free, saved = "", dict[int, Path]()
     with suppress(OSError):
-        disk = os.statvfs(folder)
+        disk = os.statvfs(run_dir)
         no_entries = ", no entry for another file" if disk.f_files and not disk.f_favail else ""
-        return f" ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB free{no_entries})"
-    return ""
-
-
-def _kept(run_dir: Path) -> str:
-    with suppress(OSError):
-        if saved := list_checkpoints(run_dir):
-            return f"step {max(saved)} is saved"
-    return "nothing was saved yet"
+        free = f" ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB free{no_entries})"
+        saved = list_checkpoints(run_dir)
+    return f"{free}; " + (f"step {max(saved)} is saved" if saved else "nothing was saved yet")

@@ -38,12 +38,9 @@ class RunLogger:
     """Owns metrics.jsonl, eval.jsonl, completions/ and the W&B run of one run directory."""
 
     def __init__(self, run_dir: Path, *, resume_step: int, wandb_mode: str) -> None:
-        """Opens the files behind the checkpoint that training goes on from.
+        """Opens the files behind the checkpoint of `resume_step` (0 = none), and drops what was logged later.
 
-        Args:
-            run_dir: The run's directory; for W&B its config.yaml and run.json have to be there.
-            resume_step: Rollout steps in the checkpoint; what was logged later is dropped, everything if 0.
-            wandb_mode: auto | online | offline | disabled.
+        For W&B the run's config.yaml and run.json have to be there.
 
         Raises:
             ConfigError: A line of the files is not a row, or W&B refuses.

@@ -75,9 +75,8 @@ class LoggedRun:
 def find_runs(patterns: Sequence[str | Path]) -> list[Path]:
     """Returns run directories, each once, in order of their paths.
 
-    Args:
-        patterns: Each is a run directory, a file in it, a folder with runs at any depth, or a glob of these.
-            Hidden folders, and what is inside a run directory, are not searched.
+    A pattern is a run directory, a file in it, a folder with runs at any depth, or a glob of these. Hidden
+    folders, and what is inside a run directory, are not searched.
 
     Raises:
         ConfigError: A pattern matches nothing on disk, or there is no run in any of them.

@@ -108,17 +108,16 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """Ends the W&B run, 0 means success; an offline one is written here, the whole of it."""
         try:
-            if self._run is None:
-                self._open("offline")
-            offline = self._run.settings.mode == "offline"
-            self._run.finish(exit_code=exit_code)
-            if offline:
-                _check_whole(self._run_dir)
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+                return
+            self._open("offline").finish(exit_code=exit_code)
+            _check_whole(self._run_dir)
         except Exception as error:
             again = f"`python scripts/write_wandb.py {shlex.quote(str(self._run_dir))}` writes it"
             log.warning("W&B's run is not complete (%s); the files have all of it, %s", error, again)
 
-    def _open(self, mode: str) -> None:
+    def _open(self, mode: str) -> Any:
         for old in (self._run_dir / "wandb").glob("offline-run-*"):  # a part of what is sent now
             shutil.rmtree(old)
         self._run = _init(self._run_dir, mode)
@@ -129,6 +128,7 @@ class WandbRun:
         self._row, self._best = 0, -math.inf
         for row in read_logged(self._run_dir):
             self._log(row)
+        return self._run
 
     def _log(self, row: Mapping[str, float | None]) -> None:
         if self._row >= self._there:
