@@ -110,10 +110,13 @@ def test_status_without_a_run_after_a_kill_and_of_a_broken_record(
 def test_clear_leaves_the_lock_and_what_is_not_ours(config: TrainConfig, tmp_path: Path) -> None:
     with locked(tmp_path):
         RunRecord(tmp_path, config)
-        (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+        for name in ("checkpoints/step_1", "disk/step_1"):
+            (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "wandb").symlink_to(tmp_path / "disk")
         (tmp_path / "notes.txt").touch()
         clear(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.txt"]
+        left = [".lock", "disk", "notes.txt", "wandb"]
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
+from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
 
@@ -163,8 +164,8 @@ def _completions(directory: Path) -> dict[int, float]:
     """Rollout step -> completions that training had sampled."""
     from capo_exp.runs.read import load_run
 
-    rows = load_run(directory).metrics
-    return {int(row["counter/rollout_step"]): row["counter/completions"] for row in rows}
+    rows = [row for row in load_run(directory).metrics if names.COMPLETIONS in row]
+    return {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows if names.STEP in row}
 
 
 def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool) -> None:
@@ -185,11 +186,14 @@ def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
     from capo_exp.evaluation.table import test_rows
     from capo_exp.runs.files import write_atomic
-    from capo_exp.runs.read import read_jsonl
+    from capo_exp.runs.parse import scan_jsonl
 
     path = root / "test.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = test_rows(results, read_jsonl(path))
+    before, damaged = scan_jsonl(path)
+    for text in damaged:
+        _tell(f"left out: {text}")
+    rows = test_rows(results, before)
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 

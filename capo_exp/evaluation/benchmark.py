@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from capo_exp.evaluation.stored import read_rows, write_rows
 from capo_exp.grading.verifier import Verifier
 from capo_exp.runs.files import write_json
 from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.parse import is_parquet
 
 Scores = dict[str, Any]
 Sample = Callable[[Sequence[Prompt], int], Sequence[RolloutGroup]]
@@ -108,9 +109,9 @@ def _answered_rows(
     for number, start in enumerate(range(0, len(prompts), size)):
         some = prompts[start : start + size]
         part, ungraded = (parts / f"{number:05d}{suffix}.parquet" for suffix in ("", "-ungraded"))
-        fresh = not part.exists()
+        fresh = not is_parquet(part)
         if fresh:
-            if not ungraded.exists():
+            if not is_parquet(ungraded):
                 groups = sample(some, derive_seed(seed, EVALUATION, number))
                 write_rows(ungraded, _rows(groups, start))
             write_rows(part, _graded(read_rows(ungraded), verifier))
@@ -124,9 +125,10 @@ def _answered_rows(
 
 
 def read_scores(folder: Path) -> Scores | None:
-    """Returns scores.json, or None before all is done."""
-    path = folder / "scores.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Returns scores.json, or None before all is done; a damaged one is made anew."""
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads((folder / "scores.json").read_bytes())
+    return None
 
 
 def _rows(groups: Sequence[RolloutGroup], start: int) -> list[Row]:

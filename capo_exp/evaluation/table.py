@@ -93,7 +93,7 @@ def test_rows(results: Sequence[BenchmarkScore], before: Sequence[Mapping[str, A
     equal `cards` can be compared and stand together, those of this command last.
     """
     rows: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
-    for row in before:
+    for row in (row for row in before if {"cards", "counter/rollout_step"} <= row.keys()):
         rows[tuple(row["cards"]), row["counter/rollout_step"]] = dict(row)
     for model in dict.fromkeys(result.model for result in results if result.step is not None):
         own = sorted((result for result in results if result.model == model), key=lambda result: result.card)

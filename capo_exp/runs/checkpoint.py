@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capo_exp.runs.files import list_checkpoints, name_disk_error, write_json
+from capo_exp.runs.files import list_checkpoints, name_disk_error, remove, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Checkpointer:
         self._damaged: set[Path] = set()
         self._folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self._folder.glob(".step_*"):
-            _remove(unfinished)
+            remove(unfinished)
 
     def latest(self, before: int | None = None) -> Path | None:
         """Returns the newest whole checkpoint, older than a step if one is given; transformers can load it.
@@ -117,7 +117,7 @@ class Checkpointer:
                 manifest = {"run_id": self._run_id, "step": step, "files": digests}
                 write_json(partial / _MANIFEST, manifest)
                 _flush(*partial.rglob("*"), partial)  # before the rename makes them count
-                _remove(target)
+                remove(target)
                 partial.rename(target)
                 _flush(self._folder)
         except OSError:
@@ -127,7 +127,7 @@ class Checkpointer:
         known = list_checkpoints(self._run_dir).items()
         whole = [path for number, path in known if number <= step and path not in self._damaged]
         for old in whole[: -self._keep]:
-            _remove(old)
+            remove(old)
         return target
 
     def restore(self, path: Path, device: "torch.device") -> dict[str, Any]:
@@ -140,13 +140,6 @@ class Checkpointer:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _flush(*paths: Path) -> None:

