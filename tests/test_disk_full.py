@@ -131,8 +131,10 @@ from io import FileIO
 from pathlib import Path
 from capo_exp.runs.files import stop_on_disk_error, write_json
 from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.read import load_run
 folder = Path(sys.argv[1])
 with locked(folder):
+    (folder / "metrics.jsonl").touch(mode=0)
     folder.chmod(0o555)
 (folder / ".lock").chmod(0o600)
 if os.geteuid() == 0:
@@ -144,6 +146,7 @@ for write in (lambda: write_json(folder / "a.json", {}), lambda: FileIO(folder /
             write()
     except RuntimeError as error:
         print(error)
+assert load_run(folder).left_out == (f"{folder}/metrics.jsonl: Permission denied",)
 """
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -125,7 +126,7 @@ def load_run(run_dir: Path | str) -> LoggedRun:
         FileNotFoundError: There is neither a metrics.jsonl nor a run.json.
     """
     path = Path(run_dir)
-    if not any((path / mark).exists() for mark in MARKS):
+    if not path.is_dir() or MARKS.isdisjoint(os.listdir(path)):
         raise FileNotFoundError(f"{path} has no metrics.jsonl; expected the directory of one run")
     left_out: list[str] = []
 
@@ -218,13 +219,17 @@ def list_samples(run_dir: Path) -> dict[int, Path]:
 
 
 def _samples(run_dir: Path) -> dict[int, Path]:
-    files = {path.stem: path for path in (run_dir / "completions").glob("step_*.parquet")}
-    return {int(name[5:]): path for name, path in files.items() if re.fullmatch("step_[0-9]+", name)}
+    found: dict[int, Path] = {}
+    with suppress(OSError):
+        for name in os.listdir(run_dir / "completions"):
+            if match := re.fullmatch(r"step_([0-9]+)\.parquet", name):
+                found[int(match[1])] = run_dir / "completions" / name
+    return found
 
 
 def _archived(path: Path) -> list[LoggedRow]:
     """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
-    rows = read_parquet(path) if path.exists() else []
+    rows = read_parquet(path) if os.path.exists(path) else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
     return [{key: None if value != value else value for key, value in row.items()} for row in known]
 
