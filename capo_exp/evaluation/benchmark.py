@@ -24,7 +24,7 @@ from capo_exp.evaluation.card import Card
 from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.evaluation.stored import read_rows, write_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.files import write_json
+from capo_exp.runs.files import remove, write_json
 from capo_exp.runs.lock import is_locked, locked
 from capo_exp.runs.parse import is_parquet
 
@@ -64,10 +64,8 @@ def evaluate_benchmark(
     with work_alone(folder):
         if overwrite:
             for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != ".lock":
-                    path.unlink()
+                if path.name != ".lock":
+                    remove(path)
         elif (scores := read_scores(folder)) is not None:  # another process was faster
             return scores
         write_json(folder / "card.json", card)
@@ -132,22 +130,16 @@ def read_scores(folder: Path) -> Scores | None:
 
 
 def _rows(groups: Sequence[RolloutGroup], start: int) -> list[Row]:
-    return [
-        {
-            "index": start + i,
-            "id": group.prompt.problem.id,
-            "sample": sample,
-            "problem": group.prompt.problem.problem,
-            "gold": list(group.prompt.problem.golds),
-            "level": group.prompt.problem.level,
-            "type": group.prompt.problem.family,
-            "completion": completion.text,
-            "tokens": len(completion.token_ids),
-            "truncated": completion.truncated,
-        }
-        for i, group in enumerate(groups)
-        for sample, completion in enumerate(group.completions)
-    ]
+    rows: list[Row] = []
+    for index, group in enumerate(groups, start):
+        asked = group.prompt.problem
+        for sample, given in enumerate(group.completions):
+            rows.append({
+                "index": index, "id": asked.id, "sample": sample, "problem": asked.problem,
+                "gold": list(asked.golds), "level": asked.level, "type": asked.family,
+                "completion": given.text, "tokens": len(given.token_ids), "truncated": given.truncated,
+            })  # fmt: skip
+    return rows
 
 
 def _graded(rows: Sequence[Row], verifier: Verifier) -> list[Row]:

@@ -44,11 +44,8 @@ class Stored:
 def score_stored(path: Path, verifier: Verifier) -> Stored:
     """Grades each row of a parquet file and scores each of its groups.
 
-    Args:
-        path: with columns completion, gold (or answer; text or a list of accepted ones), problem (or
-            index, id; equal ones with equal golds are samples of one problem), and if wanted model, task,
-            label, tokens, truncated.
-        verifier: grades.
+    Its columns are completion, gold (or answer; text or a list of accepted ones), problem (or index, id;
+    those with equal golds are samples of one problem), and if wanted model, task, label, tokens, truncated.
 
     Raises:
         ConfigError: no such file, no parquet, a column is missing, no row.
