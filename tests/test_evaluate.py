@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from capo_exp.cli.compose import compose_config
 from capo_exp.cli.evaluate import main
 from capo_exp.cli.evaluate_config import benchmark_config, run_config
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.core.types import Problem
 from capo_exp.data.prepare import order_evaluation
@@ -161,6 +161,7 @@ def test_the_same_command_samples_nothing_and_shows_the_same(
     assert steps[2]["test/accuracy"] == steps[2]["test/accuracy/arithmetic"] == pytest.approx(average)
 
 
+@pytest.mark.slow
 def test_no_row_of_an_earlier_command_is_lost(scored: Path, trained: Path, evaluated: Evaluate) -> None:
     """And figures draw those of the benchmarks that were tested last."""
     path = trained / "evaluations" / "test.jsonl"
@@ -183,6 +184,7 @@ def test_two_runs_into_one_folder_stay_apart(trained: Path, evaluated: Evaluate,
     assert len(list((tmp_path / "out").glob("tiny-*/arithmetic-*"))) == 1
 
 
+@pytest.mark.slow
 def test_runs_tested_by_different_cards_are_not_drawn_together(
     trained: Path, evaluated: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_full_disk_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.C
     assert "File too large" in line and "the same command goes on from there" in line
 
 
+@pytest.mark.slow
 def test_ended_anywhere_it_goes_on_to_the_same_completions(
     scored: Path, trained: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -249,11 +252,12 @@ def test_ended_anywhere_it_goes_on_to_the_same_completions(
         return draw(*args, **kwargs)
 
     def no_workers(*_: object) -> None:
-        raise RuntimeError("verification workers ended 3 times")
+        raise RunFailed("verification workers ended 3 times")
 
     monkeypatch.setattr(evaluate_model, "draw_completions", interrupted)
     monkeypatch.setattr(ExactVerifier, "score", no_workers)
     assert main(command) == 1
+    assert "workers ended 3 times; parts that are done are kept" in capsys.readouterr().err
     monkeypatch.setattr(ExactVerifier, "score", score)
     assert main(command) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
@@ -271,6 +275,7 @@ def test_ended_anywhere_it_goes_on_to_the_same_completions(
     assert (again / "scores.json").read_text() == scores and len(calls) == 7
 
 
+@pytest.mark.slow
 def test_what_changes_the_samples_changes_the_folder(
     trained: Path, evaluated: Evaluate, tmp_path: Path
 ) -> None:

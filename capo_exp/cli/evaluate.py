@@ -13,7 +13,7 @@ from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
 from capo_exp.config.build import build_part
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
 from capo_exp.runs import metrics as names
@@ -76,6 +76,8 @@ def show_scores(given: EvaluateCommand) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; {KEPT}\n")
         return 130
+    except RunFailed as failed:
+        raise RunFailed(f"{failed}; {KEPT}") from failed
     except OSError as error:
         if find_disk_error(error) is None:
             raise
