@@ -92,6 +92,7 @@ def draw_figures(command: FigureCommand, typed: str) -> int:
     try:
         paths = find_runs(command.runs)
         runs = tuple(to_its_end(load_run(path)) for path in paths)
+        sys.stderr.writelines(f"left out: {text}\n" for run in runs for text in run.left_out)
         options: Any = {"statistic": command.statistic, "interval": command.interval}
         weight = WEIGHTS[command.smoothing] if command.smoothing in WEIGHTS else float(command.smoothing)
         drawn = tuple(curves(runs, mix=command.mix))

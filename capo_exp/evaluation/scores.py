@@ -30,18 +30,14 @@ class Solved:
     """What became of one problem: one entry a sample."""
 
     correct: tuple[bool, ...]
-    classes: tuple[int, ...]
-    """Which samples gave the same answer: equal numbers; -1 = no answer."""
+    classes: tuple[int, ...]  # Which samples gave the same answer: equal numbers; -1 = no answer
 
 
 def estimate(*benchmarks: Vector) -> Estimate:
-    """The unweighted mean over benchmarks of the mean over problems.
+    """The unweighted mean over benchmarks of the mean over problems; CAPO's TEST accuracy is that of eight.
 
-    The interval is that of a percentile bootstrap that draws the problems of each benchmark again. It says
-    how much the score depends on which problems were asked, and with few samples a problem, also on chance.
-    With a handful of problems that differ it is too narrow; where none differ there is none.
-
-    Source: CAPO's TEST accuracy is this mean over eight benchmarks.
+    The interval is that of a percentile bootstrap that draws the problems of each benchmark again. With a
+    handful of problems that differ it is too narrow; where none differ there is none.
     """
     value = float(np.mean([np.mean(vector) for vector in benchmarks]))
     if min(map(len, benchmarks)) < 2 or all((vector == vector[0]).all() for vector in benchmarks):
@@ -120,15 +116,12 @@ def summarise_scores(problems: Sequence[Solved]) -> dict[str, Any]:
 
 
 def score_rows(rows: Sequence[Row], verifier: Verifier) -> tuple[Row, list[Row]]:
-    """Returns the scores of graded completions, and a row for each problem.
+    """Returns scores.json of graded completions, and problems.parquet in the order in which problems appear.
 
     Args:
-        rows: of whole problems: id, correct, extracted, reason, gold; where known tokens, truncated, level,
-            type.
+        rows: of whole problems: index, id, correct, extracted, reason, gold; where known tokens, truncated,
+            level, type.
         verifier: compares answers with each other for maj@k.
-
-    Returns:
-        scores.json, and problems.parquet in the order in which problems first appear.
     """
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
@@ -160,11 +153,7 @@ def _problem(group: Sequence[Row], solved: Solved) -> Row:
     votes = Counter(number for number in solved.classes if number >= 0)
     most = votes.most_common(1)[0][0] if votes else None
     return {
-        "id": first["id"],
-        "problem": first.get("problem"),
-        "gold": first["gold"],
-        "level": first.get("level"),
-        "type": first.get("type"),
+        **{name: first.get(name) for name in ("id", "problem", "gold", "level", "type")},
         "samples": len(group),
         "correct": sum(solved.correct),
         "accuracy": fmean(solved.correct),

@@ -26,11 +26,7 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
 
 @cache
 def read_schema(schema: type = TrainConfig, prefix: str = "") -> tuple[frozenset[str], dict[str, Any]]:
-    """Reads from the fields of a schema what is no part of a run's identity.
-
-    Returns:
-        The dotted keys, and groups of keys, that change no result; and dotted key -> the neutral value.
-    """
+    """Returns the dotted keys, and groups of keys, that change no result; and dotted key -> neutral value."""
     left_out, neutral, hints = set[str](), dict[str, Any](), get_type_hints(schema)
     for field in fields(schema):
         key = f"{prefix}{field.name}"

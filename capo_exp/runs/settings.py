@@ -57,8 +57,8 @@ def is_within(key: str, groups: Sequence[str]) -> bool:
 def results(run: LoggedRun) -> Settings:
     """Returns the settings that can change a number of the run, its seed too; none without a config.yaml.
 
-    A run that is older than a key has the key's neutral value. Problems are known by their fingerprint where
-    it is on record, not by the folder they came from; the device by its kind, which the dtype follows.
+    Missing keys are neutral. Problems are known by their fingerprint where it is on record, not by the folder
+    they came from; the device by its kind, which the dtype follows.
     """
     if not run.config:
         return {}
@@ -73,11 +73,8 @@ def results(run: LoggedRun) -> Settings:
 
 
 def training(run: LoggedRun) -> Settings:
-    """Returns the settings that two runs of one curve share: all that change training or what is measured.
-
-    Without the seed, what the model's path implies, the length of a run whose learning rate does not depend
-    on it, and null, which is the same as no such key.
-    """
+    """Returns the settings that two runs of one curve share: `results` without the seed, what the model's
+    path implies, the length of a run whose learning rate does not depend on it, and null."""
     found = results(run)
     still = ("seed", *NOT_TRAINING, *(f"model.{name}" for name in ARCHITECTURE))
     if found.get("regime.learning_rate") == 0:

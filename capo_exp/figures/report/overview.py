@@ -75,10 +75,15 @@ def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
 def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
     """Returns a line for each run."""
     return [
-        RunLine(label, run.path.name, style.colour(run), error, _cells(run))
+        RunLine(label, run.path.name, style.colour(run), _trouble(run), _cells(run))
         for run, label in zip(runs, named, strict=True)
-        for error in [run.record.get("error") if run.state == "failed" else None]
     ]
+
+
+def _trouble(run: LoggedRun) -> str | None:
+    """Says why a run failed, and what of its files could not be read."""
+    failed = run.record.get("error") if run.state == "failed" else None
+    return "; ".join(filter(None, [failed, *(f"left out: {text}" for text in run.left_out)])) or None
 
 
 def _cells(run: LoggedRun) -> list[Cell]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.runs.read import LoggedRow, LoggedRun, load_completions
+from capo_exp.runs.read import LoggedRow, LoggedRun, list_samples, load_completions
 
 MAX_BYTES = 5_500_000
 """Of all completions in the page together; what does not fit is left out, and the page says so."""
@@ -63,8 +63,7 @@ def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Exce
 
 def excerpt(run: LoggedRun, room: float) -> Excerpt:
     """Takes as many evenly spread steps as fit into `room` bytes; if not two do, their first completions."""
-    files = (run.path / "completions").glob("step_*.parquet")
-    logged = sorted(int(path.stem.removeprefix("step_")) for path in files)
+    logged = sorted(list_samples(run.path))
     if not logged:
         return Excerpt(run, [], {}, 0)
     rows = fitting(run, logged, room)
