@@ -17,10 +17,11 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.figures import style, tables
 from capo_exp.figures.bars import luminance
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.gallery import FIGURES, TRAINING, find_figure
-from capo_exp.figures.lines import lines
-from capo_exp.figures.page import Picture, caption, compose, draw_page, footer
+from capo_exp.figures.gallery import FIGURES, find_figure
+from capo_exp.figures.lines import Told, lines
+from capo_exp.figures.page import Picture, caption, compose, draw_page
 from capo_exp.figures.panel import Level, Panel
+from capo_exp.figures.paper import TRAINING
 from capo_exp.figures.per_run import STAGES
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs.metrics import METRICS
@@ -145,7 +146,7 @@ def test_the_line_of_figure_3_is_the_references_maximum(tmp_path: Path) -> None:
 
     study = study_in(write_study(tmp_path, ["grpo_conservative"], steps=10, accuracy=peak))
     assert {panel.levels[0].label for panel in compose("3", study).panels} == {"GRPO, largest"}
-    panel = lines(study, study.curves, TRAINING, "x", reference="max")
+    panel = lines(study, study.curves, TRAINING, "x", Told("max"))
     assert panel.levels == (Level("GRPO, largest", pytest.approx(0.55)),)
 
 
@@ -201,7 +202,7 @@ def test_a_long_footer_stays_on_the_page(tmp_path: Path) -> None:
     write_study(tmp_path, [f"{job} regime.group_size=4" for job in jobs], seeds=2, steps=3)
     study = study_in(tmp_path)
     shown = compose("1", study)
-    assert len(footer(shown)) > 150
+    assert len(caption(shown)) > 150
     check_page(drawn(shown))
 
 

@@ -11,7 +11,7 @@ import pytest
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tables, tokens
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.gallery import TRAINING
+from capo_exp.figures.paper import TRAINING
 from capo_exp.figures.page import count_seeds
 from capo_exp.figures.panel import Column, Crossing, Level, Panel, Series, cell_text, thousands, value_text
 from capo_exp.figures.tables import TextTable

@@ -62,6 +62,26 @@ def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     )
 
 
+def families(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
+    """Returns the runs in groups that can be compared, each where its first run is."""
+    found: list[list[LoggedRun]] = []
+    for run in runs:
+        mine = next((family for family in found if _are_comparable(family[0], run)), None)
+        if mine is None:
+            found.append([run])
+        else:
+            mine.append(run)
+    return found
+
+
+def _are_comparable(*pair: LoggedRun) -> bool:
+    try:
+        settings.check_comparable(pair)
+    except ConfigError:
+        return False
+    return True
+
+
 def _without_copies(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
     """Keeps, of runs with one run id, which all ask for the same numbers, the one that has come furthest."""
     furthest: dict[str, LoggedRun] = {}

@@ -1,6 +1,7 @@
 """A figure's files, and where it comes from, which is written inside each of them."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,8 +45,10 @@ def as_typed(arguments: Sequence[str]) -> str:
 def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     """Draws a figure and writes its files: all of them or, whatever goes wrong, none."""
     says, table = page.caption(picture), tables.table_of(picture.panels)
-    # ASCII that can stand in any comment: two dashes in a row would end one of HTML.
+    # ASCII that can stand in any comment: two dashes in a row would end one of HTML, and what is behind a
+    # comma is a cell of CSV, which must not begin as a formula does.
     line = json.dumps(provenance(picture, command), separators=(",", ":")).replace("--", "-\\u002d")
+    line = re.sub(r"[,;](?=\s*[=+@\\-])", lambda found: f"\\u{ord(found[0]):04x}", line)
     with rc_context(style.SETTINGS):
         figure = page.draw_page(picture)
         chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
@@ -54,7 +57,7 @@ def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
         pdf = page.as_bytes(figure, "pdf", {**entries, "CreationDate": None})
 
     def comments(mark: str) -> str:
-        return f"{mark} capo_exp.figures: {command}\n{mark} {line}\n"
+        return f"{mark} capo_exp.figures: {' '.join(command.splitlines())}\n{mark} {line}\n"
 
     files = {
         ".png": png,

@@ -89,8 +89,7 @@ def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapp
                 middle = {"ha": "center", "va": "center", "fontsize": 8, "color": ink_on(face)}
                 axes.text(left + share / 2, place, f"{share:.0%}", **middle)
             left += float(share)
-        cell = panel.columns[0].cells[series.curve.label]
-        seconds = cell if isinstance(cell, str) else f"{cell.value:.3g} s"
+        seconds = cell_text(panel.columns[0].cells[series.curve.label], "seconds")
         axes.text(1.01, place, seconds, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set(title=panel.title, xlabel="share of a rollout step; at the right its seconds", xlim=(0, 1))
     format_values(axes.xaxis, "percent")
@@ -107,7 +106,7 @@ def settings_table(drawn: Sequence[Curve], title: str) -> Panel:
     empty = np.array([])
     series = tuple(Series(curve, [], empty, empty, empty, empty) for curve in drawn) if shown else ()
     height = 0.3 + 0.27 * (1 + len(series))
-    lack = "the runs have no config.yaml"
+    lack = "" if shown else "the runs have no config.yaml"
     return Panel("settings", title, _paint_table, series=series, height=height, columns=shown, lack=lack)
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 from matplotlib import rc_params_from_file
+from matplotlib.colors import to_hex, to_rgb
 
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, logged
@@ -23,6 +25,8 @@ DASHES: tuple[Any, ...] = (
     "-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (4, *[1.2] * 5)),
 )  # fmt: skip
 """Dashes tell curves of one colour apart; the second is for the conservative regime."""
+DARK, LIGHT = (("k", 0.45), ("k", 0.65), ("w", 0.25)), (("k", 0.0), ("w", 0.4), ("k", 0.25), ("w", 0.6))
+"""Shades of one colour: what it is mixed with, and how much of that."""
 REFERENCE = "#333333"
 """Lines at a reference's value."""
 STAGES = (
@@ -72,14 +76,29 @@ def _by_name(run: LoggedRun, signs: Sequence[str], nameless: str) -> str:
 
 
 def looks(curves: Sequence[Curve]) -> dict[str, Look]:
-    """Returns how to draw the curves of one figure, by label, so that no two look the same."""
+    """Returns how to draw the curves of one figure, by label, so that no two look the same.
+
+    Curves of one colour have shades of it: the conservative regime dark ones, others the colour itself first.
+    """
     seen: Counter[tuple[str, str, bool]] = Counter()
+    shades: Counter[tuple[str, bool]] = Counter()
     result = {}
     for curve in curves:
         kind = (colour(curve.run), marker(curve.run), is_safe(curve.run))
-        result[curve.label] = _look(*kind, seen[kind])
+        hue = (kind[0], kind[2])
+        result[curve.label] = _look(shade(*hue, shades[hue]), *kind[1:], seen[kind])
         seen[kind] += 1
+        shades[hue] += 1
     return result
+
+
+def shade(colour: str, conservative: bool, place: int) -> str:
+    """Returns the place-th shade of a colour, mixed with black or white."""
+    mixed = DARK if conservative else LIGHT
+    towards, share = mixed[place % len(mixed)]
+    turn = place // len(mixed)
+    share = (share + 0.07 * turn) % 0.8
+    return to_hex((1 - share) * np.array(to_rgb(colour)) + share * np.array(to_rgb(towards)))
 
 
 def _look(colour: str, first: str, conservative: bool, place: int) -> Look:

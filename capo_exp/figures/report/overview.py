@@ -11,6 +11,7 @@ from typing import Any
 from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.output import as_typed
+from capo_exp.figures.plots import outcome, steps_done
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, LoggedRun
 from capo_exp.runs.settings import results, varying
@@ -72,10 +73,12 @@ def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
     ]
 
 
-def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
-    """Returns a line for each run."""
+def overview(runs: Sequence[LoggedRun], named: Sequence[str], curves: Sequence[Curve]) -> list[RunLine]:
+    """Returns a line for each run, in the colour of its curve."""
+    looks = style.looks(curves)
+    colours = {run.path: looks[curve.label].colour for curve in curves for run in curve.runs}
     return [
-        RunLine(label, run.path.name, style.colour(run), error, _cells(run))
+        RunLine(label, run.path.name, colours.get(run.path, style.OTHER), error, _cells(run))
         for run, label in zip(runs, named, strict=True)
         for error in [run.record.get("error") if run.state == "failed" else None]
     ]
@@ -83,7 +86,7 @@ def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
 
 def _cells(run: LoggedRun) -> list[Cell]:
     per_step = {row[names.STEP]: row for row in run.metrics if names.STEP in row}  # of updates the last
-    done, planned = max(per_step, default=0), run.setting("num_steps", "?")
+    done, planned = steps_done(run), run.setting("num_steps", "?")
     recent = values(list(per_step.values())[-RECENT:], names.TRAIN_ACCURACY)
     held_out = values(run.evaluations, names.EVAL_ACCURACY)
     rejected = values(run.metrics, names.REJECTION_RATE)
@@ -91,8 +94,8 @@ def _cells(run: LoggedRun) -> list[Cell]:
     seconds = run.record.get("wall_seconds")
     change = f"{held_out[0]:.1%} → {held_out[-1]:.1%}" if held_out else "-"
     return [
-        Cell(run.state, run.state),
-        Cell(f"{done:g}/{planned}", done),
+        Cell(outcome(run), outcome(run)),
+        Cell(f"{done} of {planned}", done),
         percent(fmean(recent) if recent else None),
         Cell(change, held_out[-1] if held_out else ""),
         percent(max(held_out, default=None)),

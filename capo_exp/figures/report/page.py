@@ -28,11 +28,13 @@ CSS_DPI = 96
 
 
 def write_report(
-    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
-) -> Path:
+    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path,
+    left_out: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Writes the page to the file `output`, or as report.html into a folder.
 
-    The curves give the runs their order and labels; a run of none is called by its folder, and last.
+    The curves give the runs their order and labels; a run of none is called by its folder, and last. The
+    page also says what of other runs could not be read.
     """
     runs = overview.in_order(runs, curves)
     named = overview.run_labels(runs, curves)
@@ -52,7 +54,8 @@ def write_report(
         viewer_js=viewer_js,
         columns=overview.COLUMNS,
         recent=overview.RECENT,
-        summary=overview.overview(runs, named),
+        left_out=left_out,
+        summary=overview.overview(runs, named, curves),
         figures=[embedded(figure) for figure in figures],
         differences=overview.differing(runs, named),
         notes=[(label, part.note) for label, part in zip(named, taken, strict=True)],

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from capo_exp.config.errors import ConfigError
 from capo_exp.runs.read import LoggedRow, LoggedRun, load_completions
 
 MAX_BYTES = 5_500_000
@@ -41,6 +42,8 @@ class Excerpt:
     """Step -> its first completions, in the order they were logged."""
     total: int
     """Completions that the chosen steps have on disk."""
+    damage: str = ""
+    """Why they cannot be read."""
 
     @property
     def shown(self) -> int:
@@ -49,6 +52,8 @@ class Excerpt:
     @property
     def note(self) -> str:
         """Says which steps and completions are here and which are not, as a sentence."""
+        if self.damage:
+            return f"left out: {self.damage}"
         if not self.logged:
             return "no completions on disk (logger.completions_every)"
         text = f"{len(self.steps)} of {len(self.logged)} logged steps: {', '.join(map(str, self.steps))}"
@@ -67,7 +72,10 @@ def excerpt(run: LoggedRun, room: float) -> Excerpt:
     logged = sorted(int(path.stem.removeprefix("step_")) for path in files)
     if not logged:
         return Excerpt(run, [], {}, 0)
-    rows = fitting(run, logged, room)
+    try:
+        rows = fitting(run, logged, room)
+    except ConfigError as damage:
+        return Excerpt(run, logged, {}, 0, str(damage))
     total = sum(map(len, rows.values()))
     if bytes_of(rows) > room:
         rows = {step: first_rows(group, room / len(rows)) for step, group in rows.items()}
