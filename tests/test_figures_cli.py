@@ -110,11 +110,35 @@ def test_what_was_asked_for_and_cannot_be_drawn_is_an_error(study: Path, tmp_pat
     assert (both.status, both.out) == (2, f"figure 5: {tmp_path}/5.png\n")
 
 
-def test_nothing_at_all_to_draw(tmp_path: Path, run) -> None:
-    write_run(tmp_path / "runs", "zero_learning_rate", steps=0)
-    result = run(f"runs={tmp_path / 'runs'}")
-    assert result.status == 2
-    assert result.out.count("skipped, ") == len(FIGURES)
+def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(study: Path, tmp_path: Path, run) -> None:
+    """And a damaged run hides none of them, not in the figures and not in the report."""
+    runs = tmp_path / "runs"
+    for job in ("zero_learning_rate model.name=a", "grpo_aggressive model.name=b", "capo model.name=b"):
+        write_run(runs / job[-1], job, steps=2)
+    broken = write_run(runs / "b", "grpo_aggressive model.name=b", 1, steps=2)
+    (broken / "metrics.jsonl").write_text("{}\n[1]\n")
+    refused = run(f"runs={runs}", "figure=1", f"output={tmp_path}/out")
+    assert refused.status == 2 and "model.name" in refused.err and "mix=true" in refused.err
+    result = run(f"runs={runs}", "figure=all", f"output={tmp_path}/out", "report=html")
+    lines = [line for line in result.out.splitlines() if ": skipped" not in line and "report" not in line]
+    assert result.status == 0
+    assert lines[0].endswith("b: 2 runs") and sum(line.endswith(" run") for line in lines) == 1
+    drawn = {line.split(":")[0] for line in lines if f"{tmp_path}/out/b/" in line}
+    assert {"figure accuracy", "figure 5", "figure time"} <= drawn
+    assert result.err.count("\n") == 1 and result.err.startswith(f"left out: {broken}/metrics.jsonl, line 2")
+    assert "metrics.jsonl, line 2: got [1]" in (tmp_path / "out" / "b" / "report.html").read_text()
+    for path in runs.rglob("run.json"):
+        (path.parent / "metrics.jsonl").write_text("[1]\n")
+    assert re.fullmatch(r"[^\n]*line 1: got \[1\][^\n]*\n", run(f"runs={runs}").err)
+
+
+def test_a_name_in_a_comment_of_csv_begins_no_cell_with_a_formula(tmp_path: Path, run) -> None:
+    path = write_run(tmp_path / "x,=cmd;+y", "capo", steps=2)
+    (path / "run.json").write_text(json.dumps({"run_id": "a,=HYPERLINK(1),-2;@x"}))
+    assert run(f"runs={tmp_path}", "figure=5", f"output={tmp_path / 'out'}").status == 0
+    comment = (tmp_path / "out" / "5.csv").read_text().splitlines()[1]
+    assert not re.search(r"[,;]\s*[-=+@]", comment)
+    assert json.loads(comment.removeprefix("# "))["runs"][0]["id"] == "a,=HYPERLINK(1),-2;@x"
 
 
 def test_where_from_is_inside_every_file(study: Path, tmp_path: Path, run) -> None:
@@ -160,7 +184,7 @@ def test_two_dashes_in_a_command_do_not_end_a_comment(study: Path, tmp_path: Pat
 def test_the_same_again_is_the_same_bytes(study: Path, tmp_path: Path, run) -> None:
     command = [
         f"runs={study}",
-        "figure=1,regimes,stability,rejected_tokens,time,settings",
+        "figure=1,regimes,rejected_tokens,settings",
         f"output={tmp_path}",
     ]
     assert run(*command).status == 0
@@ -169,7 +193,7 @@ def test_the_same_again_is_the_same_bytes(study: Path, tmp_path: Path, run) -> N
         path.unlink()
     subprocess.run([sys.executable, "-m", "capo_exp.figures", *command], check=True, capture_output=True)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(after) == 30
+    assert len(after) == 20
     assert [name for name in after if after[name] != before[name]] == []
 
 
@@ -181,7 +205,7 @@ def test_default_output_and_table(study: Path, run) -> None:
     assert {row["curve"] for row in rows} >= {"CAPO (A)", "GRPO", "GRPO (A)"}
     text = (folder / "1.md").read_text()
     assert "| CAPO (A) | 2 | " in text
-    assert "Mean of n = 2 seeds; band: 95 % bootstrap interval over seeds; EMA 0.1." in text
+    assert "\nMean of n = 2 seeds; band: 95 % bootstrap interval over seeds. " in text
     assert "\\begin{tabular}" in (folder / "1.tex").read_text()
     assert run(f"runs={study}", "figure=5").status == 0  # the folder with figures is no run
 
@@ -200,15 +224,6 @@ def test_any_metric(study: Path, tmp_path: Path, run) -> None:
     assert {path.stem for path in tmp_path.iterdir()} == {"metrics"}
 
 
-def test_runs_that_cannot_be_compared(study: Path, tmp_path: Path, run) -> None:
-    write_run(tmp_path / "more", "grpo_aggressive model.name=other", 7, steps=3)
-    refused = run(f"runs={study},{tmp_path}/more", "figure=1", f"output={tmp_path}/out")
-    assert refused.status == 2
-    assert "model.name" in refused.err and "mix=true" in refused.err
-    assert refused.err.count("\n") == 1
-    assert run(f"runs={study},{tmp_path}/more", "figure=1", f"output={tmp_path}/out", "mix=true").status == 0
-
-
 def test_the_report_gets_what_was_drawn(
     study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +231,7 @@ def test_the_report_gets_what_was_drawn(
 
     given = {}
 
-    def write_report(runs, curves, figures, output):  # type: ignore[no-untyped-def]
+    def write_report(runs, curves, figures, output, left_out):  # type: ignore[no-untyped-def]
         given.update(runs=runs, curves=curves, figures=figures, output=output)
         return output / "report.html"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.report import viewer
 from capo_exp.figures.report.overview import differing, overview, run_labels
@@ -88,21 +89,53 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_the_summary_by_hand(written: Study) -> None:
-    first, second, _, failed = overview(written.runs, run_labels(written.runs, written.curves))
+    named = run_labels(written.runs, written.curves)
+    first, second, third, failed = overview(written.runs, named, written.curves)
     headings = written.page.all("th", "data-value")
     assert headings == [f"{name} (A) · seed {seed}" for name, seed in SEEDS]
     assert [cell.text for cell in first.cells] == [
-        "finished", "30/30", "50.0%", "25.0% → 50.0%", "60.0%", "2.0%", "3.0%", "2,880", "0:01:15",
+        "finished", "30 of 30", "50.0%", "25.0% → 50.0%", "60.0%", "2.0%", "3.0%", "2,880", "0:01:15",
     ]  # fmt: skip
     assert [cell.value for cell in second.cells[2:5]] == pytest.approx([0.6, 0.6, 0.7])
     assert (first.label, second.label) == ("CAPO (A) · seed 0", "CAPO (A) · seed 1")
     assert (first.error, failed.cells[0].text) == (None, "failed")
     assert failed.error == "RunFailed: <img src=x onerror=window.pwned=4> \udcff"
+    looks = style.looks(written.curves)
+    assert [line.colour for line in (first, second, third)] == [
+        looks[label].colour for label in ("CAPO (A)", "CAPO (A)", "GRPO (A)")
+    ]
+
+
+def test_the_summary_says_what_happened_not_what_was_planned(tmp_path: Path) -> None:
+    planned = config("capo", 0, CAPO) | {"num_steps": 200, "stop_after_unrewarded": 20}
+    path = write_run(tmp_path / "a", planned, accuracy=0.0, record={"status": "finished"})
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(
+        text.replace('"selection/', '"counter/unrewarded_steps": 20, "selection/')
+    )
+    (line,) = overview([load_run(path)], ["a run"], [])
+    assert [cell.text for cell in line.cells[:2]] == ["stopped, no reward", "30 of 200"]
+    assert line.cells[7].text == "2,880"
+
+
+def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / name, config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
+        for name in "ab"
+    ]
+    for path in paths:
+        write_completions(path, 10, [completion(TOKENS)])
+    (paths[0] / "completions" / "step_000010.parquet").write_bytes(b"PAR1")
+    runs = [load_run(path) for path in paths]
+    page = Page(write_report(runs, [], [], tmp_path, left_out=["c/metrics.jsonl, line 2: <b>"]))
+    assert "Left out: c/metrics.jsonl, line 2: <b>" in page.text
+    assert re.search(r"a: left out: \S+step_000010.parquet cannot be read", page.text)
+    assert "b: 1 of 1 logged steps: 10; all 1 completions of these" in page.text
 
 
 def test_a_run_without_a_step_has_no_numbers(tmp_path: Path) -> None:
-    (line,) = overview([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"])
-    assert [cell.text for cell in line.cells[1:]] == ["0/?", "-", "-", "-", "-", "-", "-", "-"]
+    (line,) = overview([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"], [])
+    assert [cell.text for cell in line.cells[1:]] == ["0 of ?", "-", "-", "-", "-", "-", "-", "-"]
     assert [cell.value for cell in line.cells[2:]] == [""] * 7
 
 

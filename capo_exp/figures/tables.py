@@ -23,7 +23,7 @@ MARKDOWN = str.maketrans({
 })  # fmt: skip
 
 
-FORMULA = re.compile("[\t\r\n]|\\s*[-=+@\uff0b\uff0d\uff1d\uff20]")  # the last four are as wide as Chinese
+FORMULA = re.compile("\\s*[-=+@\uff0b\uff0d\uff1d\uff20]")  # the last four are as wide as Chinese
 """What makes a spreadsheet calculate with the cell that begins with it."""
 
 
@@ -36,15 +36,16 @@ class TextTable:
 
 
 def plain(text: str) -> str:
-    """Returns a text as a cell that no spreadsheet calculates: an apostrophe is before it, if need be.
+    """Returns a text as one line that no spreadsheet calculates: an apostrophe is before it, if need be.
 
     Numbers stay numbers.
     """
     try:
         float(text)
     except ValueError:
-        return f"'{text}" if FORMULA.match(text) else text
-    return text
+        line = re.sub(r"[\t\r\n]", " ", text)
+        return f"'{line}" if FORMULA.match(line) else line
+    return text.strip()
 
 
 def csv_text(panels: Sequence[Panel]) -> str:
