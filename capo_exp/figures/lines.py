@@ -1,7 +1,7 @@
 """The family of curves over x: centres with bands, a line at the reference, and how soon each reaches it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.transforms import Bbox, TransformedBbox
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import style
@@ -35,6 +36,7 @@ MARKS = 7
 """Markers along a line, about."""
 NEAR = 0.06
 """Share of the axis that crosses are apart, at least."""
+EDGES = Bbox([[-0.02, -0.02], [1.01, 1.02]])
 HALO = [withStroke(linewidth=2.5, foreground="white")]
 DASHED = {"color": style.REFERENCE, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
@@ -139,8 +141,7 @@ def reduced(study: Study, found: Band, how: str) -> Estimate:
 def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
     """Draws centres over x with their bands, the levels, where curves cross the first, where seeds end."""
     metric = panel.named
-    drawn = [_up_to(whole, panel.x_max) for whole in panel.series]
-    for place, series in enumerate(drawn):
+    for place, series in enumerate(panel.series):
         _draw_curve(axes, series, looks[series.curve.label], place, log=panel.is_log)
     for level in panel.levels:
         axes.axhline(level.y, zorder=1.5, **DASHED)
@@ -161,20 +162,9 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
         axes, [(level.y, value_text(level.y, metric.unit), style.REFERENCE) for level in panel.levels]
     )
     _draw_crossings(axes, panel.crossings, looks)
-    for series in drawn:
+    for series in panel.series:
         _draw_losses(axes, series, looks[series.curve.label].colour)
     return []
-
-
-def _up_to(series: Series, x_max: float | None) -> Series:
-    """Returns the points up to the end of the axis, and where the line to the next one meets it."""
-    x = series.numbers
-    if x_max is None or x[-1] <= x_max:
-        return series
-    inside = np.append(x[x < x_max], x_max)
-    centre, low, high = (np.interp(inside, x, part) for part in (series.centre, series.low, series.high))
-    parts: dict[str, Any] = {"x": inside, "centre": centre, "low": low, "high": high}
-    return replace(series, **parts, seeds=series.seeds[: len(inside)])
 
 
 def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool) -> None:
@@ -192,10 +182,12 @@ def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool
     solid = int(np.searchsorted(x, few[0], side="right")) if few else len(x)
     every = max(1, solid // MARKS)
     marked = list(range((1 + place) * every // 4, max(1, solid - 1), every)) or [0]
-    axes.plot(x[:solid], centre[:solid], **look.line, markevery=marked, clip_on=False)
+    drawn = axes.plot(x[:solid], centre[:solid], **look.line, markevery=marked)
     if solid < len(x):
         rest = slice(max(0, solid - 1), None)
-        axes.plot(x[rest], centre[rest], color=look.colour, lw=1.3, ls=(0, (1, 2.2)), clip_on=False)
+        drawn += axes.plot(x[rest], centre[rest], color=look.colour, lw=1.3, ls=(0, (1, 2.2)))
+    for line in drawn:  # what is at the edge is whole, what is beyond the axis is not there
+        line.set_clip_box(TransformedBbox(EDGES, axes.transAxes))
 
 
 def _draw_losses(axes: Axes, series: Series, colour: str) -> None:

@@ -52,9 +52,9 @@ def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     with rc_context(style.SETTINGS):
         figure = page.draw_page(picture)
         chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
-        png = page.as_bytes(figure, "png", chunks)
+        png = style.as_bytes(figure, "png", chunks)
         entries = {"Title": picture.title, "Subject": line, "Creator": KEY, "Producer": "matplotlib"}
-        pdf = page.as_bytes(figure, "pdf", {**entries, "CreationDate": None})
+        pdf = style.as_bytes(figure, "pdf", {**entries, "CreationDate": None})
 
     def comments(mark: str) -> str:
         return f"{mark} capo_exp.figures: {' '.join(command.splitlines())}\n{mark} {line}\n"

@@ -1,8 +1,7 @@
 """A figure as a page: its panels beside each other, a legend above, and what a reader has to know below."""
 
-import io
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +111,7 @@ def _statistics(picture: Picture) -> str:
     seeds = count_seeds(picture.curves)
     if kinds & {"settings", "tokens"}:
         return f"Of {seeds}" if "settings" in kinds else f"Counted in the logged completions of {seeds}"
-    signs = "; ".join(sign for kind, sign in SIGNS.items() if kind in kinds)
+    signs = " and ".join(sign for kind, sign in SIGNS.items() if kind in kinds)
     several = any(len(curve.runs) > 1 for curve in picture.curves)
     interval = f"{signs}: {INTERVALS[study.interval]}" if several else "one seed, hence no interval"
     return f"{STATISTICS[study.statistic]} of {seeds}; {interval}"
@@ -151,8 +150,8 @@ def _smoothing(panels: Sequence[Panel]) -> str:
     text = ", ".join(texts)
     if "EMA" in text:
         text += ": moving average in which a new value has that weight"
-    short = ", ".join(dict.fromkeys(few))
-    return text + (f"; fewer than {FEW_POINTS} points are not smoothed: {short}" if short else "")
+    listed = ", ".join(dict.fromkeys(few))
+    return text + (f"; fewer than {FEW_POINTS} points are not smoothed: {listed}" if few else "")
 
 
 def _levels(panels: Sequence[Panel]) -> str:
@@ -228,10 +227,3 @@ def _add_legend(figure: Figure, marks: Sequence[Any]) -> None:
     legend = figure.legend(handles=list(marks), loc="outside upper left", ncols=columns, columnspacing=1.4)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def as_bytes(figure: Figure, kind: str, metadata: Mapping[str, Any]) -> bytes:
-    """Returns the page as png or pdf; the same page gives the same bytes."""
-    out = io.BytesIO()
-    figure.savefig(out, format=kind, metadata=dict(metadata))
-    return out.getvalue()

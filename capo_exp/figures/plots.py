@@ -41,8 +41,9 @@ def plot_run(run_dir: Path | str) -> Path:
         rejection.set_xlabel("completions sampled for training")
         note = textwrap.fill(NOTE, 120)
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=style.OTHER, parse_math=False)
-        path = run.path / "run.png"
-        figure.savefig(path)
+        picture = style.as_bytes(figure, "png", {"Software": "matplotlib"})
+    path = run.path / "run.png"
+    path.write_bytes(picture)
     return path
 
 
