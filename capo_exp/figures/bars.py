@@ -83,7 +83,6 @@ def _lead(study: Study, metric: Metric, curve: Curve) -> Estimate | str:
 
 
 def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, float]:
-    """Returns the area under the curve of each seed; empty if not all runs have the metric."""
     found = study.band(curve, metric)
     if found is None or found.seeds < len(curve.runs):
         return {}
@@ -91,7 +90,6 @@ def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, flo
 
 
 def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    """Draws one number with its interval for each curve."""
     axes.set(title=panel.title, xlabel=panel.named.label)
     if panel.is_log:
         axes.set_xscale("log")

@@ -112,7 +112,6 @@ def _reference_level(study: Study, metric: Metric, where: str, drawn: Sequence[C
 
 
 def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[str, Factor]:
-    """Returns the sample-efficiency factor of each curve but the reference, by label."""
     reference = study.reference and study.band(study.reference, metric)
     if study.reference is None or reference is None:
         return {}
@@ -122,7 +121,6 @@ def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[
 
 
 def _factor_cell(factor: Factor) -> Estimate | str:
-    """Returns a factor with its interval, or why there is none."""
     if factor.factor is None:
         return "not reached" if np.isfinite(factor.target) else "reference does not improve"
     bounds = (factor.low, factor.high) if np.isfinite(factor.low) else ()

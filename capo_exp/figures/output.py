@@ -29,7 +29,6 @@ class DrawnFigure:
     name: str
     title: str
     caption: str
-    """Seeds, band, smoothing, and what the figure lacks."""
     png: Path
     pdf: Path
     csv: Path

@@ -126,7 +126,6 @@ def count_seeds(curves: Sequence[Curve]) -> str:
 
 
 def _regimes(curves: Sequence[Curve]) -> Iterator[str]:
-    """Explains the letters of the curves' names."""
     names_of = grouped(curves, lambda curve: str(curve.run.setting("regime.name", "")))
     for regime, mine in names_of.items():
         mark, cells = REGIMES.get(regime, regime), sorted({cell_of(curve) for curve in mine})
@@ -210,7 +209,6 @@ def _labels(panel: Panel) -> list[str]:
 
 
 def _width(panels: Sequence[Panel], columns: int) -> float:
-    """Returns the inches of the page."""
     if panels[0].kind == "settings":
         return 2.2 + 0.95 * len(panels[0].columns)
     listed = [label for panel in panels if panel.kind in ("bars", "stages") for label in _labels(panel)]

@@ -103,7 +103,6 @@ def _first_x(x: Array, curves: Array, target: Array) -> Array:
 
 
 def _resampled(values: Array, statistic: Statistic, stream: int) -> Array:
-    """Returns centres of resampled seeds, [s, n] -> [r, n]."""
     seeds = len(values)
     draws = np.random.default_rng(stream).integers(0, seeds, (RESAMPLES, seeds))
     return np.concatenate(
