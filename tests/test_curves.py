@@ -136,6 +136,8 @@ def test_a_method_that_states_no_look_has_one_by_its_name() -> None:
     assert style.colour(mine) == style.colour(bare(name="mine", variant="x"))
     assert len({style.colour(bare(name=f"mine_{i}")) for i in range(20)}) > 3
     assert style.colour(bare(name="grpo", colour="#123456")) == "#123456"
+    wrong = bare(name="mine", colour="javascript:1", marker="none of these")  # a record may hold anything
+    assert (style.colour(wrong), style.marker(wrong)) == (style.colour(mine), style.marker(mine))
     assert style.colour(LoggedRun(Path("r"), {}, {}, [], [])) == style.OTHER
 
 

@@ -228,7 +228,7 @@ def test_seeds_that_end_look_ended(tmp_path: Path) -> None:
         ["3"] * 40 + ["2"] * 20 + ["1"] * 40
     )
     assert shown.panels[0].series[0].losses == ((3840, 2), (5760, 1))
-    says = "Cross: a seed ended there; seeds that go on: CAPO (A) 3, 2 from 3.84k, 1 from 5.76k. Dotted: "
+    says = "Cross: a seed ended there; seeds that go on: CAPO (A) 3, 2 from 3.84k, 1 from 5.76k. Thin: "
     assert says in caption(shown)
     axes = drawn(shown).axes[0]
     assert [text.get_text() for text in axes.texts] == ["n=2", "n=1"]
@@ -236,7 +236,7 @@ def test_seeds_that_end_look_ended(tmp_path: Path) -> None:
     assert [float(line.get_xdata()[0]) for line in crosses] == [3840, 5760]
     whole, rest = (line for line in axes.lines if len(line.get_xdata()) > 5)
     assert (whole.get_xdata()[-1], rest.get_xdata()[-1]) == (5760, 9600)  # fewer than half go on
-    assert whole.get_linestyle() == "-" != rest.get_linestyle()
+    assert whole.get_linewidth() > 2 * rest.get_linewidth()
 
 
 def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +125,3 @@ def test_smoothing_by_hand() -> None:
     np.testing.assert_allclose(trailing_mean(values, 2), [1.0, 1.5, 2.0, 6.0])
     np.testing.assert_allclose(trailing_mean(np.array([np.nan]), 1), [np.nan])
     assert [smoothing_window(n) for n in (0, 1, 39, 100, 5000)] == [1, 1, 1, 5, 20]
-
-
-def test_no_torch_and_no_display(tmp_path: Path) -> None:
-    write_run(tmp_path, 1)
-    code = """
-import sys
-from capo_exp.figures.plots import plot_run
-plot_run(sys.argv[1])
-assert not {"torch", "wandb", "transformers", "matplotlib.pyplot"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -2,8 +2,6 @@ import base64
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html.parser import HTMLParser
@@ -50,9 +48,7 @@ class Page(HTMLParser):
             self.texts.append((self.tags[-1][0], data))
 
     def all(self, tag: str, attribute: str) -> list[str | None]:
-        return [
-            attributes[attribute] for name, attributes in self.tags if name == tag and attribute in attributes
-        ]
+        return [found[attribute] for name, found in self.tags if name == tag and attribute in found]
 
     @property
     def text(self) -> str:
@@ -181,17 +177,12 @@ def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written: Study)
         if name in ("src", "href", "action", "data", "srcset")
     ]  # fmt: skip
     assert all(address.startswith(("#", "data:")) for address in addresses)
-    assert not [
-        attributes for _, attributes in written.page.tags if any(n.startswith("on") for n in attributes)
-    ]
+    assert not any(name.startswith("on") for _, attributes in written.page.tags for name in attributes)
     html = written.path.read_text(encoding="utf-8")
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
-    scripts, (style,) = (
-        re.findall(r"<script>(.*?)</script>", html, re.S),
-        re.findall(r"<style>(.*?)</style>", html, re.S),
-    )
-    assert len(scripts) == 2
-    for text in (*scripts, style):
+    texts = re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", html, re.S)
+    assert len(texts) == 3
+    for text in texts:
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"&#39;sha256-{digest}&#39;" in policy
     assert policy.startswith("default-src &#39;none&#39;; img-src data:; ")
@@ -201,9 +192,8 @@ def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written: Study)
 def test_completions_stay_data(written: Study) -> None:
     raw = written.path.read_text(encoding="utf-8").split('id="viewer-data">')[1].split("</script>")[0]
     assert not set("<>&") & set(raw) and raw.isascii()
-    assert [
-        written.data["tokens"][row["tokens"][0]][1] for row in written.data["runs"][1]["steps"][0]["rows"]
-    ] == [*HOSTILE, "x"]
+    rows = written.data["runs"][1]["steps"][0]["rows"]
+    assert [written.data["tokens"][row["tokens"][0]][1] for row in rows] == [*HOSTILE, "x"]
     assert len([1 for tag, _ in written.page.tags if tag == "script"]) == 3
 
 
@@ -212,10 +202,8 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert [step["step"] for step in capo["steps"]] == [10, 20, 30]
     assert capo["bounds"] == [1e-4, -1e-2, 1e-2]
     row = capo["steps"][1]["rows"][0]
-    assert [written.data["tokens"][i] for i in row["tokens"]] == [
-        [100, "20"],
-        *([101 + i, t] for i, t in enumerate(TOKENS[1:])),
-    ]
+    tokens = [[100, "20"], *([101 + i, t] for i, t in enumerate(TOKENS[1:]))]
+    assert [written.data["tokens"][i] for i in row["tokens"]] == tokens
     assert written.data["prompts"][row["prompt"]] == ["Count.", "3", "counting"]
     assert row["policy"] == [2e-5, 2e-4, 3e-9, 2e-4, None, 0]
     assert row["objective"] == [-4e-4, 0, 2e-3, -2e-2, 0, 5e-2]
@@ -227,11 +215,8 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert older["text"] == "".join(TOKENS)
     assert older["probability"] == []
     assert (older["rejected"], grpo["bounds"]) == ("040444", None)
-    assert [run["label"] for run in written.data["runs"]] == [
-        "CAPO (A) · seed 0",
-        "CAPO (A) · seed 1",
-        "GRPO (A) · seed 0",
-    ]
+    labels = [run["label"] for run in written.data["runs"]]
+    assert labels == ["CAPO (A) · seed 0", "CAPO (A) · seed 1", "GRPO (A) · seed 0"]
 
 
 def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
@@ -256,16 +241,3 @@ def test_a_single_old_run_without_anything(tmp_path: Path) -> None:
     page = Page(write_report([load_run(tmp_path)], [], [], tmp_path / "new" / "page.html"))
     assert "No run has logged completions" in page.text
     assert "Nothing: there is one run." in page.text
-
-
-def test_no_torch(written: Study) -> None:
-    code = """
-import sys
-from pathlib import Path
-from capo_exp.runs.read import load_run
-from capo_exp.figures.report.page import write_report
-write_report([load_run(sys.argv[1])], [], [], Path(sys.argv[2]))
-assert not {"torch", "wandb", "transformers", "datasets", "vllm"} & set(sys.modules)
-"""
-    run = written.runs[0].path
-    subprocess.run([sys.executable, "-c", code, str(run), str(written.path.parent / "two.html")], check=True)

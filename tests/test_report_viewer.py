@@ -48,13 +48,8 @@ def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
 
 
 def test_three_digits() -> None:
-    assert [viewer.digits(v) for v in (1.23456e-7, -0.0123456, 123456.7, 1.0, 0.0)] == [
-        1.23e-7,
-        -0.0123,
-        123000,
-        1,
-        0,
-    ]
+    said = [viewer.digits(v) for v in (1.23456e-7, -0.0123456, 123456.7, 1.0, 0.0)]
+    assert said == [1.23e-7, -0.0123, 123000, 1, 0]
     assert [viewer.digits(v) for v in (math.nan, math.inf, None)] == [None] * 3
 
 

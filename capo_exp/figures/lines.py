@@ -166,7 +166,7 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
 
 
 def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool) -> None:
-    """Draws one curve, dotted where fewer than half of its seeds go on, with markers of its own places."""
+    """Draws one curve, thin where fewer than half of its seeds go on, with markers of its own places."""
 
     def shown(values: Array) -> Array:
         return np.where(values > 0, values, np.nan) if log else values  # a log axis shows nothing else
@@ -183,7 +183,7 @@ def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool
     drawn = axes.plot(x[:solid], centre[:solid], **look.line, markevery=marked)
     if solid < len(x):
         rest = slice(max(0, solid - 1), None)
-        drawn += axes.plot(x[rest], centre[rest], color=look.colour, lw=1.3, ls=(0, (1, 2.2)))
+        drawn += axes.plot(x[rest], centre[rest], color=look.colour, ls=look.dashes, lw=0.7)
     for line in drawn:  # what is at the edge is whole, what is beyond the axis is not there
         line.set_clip_box(TransformedBbox(EDGES, axes.transAxes))
 

@@ -148,7 +148,7 @@ def _smoothing(panels: Sequence[Panel]) -> str:
     texts = [text + (f" ({', '.join(labels)})" if len(said) > 1 else "") for text, labels in said.items()]
     text = ", ".join(texts)
     if "EMA" in text:
-        text += ": moving average in which a new value has that weight"
+        text += f"{'; EMA' if len(said) > 1 else ''}: moving average in which a new value has that weight"
     listed = ", ".join(dict.fromkeys(few))
     return text + (f"; fewer than {FEW_POINTS} points are not smoothed: {listed}" if few else "")
 
@@ -171,7 +171,7 @@ def _losses(every: Sequence[Series]) -> str:
     rest = "; stopped for want of reward, it counts as 0 from there" if stopped else ""
     return (
         f"Cross: a seed ended there{rest}; seeds that go on: {'; '.join(said.values())}. "
-        "Dotted: fewer than half go on"
+        "Thin: fewer than half go on"
     )
 
 

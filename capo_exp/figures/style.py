@@ -10,8 +10,9 @@ from zlib import crc32
 
 import numpy as np
 from matplotlib import rc_params_from_file
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import is_color_like, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -66,12 +67,14 @@ class Look:
 
 def colour(run: LoggedRun) -> str:
     """Returns the colour that every figure gives a run's method: its own, else one by its name."""
-    return logged(run, "colour") or _by_name(run, SPARE, OTHER)
+    own = logged(run, "colour")
+    return own if is_color_like(own) else _by_name(run, SPARE, OTHER)
 
 
 def marker(run: LoggedRun) -> str:
     """Returns a second sign of the method, for grey print."""
-    return logged(run, "marker") or _by_name(run, MARKERS, MARKERS[-1])
+    own = logged(run, "marker")
+    return own if own.strip() and own in MarkerStyle.markers else _by_name(run, MARKERS, MARKERS[-1])
 
 
 def _by_name(run: LoggedRun, signs: Sequence[str], nameless: str) -> str:
