@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
@@ -37,7 +37,7 @@ MARKS = 7
 NEAR = 0.06
 """Share of the axis that crosses are apart, at least."""
 EDGES = Bbox([[-0.02, -0.02], [1.01, 1.02]])
-HALO = [withStroke(linewidth=2.5, foreground="white")]
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="white")]
 DASHED = {"color": style.REFERENCE, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 

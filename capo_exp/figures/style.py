@@ -105,7 +105,8 @@ def shade(colour: str, conservative: bool, place: int) -> str:
     towards, share = mixed[place % len(mixed)]
     turn = place // len(mixed)
     share = (share + 0.07 * turn) % 0.8
-    return to_hex((1 - share) * np.array(to_rgb(colour)) + share * np.array(to_rgb(towards)))
+    red, green, blue = (1 - share) * np.array(to_rgb(colour)) + share * np.array(to_rgb(towards))
+    return to_hex((red, green, blue))
 
 
 def _look(colour: str, first: str, conservative: bool, place: int) -> Look:

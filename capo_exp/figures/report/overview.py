@@ -156,7 +156,8 @@ def setting(value: Any) -> str:
 def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
     """Says what made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
-    packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]
+    named = [r["packages"] for r in records if isinstance(r.get("packages"), dict)]
+    packages = [f"{name} {version}" for each in named for name, version in each.items()]
     rows = {
         "command": [as_typed(sys.argv[1:])],
         "runs": [str(run.record.get("run_id", run.path.name)) for run in runs],
