@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, OmegaConfBaseException) as error:
         sys.stderr.write(f"{str(error).splitlines()[0]}; expected runs=DIR output=DIR [samples=N]\n")
         return 2
+    sys.stderr.writelines(f"left out: {text}\n" for run in runs for text in run.left_out)
     seen: Counter[tuple[str, str]] = Counter()
     for run in runs:
         kind = (str(run.setting("algo.name")), str(run.setting("regime.name")))

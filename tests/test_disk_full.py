@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +23,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from capo_exp.cli.compose import compose_config
 from capo_exp.config.errors import RunFailed
-from capo_exp.config.schema import TrainConfig
+from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.files import (
     append_line,
@@ -38,9 +40,10 @@ from capo_exp.runs.record import RunRecord, run_status
 from capo_exp.training import loop as train
 
 SMALL = [
-    "algo=grpo", "num_steps=4", "regime.prompts_per_step=3", "regime.group_size=4",
-    "evaluation.num_problems=4", "dataset.max_completion_tokens=16", "checkpoint.every=2",
-    "checkpoint.keep=1", "logger.completions_every=1", "evaluation.every=3",
+    "algo=grpo", "num_steps=4", "regime.prompts_per_step=2", "regime.group_size=2",
+    "evaluation.num_problems=2", "dataset.max_completion_tokens=8", "checkpoint.every=2",
+    "checkpoint.keep=1", "logger.completions_every=1", "evaluation.every=3", "logger=files",
+    "dataset.source.num_train=30", "dataset.source.num_eval=10",
 ]  # fmt: skip
 
 
@@ -116,10 +119,45 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), stop_on_disk_error(tmp_path), name_disk_error(tmp_path):
         (tmp_path / "none" / "a").write_text("")
     assert find_disk_error(ValueError("os error 28")) is None
-    for number in (errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE):
+    for number in (errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM):
         expected = f"{tmp_path}, or the output of this command, could not be written: {os.strerror(number)} ."
         with pytest.raises(RunFailed, match=expected), stop_on_disk_error(tmp_path):
             raise OSError(number, "in the library's words")
+
+
+NOBODY = """
+import os, sys
+from io import FileIO
+from pathlib import Path
+from capo_exp.runs.files import stop_on_disk_error, write_json
+from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.read import load_run
+folder = Path(sys.argv[1])
+with locked(folder):
+    (folder / "metrics.jsonl").touch(mode=0)
+    folder.chmod(0o555)
+(folder / ".lock").chmod(0o600)
+if os.geteuid() == 0:
+    os.setuid(65534)
+assert not is_locked(folder)
+for write in (lambda: write_json(folder / "a.json", {}), lambda: FileIO(folder / "rows", "a")):
+    try:
+        with stop_on_disk_error(folder):
+            write()
+    except RuntimeError as error:
+        print(error)
+assert load_run(folder).left_out == (f"{folder}/metrics.jsonl: Permission denied",)
+"""
+
+
+def test_a_folder_without_permission_stops_in_one_line() -> None:
+    with TemporaryDirectory() as outer:
+        Path(outer).chmod(0o755)
+        done = subprocess.run([sys.executable, "-c", NOBODY, f"{outer}/run"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for name, line in zip(("a.json", "rows"), done.stdout.splitlines(), strict=True):
+            assert line.startswith(f"{outer}/run/{name} could not be written: Permission denied (")
+            assert "permissions; then the same command goes on" in line
 
 
 # --- files ---
@@ -162,26 +200,36 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("unbroken")
-    subprocess.run(command(output), check=True, capture_output=True)
-    (directory,) = (output / "default").glob("*")
-    return directory
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run that was left alone, and in which order it synced its rows and saved."""
+    order: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, method in ((RunLogger, "sync"), (Checkpointer, "save")):
+            genuine = getattr(owner, method)
+
+            def call(*args: Any, method: str = method, genuine: Callable[..., Any] = genuine) -> Any:
+                order.append(method)
+                return genuine(*args)
+
+            patch.setattr(owner, method, call)
+        output = f"output_dir={tmp_path_factory.mktemp('unbroken')}"
+        return train.run(to_config(compose_config([*SMALL, output]))), order
 
 
-def command(output: Path) -> list[str]:
-    return [sys.executable, "-m", "capo_exp", *SMALL, "logger=files", f"output_dir={output}"]
+@pytest.mark.slow
+def test_a_checkpoint_is_not_ahead_of_the_rows_on_disk(unbroken: tuple[Path, list[str]]) -> None:
+    assert unbroken[1] == ["sync", "save", "sync", "save"]
 
 
-def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -> None:
+def assert_goes_on(directory: Path, unbroken: tuple[Path, list[str]], run: Callable[[], object]) -> None:
     """What a stopped run left is readable, and the same command comes to the same numbers."""
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert all(json.loads(line) for line in (directory / name).read_text().splitlines())
     assert not list((directory / "checkpoints").glob(".*")) and not list(directory.rglob("*.partial"))
     run()
     assert run_status(directory) == "finished"
-    assert numbers(directory) == numbers(unbroken)
-    expected, found = weights(unbroken), weights(directory)
+    assert numbers(directory) == numbers(unbroken[0])
+    expected, found = weights(unbroken[0]), weights(directory)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(list((directory / "completions").iterdir())) == 4
 
@@ -199,7 +247,7 @@ WHERE = {
 @pytest.mark.parametrize("where", WHERE)
 def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
     where: str,
-    unbroken: Path,
+    unbroken: tuple[Path, list[str]],
     tmp_path: Path,
     composed: Callable[..., TrainConfig],
     monkeypatch: pytest.MonkeyPatch,
@@ -207,7 +255,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
     owner, method, name = WHERE[where]
     genuine = getattr(owner, method)
     with mounted(tmp_path / "disk", "64m") as disk:
-        config = composed(*SMALL, "logger=files", f"output_dir={disk}")
+        config = composed(*SMALL, f"output_dir={disk}")
 
         def on_a_full_disk(self: object, *args: object, **kwargs: object) -> object:
             if saved(disk) and not (disk / "filler").exists():
@@ -227,23 +275,6 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
         assert_goes_on(directory, unbroken, lambda: train.run(config))
 
 
-@pytest.mark.slow
-def test_a_checkpoint_is_not_ahead_of_the_rows_on_disk(
-    tmp_path: Path, composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    for owner, method in ((RunLogger, "sync"), (Checkpointer, "save")):
-        genuine = getattr(owner, method)
-
-        def call(*args: Any, method: str = method, genuine: Callable[..., Any] = genuine) -> Any:
-            order.append(method)
-            return genuine(*args)
-
-        monkeypatch.setattr(owner, method, call)
-    train.run(composed(*SMALL, "logger=files", f"output_dir={tmp_path}"))
-    assert order == ["sync", "save", "sync", "save"]
-
-
 def saved(disk: Path) -> list[Path]:
     return [
         path for path in disk.glob("default/*/checkpoints/step_*") if (path / "trainer_state.pt").exists()
@@ -251,9 +282,12 @@ def saved(disk: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_from_outside_it_is_one_line_and_exit_status_1(unbroken: Path, tmp_path: Path) -> None:
+def test_from_outside_it_is_one_line_and_exit_status_1(
+    unbroken: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "capo_exp", *SMALL, f"output_dir={tmp_path}"]
     done = subprocess.run(
-        command(tmp_path),
+        command,
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2),  # the weights fit
@@ -264,9 +298,8 @@ def test_from_outside_it_is_one_line_and_exit_status_1(unbroken: Path, tmp_path:
     assert line.startswith(f"{directory}/checkpoints/step_000002 could not be written: File too large (")
     assert "; nothing was saved yet. Make room" in line
     assert json.loads((directory / "run.json").read_text())["error"].startswith("RunFailed: ")
-    assert_goes_on(
-        directory, unbroken, lambda: subprocess.run(command(tmp_path), check=True, capture_output=True)
-    )
+    config = to_config(compose_config([*SMALL, f"output_dir={tmp_path}"]))
+    assert_goes_on(directory, unbroken, lambda: train.run(config))
 
 
 @pytest.mark.slow
@@ -278,4 +311,4 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(
         with pytest.raises(
             RunFailed, match=r"could not be written: No space left on device .*; nothing was saved"
         ):
-            train.run(composed(*SMALL, "logger=files", f"output_dir={disk}"))
+            train.run(composed(*SMALL, f"output_dir={disk}"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,15 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import as_dict
 from capo_exp.runs.lock import locked
-from capo_exp.runs.read import LoggedRun, find_runs, load_completions, load_run, read_jsonl, read_series
+from capo_exp.runs.read import (
+    LoggedRun,
+    find_runs,
+    list_samples,
+    load_completions,
+    load_run,
+    read_jsonl,
+    read_series,
+)
 from capo_exp.runs.record import RunRecord
 
 ROWS = [
@@ -121,51 +130,48 @@ def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable
     assert run.metrics == run.evaluations == []
 
 
-def test_a_run_of_another_age(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run = load_run(tmp_path)
-    assert (run.config, run.record, run.evaluations, run.metrics) == ({}, {}, [], ROWS)
-    assert run.state == "absent"
-    assert run.setting("algo.name") is None
-
-
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    for text, rows in (
-        (f"{json.dumps(ROWS[0])}\n" + '{"counter/ro', 1),
-        ('{"counter/rollout_st', 0),
-        ("", 0),
-    ):
+def test_a_run_of_another_age_and_a_line_cut_short(tmp_path: Path) -> None:
+    whole = "".join(json.dumps(row) + "\n" for row in ROWS)
+    for text, rows in ((whole, 2), (whole[:60], 1), (whole[:9], 0), ("", 0)):
         (tmp_path / "metrics.jsonl").write_text(text)
-        assert load_run(tmp_path).metrics == ROWS[:rows]
+        run = load_run(tmp_path)
+        assert (run.config, run.record, run.evaluations, run.metrics) == ({}, {}, [], ROWS[:rows])
+        assert (run.state, run.left_out, run.setting("algo.name")) == ("absent", (), None)
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "eval.jsonl"
-    (tmp_path / "metrics.jsonl").write_text("")
-    for line, reason in {
-        b'{"a": 1': "not JSON",
-        b"[1]": "expected a JSON object",
-        b"\xff\0": "not JSON",
-    }.items():
-        path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
-        with pytest.raises(ConfigError, match=rf"eval\.jsonl, line 3: .*{reason}.*; remove the line"):
-            load_run(tmp_path)
-    path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n')
-    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
-
-
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("")
-    for name, text, message in (
+def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None:
+    good = {"metrics.jsonl": '{"a": 1}\n\n', "eval.jsonl": '{"a": 2}\n', "config.yaml": "seed: 1\n"}
+    good |= {"run.json": '{"status": "finished", "error": null}'}
+    for name, damaged, said in (
         ("run.json", "{", "run.json is not JSON"),
+        ("run.json", "[1]", r"got \[1\], expected a JSON object"),
+        ("run.json", '{"status": "finished", "counters": null}', "run.json: counters is null"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
+        ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
+        ("metrics.jsonl", '{"a": 1}\n{"counter/completions": null}\n', "line 2: counter/completions is null"),
+        ("eval.jsonl", '{"a": 2}\n{"a": "b"}\n', r'eval\.jsonl, line 2: a is "b", expected a number'),
+        ("evaluations/test.jsonl", "[1]\n", r"test\.jsonl, line 1: got \[1\], expected a JSON object"),
+        ("completions/step_000002.parquet", "PAR1 cut", "step_000002.parquet is not a parquet file"),
+        ("metrics.parquet", "PAR1 cut", "metrics.parquet cannot be read as parquet"),
     ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=message) as caught:
-            load_run(tmp_path)
-        assert "\n" not in str(caught.value)
+        for known, text in (good | {name: damaged}).items():
+            (tmp_path / known).parent.mkdir(exist_ok=True)
+            (tmp_path / known).write_text(text)
+        if name == "metrics.parquet":
+            (tmp_path / "metrics.jsonl").unlink()
+        run = load_run(tmp_path)
+        assert len(run.left_out) == 1 and re.search(said, run.left_out[0]), run.left_out
+        assert "\n" not in run.left_out[0]
+        assert [row["a"] for row in run.evaluations] == [2]
+        assert (run.setting("seed") == 1) == (name != "config.yaml")
+        assert name == "run.json" or run.state == "finished"
+        assert name == "metrics.parquet" or run.metrics[0] == {"a": 1}
         (tmp_path / name).unlink()
+    path = tmp_path / "strict.jsonl"  # who writes a file anew loses none of its lines
+    path.write_bytes(b'{"a": 1}\n\n\xff\0\n')
+    with pytest.raises(ConfigError, match=r"strict\.jsonl, line 3: not JSON .*; remove the line, or the run"):
+        read_jsonl(path)
 
 
 def test_not_a_run(tmp_path: Path) -> None:
@@ -175,7 +181,8 @@ def test_not_a_run(tmp_path: Path) -> None:
 
 def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
     x_axis = "counter/completions"
-    rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, {x_axis: 5, "a": "Infinity"}]
+    infinite = {x_axis: 5, "a": float("inf")}
+    rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, infinite]
     x, y = read_series(rows, "a")
     np.testing.assert_array_equal(x, [1, 3, 5])
     np.testing.assert_array_equal(y, [2, np.nan, np.nan])
@@ -191,7 +198,7 @@ def completions(path: Path, step: int, count: int, **columns: Any) -> None:
     pq.write_table(table, folder / f"step_{step:06d}.parquet")
 
 
-def test_completions(tmp_path: Path) -> None:
+def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = LoggedRun(tmp_path, {}, {}, [], [])
     assert load_completions(run) == [] and load_completions(run, 10) == []
     completions(tmp_path, 1_000_000, 1)  # in the order of steps, not of names
@@ -201,11 +208,10 @@ def test_completions(tmp_path: Path) -> None:
     assert [row["step"] for row in found] == [20, 20, 1_000_000]
     assert found[1] == {"reward": 1.0, "token_ids": [1, 1], "tokens": [], "step": 20}
     assert load_completions(run, 20) == found[:2] and load_completions(run, 30) == []
-    (tmp_path / "completions" / "step_000040.parquet").write_bytes(b"PAR1 no")
-    assert load_completions(run, 20) == found[:2]
-    with pytest.raises(ConfigError, match=r"step_000040\.parquet cannot be read") as caught:
-        load_completions(run)
-    assert "\n" not in str(caught.value)
+    (tmp_path / "completions" / "step_abc.parquet").write_text("no step")
+    (tmp_path / "completions" / "step_000040.parquet").write_bytes(b"PAR1 no PAR1")
+    assert load_completions(run) == found and sorted(list_samples(tmp_path)) == [20, 40, 1_000_000]
+    assert re.search(r"left out: .*step_000040\.parquet cannot be read", caplog.text)
 
 
 def test_reading_needs_neither_torch_nor_a_display(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""SIGKILL at three different points: the same command ends in the same bits as a run that was left alone."""
+"""However a run was ended, and whatever became of its checkpoints, the same command ends in the same bits."""
 
 import json
+import multiprocessing
 import os
+import pty
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,97 +14,245 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+from capo_exp.cli.compose import compose_config
+from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.core import policy
+from capo_exp.runs.checkpoint import Checkpointer, find_damage, find_reference
+from capo_exp.runs.files import list_checkpoints
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.processes import stop_signal
+from capo_exp.training import loop as train
+
+STEPS = 6
 SMALL = [
-    "algo=capo", "algo.kl_coefficient=0.05", "regime=aggressive", "logger=files", "num_steps=6",
-    "regime.prompts_per_step=4", "regime.group_size=4", "evaluation.num_problems=8",
-    "dataset.max_completion_tokens=24",
-    "checkpoint.every=2", "evaluation.every=3", "regime.learning_rate=5e-4", "logger.completions_every=1",
+    "algo=capo", "algo.kl_coefficient=0.05", "logger=files", f"num_steps={STEPS}",
+    "regime.prompts_per_step=3", "regime.group_size=4", "evaluation.num_problems=4",
+    "dataset.max_completion_tokens=12", "checkpoint.every=2", "evaluation.every=3",
+    "regime.learning_rate=5e-4", "logger.completions_every=1",
+    "dataset.source.num_train=50", "dataset.source.num_eval=10",
 ]  # fmt: skip
 
-
-def command(output: Path) -> list[str]:
-    return [sys.executable, "-m", "capo_exp", *SMALL, f"output_dir={output}"]
-
-
-def finish(output: Path) -> Path:
-    done = subprocess.run(command(output), cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    (directory,) = (output / "default").glob("*")
-    return directory
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["capo_exp.training.loop"])  # imports torch once for all processes
 
 
-def kill_when(output: Path, ready: Callable[[Path], bool]) -> None:
-    process = subprocess.Popen(
-        command(output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def train_on(terminal: str, config: TrainConfig) -> None:
+    os.setsid()
+    screen = os.open(terminal, os.O_RDWR)  # becomes the controlling terminal of this session
+    for descriptor in (1, 2):
+        os.dup2(screen, descriptor)
     try:
-        deadline = time.monotonic() + 240
-        while not any(ready(directory) for directory in (output / "default").glob("*")):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended before the kill"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        train.run(config)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def logged(directory: Path) -> int:
-    path = directory / "metrics.jsonl"
+def logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-KILLS: dict[str, Callable[[Path], bool]] = {
-    "before the first checkpoint": lambda d: logged(d) >= 1,
-    "while a checkpoint is written": lambda d: any((d / "checkpoints").glob(".step_000002")),
-    "between two checkpoints": lambda d: logged(d) >= 5,
-}
+def run_until(config: TrainConfig, ready: Callable[[Path], bool], end: signal.Signals) -> int:
+    """Starts the run, ends it by a signal in that moment, and returns its exit status."""
+    master, slave = pty.openpty()
+    process = SERVER.Process(target=train_on, args=(os.ttyname(slave), config))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not ready(run_dir(config)):
+        assert process.is_alive() and time.monotonic() < deadline, "the run ended before the signal"
+        time.sleep(0.001)
+    os.close(slave)
+    if end == signal.SIGHUP:
+        os.close(master)  # the kernel sends it, and the terminal is gone
+    else:
+        assert process.pid is not None
+        os.kill(process.pid, end)
+    process.join(60)
+    if end != signal.SIGHUP:
+        os.close(master)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
-def outcome(directory: Path) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
-    weights = load_file(directory / "checkpoints" / "step_000006" / "model.safetensors")
+def outcome(run: Path) -> tuple[dict[str, list[float]], list[str], list[str]]:
+    weights = load_file(run / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors")
     timeless = []
     for name in ("metrics.jsonl", "eval.jsonl"):
-        rows = [json.loads(line) for line in (directory / name).read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
         timeless += [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
-    return weights, timeless, sorted(os.listdir(directory / "completions"))
+    return {k: v.tolist() for k, v in weights.items()}, timeless, sorted(os.listdir(run / "completions"))
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+@pytest.fixture
+def config(composed: Callable[..., TrainConfig], tmp_path: Path) -> TrainConfig:
+    return composed(*SMALL, f"output_dir={tmp_path}")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(tmp_path_factory.mktemp("undisturbed"))
+    config = compose_config([*SMALL, f"output_dir={tmp_path_factory.mktemp('undisturbed')}"])
+    return train.run(to_config(config))
 
 
-@pytest.mark.parametrize("moment", KILLS)
-def test_a_killed_run_goes_on_bit_for_bit(moment: str, undisturbed: Path, tmp_path: Path) -> None:
-    kill_when(tmp_path, KILLS[moment])
-    (directory,) = (tmp_path / "default").glob("*")
-    assert not (directory / "checkpoints" / "step_000006").exists()
-    assert finish(tmp_path) == directory
-    weights, rows, completions = outcome(directory)
-    expected_weights, expected_rows, expected_completions = outcome(undisturbed)
-    assert rows == expected_rows and completions == expected_completions
-    assert weights.keys() == expected_weights.keys()
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
-    record = json.loads((directory / "run.json").read_text())
-    assert record["status"] == "finished" and record["resumed"] == 1
+KILLS: list[Callable[[Path], bool]] = [
+    lambda run: logged(run) >= 1,  # before the first checkpoint
+    lambda run: any((run / "checkpoints").glob(".step_000002")),  # while a checkpoint is written
+    lambda run: logged(run) >= 3,  # between two
+]
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(undisturbed: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while not any(logged(d) >= 1 for d in (tmp_path / "default").glob("*")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
-    assert "the same command goes on" in output
-    (directory,) = (tmp_path / "default").glob("*")
-    assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
-    assert logged(directory) == int(
-        max((directory / "checkpoints").glob("step_*")).name.removeprefix("step_")
-    )
-    assert outcome(finish(tmp_path))[1] == outcome(undisturbed)[1]
+@pytest.mark.slow
+def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(
+    undisturbed: Path, config: TrainConfig
+) -> None:
+    run = run_dir(config)
+    for ready in KILLS:
+        assert run_until(config, ready, signal.SIGKILL) == -signal.SIGKILL
+        assert not (run / "checkpoints" / f"step_{STEPS:06d}").exists()
+    for number, end in enumerate((signal.SIGHUP, signal.SIGINT), start=3):
+        assert run_until(config, lambda run, steps=number + 1: logged(run) >= steps, end) == 130
+        assert (state := record(run))["status"] == "interrupted" and state["resumed"] == number
+        assert logged(run) == max(list_checkpoints(run)) == state["counters"]["rollout_step"] < STEPS
+    assert outcome(train.run(config)) == outcome(undisturbed)
+    assert (record(run)["status"], record(run)["resumed"]) == ("finished", 5)
+
+
+def spoil(checkpoint: Path, how: str) -> None:
+    """Damages a checkpoint; `how` is a file and what becomes of it."""
+    name, _, change = how.partition(" ")
+    path = checkpoint / name
+    if how == "emptied":
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
+    elif how == "of another seed":
+        manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+        (checkpoint / "checkpoint.json").write_text(json.dumps(manifest | {"run_id": "0" * 8}))
+    elif change == "missing":
+        path.unlink()
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif change == "garbage":
+        path.write_bytes(b"garbage")
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) * 3 // 4] ^= 1
+        path.write_bytes(data)
+
+
+DAMAGES = {
+    "emptied": "checkpoint.json is missing",
+    "of another seed": "it is step 2 of run 00000000",
+    "trainer_state.pt cut": "trainer_state.pt is not what was written",
+    "trainer_state.pt missing": "trainer_state.pt is missing",
+    "model.safetensors bit": "model.safetensors is not what was written",
+    "model.safetensors garbage": "model.safetensors is not what was written",
+    "config.json missing": "config.json is missing",
+    "tokenizer.json bit": "tokenizer.json is not what was written",
+    "reference/model.safetensors bit": "reference/model.safetensors is not what was written",
+    "checkpoint.json cut": "checkpoint.json cannot be read",
+    "checkpoint.json garbage": "checkpoint.json cannot be read",
+}
+
+
+@pytest.fixture
+def tokenizer(composed: Callable[..., TrainConfig]) -> PreTrainedTokenizerBase:
+    return policy.load_tokenizer(composed().model)
+
+
+def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
+    small_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state = {"a": torch.arange(3.0), "b": {"c": 1}}
+    whole = Checkpointer(tmp_path / "whole", keep=2, run_id="1a2b3c4d")
+    for step in (1, 2):
+        saved = whole.save(step, state, small_model, tokenizer, small_model)
+    assert whole.latest() == saved and find_reference(saved) == saved / "reference"
+    assert whole.restore(saved, torch.device("cpu"))["a"].tolist() == [0, 1, 2]
+    for how, said in DAMAGES.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / how)
+        spoil(tmp_path / how / "checkpoints" / "step_000002", how)
+        caplog.clear()
+        ours = Checkpointer(tmp_path / how, keep=2, run_id="1a2b3c4d")
+        for _ in range(2):
+            assert ours.latest() == tmp_path / how / "checkpoints" / "step_000001", how
+        assert caplog.messages == [f"{tmp_path}/{how}/checkpoints/step_000002 is not used: {said}"]
+    (tmp_path / how / "checkpoints" / "step_000001" / "checkpoint.json").unlink()
+    assert ours.latest(before=2) is None or find_damage(saved, None) is None
+    assert Checkpointer(tmp_path / how, keep=2, run_id="1a2b3c4d").latest() is None
+    assert "no whole checkpoint is left, so the run begins again" in caplog.text
+
+
+def test_steps_are_numbers_and_other_files_are_left_alone(
+    small_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step_abc", "step_2", "step_-00003", "step_000007 (copy)", ".step_000004", "old"):
+        (folder / name).mkdir(parents=True)
+    for name in (".DS_Store", "step_000009", "._step_000003"):
+        (folder / name).touch()
+    ours = Checkpointer(tmp_path, keep=2, run_id="a")
+    assert ours.latest() is None and not caplog.messages
+    steps = (5, 999_998, 999_999, 1_000_000)
+    for step in steps:
+        ours.save(step, {}, small_model, tokenizer)
+    assert list(list_checkpoints(tmp_path)) == [999_999, 1_000_000]
+    found = ours.latest(), ours.latest(before=1_000_000)
+    assert found == (folder / "step_1000000", folder / "step_999999")
+    spoil(folder / "step_1000000", "emptied")
+    late = Checkpointer(tmp_path, keep=1, run_id="a")
+    assert late.latest() == folder / "step_999999"
+    (folder / "step_000006").symlink_to(folder / "old")
+    for step in (9, 6):  # a file, and a link, with its name
+        late.save(step, {}, small_model, tokenizer)
+    left = {path.name for path in folder.iterdir()}
+    assert {".DS_Store", "._step_000003", "step_abc", "step_2", "old"} < left and ".step_000004" not in left
+    assert find_damage(folder / "step_000006", "a") is None and not list((folder / "old").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
+    undisturbed: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_dir(config)
+    shutil.copytree(undisturbed, run)
+
+    def killed_before_run_json_was_written(**counters: int) -> None:
+        state = record(run) | {"status": "running"}
+        (run / "run.json").write_text(json.dumps(state | {"counters": state["counters"] | counters}))
+
+    killed_before_run_json_was_written(rollout_step=6, completions=72)
+    train.run(config)
+    assert record(run)["counters"] == record(undisturbed)["counters"]
+    spoil(run / "checkpoints" / f"step_{STEPS:06d}", "model.safetensors bit")
+    killed_before_run_json_was_written()
+    train.run(config)
+    assert f"step_{STEPS:06d} is not used: model.safetensors is not what was written" in caplog.text
+    assert outcome(run) == outcome(undisturbed)
+    assert record(run)["counters"] == record(undisturbed)["counters"]
+
+
+def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for action, expected in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, action)
+            with stop_signal(lambda text: None) as stopped:
+                signal.raise_signal(signal.SIGHUP)
+                assert stopped.is_set() == expected
+                signal.raise_signal(signal.SIGTERM)
+                assert stopped.is_set()
+            assert signal.getsignal(signal.SIGHUP) == action
+    finally:
+        signal.signal(signal.SIGHUP, before)

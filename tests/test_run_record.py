@@ -88,25 +88,35 @@ def test_a_resume_adds_up(config: TrainConfig, tmp_path: Path) -> None:
     assert second["counters"] == {"completions": 96}
 
 
-def test_status_without_a_run_and_after_a_kill(config: TrainConfig, tmp_path: Path) -> None:
+def test_status_without_a_run_after_a_kill_and_of_a_broken_record(
+    config: TrainConfig, tmp_path: Path
+) -> None:
     assert run_status(tmp_path / "nowhere") == "absent"
     RunRecord(tmp_path, config)  # never left, and nobody holds the lock
     assert run_status(tmp_path) == "interrupted"
-
-
-def test_a_broken_record_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        read_record(tmp_path)
+    for text, said in (("{", "is not JSON"), ("[1]", r"got \[1\], expected a JSON object; remove it")):
+        (tmp_path / "run.json").write_text(text)
+        assert run_status(tmp_path) == "unreadable"
+        with pytest.raises(ConfigError, match=said):
+            RunRecord(tmp_path, config)
+    for text in ('{"a": 1}', '{"counters": null, "wall_seconds": "x", "resumed": [], "started_at": 3}'):
+        (tmp_path / "run.json").write_text(text)
+        assert run_status(tmp_path) == "unreadable"
+        RunRecord(tmp_path, config)
+        written = recorded(tmp_path)
+        assert (written["counters"], written["resumed"]) == ({}, 0) and written["wall_seconds"] < 60
 
 
 def test_clear_leaves_the_lock_and_what_is_not_ours(config: TrainConfig, tmp_path: Path) -> None:
     with locked(tmp_path):
         RunRecord(tmp_path, config)
-        (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+        for name in ("checkpoints/step_1", "disk/step_1"):
+            (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "wandb").symlink_to(tmp_path / "disk")
         (tmp_path / "notes.txt").touch()
         clear(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.txt"]
+        left = [".lock", "disk", "notes.txt", "wandb"]
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -181,7 +191,14 @@ def test_git_state_and_diff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, con
     assert "+fresh: 1" in diff
 
 
-def test_the_package_is_importable_without_torch() -> None:
-    modules = "capo_exp.runs.record, capo_exp.runs.metrics, capo_exp.runs.console"
-    code = f"import sys, {modules}; assert not {{'torch', 'wandb', 'matplotlib'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_logging_without_wandb_imports_neither_it_nor_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import capo_exp.runs.checkpoint, capo_exp.runs.console, capo_exp.runs.record
+from capo_exp.runs.logger import RunLogger
+with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
+    logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
+assert not {"wandb", "torch", "transformers", "matplotlib"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -2,20 +2,20 @@
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from capo_exp.cli.status import main
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.record import RunRecord
-from capo_exp.sweep.table import summarise_run
+from capo_exp.sweep.table import runs_table, summarise_run
 
-
-def row(step: int, **metrics: float | None) -> str:
-    return json.dumps({"counter/rollout_step": step, "time/total_seconds": 2.0, **metrics}) + "\n"
+REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 
 
 @pytest.fixture
@@ -25,74 +25,90 @@ def config(tmp_path: Path, composed: Callable[..., TrainConfig]) -> TrainConfig:
 
 def write(directory: Path, steps: int, cut: str = "") -> None:
     """Accuracy rises by 1 % a step; every tenth is null, as one that was not finite."""
+    shared = {"time/total_seconds": 2.0, "selection/rejection_rate": 0.02}
     rows = [
-        row(s, **{"reward/accuracy": None if s % 10 == 0 else s / 100, "selection/rejection_rate": 0.02})
+        {"counter/rollout_step": s, "reward/accuracy": None if s % 10 == 0 else s / 100, **shared}
         for s in range(1, steps + 1)
     ]
-    (directory / "metrics.jsonl").write_text("".join(rows) + cut)
+    (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + cut)
     (directory / "eval.jsonl").write_text('{"eval/accuracy": 0.5}\n{"eval/accuracy": 0.6}\n')
 
 
-def test_a_run_in_progress(config: TrainConfig) -> None:
-    directory = run_dir(config)
-    with locked(directory):
-        RunRecord(directory, config)
-        write(directory, 25, cut='{"counter/rollout_step": 26, "rew')
-        line = summarise_run(directory)
-    assert (line.state, line.step, line.num_steps) == ("running", 25, 40)
-    assert line.seconds_left == 2.0 * 15
-    steps = [16, 17, 18, 19, 21, 22, 23, 24, 25]  # the last ten, without the null
-    assert line.train_accuracy == pytest.approx(sum(steps) / len(steps) / 100)
-    assert line.eval_accuracy == 0.6 and line.rejection_rate == pytest.approx(0.02)
-
-
-def test_a_run_whose_process_is_gone(config: TrainConfig) -> None:
-    directory = run_dir(config)
-    with locked(directory):
-        RunRecord(directory, config)
-        write(directory, 3)
-    line = summarise_run(directory)
-    assert (line.state, line.seconds_left) == ("interrupted", None)
-
-
-def test_a_run_before_its_first_step_and_one_that_failed(
-    config: TrainConfig, composed: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_progress_and_one_whose_process_is_gone(config: TrainConfig) -> None:
     directory = run_dir(config)
     with locked(directory):
         RunRecord(directory, config)
         line = summarise_run(directory)
         assert (line.step, line.train_accuracy, line.seconds_left) == (0, None, None)
-    other = composed(f"output_dir={config.output_dir}", "num_steps=40", "seed=1")
-    with pytest.raises(ValueError, match="boom"), locked(run_dir(other)), RunRecord(run_dir(other), other):
-        raise ValueError("boom\nand more")
-    assert main([config.output_dir]) == 0
+        write(directory, 25, cut='{"counter/rollout_step": 26, "rew')
+        line = summarise_run(directory)
+    assert (line.state, line.step, line.num_steps, line.error) == ("running", 25, 40, None)
+    assert line.seconds_left == 2.0 * 15
+    steps = [16, 17, 18, 19, 21, 22, 23, 24, 25]  # the last ten, without the null
+    assert line.train_accuracy == pytest.approx(sum(steps) / len(steps) / 100)
+    assert line.eval_accuracy == 0.6 and line.rejection_rate == pytest.approx(0.02)
+    line = summarise_run(directory)
+    assert (line.state, line.seconds_left) == ("interrupted", None)
+
+
+def test_a_failed_run_is_shown_once_with_its_error_whatever_that_says(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = run_dir(config)
+    with pytest.raises(ValueError), locked(directory), RunRecord(directory, config):
+        raise ValueError("no [/data/x] in [bold]y[/bold]\nand more")
+    write(directory, 3)
+    assert main([str(tmp_path), str(directory), f"{directory.parent}/*"]) == 0
     shown = capsys.readouterr().out
-    assert "ValueError: boom" in shown and "and more" not in shown
-    assert "2 runs: 1 interrupted, 1 failed" in shown
+    assert "ValueError: no [/data/x] in [bold]y[/bold]" in shown and "and more" not in shown
     assert directory.name in shown  # in one piece, also where the output is no terminal
+    assert "1 runs: 1 failed" in shown
+    Console(file=StringIO()).print(runs_table([summarise_run(directory)]))  # and in any console
 
 
-def test_a_broken_record_hides_no_other_run(
+GOOD = '{"counter/rollout_step": 40, "reward/accuracy": 0.9}\n'
+DAMAGE = {
+    "run.json": ("{", "[1]", "7", '{"a": 1}', '{"status": 3}', '{"status": "x"}', "[" * 100_000, "\xff"),
+    "metrics.jsonl": (
+        '{"counter/rollout_step": null}\n', '{"counter/rollout_step": "3"}\n', "[1]\n", "half\n", "\0\0\n",
+        '{"counter/rollout_step": NaN}\n', '{"counter/rollout_step": 3, "reward/accuracy": [1]}\n',
+        '{"counter/completions": {}}\n', "[" * 100_000 + "\n",
+    ),
+    "eval.jsonl": ('{"eval/accuracy": "good"}\n', '"x"\n'),
+    "config.yaml": ("a: [", "just text", "\0", "num_steps: many\n"),
+}  # fmt: skip
+
+
+def test_one_damaged_run_file_or_line_hides_nothing_else(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with locked(run_dir(config)), RunRecord(run_dir(config), config):
         write(run_dir(config), 40)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "run.json").write_text("{")
-    assert main([str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "run.json is not JSON" in shown and "1 unreadable, 1 finished" in shown
+    for name, damages in DAMAGE.items():
+        for damage in damages:
+            broken = tmp_path / "broken"
+            broken.mkdir(exist_ok=True)
+            (broken / "run.json").write_text('{"status": "finished", "counters": null}')
+            (broken / "metrics.jsonl").write_text(GOOD)
+            (broken / "config.yaml").write_text("num_steps: 40\n")
+            lines = name.endswith("l") and name != "config.yaml"
+            (broken / name).write_text(f"{GOOD}{damage}{GOOD}" if lines else damage, encoding="latin-1")
+            assert main([str(tmp_path)]) == 0, (name, damage)
+            shown = capsys.readouterr().out
+            assert "1 finished" in shown or "2 finished" in shown
+            assert ("1 unreadable" in shown) == (name == "run.json"), (name, damage)
+            known = damage in ("num_steps: many\n",) or '"status"' in damage or '"a"' in damage
+            assert known or ("left out: " in shown and f"broken/{name}" in shown), (name, damage)
+            line = summarise_run(broken)
+            assert (line.step, line.train_accuracy) == (40, 0.9), (name, damage)
+            (broken / "eval.jsonl").unlink(missing_ok=True)
 
 
-def test_a_run_is_shown_once_however_often_it_is_named(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = run_dir(config)
-    with locked(directory), RunRecord(directory, config):
-        write(directory, 40)
-    assert main([str(tmp_path), str(directory), f"{directory.parent}/*"]) == 0
-    assert "1 runs: 1 finished" in capsys.readouterr().out
+def test_shipped_runs_are_counted_though_their_rows_are_parquet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(REFERENCE)]) == 0
+    words = capsys.readouterr().out.split()
+    assert (words.count("200/200"), words.count("16/16")) == (6, 5)
+    assert not [word for word in words if word.startswith("0/") or word.endswith("/?")]
 
 
 def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, clear
 from capo_exp.runs.trackers import BEST, RECORD, has_key, resolve_mode
+from scripts.write_wandb import main as write_wandb
+from tests.test_disk_full import fill, mounted
 from tests.wandb_server import HISTORY, SUMMARY, Server, serve
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -137,6 +141,27 @@ def test_what_is_uploaded_of_an_offline_run_is_what_the_files_are_also_after_a_r
     assert config == OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     summary = json.loads(run["files"][SUMMARY][-1])
     assert summary[BEST] == 0.5 and summary[RECORD] == record
+
+
+def test_a_file_that_a_full_disk_cut_short_is_noticed_and_a_command_writes_it_anew(
+    tmp_path: Path, open_logger: Open, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one of a run that was killed, which has written none."""
+    with mounted(tmp_path / "disk", "2m") as disk:
+        with open_logger(disk / "run", "offline") as logger:
+            for step in range(1, 60):
+                log_step(logger, step, loss__kl=math.pi * step)
+            fill(disk)
+            os.truncate(disk / "filler", os.path.getsize(disk / "filler") - 30_000)
+        assert re.search(r"not complete \(.*\.wandb was cut short\).*write_wandb\.py .*/run`", caplog.text)
+        (disk / "filler").unlink()
+        caplog.clear()
+        for _ in range(2):
+            assert write_wandb([str(disk)]) == 0
+            assert capsys.readouterr().out == f"wandb sync {disk}/run/wandb/offline-run-*\n"
+            [whole] = disk.glob("run/wandb/offline-run-*/*.wandb")
+            assert whole.stat().st_size > 30_000 and "not complete" not in caplog.text
+            shutil.rmtree(disk / "run" / "wandb")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,11 +14,13 @@ import torch
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.rollout import EngineFailed
+from capo_exp.runs.identity import run_dir
 from capo_exp.runs.metrics import check_known
 from capo_exp.runs.read import load_run, read_series, to_its_end
 from capo_exp.runs.record import run_status
 from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
+from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 
 Compose = Callable[..., TrainConfig]
@@ -198,6 +201,21 @@ def test_a_policy_that_a_penalty_can_bring_back_is_not_given_up(small: Compose) 
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
 
 
+def test_weights_that_are_not_finite_are_never_saved(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = Learner.apply
+
+    def apply(self: Learner, *args: Any) -> dict[str, float]:
+        metrics = genuine(self, *args)
+        next(iter(self.model.parameters())).data[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(Learner, "apply", apply)
+    config = small("algo=grpo", "checkpoint.every=1")
+    with pytest.raises(TrainingDiverged, match="weights after step 1 are not finite; the same command would"):
+        train.run(config)
+    assert not list((run_dir(config) / "checkpoints").iterdir())
+
+
 def test_gpu_memory_that_runs_out_names_the_keys(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
@@ -208,10 +226,10 @@ def test_gpu_memory_that_runs_out_names_the_keys(small: Compose, monkeypatch: py
     assert "gpu_memory_utilization" in str(failed.value) and "more" not in str(failed.value).split()[:12]
 
 
-def test_divergence_names_the_step_and_the_last_good_checkpoint(
+def test_divergence_names_the_step_and_a_checkpoint_from_before_the_trouble(
     small: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small("algo=grpo")
+    config = small("algo=grpo", "checkpoint.every=1")
     genuine = rollout_step.assign_credit
 
     def poisoned(*args: object, **kwargs: object) -> object:
@@ -224,7 +242,8 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
     poisoned.calls = 0
     monkeypatch.setattr(rollout_step, "assign_credit", poisoned)
     with pytest.raises(
-        TrainingDiverged, match=r"optimizer step 3: not finite: .*loss/total=nan.*step_000002"
+        TrainingDiverged,
+        match=r"step 3: not finite: loss/total=nan, .*same command.*regime\.learning_rate=.*step_000001$",
     ):
         train.run(config)
     monkeypatch.undo()

@@ -268,7 +268,7 @@ def round_trip(
         return Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
 
     with TemporaryDirectory(prefix=".capo_doctor_", dir=disk_space) as directory:
-        checkpointer, first = Checkpointer(Path(directory), keep=1), learner()
+        checkpointer, first = Checkpointer(Path(directory), keep=1, run_id="doctor"), learner()
         batch, _ = assign_credit(rollout, first, pad_token_id=inputs.pad_token_id)
         step_once(first, batch)
         saved = checkpointer.save(1, first.state_dict(), model, inputs.tokenizer)

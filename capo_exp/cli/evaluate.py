@@ -16,7 +16,9 @@ from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
-from capo_exp.runs.files import find_disk_error
+from capo_exp.runs import metrics as names
+from capo_exp.runs.checkpoint import find_damage
+from capo_exp.runs.files import find_disk_error, list_checkpoints
 
 USAGE = """\
 python -m capo_exp.evaluate run=DIR [benchmarks=math500,gsm8k samples=16 ...]
@@ -132,8 +134,11 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     Raises:
         ConfigError: they are not there.
     """
-    folders = (directory / "checkpoints").glob("step_*")
-    found = {int(path.name[5:]): path for path in folders if path.name[5:].isdecimal()}
+    from capo_exp.runs.read import load_run
+
+    found, owner = list_checkpoints(directory), load_run(directory).record.get("run_id")
+    while command.checkpoint == "last" and found and (damage := find_damage(found[max(found)], owner)):
+        _tell(f"{found.pop(max(found))} is not used: {damage}")
     if not found:
         raise ConfigError(f"run={directory}: no checkpoint there; expected a run that has saved one")
     steps = sorted(found) if command.checkpoint == "all" else [max(found)]
@@ -142,6 +147,11 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     if not set(steps) <= set(found):
         known = ", ".join(map(str, sorted(found)))
         raise ConfigError(f"checkpoint={command.checkpoint}: expected last, all, or one of the steps {known}")
+    for step in steps:
+        if command.checkpoint != "last" and (damage := find_damage(found[step], owner)):
+            raise ConfigError(
+                f"checkpoint={command.checkpoint}: {found[step]}: {damage}; expected a whole one"
+            )
     here = directory.resolve()
     root = Path(command.output) / here.name if command.output else directory / "evaluations"
     shared = Path(command.output) if command.output else here.parents[1] / "evaluations"
@@ -154,8 +164,8 @@ def _completions(directory: Path) -> dict[int, float]:
     """Rollout step -> completions that training had sampled."""
     from capo_exp.runs.read import load_run
 
-    rows = load_run(directory).metrics
-    return {int(row["counter/rollout_step"]): row["counter/completions"] for row in rows}
+    rows = [row for row in load_run(directory).metrics if names.COMPLETIONS in row]
+    return {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows if names.STEP in row}
 
 
 def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool) -> None:
@@ -176,11 +186,14 @@ def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
     from capo_exp.evaluation.table import test_rows
     from capo_exp.runs.files import write_atomic
-    from capo_exp.runs.read import read_jsonl
+    from capo_exp.runs.parse import scan_jsonl
 
     path = root / "test.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = test_rows(results, read_jsonl(path))
+    before, damaged = scan_jsonl(path)
+    for text in damaged:
+        _tell(f"left out: {text}")
+    rows = test_rows(results, before)
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
@@ -190,4 +203,4 @@ def _tell(text: str) -> None:
 
 def console() -> Console:
     """A terminal's width, or room enough in a log file."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)

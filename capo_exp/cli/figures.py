@@ -93,7 +93,8 @@ def draw_figures(command: FigureCommand, typed: str) -> int:
             raise error("keys", key, _nearest(key))
     try:
         paths = find_runs(command.runs)
-        runs, left_out = _load(paths)
+        runs = [load_run(path) for path in paths]
+        sys.stderr.writelines(f"left out: {text}\n" for run in runs for text in run.left_out)
         groups = families(runs) if every and not command.mix else [runs]
         output = Path(command.output) if command.output else common_parent(paths) / "figures"
         drawn = 0
@@ -101,28 +102,10 @@ def draw_figures(command: FigureCommand, typed: str) -> int:
             front.make_folder(folder)
             if len(groups) > 1:
                 sys.stdout.write(f"{folder.name}: {len(group)} run{'s' * (len(group) > 1)}\n")
-            drawn += _write(group, left_out, wanted, command, folder, typed)
+            drawn += _write(group, wanted, command, folder, typed)
         return 0 if drawn == len(wanted) or (drawn and every) else 2
     except OSError as failed:  # such as a full disk
         raise RunFailed(str(failed)) from failed
-
-
-def _load(paths: Sequence[Path]) -> tuple[list[LoggedRun], list[str]]:
-    """Returns the runs, and what is wrong with those that cannot be read.
-
-    Raises:
-        ConfigError: none can be.
-    """
-    runs, left_out = [], []
-    for path in paths:
-        try:
-            runs.append(load_run(path))
-        except (ConfigError, OSError) as damage:
-            left_out.append(str(damage))
-    if not runs:
-        raise ConfigError(left_out[0])
-    sys.stderr.writelines(f"left out: {damage}\n" for damage in left_out)
-    return runs, left_out
 
 
 def _folders(groups: Sequence[Sequence[LoggedRun]], output: Path) -> list[Path]:
@@ -150,9 +133,8 @@ def common_parent(paths: Sequence[Path]) -> Path:
 
 
 def _write(
-    logged: Sequence[LoggedRun], left_out: Sequence[str], wanted: Sequence[str], command: FigureCommand,
-    output: Path, typed: str,
-) -> int:  # fmt: skip
+    logged: Sequence[LoggedRun], wanted: Sequence[str], command: FigureCommand, output: Path, typed: str
+) -> int:
     """Writes each figure that these runs have something for, and says which they do not; returns how many."""
     runs = tuple(map(to_its_end, logged))
     options: Any = {"statistic": command.statistic, "interval": command.interval}
@@ -172,5 +154,5 @@ def _write(
     if command.report == "html":
         from capo_exp.figures.report.page import write_report  # jinja2 only for whoever asks for a page
 
-        sys.stdout.write(f"report: {write_report(logged, study.curves, figures, output, left_out)}\n")
+        sys.stdout.write(f"report: {write_report(logged, study.curves, figures, output)}\n")
     return len(figures)

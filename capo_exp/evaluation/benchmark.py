@@ -1,7 +1,8 @@
 """One model on one benchmark, part by part, in a folder that tells what became of every problem.
 
 FOLDER/card.json            all that the score depends on
-FOLDER/parts/00000.parquet  while it is under way: the completions of the first problems, and so on
+FOLDER/parts/00000.parquet  while it is under way: the completions of the first problems, and so on;
+                            00000-ungraded.parquet before the verifier has seen them
 FOLDER/completions.parquet  one row a completion: text, extracted answer, verdict and its reason
 FOLDER/problems.parquet     one row a problem: prompt, gold answer, how often it was solved
 FOLDER/scores.json          avg@n, pass@k, maj@k with intervals; there only when all is done
@@ -12,22 +13,23 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from capo_exp.core.seeds import EVALUATION, derive_seed
-from capo_exp.core.types import Prompt
+from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.evaluation.card import Card
-from capo_exp.evaluation.draw import Answered
-from capo_exp.evaluation.scores import score_rows
+from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.evaluation.stored import read_rows, write_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.files import write_atomic
+from capo_exp.runs.files import write_json
 from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.parse import is_parquet
 
 Scores = dict[str, Any]
-Answer = Callable[[Sequence[Prompt], int], list[Answered]]
+Sample = Callable[[Sequence[Prompt], int], Sequence[RolloutGroup]]
 Told = Callable[[int, int, float], None]
 """(problems sampled by this command, problems done, sum of their shares of right answers)"""
 POLL_SECONDS = 1.0
@@ -37,7 +39,7 @@ def evaluate_benchmark(
     folder: Path,
     card: Card,
     prompts: Sequence[Prompt],
-    answer: Answer,
+    sample: Sample,
     verifier: Verifier,
     *,
     overwrite: bool,
@@ -49,10 +51,10 @@ def evaluate_benchmark(
         folder: named after the card's digest, so that what is in it belongs to it.
         card: of this score.
         prompts: the benchmark.
-        answer: (prompts of a part, its seed) -> their graded completions.
-        verifier: compares answers for maj@k.
+        sample: (prompts of a part, its seed) -> their completions.
+        verifier: grades, and compares answers for maj@k.
         overwrite: whether to begin again.
-        told: called after each part that was sampled.
+        told: called after each part that was not there.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -68,14 +70,14 @@ def evaluate_benchmark(
                     path.unlink()
         elif (scores := read_scores(folder)) is not None:  # another process was faster
             return scores
-        write_atomic(folder / "card.json", json.dumps(card, indent=2, default=str) + "\n")
-        rows = _answered_rows(folder / "parts", card, prompts, answer, told)
+        write_json(folder / "card.json", card)
+        rows = _answered_rows(folder / "parts", card, prompts, sample, verifier, told)
         scores, problems = score_rows(rows, verifier)
         for problem, prompt in zip(problems, prompts, strict=True):
             problem["prompt"] = prompt.text
         write_rows(folder / "completions.parquet", rows)
         write_rows(folder / "problems.parquet", problems)
-        write_atomic(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+        write_json(folder / "scores.json", scores)
         shutil.rmtree(folder / "parts", ignore_errors=True)
     return scores
 
@@ -94,18 +96,26 @@ def work_alone(folder: Path) -> Iterator[None]:
 
 
 def _answered_rows(
-    parts: Path, card: Card, prompts: Sequence[Prompt], answer: Answer, told: Told
-) -> list[dict[str, Any]]:
-    """Returns the rows of all parts; samples those that are not on disk."""
+    parts: Path, card: Card, prompts: Sequence[Prompt], sample: Sample, verifier: Verifier, told: Told
+) -> list[Row]:
+    """Returns the rows of all parts; samples and grades those that are not on disk.
+
+    What was sampled is on disk before it is graded, so that a verifier that fails costs no sample.
+    """
     size, seed = card["sampling"]["problems_per_call"], card["sampling"]["seed"]
     parts.mkdir(exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     sampled = 0
     for number, start in enumerate(range(0, len(prompts), size)):
-        part, some = parts / f"{number:05d}.parquet", prompts[start : start + size]
-        fresh = not part.exists()
+        some = prompts[start : start + size]
+        part, ungraded = (parts / f"{number:05d}{suffix}.parquet" for suffix in ("", "-ungraded"))
+        fresh = not is_parquet(part)
         if fresh:
-            write_rows(part, _rows(answer(some, derive_seed(seed, EVALUATION, number)), start))
+            if not is_parquet(ungraded):
+                groups = sample(some, derive_seed(seed, EVALUATION, number))
+                write_rows(ungraded, _rows(groups, start))
+            write_rows(part, _graded(read_rows(ungraded), verifier))
+            ungraded.unlink()
         rows += read_rows(part)
         if fresh:
             sampled += len(some)
@@ -115,28 +125,32 @@ def _answered_rows(
 
 
 def read_scores(folder: Path) -> Scores | None:
-    """Returns scores.json, or None before all is done."""
-    path = folder / "scores.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Returns scores.json, or None before all is done; a damaged one is made anew."""
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads((folder / "scores.json").read_bytes())
+    return None
 
 
-def _rows(answered: Sequence[Answered], start: int) -> list[dict[str, Any]]:
+def _rows(groups: Sequence[RolloutGroup], start: int) -> list[Row]:
     return [
         {
             "index": start + i,
-            "id": each.prompt.problem.id,
+            "id": group.prompt.problem.id,
             "sample": sample,
-            "problem": each.prompt.problem.problem,
-            "gold": list(each.prompt.problem.golds),
-            "level": each.prompt.problem.level,
-            "type": each.prompt.problem.family,
+            "problem": group.prompt.problem.problem,
+            "gold": list(group.prompt.problem.golds),
+            "level": group.prompt.problem.level,
+            "type": group.prompt.problem.family,
             "completion": completion.text,
             "tokens": len(completion.token_ids),
             "truncated": completion.truncated,
-            "extracted": grade.extracted,
-            "correct": grade.correct,
-            "reason": grade.reason,
         }
-        for i, each in enumerate(answered)
-        for sample, (completion, grade) in enumerate(zip(each.completions, each.grades, strict=True))
+        for i, group in enumerate(groups)
+        for sample, completion in enumerate(group.completions)
     ]
+
+
+def _graded(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
+    texts, golds = [[row["completion"]] for row in rows], [tuple(row["gold"]) for row in rows]
+    grades = verifier.score(texts, golds).grades
+    return [{**row, **asdict(grade)} for row, (grade,) in zip(rows, grades, strict=True)]

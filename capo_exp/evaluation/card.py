@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +27,6 @@ NOT_ENGINE = ("_partial_", "model_path", "revision", "dtype", "max_model_len", "
 NAMES = ("model.", "dataset.path", "dataset.source", "dataset.hub_", "prompt.style", "version.")
 """Entries without a say in the digest: problems are known by their contents, and the folder above is named
 after the weights."""
-
-
 GRADER_KEYS = ("style", "timeout_seconds", "memory_limit_gib", "unparsable_gold")
 GRADER_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 
@@ -93,7 +92,7 @@ def make_card(
             "device": device,
             "dtype": dtype,
             "attn_implementation": config.model.attn_implementation,
-            "packages": find_versions(ENGINE_PACKAGES),
+            "packages": _versions(ENGINE_PACKAGES),
         },
     }  # fmt: skip
 
@@ -111,35 +110,24 @@ def card_digest(card: Card) -> str:
 
 
 def describe_grader(verifier: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a verdict depends on: the verifier's settings, its packages, and our part.
-
-    Args:
-        verifier: the part `reward.verifier`.
-    """
+    """Returns what a verdict depends on: the settings of `reward.verifier`, its packages, and our code."""
     settings = {key: value for key, value in verifier.items() if key in GRADER_KEYS}
+    sources = [Path(module.__file__ or "").read_bytes() for module in (extract, compare)]
     return {
         "verifier": verifier["_target_"],
         **settings,
-        "packages": find_versions(GRADER_PACKAGES),
-        "code": _code(),
+        "packages": _versions(GRADER_PACKAGES),
+        "code": hashlib.sha256(b"".join(sources)).hexdigest()[:8],
     }
 
 
-def find_versions(packages: Sequence[str]) -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     """Returns the versions of those packages that are installed."""
     found: dict[str, str] = {}
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def _code() -> str:
-    """Returns 8 hex digits of the files that find and compare answers."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (extract, compare)]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 
 
 def _digest(text: str) -> str:

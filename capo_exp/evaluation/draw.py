@@ -1,12 +1,11 @@
-"""Prompts -> graded completions, by the same engine and verifier as training."""
+"""Prompts -> completions and their scores, by the same engine and verifier as training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Completion, Prompt
-from capo_exp.grading.compare import Grade
+from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 
@@ -15,37 +14,17 @@ from capo_exp.rollout import RolloutEngine, SamplingRequest
 class Sampling:
     """How completions are drawn."""
 
-    samples: int
-    """Completions a problem."""
-    temperature: float
-    """0 = greedy."""
-    top_k: int
-    """0 = off."""
-    top_p: float
-    """1 = off."""
-    max_tokens: int
-    """Of a completion."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt with its completions and their verdicts."""
-
-    prompt: Prompt
-    completions: tuple[Completion, ...]
-    grades: tuple[Grade, ...]
+    samples: int  # Completions a problem
+    temperature: float  # 0 = greedy
+    top_k: int  # 0 = off
+    top_p: float  # 1 = off
+    max_tokens: int  # Of a completion
 
 
 def draw_completions(
-    engine: RolloutEngine,
-    verifier: Verifier,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    seed: int,
-    weight_version: int,
-) -> list[Answered]:
-    """Samples and grades `sampling.samples` completions of every prompt, the same for the same seed."""
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, weight_version: int
+) -> list[RolloutGroup]:
+    """Samples `sampling.samples` completions of every prompt, the same for the same seed."""
     request = SamplingRequest(
         prompts,
         group_size=sampling.samples,
@@ -56,13 +35,7 @@ def draw_completions(
         seed=seed,
         weight_version=weight_version,
     )
-    groups = engine.generate(request)
-    texts = [[completion.text for completion in group.completions] for group in groups]
-    verdicts = verifier.score(texts, [prompt.problem.golds for prompt in prompts]).grades
-    return [
-        Answered(group.prompt, group.completions, tuple(grades))
-        for group, grades in zip(groups, verdicts, strict=True)
-    ]
+    return engine.generate(request)
 
 
 def evaluate(
@@ -74,23 +47,20 @@ def evaluate(
     seed: int,
     weight_version: int,
 ) -> dict[str, float]:
-    """Returns what training logs of its held-out problems, sampled as config.evaluation says."""
+    """Returns what training logs of its held-out problems, sampled as config.evaluation says: means over all
+    completions alike, under the names of eval.jsonl."""
     numbers = config.evaluation
     sampling = Sampling(
         numbers.samples, numbers.temperature, 0, numbers.top_p, config.dataset.max_completion_tokens
     )
-    return summarise_answers(
-        draw_completions(engine, verifier, prompts, sampling, seed=seed, weight_version=weight_version)
-    )
-
-
-def summarise_answers(answered: Sequence[Answered]) -> dict[str, float]:
-    """Returns the means over all completions alike, under the names of eval.jsonl."""
-    completions = [completion for each in answered for completion in each.completions]
-    grades = [grade for each in answered for grade in each.grades]
+    groups = draw_completions(engine, prompts, sampling, seed=seed, weight_version=weight_version)
+    texts = [[completion.text for completion in group.completions] for group in groups]
+    graded = verifier.score(texts, [prompt.problem.golds for prompt in prompts]).grades
+    completions = [completion for group in groups for completion in group.completions]
+    grades = [grade for row in graded for grade in row]
     return {
         "eval/accuracy": fmean(grade.correct for grade in grades),
-        "eval/problems": len(answered),
+        "eval/problems": len(groups),
         "eval/no_answer_fraction": fmean(grade.reason == "no_answer" for grade in grades),
         "eval/truncated_fraction": fmean(completion.truncated for completion in completions),
         "eval/completion_length/mean": fmean(len(completion.token_ids) for completion in completions),

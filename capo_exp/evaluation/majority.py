@@ -13,52 +13,35 @@ def number_answers(answers: Sequence[Sequence[str]], verifier: Verifier) -> list
     r"""Numbers the answers of each problem so that equal ones, by the verifier, have the same number.
 
     In rounds: the first answer of a problem that has no class yet founds one, and all others without a class
-    are compared with it, those of all problems in one call.
+    are compared with it, those of all problems in one call, as `\boxed{answer}`.
 
     Args:
         answers: of each problem, the extracted answer of each sample; "" = none, class -1.
-        verifier: judges `\boxed{answer}` against the founder.
+        verifier: judges an answer against the founder of a class.
     """
-    found = [{text: -1 for text in texts if not text} for texts in map(_distinct, answers)]
-    pending = [[text for text in texts if text] for texts in map(_distinct, answers)]
+    known = [{"": -1} for _ in answers]
+    pending = [list(dict.fromkeys(text.strip() for text in texts if text.strip())) for texts in answers]
     while any(pending):
         founders = [texts[0] if texts else "" for texts in pending]
         rest = [texts[1:] for texts in pending]
         same = _same(founders, rest, verifier)
-        for known, founder, others, equal in zip(found, founders, rest, same, strict=True):
+        for classes, founder, others, alike in zip(known, founders, rest, same, strict=True):
             if founder:
-                number = max(known.values(), default=-1) + 1
-                known |= {founder: number}
-                known |= {text: number for text, alike in zip(others, equal, strict=True) if alike}
-        pending = [
-            [text for text, alike in zip(others, equal, strict=True) if not alike]
-            for others, equal in zip(rest, same, strict=True)
-        ]
-    return [[known[text.strip()] for text in texts] for known, texts in zip(found, answers, strict=True)]
-
-
-def _number(text: str) -> Fraction | None:
-    """`1,234`, `0.5` or `1/2` as a number; two numbers need no verifier."""
-    try:
-        return Fraction(text.replace(",", "")) if text.isascii() and len(text) <= MAX_COMPARED else None
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def _distinct(texts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(text.strip() for text in texts))
+                number = max(classes.values()) + 1
+                classes |= {text: number for text, equal in zip(others, alike, strict=True) if equal}
+                classes[founder] = number
+        pending = [[text for text in texts if text not in c] for texts, c in zip(rest, known, strict=True)]
+    return [[classes[text.strip()] for text in texts] for classes, texts in zip(known, answers, strict=True)]
 
 
 def _same(founders: list[str], rest: list[list[str]], verifier: Verifier) -> list[list[bool]]:
-    known = [
-        [_at_once(founder, text) for text in others] for founder, others in zip(founders, rest, strict=True)
-    ]
+    pairs = list(zip(founders, rest, strict=True))
+    known = [[_at_once(founder, text) for text in others] for founder, others in pairs]
     asked = [
         [rf"\boxed{{{text}}}" for text, same in zip(others, decided, strict=True) if same is None]
         for others, decided in zip(rest, known, strict=True)
     ]
-    verdicts = verifier.score(asked, [(founder or "0",) for founder in founders]).grades
-    judged = [iter(grades) for grades in verdicts]
+    judged = map(iter, verifier.score(asked, [(founder or "0",) for founder in founders]).grades)
     return [
         [next(grades).correct if same is None else same for same in decided]
         for grades, decided in zip(judged, known, strict=True)
@@ -71,3 +54,11 @@ def _at_once(founder: str, text: str) -> bool | None:
         return False
     numbers = _number(founder), _number(text)
     return None if None in numbers else numbers[0] == numbers[1]
+
+
+def _number(text: str) -> Fraction | None:
+    """Reads `1,234`, `0.5` or `1/2`."""
+    try:
+        return Fraction(text.replace(",", "")) if text.isascii() else None
+    except (ValueError, ZeroDivisionError):
+        return None

@@ -30,8 +30,7 @@ class Solved:
     """What became of one problem: one entry a sample."""
 
     correct: tuple[bool, ...]
-    classes: tuple[int, ...]
-    """Which samples gave the same answer: equal numbers; -1 = no answer."""
+    classes: tuple[int, ...]  # Which samples gave the same answer: equal numbers; -1 = no answer
 
 
 def estimate(*benchmarks: Vector) -> Estimate:
@@ -120,15 +119,12 @@ def summarise_scores(problems: Sequence[Solved]) -> dict[str, Any]:
 
 
 def score_rows(rows: Sequence[Row], verifier: Verifier) -> tuple[Row, list[Row]]:
-    """Returns the scores of graded completions, and a row for each problem.
+    """Returns scores.json of graded completions, and problems.parquet in the order in which problems appear.
 
     Args:
-        rows: of whole problems: id, correct, extracted, reason, gold; where known tokens, truncated, level,
-            type.
+        rows: of whole problems: index, id, correct, extracted, reason, gold; where known tokens, truncated,
+            level, type.
         verifier: compares answers with each other for maj@k.
-
-    Returns:
-        scores.json, and problems.parquet in the order in which problems first appear.
     """
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:

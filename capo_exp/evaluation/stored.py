@@ -1,10 +1,9 @@
 """Completions that are on disk, of whatever model: graded and scored without one. Imports no torch."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +12,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.files import replace_file, write_atomic
+from capo_exp.runs.files import replace_file, write_json
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""
@@ -26,24 +25,19 @@ ALL = "all"
 class StoredScores:
     """The score of one set of completions in a file."""
 
-    group: dict[str, str]
-    """What sets it apart: column -> value."""
+    group: dict[str, str]  # What sets it apart: column -> value
     scores: dict[str, Any]
-    labels: float | None
-    """Share that the file's own `label` calls right, mean over problems; None without labels."""
-    false_negatives: int | None
-    """Right by label, wrong by us."""
+    labels: float | None  # Share that the file's own `label` calls right, mean over problems; None without
+    false_negatives: int | None  # Right by label, wrong by us
     false_positives: int | None
-    problems: list[Row]
-    """One row a problem."""
+    problems: list[Row]  # One row a problem
 
 
 @dataclass(frozen=True)
 class Stored:
     """A file of completions, graded."""
 
-    completions: list[Row]
-    """The file's rows with extracted, correct and reason."""
+    completions: list[Row]  # The file's rows with extracted, correct and reason
     groups: list[StoredScores]
 
 
@@ -76,17 +70,10 @@ def score_stored(path: Path, verifier: Verifier) -> Stored:
 
 
 def write_stored(folder: Path, source: Path, stored: Stored, verifier: Mapping[str, Any]) -> None:
-    """Writes card.json, completions.parquet, problems.parquet and scores.json.
-
-    Args:
-        folder: is there.
-        source: the file that was graded.
-        stored: what became of it.
-        verifier: the part `reward.verifier`.
-    """
+    """Writes card.json, completions.parquet, problems.parquet and scores.json of a graded file."""
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     card = {"completions": source.name, "sha256": digest, "grader": describe_grader(verifier)}
-    write_atomic(folder / "card.json", json.dumps(card, indent=2) + "\n")
+    write_json(folder / "card.json", card)
     write_rows(folder / "completions.parquet", stored.completions)
     problems = [{**group.group, **problem} for group in stored.groups for problem in group.problems]
     write_rows(folder / "problems.parquet", problems)
@@ -95,7 +82,7 @@ def write_stored(folder: Path, source: Path, stored: Stored, verifier: Mapping[s
          "false_positives": each.false_positives}
         for each in stored.groups
     ]  # fmt: skip
-    write_atomic(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    write_json(folder / "scores.json", scores)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -115,12 +102,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _read(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        rows = pq.ParquetFile(path).read().to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        rows = read_rows(path)
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"completions={path}: expected a parquet file ({reason})") from error
     if not rows:
@@ -141,15 +125,8 @@ def _grade(table: Sequence[Row], verifier: Verifier) -> list[Row]:
     keys = [(row.get("model"), row.get("task"), row[key], accepted) for row, accepted in pairs]
     numbers = {identity: number for number, identity in enumerate(dict.fromkeys(keys))}
     return [
-        {
-            **row,
-            "index": numbers[identity],
-            "id": str(row.get("id", row[key])),
-            "gold": list(accepted),
-            "extracted": grade.extracted,
-            "correct": grade.correct,
-            "reason": grade.reason,
-        }
+        {**row, "index": numbers[identity], "id": str(row.get("id", row[key])), "gold": list(accepted)}
+        | asdict(grade)
         for row, accepted, identity, (grade,) in zip(table, golds, keys, verdicts, strict=True)
     ]
 

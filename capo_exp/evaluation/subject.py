@@ -17,7 +17,7 @@ from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
-from capo_exp.core.types import Prompt
+from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.data.contamination import find_overlap
 from capo_exp.data.prepare import choose_problems, order_evaluation, read_split
 from capo_exp.data.prompts import render_prompts
@@ -25,7 +25,7 @@ from capo_exp.data.rows import Problems
 from capo_exp.evaluation.benchmark import Told, evaluate_benchmark
 from capo_exp.evaluation.card import card_digest, make_card
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
-from capo_exp.evaluation.draw import Answered, Sampling, draw_completions
+from capo_exp.evaluation.draw import Sampling, draw_completions
 from capo_exp.evaluation.stored import read_rows
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
@@ -212,16 +212,14 @@ def _evaluate(
         dtype=str(subject.dtype).removeprefix("torch."),
     )
 
-    def answer(some: Sequence[Prompt], seed: int) -> list[Answered]:
+    def sample(some: Sequence[Prompt], seed: int) -> list[RolloutGroup]:
         engine = subject.engine(prompts)
-        return draw_completions(
-            engine, benchmark.verifier, some, sampling, seed=seed, weight_version=subject.version
-        )
+        return draw_completions(engine, some, sampling, seed=seed, weight_version=subject.version)
 
     folder = target.root / f"{target.label}-{weights[:8]}" / f"{name}-{card_digest(card)}"
     told = _progress(f"{target.label} {name}", len(prompts), tell)
     scores = evaluate_benchmark(
-        folder, card, prompts, answer, benchmark.verifier, overwrite=command.overwrite, told=told
+        folder, card, prompts, sample, benchmark.verifier, overwrite=command.overwrite, told=told
     )
     failed = {reason: count for reason, count in scores["reasons"].items() if reason in FAILED}
     if failed:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.evaluation.scores import estimate
@@ -17,37 +18,37 @@ class BenchmarkScore:
     """The score of one model on one benchmark."""
 
     model: str
-    step: int | None
-    """Of the checkpoint; 0 = the model that training began with; None = no run."""
-    completions: float | None
-    """That training had sampled by then."""
+    step: int | None  # Of the checkpoint; 0 = the model that training began with; None = no run
+    completions: float | None  # That training had sampled by then
     benchmark: str
-    card: str
-    """Benchmark and digest: equal ones can be compared."""
+    card: str  # Benchmark and digest: equal ones can be compared
     scores: dict[str, Any]
-    accuracies: dict[str, float]
-    """Problem id -> share of right samples."""
+    accuracies: dict[str, float]  # Problem id -> share of right samples
 
 
 def results_table(results: Sequence[BenchmarkScore]) -> Table:
     """Returns a row for each benchmark of each model; the mean over benchmarks; and what training gained."""
     n = results[0].scores["samples"]
     table = Table(box=None, pad_edge=False)
-    for name in ("model", "benchmark"):
-        table.add_column(name, overflow="fold")
     measures = (f"avg@{n} [95 %]", f"pass@{n} [95 %]", f"maj@{n} [95 %]")
-    for name in ("problems", *measures, "tokens", "truncated", "no answer"):
-        table.add_column(name, justify="right", no_wrap=True)
+    _add_columns(table, ["model", "benchmark"], ["problems", *measures, "tokens", "truncated", "no answer"])
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
         for result in own:
-            table.add_row(model, result.benchmark, *_cells(result.scores))
+            table.add_row(Text(model), Text(result.benchmark), *_cells(result.scores))
         if len(own) > 1:
-            table.add_row(model, "TEST (mean)", "", str(test_accuracy(own)), style="bold")
+            table.add_row(Text(model), "TEST (mean)", "", str(test_accuracy(own)), style="bold")
         if gained := gains(own, [result for result in results if result.step == 0]):
             for name, gain in gained.items():
-                table.add_row(f"{model} - base", name, "", str(gain))
+                table.add_row(Text(f"{model} - base"), Text(name), "", str(gain))
     return table
+
+
+def _add_columns(table: Table, labels: Sequence[str], numbers: Sequence[str]) -> None:
+    for name in labels:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
@@ -77,9 +78,7 @@ def gains(own: Sequence[BenchmarkScore], base: Sequence[BenchmarkScore]) -> dict
     if not own or own[0].step in (0, None) or any(result.benchmark not in before for result in own):
         return {}
     vectors = {
-        result.benchmark: np.array(
-            [accuracy - before[result.benchmark][key] for key, accuracy in result.accuracies.items()]
-        )
+        (name := result.benchmark): np.array([a - before[name][key] for key, a in result.accuracies.items()])
         for result in own
     }
     each = {name: estimate(vector) for name, vector in vectors.items()}
@@ -87,17 +86,14 @@ def gains(own: Sequence[BenchmarkScore], base: Sequence[BenchmarkScore]) -> dict
 
 
 def test_rows(results: Sequence[BenchmarkScore], before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a row for each checkpoint: its step, the completions of training until then, the test scores.
+    """Returns a row for each of a run's checkpoints and its base model: its step, the completions of training
+    until then, the test scores.
 
-    Args:
-        results: of a run's checkpoints and of its base model.
-        before: rows of earlier commands. They stay, unless the same step was tested by the same cards again.
-
-    Returns:
-        Rows with equal `cards`, which can be compared, stand together, those of this command last.
+    Rows of earlier commands, `before`, stay unless the same step was tested by the same cards again. Those of
+    equal `cards` can be compared and stand together, those of this command last.
     """
     rows: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
-    for row in before:
+    for row in (row for row in before if {"cards", "counter/rollout_step"} <= row.keys()):
         rows[tuple(row["cards"]), row["counter/rollout_step"]] = dict(row)
     for model in dict.fromkeys(result.model for result in results if result.step is not None):
         own = sorted((result for result in results if result.model == model), key=lambda result: result.card)
@@ -121,15 +117,10 @@ def stored_table(found: Sequence[StoredScores]) -> Table:
     pass and maj are those of the samples that each of its problems has.
     """
     table = Table(box=None, pad_edge=False)
-    for name in found[0].group:
-        table.add_column(name, overflow="fold")
-    columns = (
-        "problems", "samples", "avg [95 %]", "pass", "maj", "no answer",
-        "by label", "false neg.", "false pos.",
-    )  # fmt: skip
-    labelled = any(each.labels is not None for each in found)
-    for name in columns if labelled else columns[:6]:
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ["problems", "samples", "avg [95 %]", "pass", "maj", "no answer"]
+    if any(each.labels is not None for each in found):
+        columns += ["by label", "false neg.", "false pos."]
+    _add_columns(table, list(found[0].group), columns)
     for each in found:
         n, scores = str(each.scores["samples"]), each.scores
         cells = [
@@ -142,5 +133,5 @@ def stored_table(found: Sequence[StoredScores]) -> Table:
         ]
         if each.labels is not None:
             cells += [f"{100 * each.labels:.1f}", str(each.false_negatives), str(each.false_positives)]
-        table.add_row(*each.group.values(), *cells)
+        table.add_row(*map(Text, each.group.values()), *cells)
     return table

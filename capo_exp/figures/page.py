@@ -79,8 +79,9 @@ def compose(name: str, study: Study, keys: Sequence[str] = ()) -> Picture:
     if not panels:
         raise Lacking("; ".join(reasons))
     absent = [f"{panel.title}: not in {', '.join(panel.absent)}" for panel in panels if panel.absent]
-    partly = dict.fromkeys(panel.lack for panel in panels if panel.lack)
-    return Picture(name, study, panels, (*reasons, *partly, *absent))
+    runs = {s.curve.label: s.curve.runs for panel in panels for s in panel.series}
+    damage = [text for same in runs.values() for run in same for text in run.left_out]
+    return Picture(name, study, panels, (*reasons, *absent, *damage))
 
 
 def caption(picture: Picture) -> str:

@@ -101,7 +101,7 @@ class Panel:
     absent: tuple[str, ...] = ()
     """Labels of curves that lack the metric."""
     lack: str = ""
-    """Why there is nothing, or less than all, to draw, unless it is that no run has logged the metric."""
+    """Why there is nothing to draw, unless it is that no run has logged the metric."""
 
     @property
     def named(self) -> Metric:

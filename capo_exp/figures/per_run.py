@@ -105,7 +105,7 @@ def settings_table(drawn: Sequence[Curve], title: str) -> Panel:
     empty = np.array([])
     series = tuple(Series(curve, [], empty, empty, empty, empty) for curve in drawn) if shown else ()
     height = 0.3 + 0.27 * (1 + len(series))
-    lack = "" if shown else "the runs have no config.yaml"
+    lack = "the runs have no config.yaml"
     return Panel("settings", title, _paint_table, series=series, height=height, columns=shown, lack=lack)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from capo_exp.config.errors import ConfigError
 from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.panel import NAN, Panel, Series, format_values, list_rows
@@ -23,9 +22,9 @@ TOP = 20
 
 def tokens(curve: Curve) -> Panel:
     """Returns the tokens of a curve that were rejected most often, by the share of their occurrences."""
-    total, rejected, damage = count_tokens(curve.runs)
+    total, rejected = count_tokens(curve.runs)
     if not rejected:
-        none = damage or "no completions on disk with their keep flags (logger.completions_every)"
+        none = "no completions on disk with their keep flags (logger.completions_every)"
         lack = "no token of the logged completions was rejected" if total else none
         return Panel("tokens", curve.label, _paint, lack=lack)
     most = sorted(rejected, key=lambda text: (-rejected[text], text))[:TOP]
@@ -43,28 +42,18 @@ def tokens(curve: Curve) -> Panel:
         for name, values in counted.items()
     ]
     series, further, height = (made[0][1],), tuple(made[1:]), 0.9 + 0.19 * len(top)
-    return Panel("tokens", curve.label, _paint, series, further=further, height=height, lack=damage)
+    return Panel("tokens", curve.label, _paint, series, further=further, height=height)
 
 
-def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str], str]:
-    """Counts the occurrences of each token, and those rejected, over all logged completions of the runs.
-
-    Returns also what is wrong with the runs whose completions cannot be read.
-    """
+def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]:
+    """Counts the occurrences of each token, and those rejected, over all logged completions of the runs."""
     total: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    damaged = []
-    for run in runs:
-        try:
-            rows = [row for row in load_completions(run) if row.get("keep") is not None]
-        except ConfigError as damage:
-            damaged.append(str(damage))
-            continue
-        for row in rows:
-            texts = row.get("tokens") or [f"#{number}" for number in row["token_ids"]]
-            total.update(texts)
-            rejected.update(text for text, keep in zip(texts, row["keep"], strict=True) if not keep)
-    return total, rejected, "; ".join(damaged)
+    for row in (row for run in runs for row in load_completions(run) if row.get("keep") is not None):
+        texts = row.get("tokens") or [f"#{number}" for number in row["token_ids"]]
+        total.update(texts)
+        rejected.update(text for text, keep in zip(texts, row["keep"], strict=True) if not keep)
+    return total, rejected
 
 
 def visible(text: str) -> str:

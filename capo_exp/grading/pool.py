@@ -181,6 +181,7 @@ def _outcome(future: Future[list[Any]]) -> list[Any] | Failed:
 def _start_worker(memory_limit_gib: float, warm_up: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pebble's handler is Python: it waits for C code to return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run ends its workers, not its terminal
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(memory_limit_gib * 2**30)
     resource.setrlimit(

@@ -1,64 +1,107 @@
 """Checkpoints: weights in transformers' own format, and everything else that the next step depends on.
 
-A checkpoint is written to a temporary folder and renamed, so that it is whole or not there. Sampling and data
-order are functions of the seed and the step, so neither needs to be stored.
+A checkpoint is written to a temporary folder and renamed, so that it is whole or not there. Its
+checkpoint.json names the run and a digest of every file: what a broken disk, a copy or a hand has changed
+since is not gone on from. Sampling and data order are functions of the seed and the step, so neither needs to
+be stored. Imports torch only to write and read states.
 """
 
+import hashlib
+import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from capo_exp.runs.files import list_checkpoints, name_disk_error, remove, write_json
 
-from capo_exp.runs.files import name_disk_error
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
+_MANIFEST = "checkpoint.json"
 _STATE = "trainer_state.pt"
 _REFERENCE = "reference"
+
+
+def find_damage(checkpoint: Path, run_id: str | None) -> str | None:
+    """Reads all of a checkpoint and says what is wrong with it; run_id=None takes that of any run."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+        files, step, owner = manifest["files"], manifest["step"], manifest["run_id"]
+        changed = [] if _STATE in files else [_STATE]
+        changed += [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
+    except FileNotFoundError as error:
+        return f"{os.path.relpath(error.filename, checkpoint)} is missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} cannot be read"
+    if changed:
+        return f"{changed[0]} is not what was written"
+    if run_id not in (None, owner) or step != int(checkpoint.name.removeprefix("step_")):
+        return f"it is step {step} of run {owner}"
+    return None
+
+
+def find_reference(checkpoint: Path | None) -> Path | None:
+    """Returns the reference model of a checkpoint; None where it is still the base model."""
+    saved = checkpoint / _REFERENCE if checkpoint else None
+    return saved if saved and saved.is_dir() else None
 
 
 class Checkpointer:
     """Owns the checkpoints/ folder of one run."""
 
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
+    def __init__(self, run_dir: Path, *, keep: int, run_id: str) -> None:
+        self._run_dir = run_dir
         self._folder = run_dir / "checkpoints"
         self._keep = keep
+        self._run_id = run_id
+        self._damaged: set[Path] = set()
         self._folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self._folder.glob(".*"):
-            shutil.rmtree(unfinished)
+        for unfinished in self._folder.glob(".step_*"):
+            remove(unfinished)
 
-    def latest(self) -> Path | None:
-        """Returns the newest checkpoint, which transformers can load as a model; None before the first."""
-        return max(self._folder.glob("step_*"), default=None)
+    def latest(self, before: int | None = None) -> Path | None:
+        """Returns the newest whole checkpoint, older than a step if one is given; transformers can load it.
 
-    def latest_reference(self) -> Path | None:
-        """Returns the reference model of the newest checkpoint; None where it is still the base model."""
-        latest = self.latest()
-        saved = latest / _REFERENCE if latest else None
-        return saved if saved and saved.is_dir() else None
+        Damaged ones are named in a warning, once. They stay until a new one of their step takes their place.
+        """
+        for step, path in reversed(list_checkpoints(self._run_dir).items()):
+            if path in self._damaged or (before is not None and step >= before):
+                continue
+            damage = find_damage(path, self._run_id)
+            if damage is None:
+                return path
+            self._damaged.add(path)
+            log.warning("%s is not used: %s", path, damage)
+        if before is None and self._damaged:
+            log.warning("%s: no whole checkpoint is left, so the run begins again", self._run_dir)
+        return None
 
     def save(
         self,
         step: int,
         state: Mapping[str, Any],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        reference: PreTrainedModel | None = None,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        reference: "PreTrainedModel | None" = None,
     ) -> Path:
-        """Writes checkpoints/step_<step>, then removes all but the newest `keep`.
+        """Writes checkpoints/step_<step>, then removes all older ones but the newest, `keep` in all.
 
-        Args:
-            step: The rollout step that is done.
-            state: What else the next step depends on: numbers, texts, tensors, and dicts of them.
-            model: The model whose weights are saved.
-            tokenizer: The tokenizer that is saved beside them.
-            reference: The reference model where it is no longer the base model, else None.
+        `state` is what else the next step depends on: numbers, texts, tensors, and dicts of them; `reference`
+        is the reference model where it is no longer the base model.
 
         Raises:
             OSError: The disk takes no more. What was written is removed, the older ones are there.
         """
+        import torch
+
         target = self._folder / f"step_{step:06d}"
         partial = self._folder / f".{target.name}"
         try:
@@ -69,24 +112,38 @@ class Checkpointer:
                     reference.save_pretrained(partial / _REFERENCE)
                 with (partial / _STATE).open("wb") as file:  # torch alone would not say why it cannot write
                     torch.save(dict(state), file)
-                _flush(partial)
-                shutil.rmtree(target, ignore_errors=True)
+                files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+                digests = {str(path.relative_to(partial)): _digest(path) for path in files}
+                manifest = {"run_id": self._run_id, "step": step, "files": digests}
+                write_json(partial / _MANIFEST, manifest)
+                _flush(*partial.rglob("*"), partial)  # before the rename makes them count
+                remove(target)
                 partial.rename(target)
+                _flush(self._folder)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        for old in sorted(self._folder.glob("step_*"))[: -self._keep]:
-            shutil.rmtree(old)
+        self._damaged.discard(target)
+        known = list_checkpoints(self._run_dir).items()
+        whole = [path for number, path in known if number <= step and path not in self._damaged]
+        for old in whole[: -self._keep]:
+            remove(old)
         return target
 
-    def restore(self, path: Path, device: torch.device) -> dict[str, Any]:
+    def restore(self, path: Path, device: "torch.device") -> dict[str, Any]:
         """Reads the state of a checkpoint, without the weights; its tensors are on `device`."""
+        import torch
+
         return torch.load(path / _STATE, map_location=device, weights_only=True)
 
 
-def _flush(folder: Path) -> None:
-    """Forces the files to disk before the rename makes them count."""
-    for path in [*folder.rglob("*"), folder]:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(*paths: Path) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as LiveBar
 from rich.table import Table
+from rich.text import Text
 
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, load_run
@@ -20,10 +21,13 @@ SHOWN = {
     names.TOKENS_PER_SECOND: "{:,.0f} tok/s",
 }
 """What a step's line shows, short enough for 80 columns; a metric that is not there is left out."""
+SHOWN_FILES = (
+    "metrics.jsonl", "eval.jsonl", "completions", "checkpoints", "config.yaml", "run.json", "run.png",
+)  # fmt: skip
 
 
 class Progress:
-    """Owns the console while a run goes on. Context manager.
+    """Owns the console while a run of `total_steps` goes on, of which a resumed one has done `first_step`.
 
     On a terminal one live line; elsewhere a plain line for the first and the last step and at most one every
     `every_seconds` between them.
@@ -37,7 +41,6 @@ class Progress:
         every_seconds: float = 10.0,
         console: Console | None = None,
     ) -> None:
-        """Prepares the display for a run of `total_steps`, of which a resumed one has done `first_step`."""
         self._console = console or Console(highlight=False)
         self._total, self._first, self._every = total_steps, first_step, every_seconds
         self._began = self._last_line = -float("inf")
@@ -54,7 +57,9 @@ class Progress:
             self._bar.update(self._task, completed=step, shown=shown)
         elif step == self._total or time.monotonic() - self._last_line >= self._every:
             self._last_line = time.monotonic()
-            self.message(f"step {step}/{self._total}  {shown}  left {self._time_left(step)}")
+            done, seconds = step - self._first, time.monotonic() - self._began
+            left = format_duration(seconds / done * (self._total - step) if done > 0 else 0.0)
+            self.message(f"step {step}/{self._total}  {shown}  left {left}")
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Shows the score of an evaluation."""
@@ -65,11 +70,6 @@ class Progress:
         encoding = self._console.encoding
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         self._console.print(text, markup=False, soft_wrap=True)
-
-    def _time_left(self, step: int) -> str:
-        done = step - self._first
-        seconds = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else 0.0
-        return format_duration(seconds)
 
     def __enter__(self) -> "Progress":
         self._began = time.monotonic()
@@ -97,17 +97,20 @@ def summary_table(run_dir: Path) -> Table:
     """Returns what a run came to and where each file is, from the files of its directory.
 
     Raises:
-        FileNotFoundError: There is no metrics.jsonl.
+        FileNotFoundError: It is no run's directory.
     """
     run = load_run(run_dir)
-    table = Table(title=str(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
+    table = Table(title=Text(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for row in (*_outcome(run.metrics, run.evaluations), *_places(run_dir, run.record.get("wandb"))):
-        table.add_row(*row)
-    seconds = run.record.get("wall_seconds")
-    if seconds is not None:
-        table.add_row("wall time", format_duration(seconds))
+    files = [name for name in SHOWN_FILES if (run_dir / name).exists()]
+    rows = [*_outcome(run.metrics, run.evaluations), ("directory", str(run_dir)), ("files", " ".join(files))]
+    if location := run.record.get("wandb"):
+        rows.append(("W&B", location))
+    if (seconds := run.record.get("wall_seconds")) is not None:
+        rows.append(("wall time", format_duration(seconds)))
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -122,26 +125,9 @@ def _outcome(metrics: list[LoggedRow], evaluations: list[LoggedRow]) -> list[tup
     if rejected := _values(metrics, names.REJECTION_RATE):
         rows.append(("rejected tokens", f"mean {fmean(rejected):.2%}, max {max(rejected):.2%}"))
     counters = {"steps": names.STEP, "completions": names.COMPLETIONS, "tokens": names.GENERATED_TOKENS}
-    for label, key in counters.items():
-        if values := _values(metrics, key):
-            rows.append((label, f"{values[-1]:,.0f}"))
-    return rows
+    counted = {label: _values(metrics, key) for label, key in counters.items()}
+    return rows + [(label, f"{values[-1]:,.0f}") for label, values in counted.items() if values]
 
 
 def _values(rows: list[LoggedRow], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None]
-
-
-def _places(run_dir: Path, wandb_location: str | None) -> list[tuple[str, str]]:
-    known = [
-        "metrics.jsonl",
-        "eval.jsonl",
-        "completions",
-        "checkpoints",
-        "config.yaml",
-        "run.json",
-        "run.png",
-    ]
-    files = " ".join(name for name in known if (run_dir / name).exists())
-    places = [("directory", str(run_dir)), ("files", files)]
-    return [*places, ("W&B", wandb_location)] if wandb_location else places

@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 
 from capo_exp.config.errors import ConfigError, RunFailed
 
-STOPS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-"""A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's)."""
+STOPS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
+}  # fmt: skip
+"""A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's); a
+file or folder may not be written (permissions, an immutable file)."""
 
 
 @contextmanager
@@ -37,17 +41,13 @@ def write_atomic(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people to read, the whole of it or nothing."""
+def write_json(path: Path, fields: Any) -> None:
+    """Writes JSON for people to read, the whole of it or nothing."""
     write_atomic(path, json.dumps(fields, indent=2) + "\n")
 
 
 def append_line(file: FileIO, line: str) -> None:
-    """Appends a line to a file, the whole of it or nothing.
-
-    Raises:
-        OSError: The disk takes no more; the error names the file.
-    """
+    """Appends a line to a file, the whole of it or nothing; raises an OSError that names the file."""
     data, end = line.encode(), file.seek(0, os.SEEK_END)
     try:
         with name_disk_error(Path(str(file.name))):
@@ -57,6 +57,21 @@ def append_line(file: FileIO, line: str) -> None:
         with suppress(OSError):
             file.truncate(end)
         raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def list_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Returns step -> checkpoints/step_<step>, the oldest first, whole or not; other names are not ours."""
+    folders = (path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    steps = {int(path.name[5:]): path for path in folders if re.fullmatch("[0-9]{6,}", path.name[5:])}
+    return dict(sorted(steps.items()))
 
 
 def find_disk_error(error: BaseException | None) -> int | None:
@@ -103,19 +118,17 @@ def stop_on_disk_error(run_dir: Path) -> Iterator[None]:
         named = error.filename if isinstance(error, OSError) else None
         what = named or f"{run_dir}, or the output of this command,"
         raise RunFailed(
-            f"{what} could not be written: {os.strerror(number)}{_free(run_dir)}; {_kept(run_dir)}. "
-            "Make room or mend the disk, then the same command goes on from there"
+            f"{what} could not be written: {os.strerror(number)}{_state(run_dir)}. "
+            "Make room, or mend the disk or its permissions; then the same command goes on from there"
         ) from error
 
 
-def _free(folder: Path) -> str:
+def _state(run_dir: Path) -> str:
+    """Returns such as ` (0.0 MB free); step 8 is saved`, as far as the disk says."""
+    free, saved = "", dict[int, Path]()
     with suppress(OSError):
-        disk = os.statvfs(folder)
+        disk = os.statvfs(run_dir)
         no_entries = ", no entry for another file" if disk.f_files and not disk.f_favail else ""
-        return f" ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB free{no_entries})"
-    return ""
-
-
-def _kept(run_dir: Path) -> str:
-    last = max((path.name for path in (run_dir / "checkpoints").glob("step_*")), default=None)
-    return f"step {int(last.removeprefix('step_'))} is saved" if last else "nothing was saved yet"
+        free = f" ({disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB free{no_entries})"
+        saved = list_checkpoints(run_dir)
+    return f"{free}; " + (f"step {max(saved)} is saved" if saved else "nothing was saved yet")

@@ -61,8 +61,8 @@ def is_locked(folder: Path) -> bool:
     try:
         with (folder / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:  # no such file, or not ours to open
+        return False
     return False

@@ -38,12 +38,9 @@ class RunLogger:
     """Owns metrics.jsonl, eval.jsonl, completions/ and the W&B run of one run directory."""
 
     def __init__(self, run_dir: Path, *, resume_step: int, wandb_mode: str) -> None:
-        """Opens the files behind the checkpoint that training goes on from.
+        """Opens the files behind the checkpoint of `resume_step` (0 = none), and drops what was logged later.
 
-        Args:
-            run_dir: The run's directory; for W&B its config.yaml and run.json have to be there.
-            resume_step: Rollout steps in the checkpoint; what was logged later is dropped, everything if 0.
-            wandb_mode: auto | online | offline | disabled.
+        For W&B the run's config.yaml and run.json have to be there.
 
         Raises:
             ConfigError: A line of the files is not a row, or W&B refuses.
@@ -114,17 +111,13 @@ class RunLogger:
     def _append(self, file: FileIO, metrics: Mapping[str, float]) -> None:
         names.check_known(metrics)
         assert {names.STEP, names.COMPLETIONS} <= metrics.keys(), f"no {names.STEP} or {names.COMPLETIONS}"
-        row = {key: _plain(value) for key, value in metrics.items()}
+        row = {
+            key: None if not math.isfinite(value) else value if isinstance(value, int) else float(value)
+            for key, value in metrics.items()
+        }
         append_line(file, json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.send(row)
-
-
-def _plain(value: float) -> float | int | None:
-    """Returns a number as JSON has it: exact, and null where it is not finite."""
-    if isinstance(value, int):
-        return value
-    return float(value) if math.isfinite(value) else None
 
 
 def _is_floats(key: str) -> bool:

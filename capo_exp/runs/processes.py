@@ -1,6 +1,7 @@
 """How processes end each other: a signal lets the step end and be saved; children end with their parent."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -18,11 +19,8 @@ Handler = Callable[[int, object], None]
 
 @contextmanager
 def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C or SIGTERM sets; a second signal raises KeyboardInterrupt at once.
-
-    Args:
-        message: A function that tells the user what a signal has done.
-    """
+    """Gives an event that Ctrl-C, SIGTERM or SIGHUP sets, which `message` tells the user; a second one raises
+    KeyboardInterrupt at once."""
     stopped = threading.Event()
     first = 0.0
 
@@ -44,7 +42,7 @@ def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
 
 @contextmanager
 def forwarded_to(child: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Sends Ctrl-C and SIGTERM on to a child, which decides how to end; the event says that there was one."""
+    """Sends Ctrl-C, SIGTERM and SIGHUP on to a child, which decides how to end; the event is set then."""
     stopped = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -61,7 +59,18 @@ def _handled_by(handle: Handler) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
         yield
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def hang_up(number: int, frame: object) -> None:
+        with open(os.devnull, "wb") as nowhere:  # the terminal is gone: whoever writes to it would fail
+            for descriptor in terminals:
+                os.dup2(nowhere.fileno(), descriptor)
+        handle(number, frame)
+
+    handlers: dict[int, Handler] = {signal.SIGINT: handle, signal.SIGTERM: handle}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has asked to go on without a terminal
+        handlers[signal.SIGHUP] = hang_up
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

@@ -1,26 +1,39 @@
-"""Reads what a run left on disk. Runs may be short, unfinished, or older than a metric. Imports no torch."""
+"""Reads what a run left on disk. Runs may be short, unfinished, damaged, or older than a metric. No torch.
+
+A damaged file or line hides nothing else: a LoggedRun is what can be read, and says what it left out.
+"""
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
+from capo_exp.runs.parse import LoggedRow, is_parquet, read_parquet, read_yaml, scan_jsonl
 from capo_exp.runs.record import read_record, run_status
 
-LoggedRow = Mapping[str, Any]
+log = logging.getLogger(__name__)
+
 Array = NDArray[np.float64]
 
 MARKS = {"run.json", "metrics.jsonl"}
 """A folder with one of these files is a run directory."""
+
+RECORD_TYPES = {
+    "status": str, "run_id": str, "name": str, "error": str | None, "wall_seconds": int | float,
+    "counters": dict, "git": dict | None, "wandb": str | None,
+}  # fmt: skip
+"""What is relied on of run.json; other values count as missing."""
 
 EXPECTED = "expected a directory with runs, such as outputs, or a run's own, with run.json or metrics.jsonl"
 
@@ -31,14 +44,16 @@ class LoggedRun:
 
     path: Path
     config: dict[str, Any]
-    """config.yaml; empty if missing."""
+    """config.yaml; empty if missing or damaged."""
     record: dict[str, Any]
-    """run.json; empty if missing."""
+    """run.json; empty if missing or damaged."""
     metrics: list[LoggedRow]
     """metrics.jsonl, one row an optimiser step; empty before the first."""
     evaluations: list[LoggedRow]
     """eval.jsonl, one row an evaluation of training; then evaluations/test.jsonl, one row a checkpoint that
     `python -m capo_exp.evaluate` has tested, by the cards that it used last."""
+    left_out: tuple[str, ...] = ()
+    """What of its files could not be read, a sentence each."""
 
     def setting(self, key: str, default: Any = None) -> Any:
         """Returns a config value by its dotted key, such as `algo.selection.policy_shift_max`."""
@@ -54,16 +69,15 @@ class LoggedRun:
 
     @property
     def state(self) -> str:
-        """What it is now: absent (no run.json) | running | finished | failed | interrupted."""
+        """What it is now: absent (no run.json) | running | finished | failed | interrupted | unreadable."""
         return run_status(self.path)
 
 
 def find_runs(patterns: Sequence[str | Path]) -> list[Path]:
     """Returns run directories, each once, in order of their paths.
 
-    Args:
-        patterns: Each is a run directory, a file in it, a folder with runs at any depth, or a glob of these.
-            Hidden folders, and what is inside a run directory, are not searched.
+    A pattern is a run directory, a file in it, a folder with runs at any depth, or a glob of these. Hidden
+    folders, and what is inside a run directory, are not searched.
 
     Raises:
         ConfigError: A pattern matches nothing on disk, or there is no run in any of them.
@@ -110,18 +124,36 @@ def load_run(run_dir: Path | str) -> LoggedRun:
 
     Raises:
         FileNotFoundError: There is neither a metrics.jsonl nor a run.json.
-        ConfigError: A file is damaged.
     """
     path = Path(run_dir)
-    if not any((path / mark).exists() for mark in MARKS):
+    if not path.is_dir() or MARKS.isdisjoint(os.listdir(path)):
         raise FileNotFoundError(f"{path} has no metrics.jsonl; expected the directory of one run")
-    return LoggedRun(
-        path=path,
-        config=_yaml(path / "config.yaml"),
-        record=read_record(path) or {},
-        metrics=read_jsonl(path / "metrics.jsonl") or _archived(path / "metrics.parquet"),
-        evaluations=[*read_jsonl(path / "eval.jsonl"), *_tests(path / "evaluations" / "test.jsonl")],
-    )
+    left_out: list[str] = []
+
+    def rows(name: str) -> list[LoggedRow]:
+        found, damaged = scan_jsonl(path / name)
+        left_out.extend(damaged)
+        return found
+
+    config = _or_empty(lambda: read_yaml(path / "config.yaml"), left_out)
+    record = _or_empty(lambda: read_record(path) or {}, left_out)
+    wrong = [key for key, kind in RECORD_TYPES.items() if key in record and not isinstance(record[key], kind)]
+    left_out += [f"{path}/run.json: {key} is {json.dumps(record.pop(key))[:40]}" for key in wrong]
+    metrics = rows("metrics.jsonl") or _or_empty(lambda: _archived(path / "metrics.parquet"), left_out)
+    tests = rows("evaluations/test.jsonl")  # those of the benchmarks tested last; others are other questions
+    tests = [row for row in tests if row.get("cards") == tests[-1].get("cards")]
+    evaluations = [*rows("eval.jsonl"), *tests]
+    broken = sorted(set(_samples(path).values()) - set(list_samples(path).values()))
+    left_out += [f"{sample} is not a parquet file" for sample in broken]
+    return LoggedRun(path, config, record, metrics or [], evaluations, tuple(left_out))
+
+
+def _or_empty(read: Callable[[], Any], left_out: list[str]) -> Any:
+    try:
+        return read()
+    except ConfigError as error:
+        left_out.append(str(error).split(";")[0])
+        return {}
 
 
 def to_its_end(run: LoggedRun) -> LoggedRun:
@@ -141,7 +173,8 @@ def _left_out(run: LoggedRun) -> list[LoggedRow]:
     if run.record.get("status") != "finished" or not run.metrics:
         return []
     last = run.metrics[-1]
-    if not last.get(names.UNREWARDED_STEPS):
+    counted = last.keys() >= {names.STEP, names.COMPLETIONS} and last.get(names.UNREWARDED_STEPS)
+    if not counted or not run.config:
         return []
     step, completions = int(last[names.STEP]), last[names.COMPLETIONS]
     batch = run.setting("regime.prompts_per_step") * run.setting("regime.group_size")
@@ -153,62 +186,52 @@ def _left_out(run: LoggedRun) -> list[LoggedRow]:
     ]
 
 
-def _tests(path: Path) -> list[LoggedRow]:
-    """Returns the rows of the benchmarks that were tested last; others are other questions."""
-    rows = read_jsonl(path)
-    return [row for row in rows if row.get("cards") == rows[-1].get("cards")]
-
-
 def read_jsonl(path: Path) -> list[LoggedRow]:
     """Returns the rows of a .jsonl file: none if it is missing, without a last line that a kill cut short.
 
     Raises:
-        ConfigError: Another line is not a JSON object.
+        ConfigError: Another line is not a row.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _object(text: bytes, where: str) -> LoggedRow:
-    try:
-        row = json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ConfigError(f"{where}: not JSON ({error}); remove the line, or the run") from None
-    if isinstance(row, dict):
-        return row
-    raise ConfigError(f"{where}: got {str(row)[:40]}, expected a JSON object; remove the line, or the run")
+    rows, damaged = scan_jsonl(path)
+    if damaged:
+        raise ConfigError(f"{damaged[0]}; remove the line, or the run")
+    return rows
 
 
 def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]:
-    """Returns sampled completions in the order of their steps, each with its `step`.
+    """Returns sampled completions of a step, or all in the order of their steps, each with its `step`.
 
-    Args:
-        run: The run; older ones lack some columns.
-        step: The rollout step; None = all that are on disk.
-
-    Raises:
-        ConfigError: A file is damaged.
+    A damaged file is left out with a warning; older runs lack some columns.
     """
-    files = {int(path.stem[5:]): path for path in (run.path / "completions").glob("step_[0-9]*.parquet")}
-    wanted = sorted(files) if step is None else [step] if step in files else []
-    return [{**row, "step": number} for number in wanted for row in _parquet(files[number])]
+    found: list[LoggedRow] = []
+    for number, path in sorted(list_samples(run.path).items()):
+        if step in (None, number):
+            try:
+                found += [{**row, "step": number} for row in read_parquet(path)]
+            except ConfigError as error:
+                log.warning("left out: %s", error)
+    return found
+
+
+def list_samples(run_dir: Path) -> dict[int, Path]:
+    """Returns step -> file of sampled completions, without what is no parquet file from end to end."""
+    return {step: path for step, path in _samples(run_dir).items() if is_parquet(path)}
+
+
+def _samples(run_dir: Path) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    with suppress(OSError):
+        for name in os.listdir(run_dir / "completions"):
+            if match := re.fullmatch(r"step_([0-9]+)\.parquet", name):
+                found[int(match[1])] = run_dir / "completions" / name
+    return found
 
 
 def _archived(path: Path) -> list[LoggedRow]:
     """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
-    rows = _parquet(path) if path.exists() else []
+    rows = read_parquet(path) if os.path.exists(path) else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
     return [{key: None if value != value else value for key, value in row.items()} for row in known]
-
-
-def _parquet(path: Path) -> list[LoggedRow]:
-    import pyarrow.parquet as pq  # here, so that whoever reads no completions does not wait for it
-
-    try:
-        return pq.ParquetFile(path).read().to_pylist()  # read_table would import pandas
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read as parquet ({reason}); remove the file") from None
 
 
 def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIONS) -> tuple[Array, Array]:
@@ -217,15 +240,3 @@ def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIO
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None and "NaN" become NaN
     table[~np.isfinite(table)] = np.nan
     return table[:, 0], table[:, 1]
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:  # a resolved config is plain YAML: libyaml reads it 20 times faster than OmegaConf.load
-        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.exists() else {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML ({reason}); restore or remove it") from None
-    if isinstance(plain, dict):
-        return {str(key): value for key, value in plain.items()}
-    got = f"got {str(plain)[:40]!r}, expected the config of a run"
-    raise ConfigError(f"{path}: {got}; restore or remove it")

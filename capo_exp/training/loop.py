@@ -33,7 +33,7 @@ def run(config: TrainConfig) -> Path:
 
     Raises:
         ConfigError: before anything is written, if an input is missing or wrong.
-        TrainingDiverged: if a loss is not finite; names the last good checkpoint.
+        TrainingDiverged: if a loss is not finite; says what to lower, and which checkpoint is from before.
         RunFailed: if the disk takes no more; says where the same command goes on.
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
@@ -68,13 +68,27 @@ def _train(session: Session, stopped: threading.Event) -> None:
         kept = f"step {session.step} is saved" if session.step else "nothing was trained yet"
         raise EngineFailed(f"{error}\n{kept}; the same command goes on from there") from error
     except TrainingDiverged as error:
-        last = session.checkpointer.latest()
-        raise TrainingDiverged(f"{error}; last good checkpoint: {last or 'none, the base model'}") from error
+        raise TrainingDiverged(f"{error}; {_advise(session)}") from error
     except torch.OutOfMemoryError as error:
         raise RunFailed(
             f"{str(error).splitlines()[0]} Lower model.micro_batch_size, model.logits_chunk_tokens or what "
             "sampling takes: rollout.engine.max_sequences_per_call (hf) or gpu_memory_utilization (vllm)"
         ) from error
+
+
+def _advise(session: Session) -> str:
+    """Says what to do about a step that was not finite.
+
+    Weights whose very next step is not finite are the trouble already, so the checkpoint to go back to is one
+    that was followed by a finite step. The same command goes on from the newest, and samples the same again.
+    """
+    regime, optimizer = session.config.regime, session.config.optimizer
+    good = session.checkpointer.latest(before=session.step)
+    back = f"go on from before it with model.path={good}" if good else "begin again from the base model"
+    return (
+        f"the same command would end here again: lower regime.learning_rate={regime.learning_rate:g} or "
+        f"optimizer.max_grad_norm={optimizer.max_grad_norm:g}, and {back}"
+    )
 
 
 def _take_steps(session: Session, stopped: threading.Event) -> None:

@@ -29,7 +29,8 @@ def take_optimizer_step(learner: Learner, given: StepInput) -> tuple[dict[str, f
     metrics = gradient_metrics(gradient)
     if not (isfinite(gradient.loss) and isfinite(gradient.norm)):
         learner.optimizer.zero_grad(set_to_none=True)
-        bad = ", ".join(f"{name}={value}" for name, value in metrics.items() if not isfinite(value))
+        found = {"loss/total": gradient.loss, "policy/grad_norm": gradient.norm}
+        bad = ", ".join(f"{name}={value}" for name, value in found.items() if not isfinite(value))
         raise TrainingDiverged(f"optimizer step {learner.optimizer_step + 1}: not finite: {bad}")
     before = look_before(learner, gradient, watch)
     metrics |= learner.apply(gradient, watch)

@@ -17,11 +17,13 @@ from capo_exp.data.prompts import fingerprint, preview
 from capo_exp.grading.terms import build_terms
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
-from capo_exp.runs.checkpoint import Checkpointer
+from capo_exp.runs.checkpoint import Checkpointer, find_reference
 from capo_exp.runs.console import Progress
+from capo_exp.runs.identity import run_id
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.record import RunRecord, read_record
 from capo_exp.training.learner import Learner
+from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import Rollout, Sampler
 
 COUNTS = tuple(
@@ -86,9 +88,15 @@ class Session:
         return self.counts | own | {"counter/reference_resets": learner.reference_resets}
 
     def save(self) -> None:
-        """Writes a checkpoint."""
-        self.logger.sync()
+        """Writes a checkpoint.
+
+        Raises:
+            TrainingDiverged: if a weight is not finite; nothing is written then.
+        """
         learner, counters = self.learner, self.counters()
+        if not all(weight.isfinite().all() for weight in learner.model.parameters()):
+            raise TrainingDiverged(f"the weights after step {self.step} are not finite")
+        self.logger.sync()
         state = learner.state_dict() | {"counters": counters}
         reference = learner.reference if learner.reference_resets else None
         self.checkpointer.save(self.step, state, learner.model, self.inputs.tokenizer, reference)
@@ -123,10 +131,10 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     Raises:
         ConfigError: if the run began with other problems.
     """
-    checkpointer = Checkpointer(directory, keep=config.checkpoint.keep)
+    checkpointer = Checkpointer(directory, keep=config.checkpoint.keep, run_id=run_id(config))
     latest = checkpointer.latest()
     model = policy.load_model(config.model, inputs.device, weights=latest)
-    reference = load_reference(config, inputs, checkpointer.latest_reference())
+    reference = load_reference(config, inputs, find_reference(latest))
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
     before = (read_record(directory) or {}).get("data", inputs.fingerprint)
     if latest is not None and before != inputs.fingerprint:
@@ -156,7 +164,11 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     terms = build_terms(config.reward)
     sampler = Sampler(train_engine, engine, inputs.verifier, inputs.data.train, terms)
     counts = {name: counters.get(name, 0) for name in COUNTS}
-    return Session(config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts)
+    session = Session(
+        config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts
+    )
+    record.update(session.counters())  # a kill may have come between the checkpoint and run.json
+    return session
 
 
 def load_reference(config: TrainConfig, inputs: Inputs, weights: Path | None) -> PreTrainedModel | None:

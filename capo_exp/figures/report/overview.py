@@ -78,10 +78,15 @@ def overview(runs: Sequence[LoggedRun], named: Sequence[str], curves: Sequence[C
     looks = style.looks(curves)
     colours = {run.path: looks[curve.label].colour for curve in curves for run in curve.runs}
     return [
-        RunLine(label, run.path.name, colours.get(run.path, style.OTHER), error, _cells(run))
+        RunLine(label, run.path.name, colours.get(run.path, style.OTHER), _trouble(run), _cells(run))
         for run, label in zip(runs, named, strict=True)
-        for error in [run.record.get("error") if run.state == "failed" else None]
     ]
+
+
+def _trouble(run: LoggedRun) -> str | None:
+    """Says why a run failed, and what of its files could not be read."""
+    failed = run.record.get("error") if run.state == "failed" else None
+    return "; ".join(filter(None, [failed, *(f"left out: {text}" for text in run.left_out)])) or None
 
 
 def _cells(run: LoggedRun) -> list[Cell]:

@@ -28,13 +28,11 @@ CSS_DPI = 96
 
 
 def write_report(
-    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path,
-    left_out: Sequence[str] = (),
-) -> Path:  # fmt: skip
+    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
+) -> Path:
     """Writes the page to the file `output`, or as report.html into a folder.
 
-    The curves give the runs their order and labels; a run of none is called by its folder, and last. The
-    page also says what of other runs could not be read.
+    The curves give the runs their order and labels; a run of none is called by its folder, and last.
     """
     runs = overview.in_order(runs, curves)
     named = overview.run_labels(runs, curves)
@@ -54,7 +52,6 @@ def write_report(
         viewer_js=viewer_js,
         columns=overview.COLUMNS,
         recent=overview.RECENT,
-        left_out=left_out,
         summary=overview.overview(runs, named, curves),
         figures=[embedded(figure) for figure in figures],
         differences=overview.differing(runs, named),

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_exp.config.errors import ConfigError
-from capo_exp.runs.read import LoggedRow, LoggedRun, load_completions
+from capo_exp.runs.read import LoggedRow, LoggedRun, list_samples, load_completions
 
 MAX_BYTES = 5_500_000
 """Of all completions in the page together; what does not fit is left out, and the page says so."""
@@ -42,8 +41,6 @@ class Excerpt:
     """Step -> its first completions, in the order they were logged."""
     total: int
     """Completions that the chosen steps have on disk."""
-    damage: str = ""
-    """Why they cannot be read."""
 
     @property
     def shown(self) -> int:
@@ -52,8 +49,6 @@ class Excerpt:
     @property
     def note(self) -> str:
         """Says which steps and completions are here and which are not, as a sentence."""
-        if self.damage:
-            return f"left out: {self.damage}"
         if not self.logged:
             return "no completions on disk (logger.completions_every)"
         text = f"{len(self.steps)} of {len(self.logged)} logged steps: {', '.join(map(str, self.steps))}"
@@ -68,13 +63,9 @@ def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Exce
 
 def excerpt(run: LoggedRun, room: float) -> Excerpt:
     """Takes evenly spread steps, and of each as many of its first completions as fit into `room` bytes."""
-    files = (run.path / "completions").glob("step_*.parquet")
-    logged = sorted(int(number) for path in files if (number := path.stem.removeprefix("step_")).isdecimal())
+    logged = sorted(list_samples(run.path))
     places = np.linspace(0, len(logged) - 1, min(len(logged), MAX_STEPS)) if logged else []
-    try:
-        rows = {step: load_completions(run, step) for step in [logged[round(place)] for place in places]}
-    except ConfigError as damage:
-        return Excerpt(run, logged, {}, 0, str(damage))
+    rows = {step: load_completions(run, step) for step in [logged[round(place)] for place in places]}
     shown = {step: _first_rows(found, room / len(rows)) for step, found in rows.items()}
     return Excerpt(run, logged, shown, sum(map(len, rows.values())))
 

@@ -1,0 +1,34 @@
+"""Writes the offline W&B run of run directories anew, such as of a run that was killed, from their files.
+
+    python scripts/write_wandb.py outputs/default ...
+
+prints for each the `wandb sync` that uploads it. Runs in progress are left alone.
+"""
+
+import sys
+
+from capo_exp.config.errors import ConfigError
+from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.read import find_runs
+from capo_exp.runs.trackers import WandbRun
+
+
+def main(folders: list[str]) -> int:
+    """Returns the exit status: 2 if there is no run."""
+    try:
+        for directory in find_runs(folders):
+            if is_locked(directory):
+                sys.stdout.write(f"{directory}: in progress\n")
+                continue
+            with locked(directory):
+                run = WandbRun(directory, "offline")
+                sys.stdout.write(f"{run.location}\n")
+                run.finish(0)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
