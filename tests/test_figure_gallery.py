@@ -82,17 +82,18 @@ def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
 
 def check_page(figure: Figure) -> None:
     """Nothing sticks out of the page, no text lies on another, no legend on the axes."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
-    everything, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
-    assert min(everything.x0, everything.y0) > -0.01
-    assert everything.x1 < width + 0.01 and everything.y1 < height + 0.01
-    for axes in figure.axes:
-        box = axes.get_window_extent(renderer)
-        assert not any(legend.get_window_extent(renderer).overlaps(box) for legend in figure.legends)
-        for axis in (axes.xaxis, axes.yaxis):
-            check_apart(shown_ticks(axis))
-        check_apart([text for text in axes.texts if text.get_text()])
+    with rc_context(style.SETTINGS):  # how many ticks there are follows the size of their letters
+        figure.draw_without_rendering()
+        renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+        everything, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
+        assert min(everything.x0, everything.y0) > -0.01
+        assert everything.x1 < width + 0.01 and everything.y1 < height + 0.01
+        for axes in figure.axes:
+            box = axes.get_window_extent(renderer)
+            assert not any(legend.get_window_extent(renderer).overlaps(box) for legend in figure.legends)
+            for axis in (axes.xaxis, axes.yaxis):
+                check_apart(shown_ticks(axis))
+            check_apart([text for text in axes.texts if text.get_text()])
 
 
 def check_apart(texts: Sequence[Text]) -> None:
