@@ -335,7 +335,7 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
         ("a", 0.4),
     ]
     assert [row["centre"] for row in found if row["panel"] == "CAPO (A): occurrences"] == ["2", "10"]
-    (study.runs[0].path / "completions" / "step_000010.parquet").write_bytes(b"PAR1")
+    (study.runs[0].path / "completions" / "step_000010.parquet").write_bytes(b"torn")
     damaged = compose("rejected_tokens", study)  # the other seed's are still there
     assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
     assert "step_000010.parquet cannot be read" in caption(damaged)

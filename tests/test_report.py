@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
     ]
     for path in paths:
         write_completions(path, 10, [completion(TOKENS)])
-    (paths[0] / "completions" / "step_000010.parquet").write_bytes(b"PAR1")
+    (paths[0] / "completions" / "step_000010.parquet").write_bytes(b"torn")
     runs = [load_run(path) for path in paths]
     page = Page(write_report(runs, [], [], tmp_path, left_out=["c/metrics.jsonl, line 2: <b>"]))
     assert "Left out: c/metrics.jsonl, line 2: <b>" in page.text
