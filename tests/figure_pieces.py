@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.figures.curves import curves
@@ -38,11 +40,23 @@ PAPER = (
 
 
 @cache
-def config_of(job: str) -> TrainConfig:
+def composed(choices: str) -> DictConfig:
     register()
-    experiment, *overrides = job.split()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return to_config(compose("config", [f"experiment=paper/{experiment}", "scale=tiny", *overrides]))
+        return compose("config", choices.split())
+
+
+@cache
+def config_of(job: str) -> TrainConfig:
+    """Composing takes half a second, so that values are set afterwards and only choices are composed."""
+    experiment, *overrides = job.split()
+    pairs = [override.split("=") for override in overrides]
+    choices = [f"{key}={value}" for key, value in pairs if "." not in key]
+    config = deepcopy(composed(" ".join([f"experiment=paper/{experiment} scale=tiny", *choices])))
+    for key, value in pairs:
+        if "." in key:
+            OmegaConf.update(config, key, yaml.safe_load(value))
+    return to_config(config)
 
 
 def steady(x: int, seed: int) -> float:
@@ -58,7 +72,7 @@ def write_run(
     config = replace(config_of(job), seed=seed)
     folder = root / run_name(config)
     folder.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create(as_dict(config)), folder / "config.yaml")
+    (folder / "config.yaml").write_text(yaml.dump(as_dict(config)))
     git = {"commit": COMMIT, "dirty": False}
     record = {"run_id": run_id(config), "status": "finished", "git": git, "data": "d0"}
     (folder / "run.json").write_text(json.dumps(record))
@@ -90,31 +104,24 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def batch(config: TrainConfig) -> int:
-    return config.regime.prompts_per_step * config.regime.group_size
-
-
 def metrics(step: int, config: TrainConfig, seed: int, accuracy: Accuracy) -> dict[str, Any]:
     """A row of metrics.jsonl with every key that is documented."""
-    x = step * batch(config)
-    row: dict[str, Any] = {
-        key: 0.1 for key in names.METRICS if not key.startswith(("eval/", "test/", "time/"))
-    }
-    row |= {"counter/rollout_step": step, "counter/optimizer_step": step * config.algo.num_iterations}
-    row |= {
-        "counter/completions": x,
-        "counter/generated_tokens": 30 * x,
-        "reward/accuracy": accuracy(x, seed),
-    }
-    row |= {"policy/grad_norm": step * (1.0 + seed), "curvature/batch/policy_shift": 1e-7 * step}
-    row |= {"time/total_seconds": 2.0, "time/rollout_seconds": 1.0, "time/curvature_seconds": 0.25}
-    return row
+    x = step * config.regime.prompts_per_step * config.regime.group_size
+    logged = [key for key in names.METRICS if not key.startswith(("eval/", "test/", "time/"))]
+    return dict.fromkeys(logged, 0.1) | {
+        "counter/rollout_step": step, "counter/optimizer_step": step * config.algo.num_iterations,
+        "counter/completions": x, "counter/generated_tokens": 30 * x, "counter/unrewarded_steps": 0,
+        "rollout/sampling_rounds": 1,
+        "reward/accuracy": accuracy(x, seed), "policy/grad_norm": step * (1.0 + seed),
+        "curvature/batch/policy_shift": 1e-7 * step, "time/total_seconds": 2.0,
+        "time/rollout_seconds": 1.0, "time/curvature_seconds": 0.25,
+    }  # fmt: skip
 
 
 def evaluation(
     step: int, config: TrainConfig, seed: int, accuracy: Accuracy, *, key: str = "eval/accuracy"
 ) -> dict[str, Any]:
-    x = step * batch(config)
+    x = step * config.regime.prompts_per_step * config.regime.group_size
     counters = {names.STEP: step, names.COMPLETIONS: x, "counter/optimizer_step": step}
     return {**counters, key: accuracy(x, seed)}
 

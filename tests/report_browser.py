@@ -31,7 +31,15 @@ return [...document.querySelectorAll("body *")].filter(counts).map((node) => {
 }).filter(([contrast]) => contrast < 4.5);
 """
 """JavaScript: the texts on the screen with less contrast than 4.5, and what it is."""
-
+CUT = """
+const scrolls = (node) => getComputedStyle(node).overflowX !== "visible";
+const hides = (node) => node.scrollWidth > node.clientWidth + 1 && scrolls(node);
+const counts = (node) => node.checkVisibility() && node.clientWidth > 1;
+const seen = [...document.querySelectorAll("body *")].filter(counts);
+const beyond = (node) => node.getBoundingClientRect().right > innerWidth + 1;
+return seen.filter((node) => beyond(node) || hides(node)).map((node) => node.outerHTML.slice(0, 90));
+"""
+"""JavaScript: what sticks out of the window, or is wider than the box that it scrolls in."""
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -59,6 +67,14 @@ class Page:
 
     def load(self) -> "Page":
         self.browser.get(self.path.as_uri())
+        return self
+
+    def emulate(self, width: int, scheme: str) -> "Page":
+        """Makes the window as wide as a screen with this colour scheme."""
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         return self
 
     def run(self, script: str, *values: Any) -> Any:

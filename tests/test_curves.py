@@ -11,7 +11,7 @@ import pytest
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.figures import labels, style
-from capo_exp.figures.curves import FIRST, Curve, curves, reference_of, start_value
+from capo_exp.figures.curves import FIRST, Curve, curves, families, reference_of, start_value
 from capo_exp.figures.report.overview import differences
 from capo_exp.runs.identity import as_dict, run_id, run_name
 from capo_exp.runs.read import LoggedRow, LoggedRun
@@ -26,14 +26,10 @@ STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
 def make(composed: Callable[..., TrainConfig]) -> Make:
     """A run as `python -m capo_exp OVERRIDES` would leave it."""
 
-    def run(
-        *overrides: str, record: dict[str, Any] | None = None, metrics: list[LoggedRow] | None = None
-    ) -> LoggedRun:
+    def run(*overrides: str, record: Any = None, metrics: list[LoggedRow] | None = None) -> LoggedRun:
         config = composed(*overrides)
-        base = {"run_id": run_id(config), "device": "cpu", "data": "d1"}
-        return LoggedRun(
-            Path("outputs") / run_name(config), as_dict(config), base | (record or {}), metrics or [], []
-        )
+        base = {"run_id": run_id(config), "device": "cpu", "data": "d1"} | (record or {})
+        return LoggedRun(Path("outputs") / run_name(config), as_dict(config), base, metrics or [], [])
 
     return run
 
@@ -140,18 +136,17 @@ def test_a_method_that_states_no_look_has_one_by_its_name() -> None:
     assert style.colour(mine) == style.colour(bare(name="mine", variant="x"))
     assert len({style.colour(bare(name=f"mine_{i}")) for i in range(20)}) > 3
     assert style.colour(bare(name="grpo", colour="#123456")) == "#123456"
+    wrong = bare(name="mine", colour="javascript:1", marker="none of these")  # a record may hold anything
+    assert (style.colour(wrong), style.marker(wrong)) == (style.colour(mine), style.marker(mine))
     assert style.colour(LoggedRun(Path("r"), {}, {}, [], [])) == style.OTHER
 
 
 def test_a_look_is_no_other_experiment(make: Make) -> None:
     plain, other = make("seed=0"), make("seed=1", "algo.label=X", "algo.colour=red", "algo.marker=x")
-    assert run_of_seed(plain) == run_of_seed(make("algo.label=X", "algo.colour=red", "algo.marker=x"))
+    looks = make("algo.label=X", "algo.colour=red", "algo.marker=x")
+    assert plain.record["run_id"] == looks.record["run_id"]
     [curve] = curves([plain, other], mix=False)
     assert len(curve.runs) == 2
-
-
-def run_of_seed(run: LoggedRun) -> str:
-    return run.record["run_id"]
 
 
 def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Make) -> None:
@@ -166,15 +161,13 @@ def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Mak
     ]
 
 
-def test_labels_that_shortening_makes_the_same_are_numbered(make: Make) -> None:
+def test_labels_that_shortening_or_rounding_makes_the_same_are_numbered(make: Make) -> None:
     runs = [make(f"algo.variant={'x' * 80}", f"regime.learning_rate={rate}") for rate in ("1e-4", "2e-4")]
     found = [curve.label for curve in curves(runs, mix=False)]
     assert len(set(found)) == 2 and found[0].endswith("… #1") and max(map(len, found)) < 61
     runs = [make(f"regime.learning_rate={rate}") for rate in ("1.00001e-4", "1.00002e-4")]
-    assert sorted(curve.label for curve in curves(runs, mix=False)) == [
-        "CAPO (A) lr 1e-4 #1",
-        "CAPO (A) lr 1e-4 #2",
-    ]
+    found = sorted(curve.label for curve in curves(runs, mix=False))
+    assert found == ["CAPO (A) lr 1e-4 #1", "CAPO (A) lr 1e-4 #2"]
 
 
 def test_the_papers_methods_come_first_then_others_by_label(make: Make) -> None:
@@ -195,18 +188,13 @@ def test_a_copy_counts_once_and_the_one_that_came_further_counts(make: Make) -> 
 
 
 def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
-    run = make("seed=3")
+    run, often = make("seed=3"), make("seed=3", "evaluation.every=1")  # trains to the same numbers
     for ids in ("aaaa", "bbbb"), (None, None), ("aaaa", None):
-        same = [
-            replace(run, path=Path(f"x{i}"), record={"run_id": name, "data": "d1"})
-            for i, name in enumerate(ids)
-        ]
+        records = [{"run_id": name, "data": "d1"} for name in ids]
+        same = [replace(run, path=Path(f"x{i}"), record=record) for i, record in enumerate(records)]
         for mix in (False, True):
-            with pytest.raises(
-                ConfigError, match=r"x0, x1: different runs .* seed 3; expected one run for each"
-            ):
+            with pytest.raises(ConfigError, match=r"x0, x1: different runs .* seed 3; expected one run for"):
                 curves(same, mix=mix)
-    often = make("seed=3", "evaluation.every=1")  # trains to the same numbers
     with pytest.raises(ConfigError, match="same settings and seed 3"):
         curves([run, often], mix=False)
 
@@ -232,6 +220,7 @@ def test_what_cannot_be_compared_is_refused(make: Make, overrides: list[str], ke
     message = str(caught.value)
     assert key in message and "mix=true" in message and "narrow runs=" in message and "\n" not in message
     assert [len(curve.runs) for curve in curves(runs, mix=True)] == [1, 2]
+    assert families(runs) == [runs[:2], runs[2:]]
 
 
 def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) -> None:
@@ -265,11 +254,8 @@ def test_mixed_curves_say_their_model(make: Make) -> None:
 
 
 def test_runs_without_a_config_are_curves_of_their_own() -> None:
-    runs = [LoggedRun(Path(f"{folder}/x"), {}, {}, [], []) for folder in "ab"] + [
-        LoggedRun(Path("c/y"), {}, {}, [], [])
-    ]
-    found = curves(runs, mix=False)
-    assert shape(found) == [("x #1", [None]), ("x #2", [None]), ("y", [None])]
+    runs = [LoggedRun(Path(path), {}, {}, [], []) for path in ("a/x", "b/x", "c/y")]
+    assert shape(curves(runs, mix=False)) == [("x #1", [None]), ("x #2", [None]), ("y", [None])]
     assert curves([], mix=False) == []
 
 
@@ -296,10 +282,8 @@ def test_length_counts_where_the_learning_rate_follows_it(make: Make) -> None:
     assert number("optimizer.schedule=constant") == 1
     assert number("regime.learning_rate=0.0") == 1
     runs = [make("optimizer.schedule=constant"), make()]
-    assert {curve.label for curve in curves(runs, mix=False)} == {
-        "CAPO (A) constant schedule",
-        "CAPO (A) cosine schedule",
-    }
+    found = {curve.label for curve in curves(runs, mix=False)}
+    assert found == {"CAPO (A) constant schedule", "CAPO (A) cosine schedule"}
 
 
 def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
@@ -313,18 +297,14 @@ def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
 
 
 def test_differences(make: Make) -> None:
-    runs = [
-        make("algo=capo", "seed=0", "output_dir=/a"),
-        make("algo=grpo", "seed=1", "evaluation.every=5", "dataset.path=/b"),
-    ]
+    other = ("algo=grpo", "seed=1", "evaluation.every=5", "dataset.path=/b")
+    runs = [make("algo=capo", "seed=0", "output_dir=/a"), make(*other)]
     table = differences(runs)
     assert table["algo.name"] == ["capo", "grpo"] and table["seed"] == [0, 1]
     assert table["evaluation.every"] == [20, 5]
     assert table["algo.selection.policy_shift_max"] == [1e-4, None]
-    assert table["algo.selection._target_"] == [
-        "capo_exp.algorithms.capo.shift_bounds",
-        "capo_exp.algorithms.neutral.keep_all",
-    ]
+    functions = ["capo_exp.algorithms.capo.shift_bounds", "capo_exp.algorithms.neutral.keep_all"]
+    assert table["algo.selection._target_"] == functions
     assert len(table) == 7 and next(iter(table)) == "algo.name"
     assert differences([runs[0], runs[0]]) == {} == differences([])
     assert "dataset.path" not in differences([replace(run, record={}) for run in runs])
@@ -341,10 +321,8 @@ def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:
 
 
 def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> LoggedRun:
-    rows = [
-        {STEP: first + i, COMPLETIONS: 96 * (first + i), "reward/accuracy": a}
-        for i, a in enumerate(accuracies)
-    ]
+    steps = enumerate(accuracies, first)
+    rows = [{STEP: step, COMPLETIONS: 96 * step, "reward/accuracy": a} for step, a in steps]
     return make("algo=grpo", "regime.name=zero", "regime.learning_rate=0", f"seed={seed}", metrics=rows)
 
 
@@ -358,27 +336,19 @@ def test_where_accuracy_curves_start(make: Make) -> None:
 
 
 def test_evaluations_have_a_real_start(make: Make) -> None:
-    rows = [
-        {STEP: 0, COMPLETIONS: 0, "eval/accuracy": 0.5},
-        {STEP: 20, COMPLETIONS: 1920, "eval/accuracy": 0.8},
-    ]
+    rows = [{COMPLETIONS: 0, "eval/accuracy": 0.5}, {COMPLETIONS: 1920, "eval/accuracy": 0.8}]
     runs = [
         replace(make(), evaluations=rows),
         replace(make(), evaluations=[rows[0] | {"eval/accuracy": 0.7}]),
-        make(),
     ]
-    assert start_value(runs, "eval/accuracy") == pytest.approx(0.6)
-    assert start_value(runs[2:], "eval/accuracy") is None
+    assert start_value([*runs, make()], "eval/accuracy") == pytest.approx(0.6)
+    assert start_value([make()], "eval/accuracy") is None
 
 
 def test_a_config_that_has_been_through_javascript_is_the_same(make: Make) -> None:
-    run = make("seed=0", "optimizer.betas=[0.0,0.95]")
-    text = (
-        json.dumps(make("seed=1", "optimizer.betas=[0.0,0.95]").config)
-        .replace(".0,", ",")
-        .replace(".0}", "}")
-    )
-    exported = replace(make("seed=1"), config=json.loads(text))
+    run, other = (make(f"seed={seed}", "optimizer.betas=[0.0,0.95]") for seed in (0, 1))
+    text = json.dumps(other.config).replace(".0,", ",").replace(".0}", "}")
+    exported = replace(other, config=json.loads(text))
     assert exported.config["optimizer"]["betas"] == [0, 0.95] and '"top_p": 1,' in text
     assert len(curves([run, exported], mix=False)) == 1
     whole = make("seed=1", "model.gradient_checkpointing=true", "optimizer.betas=[0.0,0.95]")

@@ -4,27 +4,29 @@ import csv
 import io
 import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from capo_exp.config.errors import ConfigError
 from capo_exp.figures import style, tables
 from capo_exp.figures.bars import luminance
-from capo_exp.figures.curves import Curve
-from capo_exp.figures.gallery import FIGURES, TRAINING, find_figure
-from capo_exp.figures.lines import lines
-from capo_exp.figures.page import Picture, caption, compose, draw_page, footer
-from capo_exp.figures.panel import Level, Panel
+from capo_exp.figures.curves import Curve, curves
+from capo_exp.figures.gallery import FIGURES, find_figure
+from capo_exp.figures.lines import Told, lines
+from capo_exp.figures.page import Picture, caption, compose, draw_page
+from capo_exp.figures.panel import Panel
+from capo_exp.figures.paper import TRAINING
 from capo_exp.figures.per_run import STAGES
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs.metrics import METRICS
-from capo_exp.runs.read import LoggedRun
+from capo_exp.runs.read import LoggedRun, load_run, to_its_end
 from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_run, write_study
 
 pytestmark = NO_WARNINGS
@@ -41,8 +43,8 @@ TARGET = 0.41 + 2e-6 * 59904
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Two seeds of the paper's runs, at most 30 steps."""
-    return study_in(write_study(tmp_path_factory.mktemp("all"), PAPER, steps=30))
+    """Two seeds of the paper's runs, at most 12 steps."""
+    return study_in(write_study(tmp_path_factory.mktemp("all"), PAPER, steps=12))
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +81,25 @@ def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
 
 
 def check_page(figure: Figure) -> None:
-    """Nothing sticks out of the page, no tick label lies on another, no legend on the axes."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
-    everything, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
-    assert min(everything.x0, everything.y0) > -0.01
-    assert everything.x1 < width + 0.01 and everything.y1 < height + 0.01
-    for axes in figure.axes:
-        box = axes.get_window_extent(renderer)
-        assert not any(legend.get_window_extent(renderer).overlaps(box) for legend in figure.legends)
-        for axis in (axes.xaxis, axes.yaxis):
-            labels = [label.get_window_extent(renderer) for label in shown_ticks(axis)]
-            assert not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
+    """Nothing sticks out of the page, no text lies on another, no legend on the axes."""
+    with rc_context(style.SETTINGS):  # how many ticks there are follows the size of their letters
+        figure.draw_without_rendering()
+        renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+        everything, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
+        assert min(everything.x0, everything.y0) > -0.01
+        assert everything.x1 < width + 0.01 and everything.y1 < height + 0.01
+        for axes in figure.axes:
+            box = axes.get_window_extent(renderer)
+            assert not any(legend.get_window_extent(renderer).overlaps(box) for legend in figure.legends)
+            for axis in (axes.xaxis, axes.yaxis):
+                check_apart(shown_ticks(axis))
+            check_apart([text for text in axes.texts if text.get_text()])
+
+
+def check_apart(texts: Sequence[Text]) -> None:
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    for (one, box), (other, its) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(its), (one, other)
 
 
 def shown_ticks(axis: Any) -> list[Text]:
@@ -134,7 +143,8 @@ def test_what_figure_1_shows(first: Study) -> None:
     assert [float(line.get_ydata()[0]) for line in dashed] == [pytest.approx(TARGET)]
     assert axes.get_xlim() == (0, 9600)
     colours = [line.get_color() for line in lines.values() if len(line.get_xdata()) > 5]
-    assert colours == ["#0072B2", "#D55E00", "#D55E00"]
+    assert (colours[0], colours[2]) == ("#0072b2", "#d55e00")
+    assert sum(to_rgb(colours[1])) < 0.7 * sum(to_rgb(colours[2]))  # conservative: a dark shade
     assert {text.get_text() for text in axes.texts} == {"19.5x", "53.0 %"}
     assert len(axes.collections) == 3  # a band for each curve
 
@@ -145,8 +155,9 @@ def test_the_line_of_figure_3_is_the_references_maximum(tmp_path: Path) -> None:
 
     study = study_in(write_study(tmp_path, ["grpo_conservative"], steps=10, accuracy=peak))
     assert {panel.levels[0].label for panel in compose("3", study).panels} == {"GRPO, largest"}
-    panel = lines(study, study.curves, TRAINING, "x", reference="max")
-    assert panel.levels == (Level("GRPO, largest", pytest.approx(0.55)),)
+    panel = lines(study, study.curves, TRAINING, "x", Told("max"))
+    assert [level.y for level in panel.levels] == [pytest.approx(0.55)]
+    assert "Dashed: GRPO, largest: the largest value of its curve." in caption(compose("3", study))
 
 
 def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
@@ -154,8 +165,14 @@ def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
     found = curve(rows(compose("1", paper).panels), "CAPO (A)")
     first_step = 0.41 + 4e-5 * 96
     assert float(found[1]["centre"]) == pytest.approx(0.9 * 0.36 + 0.1 * first_step)
-    assert "EMA 0.1" in caption(compose("1", paper))
-    assert "not smoothed" in caption(compose("1", first))
+    says = caption(compose("1", paper))
+    assert "EMA 0.1: moving average in which a new value has that weight." in says
+    assert "Not smoothed." in caption(compose("1", first))
+    # every abbreviation of the picture is explained in it
+    assert "(A): aggressive regime, learning rate 1e-4, 96 completions a step; without a letter: " in says
+    assert "Dashed: GRPO at 59.9k, the end of GRPO's curve after 59,904 training completions." in says
+    assert "Ring and factor: the reference's x over that" in says
+    assert drawn(compose("1", paper)).get_supxlabel().split() == says.split()
 
 
 def test_another_x_axis(first: Study) -> None:
@@ -186,22 +203,64 @@ def test_one_seed_has_no_band(tmp_path: Path) -> None:
     assert all(len(axes.collections) == 0 for axes in drawn(shown).axes)
 
 
-def test_seeds_of_different_length(tmp_path: Path) -> None:
-    for seed, steps in enumerate((10, 10, 4)):
+def test_nothing_short_is_smoothed(tmp_path: Path) -> None:
+    jumps = {"capo": 9, "grpo_aggressive": 10}  # steps, and as many points
+    for job, steps in jumps.items():
+        write_run(tmp_path, job, steps=steps, accuracy=lambda x, _: 0.9 if x > 500 else 0.1)
+    shown = compose("1", study_in(tmp_path, smoothing=None))
+    found = rows(shown.panels)
+    assert float(curve(found, "CAPO (A)")[-1]["centre"]) == 0.9
+    assert float(curve(found, "GRPO (A)")[-1]["centre"]) == pytest.approx(0.9 - 0.8 * 0.9**5)
+    assert "EMA 0.1" in caption(shown)
+    assert "fewer than 10 points are not smoothed: CAPO (A) (training accuracy)" in caption(shown)
+    held_out = compose("2", study_in(tmp_path, smoothing=None)).panels[1]
+    assert [series.centre[-1] for series in held_out.series] == [0.1, 0.9]
+    assert "EMA 0.1 (training accuracy), not smoothed (held-out accuracy)" in caption(
+        compose("2", study_in(tmp_path, smoothing=None))
+    )
+
+
+def test_seeds_that_end_look_ended(tmp_path: Path) -> None:
+    """Three seeds of 100 planned steps: two end at 60 and 40, one goes to the end."""
+    for seed, steps in enumerate((100, 60, 40)):
         write_run(tmp_path, "capo", seed, steps=steps)
-    study = study_in(tmp_path)
-    shown = compose("1", study)
-    assert [row["seeds"] for row in curve(rows(shown.panels), "CAPO (A)")] == ["3"] * 4 + ["2"] * 6
-    assert "Seeds that end earlier than the others: CAPO (A) 1 of 3." in caption(shown)
+    shown = compose("accuracy", study_in(tmp_path))
+    assert [row["seeds"] for row in curve(rows(shown.panels), "CAPO (A)", "Training accuracy")] == (
+        ["3"] * 40 + ["2"] * 20 + ["1"] * 40
+    )
+    assert shown.panels[0].series[0].losses == ((3840, 2), (5760, 1))
+    says = "Cross: a seed ended there; seeds that go on: CAPO (A) 3, 2 from 3.84k, 1 from 5.76k. Thin: "
+    assert says in caption(shown)
+    axes = drawn(shown).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["n=2", "n=1"]
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [float(line.get_xdata()[0]) for line in crosses] == [3840, 5760]
+    whole, rest = (line for line in axes.lines if len(line.get_xdata()) > 5)
+    assert (whole.get_xdata()[-1], rest.get_xdata()[-1]) == (5760, 9600)  # fewer than half go on
+    assert whole.get_linewidth() > 2 * rest.get_linewidth()
+
+
+def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "capo", steps=20)
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(text.replace('unrewarded_steps": 0', 'unrewarded_steps": 20'))
+    whole = to_its_end(load_run(path))
+    shown = compose("accuracy", Study(**vars(study_in(tmp_path)) | {
+        "runs": (whole,), "curves": tuple(curves([whole], mix=False))}))  # fmt: skip
+    [series], [held_out] = (panel.series for panel in shown.panels)
+    assert (series.x[-1], series.centre[-1], series.losses) == (9600, 0, ((1920, 0),))
+    assert held_out.losses == ((1920, 0),)
+    assert "Cross: a seed ended there; stopped for want of reward, it counts as 0" in caption(shown)
+    assert not drawn(shown).axes[0].texts  # n stays
 
 
 def test_a_long_footer_stays_on_the_page(tmp_path: Path) -> None:
-    jobs = [f"capo regime.learning_rate={rate}" for rate in (0.1, 0.2, 0.3, 0.4)]
+    jobs = [f"capo regime.learning_rate={rate}" for rate in (0.1, 0.2, 0.3)]
     write_study(tmp_path, jobs, seeds=1, steps=3)
     write_study(tmp_path, [f"{job} regime.group_size=4" for job in jobs], seeds=2, steps=3)
     study = study_in(tmp_path)
     shown = compose("1", study)
-    assert len(footer(shown)) > 150
+    assert len(caption(shown)) > 500
     check_page(drawn(shown))
 
 
@@ -267,28 +326,39 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
     shown = compose(find_figure("tokens"), study)
     assert tables.table_of(shown.panels).rows == [
-        ["CAPO (A)", "a", "4", "10", "40.0 %", "66.7 %", "71.4 %"],
         ["CAPO (A)", "␣$b_", "2", "2", "100.0 %", "33.3 %", "14.3 %"],
+        ["CAPO (A)", "a", "4", "10", "40.0 %", "66.7 %", "71.4 %"],
     ]
     found = rows(shown.panels)
     assert [(row["x"], float(row["centre"])) for row in found if row["panel"] == "CAPO (A)"] == [
-        ("a", 0.4),
         ("␣$b_", 1),
+        ("a", 0.4),
     ]
-    assert [row["centre"] for row in found if row["panel"] == "CAPO (A): occurrences"] == ["10", "2"]
+    assert [row["centre"] for row in found if row["panel"] == "CAPO (A): occurrences"] == ["2", "10"]
+    (study.runs[0].path / "completions" / "step_000010.parquet").write_bytes(b"torn")
+    damaged = compose("rejected_tokens", study_in(tmp_path))  # the other seed's are still there
+    assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
+    assert "step_000010.parquet is not a parquet file." in caption(damaged)
 
 
 def test_time_is_shared_out(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
     found = {row["x"]: float(row["centre"]) for row in rows(compose("time", study).panels)}
     assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
+    [axes] = drawn(compose("time", study)).axes
+    assert axes.texts[-1].get_text() == "2 s [2, 2]"
+    assert "brackets: 95 % bootstrap interval" in caption(compose("time", study))
 
 
 def test_the_largest_gradient_norm(everything: Study) -> None:
     found = rows(compose("8", everything).panels)
     norms = [row for row in found if row["x"] == "max"]
-    assert {float(row["centre"]) for row in norms} == {45.0}  # 30 steps, of 1 and 2 each
-    assert {(float(row["low"]), float(row["high"])) for row in norms} == {(30.0, 60.0)}
+    assert {float(row["centre"]) for row in norms} == {18.0}  # 12 steps, of 1 and 2 each
+    assert {(float(row["low"]), float(row["high"])) for row in norms} == {(12.0, 24.0)}
+    axes = drawn(compose("8", everything)).axes[1]
+    assert axes.get_xscale() == "linear"  # a log axis needs a decade
+    token, update, *_ = drawn(compose("3", everything)).axes
+    assert (token.get_yscale(), update.get_yscale()) == ("linear", "log")  # 0.1 in all; 1e-7 to 1.2e-6
 
 
 def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Path) -> None:
@@ -310,13 +380,6 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Pa
     [line] = tables.table_of(shown.panels).rows
     assert line[2].startswith("50.0 % [")
     assert line[3] == "4.9k"
-
-
-def test_a_log_axis_needs_a_decade(everything: Study) -> None:
-    norms = drawn(compose("8", everything)).axes[1]
-    assert norms.get_xscale() == "linear"  # 45 in all
-    token, update, *_ = drawn(compose("3", everything)).axes
-    assert (token.get_yscale(), update.get_yscale()) == ("linear", "log")  # 0.1 in all; 1e-7 to 3e-6
 
 
 def test_heat_map_cells(tmp_path: Path) -> None:
@@ -348,11 +411,11 @@ def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(ever
     for name in ("1", "2", "3", "4", "5", "accuracy"):
         looks = style.looks(compose(name, everything).curves)
         assert len({(str(look.dashes), look.marker, look.filled) for look in looks.values()}) == len(looks)
+        assert len({look.colour for look in looks.values()}) == len(looks)
         for label, look in looks.items():
-            seen.setdefault(label.split(" (")[0].split(" + ")[0], set()).add(look.colour)
-    assert {name: len(colours) for name, colours in seen.items()} == dict.fromkeys(seen, 1)
-    assert seen["CAPO"] == {"#0072B2"}
-    assert len(seen) == 6
+            seen.setdefault(label, set()).add(look.colour)
+    first = {name: seen[name] for name in ("CAPO (A)", "GRPO (A)", "GRPO")}
+    assert first == {"CAPO (A)": {"#0072b2"}, "GRPO (A)": {"#d55e00"}, "GRPO": {"#753400"}}
 
 
 def test_no_two_of_many_curves_look_the_same_even_in_grey() -> None:
@@ -370,13 +433,6 @@ def test_neighbours_in_a_bar_differ_in_lightness() -> None:
     grey = [luminance(face) for face in style.STAGES]
     assert min(abs(a - b) for a, b in itertools.pairwise(grey)) > 0.12
     assert len(style.STAGES) > len(STAGES)
-
-
-def test_names_and_aliases() -> None:
-    assert (find_figure("rejection"), find_figure("time")) == ("5", "time")
-    assert list(FIGURES)[:8] == list("12345678")
-    with pytest.raises(ConfigError, match=r"figure=stabilty: no such figure; .* nearest: stability"):
-        find_figure("stabilty")
 
 
 def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -> None:
@@ -398,6 +454,7 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
     assert found["CAPO (A)"].value == pytest.approx((0.05 + 0.02) / 2)
     assert found["GRPO"].value == pytest.approx((0.3 + 0.2) / 2)  # conservative: no rival
     assert sorted(cell for cell in found.values() if isinstance(cell, str)) == ["the best rival"]
+    assert [text.get_text() for text in drawn(picture).axes[-1].texts] == ["the best rival"]
 
 
 def test_without_plain_runs_there_is_no_lead(tmp_path: Path) -> None:

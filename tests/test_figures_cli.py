@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from capo_exp.cli import figures
 from capo_exp.cli.figures import FigureCommand, common_parent, main
 from capo_exp.figures import output
 from capo_exp.figures.gallery import FIGURES
@@ -91,9 +92,7 @@ def test_all_goes_on_without_what_it_lacks(study: Path, tmp_path: Path, run) -> 
     assert list(lines) == list(FIGURES)
     skipped = {name for name, line in lines.items() if "skipped, " in line}
     assert skipped == {"6", "7", "8", "constraint"}
-    assert lines["8"].endswith(
-        "skipped, needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"
-    )
+    assert "skipped, needs runs with algo.kl_coefficient > 0; these have" in lines["8"]
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {f"{name}{suffix}" for name in set(lines) - skipped for suffix in SUFFIXES}
 
@@ -101,20 +100,46 @@ def test_all_goes_on_without_what_it_lacks(study: Path, tmp_path: Path, run) -> 
 def test_what_was_asked_for_and_cannot_be_drawn_is_an_error(study: Path, tmp_path: Path, run) -> None:
     result = run(f"runs={study}", "figure=8", f"output={tmp_path}")
     assert (result.status, result.out) == (2, "")
-    assert (
-        result.err
-        == "figure 8: needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0\n"
-    )
+    lack = "needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"
+    assert result.err == f"figure 8: {lack}\n"
     assert list(tmp_path.iterdir()) == []
     both = run(f"runs={study}", "figure=8,5", f"output={tmp_path}")
     assert (both.status, both.out) == (2, f"figure 5: {tmp_path}/5.png\n")
 
 
-def test_nothing_at_all_to_draw(tmp_path: Path, run) -> None:
-    write_run(tmp_path / "runs", "zero_learning_rate", steps=0)
-    result = run(f"runs={tmp_path / 'runs'}")
-    assert result.status == 2
-    assert result.out.count("skipped, ") == len(FIGURES)
+def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a damaged run hides none of them, not in the figures and not in the report."""
+    monkeypatch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in ("5", "8", "time")})
+    runs = tmp_path / "runs"
+    for job in ("zero_learning_rate model.name=a", "grpo_aggressive model.name=b", "capo model.name=b"):
+        write_run(runs / job[-1], job, steps=2)
+    broken = write_run(runs / "b", "grpo_aggressive model.name=b", 1, steps=2)
+    (broken / "metrics.jsonl").write_text("{}\n[1]\n")
+    refused = run(f"runs={runs}", "figure=1", f"output={tmp_path}/out")
+    assert refused.status == 2 and "model.name" in refused.err and "mix=true" in refused.err
+    result = run(f"runs={runs}", "figure=all", f"output={tmp_path}/out", "report=html")
+    lines = [line for line in result.out.splitlines() if ": skipped" not in line and "report" not in line]
+    assert result.status == 0
+    assert "b: 3 runs" in lines and sum(line.endswith(" run") for line in lines) == 1
+    drawn = {line.split(":")[0] for line in lines if f"{tmp_path}/out/b/" in line}
+    assert drawn == {"figure 5", "figure time"}
+    assert result.err.count("\n") == 1 and result.err.startswith(f"left out: {broken}/metrics.jsonl, line 2")
+    assert f"left out: {broken}/metrics.jsonl, line 2" in (tmp_path / "out" / "b" / "report.html").read_text()
+
+
+def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path: Path, run) -> None:
+    path, out = write_run(tmp_path / "runs", "capo", steps=2), tmp_path / "a--b -->"
+    (path / "run.json").write_text(json.dumps({"run_id": "a,=HYPERLINK(1),-2;@x"}))
+    assert run(f"runs={tmp_path / 'runs'}", "figure=5", f"output={out}").status == 0
+    comment = (out / "5.csv").read_text().splitlines()[1]
+    assert not re.search(r"[,;]\s*[-=+@]", comment)
+    first = (out / "5.md").read_text().splitlines()[0]
+    assert first.count("--") == 2
+    for text in (comment.removeprefix("# "), first[5:-4]):
+        assert json.loads(text)["runs"][0]["id"] == "a,=HYPERLINK(1),-2;@x"
+        assert json.loads(text)["command"].endswith("a--b -->'")
 
 
 def test_where_from_is_inside_every_file(study: Path, tmp_path: Path, run) -> None:
@@ -149,27 +174,16 @@ def pdf_text(path: Path) -> str:
     return re.sub(rb"\\([()\\])", rb"\1", found[1]).decode()
 
 
-def test_two_dashes_in_a_command_do_not_end_a_comment(study: Path, tmp_path: Path, run) -> None:
-    assert run(f"runs={study}", "figure=5", f"output={tmp_path / 'a--b -->'}").status == 0
-    first = (tmp_path / "a--b -->" / "5.md").read_text().splitlines()[0]
-    assert first.count("--") == 2
-    assert json.loads(first[5:-4])["command"].endswith("a--b -->'")
-
-
 @pytest.mark.slow
 def test_the_same_again_is_the_same_bytes(study: Path, tmp_path: Path, run) -> None:
-    command = [
-        f"runs={study}",
-        "figure=1,regimes,stability,rejected_tokens,time,settings",
-        f"output={tmp_path}",
-    ]
+    command = [f"runs={study}", "figure=1,regimes,rejected_tokens,settings", f"output={tmp_path}"]
     assert run(*command).status == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for path in tmp_path.iterdir():
         path.unlink()
     subprocess.run([sys.executable, "-m", "capo_exp.figures", *command], check=True, capture_output=True)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(after) == 30
+    assert len(after) == 20
     assert [name for name in after if after[name] != before[name]] == []
 
 
@@ -181,7 +195,7 @@ def test_default_output_and_table(study: Path, run) -> None:
     assert {row["curve"] for row in rows} >= {"CAPO (A)", "GRPO", "GRPO (A)"}
     text = (folder / "1.md").read_text()
     assert "| CAPO (A) | 2 | " in text
-    assert "Mean of n = 2 seeds; band: 95 % bootstrap interval over seeds; EMA 0.1." in text
+    assert "\nMean of n = 2 seeds; band: 95 % bootstrap interval over seeds. " in text
     assert "\\begin{tabular}" in (folder / "1.tex").read_text()
     assert run(f"runs={study}", "figure=5").status == 0  # the folder with figures is no run
 
@@ -198,37 +212,6 @@ def test_any_metric(study: Path, tmp_path: Path, run) -> None:
     panels = {row.split(",")[0] for row in text.splitlines()[3:]}
     assert panels == {"loss/total", "eval/accuracy"}
     assert {path.stem for path in tmp_path.iterdir()} == {"metrics"}
-
-
-def test_runs_that_cannot_be_compared(study: Path, tmp_path: Path, run) -> None:
-    write_run(tmp_path / "more", "grpo_aggressive model.name=other", 7, steps=3)
-    refused = run(f"runs={study},{tmp_path}/more", "figure=1", f"output={tmp_path}/out")
-    assert refused.status == 2
-    assert "model.name" in refused.err and "mix=true" in refused.err
-    assert refused.err.count("\n") == 1
-    assert run(f"runs={study},{tmp_path}/more", "figure=1", f"output={tmp_path}/out", "mix=true").status == 0
-
-
-def test_the_report_gets_what_was_drawn(
-    study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from capo_exp.figures.report import page
-
-    given = {}
-
-    def write_report(runs, curves, figures, output):  # type: ignore[no-untyped-def]
-        given.update(runs=runs, curves=curves, figures=figures, output=output)
-        return output / "report.html"
-
-    monkeypatch.setattr(page, "write_report", write_report)
-    result = run(f"runs={study}", "figure=1,5", "report=html", f"output={tmp_path}")
-    assert result.out.splitlines()[-1] == f"report: {tmp_path}/report.html"
-    assert [figure.name for figure in given["figures"]] == ["1", "5"]
-    first = given["figures"][0]
-    assert all(path.is_file() for path in (first.png, first.pdf, first.csv))
-    assert first.table.heading[:2] == ["curve", "seeds"]
-    assert first.caption.startswith("Mean of n = 2 seeds")
-    assert (len(given["runs"]), len(given["curves"])) == (8, 4)
 
 
 def test_a_failure_leaves_the_old_files(
@@ -255,9 +238,7 @@ def test_a_folder_that_cannot_be_made(study: Path, tmp_path: Path, run) -> None:
     (tmp_path / "file").write_text("")
     result = run(f"runs={study}", "figure=5", f"output={tmp_path}/file/figures")
     assert result.status == 2
-    assert re.fullmatch(
-        r"output=.*/file/figures: no folder can be made there \(Not a directory\)\n", result.err
-    )
+    assert re.fullmatch(r"output=.*/file/figures: no folder can be made there \(Not .*\)\n", result.err)
 
 
 @pytest.mark.parametrize(("smoothing", "weight"), [("paper", 0.1), ("0.25", 0.25), ("off", 1.0)])
@@ -273,6 +254,7 @@ def test_smoothing_and_x_of_the_command_line(
 
 @pytest.mark.slow
 def test_it_starts_without_torch(study: Path, tmp_path: Path) -> None:
-    arguments = [f"runs={study}", "figure=1,time,rejected_tokens", f"output={tmp_path}"]
+    arguments = [f"runs={study}", "figure=1,time,rejected_tokens", f"output={tmp_path}", "report=html"]
     subprocess.run([sys.executable, "-c", NO_HEAVY, *arguments], check=True, capture_output=True)
-    assert (tmp_path / "1.png").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'id="figure-{name}"' in page for name in ("1", "time", "rejected_tokens"))

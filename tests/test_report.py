@@ -2,8 +2,6 @@ import base64
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html.parser import HTMLParser
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.report import viewer
 from capo_exp.figures.report.overview import differing, overview, run_labels
@@ -49,9 +48,7 @@ class Page(HTMLParser):
             self.texts.append((self.tags[-1][0], data))
 
     def all(self, tag: str, attribute: str) -> list[str | None]:
-        return [
-            attributes[attribute] for name, attributes in self.tags if name == tag and attribute in attributes
-        ]
+        return [found[attribute] for name, found in self.tags if name == tag and attribute in found]
 
     @property
     def text(self) -> str:
@@ -88,21 +85,52 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_the_summary_by_hand(written: Study) -> None:
-    first, second, _, failed = overview(written.runs, run_labels(written.runs, written.curves))
+    named = run_labels(written.runs, written.curves)
+    first, second, third, failed = overview(written.runs, named, written.curves)
     headings = written.page.all("th", "data-value")
     assert headings == [f"{name} (A) · seed {seed}" for name, seed in SEEDS]
     assert [cell.text for cell in first.cells] == [
-        "finished", "30/30", "50.0%", "25.0% → 50.0%", "60.0%", "2.0%", "3.0%", "2,880", "0:01:15",
+        "finished", "30 of 30", "50.0%", "25.0% → 50.0%", "60.0%", "2.0%", "3.0%", "2,880", "0:01:15",
     ]  # fmt: skip
     assert [cell.value for cell in second.cells[2:5]] == pytest.approx([0.6, 0.6, 0.7])
     assert (first.label, second.label) == ("CAPO (A) · seed 0", "CAPO (A) · seed 1")
     assert (first.error, failed.cells[0].text) == (None, "failed")
     assert failed.error == "RunFailed: <img src=x onerror=window.pwned=4> \udcff"
+    looks = style.looks(written.curves)
+    assert [line.colour for line in (first, second, third)] == [
+        looks[label].colour for label in ("CAPO (A)", "CAPO (A)", "GRPO (A)")
+    ]
+
+
+def test_the_summary_says_what_happened_not_what_was_planned(tmp_path: Path) -> None:
+    planned = config("capo", 0, CAPO) | {"num_steps": 200, "stop_after_unrewarded": 20}
+    path = write_run(tmp_path / "a", planned, accuracy=0.0, record={"status": "finished"})
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(
+        text.replace('"selection/', '"counter/unrewarded_steps": 20, "selection/')
+    )
+    (line,) = overview([load_run(path)], ["a run"], [])
+    assert [cell.text for cell in line.cells[:2]] == ["stopped, no reward", "30 of 200"]
+    assert line.cells[7].text == "2,880"
+
+
+def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
+    paths = [
+        write_run(tmp_path / name, config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
+        for name in "ab"
+    ]
+    for path in paths:
+        write_completions(path, 10, [completion(TOKENS)])
+    (paths[0] / "completions" / "step_000010.parquet").write_bytes(b"torn")
+    runs = [load_run(path) for path in paths]
+    page = Page(write_report(runs, [], [], tmp_path))
+    assert re.search(r"left out: \S+step_000010.parquet is not a parquet file", page.text)
+    assert "b: 1 of 1 logged steps: 10; all 1 completions of these" in page.text
 
 
 def test_a_run_without_a_step_has_no_numbers(tmp_path: Path) -> None:
-    (line,) = overview([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"])
-    assert [cell.text for cell in line.cells[1:]] == ["0/?", "-", "-", "-", "-", "-", "-", "-"]
+    (line,) = overview([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"], [])
+    assert [cell.text for cell in line.cells[1:]] == ["0 of ?", "-", "-", "-", "-", "-", "-", "-"]
     assert [cell.value for cell in line.cells[2:]] == [""] * 7
 
 
@@ -148,17 +176,12 @@ def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written: Study)
         if name in ("src", "href", "action", "data", "srcset")
     ]  # fmt: skip
     assert all(address.startswith(("#", "data:")) for address in addresses)
-    assert not [
-        attributes for _, attributes in written.page.tags if any(n.startswith("on") for n in attributes)
-    ]
+    assert not any(name.startswith("on") for _, attributes in written.page.tags for name in attributes)
     html = written.path.read_text(encoding="utf-8")
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
-    scripts, (style,) = (
-        re.findall(r"<script>(.*?)</script>", html, re.S),
-        re.findall(r"<style>(.*?)</style>", html, re.S),
-    )
-    assert len(scripts) == 2
-    for text in (*scripts, style):
+    texts = re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", html, re.S)
+    assert len(texts) == 3
+    for text in texts:
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"&#39;sha256-{digest}&#39;" in policy
     assert policy.startswith("default-src &#39;none&#39;; img-src data:; ")
@@ -168,9 +191,8 @@ def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written: Study)
 def test_completions_stay_data(written: Study) -> None:
     raw = written.path.read_text(encoding="utf-8").split('id="viewer-data">')[1].split("</script>")[0]
     assert not set("<>&") & set(raw) and raw.isascii()
-    assert [
-        written.data["tokens"][row["tokens"][0]][1] for row in written.data["runs"][1]["steps"][0]["rows"]
-    ] == [*HOSTILE, "x"]
+    rows = written.data["runs"][1]["steps"][0]["rows"]
+    assert [written.data["tokens"][row["tokens"][0]][1] for row in rows] == [*HOSTILE, "x"]
     assert len([1 for tag, _ in written.page.tags if tag == "script"]) == 3
 
 
@@ -179,10 +201,8 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert [step["step"] for step in capo["steps"]] == [10, 20, 30]
     assert capo["bounds"] == [1e-4, -1e-2, 1e-2]
     row = capo["steps"][1]["rows"][0]
-    assert [written.data["tokens"][i] for i in row["tokens"]] == [
-        [100, "20"],
-        *([101 + i, t] for i, t in enumerate(TOKENS[1:])),
-    ]
+    tokens = [[100, "20"], *([101 + i, t] for i, t in enumerate(TOKENS[1:]))]
+    assert [written.data["tokens"][i] for i in row["tokens"]] == tokens
     assert written.data["prompts"][row["prompt"]] == ["Count.", "3", "counting"]
     assert row["policy"] == [2e-5, 2e-4, 3e-9, 2e-4, None, 0]
     assert row["objective"] == [-4e-4, 0, 2e-3, -2e-2, 0, 5e-2]
@@ -194,11 +214,8 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert older["text"] == "".join(TOKENS)
     assert older["probability"] == []
     assert (older["rejected"], grpo["bounds"]) == ("040444", None)
-    assert [run["label"] for run in written.data["runs"]] == [
-        "CAPO (A) · seed 0",
-        "CAPO (A) · seed 1",
-        "GRPO (A) · seed 0",
-    ]
+    labels = [run["label"] for run in written.data["runs"]]
+    assert labels == ["CAPO (A) · seed 0", "CAPO (A) · seed 1", "GRPO (A) · seed 0"]
 
 
 def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
@@ -223,16 +240,3 @@ def test_a_single_old_run_without_anything(tmp_path: Path) -> None:
     page = Page(write_report([load_run(tmp_path)], [], [], tmp_path / "new" / "page.html"))
     assert "No run has logged completions" in page.text
     assert "Nothing: there is one run." in page.text
-
-
-def test_no_torch(written: Study) -> None:
-    code = """
-import sys
-from pathlib import Path
-from capo_exp.runs.read import load_run
-from capo_exp.figures.report.page import write_report
-write_report([load_run(sys.argv[1])], [], [], Path(sys.argv[2]))
-assert not {"torch", "wandb", "transformers", "datasets", "vllm"} & set(sys.modules)
-"""
-    run = written.runs[0].path
-    subprocess.run([sys.executable, "-c", code, str(run), str(written.path.parent / "two.html")], check=True)

@@ -22,7 +22,7 @@ from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 from capo_exp.figures.report.page import write_report  # noqa: E402
-from tests.report_browser import CONTRAST, Page, open_chromium  # noqa: E402
+from tests.report_browser import CONTRAST, CUT, Page, open_chromium  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -50,7 +50,7 @@ def report(folder: Path) -> Path:
 def page(chromium: Any, report: Path) -> Page:
     for kind in ("browser", "performance"):
         chromium.get_log(kind)  # what another test left
-    return Page(chromium, report).load()
+    return Page(chromium, report).emulate(1300, "light").load()
 
 
 def test_opens_from_disk_without_an_error_or_a_request(page: Page) -> None:
@@ -225,14 +225,30 @@ def test_the_numbers_behind_a_figure_can_be_saved(page: Page, folder: Path) -> N
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_contrast(page: Page, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    page.emulate(1300, scheme)
     for kind in ("policy", "objective", "probability"):
         page.one(f"[name=tint][value={kind}]").click()
         low = page.run(CONTRAST)
         assert low == [], f"{kind} in {scheme}"
     assert len(page.run(CONTRAST.replace("4.5", "100"))) > 60  # all of the page was looked at
-    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    inverted = page.style(page.one("#figures img"), "filter") != "none"
+    assert inverted == (scheme == "dark")  # else a white slab
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_cut_and_every_number_has_its_column(page: Page, width: int) -> None:
+    page.emulate(width, "dark")
+    page.run("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    page.choose("#run", "CAPO (A) · seed 1")
+    assert page.run(CUT) == []
+    first = page.one("#summary tbody tr")
+    assert first.text.count("50.0%") == 2 and "0:01:15" in first.text and "2,880" in first.text
+    column = page.run(
+        "return getComputedStyle(arguments[0], '::before').content", first.find_elements("tag name", "td")[1]
+    )
+    assert column == ('"steps"' if width == 390 else "none")
+    assert page.one("#summary thead button").is_displayed()
+    assert page.one("figcaption").size["width"] > 300 or width == 1280
 
 
 def test_without_javascript_tables_and_figures_are_there(page: Page) -> None:

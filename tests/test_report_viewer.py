@@ -31,31 +31,25 @@ def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     for step in range(10, 210, 10):
         write_completions(path, step, [completion(TOKENS) for _ in range(4)])
+    (path / "completions" / "step_abc.parquet").touch()
     run, size = load_run(path), 4 * viewer.row_bytes(completion(TOKENS))
 
     def taken(steps: float) -> tuple[list[int], int]:
         part = viewer.excerpt(run, steps * size)
         return list(part.steps), part.shown
 
-    assert taken(100)[1] == 4 * viewer.MAX_STEPS
-    assert taken(5) == ([10, 60, 110, 150, 200], 20)
-    assert taken(2) == ([10, 200], 8)
-    assert taken(1) == ([10, 200], 4)
-    assert taken(0.01) == ([10, 200], 2)
-    write_completions(path, 60, [completion(TOKENS * 9) for _ in range(4)])
-    assert taken(5)[0] == [10, 70, 140, 200]  # one less, rather than cutting the long one short
-    note = viewer.excerpt(run, size).note
-    assert note == "2 of 20 logged steps: 10, 200; the first 4 of 8 completions of these"
+    spread = [10, 30, 40, 60, 80, 100, 110, 130, 150, 170, 180, 200]
+    assert taken(100) == (spread, 4 * viewer.MAX_STEPS)
+    assert taken(12) == (spread, 48) and taken(11.9) == (spread, 36)
+    assert taken(0.01) == (spread, 12)  # one of each at least
+    note = viewer.excerpt(run, 6 * size).note
+    said = ", ".join(map(str, spread))
+    assert note == f"12 of 20 logged steps: {said}; the first 24 of 48 completions of these"
 
 
 def test_three_digits() -> None:
-    assert [viewer.digits(v) for v in (1.23456e-7, -0.0123456, 123456.7, 1.0, 0.0)] == [
-        1.23e-7,
-        -0.0123,
-        123000,
-        1,
-        0,
-    ]
+    said = [viewer.digits(v) for v in (1.23456e-7, -0.0123456, 123456.7, 1.0, 0.0)]
+    assert said == [1.23e-7, -0.0123, 123000, 1, 0]
     assert [viewer.digits(v) for v in (math.nan, math.inf, None)] == [None] * 3
 
 

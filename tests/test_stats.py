@@ -1,6 +1,7 @@
 """Statistics on curves whose answer is known by construction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from scipy import stats as scipy_stats
 from capo_exp.core.intervals import RESAMPLES, Interval, Statistic, centre_of_seeds, ema, interval
 from capo_exp.figures.bands import Band, band
 from capo_exp.figures.stats import areas, noise, sample_efficiency, stability
-from capo_exp.runs.read import Array, LoggedRun
+from capo_exp.runs.read import Array, LoggedRun, to_its_end
 from tests.figure_pieces import NO_WARNINGS
 
 X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"
@@ -145,12 +146,35 @@ def test_coverage_is_as_the_docstring_says(seeds: int, statistic: Statistic) -> 
 
 
 def test_a_band_by_hand() -> None:
-    found = drawn([run([0.0, 1.0, 1.0]), run([1.0, 1.0, 0.0])], alpha=0.5)
-    np.testing.assert_allclose(found.x, [10, 20, 30])
-    np.testing.assert_allclose(found.values, [[0.0, 0.5, 0.75], [1.0, 1.0, 0.5]])
-    np.testing.assert_allclose(found.centre, [0.5, 0.75, 0.625])
-    np.testing.assert_allclose(found.high - found.centre, 12.7062 * 0.5 * np.array([1, 0.5, 0.25]), rtol=1e-5)
-    assert (found.seeds, found.statistic, found.alpha, found.end) == (2, "mean", 0.5, 2)
+    rows = [[0.0, 1.0, 1.0, *[1.0] * 7], [1.0, 1.0, 0.0, *[0.5] * 7]]  # ten points, so that they are smoothed
+    found = drawn([run(row) for row in rows], alpha=0.5)
+    np.testing.assert_allclose(found.x[:3], [10, 20, 30])
+    np.testing.assert_allclose(found.values[:, :3], [[0.0, 0.5, 0.75], [1.0, 1.0, 0.5]])
+    np.testing.assert_allclose(found.centre[:3], [0.5, 0.75, 0.625])
+    half = 12.7062 * 0.5 * np.array([1, 0.5, 0.25])
+    np.testing.assert_allclose((found.high - found.centre)[:3], half, rtol=1e-5)
+    assert (found.seeds, found.statistic, found.alpha, found.end, found.unsmoothed) == (2, "mean", 0.5, 9, 0)
+    short = drawn([run(rows[0][:9]), run(rows[1])], alpha=0.5)
+    np.testing.assert_allclose(short.values[:, :3], [[0.0, 1.0, 1.0], [1.0, 1.0, 0.5]])
+    assert short.unsmoothed == 1
+
+
+def test_where_seeds_end() -> None:
+    """Before the others, before their plan, or where they were stopped for want of reward."""
+    whole = run([0.5] * 6)
+    assert drawn([whole, run([0.5] * 4), run([0.5] * 4)]).losses == [(40, 1)]
+    assert drawn([whole, whole]).losses == []
+    planned = replace(whole, config={"num_steps": 8})
+    assert drawn([planned, planned]).losses == [(60, 0)]
+    assert drawn([replace(whole, config={"num_steps": 6})]).losses == []
+    metrics = [{**row, "counter/unrewarded_steps": row[STEP]} for row in planned.metrics]
+    record, config = (
+        {"status": "finished"},
+        {"num_steps": 8, "regime": {"prompts_per_step": 5, "group_size": 2}},
+    )
+    stopped = to_its_end(replace(planned, metrics=metrics, record=record, config=config))
+    found = drawn([stopped, run([0.5] * 8)])
+    assert found.losses == [(60, 1)] and found.values[0, -1] == 0
 
 
 def test_no_run_has_the_metric() -> None:
@@ -174,10 +198,10 @@ def test_evaluations_and_another_axis() -> None:
 
 
 def test_several_values_at_one_x_count_as_their_mean_before_smoothing() -> None:
-    rows = [{X: 10, KEY: 1.0}, {X: 10, KEY: 3.0}, {X: 20, KEY: 4.0}, {X: 20, KEY: None}]
+    rows = [{X: 10 * (1 + i // 2), KEY: float(i)} for i in range(20)] + [{X: 100, KEY: None}]
     found = drawn([LoggedRun(Path("x"), {}, {}, rows, [])], alpha=0.5)
-    np.testing.assert_allclose(found.x, [10, 20])
-    np.testing.assert_allclose(found.centre, [2.0, 3.0])
+    np.testing.assert_allclose(found.centre[:3], [0.5, 1.5, 3.0])
+    assert len(found.x) == 10
 
 
 def test_runs_of_different_length_and_missing_values() -> None:
@@ -250,12 +274,6 @@ def test_the_reference_is_read_as_the_method_is() -> None:
     )  # as many steps after the jump as the reference has
 
 
-def test_a_method_that_never_gets_there() -> None:
-    found = sample_efficiency(of([step_at(3, end=9)] * 3), of([[0.2] * 9] * 3))
-    assert (found.method_x, found.factor, found.low, found.high) == (None, None, 0, 0)
-    assert found.target == pytest.approx(0.7)
-
-
 def test_seeds_that_do_not_get_there_count() -> None:
     """One seed of four reaches the target 10 times as fast, the others never: the mean does if that seed is
     drawn twice."""
@@ -292,24 +310,27 @@ def test_a_reference_that_does_not_improve_sets_no_target(curve: list[float]) ->
     assert (found.method_x, found.factor) == (None, None)
 
 
-def test_the_accuracy_before_training_can_be_given() -> None:
-    reference, method = of([[0.5, 0.6]] * 2), of([[0.55, 0.6]] * 2)
-    assert sample_efficiency(reference, method, start=0.55).factor == 1
-    assert np.isnan(sample_efficiency(reference, method, start=0.6).target)
+FLAT = [[0.2] * 9] * 3
 
 
-def test_resamples_without_a_target_are_left_out() -> None:
-    """One seed of the reference gains, one loses: twice the latter, a quarter of draws, sets no target."""
-    found = sample_efficiency(of([[0.0, 0.5], [0.2, 0.1]]), of([[0.0, 0.6]] * 2))
-    assert (found.factor, found.low, found.high) == (1, 1, 1)
-
-
-def test_one_seed_has_no_interval() -> None:
-    one, two = of([step_at(4, end=9)]), of([step_at(2, end=9)] * 2)
-    for reference, method in ((one, two), (two, one)):
-        found = sample_efficiency(reference, method)
-        assert found.factor in (2, 0.5) and np.isnan([found.low, found.high]).all()
-    assert np.isnan(sample_efficiency(of([[0.5, 0.4]]), two).target)
+@pytest.mark.parametrize(
+    ("reference", "method", "start", "target", "factor"),
+    [
+        ([step_at(3, end=9)] * 3, FLAT, None, 0.7, (None, 0, 0)),  # never gets there
+        ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.55, 0.6, (1, 1, 1)),
+        ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.6, NAN, (None, NAN, NAN)),
+        # one seed of the reference gains, one loses: draws of twice the latter set no target, are left out
+        ([[0.0, 0.5], [0.2, 0.1]], [[0.0, 0.6]] * 2, None, 0.3, (1, 1, 1)),
+        ([step_at(4, end=9)], [step_at(2, end=9)] * 2, None, 0.7, (2, NAN, NAN)),  # one seed: no interval
+        ([step_at(2, end=9)] * 2, [step_at(4, end=9)], None, 0.7, (0.5, NAN, NAN)),
+        ([[0.5, 0.4]], FLAT, None, NAN, (None, NAN, NAN)),
+    ],
+)
+def test_factors_by_hand(reference: Any, method: Any, start: Any, target: float, factor: Any) -> None:
+    found = sample_efficiency(of(reference), of(method), start=start)
+    assert found.target == pytest.approx(target, nan_ok=True)
+    assert found.factor == factor[0] and (found.method_x is None) == (factor[0] is None)
+    np.testing.assert_equal([found.low, found.high], factor[1:])
 
 
 def test_zero_completions_do_not_count_as_reaching() -> None:
@@ -376,6 +397,7 @@ def test_a_collapse_at_a_known_step() -> None:
         ([0.4, 0.8, 0.5, 0.7, 0.7], 30),  # came back, not quite
         ([0.4, 0.1, 0.1, 0.1], 20),  # broke at once
         ([0.1, 0.1, 0.1, 0.1], 10),  # before the first row
+        ([0.1, 0.3, 0.3], 10),  # never as good as before training
         ([0.4, 0.5, 0.6, 0.7], None),
         ([0.4], None),
     ],
@@ -385,7 +407,8 @@ def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
     assert found.first_collapse == collapse
     assert found.collapsed.value == (collapse is not None)
     assert found.peak.low is None and found.peak.value == max(curve)
-    assert found.worst.value == min(curve[curve.index(max(curve)) :])
+    from_peak = curve[curve.index(max(curve)) :] if max(curve) >= 0.4 else curve
+    assert found.worst.value == min(from_peak)
 
 
 @pytest.mark.parametrize(("final", "kept"), [(0.73, True), (0.71, False), (0.8, True), (0.2, False)])
@@ -394,23 +417,19 @@ def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final: float, kept: bool)
     assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept.value == 1
 
 
-def test_a_run_that_never_is_as_good_as_before_training_has_collapsed_from_its_first_row_on() -> None:
-    found = stability(of([[0.1, 0.3, 0.3]]), start=0.8)
-    assert found.first_collapse == 10 and found.worst.value == 0.1 and found.peak.value == 0.3
-
-
 def test_the_first_collapse_is_the_median_of_those_that_collapsed() -> None:
     curves = [step_at(at, end=30, low=0.8, high=0.1) for at in (5, 9, 20)] + [[0.8] * 30]
     assert stability(of(curves), start=0.2).first_collapse == 90
 
 
-def test_the_area_is_a_mean_height_at_any_spacing() -> None:
-    assert stability(of([[0.0, 1.0, 1.0]]), start=0).auc.value == 0.75
-    assert stability(of([[0.0, 0.5, 1.0]], size=7), start=0).auc.value == 0.5
+def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length() -> None:
+    for curve, size, area in (([0.0, 1.0, 1.0], 10, 0.75), ([0.0, 0.5, 1.0], 7, 0.5)):
+        assert stability(of([curve], size=size), start=0).auc.value == area
     rows = [{X: 10, KEY: 0.0}, {X: 20, KEY: 0.0}, {X: 110, KEY: 1.0}]
-    assert stability(drawn([LoggedRun(Path("x"), {}, {}, rows, [])]), start=0).auc.value == pytest.approx(
-        0.45
-    )
+    uneven = stability(drawn([LoggedRun(Path("x"), {}, {}, rows, [])]), start=0)
+    assert uneven.auc.value == pytest.approx(0.45)
+    found = areas(of([[0.0, 1.0, 1.0], [0.2, 0.4, NAN], [NAN, 0.3, NAN]]))
+    assert found == pytest.approx([0.75, 0.3, 0.3])
 
 
 def test_intervals_are_those_over_seeds() -> None:
@@ -439,8 +458,3 @@ def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha: float) -> Non
     assert share(np.r_[np.linspace(0.45, 0.65, 40), np.full(60, 0.65)]) < 0.02
     lost = np.r_[np.linspace(0.45, 0.65, 40), np.linspace(0.65, 0.45, 10), np.full(50, 0.45)]
     assert share(lost) > 0.95
-
-
-def test_areas_are_mean_heights_of_each_seeds_own_length() -> None:
-    found = areas(of([[0.0, 1.0, 1.0], [0.2, 0.4, np.nan], [np.nan, 0.3, np.nan]]))
-    assert found == pytest.approx([0.75, 0.3, 0.3])

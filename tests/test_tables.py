@@ -11,9 +11,19 @@ import pytest
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tables, tokens
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.gallery import TRAINING
 from capo_exp.figures.page import count_seeds
-from capo_exp.figures.panel import Column, Crossing, Level, Panel, Series, cell_text, thousands, value_text
+from capo_exp.figures.panel import (
+    Column,
+    Crossing,
+    Level,
+    Panel,
+    Series,
+    apart,
+    cell_text,
+    thousands,
+    value_text,
+)
+from capo_exp.figures.paper import TRAINING
 from capo_exp.figures.tables import TextTable
 from capo_exp.runs.read import LoggedRun
 
@@ -57,6 +67,7 @@ def test_numbers_of_completions() -> None:
     said = [thousands(x) for x in (0, 96, 999, 1000, 59904, 1.5e6)]
     assert said == ["0", "96", "999", "1k", "59.9k", "1.5M"]
     assert value_text(0.5, "percent", bare=True) == "50.0"
+    assert apart([0.5, 0.1, 0.52, 0.11], 0.06) == pytest.approx([0.5, 0.1, 0.56, 0.16])
 
 
 def test_markdown_escapes_what_would_end_a_cell() -> None:
@@ -88,6 +99,35 @@ def test_csv_has_every_digit_and_no_number_that_is_not_there() -> None:
         ["Accuracy", "GRPO at 2k", "", "0.5", "", "", ""],
         ["Accuracy", 'a "b", c reaches GRPO at 2k', "96", "0.5", "", "", ""],
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+x", "-x", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", "-", "\uff1d1"]
+)
+def test_no_cell_of_a_config_is_a_formula(text: str) -> None:
+    """Wherever it comes from: names of curves, of panels and metrics, settings, tokens, levels."""
+    one = series(text, [text], [1.0], [NAN])
+    columns = (Column(text, "text", {text: text}),)
+    kinds: list[Any] = ["lines", "settings"]
+    shown = [
+        Panel(kind, text, lambda *_: [], (one,), TRAINING, columns=columns, levels=(Level(text, 0.5),))
+        for kind in kinds
+    ]
+    cells = [cell for row in csv.reader(io.StringIO(tables.csv_text(shown))) for cell in row]
+    table = tables.table_of(shown)
+    cells += [cell for row in (table.heading, *table.rows) for cell in row]
+    said = f"'{text}".translate(dict.fromkeys(map(ord, "\t\r\n"), " "))  # of one line
+    assert cells.count(said if text != "\r1" else " 1") == 17 and text not in cells
+
+
+def test_numbers_stay_numbers() -> None:
+    said = [tables.plain(text) for text in ("-0.5", "+3", "-1e-4", "-inf", "", "a=b", "71 %", "1-2")]
+    assert said == ["-0.5", "+3", "-1e-4", "-inf", "", "a=b", "71 %", "1-2"]
+    column = {"a": Estimate(-0.308, -0.56, -0.11)}
+    table = tables.table_of(
+        [panel(series("a", np.array([1.0]), [1.0], [NAN]), columns=(Column("x", "percent", column),))]
+    )
+    assert table.rows == [["a", "2", "-30.8 % [-56.0, -11.0]"]]
 
 
 def test_the_summary_joins_the_panels_by_curve() -> None:

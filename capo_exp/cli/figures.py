@@ -16,14 +16,14 @@ from capo_exp.config.errors import ConfigError, RunFailed, error
 from capo_exp.config.ranges import Rule, one_of
 from capo_exp.config.schema import setting
 from capo_exp.core.intervals import Interval, Statistic
-from capo_exp.figures.curves import curves
+from capo_exp.figures.curves import curves, families
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.output import DrawnFigure, as_typed, write_figure
 from capo_exp.figures.page import compose
 from capo_exp.figures.plots import plot_run as plot_run
 from capo_exp.figures.study import X_LABELS, Study
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import find_runs, load_run, to_its_end
+from capo_exp.runs.read import LoggedRun, find_runs, load_run, to_its_end
 
 USAGE = """\
 python -m capo_exp.figures runs=DIR[,DIR...] [figure=NAME,... key=value ...]
@@ -80,28 +80,44 @@ def _usage() -> str:
 def draw_figures(command: FigureCommand, typed: str) -> int:
     """Draws what the command asks for, and returns the exit status.
 
+    All figures of runs that cannot be compared are drawn for each family of runs, in a folder of its own.
+
     Args:
         command: What to draw.
         typed: The command as a shell takes it, which every file states.
     """
     asked = command.figure or (["metrics"] if command.keys else ["all"])
-    wanted = list(FIGURES) if asked == ["all"] else [find_figure(name) for name in asked]
+    every = asked == ["all"]
+    wanted = list(FIGURES) if every else [find_figure(name) for name in asked]
     for key in command.keys:
         if names.meaning(key) is None:
             raise error("keys", key, _nearest(key))
     try:
         paths = find_runs(command.runs)
-        runs = tuple(to_its_end(load_run(path)) for path in paths)
+        runs = [load_run(path) for path in paths]
         sys.stderr.writelines(f"left out: {text}\n" for run in runs for text in run.left_out)
-        options: Any = {"statistic": command.statistic, "interval": command.interval}
-        weight = WEIGHTS[command.smoothing] if command.smoothing in WEIGHTS else float(command.smoothing)
-        drawn = tuple(curves(runs, mix=command.mix))
-        study = Study(runs, drawn, smoothing=weight, x=command.x, **options)
+        groups = families(runs) if every and not command.mix else [runs]
         output = Path(command.output) if command.output else common_parent(paths) / "figures"
-        front.make_folder(output)
-        return _write(study, wanted, command, output, typed, every=asked == ["all"])
+        drawn = 0
+        for group, folder in zip(groups, _folders(groups, output), strict=True):
+            front.make_folder(folder)
+            if len(groups) > 1:
+                sys.stdout.write(f"{folder.name}: {len(group)} run{'s' * (len(group) > 1)}\n")
+            drawn += _write(group, wanted, command, folder, typed)
+        return 0 if drawn == len(wanted) or (drawn and every) else 2
     except OSError as failed:  # such as a full disk
         raise RunFailed(str(failed)) from failed
+
+
+def _folders(groups: Sequence[Sequence[LoggedRun]], output: Path) -> list[Path]:
+    """Returns where the figures of each family go: below `output`, by the folder that its runs are in."""
+    if len(groups) == 1:
+        return [output]
+    found = [common_parent([run.path for run in group]).name or "runs" for group in groups]
+    return [
+        output / (name if found.index(name) == place else f"{name}-{place + 1}")
+        for place, name in enumerate(found)
+    ]
 
 
 def _nearest(name: str) -> str:
@@ -118,20 +134,26 @@ def common_parent(paths: Sequence[Path]) -> Path:
 
 
 def _write(
-    study: Study, wanted: Sequence[str], command: FigureCommand, output: Path, typed: str, *, every: bool
+    logged: Sequence[LoggedRun], wanted: Sequence[str], command: FigureCommand, output: Path, typed: str
 ) -> int:
-    """Draws and writes each figure that these runs have something for; says which they do not."""
-    drawn: list[DrawnFigure] = []
+    """Writes each figure that these runs have something for, and says which they do not; returns how many."""
+    runs = tuple(map(to_its_end, logged))
+    options: Any = {"statistic": command.statistic, "interval": command.interval}
+    weight = WEIGHTS[command.smoothing] if command.smoothing in WEIGHTS else float(command.smoothing)
+    drawn = tuple(curves(runs, mix=command.mix))
+    study = Study(runs, drawn, smoothing=weight, x=command.x, **options)
+    figures: list[DrawnFigure] = []
+    skip = len(wanted) == len(FIGURES)
     for name in wanted:
         try:
             picture = compose(name, study, command.keys if name == "metrics" else ())
-            drawn.append(write_figure(picture, output, typed))
-            sys.stdout.write(f"figure {name}: {drawn[-1].png}\n")
+            figures.append(write_figure(picture, output, typed))
+            sys.stdout.write(f"figure {name}: {figures[-1].png}\n")
         except ConfigError as lack:
-            stream = sys.stdout if every else sys.stderr
-            stream.write(f"figure {name}: {'skipped, ' if every else ''}{lack}\n")
+            stream = sys.stdout if skip else sys.stderr
+            stream.write(f"figure {name}: {'skipped, ' if skip else ''}{lack}\n")
     if command.report == "html":
         from capo_exp.figures.report.page import write_report  # jinja2 only for whoever asks for a page
 
-        sys.stdout.write(f"report: {write_report(study.runs, study.curves, drawn, output)}\n")
-    return 0 if len(drawn) == len(wanted) or (drawn and every) else 2
+        sys.stdout.write(f"report: {write_report(logged, study.curves, figures, output)}\n")
+    return len(figures)

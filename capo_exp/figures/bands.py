@@ -1,14 +1,18 @@
 """A metric of the runs of one curve: x, centre, interval, and every seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capo_exp.core.intervals import Interval, Statistic, centre_of_seeds, ema
 from capo_exp.core.intervals import interval as bounds
-from capo_exp.runs.read import Array, LoggedRow, LoggedRun, read_series
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import Array, LoggedRun, read_series
+
+FEW_POINTS = 10
+"""A seed with fewer points is not smoothed: the average would hardly leave its first."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,23 @@ class Band:
     """What the centre is."""
     alpha: float = 1.0
     """Smoothing of the values."""
+    ends: Array = field(default_factory=lambda: np.array([]))
+    """[s] x at which each seed ended; it may have values beyond, where it was stopped (`ended`)."""
+    cut: NDArray[np.bool_] = field(default_factory=lambda: np.array([], dtype=bool))
+    """[s] whether it ended before its plan."""
+    unsmoothed: int = 0
+    """Seeds with FEW_POINTS, of a band that is smoothed."""
 
     @property
     def count(self) -> NDArray[np.int64]:
         """Returns [n], the seeds that have a value."""
         return np.isfinite(self.values).sum(axis=0)
+
+    @property
+    def losses(self) -> list[tuple[float, int]]:
+        """Returns where seeds end before the others or their plan: x, and how many go on from there."""
+        early = np.unique(self.ends[self.cut | (self.ends < self.x[-1])])
+        return [(float(x), int((self.ends > x).sum())) for x in early]
 
     @property
     def last_shown(self) -> int:
@@ -55,30 +71,50 @@ def band(
 ) -> Band | None:
     """Returns a metric over x, or None if no run has it: each seed smoothed, then centre and interval.
 
-    Several values at one x (a run that logs every optimiser step of a rollout step) count as their mean.
-    Values that were not finite are left out. Runs may have different lengths: the x of the band are those at
-    which more than half of the seeds that reach so far have a value, and each uses the seeds that have one.
-    Where this would lose more than half of all x (completions that differ between seeds, because groups were
-    filtered), seeds are interpolated, linearly between two of their own points, onto as many of all x as the
-    longest has.
+    A seed with fewer than FEW_POINTS is not smoothed. Several values at one x (a run that logs every
+    optimiser step of a rollout step) count as their mean. Values that were not finite are left out. Runs may
+    have different lengths: the x of the band are those at which more than half of the seeds that reach so
+    far have a value, and each uses the seeds that have one. Where this would lose more than half of all x
+    (completions that differ between seeds, because groups were filtered), seeds are interpolated, linearly
+    between two of their own points, onto as many of all x as the longest has.
 
     `x` is the metric along the axis; statistic, interval and alpha (1 = off) are as in core.intervals.
     """
-    points = [_points(run.evaluations if in_evaluations(key) else run.metrics, key, x, alpha) for run in runs]
-    points = [(at, value) for at, value in points if len(at)]
-    if not points:
+    found = [(run, *_points(run, key, x)) for run in runs]
+    found = [(run, at, value) for run, at, value in found if len(at)]
+    if not found:
         return None
-    grid, values = _aligned(points)
+    weights = [alpha if len(at) >= FEW_POINTS else 1.0 for _, at, _ in found]
+    smooth = [(at, ema(value, weight)) for weight, (_, at, value) in zip(weights, found, strict=True)]
+    grid, values = _aligned(smooth)
     low, high = bounds(values, statistic, interval)
-    return Band(grid, centre_of_seeds(values, statistic), low, high, values, len(points), statistic, alpha)
+    stops = [ended(run, x) for run, *_ in found]
+    ends = np.array([min(at[-1], stop) for (_, at, _), (stop, _) in zip(found, stops, strict=True)])
+    return Band(
+        grid, centre_of_seeds(values, statistic), low, high, values, len(found), statistic, alpha,
+        ends, np.array([cut for _, cut in stops]), sum(weight != alpha for weight in weights),
+    )  # fmt: skip
 
 
-def _points(rows: Sequence[LoggedRow], key: str, x: str, alpha: float) -> tuple[Array, Array]:
-    """Returns x and smoothed values of one run, [n] each; x increasing, every value finite."""
-    at, value = read_series(rows, key, x=x)
+def ended(run: LoggedRun, x: str) -> tuple[float, bool]:
+    """Returns the x of a run's last step, infinite if it has not logged that, and whether more were planned.
+
+    Steps that runs.read.to_its_end has added do not count.
+    """
+    counted = [place for place, row in enumerate(run.metrics) if names.UNREWARDED_STEPS in row]
+    last = run.metrics[counted[-1] if counted else -1] if run.metrics else {}
+    stop, done = last.get(x), last.get(names.STEP)
+    planned = run.setting("num_steps")
+    cut = isinstance(planned, int) and done is not None and done < planned
+    return np.inf if stop is None else float(stop), cut
+
+
+def _points(run: LoggedRun, key: str, x: str) -> tuple[Array, Array]:
+    """Returns x and values of one run, [n] each; x increasing, every value finite."""
+    at, value = read_series(run.evaluations if in_evaluations(key) else run.metrics, key, x=x)
     finite = np.isfinite(at) & np.isfinite(value)
     grid, place, count = np.unique(at[finite], return_inverse=True, return_counts=True)
-    return grid, ema(np.bincount(place, value[finite], len(grid)) / np.maximum(count, 1), alpha)
+    return grid, np.bincount(place, value[finite], len(grid)) / np.maximum(count, 1)
 
 
 def _aligned(points: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -11,9 +11,8 @@ from matplotlib.colors import Normalize, to_rgb
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import style
-from capo_exp.figures.bands import Band
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.labels import short
+from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
 from capo_exp.figures.panel import NAN, Column, Panel, Series, format_values, list_rows, parts, value_text
 from capo_exp.figures.stats import areas, stability
@@ -27,43 +26,34 @@ Measure = Literal[
 
 
 def bars(
-    study: Study,
-    drawn: Sequence[Curve],
-    metric: Metric,
-    title: str,
-    measure: Measure,
-    *,
-    heading: str = "",
-    limits: tuple[float | None, float | None] = (None, None),
-    rivals: Sequence[Curve] = (),
+    study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measure: Measure, heading: str = ""
 ) -> Panel:
-    """Returns a panel with one number for each curve.
-
-    `heading` names the table's column in place of the title, `limits` are the ends of the axis, and `rivals`
-    the curves whose best one measure lead compares with.
-    """
+    """Returns a panel with one number for each curve; `heading` names the table's column, not the title."""
     metric = study.settled(metric)
     found = study.bands_of(drawn, metric)
     shown = [curve for curve in drawn if curve.label in found]
-    cells = {c.label: _one_number(study, metric, c, found[c.label], measure, rivals) for c in shown}
+    cells = {curve.label: _one_number(study, metric, curve, measure) for curve in shown}
     numbers = {k: Estimate(NAN) if isinstance(cell, str) else cell for k, cell in cells.items()}
     return Panel(
-        "bars", title, _paint_bars, metric=metric, height=0.85 + 0.27 * len(shown), limits=limits,
+        "bars", title, _paint_bars, metric=metric, height=0.85 + 0.27 * len(shown),
         series=tuple(
-            Series(c, [measure], *parts([numbers[c.label]]), np.array([found[c.label].seeds])) for c in shown
+            Series(
+                c, [measure], *parts([numbers[c.label]]), np.array([(b := found[c.label]).seeds]),
+                unsmoothed=b.unsmoothed,
+            ) for c in shown
         ),
         columns=(Column(heading or title, metric.unit, cells),),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),
     )  # fmt: skip
 
 
-def _one_number(
-    study: Study, metric: Metric, curve: Curve, found: Band, measure: Measure, rivals: Sequence[Curve]
-) -> Estimate | str:
+def _one_number(study: Study, metric: Metric, curve: Curve, measure: Measure) -> Estimate | str:
+    found = study.band(curve, metric)
+    assert found is not None
     if measure in ("final", "mean", "max", "min"):
         return reduced(study, found, measure)
     if measure == "lead":
-        return _lead(study, metric, curve, rivals)
+        return _lead(study, metric, curve)
     start = study.start_of(curve, metric)
     first = float(found.centre[np.isfinite(found.centre)][0])
     stable = stability(found, start=first if start is None else start, kind=study.interval)
@@ -72,8 +62,13 @@ def _one_number(
     return getattr(stable, measure)
 
 
-def _lead(study: Study, metric: Metric, curve: Curve, rivals: Sequence[Curve]) -> Estimate | str:
-    """Returns the area under a curve less that of the best rival, over the seeds that both have."""
+def _lead(study: Study, metric: Metric, curve: Curve) -> Estimate | str:
+    """Returns the area under a curve less that of the best plain GRPO outside the conservative regime.
+
+    It is over the seeds that both have.
+    """
+    plain = [one for one in study.curves if method(one.run) == "GRPO" and not is_safe(one.run)]
+    rivals = [one for one in plain if one.run.setting("regime.learning_rate") != 0]
     known = [(one, seeds) for one in rivals if (seeds := _areas_of_seeds(study, metric, one))]
     if not known:
         return "no rival"
@@ -88,7 +83,6 @@ def _lead(study: Study, metric: Metric, curve: Curve, rivals: Sequence[Curve]) -
 
 
 def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, float]:
-    """Returns the area under the curve of each seed; empty if not all runs have the metric."""
     found = study.band(curve, metric)
     if found is None or found.seeds < len(curve.runs):
         return {}
@@ -96,7 +90,6 @@ def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, flo
 
 
 def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    """Draws one number with its interval for each curve."""
     axes.set(title=panel.title, xlabel=panel.named.label)
     if panel.is_log:
         axes.set_xscale("log")
@@ -105,13 +98,14 @@ def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappin
         look, value = looks[series.curve.label], float(series.centre[0])
         if not np.isfinite(value):
             across = axes.get_yaxis_transform()
-            axes.text(0.02, place, "none", transform=across, va="center", color=style.OTHER)
+            reason = panel.columns[0].cells[series.curve.label]
+            axes.text(0.02, place, str(reason), transform=across, va="center", color=style.OTHER)
             continue
         if np.isfinite(series.low[0]):
             axes.plot([series.low[0], series.high[0]], [place, place], color=look.colour, lw=2.2, alpha=0.55)
         axes.plot(value, place, **{**look.line, "markersize": 7}, clip_on=False)
     format_values(axes.xaxis, panel.named.unit, log=panel.is_log)
-    axes.set_xlim(*panel.limits)
+    axes.set_xlim(*panel.named.limits)
     if not any(np.isfinite(series.centre[0]) for series in panel.series):
         axes.set_xticks([])
     return []
@@ -125,15 +119,15 @@ def cell_of(curve: Curve) -> tuple[float, int]:
 
 
 def heat(
-    study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measure: Measure, *, heading: str
+    study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measure: Measure, heading: str
 ) -> Panel:
-    """Returns a panel with one number for each learning rate and batch; other arguments as of `bars`."""
+    """Returns a panel with one number for each learning rate and batch; arguments as of `bars`."""
     cells: dict[tuple[float, int], str] = {}
     for curve in drawn:
         if (other := cells.setdefault(cell_of(curve), curve.label)) != curve.label:
             lack = f"{other} and {curve.label} have the same learning rate and batch; narrow runs="
             return Panel("heat", title, _paint_heat, lack=lack)
-    listed = bars(study, drawn, metric, title, measure, heading=heading)
+    listed = bars(study, drawn, metric, title, measure, heading)
     return replace(listed, kind="heat", paint=_paint_heat, height=2.3)
 
 

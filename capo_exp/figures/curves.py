@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class Curve:
 def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     """Groups runs by all that changes how they train or what is measured, but the seed (settings.training).
 
-    A copy of a run (the same run id) counts once. Runs without a config.yaml are curves of their own. The
-    paper's methods are first. `mix` draws runs together that cannot be compared.
+    A copy of a run (the same run id) counts once. Runs without a config.yaml are curves of their own.
+    `mix` draws runs together that cannot be compared.
 
     Raises:
         ConfigError: mix=False and runs differ in model, problems, reward or sampling; or two different runs
@@ -62,6 +63,26 @@ def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     )
 
 
+def families(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
+    """Returns the runs in groups that can be compared, each where its first run is."""
+    found: list[list[LoggedRun]] = []
+    for run in runs:
+        mine = next((family for family in found if _are_comparable(family[0], run)), None)
+        if mine is None:
+            found.append([run])
+        else:
+            mine.append(run)
+    return found
+
+
+def _are_comparable(*pair: LoggedRun) -> bool:
+    try:
+        settings.check_comparable(pair)
+    except ConfigError:
+        return False
+    return True
+
+
 def _without_copies(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
     """Keeps, of runs with one run id, which all ask for the same numbers, the one that has come furthest."""
     furthest: dict[str, LoggedRun] = {}
@@ -77,28 +98,21 @@ def _identity(run: LoggedRun) -> str:
     return json.dumps(plain, sort_keys=True, default=str)
 
 
-def _as_float(value: Any) -> Any:
-    """Returns whole numbers as floats: a config that has been through JavaScript has 1 for 1.0."""
+def _as_float(value: Any) -> Any:  # a config that has been through JavaScript has 1 for 1.0
     if isinstance(value, list):
         return [_as_float(each) for each in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _seeds(group: Sequence[LoggedRun]) -> list[LoggedRun]:
-    """Returns the runs in the order of their seeds.
-
-    Raises:
-        ConfigError: two have the same, so that their mean would not be one over seeds.
-    """
-    of_seed: dict[Any, list[LoggedRun]] = defaultdict(list)
-    for run in group:
-        of_seed[run.setting("seed")].append(run)
-    for seed, same in of_seed.items():
-        if len(same) > 1:
-            where = ", ".join(str(run.path) for run in same)
-            expected = "expected one run for each seed, narrow runs="
-            raise ConfigError(f"{where}: different runs with the same settings and seed {seed}; {expected}")
-    return [of_seed[seed][0] for seed in sorted(of_seed, key=lambda seed: -1 if seed is None else seed)]
+    """Returns the runs in the order of their seeds; two of one seed would make no mean over seeds."""
+    ordered = sorted(group, key=lambda run: run.setting("seed", -1))
+    for seed, same in groupby(ordered, lambda run: run.setting("seed")):
+        where = [str(run.path) for run in same]
+        if len(where) > 1:
+            got = f"{', '.join(where)}: different runs with the same settings and seed {seed}"
+            raise ConfigError(f"{got}; expected one run for each seed, narrow runs=")
+    return ordered
 
 
 def order(curve: Curve) -> tuple[int, list[tuple[float, str]]]:
@@ -128,5 +142,4 @@ def start_value(runs: Sequence[LoggedRun], key: str) -> float | None:
         still = [run for run in runs if run.config and run.setting("regime.learning_rate") == 0]
         points = [read_series(run.metrics, key, x=names.STEP) for run in still]
         found = [value for x, y in points for value in y[x <= START_STEP][-1:]]
-    finite = [value for value in found if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else None
+    return float(np.nanmean(found)) if np.isfinite(found).any() else None

@@ -1,13 +1,16 @@
 """The family of curves over x: centres with bands, a line at the reference, and how soon each reaches it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.transforms import Bbox, TransformedBbox
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import style
@@ -20,6 +23,7 @@ from capo_exp.figures.panel import (
     Panel,
     Series,
     format_values,
+    label_levels,
     thousands,
     value_text,
 )
@@ -30,59 +34,65 @@ from capo_exp.runs.read import Array
 
 MARKS = 7
 """Markers along a line, about."""
+NEAR = 0.06
+"""Share of the axis that crosses are apart, at least."""
+EDGES = Bbox([[-0.02, -0.02], [1.01, 1.02]])
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="white")]
 DASHED = {"color": style.REFERENCE, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 
-def lines(
-    study: Study,
-    drawn: Sequence[Curve],
-    metric: Metric,
-    title: str,
-    *,
-    reference: Literal["", "end", "max"] = "",
-    efficiency: bool = False,
-    summary: Sequence[str] = ("final",),
-    heading: str = "",
-    levels: Sequence[Level] = (),
-    limits: tuple[float | None, float | None] = (None, None),
-) -> Panel:
-    """Returns a panel with a metric over x.
+@dataclass(frozen=True)
+class Told:
+    """What a panel of curves says beside them."""
 
-    Args:
-        reference: Where the line of the reference's curve is: at its end, at its largest value, nowhere.
-        efficiency: Marks where curves reach that line, and says the sample-efficiency factor.
-        summary: Columns of the table: final | mean | max.
-        heading: Name of these columns in place of the title.
-        levels: Further lines.
-        limits: Ends of the y axis; None = from the data.
-    """
+    reference: Literal["", "end", "max"] = ""
+    """Where the line of the reference's curve is: at its end, at its largest value, nowhere."""
+    efficiency: bool = False
+    """Whether to mark where curves reach that line, and to say the sample-efficiency factor."""
+    summary: tuple[str, ...] = ("final",)
+    """Columns of the table: final | mean | max."""
+    heading: str = ""
+    """Name of these columns in place of the title."""
+    levels: tuple[Level, ...] = ()
+    """Further lines."""
+
+
+def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told: Told) -> Panel:
+    """Returns a panel with a metric over x."""
     metric = study.settled(metric)
     found = study.bands_of(drawn, metric)
     shown = [curve for curve in drawn if curve.label in found]
-    level = _reference_level(study, metric, reference, drawn) if shown else None
-    factors = _efficiencies(study, metric, shown) if efficiency and level else {}
+    level = _reference_level(study, metric, told.reference, drawn) if shown else None
+    factors = _efficiencies(study, metric, shown) if told.efficiency and level else {}
+    heading = told.heading or title
     columns = [
-        Column(f"{heading or title}, {how}", metric.unit, {k: reduced(study, found[k], how) for k in found})
-        for how in summary
+        Column(f"{heading}, {how}", metric.unit, {k: reduced(study, found[k], how) for k in found})
+        for how in told.summary
     ]
     if factors:
         cells = {label: _factor_cell(factors[label]) if label in factors else "reference" for label in found}
-        columns.append(Column(f"{heading or title}, sample efficiency", "times", cells))
+        columns.append(Column(f"{heading}, sample efficiency", "times", cells))
     others = [found[curve.label] for curve in shown if not study.is_reference(curve)]
-    missing = {label: band.seeds - int(band.count[band.last_shown]) for label, band in found.items()}
     return Panel(
-        "lines", title, _paint, metric=metric, height=3.1, columns=tuple(columns), limits=limits,
-        series=tuple(Series(c, (b := found[c.label]).x, b.centre, b.low, b.high, b.count) for c in shown),
-        levels=(*([level] if level else []), *levels),
+        "lines", title, _paint, metric=metric, height=3.1, columns=tuple(columns),
+        series=tuple(_series(curve, found[curve.label]) for curve in shown),
+        levels=(*([level] if level else []), *told.levels),
         crossings=tuple(
             Crossing(curve, f.method_x, f.target, f.factor)
             for curve in shown
             if (f := factors.get(curve.label)) and f.method_x is not None and f.factor is not None
         ),
-        wants_reference=bool(reference),
+        wants_reference=bool(told.reference),
         x_max=max((float(band.x[-1]) for band in others), default=None),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),
-        early=tuple(f"{name} {n} of {found[name].seeds}" for name, n in missing.items() if n),
+    )  # fmt: skip
+
+
+def _series(curve: Curve, band: Band) -> Series:
+    beyond = band.x > band.ends[:, None]  # [s, n]
+    return Series(
+        curve, band.x, band.centre, band.low, band.high, band.count, tuple(band.losses),
+        stopped=bool(np.isfinite(band.values[beyond]).any()), unsmoothed=band.unsmoothed,
     )  # fmt: skip
 
 
@@ -94,13 +104,14 @@ def _reference_level(study: Study, metric: Metric, where: str, drawn: Sequence[C
         return None
     label = next((one.label for one in drawn if study.is_reference(one)), curve.label)
     if where == "max":
-        return Level(f"{label}, largest", float(np.nanmax(found.centre)))
-    last = found.last_shown
-    return Level(f"{label} at {thousands(found.x[last])}", float(found.centre[last]))
+        meaning = ": the largest value of its curve"
+        return Level(f"{label}, largest", float(np.nanmax(found.centre)), meaning)
+    last, along = found.last_shown, X_LABELS.get(metric.x, metric.x)
+    meaning = f", the end of {label}'s curve after {found.x[last]:,.0f} {along}"
+    return Level(f"{label} at {thousands(found.x[last])}", float(found.centre[last]), meaning)
 
 
 def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[str, Factor]:
-    """Returns the sample-efficiency factor of each curve but the reference, by label."""
     reference = study.reference and study.band(study.reference, metric)
     if study.reference is None or reference is None:
         return {}
@@ -110,7 +121,6 @@ def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[
 
 
 def _factor_cell(factor: Factor) -> Estimate | str:
-    """Returns a factor with its interval, or why there is none."""
     if factor.factor is None:
         return "not reached" if np.isfinite(factor.target) else "reference does not improve"
     bounds = (factor.low, factor.high) if np.isfinite(factor.low) else ()
@@ -127,16 +137,12 @@ def reduced(study: Study, found: Band, how: str) -> Estimate:
 
 
 def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    """Draws centres over x with their bands, the levels, and where curves cross the first."""
+    """Draws centres over x with their bands, the levels, where curves cross the first, where seeds end."""
     metric = panel.named
-    for place, whole in enumerate(panel.series):
-        _draw_curve(axes, _up_to(whole, panel.x_max), looks[whole.curve.label], place, log=panel.is_log)
+    for place, series in enumerate(panel.series):
+        _draw_curve(axes, series, looks[series.curve.label], place, log=panel.is_log)
     for level in panel.levels:
         axes.axhline(level.y, zorder=1.5, **DASHED)
-        axes.annotate(
-            value_text(level.y, metric.unit), (1, level.y), xycoords=("axes fraction", "data"),
-            xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=style.REFERENCE,
-        )  # fmt: skip
     if panel.is_log:
         axes.set_yscale("log")
     axes.set(title=panel.title, xlabel=X_LABELS.get(metric.x, metric.x))
@@ -146,38 +152,56 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     format_values(axes.yaxis, metric.unit, log=panel.is_log)
-    low, high = panel.limits
+    low, high = metric.limits
     if high is None and low == 0 and not any(np.nanmax(s.centre, initial=0) > 0 for s in panel.series):
         high = 0.01  # nothing but zeros
     axes.set_ylim(low, high)
+    label_levels(
+        axes, [(level.y, value_text(level.y, metric.unit), style.REFERENCE) for level in panel.levels]
+    )
     _draw_crossings(axes, panel.crossings, looks)
+    for series in panel.series:
+        _draw_losses(axes, series, looks[series.curve.label].colour)
     return []
 
 
-def _up_to(series: Series, x_max: float | None) -> Series:
-    """Returns the points up to the end of the axis, and where the line to the next one meets it."""
-    x = series.numbers
-    if x_max is None or x[-1] <= x_max:
-        return series
-    inside = np.append(x[x < x_max], x_max)
-    centre, low, high = (np.interp(inside, x, part) for part in (series.centre, series.low, series.high))
-    return Series(series.curve, inside, centre, low, high, series.seeds[: len(inside)])
-
-
 def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool) -> None:
-    """Draws one curve; markers of different curves are at different places."""
+    """Draws one curve, thin where fewer than half of its seeds go on, with markers of its own places."""
 
     def shown(values: Array) -> Array:
         return np.where(values > 0, values, np.nan) if log else values  # a log axis shows nothing else
 
-    x = series.numbers
+    x, centre = series.numbers, shown(series.centre)
     if np.isfinite(shown(series.low)).any():
         axes.fill_between(
             x, shown(series.low), shown(series.high), color=look.colour, alpha=0.16, linewidth=0
         )
-    every = max(1, len(x) // MARKS)
-    marked = list(range((1 + place) * every // 4, max(1, len(x) - 1), every)) or [0]
-    axes.plot(x, shown(series.centre), **look.line, markevery=marked, clip_on=False)
+    few = [at for at, left in series.losses if 2 * left < len(series.curve.runs)]
+    solid = int(np.searchsorted(x, few[0], side="right")) if few else len(x)
+    every = max(1, solid // MARKS)
+    marked = list(range((1 + place) * every // 4, max(1, solid - 1), every)) or [0]
+    drawn = axes.plot(x[:solid], centre[:solid], **look.line, markevery=marked)
+    if solid < len(x):
+        rest = slice(max(0, solid - 1), None)
+        drawn += axes.plot(x[rest], centre[rest], color=look.colour, ls=look.dashes, lw=0.7)
+    for line in drawn:  # what is at the edge is whole, what is beyond the axis is not there
+        line.set_clip_box(TransformedBbox(EDGES, axes.transAxes))
+
+
+def _draw_losses(axes: Axes, series: Series, colour: str) -> None:
+    """Draws a cross where seeds end, and beside it how many still count; of near ones the last."""
+    left, right = axes.get_xlim()
+    inside = [(x, count) for x, count in series.losses if x <= right]
+    for (x, count), (after, _) in pairwise([*inside, (np.inf, 0)]):
+        if after - x < NEAR * (right - left):
+            continue
+        y = float(np.interp(x, series.numbers, series.centre))
+        axes.plot(x, y, "x", ms=6, mew=1.6, color=colour, zorder=5, clip_on=False)
+        if count and not series.stopped:
+            text = axes.annotate(
+                f"n={count}", (x, y), xytext=(3, 5), textcoords="offset points", fontsize=7.5, color=colour
+            )
+            text.set_path_effects(HALO)
 
 
 def _draw_crossings(axes: Axes, crossings: Sequence[Crossing], looks: Mapping[str, Look]) -> None:
@@ -195,7 +219,7 @@ def _draw_crossings(axes: Axes, crossings: Sequence[Crossing], looks: Mapping[st
             f"{crossing.factor:.3g}x", (crossing.x, crossing.y), xytext=(shift, 6 + 11 * above),
             textcoords="offset points", ha=side, color=look.colour, fontsize=9, fontweight="bold", zorder=6,
         )  # fmt: skip
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        text.set_path_effects(HALO)
 
 
 def legend_entries(panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Line2D]:

@@ -1,6 +1,7 @@
 """A figure's files, and where it comes from, which is written inside each of them."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,7 +29,6 @@ class DrawnFigure:
     name: str
     title: str
     caption: str
-    """Seeds, band, smoothing, and what the figure lacks."""
     png: Path
     pdf: Path
     csv: Path
@@ -44,17 +44,19 @@ def as_typed(arguments: Sequence[str]) -> str:
 def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     """Draws a figure and writes its files: all of them or, whatever goes wrong, none."""
     says, table = page.caption(picture), tables.table_of(picture.panels)
-    # ASCII that can stand in any comment: two dashes in a row would end one of HTML.
+    # ASCII that can stand in any comment: two dashes in a row would end one of HTML, and what is behind a
+    # comma is a cell of CSV, which must not begin as a formula does.
     line = json.dumps(provenance(picture, command), separators=(",", ":")).replace("--", "-\\u002d")
+    line = re.sub(r"[,;](?=\s*[=+@\\-])", lambda found: f"\\u{ord(found[0]):04x}", line)
     with rc_context(style.SETTINGS):
         figure = page.draw_page(picture)
         chunks = {"Title": picture.title, "Software": "matplotlib", KEY: line}
-        png = page.as_bytes(figure, "png", chunks)
+        png = style.as_bytes(figure, "png", chunks)
         entries = {"Title": picture.title, "Subject": line, "Creator": KEY, "Producer": "matplotlib"}
-        pdf = page.as_bytes(figure, "pdf", {**entries, "CreationDate": None})
+        pdf = style.as_bytes(figure, "pdf", {**entries, "CreationDate": None})
 
     def comments(mark: str) -> str:
-        return f"{mark} capo_exp.figures: {command}\n{mark} {line}\n"
+        return f"{mark} capo_exp.figures: {' '.join(command.splitlines())}\n{mark} {line}\n"
 
     files = {
         ".png": png,

@@ -1,8 +1,7 @@
 """A figure as a page: its panels beside each other, a legend above, and what a reader has to know below."""
 
-import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from capo_exp.figures import style
+from capo_exp.figures.bands import FEW_POINTS
+from capo_exp.figures.bars import cell_of
 from capo_exp.figures.curves import Curve, order
 from capo_exp.figures.gallery import FIGURES
+from capo_exp.figures.labels import REGIMES, short
 from capo_exp.figures.lines import legend_entries
-from capo_exp.figures.panel import Panel
+from capo_exp.figures.panel import Panel, Series, thousands
+from capo_exp.figures.paper import grouped
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs import metrics as names
 
@@ -23,15 +26,15 @@ LABEL_LETTER, LETTER, SMALL_LETTER = 0.08, 0.066, 0.062
 """Inches of a letter in an axis' labels, the legend and the footer, about."""
 USUAL = 12
 """Letters of a curve's name that the widths have room for."""
-LINE = 0.19
-"""Inches of a line of it."""
+LINE, SMALL_LINE = 0.19, 0.125
+"""Inches of a line of the legend and of the footer."""
 INTERVALS = {
     "bootstrap": "95 % bootstrap interval over seeds",
     "t": "95 % interval of Student's t over seeds",
     "sem": "one standard error over seeds",
 }
-STATISTICS = {"mean": "mean", "iqm": "interquartile mean"}
-MARKS = {"lines": "band: ", "bars": "whisker: "}
+STATISTICS = {"mean": "Mean", "iqm": "Interquartile mean"}
+SIGNS = {"lines": "band", "bars": "whisker", "heat": "small numbers", "stages": "brackets"}
 """Kind of panel -> what shows the interval."""
 
 
@@ -76,44 +79,43 @@ def compose(name: str, study: Study, keys: Sequence[str] = ()) -> Picture:
     if not panels:
         raise Lacking("; ".join(reasons))
     absent = [f"{panel.title}: not in {', '.join(panel.absent)}" for panel in panels if panel.absent]
-    return Picture(name, study, panels, (*reasons, *absent))
+    runs = {s.curve.label: s.curve.runs for panel in panels for s in panel.series}
+    damage = [text for same in runs.values() for run in same for text in run.left_out]
+    return Picture(name, study, panels, (*reasons, *absent, *damage))
 
 
 def caption(picture: Picture) -> str:
-    """Returns all sentences: seeds, band, smoothing, lines, and what is missing."""
-    how, panels = footer(picture), [panel for panel in picture.panels if panel.kind == "lines"]
-    levels = dict.fromkeys(level.label for panel in panels for level in panel.levels)
-    early = dict.fromkeys(text for panel in panels for text in panel.early)
-    study, first = picture.study, picture.curves[0]
+    """Returns what stands below the panels: seeds, intervals, smoothing, signs, and what is missing."""
+    study, spec, panels = picture.study, FIGURES[picture.name], picture.panels
+    curves = [panel for panel in panels if panel.kind == "lines"]
     unanswered = study.reference is None and any(panel.wants_reference for panel in panels)
+    started = any(study.start_of(picture.curves[0], panel.named) is not None for panel in curves)
     sentences = {
-        FIGURES[picture.name].caption: True,
-        f"{how[0].upper()}{how[1:]}.": True,
-        f"Dashed: {', '.join(levels)}.": levels,
-        "No line of a reference: the runs have no conservative GRPO.": unanswered,
-        "Ring and factor: the reference's x over that of the curve where each first reaches the line.":
+        spec.caption: True,
+        _statistics(picture): True,
+        "; ".join(_regimes(picture.curves)): True,
+        _smoothing(panels): True,
+        _levels(curves): True,
+        "No line of a reference: the runs have no conservative GRPO": unanswered,
+        "Ring and factor: the reference's x over that of the curve where each first reaches the line":
             any(panel.crossings for panel in panels),
-        "x = 0 of training accuracy: runs at learning rate 0.":
-            any(study.start_of(first, panel.named) is not None for panel in panels),
-        f"Seeds that end earlier than the others: {', '.join(early)}.": early,
-        **{f"Left out: {text}.": True for text in picture.lacking},
+        "Training accuracy at x = 0: of runs at learning rate 0": started,
+        _losses([series for panel in curves for series in panel.series]): True,
+        **{f"Left out: {text}": True for text in picture.lacking},
     }  # fmt: skip
-    return " ".join(sentence for sentence, holds in sentences.items() if sentence and holds)
+    said = [text.removesuffix(".") for text, holds in sentences.items() if text and holds]
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in said)
 
 
-def footer(picture: Picture) -> str:
-    """Returns the shortest version, which stands in the picture itself."""
-    kind, study = picture.panels[0].kind, picture.study
-    if any(panel.kind == "lines" for panel in picture.panels):
-        kind = "lines"
-    if kind == "settings":
-        return count_seeds(picture.curves)
-    if kind == "tokens":
-        return f"counted in the logged completions of {count_seeds(picture.curves)}"
+def _statistics(picture: Picture) -> str:
+    kinds, study = {panel.kind for panel in picture.panels}, picture.study
+    seeds = count_seeds(picture.curves)
+    if kinds & {"settings", "tokens"}:
+        return f"Of {seeds}" if "settings" in kinds else f"Counted in the logged completions of {seeds}"
+    signs = " and ".join(sign for kind, sign in SIGNS.items() if kind in kinds)
     several = any(len(curve.runs) > 1 for curve in picture.curves)
-    band = f"{MARKS.get(kind, '')}{INTERVALS[study.interval]}" if several else "one seed, hence no interval"
-    text = f"{STATISTICS[study.statistic]} of {count_seeds(picture.curves)}; {band}; {_smoothing(picture)}"
-    return text.removesuffix("; ")
+    interval = f"{signs}: {INTERVALS[study.interval]}" if several else "one seed, hence no interval"
+    return f"{STATISTICS[study.statistic]} of {seeds}; {interval}"
 
 
 def count_seeds(curves: Sequence[Curve]) -> str:
@@ -124,13 +126,54 @@ def count_seeds(curves: Sequence[Curve]) -> str:
     return f"n = {usual} seed{'' if usual == 1 else 's'}" + (f" ({', '.join(others)})" if others else "")
 
 
-def _smoothing(picture: Picture) -> str:
-    """Says `EMA 0.1`, or `not smoothed`; one for each panel if they differ."""
-    metrics = [panel.named for panel in picture.panels if panel.kind in ("lines", "bars", "heat")]
-    said = {m.label: "not smoothed" if m.smoothing == 1 else f"EMA {m.smoothing:g}" for m in metrics}
-    if len(set(said.values())) <= 1:
-        return "".join(dict.fromkeys(said.values()))
-    return ", ".join(f"{text} ({key})" for key, text in said.items())
+def _regimes(curves: Sequence[Curve]) -> Iterator[str]:
+    names_of = grouped(curves, lambda curve: str(curve.run.setting("regime.name", "")))
+    for regime, mine in names_of.items():
+        mark, cells = REGIMES.get(regime, regime), sorted({cell_of(curve) for curve in mine})
+        rate, batch = cells[0]
+        if regime and rate:
+            sizes = f", learning rate {short(rate)}, {batch:,} completions a step" if len(cells) == 1 else ""
+            yield f"{f'({mark})' if mark else 'without a letter'}: {regime} regime{sizes}"
+
+
+def _smoothing(panels: Sequence[Panel]) -> str:
+    """Says `EMA 0.1` and what that is, or `not smoothed`; of which panels if they differ."""
+    said: dict[str, dict[str, None]] = {}
+    few = []
+    for panel in (panel for panel in panels if panel.kind in ("lines", "bars", "heat")):
+        weight, label = panel.named.smoothing, panel.named.label
+        raw = [series for series in panel.series if series.unsmoothed]
+        smooth = weight < 1 and any(series.unsmoothed < max(series.seeds) for series in panel.series)
+        said.setdefault(f"EMA {weight:g}" if smooth else "not smoothed", {})[label] = None
+        few += [f"{series.curve.label} ({label})" for series in raw] if smooth else []
+    texts = [text + (f" ({', '.join(labels)})" if len(said) > 1 else "") for text, labels in said.items()]
+    text = ", ".join(texts)
+    if "EMA" in text:
+        text += f"{'; EMA' if len(said) > 1 else ''}: moving average in which a new value has that weight"
+    listed = ", ".join(dict.fromkeys(few))
+    return text + (f"; fewer than {FEW_POINTS} points are not smoothed: {listed}" if few else "")
+
+
+def _levels(panels: Sequence[Panel]) -> str:
+    said = {level.label: f"{level.label}{level.meaning}" for panel in panels for level in panel.levels}
+    return f"Dashed: {'; '.join(said.values())}" if said else ""
+
+
+def _losses(every: Sequence[Series]) -> str:
+    """Explains crosses: how many seeds of each curve go on from where."""
+    said = {}
+    for series in (one for one in every if one.losses):
+        steps = [f"{count} from {thousands(x)}" for x, count in series.losses]
+        steps = [*steps[:1], "...", steps[-1]] if len(steps) > 3 else steps
+        said[series.curve.label] = f"{series.curve.label} {len(series.curve.runs)}, {', '.join(steps)}"
+    if not said:
+        return ""
+    stopped = any(one.stopped for one in every)
+    rest = "; stopped for want of reward, it counts as 0 from there" if stopped else ""
+    return (
+        f"Cross: a seed ended there{rest}; seeds that go on: {'; '.join(said.values())}. "
+        "Thin: fewer than half go on"
+    )
 
 
 def draw_page(picture: Picture) -> Figure:
@@ -152,7 +195,8 @@ def draw_page(picture: Picture) -> Figure:
             grid[place].tick_params(axis="y", labelleft=False)  # the panel to the left has the same list
     if marks:
         _add_legend(figure, marks)
-    lines = textwrap.fill(footer(picture), int(figure.get_figwidth() / SMALL_LETTER))
+    lines = textwrap.fill(caption(picture), int(figure.get_figwidth() / SMALL_LETTER))
+    figure.set_figheight(figure.get_figheight() + SMALL_LINE * lines.count("\n"))
     figure.supxlabel(lines, x=0.005, ha="left", fontsize=7.5, color=style.OTHER, parse_math=False)
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -166,7 +210,6 @@ def _labels(panel: Panel) -> list[str]:
 
 
 def _width(panels: Sequence[Panel], columns: int) -> float:
-    """Returns the inches of the page."""
     if panels[0].kind == "settings":
         return 2.2 + 0.95 * len(panels[0].columns)
     listed = [label for panel in panels if panel.kind in ("bars", "stages") for label in _labels(panel)]
@@ -183,10 +226,3 @@ def _add_legend(figure: Figure, marks: Sequence[Any]) -> None:
     legend = figure.legend(handles=list(marks), loc="outside upper left", ncols=columns, columnspacing=1.4)
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def as_bytes(figure: Figure, kind: str, metadata: Mapping[str, Any]) -> bytes:
-    """Returns the page as png or pdf; the same page gives the same bytes."""
-    out = io.BytesIO()
-    figure.savefig(out, format=kind, metadata=dict(metadata))
-    return out.getvalue()

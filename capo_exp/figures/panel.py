@@ -21,6 +21,8 @@ Kind = Literal["lines", "bars", "heat", "stages", "tokens", "settings"]
 Painter = Callable[[Axes, "Panel", Sequence["Panel"], Mapping[str, Look]], list[Any]]
 """Draws a panel on axes, given all panels of the figure and the looks by label; returns legend entries."""
 NAN = float("nan")
+LABEL_GAP = 0.06
+"""Share of the height of axes that a line of small letters takes, about."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Series:
     high: Array
     seeds: NDArray[Any]
     """How many are behind each number."""
+    losses: tuple[tuple[float, int], ...] = ()
+    """Where seeds end early: x, and how many go on."""
+    stopped: bool = False
+    """Whether the seeds that ended have values beyond: those of a run that was stopped for want of reward."""
+    unsmoothed: int = 0
+    """Seeds with too few points to be smoothed."""
 
     @property
     def numbers(self) -> Array:
@@ -48,6 +56,8 @@ class Level:
 
     label: str
     y: float
+    meaning: str = ""
+    """What the caption says after the label."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,6 @@ class Panel:
     height: float = 0.0
     """Inches."""
     columns: tuple[Column, ...] = ()
-    limits: tuple[float | None, float | None] = (None, None)
-    """Ends of the axis of values; None = from the data."""
     levels: tuple[Level, ...] = ()
     crossings: tuple[Crossing, ...] = ()
     wants_reference: bool = False
@@ -92,8 +100,6 @@ class Panel:
     x_max: float | None = None
     absent: tuple[str, ...] = ()
     """Labels of curves that lack the metric."""
-    early: tuple[str, ...] = ()
-    """Curves with seeds that end early, and how many."""
     lack: str = ""
     """Why there is nothing to draw, unless it is that no run has logged the metric."""
 
@@ -157,6 +163,29 @@ def format_values(axis: Axis, unit: str, *, log: bool = False) -> None:
         axis.set_major_formatter(formatter)
     elif unit == "completions":
         axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Returns the places with neighbours at least `gap` apart: moved up, from the lowest."""
+    result = [0.0] * len(places)
+    before = -np.inf
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        before = result[i] = max(places[i], before + gap)
+    return result
+
+
+def label_levels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Writes texts at the right of the axes, each at its y, or as near as its neighbours leave room.
+
+    Each label is its y, its text and its colour. Call it when the limits are settled.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = apart([float(to_axes.transform((axes.get_xlim()[1], y))[1]) for y, _, _ in labels], LABEL_GAP)
+    for place, (_, text, colour) in zip(places, labels, strict=True):
+        axes.annotate(
+            text, (1, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=8, color=colour,
+        )  # fmt: skip
 
 
 def list_rows(axes: Axes, names: Sequence[str]) -> Array:

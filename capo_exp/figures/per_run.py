@@ -15,7 +15,7 @@ from capo_exp.figures.labels import short
 from capo_exp.figures.panel import Column, Panel, Series, cell_text, format_values, list_rows, parts
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
-from capo_exp.runs.read import LoggedRun
+from capo_exp.runs.read import LoggedRow, LoggedRun
 
 TOTAL = "time/total_seconds"
 STAGES = {
@@ -37,7 +37,7 @@ SETTINGS = {
 
 def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
     """Returns the share of each stage in the time of a step, means over steps and seeds."""
-    timed = {curve.label: [run for run in curve.runs if _step_seconds(run)] for curve in drawn}
+    timed = {curve.label: [run for run in curve.runs if _timed(run)] for curve in drawn}
     shown = [curve for curve in drawn if timed[curve.label]]
     names = [*STAGES, "other"]
     shares = {c.label: np.array([_shares(run) for run in timed[c.label]]) for c in shown}
@@ -52,31 +52,30 @@ def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
         "stages", title, _paint_stages, metric=study.settled(Metric(TOTAL, TOTAL, "percent")),
         height=0.9 + 0.36 * len(shown), columns=(Column("seconds a step", "seconds", seconds), *columns),
         series=tuple(
-            Series(
-                c, [names[i] for i in used], *parts(per[c.label]), np.full(len(used), len(timed[c.label]))
-            )
+            Series(c, [names[i] for i in used], *parts(per[c.label]), np.full(len(used), len(timed[c.label])))
             for c in shown
         ),
         absent=tuple(curve.label for curve in drawn if not timed[curve.label]),
     )  # fmt: skip
 
 
+def _timed(run: LoggedRun) -> list[LoggedRow]:
+    return [row for row in run.metrics if row.get(TOTAL) is not None]
+
+
 def _step_seconds(run: LoggedRun) -> float:
-    """Returns the mean seconds of a step; 0 if the run has not logged any."""
-    found = [row[TOTAL] for row in run.metrics if row.get(TOTAL) is not None]
-    return float(np.mean(found)) if found else 0.0
+    return float(np.mean([row[TOTAL] for row in _timed(run)]))
 
 
 def _shares(run: LoggedRun) -> list[float]:
     """Returns the share of each stage and of the rest in the time of all steps."""
-    rows = [row for row in run.metrics if row.get(TOTAL) is not None]
+    rows = _timed(run)
     named = [sum(row.get(key) or 0.0 for row in rows) for key in STAGES.values()]
     total = max(sum(row[TOTAL] for row in rows), sum(named))
     return [*(seconds / total for seconds in named), 1.0 - sum(named) / total]
 
 
 def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    """Draws shares of one whole beside each other."""
     names, every = [str(name) for name in panel.series[0].x], [*STAGES, "other"]
     faces = [style.STAGES[every.index(name) % len(style.STAGES)] for name in names]
     edge: dict[str, Any] = {"edgecolor": style.REFERENCE, "linewidth": 0.5}
@@ -89,8 +88,7 @@ def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapp
                 middle = {"ha": "center", "va": "center", "fontsize": 8, "color": ink_on(face)}
                 axes.text(left + share / 2, place, f"{share:.0%}", **middle)
             left += float(share)
-        cell = panel.columns[0].cells[series.curve.label]
-        seconds = cell if isinstance(cell, str) else f"{cell.value:.3g} s"
+        seconds = cell_text(panel.columns[0].cells[series.curve.label], "seconds")
         axes.text(1.01, place, seconds, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set(title=panel.title, xlabel="share of a rollout step; at the right its seconds", xlim=(0, 1))
     format_values(axes.xaxis, "percent")
@@ -117,7 +115,6 @@ def _said(value: object) -> str:
 
 
 def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    """Draws the table as a picture."""
     axes.axis("off")
     names = [series.curve.label for series in panel.series]
     cells = [[cell_text(column.cells[name], column.unit) for column in panel.columns] for name in names]

@@ -1,5 +1,6 @@
 """From the records of a run to axes. Draws on matplotlib's Agg canvas: no display, no pyplot state."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from capo_exp.figures import style
+from capo_exp.figures.bands import ended
 from capo_exp.figures.labels import short
+from capo_exp.figures.panel import label_levels
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import Array, LoggedRun, load_run, read_series
+
+NOTE = """policy: m_F, predicted for each token, nats; |objective|: the size of m_H, reward units; max, p99 \
+and mean: over the tokens of a step; wide lines: the bounds beyond which the selection rejects a token"""
 
 
 def plot_run(run_dir: Path | str) -> Path:
@@ -28,19 +33,22 @@ def plot_run(run_dir: Path | str) -> Path:
         FigureCanvasAgg(figure)
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
         figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11)
-        draw_accuracy(accuracy, run)
-        draw_shifts(shifts, run)
-        draw_rejection(rejection, run)
-        rejection.set_xlabel("completions sampled for training")
         rejection.xaxis.set_major_formatter(EngFormatter(sep=""))
+        draw_accuracy(accuracy, run)
+        draw_rejection(rejection, run)
         rejection.set_xlim(left=0)
-        path = run.path / "run.png"
-        figure.savefig(path)
+        draw_shifts(shifts, run)
+        rejection.set_xlabel("completions sampled for training")
+        note = textwrap.fill(NOTE, 120)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=style.OTHER, parse_math=False)
+        picture = style.as_bytes(figure, "png", {"Software": "matplotlib"})
+    path = run.path / "run.png"
+    path.write_bytes(picture)
     return path
 
 
 def run_title(run: LoggedRun) -> str:
-    """Says on two lines what ran: algorithm, model, dataset; regime, learning rate, batch and seed."""
+    """Says what ran: algorithm, model, dataset; regime, learning rate, batch, seed; where it ended early."""
     subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
     rate = run.setting("regime.learning_rate")
     batch = [run.setting(f"regime.{key}", "?") for key in ("prompts_per_step", "group_size")]
@@ -50,7 +58,22 @@ def run_title(run: LoggedRun) -> str:
         f"{batch[0]} prompts x {batch[1]} completions a step",
         f"seed {run.setting('seed', '?')}",
     ]
-    return " · ".join(subject) + "\n" + " · ".join(setup)
+    lines = [" · ".join(subject), " · ".join(setup)]
+    if ended(run, names.COMPLETIONS)[1]:
+        lines.append(f"{outcome(run)} after {steps_done(run)} of {run.setting('num_steps')} steps")
+    return "\n".join(lines)
+
+
+def outcome(run: LoggedRun) -> str:
+    """Says in a word or two how a run ended, such as `finished` or `stopped, no reward`."""
+    unrewarded = bool(run.metrics) and bool(run.metrics[-1].get(names.UNREWARDED_STEPS))
+    given_up = run.state == "finished" and unrewarded and ended(run, names.COMPLETIONS)[1]
+    return "stopped, no reward" if given_up else run.state
+
+
+def steps_done(run: LoggedRun) -> int:
+    """Returns the last rollout step that the run has logged."""
+    return int(max((row[names.STEP] for row in run.metrics if row.get(names.STEP) is not None), default=0))
 
 
 def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
@@ -64,9 +87,9 @@ def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
     points = {"marker": "o", "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
     held_out = read_series(run.evaluations, names.EVAL_ACCURACY)
     _line(axes, *held_out, color="#222222", linewidth=1.0, label="held-out problems", **points)
-    axes.set(ylim=(0, 1), ylabel="accuracy", title="Accuracy")
+    axes.set(ylim=(0, 1), ylabel="accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes)
+    _head(axes, "Accuracy")
 
 
 def draw_shifts(axes: Axes, run: LoggedRun) -> None:
@@ -84,28 +107,35 @@ def draw_shifts(axes: Axes, run: LoggedRun) -> None:
         axes.set_yscale("log")
         axes.margins(y=0.12)
     selection = run.setting("algo.selection", {})
-    _bound(axes, selection.get("policy_shift_max"), "policy")
-    low, high = selection.get("objective_shift_min"), selection.get("objective_shift_max")
-    for bound in {abs(bound): bound for bound in (low, high) if bound is not None}.values():
-        _bound(axes, bound, "|objective|")
-    axes.set(ylabel="nats, reward units", title="Predicted shifts")
-    _legend(axes)
+    keys = {
+        "policy_shift_max": "policy",
+        "objective_shift_min": "|objective|",
+        "objective_shift_max": "|objective|",
+    }
+    bounds = {(shift, abs(bound)) for key, shift in keys.items() if (bound := selection.get(key)) is not None}
+    drawn = sorted((size, shift) for shift, size in bounds if size and np.isfinite(size))
+    for size, shift in drawn:
+        axes.axhline(size, color=style.SHIFT_COLOURS[shift], linewidth=3.5, alpha=0.28, zorder=1)
+    label_levels(axes, [(y, f"bound {short(float(y))}", style.SHIFT_COLOURS[shift]) for y, shift in drawn])
+    axes.set_ylabel("nats, reward units")
+    _head(axes, "Predicted shifts")
 
 
 def draw_rejection(axes: Axes, run: LoggedRun) -> None:
     """Draws the share of tokens that the selection left out."""
     x, total = read_series(run.metrics, names.REJECTION_RATE)
     top = np.nanmax(total, initial=0.0)
-    _line(axes, x, total, color=style.colour(run), label="total")
+    if np.isfinite(total).any():  # an area, since one reason alone is often the total
+        axes.fill_between(x, total, color=style.colour(run), alpha=0.3, linewidth=0, label="total")
     for reason, label, look in (("_policy", "policy", "--"), ("_objective", "|objective|", ":")):
         x, y = read_series(run.metrics, names.REJECTION_RATE + reason)
         if top > 0:
-            _line(axes, x, y, ls=look, lw=1.3, color=style.SHIFT_COLOURS[label], label=f"by {label} shift")
+            _line(axes, x, y, ls=look, lw=1.5, color=style.SHIFT_COLOURS[label], label=f"by {label} shift")
     if top == 0:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=style.OTHER)
-    axes.set(ylabel="share of tokens", title="Rejected tokens", ylim=(0, 1.15 * top or 0.01))
+    axes.set(ylabel="share of tokens", ylim=(0, 1.15 * top or 0.01))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes)
+    _head(axes, "Rejected tokens")
 
 
 def smoothing_window(steps: int) -> int:
@@ -125,17 +155,15 @@ def _line(axes: Axes, x: Array, y: Array, **look: Any) -> None:
         axes.plot(x, y, clip_on=False, **{**lone, **look})
 
 
-def _bound(axes: Axes, bound: float | None, shift: str) -> None:
-    if bound is None or bound == 0 or not np.isfinite(bound):
-        return
-    axes.axhline(abs(bound), color=style.SHIFT_COLOURS[shift], linewidth=3.5, alpha=0.28, zorder=1)
-    text = axes.annotate(
-        f"{shift} bound {short(abs(float(bound)))}", (0, abs(bound)), xycoords=("axes fraction", "data"),
-        xytext=(4, 4), textcoords="offset points", fontsize=8, color=style.SHIFT_COLOURS[shift],
-    )  # fmt: skip
-    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-
-
-def _legend(axes: Axes) -> None:
+def _head(axes: Axes, title: str) -> None:
+    """Writes the title, and below it the legend, as wide as both may be."""
+    axes.set_title(title, pad=19)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.1, columnspacing=1.1)
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=5,
+            borderaxespad=0.1,
+            borderpad=0.1,
+            columnspacing=1.1,
+        )  # fmt: skip

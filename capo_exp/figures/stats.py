@@ -1,7 +1,4 @@
-"""Arrays in, numbers out: how much sooner a method gets somewhere, and how well it stays there.
-
-No files, no drawing.
-"""
+"""Arrays in, numbers out: how much sooner a method gets somewhere, and how well it stays there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,22 +53,16 @@ class Stability:
 
 
 def sample_efficiency(reference: Band, method: Band, *, start: float | None = None) -> Factor:
-    """Compares the completions that reference and method need for the same accuracy.
+    """Compares the completions that reference and method, smoothed alike, need for the same accuracy.
 
     The target is the accuracy of the reference at its end (Band.end), of its seeds that get there. Both
-    curves are read in the same way: the first x > 0 at which the smoothed centre is at or above the target,
-    among the points that were logged, so an x is exact to one step of its curve. A target that is not above
-    the accuracy before training is none: any curve has it after its first step, and the factor would be that
-    of the steps' sizes.
+    curves are read in the same way: the first logged x > 0 at which the smoothed centre is at or above the
+    target. A target that is not above `start`, the accuracy before training (None = the reference's first
+    point), is none: any curve has it after its first step.
 
-    The interval is the percentile bootstrap: seeds of both are drawn anew, each draw with a target of its
-    own. A draw in which the method does not reach its target has factor 0; one without a target is left out.
-    With few seeds it is too narrow, as that of a mean (core/intervals.py).
-
-    Args:
-        reference: With the same smoothing and statistic as the method.
-        method: Likewise.
-        start: Accuracy before training; None = the reference's first point.
+    The interval is the percentile bootstrap over seeds of both, each draw with a target of its own. A draw
+    in which the method does not reach its target has factor 0; one without a target is left out. With few
+    seeds it is too narrow, as that of a mean (core/intervals.py).
     """
     at_end = np.isfinite(reference.values[:, reference.end])
     values = reference.values[at_end, : reference.end + 1]
@@ -98,18 +89,12 @@ def _first_reached(
 
     They are NaN where the reference sets no target, infinite where the method does not reach it.
     """
-    first, target = _ends(reference)
+    there, row = np.isfinite(reference), np.arange(len(reference))
+    first, target = reference[row, there.argmax(1)], reference[row, -1 - there[:, ::-1].argmax(1)]
     before = _first_x(x, reference, target)
     sets = (target > (first if start is None else start)) & np.isfinite(before)
     after = _first_x(method_x, method, target)
     return np.where(sets, target, np.nan), np.where(sets, before, np.nan), np.where(sets, after, np.nan)
-
-
-def _ends(curves: Array) -> tuple[Array, Array]:
-    """Returns the first and last value of each curve, [r, n] -> two of [r]; NaN of a curve without any."""
-    there = np.isfinite(curves)
-    row = np.arange(len(curves))
-    return curves[row, there.argmax(1)], curves[row, -1 - there[:, ::-1].argmax(1)]
 
 
 def _first_x(x: Array, curves: Array, target: Array) -> Array:
@@ -118,7 +103,6 @@ def _first_x(x: Array, curves: Array, target: Array) -> Array:
 
 
 def _resampled(values: Array, statistic: Statistic, stream: int) -> Array:
-    """Returns centres of resampled seeds, [s, n] -> [r, n]."""
     seeds = len(values)
     draws = np.random.default_rng(stream).integers(0, seeds, (RESAMPLES, seeds))
     return np.concatenate(
@@ -135,15 +119,10 @@ def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
     so a run that breaks at once has collapsed; a run that later rises above its old peak has a new one, and
     has not.
 
-    Without the bound on noise nearly every run that learns nothing "collapses". With it at most 1 % of such
-    seeds do, if the curve begins with its accuracy before training (up to 20 % if it begins with the noise of
-    one step); of runs that gain 0.15 and lose all of it again, 99 % are found (simulated: 100 steps of 96
-    completions, smoothing 0.1).
-
-    Args:
-        band: Accuracy.
-        start: Accuracy before training.
-        kind: Kind of the intervals over seeds of worst, peak and auc.
+    With the bound on noise at most 1 % of seeds that learn nothing "collapse", if the curve begins with its
+    accuracy before training, `start` (up to 20 % if it begins with the noise of one step); of runs that gain
+    0.15 and lose all of it again, 99 % are found (simulated: 100 steps of 96 completions, smoothing 0.1).
+    `kind` is that of the intervals over seeds of worst, peak and auc.
     """
     seeds = [(band.x[there], y[there]) for y in band.values if (there := np.isfinite(y)).any()]
     collapses = [x for own in seeds if (x := _collapse(*own, start, band.alpha)) is not None]
@@ -192,11 +171,10 @@ def _share(count: int, seeds: int) -> Estimate:
 def noise(smooth: Array, alpha: float) -> float:
     """Returns the standard deviation of a moving average [n] from step to step noise; 0 below FEW values.
 
-    From the median difference of neighbours before smoothing, so that neither a trend nor a jump counts as
-    noise.
+    It is from the median difference of neighbours before smoothing: neither a trend nor a jump is noise.
     """
-    raw = smooth[1:] - (1 - alpha) * smooth[:-1]  # times alpha
     if len(smooth) < FEW:
         return 0.0
+    raw = smooth[1:] - (1 - alpha) * smooth[:-1]  # times alpha
     spread = np.median(np.abs(np.diff(raw))) / stats.norm.ppf(0.75) / np.sqrt(2)
     return float(spread / alpha * np.sqrt(alpha / (2 - alpha)))

@@ -38,6 +38,8 @@ class Metric:
     start: bool = False
     """Whether curves begin at x = 0 with the value of runs at learning rate 0, if there are any."""
     log: bool = False
+    limits: tuple[float | None, float | None] = (None, None)
+    """Ends of the axis of values; None = from the data."""
     x: str = names.COMPLETIONS
 
 

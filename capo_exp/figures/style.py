@@ -1,13 +1,20 @@
 """The one look of every figure."""
 
+import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 from matplotlib import rc_params_from_file
+from matplotlib.colors import is_color_like, to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, logged
@@ -23,6 +30,8 @@ DASHES: tuple[Any, ...] = (
     "-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (4, *[1.2] * 5)),
 )  # fmt: skip
 """Dashes tell curves of one colour apart; the second is for the conservative regime."""
+DARK, LIGHT = (("k", 0.45), ("k", 0.65), ("w", 0.25)), (("k", 0.0), ("w", 0.4), ("k", 0.25), ("w", 0.6))
+"""Shades of one colour: what it is mixed with, and how much of that."""
 REFERENCE = "#333333"
 """Lines at a reference's value."""
 STAGES = (
@@ -58,12 +67,14 @@ class Look:
 
 def colour(run: LoggedRun) -> str:
     """Returns the colour that every figure gives a run's method: its own, else one by its name."""
-    return logged(run, "colour") or _by_name(run, SPARE, OTHER)
+    own = logged(run, "colour")
+    return own if is_color_like(own) else _by_name(run, SPARE, OTHER)
 
 
 def marker(run: LoggedRun) -> str:
     """Returns a second sign of the method, for grey print."""
-    return logged(run, "marker") or _by_name(run, MARKERS, MARKERS[-1])
+    own = logged(run, "marker")
+    return own if own.strip() and own in MarkerStyle.markers else _by_name(run, MARKERS, MARKERS[-1])
 
 
 def _by_name(run: LoggedRun, signs: Sequence[str], nameless: str) -> str:
@@ -72,14 +83,30 @@ def _by_name(run: LoggedRun, signs: Sequence[str], nameless: str) -> str:
 
 
 def looks(curves: Sequence[Curve]) -> dict[str, Look]:
-    """Returns how to draw the curves of one figure, by label, so that no two look the same."""
+    """Returns how to draw the curves of one figure, by label, so that no two look the same.
+
+    Curves of one colour have shades of it: the conservative regime dark ones, others the colour itself first.
+    """
     seen: Counter[tuple[str, str, bool]] = Counter()
+    shades: Counter[tuple[str, bool]] = Counter()
     result = {}
     for curve in curves:
         kind = (colour(curve.run), marker(curve.run), is_safe(curve.run))
-        result[curve.label] = _look(*kind, seen[kind])
+        hue = (kind[0], kind[2])
+        result[curve.label] = _look(shade(*hue, shades[hue]), *kind[1:], seen[kind])
         seen[kind] += 1
+        shades[hue] += 1
     return result
+
+
+def shade(colour: str, conservative: bool, place: int) -> str:
+    """Returns the place-th shade of a colour, mixed with black or white."""
+    mixed = DARK if conservative else LIGHT
+    towards, share = mixed[place % len(mixed)]
+    turn = place // len(mixed)
+    share = (share + 0.07 * turn) % 0.8
+    red, green, blue = (1 - share) * np.array(to_rgb(colour)) + share * np.array(to_rgb(towards))
+    return to_hex((red, green, blue))
 
 
 def _look(colour: str, first: str, conservative: bool, place: int) -> Look:
@@ -88,3 +115,17 @@ def _look(colour: str, first: str, conservative: bool, place: int) -> Look:
     start = MARKERS.find(first)
     marker = MARKERS[(start + turn // 2) % len(MARKERS)] if start >= 0 or turn > 1 else first
     return Look(colour, styles[dashes], marker, filled=((place + turn) % 2 == 0) != conservative)
+
+
+def as_bytes(figure: Figure, kind: str, metadata: Mapping[str, Any]) -> bytes:
+    """Returns a figure as pdf, or as png of 256 colours, which is a third as large."""
+    out = io.BytesIO()
+    figure.savefig(out, format=kind, metadata=dict(metadata) if kind == "pdf" else None)
+    if kind == "pdf":
+        return out.getvalue()
+    small = Image.open(out).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    texts, png = PngInfo(), io.BytesIO()
+    for key, text in metadata.items():
+        texts.add_text(key, text)
+    small.save(png, "png", pnginfo=texts, optimize=True, dpi=(figure.dpi, figure.dpi))
+    return png.getvalue()

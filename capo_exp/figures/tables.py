@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ MARKDOWN = str.maketrans({
 })  # fmt: skip
 
 
+FORMULA = re.compile("\\s*[-=+@\uff0b\uff0d\uff1d\uff20]")  # the last four are as wide as Chinese
+"""What makes a spreadsheet calculate with the cell that begins with it."""
+
+
 @dataclass(frozen=True)
 class TextTable:
     """Cells as people read them."""
@@ -30,13 +35,27 @@ class TextTable:
     rows: list[list[str]]
 
 
+def plain(text: str) -> str:
+    """Returns a text as one line that no spreadsheet calculates: an apostrophe is before it, if need be.
+
+    Numbers stay numbers.
+    """
+    try:
+        float(text)
+    except ValueError:
+        line = re.sub(r"[\t\r\n]", " ", text)
+        return f"'{line}" if FORMULA.match(line) else line
+    return text.strip()
+
+
 def csv_text(panels: Sequence[Panel]) -> str:
     """Returns every number that is drawn, and the lines and counts beside them."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_HEADING)
     for panel in panels:
-        writer.writerows(_csv_rows(panel))
+        for row in _csv_rows(panel):
+            writer.writerow([plain(cell) if isinstance(cell, str) else cell for cell in row])
     return out.getvalue()
 
 
@@ -81,10 +100,14 @@ def table_of(panels: Sequence[Panel]) -> TextTable:
         columns.setdefault((column.heading, column.unit), {}).update(column.cells)
     units = [(unit, cells) for (_, unit), cells in columns.items()]
     rows = [
-        [label, str(len(c.runs)), *(cell_text(cells.get(label), unit) for unit, cells in units)]
+        [plain(label), str(len(c.runs)), *(_cell(cells.get(label), unit) for unit, cells in units)]
         for label, c in curves.items()
     ]
-    return TextTable(["curve", "seeds", *(name for name, _ in columns)], rows)
+    return TextTable(["curve", "seeds", *(plain(name) for name, _ in columns)], rows)
+
+
+def _cell(cell: Estimate | str | None, unit: str) -> str:
+    return plain(cell) if isinstance(cell, str) else cell_text(cell, unit)
 
 
 def _token_table(panels: Sequence[Panel]) -> TextTable:
@@ -95,7 +118,7 @@ def _token_table(panels: Sequence[Panel]) -> TextTable:
         counts = [further[name].centre for name in names]
         for name, share, gone, total, *shares in zip(drawn.x, drawn.centre, *counts, strict=True):
             cells = [value_text(value, "percent") for value in (share, *shares)]
-            rows.append([drawn.curve.label, str(name), f"{gone:.0f}", f"{total:.0f}", *cells])
+            rows.append([plain(drawn.curve.label), plain(str(name)), f"{gone:.0f}", f"{total:.0f}", *cells])
     counted = ["rejected", "occurrences", "rejected of its occurrences", tokens.OF_REJECTED, tokens.OF_ALL]
     return TextTable(["curve", "token", *counted], rows)
 

@@ -21,13 +21,14 @@ TOP = 20
 
 
 def tokens(curve: Curve) -> Panel:
-    """Returns the tokens of a curve that were rejected most often, with the share of their occurrences."""
+    """Returns the tokens of a curve that were rejected most often, by the share of their occurrences."""
     total, rejected = count_tokens(curve.runs)
     if not rejected:
         none = "no completions on disk with their keep flags (logger.completions_every)"
         lack = "no token of the logged completions was rejected" if total else none
         return Panel("tokens", curve.label, _paint, lack=lack)
-    top = sorted(rejected, key=lambda text: (-rejected[text], text))[:TOP]
+    most = sorted(rejected, key=lambda text: (-rejected[text], text))[:TOP]
+    top = sorted(most, key=lambda text: -rejected[text] / total[text])
     counted = {
         "": [rejected[t] / total[t] for t in top],
         OCCURRENCES: [total[t] for t in top],
@@ -41,20 +42,17 @@ def tokens(curve: Curve) -> Panel:
         for name, values in counted.items()
     ]
     series, further, height = (made[0][1],), tuple(made[1:]), 0.9 + 0.19 * len(top)
-    return Panel("tokens", curve.label, _paint, series=series, further=further, height=height)
+    return Panel("tokens", curve.label, _paint, series, further=further, height=height)
 
 
 def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]:
     """Counts the occurrences of each token, and those rejected, over all logged completions of the runs."""
     total: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    for run in runs:
-        for row in load_completions(run):
-            kept = row.get("keep")
-            if kept is not None:
-                texts = row.get("tokens") or [f"#{number}" for number in row["token_ids"]]
-                total.update(texts)
-                rejected.update(text for text, keep in zip(texts, kept, strict=True) if not keep)
+    for row in (row for run in runs for row in load_completions(run) if row.get("keep") is not None):
+        texts = row.get("tokens") or [f"#{number}" for number in row["token_ids"]]
+        total.update(texts)
+        rejected.update(text for text, keep in zip(texts, row["keep"], strict=True) if not keep)
     return total, rejected
 
 
@@ -76,7 +74,7 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
         )  # fmt: skip
     axes.tick_params(axis="y", labelsize=8, labelfontfamily="monospace")
     right = 1.35 * float(series.centre.max())
-    axes.set(title=panel.title, xlabel="share of the token's occurrences", xlim=(0, right))
+    axes.set(title=f"Rejected by {panel.title}", xlabel="share of the token's occurrences", xlim=(0, right))
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 1])
     format_values(axes.xaxis, "percent")
     return []

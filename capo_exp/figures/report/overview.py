@@ -11,6 +11,7 @@ from typing import Any
 from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.output import as_typed
+from capo_exp.figures.plots import outcome, steps_done
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, LoggedRun
 from capo_exp.runs.settings import results, varying
@@ -72,10 +73,12 @@ def run_labels(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[str]:
     ]
 
 
-def overview(runs: Sequence[LoggedRun], named: Sequence[str]) -> list[RunLine]:
-    """Returns a line for each run."""
+def overview(runs: Sequence[LoggedRun], named: Sequence[str], curves: Sequence[Curve]) -> list[RunLine]:
+    """Returns a line for each run, in the colour of its curve."""
+    looks = style.looks(curves)
+    colours = {run.path: looks[curve.label].colour for curve in curves for run in curve.runs}
     return [
-        RunLine(label, run.path.name, style.colour(run), _trouble(run), _cells(run))
+        RunLine(label, run.path.name, colours.get(run.path, style.OTHER), _trouble(run), _cells(run))
         for run, label in zip(runs, named, strict=True)
     ]
 
@@ -88,7 +91,7 @@ def _trouble(run: LoggedRun) -> str | None:
 
 def _cells(run: LoggedRun) -> list[Cell]:
     per_step = {row[names.STEP]: row for row in run.metrics if names.STEP in row}  # of updates the last
-    done, planned = max(per_step, default=0), run.setting("num_steps", "?")
+    done, planned = steps_done(run), run.setting("num_steps", "?")
     recent = values(list(per_step.values())[-RECENT:], names.TRAIN_ACCURACY)
     held_out = values(run.evaluations, names.EVAL_ACCURACY)
     rejected = values(run.metrics, names.REJECTION_RATE)
@@ -96,8 +99,8 @@ def _cells(run: LoggedRun) -> list[Cell]:
     seconds = run.record.get("wall_seconds")
     change = f"{held_out[0]:.1%} → {held_out[-1]:.1%}" if held_out else "-"
     return [
-        Cell(run.state, run.state),
-        Cell(f"{done:g}/{planned}", done),
+        Cell(outcome(run), outcome(run)),
+        Cell(f"{done} of {planned}", done),
         percent(fmean(recent) if recent else None),
         Cell(change, held_out[-1] if held_out else ""),
         percent(max(held_out, default=None)),
@@ -158,7 +161,8 @@ def setting(value: Any) -> str:
 def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
     """Says what made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
-    packages = [f"{name} {version}" for r in records for name, version in (r.get("packages") or {}).items()]
+    named = [r["packages"] for r in records if isinstance(r.get("packages"), dict)]
+    packages = [f"{name} {version}" for each in named for name, version in each.items()]
     rows = {
         "command": [as_typed(sys.argv[1:])],
         "runs": [str(run.record.get("run_id", run.path.name)) for run in runs],

@@ -52,7 +52,7 @@ def write_report(
         viewer_js=viewer_js,
         columns=overview.COLUMNS,
         recent=overview.RECENT,
-        summary=overview.overview(runs, named),
+        summary=overview.overview(runs, named, curves),
         figures=[embedded(figure) for figure in figures],
         differences=overview.differing(runs, named),
         notes=[(label, part.note) for label, part in zip(named, taken, strict=True)],

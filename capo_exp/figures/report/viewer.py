@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -62,45 +62,17 @@ def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Exce
 
 
 def excerpt(run: LoggedRun, room: float) -> Excerpt:
-    """Takes as many evenly spread steps as fit into `room` bytes; if not two do, their first completions."""
+    """Takes evenly spread steps, and of each as many of its first completions as fit into `room` bytes."""
     logged = sorted(list_samples(run.path))
-    if not logged:
-        return Excerpt(run, [], {}, 0)
-    rows = fitting(run, logged, room)
-    total = sum(map(len, rows.values()))
-    if bytes_of(rows) > room:
-        rows = {step: first_rows(group, room / len(rows)) for step, group in rows.items()}
-    return Excerpt(run, logged, rows, total)
+    places = np.linspace(0, len(logged) - 1, min(len(logged), MAX_STEPS)) if logged else []
+    rows = {step: load_completions(run, step) for step in [logged[round(place)] for place in places]}
+    shown = {step: _first_rows(found, room / len(rows)) for step, found in rows.items()}
+    return Excerpt(run, logged, shown, sum(map(len, rows.values())))
 
 
-def fitting(run: LoggedRun, logged: Sequence[int], room: float) -> dict[int, list[LoggedRow]]:
-    """Returns the completions of most steps that fit into `room` bytes; of two if no two do."""
-    loaded = {logged[-1]: load_completions(run, logged[-1])}
-    most = max(2, int(min(MAX_STEPS, room / max(1, bytes_of(loaded)))))
-    rows: dict[int, list[LoggedRow]] = {}
-    for count in range(most, 1, -1):
-        steps = spread(logged, count)
-        loaded |= {step: load_completions(run, step) for step in steps if step not in loaded}
-        rows = {step: loaded[step] for step in steps}
-        if bytes_of(rows) <= room:
-            break
-    return rows
-
-
-def bytes_of(rows: Mapping[int, Sequence[LoggedRow]]) -> int:
-    """Estimates how long the completions are as JSON."""
-    return sum(map(row_bytes, chain(*rows.values())))
-
-
-def spread(steps: Sequence[int], count: int) -> list[int]:
-    """Returns the first, the last, and evenly spread ones between."""
-    places = np.linspace(0, len(steps) - 1, min(len(steps), count))
-    return [steps[round(place)] for place in places]
-
-
-def first_rows(rows: Sequence[LoggedRow], room: float) -> list[LoggedRow]:
+def _first_rows(rows: Sequence[LoggedRow], room: float) -> list[LoggedRow]:
     """Returns the completions that fit into `room` bytes from the start, at least one."""
-    sizes = accumulate(map(row_bytes, rows))
+    sizes = accumulate(row_bytes(row) for row in rows)
     return [row for i, (row, size) in enumerate(zip(rows, sizes, strict=True)) if size <= room or i == 0]
 
 
