@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AddedToken, PreTrainedModel
 
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
@@ -18,6 +18,7 @@ class Tokenizer:
     """As much of a tokenizer as the engine uses, for a vocabulary without text."""
 
     pad_token_id, eos_token_id = 0, 1
+    added_tokens_decoder = {1: AddedToken("</s>", special=True), 2: AddedToken("</turn>", special=True)}
 
     def pad(self, encoded: dict[str, list[list[int]]], **_: object):
         from transformers import BatchEncoding

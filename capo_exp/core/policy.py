@@ -9,22 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from capo_exp.config.build import MADE_HERE, resolve_model_path
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
 from capo_exp.core import smollm2
 from capo_exp.core.masked import unpack
+from capo_exp.core.model_files import check_weights, make_generation_config, readable
 from capo_exp.core.types import Batch, PolicyOutput
 
 
@@ -51,23 +52,34 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the model's tokenizer, which pads on the left.
 
     Raises:
-        ConfigError: if it cannot be found, or has no end-of-sequence token.
+        ConfigError: if it cannot be read, has no end-of-sequence token, or more tokens than the model.
     """
-    path = find_model(config)
-    try:
+    with readable(f"model.path={config.path}"):
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=False, padding_side="left"
+            find_model(config), revision=config.revision, trust_remote_code=False, padding_side="left"
         )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, error) from error
+        encoded = tokenizer("1", add_special_tokens=False)["input_ids"]
+        highest = max(tokenizer.get_vocab().values(), default=0)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path={config.path}: expected a tokenizer with an end-of-sequence token")
-    encoded = tokenizer("1", add_special_tokens=False)["input_ids"]
     if not encoded:  # transformers makes an empty tokenizer where the files are missing
         raise ConfigError(f"model.path={config.path}: expected a tokenizer that can encode text")
+    if highest >= config.vocab_size:
+        raise ConfigError(
+            f"model.path={config.path}: its tokenizer has the token {highest}; expected one of at most "
+            f"{config.vocab_size} tokens, the rows of the embedding (model.vocab_size)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_facts(config: ModelConfig) -> PreTrainedConfig:
+    """Reads the model's own config.json."""
+    with readable(f"model.path={config.path}"):
+        return AutoConfig.from_pretrained(
+            find_model(config), revision=config.revision, trust_remote_code=False
+        )
 
 
 def check_architecture(config: ModelConfig) -> None:
@@ -77,12 +89,7 @@ def check_architecture(config: ModelConfig) -> None:
         ConfigError: if it cannot be found, has another architecture than the configuration says, or its
             logits are not W h.
     """
-    try:
-        facts = AutoConfig.from_pretrained(
-            find_model(config), revision=config.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, error) from error
+    facts = _read_facts(config)
     wrong = [
         f"model.{name}={getattr(config, name)}: expected {stated}"
         for name in ARCHITECTURE
@@ -115,8 +122,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     Raises:
         ConfigError: there are fewer; transformers would go on beyond them in silence.
     """
-    facts = AutoConfig.from_pretrained(find_model(config), revision=config.revision, trust_remote_code=False)
-    positions = getattr(facts, "max_position_embeddings", None)
+    positions = getattr(_read_facts(config), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ConfigError(
             f"dataset.max_prompt_tokens + dataset.max_completion_tokens = {tokens}: expected at most "
@@ -133,26 +139,44 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
         weights: a checkpoint to load instead of config.path.
 
     Raises:
-        ConfigError: if the weights cannot be loaded, or the last layer has a bias.
+        ConfigError: if the weights cannot be loaded or are not whole, or the last layer has a bias.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            weights or find_model(config),
-            revision=None if weights else config.revision,
+    _check_attention(config, device)
+    subject = f"model.path={config.path}" if weights is None else str(weights)
+    source, revision = (find_model(config), config.revision) if weights is None else (str(weights), None)
+    with readable(subject):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
             dtype=torch.float32,
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
+            generation_config=make_generation_config(source, revision, config.vocab_size),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ImportError, SafetensorError) as error:
-        raise _not_loadable(config, error) from error
+        check_weights(model, found, source, revision, subject)
     if last_layer(model).bias is not None:
-        raise ConfigError(
-            f"model.path={config.path}: its last layer has a bias; expected logits W h without one"
-        )
+        raise ConfigError(f"{subject}: its last layer has a bias; expected logits W h without one")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device=device).eval()  # pyright: ignore[reportCallIssue]
+
+
+def _check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Refuses attention that this device, this model or what is installed here cannot run."""
+    key, name = "model.attn_implementation", config.attn_implementation
+    if name in ("sdpa", "eager"):
+        return
+    if device.type == "cpu":
+        raise error(key, name, "sdpa or eager on a CPU")
+    facts = _read_facts(config)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(facts, attn_implementation=name, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, RuntimeError) as failure:
+        raise error(key, name, f"sdpa, or what makes it run: {' '.join(str(failure).split())}") from failure
 
 
 def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
@@ -252,14 +276,6 @@ def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int)
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Sets the precision of every forward pass, the learner's and the sampler's alike."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def _not_loadable(config: ModelConfig, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigError(
-        f"model.path={config.path}: could not be loaded ({reason}); "
-        "expected a local directory with safetensors weights and a tokenizer, or a hub id that can be reached"
-    )
 
 
 def choose_device(name: str) -> torch.device:
