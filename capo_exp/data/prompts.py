@@ -78,8 +78,8 @@ def _encode(
     encoded = tokenizer(short, add_special_tokens=add, verbose=False)["input_ids"] if short else []
     if short and add and _ends_prompts(tokenizer):
         raise ConfigError(
-            f"got a tokenizer that puts its end token {tokenizer.eos_token} behind every prompt; expected none "
-            "there: change its files (add_eos_token), or dataset.apply_chat_template=true"
+            f"got a tokenizer that puts its end token {tokenizer.eos_token} behind every prompt; expected "
+            "none there: change its files (add_eos_token), or dataset.apply_chat_template=true"
         )
     ids = iter(cast(list[list[int]], encoded))
     return [tuple(next(ids)) if len(text) <= longest else None for text in texts]
