@@ -124,7 +124,8 @@ def test_a_config_that_makes_no_sense_is_one_line(key: str, value: object, confi
 
 
 GENERATION = [
-    {"temperature": 0.9, "top_p": 0.6}, {"stop_strings": ["a"]}, {"num_return_sequences": 4}, {"num_beams": 3},
+    {"temperature": 0.9, "top_p": 0.6}, {"stop_strings": ["a"]}, {"num_return_sequences": 4},
+    {"num_beams": 3},
     {"repetition_penalty": 1.5, "do_sample": True}, {"suppress_tokens": [4, 5, 6]}, {"max_new_tokens": -1},
     {"min_new_tokens": 9, "max_length": "x"}, {"cache_implementation": "nosuch"}, {"compile_config": 3},
     {"watermarking_config": [1]}, {"eos_token_id": "x"}, {"eos_token_id": [16, 1.5, None, True, -1, 10**9]},

@@ -1,4 +1,4 @@
-"""The files of a model: whatever is wrong with them is one line; nothing in them changes how it is sampled."""
+"""The files of a model: what is wrong with them is one line; nothing in them changes how it is sampled."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,9 +21,12 @@ SHOWN = 3
 
 @contextmanager
 def readable(subject: str) -> Iterator[None]:
-    """Turns what transformers raises for damaged, foreign or absent files into a ConfigError about the subject.
+    """Turns what transformers raises for damaged, foreign or absent files into a ConfigError of one line.
 
-    It raises anything, from AttributeError to a bare Exception of the tokenizers, and warns in many lines.
+    It raises anything, from AttributeError to the tokenizers' plain Exception, and warns in many lines.
+
+    Args:
+        subject: begins the message.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -72,7 +75,7 @@ def check_weights(
 
 
 def _find_integers(model: PreTrainedModel, source: str, revision: str | None) -> list[str]:
-    """Returns the weights that the files hold as integers, booleans or fewer bits, which are read as floats."""
+    """Returns the weights that the files hold as integers or in fewer bits, which are read as floats."""
     base = f"{model.base_model_prefix}."
     known = {name.removeprefix(base) for name, _ in model.named_parameters(remove_duplicate=False)}
     local = Path(source).is_dir()

