@@ -95,7 +95,6 @@ def work_out(task: Task, by: Calculate) -> tuple[list[str], int]:
 
 
 def write_solution(task: Task, written: Sequence[str], answer: int) -> str:
-    """Writes the solution as text, ending in the boxed answer."""
     sentences = [f"{word} {step}{task.unit}." for word, step in zip(task.words[:-1], written, strict=True)]
     return " ".join([*sentences, f"{task.words[-1]} \\boxed{{{answer}}}"])
 
@@ -119,7 +118,7 @@ def draw_imitations(
 
 
 def draw_word(rng: random.Random, kind: str) -> str:
-    """Draws one word with Zipf frequencies, as in real text: early ones are common, late ones rare."""
+    """Draws one word with Zipf frequencies, as in real text."""
     return rng.choices(WORDS[kind], weights=[1 / (rank + 2) for rank in range(len(WORDS[kind]))])[0]
 
 
@@ -130,7 +129,6 @@ def draw_words(rng: random.Random, num_steps: int, last: str = "") -> tuple[str,
 
 
 def chain_steps(start: int, changes: Sequence[tuple[str, int]]) -> tuple[Step, ...]:
-    """Returns steps that apply one change after the other."""
     return tuple((op, f"#{i - 1}" if i else start, n) for i, (op, n) in enumerate(changes))
 
 

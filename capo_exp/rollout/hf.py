@@ -56,17 +56,15 @@ class HFRollout:
         return groups
 
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
-        """Does nothing: no engine runs beside the learner."""
+        """Does nothing, nor do rest and close: no engine runs, and no memory is held between calls."""
 
-    def rest(self) -> None:
-        """Does nothing: no memory is held between calls."""
+    def rest(self) -> None: ...
 
     def metrics(self) -> dict[str, float]:
         """Returns zeros: weights are not sent, and never stale."""
         return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
 
-    def close(self) -> None:
-        """Does nothing: no memory is held beside the learner's model."""
+    def close(self) -> None: ...
 
     def _sample(
         self, prompts: Sequence[Prompt], request: SamplingRequest, generator: torch.Generator
@@ -78,12 +76,13 @@ class HFRollout:
         ).to(self._model.device)
         with torch.no_grad(), policy.autocast(self._model.device, self._compute_dtype):
             tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
-        drawn = zip(tokens.tolist(), log_probs.tolist(), strict=True)
-        rows = [_end(row, scores, self._ends) for row, scores in drawn]
-        texts = self._tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
+        ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
+        lengths = ((ended == 0).sum(1) + 1).clamp(max=request.max_tokens).tolist()
+        rows = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
-            Completion(tuple(ids), tuple(scores), text, truncated=ids[-1] not in self._ends)
-            for (ids, scores), text in zip(rows, texts, strict=True)
+            Completion(tuple(ids), tuple(scores[: len(ids)]), text, truncated=ids[-1] not in self._ends)
+            for ids, scores, text in zip(rows, log_probs.tolist(), texts, strict=True)
         ]
 
 
@@ -171,12 +170,6 @@ def make_cut(top_k: int, top_p: float) -> Cut | None:
     return LogitsProcessorList([*top, *nucleus]) if top or nucleus else None  # pyright: ignore[reportReturnType]
 
 
-def _end(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:
-    """Returns the row up to and including its end-of-sequence token."""
-    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:length], log_probs[:length]
-
-
 def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns all tokens that end a completion: a chat model can have several; its tokenizer names one.
 
@@ -185,4 +178,5 @@ def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     own = model.generation_config.eos_token_id if model.generation_config else None
     named = own if isinstance(own, list) else [own]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted({tokenizer.eos_token_id, *(special & set(named))})
+    ends = {end for end in named if end in special} | {tokenizer.eos_token_id}
+    return sorted(end for end in ends if isinstance(end, int))

@@ -142,7 +142,15 @@ class Server:
         body = {"token_ids": list(request.token_ids), "sampling_params": complete_params(request.params)}
         answer = self._ask("POST", "inference/v1/generate", body, "generate_seconds")
         prompt = [next(iter(entry.values()))["logprob"] for entry in (answer["prompt_logprobs"] or ())[1:]]
-        return Response([_sampled(choice) for choice in answer["choices"]], prompt)
+        completions = [
+            Sampled(
+                choice["token_ids"],
+                [token["logprob"] for token in choice["logprobs"]["content"]],
+                [span["version"] for span in choice["weight_versions"] or ()],
+            )
+            for choice in answer["choices"]
+        ]
+        return Response(completions, prompt)
 
     def _ask(self, method: str, route: str, body: Any = None, limit: str = "transfer_seconds") -> Any:
         """Sends a request and returns the answer's JSON; `limit` names the setting with its seconds."""
@@ -152,7 +160,9 @@ class Server:
         except requests.Timeout:
             self._fail(route, f"no answer from {self.url} within rollout.engine.{limit}={seconds:g}")
         except requests.RequestException as error:
-            self._fail(route, self._epitaph(error))
+            code = None if self.process is None else self.process.poll()
+            gone = f"{self.url} is not reached ({type(error).__name__})"
+            self._fail(route, gone if code is None else f"the server ended with exit code {code}")
         if not answer.ok:
             self._fail(route, f"{self.url} answered {answer.status_code}: {answer.text[:500]}")
         return answer.json() if answer.content else None
@@ -179,12 +189,6 @@ class Server:
             time.sleep(POLL_SECONDS)
         limit = f"rollout.engine.start_seconds={self.limits.start_seconds:g}"
         self._fail("starting", f"no server at {self.url} within {limit}")
-
-    def _epitaph(self, error: Exception) -> str:
-        code = None if self.process is None else self.process.poll()
-        if code is not None:
-            return f"the server ended with exit code {code}"
-        return f"{self.url} is not reached ({type(error).__name__})"
 
     def _fail(self, what: str, reason: str) -> NoReturn:
         raise explain_failure(what, reason, self._log_file)
@@ -254,11 +258,3 @@ def start_server(
             preexec_fn=end_with_parent,  # when the run is killed, which could not close it then
         )
     return Server(f"{SOCKET}{address}", limits=limits, log_file=log_file, process=process)
-
-
-def _sampled(choice: Mapping[str, Any]) -> Sampled:
-    content = choice["logprobs"]["content"]
-    spans = choice["weight_versions"] or ()
-    return Sampled(
-        choice["token_ids"], [token["logprob"] for token in content], [span["version"] for span in spans]
-    )
