@@ -6,12 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.build import MADE_HERE, resolve_model_path
+from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.schema import ModelConfig
+from capo_exp.core import smollm2
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights, as safetensors names them."""
@@ -34,15 +39,73 @@ def readable(subject: str) -> Iterator[None]:
         yield
     except (ConfigError, MemoryError):
         raise
-    except Exception as error:
-        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
-        reason = " ".join(f"{kind}{error}".split())[:200]
+    except Exception as failure:
+        kind = (
+            "" if isinstance(failure, OSError | ValueError | ImportError) else f"{type(failure).__name__}: "
+        )
+        reason = " ".join(f"{kind}{failure}".split())[:200]
         raise ConfigError(
             f"{subject}: could not be loaded ({reason}); expected a local directory with safetensors weights "
             "and a tokenizer, or a hub id that can be reached"
-        ) from error
+        ) from failure
     finally:
         logging.set_verbosity(verbosity)
+
+
+def find_model(config: ModelConfig) -> str:
+    """Returns the directory or hub id of a model; one in the cache is made if it is not there yet.
+
+    Raises:
+        ConfigError: if it has to be made, and what it is made from is missing.
+    """
+    path = resolve_model_path(config.path)
+    if config.path.startswith(MADE_HERE) and not Path(path).is_dir():
+        smollm2.convert(Path(path))
+    return path
+
+
+def read_facts(config: ModelConfig) -> PreTrainedConfig:
+    """Reads the model's own config.json."""
+    with readable(f"model.path={config.path}"):
+        return AutoConfig.from_pretrained(
+            find_model(config), revision=config.revision, trust_remote_code=False
+        )
+
+
+def check_logits(config: ModelConfig, facts: PreTrainedConfig) -> None:
+    """Refuses a model whose logits are not W h, and dropout where it would tell learner from sampler."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(facts, name, None)
+        if value not in (None, 1.0):
+            raise ConfigError(
+                f"model.path={config.path}: {name}={value}; expected logits linear in the last state"
+            )
+    # transformers checkpoints activations in training mode only, where dropout would make learner and sampler
+    # disagree.
+    dropout = {
+        name: value
+        for name, value in facts.to_dict().items()
+        if name.endswith(("dropout", "pdrop")) and value
+    }
+    if config.gradient_checkpointing and dropout:
+        raise ConfigError(
+            f"model.gradient_checkpointing=true: expected a model without dropout, got {dropout}"
+        )
+
+
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Refuses attention that this device, this model or what is installed here cannot run."""
+    key, name = "model.attn_implementation", config.attn_implementation
+    if name in ("sdpa", "eager"):
+        return
+    if device.type == "cpu":
+        raise error(key, name, "sdpa or eager on a CPU")
+    facts = read_facts(config)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(facts, attn_implementation=name, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, RuntimeError) as failure:
+        raise error(key, name, f"sdpa, or what makes it run: {' '.join(str(failure).split())}") from failure
 
 
 def check_weights(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Of those that the model's files name only special tokens count: no other may end a completion.
     """
     own = model.generation_config.eos_token_id if model.generation_config else None
-    named = own if isinstance(own, list) else [own]
+    named: list[Any] = own if isinstance(own, list) else [own]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = {end for end in named if end in special} | {tokenizer.eos_token_id}
-    return sorted(end for end in ends if isinstance(end, int))
+    known: Any = tokenizer.eos_token_id
+    return sorted({known, *(special & set(named))})
