@@ -22,7 +22,6 @@ from capo_exp.data.arithmetic import (
     is_hard,
     problems,
     work_out,
-    write_solution_with_slips,
 )
 
 SOURCE = OmegaConf.to_container(OmegaConf.load(conf_dir() / "dataset" / "arithmetic.yaml").source)
@@ -109,8 +108,8 @@ def test_steps_slip_at_the_stated_rate(slip_rate):
     rng, source = random.Random(0), draw_tasks("train", random.Random(1), NUMBERS["families"])
     slips, expected = 0, 0.0
     for task in itertools.islice(source, 2000):
-        text = write_solution_with_slips(task, rng, slip_rate)
-        for op, a, b, c in calculations(text):
+        steps, _ = work_out(task, partial(calculate_with_slips, rng, slip_rate))
+        for op, a, b, c in calculations(" ".join(steps)):
             slips += RIGHT[op](a, b) != c
             expected += slip_rate * (arithmetic.HARD_STEP if is_hard(op, a, b) else 1.0)
     assert abs(slips - expected) <= 4 * expected**0.5, (slips, expected)
@@ -135,6 +134,13 @@ def test_slips_carry_on_to_a_wrong_answer():
         ({"path": "/somewhere"}, "dataset.path"),
         ({"families": {"geometry": [1]}}, "dataset.source.families"),
         ({"families": {"product": [1]}, "num_train": 1000}, "dataset.source.num_"),
+        (
+            {"families": {"missing": [1, 4]}},
+            r"dataset.source.families.missing=\[1, 4\]: expected levels from 1 to 3",
+        ),
+        ({"families": {"chain": [10**9]}}, "dataset.source.families.chain=.*: expected levels from 1 to 20"),
+        ({"families": {"chain": []}}, "dataset.source.families=.*: expected at least one level"),
+        ({"families": {}}, "dataset.source.families=.*: expected at least one level"),
     ],
 )
 def test_bad_input_names_the_key(changes, message):

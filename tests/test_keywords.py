@@ -41,13 +41,10 @@ def drawn():
     return [(question[-6:-1], *take_apart(text)) for question, text in pairs]
 
 
-def test_fixed_first_problem():
-    """The same on every machine and in every process: a literal, not a second call."""
+def test_same_seed_same_everything():
+    """On every machine and in every process: a literal, not a second call."""
     first = make("train")[0]
     assert (first.id, first.problem, first.answer) == FIRST_PROBLEM
-
-
-def test_same_seed_same_everything():
     assert make("train") == make("train") != make("train", seed=1)
     assert make("train", num_train=100) == make("train")[:100]
     assert make_language(**WORDS) == LANGUAGE != make_language(**{**WORDS, "seed": 1})
@@ -158,14 +155,11 @@ def test_numbers_out_of_range_are_refused_before_anything_is_made(override, comp
         check(composed("dataset=keywords", "model=keywords", f"dataset.source.{override}"))
 
 
-def test_what_cannot_be_read_is_refused():
+def test_the_source_of_the_yaml_builds_and_nothing_else():
     with pytest.raises(ConfigError, match="expected train or test"):
         make("validation")
     with pytest.raises(ConfigError, match=r"dataset\.path=x"):
         problems("train", path="x", seed=0, num_train=1, num_eval=1, language=LANGUAGE)
-
-
-def test_the_source_of_the_yaml_builds():
     made = build_part(SOURCE, key="dataset.source")("test", path=None)
     assert len(made) == 500 and made[0].id.startswith("keywords/")
     assert write_completion(["baba"], "1") == "( baba ) \\boxed{1}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from safetensors import safe_open
@@ -49,21 +49,12 @@ def accuracy(ids, chosen):
 
 
 @given(st.text())
-def test_any_text_survives(text):
-    """Exactly, once composed: Qwen2 tokenizers write e + accent as one character (NFC)."""
-    composed = unicodedata.normalize("NFC", text)
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == composed
-
-
-@given(st.text())
-def test_every_loader_gives_the_same_tokens(text):
-    """AutoTokenizer takes its pieces from the Qwen2Tokenizer class, others from the file."""
-    assert TOKENIZER.encode(text) == FILE.encode(text).ids
-
-
-def test_latex_newlines_and_unicode_survive():
-    text = "  Sei $\\frac{1}{2}$\n\n\t\\boxed{-3,14}  \r\n\u00e9\u4e2d\U0001f600 x^{10} \\\\ { }"
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+@example("  Sei $\\frac{1}{2}$\n\n\t\\boxed{-3,14}  \r\n\u00e9\u4e2d\U0001f600 x^{10} \\\\ { }")
+def test_any_text_survives_and_every_loader_gives_the_same_tokens(text):
+    """Exactly, once composed: Qwen2 tokenizers write e + accent as one character (NFC). AutoTokenizer takes
+    its pieces from the Qwen2Tokenizer class, others from the file."""
+    tokens = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(tokens) == unicodedata.normalize("NFC", text) and tokens == FILE.encode(text).ids
 
 
 def test_digits_stand_alone():
@@ -74,11 +65,8 @@ def test_digits_stand_alone():
     ]
 
 
-def test_nothing_is_added_in_front_or_behind():
-    assert TOKENIZER.encode("7") == TOKENIZER.convert_tokens_to_ids(["7"])
-
-
 def test_vocabulary_size(model):
+    assert TOKENIZER.encode("7") == TOKENIZER.convert_tokens_to_ids(["7"])  # nothing in front or behind
     assert len(TOKENIZER) == model.config.vocab_size == MODEL.vocab_size == 1024
     assert sorted(TOKENIZER.get_vocab().values()) == list(range(1024))
 
@@ -105,19 +93,13 @@ def test_lengths_in_tokens(test_problems):
     assert max(lengths) <= 60 and 15 <= sum(lengths) / len(lengths) <= 50
 
 
-def test_size_and_dtype_on_disk():
+def test_size_dtype_and_origin_of_the_files(model):
+    assert 0.85e6 < sum(p.numel() for p in model.parameters()) < 1.05e6
     assert sum(path.stat().st_size for path in ASSETS.rglob("*")) < 3_000_000
     with safe_open(ASSETS / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
-
-
-def test_about_a_million_parameters(model):
-    assert 0.85e6 < sum(p.numel() for p in model.parameters()) < 1.05e6
-
-
-def test_no_path_of_the_machine_that_made_it():
     config = json.loads((ASSETS / "config.json").read_text())
-    assert "_name_or_path" not in config
+    assert "_name_or_path" not in config  # nor any other path of the machine that made it
     assert not any("/" in str(value) for value in config.values())
 
 

@@ -33,12 +33,12 @@ from capo_exp.rollout import EngineFailed, SamplingRequest, vllm
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
 from capo_exp.rollout.vllm_process import EngineProcess, Request, explain_failure
-from capo_exp.rollout.vllm_server import Server
+from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe
 from capo_exp.rollout.weight_transfer import (
+    EngineWeights,
     choose_backend,
-    list_parameters,
     make_weight_source,
     run_within,
 )
@@ -260,13 +260,13 @@ def test_stale_weights_are_seen_however_small_the_difference(
 def test_stale_last_layers_stop_the_run(running: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM's CPU build does if a tied last layer is sent under one name only."""
 
-    def once(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    def once(weights: EngineWeights) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach()) for name, parameter in weights.model.named_parameters())
 
     running.sample()
     running.learn()
     with monkeypatch.context() as patch:
-        patch.setattr("capo_exp.rollout.weight_transfer.list_parameters", once)
+        patch.setattr(EngineWeights, "__iter__", once)
         with pytest.raises(EngineFailed, match=r"its weights are not the learner's"):
             running.sample()
     running.sample()
@@ -384,6 +384,52 @@ def test_a_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
         assert runs(server)
         run.kill()
     wait_for(lambda: not runs(server))
+
+
+STUB = """
+import os, socketserver, sys
+from http.server import BaseHTTPRequestHandler
+
+class Handler(BaseHTTPRequestHandler):
+    address_string = lambda self: ""
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "17")
+        self.end_headers()
+        self.wfile.write(b'{"world_size": 3}')
+
+socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_server_of_the_run_answers_its_user_alone(
+    deep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a socket in a folder that nobody else can enter; it opens no port, and its folder goes with it."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long) if deep else None)
+    (tmp_path / "stub_server.py").write_text(STUB)
+    monkeypatch.setattr("capo_exp.rollout.vllm_server.API_SERVER", "stub_server")
+    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    log = tmp_path / "vllm.log"
+    server = start_server({}, environment=environment, limits=settings_of(), log_file=log)
+    socket_file = Path(server.url.removeprefix("unix:"))
+    assert socket_file.is_socket() and socket_file.parent.stat().st_mode & 0o777 == 0o700
+    assert server.world_size() == 3
+    assert server.process is not None and not listens(server.process.pid)
+    server.close()
+    assert not socket_file.parent.exists() and not any(long.iterdir())
+
+
+def listens(pid: int) -> bool:
+    """Whether the process or one that it has started has a port open."""
+    found = subprocess.run(["pgrep", "-g", str(pid)], capture_output=True, text=True)
+    links = {os.readlink(link) for one in found.stdout.split() for link in Path(f"/proc/{one}/fd").iterdir()}
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+    return any(row[3] == "0A" and f"socket:[{row[9]}]" in links for row in rows)
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
@@ -524,13 +570,17 @@ def test_what_hangs_is_left_behind() -> None:
         run_within(5, "dividing", lambda: 1 / 0)
 
 
-def test_a_tied_last_layer_is_sent_under_both_names(small_model: PreTrainedModel) -> None:
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= dict(list_parameters(small_model)).keys()
+def test_a_tied_last_layer_is_sent_under_both_names_in_the_engines_dtype(
+    small_model: PreTrainedModel,
+) -> None:
+    sent = dict(EngineWeights(small_model, torch.bfloat16))
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= sent.keys()
+    assert {weight.dtype for weight in sent.values()} == {torch.bfloat16}
 
 
 @needs_vllm
 def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel) -> None:
-    source = make_weight_source(small_model)
+    source = make_weight_source(EngineWeights(small_model, torch.float32))
     for _ in range(2):  # one pass for each transfer
         sent = {name: (weight.dtype, tuple(weight.shape)) for name, weight in source}
         assert {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()} == sent

@@ -7,64 +7,50 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.config.build import MADE_HERE, resolve_model_path
+from capo_exp.config.build import MADE_HERE
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
-from capo_exp.core import smollm2
+from capo_exp.core import model_files, smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
-
-
-def find_model(config: ModelConfig) -> str:
-    """Returns the directory or hub id of a model; one in the cache is made if it is not there yet.
-
-    Raises:
-        ConfigError: if it has to be made, and what it is made from is missing.
-    """
-    path = resolve_model_path(config.path)
-    if config.path.startswith(MADE_HERE) and not Path(path).is_dir():
-        smollm2.convert(Path(path))
-    return path
 
 
 def read_origin(config: ModelConfig) -> dict[str, str] | None:
     """Returns what a model that was made on this machine came from, with its digest; None for others."""
     if not config.path.startswith(MADE_HERE):
         return None
-    return json.loads((Path(find_model(config)) / smollm2.ORIGIN).read_text(encoding="utf-8"))
+    return json.loads((Path(model_files.find_model(config)) / smollm2.ORIGIN).read_text(encoding="utf-8"))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the model's tokenizer, which pads on the left.
 
     Raises:
-        ConfigError: if it cannot be found, or has no end-of-sequence token.
+        ConfigError: if it cannot be read, has no end-of-sequence token, or more tokens than the model.
     """
-    path = find_model(config)
-    try:
+    with model_files.readable(f"model.path={config.path}"):
+        path, revision = model_files.find_model(config), config.revision
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=False, padding_side="left"
+            path, revision=revision, trust_remote_code=False, padding_side="left"
         )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, error) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.path={config.path}: expected a tokenizer with an end-of-sequence token")
-    encoded = tokenizer("1", add_special_tokens=False)["input_ids"]
-    if not encoded:  # transformers makes an empty tokenizer where the files are missing
-        raise ConfigError(f"model.path={config.path}: expected a tokenizer that can encode text")
+        encoded = tokenizer("1", add_special_tokens=False)["input_ids"]
+        highest = max(tokenizer.get_vocab().values(), default=0)
+    lacks = None if encoded else "that can encode text"  # an empty one is made where the files are missing
+    if lacks or tokenizer.eos_token_id is None:
+        lacks = lacks or "with an end-of-sequence token"
+        raise ConfigError(f"model.path={config.path}: expected a tokenizer {lacks}")
+    if highest >= config.vocab_size:
+        raise ConfigError(
+            f"model.path={config.path}: its tokenizer has the token {highest}; expected one of at most "
+            f"{config.vocab_size} tokens, the rows of the embedding (model.vocab_size)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -77,12 +63,7 @@ def check_architecture(config: ModelConfig) -> None:
         ConfigError: if it cannot be found, has another architecture than the configuration says, or its
             logits are not W h.
     """
-    try:
-        facts = AutoConfig.from_pretrained(
-            find_model(config), revision=config.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, error) from error
+    facts = model_files.read_facts(config)
     wrong = [
         f"model.{name}={getattr(config, name)}: expected {stated}"
         for name in ARCHITECTURE
@@ -90,23 +71,7 @@ def check_architecture(config: ModelConfig) -> None:
     ]
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}, as {config.path} says")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(facts, name, None)
-        if value not in (None, 1.0):
-            raise ConfigError(
-                f"model.path={config.path}: {name}={value}; expected logits linear in the last state"
-            )
-    # transformers checkpoints activations in training mode only, where dropout would make learner and sampler
-    # disagree.
-    dropout = {
-        name: value
-        for name, value in facts.to_dict().items()
-        if name.endswith(("dropout", "pdrop")) and value
-    }
-    if config.gradient_checkpointing and dropout:
-        raise ConfigError(
-            f"model.gradient_checkpointing=true: expected a model without dropout, got {dropout}"
-        )
+    model_files.check_logits(config, facts)
 
 
 def check_length(config: ModelConfig, tokens: int) -> None:
@@ -115,8 +80,7 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     Raises:
         ConfigError: there are fewer; transformers would go on beyond them in silence.
     """
-    facts = AutoConfig.from_pretrained(find_model(config), revision=config.revision, trust_remote_code=False)
-    positions = getattr(facts, "max_position_embeddings", None)
+    positions = getattr(model_files.read_facts(config), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ConfigError(
             f"dataset.max_prompt_tokens + dataset.max_completion_tokens = {tokens}: expected at most "
@@ -133,26 +97,31 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
         weights: a checkpoint to load instead of config.path.
 
     Raises:
-        ConfigError: if the weights cannot be loaded, or the last layer has a bias.
+        ConfigError: if the weights cannot be loaded or are not whole, or the last layer has a bias.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            weights or find_model(config),
-            revision=None if weights else config.revision,
+    model_files.check_attention(config, device)
+    subject = f"model.path={config.path}" if weights is None else str(weights)
+    source = model_files.find_model(config) if weights is None else str(weights)
+    revision = config.revision if weights is None else None
+    with model_files.readable(subject):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
             dtype=torch.float32,
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
+            generation_config=model_files.make_generation_config(source, revision, config.vocab_size),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ImportError, SafetensorError) as error:
-        raise _not_loadable(config, error) from error
+        model, found = loaded
+        model_files.check_weights(model, found, source, revision, subject)
     if last_layer(model).bias is not None:
-        raise ConfigError(
-            f"model.path={config.path}: its last layer has a bias; expected logits W h without one"
-        )
+        raise ConfigError(f"{subject}: its last layer has a bias; expected logits W h without one")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device=device).eval()  # pyright: ignore[reportCallIssue]
+    return model.to(device=device).eval()
 
 
 def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
@@ -252,14 +221,6 @@ def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int)
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Sets the precision of every forward pass, the learner's and the sampler's alike."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def _not_loadable(config: ModelConfig, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigError(
-        f"model.path={config.path}: could not be loaded ({reason}); "
-        "expected a local directory with safetensors weights and a tokenizer, or a hub id that can be reached"
-    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,13 +17,12 @@ from typing import Annotated
 from capo_exp.config.errors import error
 from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, NUM_PROBLEMS, SHARE
 from capo_exp.core.types import Problem
-from capo_exp.data.rows import check_split
+from capo_exp.data.rows import check_made, is_held_out
 
 Calculate = Callable[[str, int, int], int]  # (operation, left, right) -> result; + - * / //
 Step = tuple[str, int | str, int | str]  # operation and operands; "#0" is the result of the first step
 Levels = Mapping[str, Sequence[Annotated[int, AT_LEAST_1]]]  # family name -> difficulties to draw from
 
-TEST_SHARE = 1 / 8  # of all possible tasks; held out from train and from the warm start
 HARD_STEP = 7.25  # a hard step slips this many times as often as an easy one
 FORGETS = 0.9  # of the slips where a carry or borrow is due, the part that forgets it
 LEXICON = """
@@ -74,14 +73,11 @@ def is_hard(op: str, a: int, b: int) -> bool:
 
 
 def calculate_with_slips(rng: random.Random, slip_rate: float, op: str, a: int, b: int) -> int:
-    """Returns the result of one step, wrong with probability `slip_rate`, or HARD_STEP times that if hard."""
+    """Returns the result of one step, wrong with probability `slip_rate`, or HARD_STEP times that if hard: a
+    forgotten carry or borrow, else one or ten off."""
     right = calculate(op, a, b)
-    slips = rng.random() < slip_rate * (HARD_STEP if is_hard(op, a, b) else 1.0)
-    return draw_slip(op, a, b, right, rng) if slips else right
-
-
-def draw_slip(op: str, a: int, b: int, right: int, rng: random.Random) -> int:
-    """Returns a plausible wrong result: a forgotten carry or borrow, else one or ten off."""
+    if rng.random() >= slip_rate * (HARD_STEP if is_hard(op, a, b) else 1.0):
+        return right
     if op in "+-" and is_hard(op, a, b) and rng.random() < FORGETS:
         return right - 10 if op == "+" else right + 10
     return right + rng.choice((-1, 1, -10, 10) if right >= 20 else (-1, 1))
@@ -99,14 +95,8 @@ def work_out(task: Task, by: Calculate) -> tuple[list[str], int]:
 
 
 def write_solution(task: Task, written: Sequence[str], answer: int) -> str:
-    """Writes the solution as text, ending in the boxed answer."""
     sentences = [f"{word} {step}{task.unit}." for word, step in zip(task.words[:-1], written, strict=True)]
     return " ".join([*sentences, f"{task.words[-1]} \\boxed{{{answer}}}"])
-
-
-def write_solution_with_slips(task: Task, rng: random.Random, slip_rate: float) -> str:
-    """Writes a solution in which steps slip and the rest follows from the slip."""
-    return write_solution(task, *work_out(task, partial(calculate_with_slips, rng, slip_rate)))
 
 
 def draw_imitations(
@@ -122,18 +112,13 @@ def draw_imitations(
     """
     rng = random.Random(seed)
     for task in draw_tasks("train", random.Random(seed + 1), families):
-        text = write_solution_with_slips(task, rng, slip_rate)
-        yield task.text, text if boxed_share == 1 or rng.random() < boxed_share else drop_box(text)
-
-
-def drop_box(text: str) -> str:
-    """Returns a solution that says its answer without a box."""
-    head, answer = text[:-1].rsplit("\\boxed{", 1)
-    return f"{head}{answer}."
+        text = write_solution(task, *work_out(task, partial(calculate_with_slips, rng, slip_rate)))
+        boxed = boxed_share == 1 or rng.random() < boxed_share
+        yield task.text, text if boxed else text[:-1].replace("\\boxed{", "") + "."
 
 
 def draw_word(rng: random.Random, kind: str) -> str:
-    """Draws one word with Zipf frequencies, as in real text: early ones are common, late ones rare."""
+    """Draws one word with Zipf frequencies, as in real text."""
     return rng.choices(WORDS[kind], weights=[1 / (rank + 2) for rank in range(len(WORDS[kind]))])[0]
 
 
@@ -144,7 +129,6 @@ def draw_words(rng: random.Random, num_steps: int, last: str = "") -> tuple[str,
 
 
 def chain_steps(start: int, changes: Sequence[tuple[str, int]]) -> tuple[Step, ...]:
-    """Returns steps that apply one change after the other."""
     return tuple((op, f"#{i - 1}" if i else start, n) for i, (op, n) in enumerate(changes))
 
 
@@ -224,25 +208,32 @@ def make_missing(rng: random.Random, level: int) -> Task:
     return Task("missing", level, text, steps, draw_words(rng, len(steps)))
 
 
-MAKERS = (make_chain, make_story, make_product, make_shop, make_remainder, make_missing)
-FAMILIES = {make.__name__.removeprefix("make_"): make for make in MAKERS}
-
-
-def is_held_out(task: Task) -> bool:
-    """Returns whether the task belongs to the test split, whatever its wording."""
-    digest = hashlib.sha256(";".join(work_out(task, calculate)[0]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
+FAMILIES = {
+    "chain": (make_chain, 20),
+    "story": (make_story, 20),
+    "product": (make_product, 2),
+    "shop": (make_shop, 2),
+    "remainder": (make_remainder, 2),
+    "missing": (make_missing, 3),
+}
+"""How tasks are made, and the highest level."""
 
 
 def draw_tasks(split: str, rng: random.Random, families: Levels) -> Iterator[Task]:
     """Yields tasks of one split without end, with repetitions; all (family, level) are equally frequent."""
-    check_split(split)
+    key = "dataset.source.families"
     if unknown := sorted(set(families) - set(FAMILIES)):
-        raise error("dataset.source.families", ", ".join(unknown), f"some of {', '.join(FAMILIES)}")
-    kinds = [(FAMILIES[name], level) for name, levels in families.items() for level in levels]
+        raise error(key, ", ".join(unknown), f"some of {', '.join(FAMILIES)}")
+    for name, levels in families.items():
+        if any(level > FAMILIES[name][1] for level in levels):
+            raise error(f"{key}.{name}", levels, f"levels from 1 to {FAMILIES[name][1]}")
+    kinds = [(FAMILIES[name][0], level) for name, levels in families.items() for level in levels]
+    if not kinds:
+        raise error(key, dict(families), "at least one level of one family")
     while True:
         make, level = rng.choice(kinds)
-        if is_held_out(task := make(rng, level)) == (split == "test"):
+        task = make(rng, level)
+        if is_held_out(";".join(work_out(task, calculate)[0])) == (split == "test"):  # in whatever wording
             yield task
 
 
@@ -268,8 +259,7 @@ def problems(
     Raises:
         ConfigError: a path, an unknown split or family, or more problems than the families hold.
     """
-    if path is not None:
-        raise error("dataset.path", path, "null: arithmetic problems are made, not read")
+    check_made(split, path)
     count = num_eval if split == "test" else num_train
     found: dict[str, Problem] = {}
     for task in itertools.islice(draw_tasks(split, random.Random(seed), families), 20 * count + 1000):

@@ -8,7 +8,6 @@ the delimiters alone. Fillers have Zipf frequencies, so that a large vocabulary 
 numbers are split by a stable hash.
 """
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,12 @@ from typing import Annotated
 from capo_exp.config.errors import error
 from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, FINITE, SHARE, Rule
 from capo_exp.core.types import Problem
-from capo_exp.data.rows import check_split
+from capo_exp.data.rows import check_made, is_held_out
 
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
 SYLLABLES = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
-TEST_SHARE = 1 / 8  # of all numbers; held out from train and from the warm start
 LOWEST, HIGHEST = 10_000, 99_999
+QUESTION = "First digit of {}?"
 NUM_NUMBERS = Rule(lambda v: 1 <= v <= 5_000, "an integer in [1, 5,000]")
 """Of the 11,000 numbers that test has, so that drawing finds them soon."""
 
@@ -115,7 +114,8 @@ class Speaker:
 
     def draw_answer(self, words: Sequence[str], digit: str) -> str:
         """Returns the digit with the probability that the words make, else any digit, also the same."""
-        score = self._language.sharpness * count_score(self._language, words)
+        language = self._language
+        score = language.sharpness * sum((word in language.good) - (word in language.bad) for word in words)
         return digit if self._rng.random() < 1 / (1 + exp(-score)) else str(self._rng.randrange(10))
 
     def _draw_word(self, before: str) -> str:
@@ -129,32 +129,16 @@ class Speaker:
         return rng.choices(language.fillers, cum_weights=self._weights)[0]
 
 
-def count_score(language: Language, words: Sequence[str]) -> int:
-    """Returns good words minus bad words."""
-    return sum((word in language.good) - (word in language.bad) for word in words)
-
-
 def write_completion(words: Sequence[str], answer: str) -> str:
     """Writes a completion as text."""
     return f"( {' '.join(words)} ) \\boxed{{{answer}}}"
 
 
-def write_question(number: int) -> str:
-    """Writes the problem as text."""
-    return f"First digit of {number}?"
-
-
-def is_held_out(number: int) -> bool:
-    """Returns whether the number belongs to the test split."""
-    digest = hashlib.sha256(str(number).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
-
-
 def draw_numbers(split: str, rng: random.Random) -> Iterator[int]:
     """Yields numbers of one split without end, with repetitions."""
-    check_split(split)
     while True:
-        if is_held_out(number := rng.randint(LOWEST, HIGHEST)) == (split == "test"):
+        number = rng.randint(LOWEST, HIGHEST)
+        if is_held_out(str(number)) == (split == "test"):
             yield number
 
 
@@ -164,7 +148,7 @@ def draw_imitations(seed: int, *, language: Language) -> Iterator[tuple[str, str
     speaker = Speaker(language, rng)
     for number in draw_numbers("train", rng):
         words = speaker.draw_words()
-        yield write_question(number), write_completion(words, speaker.draw_answer(words, str(number)[0]))
+        yield QUESTION.format(number), write_completion(words, speaker.draw_answer(words, str(number)[0]))
 
 
 def problems(
@@ -181,8 +165,7 @@ def problems(
     Raises:
         ConfigError: a path, or an unknown split.
     """
-    if path is not None:
-        raise error("dataset.path", path, "null: keywords problems are made, not read")
+    check_made(split, path)
     count = num_eval if split == "test" else num_train
     drawn = itertools.islice(draw_numbers(split, random.Random(seed)), 4 * count + 100)
     return [_to_problem(number, language) for number in itertools.islice(dict.fromkeys(drawn), count)]
@@ -191,7 +174,7 @@ def problems(
 def _to_problem(number: int, language: Language) -> Problem:
     digit = str(number)[0]
     demonstration = write_completion(Speaker(language, random.Random(number)).draw_words(), digit)
-    return Problem(f"keywords/{number}", write_question(number), digit, demonstration=demonstration)
+    return Problem(f"keywords/{number}", QUESTION.format(number), digit, demonstration=demonstration)
 
 
 def _weigh(count: int) -> list[float]:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
-from typing import Annotated, Any
+from typing import Annotated
 
 from capo_exp.config.errors import error
 from capo_exp.config.ranges import AT_LEAST_0
@@ -36,17 +36,14 @@ def letter_choices(
     if not 0 < len(wrong) < len(ascii_uppercase) or absent:
         there = f" among {', '.join(rows[0])}" if rows else ""
         raise error("dataset.source.choices.wrong", list(wrong), f"columns of the wrong choices{there}")
-    return [_letter(row, columns, wrong, f"{seed}/{index}") for index, row in enumerate(rows)]
-
-
-def _letter(
-    row: Mapping[str, Any], columns: Mapping[str, str], wrong: Sequence[str], seed: str
-) -> dict[str, Any]:
     right, question = columns["answer"], columns["problem"]
-    choices = [right, *wrong]
-    random.Random(seed).shuffle(choices)
-    texts = [as_text(row[choice]).strip() for choice in choices]
-    shown = "\n".join(f"{letter}) {text}" for letter, text in zip(ascii_uppercase, texts, strict=False))
-    answer = ascii_uppercase[choices.index(right)] if all(texts) else ""
-    asked = as_text(row[question]).strip()
-    return {**row, question: f"{asked}\n\n{shown}\n\n{ASK}" if asked else "", right: answer}
+    lettered: Rows = []
+    for index, row in enumerate(rows):
+        choices = [right, *wrong]
+        random.Random(f"{seed}/{index}").shuffle(choices)
+        texts = [as_text(row[choice]).strip() for choice in choices]
+        shown = "\n".join(f"{letter}) {text}" for letter, text in zip(ascii_uppercase, texts, strict=False))
+        answer = ascii_uppercase[choices.index(right)] if all(texts) else ""
+        asked = as_text(row[question]).strip()
+        lettered.append({**row, question: f"{asked}\n\n{shown}\n\n{ASK}" if asked else "", right: answer})
+    return lettered

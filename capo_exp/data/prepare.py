@@ -47,19 +47,17 @@ class DataCounts:
 
     def describe(self, split: str) -> str:
         """Tells what is not 0, such as `training data: 7,500 rows, 2 unusable, 35 too long; 7,463 kept`."""
-        out = [f"{count:,} {name}" for name, count in self._count_reasons().items() if count]
-        left = [f"{self.kept:,} kept", *([f"{self.repeated:,} of them repeated"] if self.repeated else [])]
-        asked = [f"the first {self.used:,} are asked"] if self.used < self.kept else []
-        return f"{split} data: {', '.join([f'{self.rows:,} rows', *out])}; {', '.join([*left, *asked])}"
-
-    def _count_reasons(self) -> dict[str, int]:
-        return {
+        reasons = {
             "unusable": self.unusable,
             "of other levels or types": self.filtered,
             "also in the evaluation data": self.contaminated,
             "too long": self.too_long,
             "ungradable": self.ungradable,
         }
+        out = [f"{count:,} {name}" for name, count in reasons.items() if count]
+        left = [f"{self.kept:,} kept", *([f"{self.repeated:,} of them repeated"] if self.repeated else [])]
+        asked = [f"the first {self.used:,} are asked"] if self.used < self.kept else []
+        return f"{split} data: {', '.join([f'{self.rows:,} rows', *out])}; {', '.join([*left, *asked])}"
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,7 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, gradable: G
 
 
 def read_split(dataset: DatasetConfig, split: str) -> list[Problem]:
-    """Reads the usable problems of a split.
-
-    Raises:
-        ConfigError: as the dataset's source.
-    """
+    """Reads the usable problems of a split; raises ConfigError as the dataset's source."""
     return build_part(dataset.source, key="dataset.source")(split, path=dataset.path)
 
 

@@ -36,7 +36,7 @@ def render_prompts(
 
     Raises:
         ConfigError: no placeholder in the template, no chat template in the tokenizer or one that refuses the
-            messages, or no prompt left.
+            messages, an end token behind every prompt, or no prompt left.
     """
     texts = _render_texts([problem.problem for problem in problems], tokenizer, dataset_config)
     limit = dataset_config.max_prompt_tokens
@@ -76,8 +76,17 @@ def _encode(
     short = [text for text in texts if len(text) <= longest]
     add = not config.apply_chat_template
     encoded = tokenizer(short, add_special_tokens=add, verbose=False)["input_ids"] if short else []
+    if short and add and _ends_prompts(tokenizer):
+        raise ConfigError(
+            f"got a tokenizer that puts its end token {tokenizer.eos_token} behind every prompt; expected "
+            "none there: change its files (add_eos_token), or dataset.apply_chat_template=true"
+        )
     ids = iter(cast(list[list[int]], encoded))
     return [tuple(next(ids)) if len(text) <= longest else None for text in texts]
+
+
+def _ends_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def _render_texts(

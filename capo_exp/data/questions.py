@@ -9,6 +9,7 @@ from typing import Annotated
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.ranges import AT_LEAST_0, NUM_PROBLEMS
 from capo_exp.core.types import Problem
+from capo_exp.data.rows import check_made
 
 Draw = Callable[[random.Random], tuple[str, int]]
 """Draws (question, answer)."""
@@ -69,12 +70,7 @@ def problems(
     Raises:
         ConfigError: a path, an unknown split or kind, or more problems than are found.
     """
-    if path is not None:
-        raise ConfigError(f"got dataset.path={path}, expected null: these problems are made, not read")
-    if split not in ("train", "test"):
-        raise ConfigError(
-            f"got split {split!r}, expected train or test; change dataset.train_split/eval_split"
-        )
+    check_made(split, path)
     if kind not in KINDS:
         raise ConfigError(f"dataset.source.kind={kind}: unknown kind; {suggest(kind, KINDS)}")
     wanted, rng = num_eval + num_train, random.Random(seed)

@@ -1,14 +1,17 @@
 """The rows of one split as their source has them: a parquet file, or the Hugging Face hub."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.core.types import Problem
 
 DATA_DIR_VARIABLE = "CAPO_DATA_DIR"
+TEST_SHARE = 1 / 8
+"""Of all problems that can be made here; held out from train and from the warm start."""
 
 Rows = list[dict[str, Any]]
 
@@ -40,12 +43,20 @@ class Problems(list[Problem]):
         self.where = table.where
 
 
-def check_split(split: str) -> None:
-    """Refuses a split that problems made here do not have."""
+def check_made(split: str, path: str | None) -> None:
+    """Refuses a path, and a split, that problems made here do not have."""
+    if path is not None:
+        raise error("dataset.path", path, "null: these problems are made, not read")
     if split not in ("train", "test"):
         raise ConfigError(
             f"got split {split!r}, expected train or test; change dataset.train_split or dataset.eval_split"
         )
+
+
+def is_held_out(text: str) -> bool:
+    """Returns whether what a text stands for belongs to the test split of problems made here."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
 
 
 def find_file(split: str, path: str | None, name: str) -> Path | None:
@@ -84,9 +95,9 @@ def read_parquet(file: Path) -> Rows:
 
     try:
         return pq.ParquetFile(file).read().to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = shorten(error)
-        raise ConfigError(f"got {file} ({reason}), expected a parquet file; change dataset.path") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as failure:
+        reason = shorten(failure)
+        raise ConfigError(f"got {file} ({reason}), expected a parquet file; change dataset.path") from failure
 
 
 def read_hub(hub_id: str, *, config: str | None, split: str, revision: str | None, expected: str) -> Table:
@@ -100,9 +111,11 @@ def read_hub(hub_id: str, *, config: str | None, split: str, revision: str | Non
 
     try:
         rows = datasets.load_dataset(hub_id, config, split=split, revision=revision).to_list()
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = shorten(error)
-        raise ConfigError(f"got no {split} split of {hub_id} from the hub ({reason}), {expected}") from error
+    except (OSError, ValueError, DatasetsError) as failure:
+        reason = shorten(failure)
+        raise ConfigError(
+            f"got no {split} split of {hub_id} from the hub ({reason}), {expected}"
+        ) from failure
     newest = f"{hub_id}: no commit is pinned (dataset.source.hub_revision=null), these are today's data"
     return Table(rows, f"hub dataset {hub_id}", "" if revision else newest)
 

