@@ -26,7 +26,7 @@ Batches = Callable[..., Batch]
 CLASSES = ("kept", "rejected")
 CHANGES = tuple(f"{name}_{sign}" for name in CLASSES for sign in ("positive", "negative"))
 RANDOM = ("algo=grpo", "selection=random", "algo.selection.rate=0.4")
-CAPO = ("algo=capo", "algo.selection.policy_shift_max=3e-3", "algo.selection.objective_shift_max=inf")
+CAPO = ("algo=capo", "algo.selection.policy_shift_max=1.2e-2", "algo.selection.objective_shift_max=inf")
 ALL = ("curvature.calibrate_completions=99", "curvature.calibrate_tokens=9999")
 Make = Callable[..., Learner]
 

@@ -61,6 +61,7 @@ def totals(batch: Batch) -> BatchTotals:
         sequences=len(lengths),
         completion_tokens=int(lengths.sum()),
         group_tokens=torch.bincount(batch.group_ids, weights=lengths.double()).long(),
+        group_sequences=torch.bincount(batch.group_ids),
     )
 
 

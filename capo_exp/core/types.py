@@ -101,6 +101,7 @@ class BatchTotals:
     completion_tokens: int  # N of the whole step
     group_tokens: Int[Tensor, " P"]
     """[P] completion tokens of each prompt of the rollout step; 0 for a prompt without rows."""
+    group_sequences: Int[Tensor, " P"]  # Completions of each prompt; 0 for a prompt without rows
     kept_tokens: int | None = None
     """Tokens that the selection kept; None where no scoring pass counted them first. A part that needs the
     number declares `whole_step`."""
@@ -140,7 +141,9 @@ class PolicyOutput:
     log_probs: Float[Tensor, "B T"]  # nats, float32, carries the gradient
     entropy: Float[Tensor, "B T"]  # nats, float32, no gradient
     topk_probs: Float[Tensor, "B T K"]  # float32, renormalised over K
-    topk_ids: Int[Tensor, "B T K"]  # int64
+    topk_ids: Int[
+        Tensor, "B T K"
+    ]  # int64, the K most probable; the sampled token in place of the last if absent
     hidden: Float[Tensor, "B T H"]
     """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
     temperature (so that logits / temperature = W @ hidden exactly)."""
@@ -154,7 +157,7 @@ class PolicyOutput:
 class TokenShifts:
     """Predicted effect of each token's own update under the last-layer model."""
 
-    policy_shift: Float[Tensor, "B T"]  # m_F [B, T] nats
+    policy_shift: Float[Tensor, "B T"]  # m_F [B, T] nats: k2, half the squared change of the token's log-prob
     objective_shift: Float[Tensor, "B T"]  # m_H [B, T] reward units
 
 
@@ -162,8 +165,9 @@ class TokenShifts:
 class BatchShifts:
     """Predicted effect of the mean update of a whole batch."""
 
-    policy_shift: float  # nats
-    objective_shift: float  # Reward units
+    policy_shift: float  # nats, k2 of the sampled tokens
+    objective_shift: float  # Reward units, mean over tokens
+    objective_shift_by_row: float  # The authors' number, no prediction: every vocabulary row weighs the same
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,9 @@ class AdamState:
     eps: float
     sign: float = 1.0  # 1 for moments of the objective, -1 for those of the loss
     raw_steps: int = 1  # How many first steps follow the raw gradient, before the moments shape the direction
+    token_weight: float | None = None
+    """What a token's gradient weighs in the gradients that the moments are of; None = each row's mean over
+    the tokens that touch it, and 1 for a token alone."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ over K ids:
     m_F  = 1/2 lr^2 s^2                    policy shift
     m_H  = lr A s + 1/2 lr^2 A (s^2 - Var_pi(u))   objective shift
 
-Ghat is g itself (SGD model) or Adam's bias-corrected direction once the token's gradient joins the stored
-moments. Everything runs in the dtype of `hidden`, float32 or better. Nothing of B*T*K*H elements is ever
-built: the directions are made for a few tokens at a time, few enough to stay in a processor's cache.
+m_F is half the squared change of ln pi(a), exact to second order: the k2 estimate from the sampled token, not
+the KL of the token's step, which is an order of magnitude smaller in the median. Ghat is g itself (SGD model)
+or Adam's bias-corrected direction once the token's gradient joins the stored moments. Everything runs in the
+dtype of `hidden`, float32 or better. Nothing of B*T*K*H elements is ever built: the directions are made for a
+few tokens at a time, few enough to stay in a processor's cache.
 """
 
 from collections.abc import Iterator
@@ -39,6 +41,7 @@ class Tokens:
     """[N, K] v = onehot(a) - pi; a sampled token outside the support has an all-zero one-hot."""
     advantages: Float[Tensor, " N"]  # reward units
     rows: Int[Tensor, " N"]  # int64, the completion that holds the token
+    completions: int  # Of the batch, those without a token here, too
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class RowGradients:
 
     ids: Int[Tensor, " R"]  # int64, ascending
     means: Float[Tensor, "R H"]
+    counts: Int[Tensor, " R"]  # int64, how many tokens' supports hold the row
 
 
 def init_adam_state(
@@ -133,6 +137,7 @@ def pack(
         logit_error=onehot.to(probs.dtype) - probs,
         advantages=by_token[mask].to(hidden.dtype),
         rows=mask.nonzero()[:, 0],
+        completions=len(mask),
     )
 
 
@@ -178,7 +183,7 @@ def mean_row_gradients(tokens: Tokens) -> RowGradients:
         torch.stack([row_of_id[flat], token]), coefficients, (len(ids), number), check_invariants=False
     )
     sums = torch.sparse.mm(weights, tokens.hidden)
-    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None])
+    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None], counts[ids])
 
 
 def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
@@ -198,37 +203,38 @@ def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
 def batch_shifts(
     tokens: Tokens, gradients: RowGradients, *, learning_rate: float, state: AdamState | None
 ) -> BatchShifts:
-    """Predicts what the tokens' mean update, of these row gradients, does to them.
+    """Predicts what the tokens' mean update, of these row gradients, does to them; 0 without tokens.
 
-    The second-order terms are averaged over each completion's tokens and then over completions that have any.
-    Without tokens both shifts are 0. Source: the authors' "global" level.
+    objective_shift is the mean over tokens of A (ratio - 1) to second order in that update, exact where K =
+    V. The others are the authors' "global" level: second-order terms are averaged over each completion's
+    tokens and then over all completions, and the first-order term of objective_shift_by_row is the inner
+    product of update and row gradients, in which a row that one support holds weighs as much as one that all
+    hold.
     """
     if not len(tokens.rows):
-        return BatchShifts(0.0, 0.0)
-    counts = torch.bincount(tokens.rows)
+        return BatchShifts(0.0, 0.0, 0.0)
     moments = _moments(state)
     step = gradients.means if moments is None else _adam_rows(moments, gradients)
     places = torch.searchsorted(gradients.ids, tokens.ids)
     blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
     s, variance = _along(tokens, torch.cat(blocks))
-    per_token = (counts.gt(0).sum() * counts[tokens.rows]).to(s.dtype).reciprocal()
-    curvature = tokens.advantages * (s.square() - variance)
+    per_token = (tokens.completions * torch.bincount(tokens.rows)[tokens.rows]).to(s.dtype).reciprocal()
+    curvature = 0.5 * learning_rate**2 * tokens.advantages * (s.square() - variance)
     policy = 0.5 * learning_rate**2 * (s.square() * per_token).sum()
-    objective = learning_rate * (gradients.means * step).sum()
-    objective = objective + 0.5 * learning_rate**2 * (curvature * per_token).sum()
-    return BatchShifts(policy.item(), objective.item())
+    objective = (learning_rate * tokens.advantages * s + curvature).mean()
+    by_row = learning_rate * (gradients.means * step).sum() + (curvature * per_token).sum()
+    return BatchShifts(policy.item(), objective.item(), by_row.item())
 
 
-def completion_shifts(
-    tokens: Tokens, count: int, *, learning_rate: float, state: AdamState | None
-) -> list[BatchShifts]:
-    """Predicts what the mean update of each of `count` completions does to its own tokens.
+def completion_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState | None) -> list[BatchShifts]:
+    """Predicts what the mean update of each completion does to its own tokens.
 
     Source: the authors' "sentence" level.
     """
     shifts: list[BatchShifts] = []
-    for row in range(count):
-        own = Tokens(*(values[tokens.rows == row] for values in vars(tokens).values()))
+    columns = [values for values in vars(tokens).values() if isinstance(values, Tensor)]
+    for row in range(tokens.completions):
+        own = Tokens(*(values[tokens.rows == row] for values in columns), completions=1)
         gradients = mean_row_gradients(own)
         shifts.append(batch_shifts(own, gradients, learning_rate=learning_rate, state=state))
     return shifts
@@ -259,7 +265,8 @@ def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]
     """
     (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
     slots = state.slot_of_id[tokens.ids]
-    coefficients = tokens.advantages[:, None] * tokens.logit_error
+    weight = 1.0 if state.token_weight is None else state.token_weight
+    coefficients = weight * tokens.advantages[:, None] * tokens.logit_error
     blocks: list[Tensor] = []
     for block in _blocks(tokens):
         hidden, a = tokens.hidden[block], coefficients[block, :, None]
@@ -272,11 +279,14 @@ def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]
 
 
 def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"]:
-    """Returns Ghat [R, H], the direction of each row if its mean gradient came next."""
+    """Returns Ghat [R, H], the direction of each row if its mean gradient came next, or its part of the
+    loss's gradient where the moments are of that."""
     (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
-    slots = state.slot_of_id[gradients.ids]
-    direction = state.first[slots].add_(gradients.means, alpha=sign * (1 - beta1) / beta1)
-    spread = state.second[slots].add_(gradients.means.square(), alpha=(1 - beta2) / beta2)
+    slots, means = state.slot_of_id[gradients.ids], gradients.means
+    if state.token_weight is not None:
+        means = means * (state.token_weight * gradients.counts)[:, None]
+    direction = state.first[slots].add_(means, alpha=sign * (1 - beta1) / beta1)
+    spread = state.second[slots].add_(means.square(), alpha=(1 - beta2) / beta2)
     return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
 
 

@@ -343,7 +343,8 @@ class FigureSpec:
 HEIGHT = "The area is the mean height of the curve."
 COLLAPSE = """A seed has collapsed when its smoothed accuracy has lost half of what it had gained at its \
 peak, and more than noise would take"""
-SHIFTS = """Shifts that the last-layer model predicts. \
+SHIFTS = """Shifts that the last-layer model predicts; \
+of the update token by token, in runs before 2026-11-26 by the authors' formula. \
 The dashed line is the largest value of the reference's curve."""
 RANKS = """Rank correlation over the tokens of one step. \
 The last layer's shift is what the step would have done alone there."""
