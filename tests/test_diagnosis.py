@@ -203,23 +203,16 @@ def test_classes_by_hand() -> None:
     """Kept: places 0 and 3 of the first row, 0 of the second. Of 6 tokens 4 are a 3, two are a 5."""
     signal = [2 * 0.5, 2 * 0.75, 2 * 0.8, 0.0, 0.25, 0.6]
     expected = {
-        "kept/probability": (0.5 + 0.1 + 0.75) / 3,
-        "kept/positive": 1 / 3,
-        "kept/negative": 1 / 3,
-        "kept/position": (0 + 1 + 0) / 3,
-        "kept/frequency": (4 + 4 + 2) / 18,
-        "kept/agreement": 1 / 2,
+        "kept/probability": (0.5 + 0.1 + 0.75) / 3, "kept/positive": 1 / 3, "kept/negative": 1 / 3,
+        "kept/position": (0 + 1 + 0) / 3, "kept/frequency": (4 + 4 + 2) / 18, "kept/agreement": 1 / 2,
         "kept/momentum": float("nan"),
         "kept/signal_share": (signal[0] + signal[3] + signal[4]) / sum(signal),
-        "rejected/probability": (0.25 + 0.2 + 0.4) / 3,
-        "rejected/positive": 2 / 3,
-        "rejected/negative": 1 / 3,
-        "rejected/position": (1 / 3 + 2 / 3 + 1) / 3,
-        "rejected/frequency": (2 + 4 + 4) / 18,
-        "rejected/agreement": 1 / 3,
+        "rejected/probability": (0.25 + 0.2 + 0.4) / 3, "rejected/positive": 2 / 3,
+        "rejected/negative": 1 / 3, "rejected/position": (1 / 3 + 2 / 3 + 1) / 3,
+        "rejected/frequency": (2 + 4 + 4) / 18, "rejected/agreement": 1 / 3,
         "rejected/momentum": float("nan"),
         "rejected/signal_share": (signal[1] + signal[2] + signal[5]) / sum(signal),
-    }
+    }  # fmt: skip
     metrics = found(class_metrics(by_hand(), learning_rate=0.1, moments=None))
     assert metrics == pytest.approx(expected, nan_ok=True)
 

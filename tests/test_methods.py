@@ -176,14 +176,10 @@ def test_gspo_is_the_sequence_formula(built: Built, random_batch: Batches, seed:
 @pytest.mark.parametrize(
     ("log_ratio", "advantage", "free"),
     [
-        (3.5e-4, 1.0, True),
-        (4.5e-4, 1.0, False),
-        (-1e-2, 1.0, True),
-        (-2.5e-4, -1.0, True),
-        (-3.5e-4, -1.0, False),
-        (1e-2, -1.0, True),
+        (3.5e-4, 1.0, True), (4.5e-4, 1.0, False), (-1e-2, 1.0, True), (-2.5e-4, -1.0, True),
+        (-3.5e-4, -1.0, False), (1e-2, -1.0, True),
     ],
-)
+)  # fmt: skip
 def test_gspo_quadrants(built: Built, log_ratio: float, advantage: float, free: bool) -> None:
     ratio = torch.tensor(log_ratio).double().exp().item()
     _, gradient, clipped = one_token(built("gspo").token_loss, ratio, advantage)
@@ -395,14 +391,10 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
 @pytest.mark.parametrize(
     ("ratio", "advantage", "gradient"),
     [
-        (1.25, 1.0, -1.25),
-        (1.29, 1.0, 0.0),
-        (0.7, 1.0, -0.7),
-        (0.81, -1.0, 0.81),
-        (0.79, -1.0, 0.0),
+        (1.25, 1.0, -1.25), (1.29, 1.0, 0.0), (0.7, 1.0, -0.7), (0.81, -1.0, 0.81), (0.79, -1.0, 0.0),
         (1.5, -1.0, 1.5),
     ],
-)
+)  # fmt: skip
 def test_clip_higher_quadrants(built: Built, ratio: float, advantage: float, gradient: float) -> None:
     """0.2 below, 0.28 above."""
     assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
@@ -574,12 +566,9 @@ def test_cpgds_prompt_weights(built: Built) -> None:
 def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> None:
     """A clip(r, 1 - 0.05, 1 + 0.05) in place of A, not differentiated; the drift is not reweighted."""
     numbers = {
-        "clip_eps_low": 0.2,
-        "clip_eps_high": 0.2,
-        "tightness": 1.0,
-        "drift_coefficient": 0.5,
+        "clip_eps_low": 0.2, "clip_eps_high": 0.2, "tightness": 1.0, "drift_coefficient": 0.5,
         "drift_max": 9.0,
-    }
+    }  # fmt: skip
 
     plain = partial(policy_drift_surrogate, **numbers)
     loss = partial(reweighted, token_loss=plain, weight_eps=0.05)
@@ -748,22 +737,18 @@ def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
     [
         (
             ["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithms.kl.kl_k1"],
-            kl_k1,
-            0.01,
-            mean_of_rows,
+            kl_k1, 0.01, mean_of_rows,
         ),
         (
             ["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithms.kl.kl_k2"],
-            kl_k2,
-            0.01,
-            mean_of_rows,
+            kl_k2, 0.01, mean_of_rows,
         ),
         (["algo=grpo_kl"], kl_k3, 0.01, mean_of_rows),
         (["algo=reinforce_pp_baseline"], kl_k2, 0.01, mean_of_tokens),
         (["algo=prorl"], kl_k3, 1e-4, mean_of_tokens),
         (["algo=dash"], kl_k3, 0.04, lambda values, mask: values.sum() / (96 * 8)),
     ],
-)
+)  # fmt: skip
 def test_the_kl_in_the_loss_is_the_estimators(
     learner: Make,
     random_batch: Batches,
@@ -824,11 +809,8 @@ def test_a_reset_reference_is_the_policy(learner: Make, random_batch: Batches) -
 def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(learner: Make, random_batch: Batches) -> None:
     """Moments of a fresh learner with the same weights; the schedule goes on where it was."""
     rates = [
-        "algo=capo",
-        "optimizer.schedule=linear",
-        "optimizer.warmup_ratio=0.0",
-        "regime.learning_rate=1e-3",
-    ]
+        "algo=capo", "optimizer.schedule=linear", "optimizer.warmup_ratio=0.0", "regime.learning_rate=1e-3",
+    ]  # fmt: skip
     ours, fresh = learner(*rates), learner(*rates)
     for seed in range(3):
         take_step(ours, random_batch(seed=seed))

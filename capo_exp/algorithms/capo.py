@@ -15,6 +15,14 @@ from capo_exp.core.types import BatchShifts, Scored, Selection, TokenShifts
 from capo_exp.curvature import model as curvature
 
 
+class Bounds(TypedDict):
+    """The bounds of one level."""
+
+    policy_shift_max: NonNegativeOrInf
+    objective_shift_min: NotNan
+    objective_shift_max: NotNan
+
+
 @ordered("objective_shift_min", "objective_shift_max")
 def shift_bounds(
     scored: Scored,
@@ -48,15 +56,12 @@ def completion_bounds(
 
     Source: the authors' "sentence" level, with their m_H, in which every vocabulary row weighs the same.
     """
-    shifts = curvature.completion_shifts(
-        _pack(scored), learning_rate=scored.learning_rate, state=scored.optimizer_model
-    )
-    return shift_bounds(
-        replace(scored, shifts=_spread(shifts, scored)),
+    bounds = Bounds(
         policy_shift_max=policy_shift_max,
         objective_shift_min=objective_shift_min,
         objective_shift_max=objective_shift_max,
     )
+    return _bound(scored, curvature.completion_shifts, bounds)
 
 
 @whole_step
@@ -72,25 +77,12 @@ def batch_bounds(
 
     Source: the authors' "global" level, with their m_H (objective_shift_by_row), which is no prediction.
     """
-    tokens = _pack(scored)
-    gradients = curvature.mean_row_gradients(tokens)
-    shifts = curvature.batch_shifts(
-        tokens, gradients, learning_rate=scored.learning_rate, state=scored.optimizer_model
-    )
-    return shift_bounds(
-        replace(scored, shifts=_spread([shifts] * len(scored.batch.group_ids), scored)),
+    bounds = Bounds(
         policy_shift_max=policy_shift_max,
         objective_shift_min=objective_shift_min,
         objective_shift_max=objective_shift_max,
     )
-
-
-class Bounds(TypedDict):
-    """The bounds of one level."""
-
-    policy_shift_max: NonNegativeOrInf
-    objective_shift_min: NotNan
-    objective_shift_max: NotNan
+    return _bound(scored, curvature.whole_shifts, bounds)
 
 
 @whole_step
@@ -154,14 +146,11 @@ def _reject(scored: Scored, by_policy: Tensor, by_objective: Tensor) -> Selectio
     )
 
 
-def _pack(scored: Scored) -> curvature.Tokens:
-    batch = scored.batch
-    return curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
-
-
-def _spread(shifts: Sequence[BatchShifts], scored: Scored) -> TokenShifts:
-    """Puts a completion's shifts, m_H as the authors define it, at each of its tokens."""
-    like = scored.shifts.policy_shift
+def _bound(scored: Scored, predict: Callable[..., Sequence[BatchShifts]], bounds: Bounds) -> Selection:
+    """Applies bounds to the shifts, m_H as the authors define it, that are predicted for each completion."""
+    batch, like = scored.batch, scored.shifts.policy_shift
+    tokens = curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
+    shifts = predict(tokens, learning_rate=scored.learning_rate, state=scored.optimizer_model)
     columns = [[s.policy_shift for s in shifts], [s.objective_shift_by_row for s in shifts]]
-    policy, objective = (like.new_tensor(column)[:, None].expand_as(like) for column in columns)
-    return TokenShifts(policy, objective)
+    spread = TokenShifts(*(like.new_tensor(column)[:, None].expand_as(like) for column in columns))
+    return shift_bounds(replace(scored, shifts=spread), **bounds)

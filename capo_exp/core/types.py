@@ -12,7 +12,6 @@ Position t of a [B, T] tensor is the t-th COMPLETION token. The shift by one bet
 that it predicts happens in policy.py and nowhere else.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float, Int
@@ -20,8 +19,6 @@ from torch import Tensor
 
 TokenOrRow = Float[Tensor, " B"] | Float[Tensor, "B T"]
 """One number a completion, or one a token."""
-OldLogProbs = Callable[[Tensor, Tensor], Tensor]
-"""(a micro-batch's log-probs by the policy as it is [b, t], its rows [b]) -> by the weights that sampled."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,8 @@ class BatchTotals:
     """[P] completion tokens of each prompt of the rollout step; 0 for a prompt without rows."""
     group_sequences: Int[Tensor, " P"]  # Completions of each prompt; 0 for a prompt without rows
     kept_tokens: int | None = None
-    """Tokens that the selection kept; None where no scoring pass counted them first. A part that needs the
-    number declares `whole_step`."""
+    """Tokens that the selection kept; counted before the first gradient for parts that declare
+    `whole_step`."""
 
 
 @dataclass(frozen=True)
@@ -113,25 +110,14 @@ class StepInput:
 
     batch: Batch  # All rows of the step
     totals: BatchTotals  # What the loss averages over
-    old_log_probs: OldLogProbs  # The policy's own before the first update on a batch, stored ones after it
+    stored: Float[Tensor, "B T"] | None = None
+    """[B, T] nats by the weights that sampled; None before the first update on a batch: they are the policy's
+    own."""
 
-
-def own_log_probs(own: Tensor, rows: Tensor) -> Tensor:
-    """Returns the policy's own log-probs: before the first update on a batch it is the policy that
-    sampled."""
-    del rows
-    return own
-
-
-@dataclass(frozen=True)
-class StoredLogProbs:
-    """Log-probs by the weights that sampled, for updates after the first."""
-
-    values: Float[Tensor, "B T"]  # nats, of all rows of the optimiser step
-
-    def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
-        """Returns those of a micro-batch."""
-        return self.values[rows, : own.shape[1]]
+    def old_log_probs(self, own: Float[Tensor, "b t"], rows: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
+        """Returns those by the weights that sampled, of a micro-batch whose `own` are the policy's as it
+        is."""
+        return own if self.stored is None else self.stored[rows, : own.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -193,8 +179,8 @@ class AdamState:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known about tokens before the update, without gradients: a selection decides by it. It holds a
-    micro-batch, or the whole optimiser step for a selection that declares `whole_step`."""
+    """What a selection decides by, without gradients: a micro-batch, or the whole step if it declares
+    `whole_step`."""
 
     batch: Batch
     output: PolicyOutput
@@ -266,7 +252,7 @@ class StepRecord:
     output: PolicyOutput
     old_log_probs: Float[Tensor, "B T"]  # nats, of the weights at sampling
     weights: Float[Tensor, "B T"]
-    """[B, T], of the correction for the sampler's log-probs; 1 without one, 0 on padding."""
+    """Of the correction for the sampler's log-probs; 1 without one, 0 on padding."""
     kl: Float[Tensor, "B T"]  # nats, kl_k3 to the reference; 0 without one
     shifts: TokenShifts
     selection: Selection

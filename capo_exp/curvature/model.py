@@ -83,7 +83,7 @@ def token_shifts(
     learning_rate: float,
     state: AdamState | None,
 ) -> TokenShifts:
-    """Predicts what each token's own update would do to the policy and to the objective.
+    """Predicts what each token's own update would do: m_F [B, T] in nats and m_H [B, T] in reward units.
 
     Args:
         hidden: [B, T, H] last-layer input that produced the token's logits.
@@ -93,9 +93,6 @@ def token_shifts(
         advantages: [B], or [B, T] where tokens of a completion differ.
         learning_rate: the scheduler's current value.
         state: Adam moments, or None for the SGD model.
-
-    Returns:
-        m_F [B, T] in nats and m_H [B, T] in reward units.
     """
     everything = torch.ones_like(token_ids, dtype=torch.bool)
     tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, everything)
@@ -141,9 +138,7 @@ def pack(
     )
 
 
-def pack_batch(
-    output: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> Tokens:
+def pack_batch(output: PolicyOutput, batch: Batch, advantages: Tensor, mask: Tensor) -> Tokens:
     """Packs a batch's tokens at the True positions of mask [B, T], with these advantages [B, T]."""
     return pack(output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, advantages, mask)
 
@@ -189,8 +184,10 @@ def mean_row_gradients(tokens: Tokens) -> RowGradients:
 def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
     """Returns the moments after one step: seen rows decay and take their mean gradient, all others stay as
     they are."""
-    slot_of_id, missing = _with_slots(state, gradients.ids)
-    grow = gradients.means.new_zeros(missing, state.first.shape[1])
+    missing = gradients.ids[state.slot_of_id[gradients.ids] == 0]
+    slot_of_id, used = state.slot_of_id.clone(), len(state.first)
+    slot_of_id[missing] = torch.arange(used, used + len(missing), device=missing.device)
+    grow = gradients.means.new_zeros(len(missing), state.first.shape[1])
     first = torch.cat([state.first, grow])
     second = torch.cat([state.second, grow])
     slots = slot_of_id[gradients.ids]
@@ -238,6 +235,12 @@ def completion_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState 
         gradients = mean_row_gradients(own)
         shifts.append(batch_shifts(own, gradients, learning_rate=learning_rate, state=state))
     return shifts
+
+
+def whole_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState | None) -> list[BatchShifts]:
+    """Predicts what the mean update of all tokens does, once for each completion."""
+    gradients = mean_row_gradients(tokens)
+    return [batch_shifts(tokens, gradients, learning_rate=learning_rate, state=state)] * tokens.completions
 
 
 def _along(tokens: Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
@@ -290,6 +293,11 @@ def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"
     return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
 
 
+def _rows(table: Tensor, slots: Tensor) -> Tensor:
+    """Returns a fresh [tokens, K, H] copy of table rows, faster than by indexing."""
+    return table.index_select(0, slots.reshape(-1)).view(*slots.shape, table.shape[1])
+
+
 def _moments(state: AdamState | None) -> AdamState | None:
     """Returns the moments to form a direction with; None = the raw gradient is the direction."""
     return None if state is None or state.step < state.raw_steps else state
@@ -300,17 +308,3 @@ def _bias_correction(state: AdamState) -> tuple[float, float]:
     beta1, beta2 = state.betas
     root = (beta2 / (1 - beta2 ** (state.step + 1))) ** 0.5
     return beta1 / (1 - beta1 ** (state.step + 1)) / root, state.eps / root
-
-
-def _rows(table: Tensor, slots: Tensor) -> Tensor:
-    """Returns a fresh [tokens, K, H] copy of table rows."""
-    return table.index_select(0, slots.reshape(-1)).view(*slots.shape, table.shape[1])
-
-
-def _with_slots(state: AdamState, ids: Tensor) -> tuple[Tensor, int]:
-    """Returns slot_of_id with a new row for each id that has none, and how many rows that adds."""
-    missing = ids[state.slot_of_id[ids] == 0]
-    slot_of_id = state.slot_of_id.clone()
-    used = state.first.shape[0]
-    slot_of_id[missing] = torch.arange(used, used + len(missing), device=ids.device)
-    return slot_of_id, len(missing)

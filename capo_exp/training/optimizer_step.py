@@ -7,7 +7,7 @@ import torch
 from capo_exp.config.errors import RunFailed
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, StepInput, StepRecord, own_log_probs
+from capo_exp.core.types import Batch, StepInput, StepRecord
 from capo_exp.training.instruments import look_after, look_before
 from capo_exp.training.learner import Learner
 from capo_exp.training.step_metrics import gradient_metrics
@@ -57,4 +57,4 @@ def _check_rate(learner: Learner) -> None:
 
 def step_once(learner: Learner, batch: Batch) -> tuple[dict[str, float], StepRecord]:
     """Takes the first and only optimiser step on a batch, all of whose rows count."""
-    return take_optimizer_step(learner, StepInput(batch, totals(batch), own_log_probs))
+    return take_optimizer_step(learner, StepInput(batch, totals(batch)))
