@@ -67,7 +67,8 @@ def moments(learner: Learner) -> list[Tensor]:
         (*RANDOM, "curvature.optimizer_model=sgd", "curvature.calibrate_every=2"),
         (*CAPO, "step_rule=measured", "algo.step_rule.policy_shift_max=1e-3"),
         (*CAPO, "step_rule=calibrated", "algo.step_rule.policy_shift_max=1e-3"),
-        (*CAPO, "algo.selection.policy_shift_max=4e-3", "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2"),
+        (*CAPO, "algo.selection.policy_shift_max=4e-3", "optimizer.schedule=linear",
+         "optimizer.warmup_ratio=0.2"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("every", [1, 2])
