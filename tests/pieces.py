@@ -21,9 +21,7 @@ from capo_exp.core.types import (
     RolloutGroup,
     StepInput,
     StepRecord,
-    StoredLogProbs,
     TokenLossInput,
-    own_log_probs,
 )
 from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.grading.compare import Grade
@@ -71,8 +69,7 @@ def take_step(
     learner: Learner, batch: Batch, old_log_probs: Tensor | None = None
 ) -> tuple[dict[str, float], StepRecord]:
     """One optimiser step on a batch; the policy sampled it itself unless there are old log-probs."""
-    old = own_log_probs if old_log_probs is None else StoredLogProbs(old_log_probs)
-    return take_optimizer_step(learner, StepInput(batch, totals(batch), old))
+    return take_optimizer_step(learner, StepInput(batch, totals(batch), old_log_probs))
 
 
 def watch_gradients(learner: Learner) -> list[list[Tensor]]:

@@ -26,6 +26,7 @@ from capo_exp.algorithms.aggregation import (
     token_mean_over_kept,
 )
 from capo_exp.algorithms.cpgd import clip_filter_weighted
+from capo_exp.algorithms.dash import prompt_mean
 from capo_exp.algorithms.dr_grpo import group_centred
 from capo_exp.algorithms.grpo import clipped_surrogate, first_of_group, group_normalised
 from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
@@ -200,6 +201,7 @@ def row_of(batch: Batch, row: int) -> Batch:
         (token_mean, (1 + 3 + 6 + 2 + 5) / 9),
         (token_mean_over_kept, (1 + 3 + 6 + 2 + 5) / 5),
         (prompt_token_mean, ((1 + 3 + 6) / 6 + (2 + 5) / 3) / 2),
+        (lambda *args: prompt_mean(*args, length=10), ((1 + 3 + 6) / 10 / 2 + (2 + 5) / 10) / 2),
     ],
 )
 def test_aggregations_by_hand_and_rejected_tokens_have_no_gradient(
@@ -224,7 +226,7 @@ def test_totals_count_the_tokens_of_each_prompt() -> None:
     lonely = totals(
         row_of(BATCH, 2)
     )  # after a filter: prompt 0 has no rows left and is no prompt of the mean
-    assert lonely.group_tokens.tolist() == [0, 3]
+    assert lonely.group_tokens.tolist() == [0, 3] and lonely.group_sequences.tolist() == [0, 1]
     loss = prompt_token_mean(VALUES[2:], MASK[2:], row_of(BATCH, 2), lonely)
     assert loss.item() == pytest.approx((2 + 5 + 60) / 3)
 
@@ -309,7 +311,8 @@ def test_parts_declare_what_they_need() -> None:
     }
     assert {name.partition(".")[2] for name in marks["compares_group"]} == {*CENTRED, "first_of_group"}
     assert {name.partition(".")[2] for name in marks["whole_step"]} == {
-        "batch_bounds", "bounds_in_sequence", "at_rate", "at_matched_rate", "token_mean_over_kept",
+        "batch_bounds", "bounds_in_sequence", "bounds_at_every_level", "at_rate", "at_matched_rate",
+        "token_mean_over_kept",
     }  # fmt: skip
     kl = {name: declares(function, "needs_kl") for name, function in parts().items()}
     named = {"rloo.kl_in_reward", "reinforce_pp.whitened_return"}

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -14,16 +15,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import capo_exp.curvature
-from capo_exp.core.types import AdamState
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.policy import last_layer
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import AdamState, BatchShifts, Gradient
 from capo_exp.curvature.model import (
     apply_row_gradients,
     batch_shifts,
     init_adam_state,
     mean_row_gradients,
     pack,
+    pack_batch,
     token_shifts,
     update_adam_state,
 )
+from capo_exp.training import loop
+from capo_exp.training.learner import Learner
 
 REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
 LR = 3e-3
@@ -75,13 +82,15 @@ def test_parity_with_the_authors_program(reference: dict[str, Tensor], model: st
         assert batch.policy_shift == pytest.approx(
             row["policy_shift_global"].item(), rel=1e-6
         )  # stored as float32
-        assert batch.objective_shift == pytest.approx(row["objective_shift_global"].item(), rel=1e-6)
+        assert batch.objective_shift_by_row == pytest.approx(row["objective_shift_global"].item(), rel=1e-6)
         for b in range(4):  # one completion alone is the authors' sentence level
             alone = (*(x[b : b + 1] for x in tokens), mask[b : b + 1])
             own = pack(*alone)
             one = batch_shifts(own, mean_row_gradients(own), learning_rate=LR, state=state)
             assert one.policy_shift == pytest.approx(row["policy_shift_sentence"][b].item(), rel=1e-10)
-            assert one.objective_shift == pytest.approx(row["objective_shift_sentence"][b].item(), rel=1e-10)
+            assert one.objective_shift_by_row == pytest.approx(
+                row["objective_shift_sentence"][b].item(), rel=1e-10
+            )
 
         if state is not None:
             state = update_adam_state(state, *tokens, keep)
@@ -212,6 +221,131 @@ def test_zero_advantage_still_moves_through_momentum() -> None:
     assert (shifts.objective_shift == 0).all()
 
 
+def on_policy(
+    vocab: int, support: int, sharpness: float, seed: int
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """A last layer [V, H], tokens drawn from its softmax, in the support, and a mask of completions of
+    different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = sharpness * torch.randn(vocab, 4, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(5, 6, 4, generator=generator, dtype=torch.float64)
+    logits = hidden @ weight.T
+    token_ids = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(5, 6)
+    ids = logits.topk(support).indices
+    ids[..., -1] = torch.where((ids == token_ids[..., None]).any(-1), ids[..., -1], token_ids)
+    advantages = torch.randn(5, generator=generator, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor([[6], [1], [3], [0], [5]])
+    return weight, (hidden, logits.gather(-1, ids).softmax(-1), ids, token_ids, advantages), mask
+
+
+def surrogate(weight: Tensor, tokens: tuple[Tensor, ...], mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Mean over the tokens of A (ratio - 1) as a function of the last layer, by the full softmax."""
+    hidden, _, _, token_ids, advantages = tokens
+
+    def log_probs(layer: Tensor) -> Tensor:
+        return (hidden @ layer.T).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+
+    return lambda layer: (advantages[:, None] * (log_probs(layer) - log_probs(weight)).expm1())[mask].mean()
+
+
+@pytest.mark.parametrize("model", ["adam", "sgd"])
+def test_the_batch_prediction_is_the_exact_change_to_second_order(model: str) -> None:
+    """K = V: torch.optim's own step of the mean surrogate, and autograd's two derivatives along it. The
+    authors' number has the same first order there, and completions in place of tokens in the second."""
+    weight, tokens, mask = on_policy(7, 7, 1.0, seed=0)
+    layer, state = torch.nn.Parameter(weight.clone()), None
+    optimizer = (torch.optim.Adam if model == "adam" else torch.optim.SGD)([layer], lr=LR, maximize=True)
+    if model == "adam":
+        _, others, every = on_policy(7, 7, 1.0, seed=1)
+        state = update_adam_state(init_adam_state(7, 4, dtype=torch.float64), *others, every)
+        first = pack(*others, every)
+        layer.grad = mean_row_gradients(first).means
+        optimizer.step()
+    objective = surrogate(weight, tokens, mask)
+    before = layer.detach().clone()
+    layer.grad = torch.autograd.functional.jacobian(objective, weight)
+    optimizer.step()
+    change = layer.detach() - before
+    along, zero = lambda t: objective(weight + t * change), torch.zeros((), dtype=torch.float64)
+    expected = (
+        torch.autograd.functional.jacobian(along, zero) + torch.autograd.functional.hessian(along, zero) / 2
+    )
+    packed = pack(*tokens, mask)
+    got = batch_shifts(packed, mean_row_gradients(packed), learning_rate=LR, state=state)
+    assert got.objective_shift == pytest.approx(expected.item(), rel=1e-9)
+    assert got.objective_shift_by_row == pytest.approx(expected.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_half_the_vocabulary_the_prediction_stays_and_the_authors_number_does_not(seed: int) -> None:
+    weight, tokens, mask = on_policy(40, 12, 2.0, seed)
+    packed = pack(*tokens, mask)
+    gradients = mean_row_gradients(packed)
+    got = batch_shifts(packed, gradients, learning_rate=1e-4, state=None)
+    moved = weight.clone()
+    moved[gradients.ids] += 1e-4 * gradients.means
+    exact = surrogate(weight, tokens, mask)(moved).item()
+    assert got.objective_shift == pytest.approx(exact, rel=0.1)
+    assert got.objective_shift_by_row > 2 * exact
+
+
+@pytest.mark.slow
+def test_on_real_steps_of_the_keywords_model_the_prediction_is_unbiased(
+    composed: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K 50 of V 1,562: what the modelled update, Adam's by its formula, really does to the full softmax's
+    surrogate."""
+    genuine, seen = Learner.apply, list[tuple[float, float, float]]()
+
+    def apply(learner: Learner, gradient: Gradient, watch: Stopwatch) -> dict[str, float]:
+        record, state, rate = gradient.record, learner.optimizer_model, learner.learning_rate
+        weight = last_layer(learner.model).weight.detach().clone()
+        out, batch, mask = record.output, record.batch, record.batch.completion_mask
+        rows = mean_row_gradients(pack_batch(out, batch, batch.advantages, mask))
+        direction = rows.means
+        if state is not None and state.step > 0:
+            old, t = state.slot_of_id[rows.ids], state.step + 1
+            first, second = (
+                0.9 * state.first[old] + 0.1 * direction,
+                0.999 * state.second[old] + 1e-3 * direction**2,
+            )
+            direction = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        moved = weight.clone()
+        moved[rows.ids] += rate * direction
+        tokens = (out.hidden, out.topk_probs, out.topk_ids, batch.token_ids, batch.advantages[:, 0])
+        metrics = genuine(learner, gradient, watch)
+        keys = ("curvature/batch/objective_shift", "curvature/batch/objective_shift_by_row")
+        seen.append((surrogate(weight, tokens, mask)(moved).item(), *(metrics[key] for key in keys)))
+        return metrics
+
+    monkeypatch.setattr(Learner, "apply", apply)
+    loop.run(
+        composed(
+            "setting=keywords", "algo=grpo", "num_steps=7", "evaluation.every=0", "evaluation.num_problems=2",
+            "logger=files", f"output_dir={tmp_path}",
+        )
+    )  # fmt: skip
+    real, predicted, by_row = (sum(column) for column in zip(*seen, strict=True))
+    assert len(seen) == 7 and real > 0.01
+    assert predicted == pytest.approx(real, rel=0.1) and by_row > 5 * real
+
+
+def test_a_completion_without_a_kept_token_still_counts_in_the_mean() -> None:
+    """The authors divide by all completions: two of four rejected whole halve the shifts of the others'
+    update."""
+    tokens = random_tokens(4, 6, 30, 8, 5)
+    keep = torch.ones(4, 6, dtype=torch.bool)
+    keep[2:] = False
+    some, alone = pack(*tokens, keep), pack(*(x[:2] for x in tokens), keep[:2])
+    rows = mean_row_gradients(some)
+    got, two = (batch_shifts(x, rows, learning_rate=LR, state=None) for x in (some, alone))
+    assert (
+        got.policy_shift == pytest.approx(two.policy_shift / 2) and got.objective_shift == two.objective_shift
+    )
+    first = LR * sum((g * g).sum().item() for g in rows.means)
+    assert got.objective_shift_by_row - first == pytest.approx((two.objective_shift_by_row - first) / 2)
+
+
 def trained_state(vocab: int, width: int, tokens: tuple[Tensor, ...]) -> AdamState:
     keep = torch.ones_like(tokens[3], dtype=torch.bool)
     return update_adam_state(init_adam_state(vocab, width, dtype=torch.float64), *tokens, keep)
@@ -242,7 +376,7 @@ def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
     packed = pack(*tokens, keep)
     shifts = batch_shifts(packed, mean_row_gradients(packed), learning_rate=LR, state=state)
     after = apply_row_gradients(state, mean_row_gradients(packed))
-    assert (shifts.policy_shift, shifts.objective_shift) == (0.0, 0.0)
+    assert shifts == BatchShifts(0.0, 0.0, 0.0)
     assert torch.equal(after.first, state.first) and after.step == state.step + 1
 
 

@@ -139,8 +139,9 @@ def test_rloo_off_policy_has_the_gradient_of_the_clipped_completion(
     built: Built, random_batch: Batches, seed: int
 ) -> None:
     batch = random_batch(rows=32, seed=seed)
-    _, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.15)
-    _, expected, rows = plain_sequence_gradient(batch, 0.15, mean=False, low=0.2, high=0.2)
+    loss, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.15)
+    expected_loss, expected, rows = plain_sequence_gradient(batch, 0.15, mean=False, low=0.2, high=0.2)
+    torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(gradient, expected)
     assert 0 < rows.sum() < 32
     mask = batch.completion_mask
@@ -175,14 +176,10 @@ def test_gspo_is_the_sequence_formula(built: Built, random_batch: Batches, seed:
 @pytest.mark.parametrize(
     ("log_ratio", "advantage", "free"),
     [
-        (3.5e-4, 1.0, True),
-        (4.5e-4, 1.0, False),
-        (-1e-2, 1.0, True),
-        (-2.5e-4, -1.0, True),
-        (-3.5e-4, -1.0, False),
-        (1e-2, -1.0, True),
+        (3.5e-4, 1.0, True), (4.5e-4, 1.0, False), (-1e-2, 1.0, True), (-2.5e-4, -1.0, True),
+        (-3.5e-4, -1.0, False), (1e-2, -1.0, True),
     ],
-)
+)  # fmt: skip
 def test_gspo_quadrants(built: Built, log_ratio: float, advantage: float, free: bool) -> None:
     ratio = torch.tensor(log_ratio).double().exp().item()
     _, gradient, clipped = one_token(built("gspo").token_loss, ratio, advantage)
@@ -238,6 +235,22 @@ def test_dppo_masks_by_probability(
     assert got.values.item() == pytest.approx(-capped * advantage)
     assert gradient.item() == pytest.approx(-capped * advantage if free else 0.0)
     assert got.clipped.item() != free
+
+
+def test_dppo_at_the_sampler_takes_mask_and_ratio_from_it(built: Built) -> None:
+    """Policy and old policy 0.5, sampler 0.3: |0.5 - 0.3| > 0.15 in the direction of A > 0, and the ratio is
+    5 / 3. Where nobody sampled it is the old policy's."""
+    half, mask = torch.full((1, 2), 0.5).double().log(), torch.ones(1, 2).bool()
+    sampler = torch.tensor([[0.3, float("nan")]]).double().log()
+    for sign, kept in ((1.0, [False, True]), (-1.0, [True, True])):
+        log_probs = half.clone().requires_grad_()
+        inputs = replace(inputs_of(log_probs, half, sign * mask.double(), mask), sampler_log_probs=sampler)
+        got = built("dppo_sampler").token_loss(inputs)
+        (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
+        ratios = torch.tensor([[5 / 3, 1.0]]).double()
+        torch.testing.assert_close(got.values.detach(), -sign * ratios)
+        torch.testing.assert_close(gradient, -sign * ratios * torch.tensor([kept]))
+        assert not built("dppo").token_loss(inputs).clipped.any()
 
 
 def test_dppos_gradient_is_the_capped_ratio(built: Built, random_batch: Batches) -> None:
@@ -378,14 +391,10 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(
 @pytest.mark.parametrize(
     ("ratio", "advantage", "gradient"),
     [
-        (1.25, 1.0, -1.25),
-        (1.29, 1.0, 0.0),
-        (0.7, 1.0, -0.7),
-        (0.81, -1.0, 0.81),
-        (0.79, -1.0, 0.0),
+        (1.25, 1.0, -1.25), (1.29, 1.0, 0.0), (0.7, 1.0, -0.7), (0.81, -1.0, 0.81), (0.79, -1.0, 0.0),
         (1.5, -1.0, 1.5),
     ],
-)
+)  # fmt: skip
 def test_clip_higher_quadrants(built: Built, ratio: float, advantage: float, gradient: float) -> None:
     """0.2 below, 0.28 above."""
     assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
@@ -557,12 +566,9 @@ def test_cpgds_prompt_weights(built: Built) -> None:
 def test_inner_epochs_reweight_the_advantage(ratio: float, weight: float) -> None:
     """A clip(r, 1 - 0.05, 1 + 0.05) in place of A, not differentiated; the drift is not reweighted."""
     numbers = {
-        "clip_eps_low": 0.2,
-        "clip_eps_high": 0.2,
-        "tightness": 1.0,
-        "drift_coefficient": 0.5,
+        "clip_eps_low": 0.2, "clip_eps_high": 0.2, "tightness": 1.0, "drift_coefficient": 0.5,
         "drift_max": 9.0,
-    }
+    }  # fmt: skip
 
     plain = partial(policy_drift_surrogate, **numbers)
     loss = partial(reweighted, token_loss=plain, weight_eps=0.05)
@@ -615,24 +621,54 @@ def updated(
 def test_dropping_completions_without_advantage_is_neutral_over_all(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches
 ) -> None:
-    """Denominator of all 8 and no KL: the same gradient as without the filter. Of the kept 3: 8/3 of it."""
+    """Denominator of all 8 and no KL: the same gradient as without the filter. Of the kept rows, as an
+    average over the step: 8 / 4 of it, for the filter leaves 4: rows 1, 4, 6, and the first of the prompt
+    that has no advantage."""
     batch = sparse(random_batch(), 1, 4, 6)
-    dash = ["algo=dash", *NO_KL]
+    plain = "algo.aggregation._target_=capo_exp.algorithms.aggregation.constant_length_mean"
+    dash = ["algo=dash", *NO_KL, plain]
     none, whole = updated(composed, small_model, batch, *dash, *UNFILTERED)
     over_all, same = updated(composed, small_model, batch, *dash, "algo.filter_denominator=all")
     _, more = updated(composed, small_model, batch, *dash, "algo.filter_denominator=kept")
     torch.testing.assert_close(same, whole, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights(over_all), weights(none), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(more, [8 / 3 * g for g in whole], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(more, [8 / 4 * g for g in whole], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("threshold", "kept"), [(0.0, [1, 4, 6]), (0.5, [1, 6]), (99.0, [0])])
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+def test_dash_is_the_authors_average_of_filtered_micro_batches(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches, kl: float
+) -> None:
+    """Their program takes the mean over what the filter leaves of each prompt, or over its first completion,
+    and accumulates micro-batches of one prompt; 2 of 4 prompts have a signal here."""
+    batch = sparse(random_batch(), 1, 4, 5)
+    overrides = ("algo=dash", f"algo.kl_coefficient={kl}", "model.micro_batch_size=3")
+    ours = make_learner(composed(*SMALL, *overrides), small_model, distance=0.05)
+    seen = watch_gradients(ours)
+    run_updates(ours, batch)
+    model, mask = copy.deepcopy(small_model), batch.completion_mask
+    log_probs, total = plain_log_probs(model, batch), torch.zeros(())
+    ref = log_probs if ours.reference is None else plain_log_probs(ours.reference, batch)
+    values = (
+        -batch.advantages * (log_probs - log_probs.detach()).exp()
+        + kl * kl_k3(log_probs, ref.detach()) * mask
+    )
+    for rows in ([1], [2], [4, 5], [6]):
+        total = total + values[rows].sum() / (96 * len(rows)) / 4
+    total.backward()
+    torch.testing.assert_close(seen[0], [p.grad for p in model.parameters()], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "kept"), [(0.0, [1, 2, 5, 6]), (0.5, [1, 2, 4, 6]), (99.0, [0, 2, 4, 6])]
+)
 def test_the_learner_does_not_see_what_dash_filters(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, threshold: float, kept: list[int]
 ) -> None:
-    """|A| > threshold strictly; if nothing is left, the first completion. The reference does not see more."""
+    """|A| > threshold strictly; of a prompt that keeps none, the first completion. The reference does not see
+    more."""
     batch = random_batch()
-    sizes = torch.tensor([0.0, 1.0, 0.0, 0.0, -0.5, 0.0, -0.6, 0.0])
+    sizes = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, -0.5, -0.6, 0.0])
     batch = replace(batch, advantages=sizes[:, None] * batch.completion_mask)
     config = composed(*SMALL, "algo=dash", f"algo.completion_filter.threshold={threshold}")
     ours, seen = make_learner(config, small_model), {"model": 0, "reference": 0}
@@ -701,22 +737,18 @@ def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
     [
         (
             ["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithms.kl.kl_k1"],
-            kl_k1,
-            0.01,
-            mean_of_rows,
+            kl_k1, 0.01, mean_of_rows,
         ),
         (
             ["algo=grpo_kl", "algo.kl_estimator._target_=capo_exp.algorithms.kl.kl_k2"],
-            kl_k2,
-            0.01,
-            mean_of_rows,
+            kl_k2, 0.01, mean_of_rows,
         ),
         (["algo=grpo_kl"], kl_k3, 0.01, mean_of_rows),
         (["algo=reinforce_pp_baseline"], kl_k2, 0.01, mean_of_tokens),
         (["algo=prorl"], kl_k3, 1e-4, mean_of_tokens),
         (["algo=dash"], kl_k3, 0.04, lambda values, mask: values.sum() / (96 * 8)),
     ],
-)
+)  # fmt: skip
 def test_the_kl_in_the_loss_is_the_estimators(
     learner: Make,
     random_batch: Batches,
@@ -777,11 +809,8 @@ def test_a_reset_reference_is_the_policy(learner: Make, random_batch: Batches) -
 def test_a_reset_optimizer_steps_as_a_new_one_at_the_same_rate(learner: Make, random_batch: Batches) -> None:
     """Moments of a fresh learner with the same weights; the schedule goes on where it was."""
     rates = [
-        "algo=capo",
-        "optimizer.schedule=linear",
-        "optimizer.warmup_ratio=0.0",
-        "regime.learning_rate=1e-3",
-    ]
+        "algo=capo", "optimizer.schedule=linear", "optimizer.warmup_ratio=0.0", "regime.learning_rate=1e-3",
+    ]  # fmt: skip
     ours, fresh = learner(*rates), learner(*rates)
     for seed in range(3):
         take_step(ours, random_batch(seed=seed))

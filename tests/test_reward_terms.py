@@ -26,24 +26,16 @@ SIZE = ("regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_s
 @pytest.mark.parametrize(
     ("text", "think", "box", "both"),
     [
-        ("<think>a</think> 5", 1, 0, 0),
-        ("<think>a</think> \\boxed{5}", 1, 1, 1),
-        ("  <think>\n\n</think>\n\\boxed{5} ", 1, 1, 1),
-        ("<think>\\boxed{4}</think> 5", 1, 1, 0),
+        ("<think>a</think> 5", 1, 0, 0), ("<think>a</think> \\boxed{5}", 1, 1, 1),
+        ("  <think>\n\n</think>\n\\boxed{5} ", 1, 1, 1), ("<think>\\boxed{4}</think> 5", 1, 1, 0),
         ("<think>\\boxed{4}</think> \\boxed{5}", 1, 0, 1),
-        ("<think>a</think> \\boxed{5} \\boxed{5}", 1, 0, 0),
-        ("<think>a</think>", 0, 0, 0),
-        ("<think>a</think> \n", 0, 0, 0),
-        ("a</think> \\boxed{5}", 0, 1, 0),
-        ("so <think>a</think> 5", 0, 0, 0),
-        ("<think>a</think> <think>b</think> 5", 0, 0, 0),
-        ("</think>a<think> 5", 0, 0, 0),
-        ("\\boxed{5", 0, 0, 0),
-        ("\\boxed{}", 0, 0, 0),
-        ("\\boxed{5} \\boxed{6", 0, 0, 0),
-        ("", 0, 0, 0),
+        ("<think>a</think> \\boxed{5} \\boxed{5}", 1, 0, 0), ("<think>a</think>", 0, 0, 0),
+        ("<think>a</think> \n", 0, 0, 0), ("a</think> \\boxed{5}", 0, 1, 0),
+        ("so <think>a</think> 5", 0, 0, 0), ("<think>a</think> <think>b</think> 5", 0, 0, 0),
+        ("</think>a<think> 5", 0, 0, 0), ("\\boxed{5", 0, 0, 0), ("\\boxed{}", 0, 0, 0),
+        ("\\boxed{5} \\boxed{6", 0, 0, 0), ("", 0, 0, 0),
     ],
-)
+)  # fmt: skip
 def test_format(text: str, think: float, box: float, both: float) -> None:
     assert reward_terms.think_then_answer(text) == think
     assert reward_terms.one_box(text) == box

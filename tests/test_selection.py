@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from capo_exp.algorithms.capo import (
     batch_bounds,
+    bounds_at_every_level,
     bounds_by_sign,
     bounds_in_sequence,
     completion_bounds,
@@ -144,6 +145,15 @@ def test_the_theorems_bound_rejects_tokens_without_advantage(composed: Compose) 
     assert torch.equal(up, selected["capo"].keep_mask & (still.shifts.objective_shift > 1e-6))
 
 
+def test_at_rate_0_the_theorems_bound_rejects_nothing(composed: Compose) -> None:
+    """No step is taken, so no m_H can say anything; the moments still see the first batch."""
+    scored = score(random_tokens(4, 3, 30, 8, 5), torch.ones(4, 3).bool(), learning_rate=0.0)
+    for name in ("theorem", "capo"):
+        select = build_algorithm(composed("algo=grpo", f"selection={name}").algo).selection
+        assert select(scored).keep_mask.all()
+    assert not shift_bounds(scored, **bounds(0.0)).keep_mask.any()
+
+
 def test_bounds_by_sign_act_on_their_own_sign() -> None:
     scored = some_scored()
     mask, shifts, positive = scored.batch.completion_mask, scored.shifts, scored.batch.advantages > 0
@@ -216,7 +226,7 @@ def test_a_completion_is_kept_or_rejected_whole_by_its_own_tokens() -> None:
     mask = scored.batch.completion_mask
     alone = [
         curvature.completion_shifts(
-            curvature.pack(*(x[b : b + 1] for x in tokens_of(scored))), 1, learning_rate=3e-3, state=None
+            curvature.pack(*(x[b : b + 1] for x in tokens_of(scored))), learning_rate=3e-3, state=None
         )[0]
         for b in range(6)
     ]
@@ -245,7 +255,7 @@ def test_one_completion_of_one_token_is_the_same_at_every_level() -> None:
 
 
 WHOLE_STEP = {
-    "batch", "levels", "random", "top_policy_shift", "random_matched", "advantage_matched",
+    "batch", "levels", "all_levels", "random", "top_policy_shift", "random_matched", "advantage_matched",
     "low_probability_matched",
 }  # fmt: skip
 
@@ -269,16 +279,14 @@ def test_what_decides_about_the_whole_step_sees_it_whole(
     assert seen == ([8] if name in WHOLE_STEP else [4, 4])
 
 
-def test_levels_in_sequence_look_at_what_is_left() -> None:
+def test_levels_in_sequence_look_at_what_is_left_and_all_levels_at_everything() -> None:
     """One token with a large state spoils its completion's mean update. Alone, the completion level rejects
     the completion; after the token level has taken the token out, it keeps the rest. The product of the masks
-    would keep nothing of it."""
+    would keep nothing of it: that is selection=all_levels, the authors' way."""
     tokens = random_tokens(3, 4, 30, 8, 5)
     tokens[0][1, 2] *= 30
     scored = score(tokens, torch.ones(3, 4).bool())
-    shifts = curvature.completion_shifts(
-        curvature.pack(*tokens_of(scored)), 3, learning_rate=3e-3, state=None
-    )
+    shifts = curvature.completion_shifts(curvature.pack(*tokens_of(scored)), learning_rate=3e-3, state=None)
     limit = 2 * max(shifts[0].policy_shift, shifts[2].policy_shift)
     token = bounds(scored.shifts.policy_shift[1, 2].item())
     alone = [
@@ -291,6 +299,9 @@ def test_levels_in_sequence_look_at_what_is_left() -> None:
     expected = torch.ones(3, 4).bool()
     expected[1, 2] = False
     assert torch.equal(got.keep_mask, expected) and product.sum() == 8
+    every = bounds_at_every_level(scored, token=token, completion=bounds(limit), batch=OFF)
+    assert torch.equal(every.keep_mask, product)
+    assert torch.equal(every.rejected_by["policy"], ~product) and not every.rejected_by["objective"].any()
     assert got.rejected_by["policy"].nonzero().tolist() == [[1, 2]] and not got.rejected_by["objective"].any()
     # and the batch level: of what both left, all or nothing
     rest = replace(scored, batch=replace(scored.batch, completion_mask=expected))
@@ -373,17 +384,13 @@ def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
 # Bounds at which each selection rejects some of the small model's tokens, and not all.
 PARTLY = {
     "by_sign": ["positive_policy_shift_max=1e-7", "positive_objective_shift_max=2e-4"],
+    "all_levels": ["token.policy_shift_max=1e-6", "completion.policy_shift_max=1e-6"],
     "levels": ["token.policy_shift_max=1e-6", "completion.policy_shift_max=1e-6"],
-    "batch": ["policy_shift_max=1e-7"],
-    "random": [],
-    "drop_truncated": [],
-    "top_policy_shift": [],
-    "policy_bound": ["policy_shift_max=1e-6"],
-    "theorem": ["policy_shift_max=1e-6"],
-    "objective_bound": ["objective_shift_max=5e-4"],
-    "completion": ["policy_shift_max=4e-7"],
+    "batch": ["policy_shift_max=2e-7"], "random": [], "drop_truncated": [], "top_policy_shift": [],
+    "policy_bound": ["policy_shift_max=1e-6"], "theorem": ["policy_shift_max=1e-6"],
+    "objective_bound": ["objective_shift_max=5e-4"], "completion": ["policy_shift_max=4e-7"],
     "down_weight": ["policy_shift_max=1e-7"],
-}
+}  # fmt: skip
 CHANCE = ("random", "random_matched", "advantage_matched")  # these draw by position
 
 
@@ -467,7 +474,7 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     sizes = replace(totals(batch), kept_tokens=int(keep.sum()))
     output = replace(record.output, log_probs=log_probs)
     reference = ours.reference_log_probs(batch, log_probs.detach())
-    inputs = TokenLossInput.of(batch, output, old)
+    inputs = TokenLossInput.of(replace(batch, sampler_log_probs=old), output, old)
     loss = compute_loss(ours.algorithm, inputs, reference, Selection(keep), batch, sizes)
     (gradient,) = torch.autograd.grad(loss.value, log_probs)
     assert torch.equal(gradient != 0, keep)
@@ -480,12 +487,9 @@ def test_with_every_token_rejected_no_weight_moves(
     config = composed(*SMALL, f"algo={algo}", "selection=capo", "algo.selection.policy_shift_max=0.0")
     ours = make_learner(config, small_model, distance=0.05)
     metrics, record = run_updates(ours, random_batch())
+    reasons = ("selection/rejection_rate", "selection/rejection_rate_policy")
     for line in metrics:
-        assert (line["loss/total"], line["policy/grad_norm"], line["selection/rejection_rate"]) == (
-            0.0,
-            0.0,
-            1.0,
-        )
+        assert [line[key] for key in ("loss/total", "policy/grad_norm", *reasons)] == [0.0, 0.0, 1.0, 1.0]
     assert all(torch.equal(a, b) for a, b in zip(weights(ours), small_model.parameters(), strict=True))
     assert not record.selection.keep_mask.any()
 
@@ -518,43 +522,32 @@ def untied(small_model: PreTrainedModel) -> PreTrainedModel:
     return Qwen2ForCausalLM(shape).eval()
 
 
-def one_token_batch(batch: Batch, row: int, advantage: float) -> Batch:
-    """A row's prompt and its first completion token."""
-    length = batch.completion_mask.shape[1] - 1
-    one = Batch(*(tensor[row : row + 1] for tensor in vars(batch).values()))
-    return replace(
-        one,
-        input_ids=one.input_ids[:, :-length],
-        attention_mask=one.attention_mask[:, :-length],
-        completion_mask=one.completion_mask[:, :1],
-        sampler_log_probs=one.sampler_log_probs[:, :1],
-        advantages=torch.tensor([[advantage]]),
-    )
-
-
 @pytest.mark.parametrize("warm_up", [0, 1, 4])
 @pytest.mark.parametrize("advantage", [1.5, -0.7])
 def test_live_moments_predict_the_real_optimisers_next_step(
     untied: PreTrainedModel, composed: Compose, random_batch: Batches, warm_up: int, advantage: float
 ) -> None:
-    """On a batch of one token its loss is -A ln pi(a), so the step that it is predicted to cause is the step
-    that torch's Adam takes: u = (W' - W) h / lr, s = <v, u>, m_F = 1/2 (lr s)^2 and m_H as in section 1.4,
-    with v and pi of the full softmax. Also for Adam's first step, which has no moments."""
+    """With one token kept of N the loss is -A ln pi(a) / N, so the step that it is predicted to cause is the
+    step that torch's Adam takes: u = (W' - W) h / lr, s = <v, u>, m_F = 1/2 (lr s)^2 and m_H as in section
+    1.4, with v and pi of the full softmax. Also for Adam's first step, which has no moments."""
     rate = 1e-2
     config = composed(
-        *SMALL, "algo=dr_grpo", "curvature.optimizer_model=adam_live", "curvature.top_k=40",
-        f"regime.learning_rate={rate}", "algo.aggregation.length=1", "rollout.temperature=0.7",
-        "optimizer.eps=1e-6",
+        *SMALL, "algo=dapo", "curvature.optimizer_model=adam_live", "curvature.top_k=40",
+        f"regime.learning_rate={rate}", "rollout.temperature=0.7", "optimizer.eps=1e-6",
     )  # fmt: skip
     ours = make_learner(config, untied)
     assert ours.optimizer_model is None
     for seed in range(warm_up):
         take_step(ours, random_batch(seed=seed))
-    batch = one_token_batch(random_batch(seed=9), 2, advantage)
+    batch = random_batch(seed=9)
+    batch = replace(batch, advantages=advantage * batch.completion_mask)
+    only = torch.zeros_like(batch.completion_mask)
+    only[2, 0] = True
+    ours.algorithm = replace(ours.algorithm, selection=whole_step(lambda _: Selection(only)))
     head = policy.last_layer(ours.model).weight
     before = head.detach().clone()
     metrics, record = take_step(ours, batch)
-    h, token = record.output.hidden[0, 0].double(), int(batch.token_ids)
+    h, token = record.output.hidden[2, 0].double(), int(batch.token_ids[2, 0])
     probs = (before.double() @ h).softmax(0)
     error = torch.nn.functional.one_hot(torch.tensor(token), 40) - probs
     change = (head.detach().double() - before.double()) @ h / rate
@@ -563,9 +556,9 @@ def test_live_moments_predict_the_real_optimisers_next_step(
     m_f = 0.5 * (rate * s) ** 2
     m_h = advantage * (rate * s + 0.5 * rate**2 * (s**2 - variance))
     assert m_f > 1e-6
-    assert record.shifts.policy_shift.item() == pytest.approx(m_f.item(), rel=2e-3)
-    assert record.shifts.objective_shift.item() == pytest.approx(m_h.item(), rel=2e-3)
-    assert metrics["curvature/batch/policy_shift"] == pytest.approx(m_f.item(), rel=2e-3)
+    assert record.shifts.policy_shift[2, 0].item() == pytest.approx(m_f.item(), rel=2e-3)
+    assert record.shifts.objective_shift[2, 0].item() == pytest.approx(m_h.item(), rel=2e-3)
+    assert metrics["curvature/batch/policy_shift"] == pytest.approx(m_f.item() / 8, rel=2e-3)
     assert metrics["curvature/batch/objective_shift"] == pytest.approx(m_h.item(), rel=2e-3)
 
 
@@ -574,10 +567,12 @@ def test_live_moments_are_views_of_the_optimisers(
 ) -> None:
     config = composed(*SMALL, "algo=grpo", "curvature.optimizer_model=adam_live")
     ours = make_learner(config, untied)
-    assert ours.moments is not None and not ours.moments.first.any()
+    sizes = totals(random_batch())
+    moments = ours.moments(sizes)
+    assert moments is not None and not moments.first.any()
     take_step(ours, random_batch())
-    moments, state = ours.moments, ours.optimizer.state[policy.last_layer(ours.model).weight]
-    assert moments.first.data_ptr() == state["exp_avg"].data_ptr()
+    moments, state = ours.moments(sizes), ours.optimizer.state[policy.last_layer(ours.model).weight]
+    assert moments is not None and moments.first.data_ptr() == state["exp_avg"].data_ptr()
     assert moments.second.data_ptr() == state["exp_avg_sq"].data_ptr()
     assert (moments.step, moments.betas, moments.eps) == (1, (0.9, 0.999), 1e-8)
     assert moments.slot_of_id.tolist() == list(range(40))
@@ -613,12 +608,9 @@ def test_the_whole_vocabulary_as_support_is_the_exact_softmax(
     batch, rate, found = random_batch(), 1e-3, []
     for top_k in (40, 20):
         config = composed(
-            *SMALL,
-            "algo=grpo",
-            "curvature.optimizer_model=sgd",
-            f"curvature.top_k={top_k}",
+            *SMALL, "algo=grpo", "curvature.optimizer_model=sgd", f"curvature.top_k={top_k}",
             f"regime.learning_rate={rate}",
-        )
+        )  # fmt: skip
         ours = make_learner(config, small_model)
         found.append(take_step(ours, batch)[1].shifts)
     for row in range(8):

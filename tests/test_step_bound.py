@@ -19,6 +19,7 @@ from capo_exp.curvature.calibration import SampleSize
 from capo_exp.curvature.step_trial import StepDecision, StepTrial
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.training.learner import Learner
+from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.pieces import SMALL, make_learner, same_weights, take_step, weights
 
 ALL = SampleSize(completions=99, tokens=9999)
@@ -36,6 +37,20 @@ def learner(composed: Callable[..., TrainConfig], small_model: PreTrainedModel) 
         return made
 
     return make
+
+
+@pytest.mark.parametrize("rule", ["predicted", "measured", "calibrated"])
+@pytest.mark.parametrize("rate", ["1e38", "3e37"])
+def test_a_rate_beyond_float32_ends_as_any_divergence(
+    composed: Callable[..., TrainConfig], small_model: PreTrainedModel, random_batch: Callable[..., Batch],
+    rule: str, rate: str,
+) -> None:  # fmt: skip
+    """1e38 / (1 - beta1) is no float32: torch raises; 3e37 leaves weights whose shift is not a number."""
+    config = composed(*SMALL, "algo=grpo", f"step_rule={rule}", f"regime.learning_rate={rate}")
+    with pytest.raises(
+        TrainingDiverged, match=r"optimizer step 1: not finite: (a step at rate 1e\+38|.*=nan)"
+    ):
+        take_step(make_learner(config, small_model), random_batch())
 
 
 def log_probs(model: PreTrainedModel, batch: Batch, head: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ KEYS = (
     "reward/accuracy", "loss/total", "policy/entropy", "policy/grad_norm", "selection/rejection_rate",
     "curvature/token/policy_shift/mean", "curvature/token/policy_shift/p99",
     "curvature/token/objective_shift/mean", "curvature/batch/policy_shift", "curvature/batch/objective_shift",
+    "curvature/batch/objective_shift_by_row",
     "rollout/completion_length/mean", "optim/learning_rate",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from math import isfinite
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import minibatches
@@ -140,8 +140,9 @@ def test_the_schedule_ends_with_the_last_optimiser_step(
 def test_a_filter_and_minibatches_together(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, denominator: str
 ) -> None:
-    """Rows 1, 4 and 6 have an advantage. A minibatch sees those of its share that pass; a share without any
-    is no step. Its loss averages over the 2 rows of the share, or over those that pass."""
+    """Rows 1, 4 and 6 have an advantage; row 2 is the first of a prompt that has none. A minibatch sees those
+    of its share that pass; a share without any is no step. Its loss averages over the 2 rows of the share, or
+    over those that pass."""
     batch = random_batch()
     chosen = torch.zeros(8, 1)
     chosen[[1, 4, 6]] = 1.0
@@ -149,13 +150,29 @@ def test_a_filter_and_minibatches_together(
     ours, rows, metrics = rows_of(
         composed, small_model, batch, "algo=dash", "algo.num_minibatches=4", "algo.kl_coefficient=0.0",
         f"algo.filter_denominator={denominator}", "regime.learning_rate=0.0",
+        "algo.aggregation._target_=capo_exp.algorithms.aggregation.constant_length_mean",
     )  # fmt: skip
-    assert sorted(chain(*rows)) == [1, 4, 6] and 2 <= len(rows) <= 3 and ours.optimizer_step == len(rows)
-    lengths = batch.completion_mask.sum(1)
+    assert sorted(chain(*rows)) == [1, 2, 4, 6] and 2 <= len(rows) <= 4 and ours.optimizer_step == len(rows)
+    lengths = batch.completion_mask.sum(1) * chosen[:, 0]
     for part, line in zip(rows, metrics, strict=True):
         count = len(part) if denominator == "kept" else 2
         assert line["loss/total"] == pytest.approx(-lengths[part].sum().item() / (96 * count), rel=1e-4)
-        assert line["selection/filtered_completion_fraction"] == pytest.approx(5 / 8)
+        assert line["selection/filtered_completion_fraction"] == pytest.approx(4 / 8)
+
+
+@pytest.mark.parametrize("total", [7, 20, 33, 52])
+def test_a_warm_up_is_as_long_as_transformers(
+    composed: Compose, small_model: PreTrainedModel, total: int
+) -> None:
+    """A tenth of the steps, rounded up: 52 have 6, at 0, 1/6, ... of the rate."""
+    numbers = (f"num_steps={total}", "optimizer.schedule=constant_with_warmup", "optimizer.warmup_ratio=0.1")
+    ours = make_learner(composed(*SMALL, "algo=grpo", *numbers, "regime.learning_rate=1.0"), small_model)
+    steps = -(-total // 10)
+    assert TrainingArguments(warmup_steps=0.1, use_cpu=True).get_warmup_steps(total) == steps
+    for step in range(steps + 1):
+        assert ours.learning_rate == pytest.approx(step / steps)
+        ours.optimizer.step()
+        ours.schedule.step()
 
 
 # For every algorithm
@@ -254,7 +271,9 @@ def test_nothing_crashes_an_algorithm_and_it_is_counted(
         assert last["rollout/filtered_group_fraction"] == 0.0 and drawn.completions == 12
     filtering = is_part(ours.config.algo.completion_filter, "advantage_above")
     if filtering and not batch.advantages.any():
-        assert last["selection/filtered_completion_fraction"] == pytest.approx(11 / 12)  # the first is kept
+        assert last["selection/filtered_completion_fraction"] == pytest.approx(
+            9 / 12
+        )  # the first of each prompt stays
     elif not filtering:
         assert last["selection/filtered_completion_fraction"] == 0.0
 

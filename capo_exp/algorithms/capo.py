@@ -1,7 +1,9 @@
 """CAPO: curvature-aware policy optimisation (arXiv 2510.00819), its bounds at every level."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from math import inf
 from typing import TypedDict
 
 import torch
@@ -11,6 +13,14 @@ from capo_exp.algorithms.kinds import NonNegativeOrInf, NotNan
 from capo_exp.config.declare import ordered, whole_step
 from capo_exp.core.types import BatchShifts, Scored, Selection, TokenShifts
 from capo_exp.curvature import model as curvature
+
+
+class Bounds(TypedDict):
+    """The bounds of one level."""
+
+    policy_shift_max: NonNegativeOrInf
+    objective_shift_min: NotNan
+    objective_shift_max: NotNan
 
 
 @ordered("objective_shift_min", "objective_shift_max")
@@ -23,14 +33,15 @@ def shift_bounds(
 ) -> Selection:
     """Keeps tokens with m_F < policy_shift_max and objective_shift_min < m_H < objective_shift_max.
 
-    An infinite bound switches a test off. A token whose shift is NaN is rejected.
-    Source: arXiv 2510.00819, section 5, practical rule; strict inequalities as in the authors' program.
+    An infinite bound switches a test off. A token whose shift is NaN is rejected. At rate 0 nothing moves and
+    m_H is 0: a positive objective_shift_min does not count then. Source: arXiv 2510.00819, section 5,
+    practical rule; strict inequalities as in the authors' program.
     """
+    objective_shift, least = scored.shifts.objective_shift, objective_shift_min
+    if scored.learning_rate == 0 and least >= 0:
+        least = -inf
     policy_ok = scored.shifts.policy_shift < policy_shift_max
-    objective_ok = (scored.shifts.objective_shift > objective_shift_min) & (
-        scored.shifts.objective_shift < objective_shift_max
-    )
-    return _reject(scored, ~policy_ok, ~objective_ok)
+    return _reject(scored, ~policy_ok, ~((objective_shift > least) & (objective_shift < objective_shift_max)))
 
 
 @ordered("objective_shift_min", "objective_shift_max")
@@ -43,18 +54,14 @@ def completion_bounds(
 ) -> Selection:
     """Applies the same test to the shifts of each completion's mean update; rejects whole completions.
 
-    Source: the authors' "sentence" level.
+    Source: the authors' "sentence" level, with their m_H, in which every vocabulary row weighs the same.
     """
-    tokens, count = _pack(scored), len(scored.batch.group_ids)
-    shifts = curvature.completion_shifts(
-        tokens, count, learning_rate=scored.learning_rate, state=scored.optimizer_model
-    )
-    return shift_bounds(
-        replace(scored, shifts=_spread(shifts, scored)),
+    bounds = Bounds(
         policy_shift_max=policy_shift_max,
         objective_shift_min=objective_shift_min,
         objective_shift_max=objective_shift_max,
     )
+    return _bound(scored, curvature.completion_shifts, bounds)
 
 
 @whole_step
@@ -68,41 +75,36 @@ def batch_bounds(
 ) -> Selection:
     """Applies the same test to the shifts of the whole step's mean update; keeps all or nothing.
 
-    Source: the authors' "global" level.
+    Source: the authors' "global" level, with their m_H (objective_shift_by_row), which is no prediction.
     """
-    tokens = _pack(scored)
-    gradients = curvature.mean_row_gradients(tokens)
-    shifts = curvature.batch_shifts(
-        tokens, gradients, learning_rate=scored.learning_rate, state=scored.optimizer_model
-    )
-    return shift_bounds(
-        replace(scored, shifts=_spread([shifts] * len(scored.batch.group_ids), scored)),
+    bounds = Bounds(
         policy_shift_max=policy_shift_max,
         objective_shift_min=objective_shift_min,
         objective_shift_max=objective_shift_max,
     )
-
-
-class Bounds(TypedDict):
-    """The bounds of one level."""
-
-    policy_shift_max: NonNegativeOrInf
-    objective_shift_min: NotNan
-    objective_shift_max: NotNan
+    return _bound(scored, curvature.whole_shifts, bounds)
 
 
 @whole_step
 def bounds_in_sequence(scored: Scored, *, token: Bounds, completion: Bounds, batch: Bounds) -> Selection:
     """Applies token, completion and batch bounds one after another, each to the tokens that the ones before
-    kept. Source: the authors' option "sequential masking"."""
-    mask = scored.batch.completion_mask
-    keep, rejected = mask, {"policy": torch.zeros_like(mask), "objective": torch.zeros_like(mask)}
-    for level, bounds in ((shift_bounds, token), (completion_bounds, completion), (batch_bounds, batch)):
-        remaining = replace(scored, batch=replace(scored.batch, completion_mask=keep))
-        selection = level(remaining, **bounds)
-        keep = selection.keep_mask
-        rejected = {why: rejected[why] | selection.rejected_by[why] for why in rejected}
-    return Selection(keep, rejected)
+    kept, with shifts predicted anew. Ours: the authors' "sequential masking" logs such shifts, but decides by
+    the first."""
+    levels, remaining, seen = _levels(token, completion, batch), scored, list[Selection]()
+    for level in levels:
+        seen.append(level(remaining))
+        remaining = replace(scored, batch=replace(scored.batch, completion_mask=seen[-1].keep_mask))
+    return _merge(seen)
+
+
+@whole_step
+def bounds_at_every_level(scored: Scored, *, token: Bounds, completion: Bounds, batch: Bounds) -> Selection:
+    """Keeps what token, completion and batch bounds all keep, each predicted for all tokens: the product of
+    the masks.
+
+    Source: the authors' program with bounds at several levels, with and without "sequential masking".
+    """
+    return _merge([level(scored) for level in _levels(token, completion, batch)])
 
 
 def bounds_by_sign(
@@ -124,6 +126,18 @@ def bounds_by_sign(
     return _reject(scored, ~policy_ok, ~objective_ok)
 
 
+def _levels(token: Bounds, completion: Bounds, batch: Bounds) -> list[Callable[[Scored], Selection]]:
+    pairs = ((shift_bounds, token), (completion_bounds, completion), (batch_bounds, batch))
+    return [partial(level, **bounds) for level, bounds in pairs]
+
+
+def _merge(selections: Sequence[Selection]) -> Selection:
+    """Rejects what any of them rejects."""
+    keep = torch.stack([selection.keep_mask for selection in selections]).all(0)
+    columns = {why: [s.rejected_by[why] for s in selections] for why in ("policy", "objective")}
+    return Selection(keep, {why: torch.stack(masks).any(0) for why, masks in columns.items()})
+
+
 def _reject(scored: Scored, by_policy: Tensor, by_objective: Tensor) -> Selection:
     mask = scored.batch.completion_mask
     return Selection(
@@ -132,14 +146,11 @@ def _reject(scored: Scored, by_policy: Tensor, by_objective: Tensor) -> Selectio
     )
 
 
-def _pack(scored: Scored) -> curvature.Tokens:
-    batch = scored.batch
-    return curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
-
-
-def _spread(shifts: Sequence[BatchShifts], scored: Scored) -> TokenShifts:
-    """Puts a completion's shifts at each of its tokens."""
-    like = scored.shifts.policy_shift
-    columns = [[getattr(s, name) for s in shifts] for name in ("policy_shift", "objective_shift")]
-    policy, objective = (like.new_tensor(column)[:, None].expand_as(like) for column in columns)
-    return TokenShifts(policy, objective)
+def _bound(scored: Scored, predict: Callable[..., Sequence[BatchShifts]], bounds: Bounds) -> Selection:
+    """Applies bounds to the shifts, m_H as the authors define it, that are predicted for each completion."""
+    batch, like = scored.batch, scored.shifts.policy_shift
+    tokens = curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
+    shifts = predict(tokens, learning_rate=scored.learning_rate, state=scored.optimizer_model)
+    columns = [[s.policy_shift for s in shifts], [s.objective_shift_by_row for s in shifts]]
+    spread = TokenShifts(*(like.new_tensor(column)[:, None].expand_as(like) for column in columns))
+    return shift_bounds(replace(scored, shifts=spread), **bounds)

@@ -1,10 +1,12 @@
 """DPPO: divergence proximal policy optimisation (Qi et al. 2026, arXiv 2602.04879), its binary divergences.
 
-As PPO's clip it acts from the second update on a batch. The distance is to the learner's policy before the
-first; what the sampler computes otherwise is for rollout/correction.
+As PPO's clip it acts from the second update on a batch: mask and ratio are to the learner's policy before the
+first, the official program's "recompute". Its default is `anchored_at_sampler`, which acts at the first
+update, too, where the sampler computes otherwise.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +34,19 @@ def kl_masked(
     Source: arXiv 2602.04879, binary KL.
     """
     return _mask_beyond(inputs, _kl, (delta_low, delta_high), ratio_cap)
+
+
+def anchored_at_sampler(inputs: TokenLossInput, *, token_loss: Callable[..., TokenLoss]) -> TokenLoss:
+    """Returns a token loss with the sampler's log-probs in place of the learner's old ones, for mask and
+    ratio alike; the learner's where nobody sampled (demonstrations). It corrects for the sampler itself: take
+    rollout.correction=none.
+
+    Source: the official program of arXiv 2602.04879, its default.
+    """
+    sampler = inputs.sampler_log_probs
+    return token_loss(
+        replace(inputs, old_log_probs=torch.where(sampler.isnan(), inputs.old_log_probs, sampler))
+    )
 
 
 def _mask_beyond(

@@ -7,7 +7,6 @@ them, what a YAML leaves out is in neutral.py and does nothing.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -17,66 +16,26 @@ from capo_exp.config.schema import AlgoConfig
 from capo_exp.core.types import Batch, BatchTotals, Scored, Selection, TokenLoss, TokenLossInput
 from capo_exp.curvature.step_trial import StepDecision, StepTrial
 
-
-class GroupFilter(Protocol):
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """The verifier's rewards [P, G] -> [P] bool: which groups count as sampled."""
-        ...
-
-
-class Shaping(Protocol):
-    def __call__(self, rewards: Tensor, lengths: Tensor, kl: Tensor) -> Tensor:
-        """Rewards, completion tokens and summed kl_k1 to the reference, all [P, G] -> rewards [P, G]."""
-        ...
-
-
-class Advantage(Protocol):
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """Rewards [P, G] -> advantages [P, G]."""
-        ...
-
-
-class Credit(Protocol):
-    def __call__(self, advantages: Tensor, completion_mask: Tensor, kl: Tensor) -> Tensor:
-        """Advantages [B], mask [B, T], kl_k1 to the reference [B, T] -> credit of each token [B, T]."""
-        ...
-
-
-class CompletionFilter(Protocol):
-    def __call__(self, batch: Batch) -> Tensor:
-        """[B] bool: which completions the learner sees at all."""
-        ...
-
-
-class Select(Protocol):
-    def __call__(self, scored: Scored) -> Selection:
-        """Which completion tokens take part in the update."""
-        ...
-
-
-class TokenLossFunction(Protocol):
-    def __call__(self, inputs: TokenLossInput) -> TokenLoss:
-        """What may be seen of a micro-batch, all [B, T] -> loss of each token [B, T], differentiable in
-        log_probs."""
-        ...
-
-
-class KLEstimator(Protocol):
-    def __call__(self, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-        """[B, T], [B, T] -> estimate of KL(policy || reference) per token [B, T], differentiable."""
-        ...
-
-
-class Aggregation(Protocol):
-    def __call__(self, values: Tensor, keep_mask: Tensor, batch: Batch, totals: BatchTotals) -> Tensor:
-        """Token losses [B, T] -> this micro-batch's part of the step's scalar loss."""
-        ...
-
-
-class StepRule(Protocol):
-    def __call__(self, trial: StepTrial) -> StepDecision:
-        """How much of the proposed step to take; the trial shows what a part of it would do."""
-        ...
+GroupFilter = Callable[[Tensor], Tensor]
+"""The verifier's rewards [P, G] -> [P] bool: which groups count as sampled."""
+Shaping = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rewards, completion tokens and summed kl_k1 to the reference, all [P, G] -> rewards [P, G]."""
+Advantage = Callable[[Tensor], Tensor]
+"""Rewards [P, G] -> advantages [P, G]."""
+Credit = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Advantages [B], completion_mask [B, T], kl_k1 to the reference [B, T] -> credit of each token [B, T]."""
+CompletionFilter = Callable[[Batch], Tensor]
+"""[B] bool: which completions the learner sees at all."""
+Select = Callable[[Scored], Selection]
+"""Which completion tokens take part in the update."""
+TokenLossFunction = Callable[[TokenLossInput], TokenLoss]
+"""What may be seen of a micro-batch -> loss of each token [B, T], differentiable in log_probs."""
+KLEstimator = Callable[[Tensor, Tensor], Tensor]
+"""log_probs, ref_log_probs [B, T] -> estimate of KL(policy || reference) per token [B, T], differentiable."""
+Aggregation = Callable[[Tensor, Tensor, Batch, BatchTotals], Tensor]
+"""Token losses [B, T], keep_mask [B, T] -> this micro-batch's part of the step's scalar loss."""
+StepRule = Callable[[StepTrial], StepDecision]
+"""How much of the proposed step to take; the trial shows what a part of it would do."""
 
 
 @dataclass(frozen=True)

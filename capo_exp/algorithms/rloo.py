@@ -1,5 +1,7 @@
 """RLOO: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740)."""
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,8 +41,12 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 def completion_surrogate(
     inputs: TokenLossInput, *, clip_eps_low: NonNegativeOrInf, clip_eps_high: NonNegativeOrInf
 ) -> TokenLoss:
-    """Returns the clipped surrogate with the ratio of the whole completion; its tokens' sum has the gradient
-    of -min(s A, clip(s) A). Source: the sequence-level form of TRL's RLOOTrainer."""
+    """Returns the clipped surrogate with the ratio of the whole completion, an equal part at each of its
+    tokens: their sum has the value and the gradient of -min(s A, clip(s) A). Source: the sequence-level form
+    of TRL's RLOOTrainer."""
     log_ratio = masked_sum(inputs.log_ratio, inputs.completion_mask, 1)
     ratio = completion_ratio(log_ratio, inputs.log_probs)
-    return clipped_objective(ratio, inputs.advantages, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high)
+    loss = clipped_objective(ratio, inputs.advantages, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high)
+    whole = loss.values.detach()
+    parts = whole / inputs.completion_mask.sum(1, keepdim=True).clamp(min=1)
+    return replace(loss, values=loss.values - whole + parts)  # in value a part, in gradient the whole

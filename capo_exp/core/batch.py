@@ -1,35 +1,21 @@
 """RolloutGroups -> tensors, and back and forth between a batch and its micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from capo_exp.core.types import (
-    Batch,
-    BatchTotals,
-    PolicyOutput,
-    RolloutGroup,
-    Scored,
-    Selection,
-    StepRecord,
-    TokenShifts,
-)
+from capo_exp.core.types import AdamState, Batch, BatchTotals, RolloutGroup
 
 Value = TypeVar("Value")
 
 
 def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.device) -> Batch:
-    """Makes a batch: prompts padded on the left, completions on the right; row p * G + g is completion g of
-    prompt p. The advantages are 0 until they are known.
-
-    Args:
-        groups: P groups of G completions.
-        pad_token_id: fills the padding; masked everywhere.
-        device: where the tensors go.
-    """
+    """Makes a batch of P groups of G completions: prompts padded on the left, completions on the right; row p
+    * G + g is completion g of prompt p. The advantages are 0 until they are known; padding is masked
+    everywhere."""
     rows = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
     width = max(len(prompt) for prompt, _ in rows)
     length = max(len(completion.token_ids) for _, completion in rows)
@@ -61,6 +47,7 @@ def totals(batch: Batch) -> BatchTotals:
         sequences=len(lengths),
         completion_tokens=int(lengths.sum()),
         group_tokens=torch.bincount(batch.group_ids, weights=lengths.double()).long(),
+        group_sequences=torch.bincount(batch.group_ids),
     )
 
 
@@ -114,7 +101,7 @@ def join_records(pieces: Sequence[tuple[Tensor, Value]], batch: Batch) -> Value:
             return join(list(zip(rows, values, strict=True)), batch.completion_mask)
         if isinstance(first, dict):
             return {key: merge([value[key] for value in values]) for key in first}
-        if isinstance(first, (StepRecord, Scored, PolicyOutput, TokenShifts, Selection)):
+        if is_dataclass(first) and not isinstance(first, (type, AdamState)):
             return replace(first, **{name: merge([vars(v)[name] for v in values]) for name in vars(first)})
         return first  # the same for all
 

@@ -61,11 +61,8 @@ def ema(values: Floats, alpha: float) -> Floats:
 
 
 def centre_of_seeds(values: Floats, statistic: Statistic, axis: int = 0) -> Floats:
-    """Returns the mean, or interquartile mean, over seeds, of what is not NaN; NaN where nothing else is.
-
-    The same as scipy.stats.trim_mean of what is not NaN, but for whole tables at once, whatever each column
-    lacks.
-    """
+    """Returns the mean, or interquartile mean, over seeds, of what is not NaN; NaN where nothing else is:
+    scipy's trim_mean of whole tables at once, whatever each column lacks."""
     if not np.isnan(values).any() and values.shape[axis]:
         whole = values.mean(axis) if statistic == "mean" else stats.trim_mean(values, TRIMMED["iqm"], axis)
         return np.asarray(whole)

@@ -158,7 +158,7 @@ def forward(
         model: a causal language model whose logits are W h.
         batch: rows of tokens.
         settings: temperature, chunks and dtype.
-        top_k: K, the support of the curvature model.
+        top_k: K, the support of the curvature model; it always holds the sampled token.
         hidden_shift: how many tokens late the returned `hidden` is; 0, or 1 for the authors' program, which
             takes the state of the sampled token itself. Everything else stays where it belongs.
     """
@@ -207,6 +207,8 @@ def _last_layer(
 
 
 def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """A sampled token outside the top K takes the last place: else its update, the largest of all, would look
+    small."""
     logits = head(hidden).float()
     log_normaliser = logits.logsumexp(1)
     log_probs = logits.gather(1, token_ids[:, None]).squeeze(1) - log_normaliser
@@ -214,8 +216,10 @@ def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int)
     with torch.no_grad():
         probs = (logits - log_normaliser[:, None]).exp_()
         entropy = log_normaliser - probs.mul_(logits).sum(1)
-        values, ids = logits.topk(top_k, dim=1)
-        return log_probs, entropy, values.softmax(1), ids
+        ids = logits.topk(top_k, dim=1).indices
+        outside = (ids != token_ids[:, None]).all(1)
+        ids[:, -1] = torch.where(outside, token_ids, ids[:, -1])
+        return log_probs, entropy, logits.gather(1, ids).softmax(1), ids
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -7,11 +7,6 @@ ORDER, ROLLOUT, EVALUATION, SELECTION, MINIBATCH, CALIBRATION, STEP_RULE, DIAGNO
 
 
 def derive_seed(seed: int, stream: int, *position: int) -> int:
-    """A 32-bit seed for one use of randomness.
-
-    Args:
-        seed: of the run.
-        stream: what it is for, one of the streams above.
-        position: step, and if a step has several uses, which.
-    """
+    """Returns a 32-bit seed for one use of randomness: the run's seed, one of the streams above, and the
+    position in it (step, and if a step has several uses, which)."""
     return int(np.random.SeedSequence([seed, stream, *position]).generate_state(1)[0])

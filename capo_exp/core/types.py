@@ -12,7 +12,6 @@ Position t of a [B, T] tensor is the t-th COMPLETION token. The shift by one bet
 that it predicts happens in policy.py and nowhere else.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float, Int
@@ -20,8 +19,6 @@ from torch import Tensor
 
 TokenOrRow = Float[Tensor, " B"] | Float[Tensor, "B T"]
 """One number a completion, or one a token."""
-OldLogProbs = Callable[[Tensor, Tensor], Tensor]
-"""(a micro-batch's log-probs by the policy as it is [b, t], its rows [b]) -> by the weights that sampled."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,10 @@ class BatchTotals:
     completion_tokens: int  # N of the whole step
     group_tokens: Int[Tensor, " P"]
     """[P] completion tokens of each prompt of the rollout step; 0 for a prompt without rows."""
+    group_sequences: Int[Tensor, " P"]  # Completions of each prompt; 0 for a prompt without rows
     kept_tokens: int | None = None
-    """Tokens that the selection kept; None where no scoring pass counted them first. A part that needs the
-    number declares `whole_step`."""
+    """Tokens that the selection kept; counted before the first gradient for parts that declare
+    `whole_step`."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +110,14 @@ class StepInput:
 
     batch: Batch  # All rows of the step
     totals: BatchTotals  # What the loss averages over
-    old_log_probs: OldLogProbs  # The policy's own before the first update on a batch, stored ones after it
+    stored: Float[Tensor, "B T"] | None = None
+    """[B, T] nats by the weights that sampled; None before the first update on a batch: they are the policy's
+    own."""
 
-
-def own_log_probs(own: Tensor, rows: Tensor) -> Tensor:
-    """Returns the policy's own log-probs: before the first update on a batch it is the policy that
-    sampled."""
-    del rows
-    return own
-
-
-@dataclass(frozen=True)
-class StoredLogProbs:
-    """Log-probs by the weights that sampled, for updates after the first."""
-
-    values: Float[Tensor, "B T"]  # nats, of all rows of the optimiser step
-
-    def __call__(self, own: Tensor, rows: Tensor) -> Tensor:
-        """Returns those of a micro-batch."""
-        return self.values[rows, : own.shape[1]]
+    def old_log_probs(self, own: Float[Tensor, "b t"], rows: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
+        """Returns those by the weights that sampled, of a micro-batch whose `own` are the policy's as it
+        is."""
+        return own if self.stored is None else self.stored[rows, : own.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -140,7 +127,9 @@ class PolicyOutput:
     log_probs: Float[Tensor, "B T"]  # nats, float32, carries the gradient
     entropy: Float[Tensor, "B T"]  # nats, float32, no gradient
     topk_probs: Float[Tensor, "B T K"]  # float32, renormalised over K
-    topk_ids: Int[Tensor, "B T K"]  # int64
+    topk_ids: Int[
+        Tensor, "B T K"
+    ]  # int64, the K most probable; the sampled token in place of the last if absent
     hidden: Float[Tensor, "B T H"]
     """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
     temperature (so that logits / temperature = W @ hidden exactly)."""
@@ -154,7 +143,7 @@ class PolicyOutput:
 class TokenShifts:
     """Predicted effect of each token's own update under the last-layer model."""
 
-    policy_shift: Float[Tensor, "B T"]  # m_F [B, T] nats
+    policy_shift: Float[Tensor, "B T"]  # m_F [B, T] nats: k2, half the squared change of the token's log-prob
     objective_shift: Float[Tensor, "B T"]  # m_H [B, T] reward units
 
 
@@ -162,8 +151,9 @@ class TokenShifts:
 class BatchShifts:
     """Predicted effect of the mean update of a whole batch."""
 
-    policy_shift: float  # nats
-    objective_shift: float  # Reward units
+    policy_shift: float  # nats, k2 of the sampled tokens
+    objective_shift: float  # Reward units, mean over tokens
+    objective_shift_by_row: float  # The authors' number, no prediction: every vocabulary row weighs the same
 
 
 @dataclass(frozen=True)
@@ -182,12 +172,15 @@ class AdamState:
     eps: float
     sign: float = 1.0  # 1 for moments of the objective, -1 for those of the loss
     raw_steps: int = 1  # How many first steps follow the raw gradient, before the moments shape the direction
+    token_weight: float | None = None
+    """What a token's gradient weighs in the gradients that the moments are of; None = each row's mean over
+    the tokens that touch it, and 1 for a token alone."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known about tokens before the update, without gradients: a selection decides by it. It holds a
-    micro-batch, or the whole optimiser step for a selection that declares `whole_step`."""
+    """What a selection decides by, without gradients: a micro-batch, or the whole step if it declares
+    `whole_step`."""
 
     batch: Batch
     output: PolicyOutput
@@ -259,7 +252,7 @@ class StepRecord:
     output: PolicyOutput
     old_log_probs: Float[Tensor, "B T"]  # nats, of the weights at sampling
     weights: Float[Tensor, "B T"]
-    """[B, T], of the correction for the sampler's log-probs; 1 without one, 0 on padding."""
+    """Of the correction for the sampler's log-probs; 1 without one, 0 on padding."""
     kl: Float[Tensor, "B T"]  # nats, kl_k3 to the reference; 0 without one
     shifts: TokenShifts
     selection: Selection

@@ -51,29 +51,15 @@ class TokenSample:
     objective_shift: Float[Tensor, " n"]  # m_H reward units, likewise
 
 
-@dataclass(frozen=True)
-class _Move:
-    """What happened to each token of a sample."""
-
-    policy: Float[Tensor, " n"]  # nats, float64
-    objective: Float[Tensor, " n"]  # reward units, float64
-
-
 @torch.no_grad()
 def sample_tokens(
     model: PreTrainedModel, record: StepRecord, size: SampleSize, settings: ForwardSettings, *, seed: int
 ) -> TokenSample:
-    """Draws the sample and scores it; call it before the optimiser steps.
+    """Draws the sample and scores it; call it before the optimiser steps. The sample is a function of the
+    seed and of the record's completion_mask without padding columns.
 
     The states are made anew and not read from the record: the record's come from micro-batches of other
     shapes, which in bfloat16 round differently, up to 1e-7 nats in the mean: what a typical token moves.
-
-    Args:
-        model: with the weights from before the step.
-        record: what the step saw, in the order of the batch's rows.
-        size: how much to draw.
-        settings: of the forward pass.
-        seed: the sample is a function of it and of the record's completion_mask without padding columns.
     """
     rows, batch = _draw_rows(record, size, seed)
     return _describe(model, record, rows, batch, _states(model, batch, settings))
@@ -92,9 +78,15 @@ def sample_recorded_tokens(
 
 
 def _draw_rows(record: StepRecord, size: SampleSize, seed: int) -> tuple[Tensor, Batch]:
-    """Returns row numbers, and the rows with a completion_mask of the sampled tokens alone."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, sampled = _draw(record.batch.completion_mask, size, generator)
+    """Returns row numbers [b], ascending, and the rows with a completion_mask of the sampled tokens alone;
+    drawn on the CPU, so that every device draws the same."""
+    mask, generator = record.batch.completion_mask, torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(mask), generator=generator)[: size.completions]
+    rows = order.sort().values.to(mask.device)
+    places = mask[rows].nonzero()
+    chosen = places[torch.randperm(len(places), generator=generator)[: size.tokens].to(mask.device)]
+    sampled = torch.zeros_like(mask[rows])
+    sampled[chosen[:, 0], chosen[:, 1]] = True
     return rows, replace(take(record.batch, rows), completion_mask=sampled)
 
 
@@ -117,30 +109,24 @@ def _describe(
 def calibration_metrics(
     model: PreTrainedModel, sample: TokenSample, settings: ForwardSettings, *, predicted: float
 ) -> dict[str, float]:
-    """Returns the calibration metrics of an optimiser step; call it after the step.
-
-    Args:
-        model: with the weights from after the step.
-        sample: taken before it.
-        settings: those that the sample was taken with.
-        predicted: policy shift [nats] of the whole update, before any step rule has scaled it.
-
-    Returns:
-        Means over the sampled tokens and Spearman correlations; NaN where undefined.
-    """
+    """Returns means over the sampled tokens and Spearman correlations, NaN where undefined; call it after the
+    step. `predicted` is the policy shift [nats] of the whole update, before any step rule has scaled it."""
     weight = policy.last_layer(model).weight
     full = _move(weight, _states(model, sample.batch, settings), sample)
     last_layer = _move(weight, sample.hidden, sample)
-    kl = full.policy.mean().item()
-    return {
-        "calibration/tokens": float(len(sample.hidden)),
-        **_compare("calibration/policy_shift", sample.policy_shift, full.policy, last_layer.policy),
-        **_compare(
-            "calibration/objective_shift", sample.objective_shift, full.objective, last_layer.objective
-        ),
-        "calibration/last_layer/spearman": spearman(last_layer.policy, full.policy),
-        "calibration/entropy/spearman": spearman(_entropy(sample.log_probs), full.policy),
-        "calibration/ratio": kl / predicted if predicted else nan,
+    metrics = {"calibration/tokens": float(len(sample.hidden))}
+    predictions = (sample.policy_shift, sample.objective_shift)
+    for kind, own, real, alone in zip(("policy", "objective"), predictions, full, last_layer, strict=True):
+        metrics |= {
+            f"calibration/{kind}_shift/measured": real.mean().item(),
+            f"calibration/{kind}_shift/last_layer": alone.mean().item(),
+            f"calibration/{kind}_shift/spearman": spearman(own, real),
+            f"calibration/{kind}_shift/last_layer_spearman": spearman(own, alone),
+        }
+    return metrics | {
+        "calibration/last_layer/spearman": spearman(last_layer[0], full[0]),
+        "calibration/entropy/spearman": spearman(_entropy(sample.log_probs), full[0]),
+        "calibration/ratio": full[0].mean().item() / predicted if predicted else nan,
     }
 
 
@@ -148,14 +134,14 @@ def calibration_metrics(
 def policy_move(model: PreTrainedModel, sample: TokenSample, settings: ForwardSettings) -> float:
     """Measures the mean KL(p_old || p_new) [nats a token] of the model as it is now."""
     hidden = _states(model, sample.batch, settings)
-    return _move(policy.last_layer(model).weight, hidden, sample).policy.mean().item()
+    return _move(policy.last_layer(model).weight, hidden, sample)[0].mean().item()
 
 
 @torch.no_grad()
 def last_layer_move(weight: Float[Tensor, "V H"], sample: TokenSample) -> float:
     """Measures the mean KL(p_old || p_new) [nats a token] if the last layer became `weight` and nothing else
     moved."""
-    return _move(weight, sample.hidden, sample).policy.mean().item()
+    return _move(weight, sample.hidden, sample)[0].mean().item()
 
 
 def spearman(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
@@ -172,35 +158,17 @@ def _entropy(log_probs: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
     return torch.stack([-(row.exp() * row).nan_to_num().sum() for row in log_probs])
 
 
-def _compare(name: str, predicted: Tensor, measured: Tensor, last_layer: Tensor) -> dict[str, float]:
-    return {
-        f"{name}/measured": measured.mean().item(),
-        f"{name}/last_layer": last_layer.mean().item(),
-        f"{name}/spearman": spearman(predicted, measured),
-        f"{name}/last_layer_spearman": spearman(predicted, last_layer),
-    }
-
-
-def _draw(mask: Tensor, size: SampleSize, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws row numbers [b], ascending, and which of their tokens [b, T] bool; a CPU generator, so that every
-    device draws the same."""
-    order = torch.randperm(len(mask), generator=generator)[: size.completions]
-    rows = order.sort().values.to(mask.device)
-    places = mask[rows].nonzero()
-    chosen = places[torch.randperm(len(places), generator=generator)[: size.tokens].to(mask.device)]
-    sampled = torch.zeros_like(mask[rows])
-    sampled[chosen[:, 0], chosen[:, 1]] = True
-    return rows, sampled
-
-
 def _states(model: PreTrainedModel, batch: Batch, settings: ForwardSettings) -> Float[Tensor, "n H"]:
     """Returns the last-layer inputs of the batch's marked tokens, the only ones that forward makes logits
     of."""
     return policy.forward(model, batch, settings, top_k=1).hidden[batch.completion_mask]
 
 
-def _move(weight: Float[Tensor, "V H"], hidden: Float[Tensor, "n H"], sample: TokenSample) -> _Move:
-    """Measures the move from the sample to a last layer on `hidden`."""
+def _move(
+    weight: Float[Tensor, "V H"], hidden: Float[Tensor, "n H"], sample: TokenSample
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Measures what each token's policy [nats] and objective [reward units] did, float64, from the sample to
+    a last layer on `hidden`."""
     columns = (hidden, sample.log_probs, sample.token_ids[:, None])
     kls: list[Tensor] = []
     gains: list[Tensor] = []
@@ -208,7 +176,7 @@ def _move(weight: Float[Tensor, "V H"], hidden: Float[Tensor, "n H"], sample: To
         new = _log_probs(weight, states)
         kls.append(_kl(old, new))
         gains.append((new.gather(1, chosen).double() - old.gather(1, chosen)).squeeze(1).expm1())
-    return _Move(torch.cat(kls), sample.advantages * torch.cat(gains))
+    return torch.cat(kls), sample.advantages * torch.cat(gains)
 
 
 def _kl(old: Float[Tensor, "n V"], new: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:

@@ -45,13 +45,8 @@ class Effect:
 
 
 def class_metrics(record: StepRecord, *, learning_rate: float, moments: AdamState | None) -> Metrics:
-    """Says what the kept and the rejected tokens are like; NaN for a class without tokens.
-
-    Args:
-        record: of the step.
-        learning_rate: that its shifts were predicted with.
-        moments: likewise.
-    """
+    """Says what the kept and the rejected tokens are like; NaN for a class without tokens. Rate and moments
+    are those that the record's shifts were predicted with."""
     mask, columns = record.batch.completion_mask, _columns(record, learning_rate, moments)
     signal = record.batch.advantages.abs() * -record.output.log_probs.expm1()  # |A| (1 - p)
     metrics: Metrics = {}
@@ -71,20 +66,16 @@ def changes_the_step(selection: Selection, completion_mask: Bool[Tensor, "B T"])
 
 def comparison_metrics(real: StepVector, unmasked: StepVector) -> Metrics:
     """Compares the gradient and the update of a step with those of the same step with every token kept."""
-    values = (
-        _cosine(real.gradients, unmasked.gradients),
-        _ratio(real.gradient_norm, unmasked.gradient_norm),
-        _cosine(real.update, unmasked.update),
-        _ratio(_length(real.update), _length(unmasked.update)),
-    )
-    return dict(zip(COMPARED, values, strict=True))
+    pairs = ((real.gradients, unmasked.gradients), (real.update, unmasked.update))
+    lengths = [[sqrt(_dot(vector, vector)) for vector in pair] for pair in pairs]
+    cosines = [_ratio(_dot(*pair), a * b) for pair, (a, b) in zip(pairs, lengths, strict=True)]
+    norms = _ratio(real.gradient_norm, unmasked.gradient_norm), _ratio(*lengths[1])
+    return dict(zip(COMPARED, (cosines[0], norms[0], cosines[1], norms[1]), strict=True))
 
 
 def effect_metrics(record: StepRecord, effect: Effect, suffix: str = "") -> Metrics:
-    """Says what a step did to the tokens of its record; NaN for a class without tokens.
-
-    `suffix` says in the keys which step it was.
-    """
+    """Says what a step, named by `suffix`, did to the tokens of its record; NaN for a class without
+    tokens."""
     mask, advantages = record.batch.completion_mask, record.batch.advantages
     change = effect.log_probs - record.output.log_probs
     ones, signs = torch.ones_like(change), {"positive": advantages > 0, "negative": advantages < 0}
@@ -147,6 +138,12 @@ def _columns(
     places = ranks / ranks[:, -1:].clamp(min=1)
     policy_shift, objective_shift = record.shifts.policy_shift[mask], record.shifts.objective_shift[mask]
     has_credit = (advantages != 0).float()
+    momentum = torch.full_like(policy_shift, nan)  # m_F of the moments alone, as if no token had a gradient
+    if moments is not None and moments.step > 0:
+        still = curvature.pack_batch(
+            record.output, record.batch, torch.zeros_like(record.batch.advantages), mask
+        )
+        momentum, _ = curvature.predict_shifts(still, learning_rate=learning_rate, state=moments)
     return {
         "probability": (record.output.log_probs[mask].exp(), one),
         "positive": ((advantages > 0).float(), one),
@@ -154,33 +151,13 @@ def _columns(
         "position": (places[mask], one),
         "frequency": (torch.bincount(ids)[ids] / len(ids), one),
         "agreement": ((objective_shift > 0) * has_credit, has_credit),
-        "momentum": (_momentum_shift(record, learning_rate, moments), policy_shift),
+        "momentum": (momentum, policy_shift),
     }
-
-
-def _momentum_shift(
-    record: StepRecord, learning_rate: float, moments: AdamState | None
-) -> Float[Tensor, " N"]:
-    """Predicts m_F [N] nats of the moments alone, as if no token had a gradient of its own; NaN without
-    moments."""
-    mask, output = record.batch.completion_mask, record.output
-    if moments is None or moments.step == 0:
-        return output.log_probs.new_full((int(mask.sum()),), nan)
-    tokens = curvature.pack_batch(output, record.batch, torch.zeros_like(record.batch.advantages), mask)
-    return curvature.predict_shifts(tokens, learning_rate=learning_rate, state=moments)[0]
 
 
 def _mean(values: Tensor, weights: Tensor, members: Tensor) -> float:
     """Returns the sum of the members' values over the sum of their weights; NaN if that is 0."""
     return _ratio(masked_sum(values, members).item(), masked_sum(weights, members).item())
-
-
-def _cosine(first: Parts, second: Parts) -> float:
-    return _ratio(_dot(first, second), _length(first) * _length(second))
-
-
-def _length(vector: Parts) -> float:
-    return sqrt(_dot(vector, vector))
 
 
 def _dot(first: Parts, second: Parts) -> float:

@@ -9,9 +9,11 @@ over K ids:
     m_F  = 1/2 lr^2 s^2                    policy shift
     m_H  = lr A s + 1/2 lr^2 A (s^2 - Var_pi(u))   objective shift
 
-Ghat is g itself (SGD model) or Adam's bias-corrected direction once the token's gradient joins the stored
-moments. Everything runs in the dtype of `hidden`, float32 or better. Nothing of B*T*K*H elements is ever
-built: the directions are made for a few tokens at a time, few enough to stay in a processor's cache.
+m_F is half the squared change of ln pi(a), exact to second order: the k2 estimate from the sampled token, not
+the KL of the token's step, which is an order of magnitude smaller in the median. Ghat is g itself (SGD model)
+or Adam's bias-corrected direction once the token's gradient joins the stored moments. Everything runs in the
+dtype of `hidden`, float32 or better. Nothing of B*T*K*H elements is ever built: the directions are made for a
+few tokens at a time, few enough to stay in a processor's cache.
 """
 
 from collections.abc import Iterator
@@ -39,6 +41,7 @@ class Tokens:
     """[N, K] v = onehot(a) - pi; a sampled token outside the support has an all-zero one-hot."""
     advantages: Float[Tensor, " N"]  # reward units
     rows: Int[Tensor, " N"]  # int64, the completion that holds the token
+    completions: int  # Of the batch, those without a token here, too
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class RowGradients:
 
     ids: Int[Tensor, " R"]  # int64, ascending
     means: Float[Tensor, "R H"]
+    counts: Int[Tensor, " R"]  # int64, how many tokens' supports hold the row
 
 
 def init_adam_state(
@@ -79,7 +83,7 @@ def token_shifts(
     learning_rate: float,
     state: AdamState | None,
 ) -> TokenShifts:
-    """Predicts what each token's own update would do to the policy and to the objective.
+    """Predicts what each token's own update would do: m_F [B, T] in nats and m_H [B, T] in reward units.
 
     Args:
         hidden: [B, T, H] last-layer input that produced the token's logits.
@@ -89,9 +93,6 @@ def token_shifts(
         advantages: [B], or [B, T] where tokens of a completion differ.
         learning_rate: the scheduler's current value.
         state: Adam moments, or None for the SGD model.
-
-    Returns:
-        m_F [B, T] in nats and m_H [B, T] in reward units.
     """
     everything = torch.ones_like(token_ids, dtype=torch.bool)
     tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, everything)
@@ -133,12 +134,11 @@ def pack(
         logit_error=onehot.to(probs.dtype) - probs,
         advantages=by_token[mask].to(hidden.dtype),
         rows=mask.nonzero()[:, 0],
+        completions=len(mask),
     )
 
 
-def pack_batch(
-    output: PolicyOutput, batch: Batch, advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> Tokens:
+def pack_batch(output: PolicyOutput, batch: Batch, advantages: Tensor, mask: Tensor) -> Tokens:
     """Packs a batch's tokens at the True positions of mask [B, T], with these advantages [B, T]."""
     return pack(output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, advantages, mask)
 
@@ -178,14 +178,16 @@ def mean_row_gradients(tokens: Tokens) -> RowGradients:
         torch.stack([row_of_id[flat], token]), coefficients, (len(ids), number), check_invariants=False
     )
     sums = torch.sparse.mm(weights, tokens.hidden)
-    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None])
+    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None], counts[ids])
 
 
 def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
     """Returns the moments after one step: seen rows decay and take their mean gradient, all others stay as
     they are."""
-    slot_of_id, missing = _with_slots(state, gradients.ids)
-    grow = gradients.means.new_zeros(missing, state.first.shape[1])
+    missing = gradients.ids[state.slot_of_id[gradients.ids] == 0]
+    slot_of_id, used = state.slot_of_id.clone(), len(state.first)
+    slot_of_id[missing] = torch.arange(used, used + len(missing), device=missing.device)
+    grow = gradients.means.new_zeros(len(missing), state.first.shape[1])
     first = torch.cat([state.first, grow])
     second = torch.cat([state.second, grow])
     slots = slot_of_id[gradients.ids]
@@ -198,40 +200,47 @@ def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
 def batch_shifts(
     tokens: Tokens, gradients: RowGradients, *, learning_rate: float, state: AdamState | None
 ) -> BatchShifts:
-    """Predicts what the tokens' mean update, of these row gradients, does to them.
+    """Predicts what the tokens' mean update, of these row gradients, does to them; 0 without tokens.
 
-    The second-order terms are averaged over each completion's tokens and then over completions that have any.
-    Without tokens both shifts are 0. Source: the authors' "global" level.
+    objective_shift is the mean over tokens of A (ratio - 1) to second order in that update, exact where K =
+    V. The others are the authors' "global" level: second-order terms are averaged over each completion's
+    tokens and then over all completions, and the first-order term of objective_shift_by_row is the inner
+    product of update and row gradients, in which a row that one support holds weighs as much as one that all
+    hold.
     """
     if not len(tokens.rows):
-        return BatchShifts(0.0, 0.0)
-    counts = torch.bincount(tokens.rows)
+        return BatchShifts(0.0, 0.0, 0.0)
     moments = _moments(state)
     step = gradients.means if moments is None else _adam_rows(moments, gradients)
     places = torch.searchsorted(gradients.ids, tokens.ids)
     blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
     s, variance = _along(tokens, torch.cat(blocks))
-    per_token = (counts.gt(0).sum() * counts[tokens.rows]).to(s.dtype).reciprocal()
-    curvature = tokens.advantages * (s.square() - variance)
+    per_token = (tokens.completions * torch.bincount(tokens.rows)[tokens.rows]).to(s.dtype).reciprocal()
+    curvature = 0.5 * learning_rate**2 * tokens.advantages * (s.square() - variance)
     policy = 0.5 * learning_rate**2 * (s.square() * per_token).sum()
-    objective = learning_rate * (gradients.means * step).sum()
-    objective = objective + 0.5 * learning_rate**2 * (curvature * per_token).sum()
-    return BatchShifts(policy.item(), objective.item())
+    objective = (learning_rate * tokens.advantages * s + curvature).mean()
+    by_row = learning_rate * (gradients.means * step).sum() + (curvature * per_token).sum()
+    return BatchShifts(policy.item(), objective.item(), by_row.item())
 
 
-def completion_shifts(
-    tokens: Tokens, count: int, *, learning_rate: float, state: AdamState | None
-) -> list[BatchShifts]:
-    """Predicts what the mean update of each of `count` completions does to its own tokens.
+def completion_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState | None) -> list[BatchShifts]:
+    """Predicts what the mean update of each completion does to its own tokens.
 
     Source: the authors' "sentence" level.
     """
     shifts: list[BatchShifts] = []
-    for row in range(count):
-        own = Tokens(*(values[tokens.rows == row] for values in vars(tokens).values()))
+    columns = [values for values in vars(tokens).values() if isinstance(values, Tensor)]
+    for row in range(tokens.completions):
+        own = Tokens(*(values[tokens.rows == row] for values in columns), completions=1)
         gradients = mean_row_gradients(own)
         shifts.append(batch_shifts(own, gradients, learning_rate=learning_rate, state=state))
     return shifts
+
+
+def whole_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState | None) -> list[BatchShifts]:
+    """Predicts what the mean update of all tokens does, once for each completion."""
+    gradients = mean_row_gradients(tokens)
+    return [batch_shifts(tokens, gradients, learning_rate=learning_rate, state=state)] * tokens.completions
 
 
 def _along(tokens: Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
@@ -259,7 +268,8 @@ def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]
     """
     (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
     slots = state.slot_of_id[tokens.ids]
-    coefficients = tokens.advantages[:, None] * tokens.logit_error
+    weight = 1.0 if state.token_weight is None else state.token_weight
+    coefficients = weight * tokens.advantages[:, None] * tokens.logit_error
     blocks: list[Tensor] = []
     for block in _blocks(tokens):
         hidden, a = tokens.hidden[block], coefficients[block, :, None]
@@ -272,12 +282,20 @@ def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]
 
 
 def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"]:
-    """Returns Ghat [R, H], the direction of each row if its mean gradient came next."""
+    """Returns Ghat [R, H], the direction of each row if its mean gradient came next, or its part of the
+    loss's gradient where the moments are of that."""
     (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
-    slots = state.slot_of_id[gradients.ids]
-    direction = state.first[slots].add_(gradients.means, alpha=sign * (1 - beta1) / beta1)
-    spread = state.second[slots].add_(gradients.means.square(), alpha=(1 - beta2) / beta2)
+    slots, means = state.slot_of_id[gradients.ids], gradients.means
+    if state.token_weight is not None:
+        means = means * (state.token_weight * gradients.counts)[:, None]
+    direction = state.first[slots].add_(means, alpha=sign * (1 - beta1) / beta1)
+    spread = state.second[slots].add_(means.square(), alpha=(1 - beta2) / beta2)
     return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
+
+
+def _rows(table: Tensor, slots: Tensor) -> Tensor:
+    """Returns a fresh [tokens, K, H] copy of table rows, faster than by indexing."""
+    return table.index_select(0, slots.reshape(-1)).view(*slots.shape, table.shape[1])
 
 
 def _moments(state: AdamState | None) -> AdamState | None:
@@ -290,17 +308,3 @@ def _bias_correction(state: AdamState) -> tuple[float, float]:
     beta1, beta2 = state.betas
     root = (beta2 / (1 - beta2 ** (state.step + 1))) ** 0.5
     return beta1 / (1 - beta1 ** (state.step + 1)) / root, state.eps / root
-
-
-def _rows(table: Tensor, slots: Tensor) -> Tensor:
-    """Returns a fresh [tokens, K, H] copy of table rows."""
-    return table.index_select(0, slots.reshape(-1)).view(*slots.shape, table.shape[1])
-
-
-def _with_slots(state: AdamState, ids: Tensor) -> tuple[Tensor, int]:
-    """Returns slot_of_id with a new row for each id that has none, and how many rows that adds."""
-    missing = ids[state.slot_of_id[ids] == 0]
-    slot_of_id = state.slot_of_id.clone()
-    used = state.first.shape[0]
-    slot_of_id[missing] = torch.arange(used, used + len(missing), device=ids.device)
-    return slot_of_id, len(missing)

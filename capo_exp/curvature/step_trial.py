@@ -95,11 +95,8 @@ class StepTrial:
 
     @torch.no_grad()
     def settle(self, step_scale: float) -> None:
-        """Gives the model the weights after a part of the step, of one not taken yet, too.
-
-        Raises:
-            AssertionError: after a step_scale of 0, which forgets the step.
-        """
+        """Gives the model the weights after a part of the step, of one not taken yet, too; a part of 0
+        forgets the step."""
         if not self._before:
             for group in self._optimizer.param_groups:
                 group["lr"] = step_scale * self.proposed.learning_rate
@@ -109,8 +106,6 @@ class StepTrial:
             return
         assert self._step_scale > 0
         for parameter, before in zip(self._model.parameters(), self._before, strict=True):
-            scaled = (
-                before if step_scale == 0 else torch.lerp(before, parameter, step_scale / self._step_scale)
-            )
-            parameter.copy_(scaled)
+            part = step_scale / self._step_scale
+            parameter.copy_(torch.lerp(before, parameter, part) if part else before)
         self._step_scale = step_scale

@@ -185,7 +185,7 @@ HEIGHT = "The area is the mean height of the curve."
 COLLAPSE = """A seed has collapsed when its smoothed accuracy has lost half of what it had gained at its \
 peak, and more than noise would take"""
 SHIFTS = """What the last-layer model predicts: m_F, half the square of the change of a sampled token's \
-log-prob, and m_H, the change of the objective."""
+log-prob, and m_H, the change of the objective, in runs before 2026-11-26 by the authors' formula."""
 RANKS = """Rank correlation over the tokens of one step. \
 The last layer's shift is what the step would have done alone there."""
 KEPT = """and has kept its peak when it ends with nine tenths of that accuracy; \

@@ -78,7 +78,8 @@ def look_after(learner: Learner, before: Before, predicted: float, watch: Stopwa
 
 def _begin_diagnosis(learner: Learner, gradient: Gradient) -> Diagnosis:
     record, sample = gradient.record, _sample(learner, gradient, DIAGNOSIS)
-    classes = class_metrics(record, learning_rate=learner.learning_rate, moments=learner.moments)
+    moments = learner.moments(gradient.given.totals)
+    classes = class_metrics(record, learning_rate=learner.learning_rate, moments=moments)
     if not changes_the_step(record.selection, record.batch.completion_mask):
         return Diagnosis(sample, classes | dict.fromkeys(COMPARED, 1.0), unmasked=None)
     compared, effect = _imagine_unmasked(learner, gradient, sample)

@@ -19,6 +19,7 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import (
     AdamState,
     Batch,
+    BatchTotals,
     Gradient,
     Scored,
     Selection,
@@ -63,11 +64,12 @@ class Learner:
         """The rate of the next optimiser step, before a step rule scales it."""
         return self.optimizer.param_groups[0]["lr"]
 
-    @property
-    def moments(self) -> AdamState | None:
-        """The optimiser model at this step: its own table, the real optimiser's, or none (SGD)."""
+    def moments(self, totals: BatchTotals) -> AdamState | None:
+        """Returns the optimiser model for a step of this size: its own table, the real optimiser's, or none
+        (SGD)."""
         if self.config.curvature.optimizer_model == "adam_live":
-            return live_adam_state(self.optimizer, policy.last_layer(self.model).weight)
+            head = policy.last_layer(self.model).weight
+            return live_adam_state(self.optimizer, head, totals.completion_tokens)
         return self.optimizer_model
 
     def backward(self, given: StepInput, watch: Stopwatch) -> Gradient:
@@ -85,7 +87,7 @@ class Learner:
 
     def apply(self, gradient: Gradient, watch: Stopwatch) -> dict[str, float]:
         """Takes as much of the step as the step rule wants; returns its metrics."""
-        record, rate, moments = gradient.record, self.learning_rate, self.moments
+        record, rate, moments = gradient.record, self.learning_rate, self.moments(gradient.given.totals)
         with watch("curvature"):
             predicted, self.optimizer_model = predict_step(record, self.optimizer_model, rate, moments)
         with watch("update"):
@@ -106,6 +108,7 @@ class Learner:
             "optim/learning_rate": rate,
             "curvature/batch/policy_shift": predicted.policy_shift,
             "curvature/batch/objective_shift": predicted.objective_shift,
+            "curvature/batch/objective_shift_by_row": predicted.objective_shift_by_row,
         }
 
     def log_probs(self, batch: Batch) -> Tensor:
@@ -195,5 +198,5 @@ class Learner:
         cut = replace(cut, advantages=cut.advantages * weights)
         with watch("curvature"):
             seed = derive_seed(self.config.seed, SELECTION, self.optimizer_step)
-            scored = score(cut, seen, self.learning_rate, self.moments, seed)
+            scored = score(cut, seen, self.learning_rate, self.moments(given.totals), seed)
         return TokenLossInput.of(cut, output, old), weights, scored

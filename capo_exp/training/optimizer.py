@@ -1,5 +1,6 @@
 """The optimiser, its schedule, and the optimiser model: own moments, or a view of the real ones."""
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -45,15 +46,19 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Makes the learning rate over the optimiser steps of the run."""
     total = config.num_steps * algorithm.num_iterations * algorithm.num_minibatches
-    warmup = round(config.optimizer.warmup_ratio * total)
+    warmup = ceil(config.optimizer.warmup_ratio * total)  # as transformers
     return get_scheduler(
         config.optimizer.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total
     )
 
 
-def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> AdamState:
+def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor, tokens: int) -> AdamState:
     """Returns the real optimiser's moments of the last layer as an optimiser model: views, no copies. Before
-    its first step they are zero. With tied weights they hold the input embedding's gradients too."""
+    its first step they are zero. With tied weights they hold the input embedding's gradients too.
+
+    They are of the loss's gradient, in which a token of a step of `tokens` weighs 1 / tokens: exactly so
+    under token_mean and without clipping.
+    """
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     moments: dict[str, Any] = optimizer.state.get(weight, {})
     zero = weight.new_zeros(1, weight.shape[1])
@@ -67,4 +72,5 @@ def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> AdamSta
         eps=group["eps"],
         sign=-1.0,
         raw_steps=0,
+        token_weight=1 / max(1, tokens),
     )

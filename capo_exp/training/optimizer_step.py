@@ -2,13 +2,17 @@
 
 from math import isfinite
 
+import torch
+
 from capo_exp.config.errors import RunFailed
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, StepInput, StepRecord, own_log_probs
+from capo_exp.core.types import Batch, StepInput, StepRecord
 from capo_exp.training.instruments import look_after, look_before
 from capo_exp.training.learner import Learner
 from capo_exp.training.step_metrics import gradient_metrics
+
+DECIDED = ("optim/step_scale", "step/policy_shift_measured", "step/policy_shift_predicted")
 
 
 class TrainingDiverged(RunFailed):
@@ -32,12 +36,26 @@ def take_optimizer_step(learner: Learner, given: StepInput) -> tuple[dict[str, f
         found = {"loss/total": gradient.loss, "policy/grad_norm": gradient.norm}
         bad = ", ".join(f"{name}={value}" for name, value in found.items() if not isfinite(value))
         raise TrainingDiverged(f"optimizer step {learner.optimizer_step + 1}: not finite: {bad}")
+    _check_rate(learner)
     before = look_before(learner, gradient, watch)
     metrics |= learner.apply(gradient, watch)
+    bad = [f"{name}={value}" for name, value in metrics.items() if name in DECIDED and not isfinite(value)]
+    if bad:
+        raise TrainingDiverged(f"optimizer step {learner.optimizer_step}: not finite: {', '.join(bad)}")
     metrics |= look_after(learner, before, metrics["curvature/batch/policy_shift"], watch)
     return metrics | {f"time/{name}_seconds": value for name, value in watch.seconds.items()}, gradient.record
 
 
+def _check_rate(learner: Learner) -> None:
+    """Raises TrainingDiverged for a rate whose step float32 cannot hold, where torch raises a
+    RuntimeError."""
+    for group in learner.optimizer.param_groups:
+        factor = max(1 / (1 - group["betas"][0]), group["weight_decay"])
+        if not group["lr"] * factor <= torch.finfo(torch.float32).max:
+            number = learner.optimizer_step + 1
+            raise TrainingDiverged(f"optimizer step {number}: not finite: a step at rate {group['lr']:g}")
+
+
 def step_once(learner: Learner, batch: Batch) -> tuple[dict[str, float], StepRecord]:
     """Takes the first and only optimiser step on a batch, all of whose rows count."""
-    return take_optimizer_step(learner, StepInput(batch, totals(batch), own_log_probs))
+    return take_optimizer_step(learner, StepInput(batch, totals(batch)))

@@ -15,13 +15,10 @@ from capo_exp.core.seeds import MINIBATCH, ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import (
     Batch,
-    OldLogProbs,
     Prompt,
     RolloutGroup,
     StepInput,
     StepRecord,
-    StoredLogProbs,
-    own_log_probs,
 )
 from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.compare import Grade
@@ -187,8 +184,8 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
             if not len(rows):
                 continue
             sizes = totals(take(batch, part if algorithm.filter_denominator == "all" else rows))
-            old: OldLogProbs = own_log_probs if stored is None else StoredLogProbs(stored[rows])
-            metrics, record = take_optimizer_step(learner, StepInput(take(batch, rows), sizes, old))
+            given = StepInput(take(batch, rows), sizes, None if stored is None else stored[rows])
+            metrics, record = take_optimizer_step(learner, given)
             metrics["selection/filtered_completion_fraction"] = filtered
             if stored is None:  # one minibatch: its rows and record are all there is
                 stored = join([(rows, record.old_log_probs)], batch.completion_mask)

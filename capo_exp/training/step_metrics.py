@@ -12,8 +12,6 @@ from capo_exp.core.masked import masked_max, masked_mean, masked_quantile, share
 from capo_exp.core.types import Gradient, RolloutGroup, StepRecord
 from capo_exp.grading.compare import Grade
 
-_REASONS = ("policy", "objective")
-
 
 def gradient_metrics(gradient: Gradient) -> dict[str, float]:
     """Returns what is known of an optimiser step before it is taken."""
@@ -23,9 +21,8 @@ def gradient_metrics(gradient: Gradient) -> dict[str, float]:
 def summarise(record: StepRecord) -> dict[str, float]:
     """Makes statistics over the completion tokens of the whole step, the same however it was cut into
     micro-batches."""
-    mask, output = record.batch.completion_mask, record.output
-    selection = record.selection
-    none = mask.new_zeros(mask.shape)
+    mask, output, selection = record.batch.completion_mask, record.output, record.selection
+    reasons = dict.fromkeys(("policy", "objective"), torch.zeros_like(mask)) | selection.rejected_by
     ratio = (output.log_probs - record.old_log_probs).exp()
     metrics = {
         "loss/kl": masked_mean(record.kl, mask),
@@ -36,10 +33,7 @@ def summarise(record: StepRecord) -> dict[str, float]:
         "advantage/std": masked_mean(record.batch.advantages, mask, 1).std(correction=0),
         "selection/rejection_rate": share(mask & ~selection.keep_mask, mask),
         "selection/weight": masked_mean(selection.weighed(selection.keep_mask.to(ratio.dtype)), mask),
-        **{
-            f"selection/rejection_rate_{why}": share(rejected, mask)
-            for why, rejected in {**dict.fromkeys(_REASONS, none), **selection.rejected_by}.items()
-        },
+        **{f"selection/rejection_rate_{why}": share(rejected, mask) for why, rejected in reasons.items()},
         **_distribution("curvature/token/policy_shift", record.shifts.policy_shift, mask),
         **_distribution("curvature/token/objective_shift", record.shifts.objective_shift, mask),
         "curvature/token/objective_shift/min": -masked_max(-record.shifts.objective_shift, mask),
