@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.schema import TrainConfig
-from capo_exp.grading import compare, extract
+from capo_exp.grading import compare
 from capo_exp.runs.identity import list_engine_conditions
 
 if TYPE_CHECKING:
@@ -138,8 +138,9 @@ def find_versions(packages: Sequence[str]) -> dict[str, str]:
 
 def _code() -> str:
     """Returns 8 hex digits of the files that find and compare answers."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (extract, compare)]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+    folder = Path(compare.__file__ or "").parent
+    names = ("compare", "equal", "extract", "reading", "spelling")
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:8]
 
 
 def _digest(text: str) -> str:
