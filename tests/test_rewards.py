@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capo_exp.config.errors import RunFailed
 from capo_exp.grading.compare import Grade, exact_match
 from capo_exp.grading.extract import find_last_box
+from capo_exp.grading.pool import GradingFailed, Workers
 from capo_exp.grading.verifier import ExactVerifier, MathVerifier
 from tests.grading_pieces import math_verifier
 
@@ -93,11 +95,15 @@ def misbehave(completion: str, golds: tuple[str, ...]) -> Grade:
     elif completion.startswith("log "):
         with Path(completion.removeprefix("log ")).open("a") as file:
             file.write(f"{os.getpid()}\n")
-    elif completion.startswith("terminated once "):
-        mark = Path(completion.removeprefix("terminated once "))
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+    elif completion == "wait":
+        time.sleep(1.5)
+    elif completion == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif "once " in completion:
+        number, _, path = completion.partition(" once ")
+        if not Path(path).exists():
+            Path(path).touch()
+            os.kill(os.getpid(), int(number))
     return Grade(True, golds[0], "correct")
 
 
@@ -179,8 +185,7 @@ def test_whatever_kills_a_worker_costs_one_answer(rough):
     answers = ["ok", "hang in C", "ok 2", "exit", "ok 3", "segfault", "ok 4", "memory", "raise", "ok 5"]
     result = rough.score([answers], [("1",)])
     assert result.rewards == [[float(text.startswith("ok")) for text in answers]]
-    assert result.metrics["reward/timeouts"] + result.metrics["reward/crashes"] == 5
-    assert result.metrics["reward/crashes"] >= 2  # Pebble takes a crash that it notices late for a time-out
+    assert (result.metrics["reward/timeouts"], result.metrics["reward/crashes"]) == (1, 4)
 
 
 def test_equal_pairs_are_graded_once(rough, tmp_path):
@@ -190,10 +195,22 @@ def test_equal_pairs_are_graded_once(rough, tmp_path):
     assert len((tmp_path / "calls").read_text().split()) == 2
 
 
-def test_sigterm_from_outside_is_not_the_answers_fault(rough, tmp_path):
-    result = rough.score([["on", f"terminated once {tmp_path / 'mark'}", "on 2"]], [("1",)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_end_from_outside_is_not_the_answers_fault(rough, tmp_path, number):
+    """A scheduler's, or the kernel's when the machine has no memory left."""
+    result = rough.score([["on", f"{int(number)} once {tmp_path / 'mark'}", "on 2"]], [("1",)])
     assert result.rewards == [[1.0, 1.0, 1.0]]
     assert result.metrics["reward/crashes"] == 0
+
+
+def test_what_is_killed_again_and_again_is_a_crash_and_blames_no_key(rough):
+    grades = rough.score([["on 3", "killed", "on 4"]], [("1",)]).grades[0]
+    assert [grade.reason for grade in grades] == ["correct", "crash", "correct"]
+
+
+def test_the_limit_counts_the_workers_cpu_seconds(rough):
+    """A busy machine takes longer: an answer that waits is still right."""
+    assert rough.score([["wait"]], [("1",)]).rewards == [[1.0]]
 
 
 def test_idle_worker_that_was_killed_is_replaced(rough):
@@ -233,16 +250,28 @@ def test_close_leaves_no_process_and_score_starts_again():
         assert not any(map(alive, started))
 
 
+def no_start() -> None:
+    """Runs in the worker."""
+    os._exit(7)
+
+
 def test_workers_that_cannot_start_are_an_error_not_a_reward():
+    """The key is named only where it may be the cause; either way at once."""
+    began = time.monotonic()
     with (
-        math_verifier(memory_limit_gib=0.02) as own,
-        pytest.raises(RuntimeError, match=r"memory_limit_gib=0\.02, expected 1 or more"),
+        math_verifier(memory_limit_gib=0.001) as own,
+        pytest.raises(GradingFailed, match=r"memory_limit_gib=0\.001, expected 1 or more") as refused,
     ):
         own.score([[RIGHT]], [("0.5",)])
+    assert isinstance(refused.value, RunFailed) and "\n" not in str(refused.value)
+    own = Workers(count=1, cpu_seconds=1.0, memory_limit_gib=4.0, warm_up=no_start)
+    with pytest.raises(GradingFailed, match=r"ready: exit status 7, 3 times$"):
+        own.run(str, [("1",)])
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
-    "bad", ["timeout_seconds=0", "workers=0", "memory_limit_gib=0", "style=strict", "unparsable_gold=two"]
+    "bad", ["timeout_seconds=0", "workers=0", "memory_limit_gib=0.001", "style=strict", "unparsable_gold=two"]
 )
 def test_bad_numbers_and_choices_name_their_key(bad: str, composed: Callable) -> None:
     from capo_exp.config.checks import check  # here: each worker of these tests imports this module

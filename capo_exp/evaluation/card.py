@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from capo_exp.config.build import resolve_model_path
 from capo_exp.config.schema import TrainConfig
-from capo_exp.grading import compare, extract
+from capo_exp.grading import compare
 from capo_exp.runs.identity import list_engine_conditions
 
 if TYPE_CHECKING:
@@ -112,12 +112,11 @@ def card_digest(card: Card) -> str:
 def describe_grader(verifier: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a verdict depends on: the settings of `reward.verifier`, its packages, and our code."""
     settings = {key: value for key, value in verifier.items() if key in GRADER_KEYS}
-    sources = [Path(module.__file__ or "").read_bytes() for module in (extract, compare)]
     return {
         "verifier": verifier["_target_"],
         **settings,
         "packages": _versions(GRADER_PACKAGES),
-        "code": hashlib.sha256(b"".join(sources)).hexdigest()[:8],
+        "code": _code(),
     }
 
 
@@ -128,6 +127,13 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def _code() -> str:
+    """Returns 8 hex digits of the files that find and compare answers."""
+    folder = Path(compare.__file__ or "").parent
+    names = ("compare", "equal", "extract", "reading", "spelling")
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:8]
 
 
 def _digest(text: str) -> str:

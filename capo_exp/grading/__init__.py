@@ -2,5 +2,6 @@
 killed. Imports no torch, and math-verify only when an answer is graded."""
 
 from capo_exp.grading.compare import Grade, grade
+from capo_exp.grading.pool import GradingFailed
 
-__all__ = ["Grade", "grade"]
+__all__ = ["Grade", "GradingFailed", "grade"]

@@ -2,22 +2,17 @@
 memory; verifier.py runs what can hang where it can be killed.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from capo_exp.grading.extract import (
-    Answer,
-    find_last_box,
-    gold_has_text,
-    read_answer,
-    read_boxes_side_by_side,
-    read_gold,
-)
+from capo_exp.grading.extract import find_last_box, read_answer, read_boxes_side_by_side
+from capo_exp.grading.reading import PLAIN_NUMBER, Answer, read_formula, read_gold
+from capo_exp.grading.spelling import find_letter, moments_differ, plain_text, split_parts, units_differ
 
 LONGEST = 1_000_000  # characters read, from the end: twice what 128,000 tokens come to
 STYLES = ("auto", "boxed", "gsm8k", "final_answer")
-_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\\[dt]?frac\{-?\d+\}\{\d+\})")
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Grade:
 
 
 def grade(completion: str, gold: str, style: str = "auto") -> Grade:
-    r"""Decides with math-verify whether a completion's answer equals the gold answer.
+    r"""Decides whether a completion's answer equals the gold answer, as math-verify reads both.
 
     There is no time limit, and some answers take for ever: MathVerifier adds the limit.
 
@@ -40,18 +35,20 @@ def grade(completion: str, gold: str, style: str = "auto") -> Grade:
 
     - "boxed", the paper's training reward: an announced formula ("the final answer is $5$"); malformed LaTeX
       such as `\frac12` is not read, in a box neither.
-    - "auto", for text that was not asked for LaTeX: the same but tolerant of malformed LaTeX, and where
-      nothing is announced the library's defaults, which find a number or formula anywhere ("A: 26").
+    - "auto", for text that was not asked for LaTeX: the same but tolerant of malformed LaTeX, then what
+      follows "answer is" or a heading, then a number or formula anywhere ("A: 26").
     - "gsm8k": what follows the last ####.
     - "final_answer": what follows the last "answer is" or "Answer:", with or without LaTeX.
 
-    Several boxes side by side are one answer of several parts if the gold is one, too. 50\% is 50 and 0.5.
+    What is exact is compared exactly, a decimal to the digits of the gold (equal.py). Spelling, units, dates
+    and labels: spelling.py. A gold that is a plain number wants a number, not a sum or product that gives it,
+    since a model that earns for those learns to repeat the question; fractions, roots and powers may stay.
+    Several boxes side by side are one answer of several parts if the gold is one, too.
 
     Differences from the authors' program. A gold that cannot be parsed earns 0 and is counted (theirs: 1,
     which makes all rewards of the group equal and so skips it; see MathVerifier's unparsable_gold). The last
     box counts, not all boxes close to it. An answer that is the gold letter by letter is correct, even if it
-    cannot be read. Forms that math-verify 0.9 misreads are put right first (extract.py); docs/BENCHMARKS.md
-    has the agreement with known labels.
+    cannot be read. docs/BENCHMARKS.md has the agreement with known labels.
 
     Args:
         completion: the model's answer as text.
@@ -86,15 +83,13 @@ def choose_best(grades: Iterable[Grade]) -> Grade:
 def is_plain_number(gold: str) -> bool:
     """Returns whether a gold answer is a number or a fraction of numbers, as half of MATH's; these need no
     parser."""
-    return _NUMBER.fullmatch(gold) is not None
+    return PLAIN_NUMBER.fullmatch(gold) is not None
 
 
 def can_read_gold(gold: str) -> bool:
     """Returns whether grade can read a gold answer, as a formula or as a word."""
-    if is_plain_number(gold):
-        return True
     try:
-        return gold_has_text(gold)
+        return is_plain_number(gold) or read_gold(gold) is not None
     except Exception:
         return False
 
@@ -103,6 +98,7 @@ def _grade(completion: str, gold: str, style: str) -> Grade:
     from sympy.core.random import seed
 
     seed(0)  # sympy settles some comparisons with random numbers
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-out is off
     expected = read_gold(gold)
     if expected is None:
         return Grade(False, "", "gold_unparsable")
@@ -112,27 +108,75 @@ def _grade(completion: str, gold: str, style: str) -> Grade:
     if answer is None:
         return Grade(False, "", "no_answer")
     if _equal(expected, answer):
-        return Grade(True, answer.text, "correct")
+        return Grade(True, answer.body, "correct")
     joined = read_boxes_side_by_side(completion, style) if _SEPARATOR.search(gold) else None
     if joined is not None and _equal(expected, joined):
-        return Grade(True, joined.text, "correct")
-    return Grade(False, answer.text, "wrong")
+        return Grade(True, joined.body, "correct")
+    return Grade(False, answer.body, "wrong")
 
 
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+_ARITHMETIC = re.compile(r"(?:[\d.,\s(){}*/^+-]|\\(?:[dt]?frac|times|div|cdot)){1,200}")
+_OPERATOR = re.compile(r"[\d)}]\s*(?:[-+*]|\\(?:times|div|cdot(?!\s*\())(?!\s*10\s*\^))")
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
     r"""Returns whether two answers are equal: 50\% equals 50 and 0.5, but 0.5\% does not equal 50\%."""
-    from latex2sympy2_extended.latex2sympy2 import convert_to_pct
-    from math_verify import verify
+    if (different := moments_differ(gold.text, answer.text)) is not None:
+        return not different
+    one, other = plain_text(gold.text), plain_text(answer.text)
+    if one == other or (gold.value is None and len(one) > 1 and one.lower() == other.lower()):
+        return True
+    if len(one) == 1 and one == find_letter(answer.text):
+        return True
+    if units_differ(gold.unit, answer.unit) or (is_plain_number(gold.body) and _is_unevaluated(answer.body)):
+        return False
+    if gold.labels or answer.labels:
+        return _equal_by_label(gold, answer)
+    return gold.value is not None and answer.value is not None and _equal_values(gold, answer)
+
+
+def _is_unevaluated(body: str) -> bool:
+    """Returns whether an answer is a sum or product of numbers: 94 + 85 repeats the question of 179."""
+    last = body.rpartition("=")[2]
+    return _ARITHMETIC.fullmatch(last) is not None and _OPERATOR.search(last) is not None
+
+
+def _equal_values(gold: Answer, answer: Answer) -> bool:
     from sympy import Expr
 
-    golds, answers = list(gold.found), list(answer.found)
-    if gold.percent != answer.percent:
-        side = golds if gold.percent else answers
-        side += [convert_to_pct(found) for found in side[:1] if isinstance(found, Expr)]
-    return bool(verify(golds, answers, timeout_seconds=None))  # not symmetric: the gold comes first
+    from capo_exp.grading.equal import equal, exact
+
+    if equal(gold.value, answer.value):
+        return True
+    if gold.percent == answer.percent or not (
+        isinstance(gold.value, Expr) and isinstance(answer.value, Expr)
+    ):
+        return False
+    if gold.percent:
+        return equal(exact(gold.value) / 100, answer.value)
+    return equal(gold.value, exact(answer.value) / 100)
+
+
+def _equal_by_label(gold: Answer, answer: Answer) -> bool:
+    """Compares what each label says; without labels their order counts, in a gold list none."""
+    if gold.labels and answer.labels:
+        golds, answers = gold.labels, answer.labels
+        return golds.keys() == answers.keys() and all(_equal_texts(golds[key], answers[key]) for key in golds)
+    labels, bare = (gold.labels, answer) if gold.labels else (answer.labels, gold)
+    parts = split_parts(re.sub(r"^(?:\\\{|\()(.*?)(?:\\\}|\))$", r"\1", bare.body))
+    if len(parts) != len(labels):
+        return False
+    if gold.labels:
+        return all(map(_equal_texts, labels.values(), parts))
+    if bare.body.startswith("("):
+        return all(map(_equal_texts, parts, (labels[key] for key in sorted(labels))))
+    return all(any(_equal_texts(part, said) for said in labels.values()) for part in parts)
+
+
+def _equal_texts(gold: str, answer: str) -> bool:
+    one, other = read_formula(gold), read_formula(answer)
+    return one is not None and other is not None and _equal(one, other)
 
 
 def last_number_match(completion: str, answer: str) -> Grade:

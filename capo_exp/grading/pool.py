@@ -1,26 +1,30 @@
 """Runs a function over many items in processes that can be killed: what hangs, crashes or takes too much
 memory costs one item. Imports nothing slow, so that a worker starts in a second."""
 
-import atexit
 import logging
 import multiprocessing
 import resource
 import signal
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import BrokenExecutor, Future, wait
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from threading import Lock
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from capo_exp.config.errors import RunFailed
 
-START_SECONDS = 60.0  # longest wait for a worker to start; then the pool counts as broken and is replaced
-ORPHAN_SECONDS = 3.0  # a worker whose parent was killed ends itself this long after the limit of its item
-BATCH_SECONDS = 1.0  # limit of an item in a batch; the items of a batch that fails run again, one by one
-MAX_BROKEN_POOLS = 3  # in a row, without a single result
+SILENT_SECONDS = 600.0  # and 20 times an item's limit: workers that all say nothing for so long are ended
+MAX_ENDS = 3  # times that a worker may be ended from outside, at its start or at one item
+OUTSIDE = (-signal.SIGTERM, -signal.SIGKILL)  # a scheduler, or the kernel when the machine has no memory left
 
-Task = tuple[Hashable, ...]
-"""Items that one message carries to a worker."""
+Item = tuple[Any, ...]
+"""Arguments of one call."""
+
+
+class GradingFailed(RunFailed):
+    """The verifier's workers cannot start, which is no fault of an answer."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,15 @@ class Failed:
     """error | timeout | crash."""
 
 
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    items: deque[Item] = field(default_factory=deque)
+    """What it was given and has not answered."""
+    ready: bool = False
+
+
 class Workers:
     """Processes that start at the first run and live until close. May be called from any thread.
 
@@ -39,168 +52,152 @@ class Workers:
     """
 
     def __init__(
-        self, *, count: int, timeout_seconds: float, memory_limit_gib: float, warm_up: Callable[[], None]
+        self, *, count: int, cpu_seconds: float, memory_limit_gib: float, warm_up: Callable[[], None]
     ) -> None:
         """Starts nothing yet.
 
         Args:
             count: number of processes.
-            timeout_seconds: limit for one item, on the wall clock.
+            cpu_seconds: limit for one item, in its worker's CPU seconds: a busy machine is not its fault.
             memory_limit_gib: address space of each worker.
-            warm_up: runs once in each worker, before the clock of its first item starts.
+            warm_up: runs once in each worker, before its first item.
         """
         self._count = count
-        self._timeout_seconds = timeout_seconds
-        self._memory_limit_gib = memory_limit_gib
+        self._limits = (cpu_seconds, memory_limit_gib)
         self._warm_up = warm_up
-        self._pool: ProcessPool | None = None
+        self._workers: list[_Worker] = []
+        self._ends: Counter[Any] = Counter()
         self._lock = Lock()
 
-    def run(
-        self, function: Callable[[Any], Any], items: Sequence[Hashable], *, batch: int
-    ) -> dict[Hashable, Any]:
-        """Returns item -> function(item), or Failed, for items that differ from each other.
-
-        Args:
-            function: can be pickled.
-            items: the function's arguments.
-            batch: items a message; more than 1 pays where an item takes about as long as its message.
+    def run(self, function: Callable[..., Any], items: Sequence[Item]) -> dict[Any, Any]:
+        """Returns item -> function(*item), or Failed, for items that differ from each other.
 
         Raises:
-            RuntimeError: the workers cannot be started, or the pool broke several times in a row.
+            GradingFailed: the workers cannot be started.
         """
-        tasks = [tuple(items[start : start + batch]) for start in range(0, len(items), batch)]
-        results: dict[Hashable, Any] = {}
-        broken = 0
+        results: dict[Any, Any] = {}
+        waiting = deque(items)
         with self._lock:
-            while tasks:
-                done, left = self._until_broken(function, tasks)
-                results |= done
-                broken = broken + 1 if left == tasks else 0
-                tasks = left
-                if broken == MAX_BROKEN_POOLS:
-                    raise RuntimeError(
-                        f"verification workers ended {broken} times without grading anything; got "
-                        f"reward.verifier.memory_limit_gib={self._memory_limit_gib}, expected 1 or more"
-                    )
+            self._ends.clear()
+            try:
+                while len(results) < len(items):
+                    self._hand_out(function, waiting)
+                    self._listen(results, waiting)
+            except BaseException:
+                self.close()  # or the next run would get results that nobody wants
+                raise
         return results
 
-    def _until_broken(
-        self, function: Callable[[Any], Any], tasks: list[Task]
-    ) -> tuple[dict[Hashable, Any], list[Task]]:
-        """Returns results and the tasks still to do; closes a pool that broke.
+    def _hand_out(self, function: Callable[..., Any], waiting: deque[Item]) -> None:
+        """Starts workers, and gives those that are idle some items: more than one where there are many."""
+        busy = sum(bool(worker.items) for worker in self._workers)
+        while len(self._workers) < min(self._count, busy + len(waiting)):
+            self._workers.append(self._start())
+        for worker in self._workers:
+            if worker.ready and not worker.items and waiting:
+                size = min(64, max(1, len(waiting) // (4 * self._count)))
+                worker.items.extend(waiting.popleft() for _ in range(size))
+                try:
+                    worker.pipe.send((function, list(worker.items)))
+                except OSError:
+                    continue  # it has ended; _listen sees it
 
-        Pebble calls the whole pool broken if a worker dies while none is known to be busy, and can lose a
-        task whose worker is stopped as it takes it (noxdafox/pebble issue 153). Hence the wait with a limit:
-        tasks are served in order, so the next result is at most a kill, a start and a task away.
-        """
-        results: dict[Hashable, Any] = {}
-        left: list[Task] = []
-        done = 0
+    def _listen(self, results: dict[Any, Any], waiting: deque[Item]) -> None:
+        """Takes what the workers say, and what those that ended leave."""
+        told = wait([worker.pipe for worker in self._workers], SILENT_SECONDS + 20 * self._limits[0])
+        for worker in list(self._workers):
+            if not told:
+                worker.process.kill()
+            if told and worker.pipe not in told:
+                continue
+            try:
+                said = worker.pipe.recv()
+            except (EOFError, OSError):
+                self._bury(worker, results, waiting, silent=not told)
+                continue
+            if worker.ready:
+                results[worker.items.popleft()] = said
+            elif said is not None:
+                raise GradingFailed(self._explain(said))
+            worker.ready = True
+
+    def _bury(self, worker: _Worker, results: dict[Any, Any], waiting: deque[Item], *, silent: bool) -> None:
+        """Removes a worker that ended. Its item has failed, unless it was ended from outside."""
+        self._workers.remove(worker)
+        worker.process.join()
+        worker.pipe.close()
+        code = worker.process.exitcode
+        item = worker.items[0] if worker.items else None
+        self._ends[item if worker.ready else "start"] += 1
+        if self._ends["start"] >= MAX_ENDS:
+            raise GradingFailed(self._explain(f"exit status {code}, {MAX_ENDS} times"))
+        outside = code in OUTSIDE and not silent
+        if outside:
+            logging.getLogger(__name__).warning("a verification worker was ended from outside (%s)", code)
+        if worker.items and (not outside or self._ends[item] >= MAX_ENDS):
+            over = silent or code == -signal.SIGPROF
+            results[worker.items.popleft()] = Failed("timeout" if over else "crash")
+        waiting.extendleft(reversed(worker.items))
+
+    def _explain(self, cause: str) -> str:
+        memory = self._limits[1]
+        key = f"reward.verifier.memory_limit_gib={memory}, expected 1 or more; " if memory < 1 else ""
+        return f"verification workers end before they are ready: {key}{cause}"
+
+    def _start(self) -> _Worker:
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy torch, its threads and CUDA
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, *self._limits, self._warm_up), daemon=True)
         try:
-            for task, future in zip(tasks, self._schedule(function, tasks), strict=True):
-                patience = self._limit(task) * len(task) + ORPHAN_SECONDS + START_SECONDS
-                if not wait([future], timeout=patience).done:
-                    raise BrokenExecutor(f"no result after {patience} s")
-                found = _outcome(future)
-                if not isinstance(found, Failed):
-                    results |= zip(task, found, strict=True)
-                elif len(task) == 1:
-                    results[task[0]] = found
-                else:
-                    left += [(item,) for item in task]
-                done += 1
-        except BrokenExecutor as error:
-            logging.getLogger(__name__).warning("verification pool replaced: %s", error)
-            self.close()
-        except KeyboardInterrupt:
-            self.close()  # or the next run would wait for results that nobody wants
-            raise
-        return results, left + tasks[done:]
-
-    def _limit(self, task: Task) -> float:
-        """Returns the seconds for each item of a task."""
-        return self._timeout_seconds if len(task) == 1 else min(self._timeout_seconds, BATCH_SECONDS)
-
-    def _schedule(self, function: Callable[[Any], Any], tasks: list[Task]) -> list[ProcessFuture]:
-        """Hands out the tasks. Pebble ends a single item, at its limit; its worker one of a batch, since it
-        knows when the item began."""
-        pool, futures = self._start(), []
-        try:
-            for task in tasks:
-                limit = self._limit(task)
-                single = len(task) == 1
-                alarm, timeout = (
-                    (limit + ORPHAN_SECONDS, limit) if single else (limit, limit * len(task) + ORPHAN_SECONDS)
-                )
-                futures.append(pool.schedule(_in_worker, (function, task, alarm), timeout=timeout))
-        except RuntimeError as error:  # the pool broke between two calls
-            raise BrokenExecutor(str(error)) from error
-        return futures
-
-    def _start(self) -> ProcessPool:
-        if self._pool is None:
-            self._pool = ProcessPool(
-                max_workers=self._count,
-                initializer=_start_worker,
-                initargs=(self._memory_limit_gib, self._warm_up),
-                context=multiprocessing.get_context("spawn"),  # a fork would copy torch, its threads and CUDA
-            )
-            atexit.register(self.close)
-        return self._pool
+            process.start()
+        except OSError as error:
+            raise GradingFailed(self._explain(str(error))) from error
+        theirs.close()
+        return _Worker(process, ours)
 
     def close(self) -> None:
         """Kills the workers and waits for their end. The next run starts new ones."""
-        pool, self._pool = self._pool, None
-        atexit.unregister(self.close)
-        if pool is not None:
-            pool.stop()
-            pool.join()
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()
+            worker.pipe.close()
 
 
-def _outcome(future: Future[list[Any]]) -> list[Any] | Failed:
-    """Returns what became of a finished task.
-
-    Raises:
-        BrokenExecutor: it was not the items that ended the task; they have to run again.
-    """
-    try:
-        return future.result()
-    except TimeoutError:
-        return Failed("timeout")
-    except ProcessExpired as error:
-        if error.exitcode == -signal.SIGTERM:  # a scheduler that stops the job signals all of its processes
-            raise BrokenExecutor("a worker got SIGTERM from outside") from error
-        return Failed("timeout" if error.exitcode == -signal.SIGALRM else "crash")
-    except BrokenExecutor:
-        raise
-    except Exception:  # what cannot be sent, and a MemoryError outside the function
-        return Failed("error")
-
-
-def _start_worker(memory_limit_gib: float, warm_up: Callable[[], None]) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pebble's handler is Python: it waits for C code to return
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the run ends its workers, not its terminal
+def _serve(
+    pipe: Connection, cpu_seconds: float, memory_limit_gib: float, warm_up: Callable[[], None]
+) -> None:
+    """Answers items until the parent is gone. Says None when it is ready, else why it cannot be."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent's, who ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in C code too
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(memory_limit_gib * 2**30)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    warm_up()
-
-
-def _in_worker(function: Callable[[Any], Any], task: Task, seconds: float) -> list[Any]:
-    """Returns the results of the items; the alarm ends the process, in C code too and without its parent."""
-    return [_with_alarm(function, item, seconds) for item in task]
-
-
-def _with_alarm(function: Callable[[Any], Any], item: Hashable, seconds: float) -> Any:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        return function(item)
+        resource.setrlimit(
+            resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        )
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        warm_up()
+    except Exception as error:  # whatever a library makes of too little memory
+        pipe.send(f"{type(error).__name__} {error}".partition("\n")[0].strip()[:200])
+        return
+    pipe.send(None)
+    while True:
+        try:
+            function, items = pipe.recv()
+        except EOFError:
+            return
+        for item in items:
+            pipe.send(_limited(function, item, cpu_seconds))
+
+
+def _limited(function: Callable[..., Any], item: Item, cpu_seconds: float) -> Any:
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    try:
+        return function(*item)
     except Exception:  # MemoryError above all
         return Failed("error")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)

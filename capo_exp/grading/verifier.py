@@ -1,15 +1,15 @@
 """Verifiers: (completion, golds) -> reward and verdict. What can hang or crash runs in processes that can be
-killed, and this file imports nothing slow, so that a worker starts in a second.
-"""
+killed, and this file imports nothing slow, so that a worker starts in a second."""
 
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Protocol, Self
 
-from capo_exp.config.ranges import AT_LEAST_1, POSITIVE, one_of
-from capo_exp.grading.cache import Pair, VerdictCache
+from capo_exp.config.ranges import AT_LEAST_1, POSITIVE, Rule, one_of
 from capo_exp.grading.compare import (
     STYLES,
     Grade,
@@ -23,8 +23,15 @@ from capo_exp.grading.compare import (
 )
 from capo_exp.grading.pool import Failed, Workers
 
-GOLDS_A_MESSAGE = 64
-CACHED_ANSWERS = 65_536
+Pair = tuple[str, tuple[str, ...]]
+"""A completion and its gold answer, in each way to write it."""
+REMEMBERED = 65_536  # verdicts; some 100 MB at most
+LONGEST_ANSWER = 1_000  # characters of an extracted answer that is worth its memory
+UNCERTAIN = ("timeout", "crash", "error")
+"""These may be the machine's fault: such a completion is graded again."""
+ENOUGH_GIB = Rule(
+    lambda v: 0.25 <= v < math.inf, "a finite number of at least 0.25, for a parser of formulas"
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class ExactVerifier:
             (text, accepted): choose_best(self._match(text, gold) for gold in accepted)
             for text, accepted in _unique_pairs(completions, golds)
         }
-        return _to_result(completions, golds, grades, unparsable=0.0)
+        return _to_result(completions, golds, grades)
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
         """Returns whether there is any text in each gold answer."""
@@ -92,8 +99,7 @@ class MathVerifier:
     """Scores with grade_any in worker processes; see Workers for how they start and end.
 
     An answer that outlives its limit or kills its worker earns 0 and is counted; the others are not affected.
-    Verdicts are remembered by content until close, CACHED_ANSWERS of them; not those of time-outs, crashes
-    and errors, which may be the machine's fault: the same answer is tried again the next time.
+    Verdicts are remembered by content until close, but for those that may be the machine's fault.
     """
 
     def __init__(
@@ -101,14 +107,14 @@ class MathVerifier:
         *,
         timeout_seconds: Annotated[float, POSITIVE],
         workers: Annotated[int, AT_LEAST_1],
-        memory_limit_gib: Annotated[float, POSITIVE],
+        memory_limit_gib: Annotated[float, ENOUGH_GIB],
         style: Annotated[str, one_of(*STYLES)],
         unparsable_gold: Annotated[str, one_of("drop", "one")],
     ) -> None:
         """Starts nothing yet.
 
         Args:
-            timeout_seconds: limit for one answer, on the wall clock.
+            timeout_seconds: limit for one answer, in seconds of its worker's CPU.
             workers: number of processes.
             memory_limit_gib: address space of each worker.
             style: see grade.
@@ -119,44 +125,46 @@ class MathVerifier:
         self._unparsable_gold = unparsable_gold
         self._workers = Workers(
             count=workers,
-            timeout_seconds=timeout_seconds,
+            cpu_seconds=timeout_seconds,
             memory_limit_gib=memory_limit_gib,
             warm_up=_check_math_verify,
         )
-        self._cache = VerdictCache(CACHED_ANSWERS)
+        self._known: dict[bytes, Grade] = {}
 
     def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
         """Scores as Verifier.score; equal pairs are graded once.
 
         Raises:
-            RuntimeError: the workers cannot be started, or the verifier's pool broke several times in a row.
+            GradingFailed: the workers cannot be started.
         """
-        pairs = _unique_pairs(completions, golds)
-        grades = self._cache.find(pairs)
-        pending = [pair for pair in pairs if pair not in grades]
-        outcomes = self._workers.run(partial(_grade_pair, self.grader), pending, batch=1)
-        graded = {pair: _as_grade(outcomes[pair]) for pair in pending}
-        self._cache.add(graded)
-        unparsable = 1.0 if self._unparsable_gold == "one" else 0.0
-        return _to_result(completions, golds, grades | graded, unparsable=unparsable)
+        keys = {pair: _digest(pair) for pair in _unique_pairs(completions, golds)}
+        grades = {pair: self._known[key] for pair, key in keys.items() if key in self._known}
+        pending = [pair for pair in keys if pair not in grades]
+        for pair, outcome in self._workers.run(self.grader, pending).items():
+            grades[pair] = Grade(False, "", outcome.reason) if isinstance(outcome, Failed) else outcome
+        if len(self._known) + len(pending) > REMEMBERED:
+            self._known.clear()
+        for pair in pending:
+            if grades[pair].reason not in UNCERTAIN and len(grades[pair].extracted) <= LONGEST_ANSWER:
+                self._known[keys[pair]] = grades[pair]
+        return _to_result(completions, golds, grades, 1.0 if self._unparsable_gold == "one" else 0.0)
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
         """Returns whether each gold answer can be read in any of its ways; with unparsable_gold=one always.
 
         Raises:
-            RuntimeError: as score.
+            GradingFailed: as score.
         """
         if self._unparsable_gold == "one":
             return [True] * len(golds)
-        every = list(dict.fromkeys(gold for accepted in golds for gold in accepted))
-        hard = [gold for gold in every if not is_plain_number(gold)]
-        readable = self._workers.run(can_read_gold, hard, batch=GOLDS_A_MESSAGE)
-        return [any(readable.get(gold, True) is True for gold in accepted) for accepted in golds]
+        hard = {(gold,) for accepted in golds for gold in accepted if not is_plain_number(gold)}
+        readable = self._workers.run(can_read_gold, sorted(hard))
+        return [any(readable.get((gold,), True) is True for gold in accepted) for accepted in golds]
 
     def close(self) -> None:
         """Kills the workers, waits for their end and forgets all verdicts. The next score starts new ones."""
         self._workers.close()
-        self._cache.clear()
+        self._known.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -166,25 +174,16 @@ class MathVerifier:
 
 
 def _check_math_verify() -> None:
-    """Imports math-verify and builds its parser.
-
-    Raises:
-        RuntimeError: math-verify does not work here; without it every reward would silently be 0.
-    """
-    if not grade(r"\boxed{\frac{1}{2}}", "0.5").correct:
-        raise RuntimeError("math-verify cannot grade 1/2 = 0.5")
+    """Imports math-verify and builds its parser, without which every reward would silently be 0."""
+    if not grade(r"\boxed{2 + \sqrt{9} x}", "3x + 2").correct:
+        raise RuntimeError("math-verify cannot grade 2 + 3x")
 
 
-def _grade_pair(grader: Callable[[str, tuple[str, ...]], Grade], pair: Pair) -> Grade:
-    return grader(*pair)
-
-
-def _as_grade(outcome: Grade | Failed) -> Grade:
-    return Grade(False, "", outcome.reason) if isinstance(outcome, Failed) else outcome
+def _digest(pair: Pair) -> bytes:
+    return hashlib.blake2b(repr(pair).encode(), digest_size=16).digest()
 
 
 def _unique_pairs(completions: list[list[str]], golds: list[tuple[str, ...]]) -> list[Pair]:
-    """Returns each pair once, in order of first appearance."""
     asked = zip(completions, golds, strict=True)
     return list(dict.fromkeys((text, accepted) for group, accepted in asked for text in group))
 
@@ -193,14 +192,11 @@ def _to_result(
     completions: list[list[str]],
     golds: list[tuple[str, ...]],
     verdicts: dict[Pair, Grade],
-    *,
-    unparsable: float,
+    unread: float = 0.0,
 ) -> RewardResult:
-    """Puts verdicts in the completions' order; `unparsable` is the reward where no gold could be read."""
-    grades = [
-        [verdicts[text, accepted] for text in group]
-        for group, accepted in zip(completions, golds, strict=True)
-    ]
+    """Puts verdicts in the completions' order; `unread` is the reward where no gold could be read."""
+    asked = zip(completions, golds, strict=True)
+    grades = [[verdicts[text, accepted] for text in group] for group, accepted in asked]
     reasons = Counter(verdict.reason for group in grades for verdict in group)
     metrics = {
         "reward/timeouts": float(reasons["timeout"]),
@@ -209,7 +205,7 @@ def _to_result(
         "reward/gold_unparsable": float(reasons["gold_unparsable"]),
     }
     rewards = [
-        [unparsable if verdict.reason == "gold_unparsable" else float(verdict.correct) for verdict in group]
+        [unread if one.reason == "gold_unparsable" else float(one.correct) for one in group]
         for group in grades
     ]
     return RewardResult(rewards, metrics, grades)
