@@ -132,7 +132,7 @@ def subprocess_run(
         (["regime.group_size=null"], "regime.group_size=null: expected an integer"),
         (["overwrite=maybe"], "overwrite=maybe: expected true or false"),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9: expected a list of numbers"),
-        (["algo=capoo"], "algo=capoo: unknown choice; expected one of 28 choices; nearest: capo, "),
+        (["algo=capoo"], "algo=capoo: unknown choice; expected one of 29 choices; nearest: capo, "),
         (
             ["experiment=paper/x"],
             "experiment=paper/x: unknown choice; expected one of 91 choices; nearest: paper/",
@@ -375,7 +375,7 @@ def test_a_commands_help_and_configuration(
 def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path: Path) -> None:
     done = subprocess_run("algo=capoo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of 28 choices; nearest: capo, ")
+    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of 29 choices; nearest: capo, ")
     done = subprocess_run("algo=capoo", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 2
     assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr

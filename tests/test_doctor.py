@@ -280,8 +280,8 @@ def test_a_broken_model_file_and_what_needs_the_model(examine: Examine, elsewher
     save_file(broken, folder / "model.safetensors", {"format": "pt"})
     rows = examine(f"model.path={folder}")
     assert results(rows) == expected
-    assert rows["model"].seen == "logits are not finite"
-    assert rows["model"].remedy == "other weights at model.path; model.compute_dtype=float32"
+    assert "got files with NaN or infinity in model.embed_tokens.weight" in rows["model"].seen
+    assert rows["model"].remedy == "model.path with whole safetensors weights and their tokenizer"
 
 
 def test_a_gpu_that_is_not_there(examine: Examine) -> None:

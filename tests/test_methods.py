@@ -24,7 +24,7 @@ from capo_exp.algorithms.rloo import kl_in_reward, leave_one_out
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.types import Batch, TokenLoss
-from capo_exp.runs.checkpoint import Checkpointer
+from capo_exp.runs.checkpoint import Checkpointer, find_reference
 from capo_exp.training.learner import Learner
 from capo_exp.training.rollout_step import Rollout, assign_credit
 from tests.pieces import (
@@ -836,17 +836,18 @@ class Nothing:
 
 
 def test_a_checkpoint_keeps_a_moved_reference(learner: Make, random_batch: Batches, tmp_path: Path) -> None:
-    ours, keeper = learner("algo=prorl", "regime.learning_rate=1e-3"), Checkpointer(tmp_path, keep=1)
+    ours = learner("algo=prorl", "regime.learning_rate=1e-3")
+    keeper = Checkpointer(tmp_path, keep=1, run_id="ours")
     take_step(ours, random_batch())
-    keeper.save(1, ours.state_dict(), ours.model, Nothing())  # pyright: ignore[reportArgumentType]
-    assert keeper.latest_reference() is None  # still the base model
+    first = keeper.save(1, ours.state_dict(), ours.model, Nothing())  # pyright: ignore[reportArgumentType]
+    assert find_reference(first) is None  # still the base model
     ours.reset_reference()
     kept = copy.deepcopy(ours.reference)
     take_step(ours, random_batch(seed=1))
     counters = {"counter/completions": 7}
     state = ours.state_dict() | {"counters": counters}
     path = keeper.save(2, state, ours.model, Nothing(), ours.reference)  # pyright: ignore[reportArgumentType]
-    saved = keeper.latest_reference()
+    saved = find_reference(path)
     assert saved is not None and kept is not None
     again = learner("algo=prorl", "regime.learning_rate=1e-3")
     again.model = type(ours.model).from_pretrained(path).eval()

@@ -1,5 +1,6 @@
 """A configuration is data, also a stranger's: it runs nothing, reads no secret and names no place."""
 
+import hashlib
 import io
 import json
 import os
@@ -79,8 +80,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def record(here: Path) -> Callable[[Values], Path]:
     """Writes the record of a run with a checkpoint, such as a stranger could send."""
     folder = write_run(here / "outputs" / "default", "capo", steps=3)
-    (folder / "checkpoints" / "step_000003").mkdir(parents=True)
-    (folder / "checkpoints" / "step_000003" / "config.json").write_text("{}")
+    checkpoint = folder / "checkpoints" / "step_000003"
+    checkpoint.mkdir(parents=True)
+    files = {name: hashlib.sha256(b"{}").hexdigest() for name in ("config.json", "trainer_state.pt")}
+    for name in files:
+        (checkpoint / name).write_bytes(b"{}")
+    manifest = {"run_id": json.loads((folder / "run.json").read_text())["run_id"], "step": 3, "files": files}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
 
     def write(values: Values) -> Path:
         (folder / "config.yaml").write_text(json.dumps(values))

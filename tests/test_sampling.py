@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
         "regime.prompts_per_step=2", "regime.group_size=4", "regime.learning_rate=1e-4",
         "model.micro_batch_size=4", "checkpoint.every=1",
         "evaluation.every=0", "evaluation.num_problems=2", "dataset.max_completion_tokens=40",
-        "dataset.source.num_train=300", "dataset.source.num_eval=10",
+        "dataset.source.num_train=300", "dataset.source.num_eval=10", "optimizer.warmup_ratio=0",
     ]  # fmt: skip
     whole = train.run(composed(*config, f"output_dir={tmp_path / 'whole'}"))
     genuine, calls = rollout_step.sample_rollout, []

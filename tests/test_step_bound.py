@@ -229,7 +229,7 @@ def test_a_resumed_run_remembers_the_ratio(learner: Make, random_batch, tmp_path
     straight = learner(rule)
     for seed in range(2):
         take_step(straight, random_batch(seed=seed))
-    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer = Checkpointer(tmp_path, keep=1, run_id="ours")
 
     class Tokenizer:
         def save_pretrained(self, folder: Path) -> None: ...

@@ -269,11 +269,11 @@ def test_nothing_crashes_an_algorithm_and_it_is_counted(
         assert last["rollout/sampling_rounds"] == 10 and drawn.completions == 120
     else:
         assert last["rollout/filtered_group_fraction"] == 0.0 and drawn.completions == 12
-    filtering = is_part(ours.config.algo.completion_filter, "advantage_above")
+    kept = {"advantage_above": 1, "advantage_above_in_prompt": 3}  # the first of the batch, of each prompt
+    filtering = [count for name, count in kept.items() if is_part(ours.config.algo.completion_filter, name)]
     if filtering and not batch.advantages.any():
-        assert last["selection/filtered_completion_fraction"] == pytest.approx(
-            9 / 12
-        )  # the first of each prompt stays
+        dropped = last["selection/filtered_completion_fraction"]
+        assert dropped == pytest.approx(1 - filtering[0] / 12)
     elif not filtering:
         assert last["selection/filtered_completion_fraction"] == 0.0
 

@@ -10,11 +10,20 @@ from capo_exp.core.types import Batch, BatchTotals
 
 
 def advantage_above(batch: Batch, *, threshold: NonNegative) -> Bool[Tensor, " B"]:
-    """Keeps completions with |A| > threshold, and the first of a prompt that has none.
+    """Keeps completions with |A| > threshold; if there is none, the first of the batch.
 
     The learner never sees the others, which saves their forward and backward passes; whether they still count
-    in the denominator is algo.filter_denominator. Source: arXiv 2505.17218, gradient filtering; the authors'
-    program filters inside each micro-batch, in their recipes the completions of one prompt.
+    in the denominator is algo.filter_denominator. Source: arXiv 2505.17218, gradient filtering.
+    """
+    kept = batch.advantages.abs().amax(1) > threshold
+    kept[0] |= ~kept.any()
+    return kept
+
+
+def advantage_above_in_prompt(batch: Batch, *, threshold: NonNegative) -> Bool[Tensor, " B"]:
+    """Keeps completions with |A| > threshold, and the first of a prompt that has none.
+
+    Source: the authors' program, which filters inside each micro-batch: the completions of one prompt.
     """
     kept = batch.advantages.abs().amax(1) > threshold
     same = batch.group_ids[:, None] == batch.group_ids
