@@ -162,7 +162,7 @@ def test_jobs_of_every_experiment_are_runs_of_their_own_that_pass_the_checks() -
 def test_every_study_composes_in_other_settings() -> None:
     """Each in two of five; and each setting has two fifths of the studies."""
     for place, setting in enumerate(STUDY_SETTINGS):
-        shipped = ["model.path=pkg://capo_exp/assets/tiny"] if setting in MADE_MODELS else []
+        shipped = ["model.path=org/model"] if setting in MADE_MODELS else []
         for name in STUDIES[place::5] + STUDIES[(place + 2) % 5 :: 5]:
             config = composed(f"experiment={name}", f"setting={setting}", *shipped).config
             where = f"{name} in {setting}"

@@ -17,7 +17,7 @@ from capo_exp.grading import compare
 from capo_exp.grading.compare import Grade, can_read_gold, choose_best, grade, grade_any, is_plain_number
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import Failed, Workers
-from capo_exp.grading.spelling import RULES, Rule, spell
+from capo_exp.grading.spelling import RULES, Swap, spell
 from capo_exp.grading.verifier import ExactVerifier, MathVerifier
 from tests.grading_pieces import math_verifier
 
@@ -81,7 +81,7 @@ def test_pairs(half: int, style: str, count: int, least: float) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.example)
-def test_each_rule_does_what_its_example_says(rule: Rule) -> None:
+def test_each_rule_does_what_its_example_says(rule: Swap) -> None:
     assert re.sub(rule.pattern, rule.written, rule.example) == rule.becomes
     assert spell(rule.becomes) == spell(rule.example)
 

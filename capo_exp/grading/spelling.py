@@ -22,7 +22,7 @@ _UPRIGHT = r"(?:\{\\rm ([ei])\}|\\(?:math(?:rm|it|sf)|text|operatorname)\s*\{([e
 _GAP = r"(?:\\[,;: ]|[~ ])"
 
 
-class Rule(NamedTuple):
+class Swap(NamedTuple):
     pattern: str
     written: str
     example: str
@@ -30,30 +30,30 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(r"\\(?:display|text)style\b\s*|\\(?:left|right)(?=[][()|]|\\[{}])", "", r"\left(5", "(5"),
-    Rule(r"^\$+([^$]+?)\$+$", r"\1", "$5$", "5"),
-    Rule(r"^[*_`]+|[*_`]+$", "", "**3/4**", "3/4"),
-    Rule(r"(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3})", ",", r"10,\!000", "10,000"),
-    Rule(rf"^([-+]?\d{{1,3}}){_GAP}(\d{{3}})(?:{_GAP}(\d{{3}}))?(\.\d+)?$", r"\1\2\3\4", r"1\,234", "1234"),
-    Rule(r"\\[,;:!]", " ", r"4\,i", "4 i"),
-    Rule(r"(?<!\\)\{(\d{1,3}),(\d{3})\}", r"{\1\2}", r"\frac{1}{2,000}", r"\frac{1}{2000}"),
-    Rule(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[A-Za-z]))", r"\\sqrt{\1\2\3}", "2√3", r"2\sqrt{3}"),
-    Rule(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d+)?)\s?[eE]\+?(-?\d+)(?![\d.^])", r"\1 \\cdot 10^{\2}",
+    Swap(r"\\(?:display|text)style\b\s*|\\(?:left|right)(?=[][()|]|\\[{}])", "", r"\left(5", "(5"),
+    Swap(r"^\$+([^$]+?)\$+$", r"\1", "$5$", "5"),
+    Swap(r"^[*_`]+|[*_`]+$", "", "**3/4**", "3/4"),
+    Swap(r"(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3})", ",", r"10,\!000", "10,000"),
+    Swap(rf"^([-+]?\d{{1,3}}){_GAP}(\d{{3}})(?:{_GAP}(\d{{3}}))?(\.\d+)?$", r"\1\2\3\4", r"1\,234", "1234"),
+    Swap(r"\\[,;:!]", " ", r"4\,i", "4 i"),
+    Swap(r"(?<!\\)\{(\d{1,3}),(\d{3})\}", r"{\1\2}", r"\frac{1}{2,000}", r"\frac{1}{2000}"),
+    Swap(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[A-Za-z]))", r"\\sqrt{\1\2\3}", "2√3", r"2\sqrt{3}"),
+    Swap(r"(?<![A-Za-z\\\d.])(\d+(?:\.\d+)?)\s?[eE]\+?(-?\d+)(?![\d.^])", r"\1 \\cdot 10^{\2}",
          "1.5e-7", r"1.5 \cdot 10^{-7}"),
-    Rule(rf"(?<=.){_UPRIGHT}", r" \1\2", r"4\mathrm{i}", "4 i"),
-    Rule(rf"{_UPRIGHT}(?=.)", r"\1\2 ", r"\mathrm{e}^2", "e ^2"),
-    Rule(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*$", r" \\text{degrees}",
+    Swap(rf"(?<=.){_UPRIGHT}", r" \1\2", r"4\mathrm{i}", "4 i"),
+    Swap(rf"{_UPRIGHT}(?=.)", r"\1\2 ", r"\mathrm{e}^2", "e ^2"),
+    Swap(r"\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*$", r" \\text{degrees}",
          r"60^\circ", r"60 \text{degrees}"),
-    Rule(r"^\\(?:text|textbf|mbox)\s*\{\s*(-?\d[\d.,/]*)\s+([^{}\d:]+)\}$", r"\1 \\text{\2}",
+    Swap(r"^\\(?:text|textbf|mbox)\s*\{\s*(-?\d[\d.,/]*)\s+([^{}\d:]+)\}$", r"\1 \\text{\2}",
          r"\text{12 apples}", r"12 \text{apples}"),
-    Rule(r"\s*\\text\s*\{\s*percent\s*\}|\s*\bpercent\b", r"\\%", "40 percent", r"40\%"),
-    Rule(r"^\s*\\approx\s*", "", r"\approx 8.24", "8.24"),
-    Rule(r"\\langle(.*?)\\rangle", r"(\1)", r"\langle 1, 2 \rangle", "( 1, 2 )"),
-    Rule(r"^\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)\s*(?:=|\\in\b)\s*(?=[(\\])", "", "(x,y)=(3,-1)", "(3,-1)"),
-    Rule(r"^[A-Za-z]\s*\\in\b\s*(?=[([\\])", "", r"x \in (3, 4]", "(3, 4]"),
-    Rule(r"\\[dt]?frac\s*\\pi\s*(\d)", r"\\frac{\\pi}{\1}", r"\frac \pi4", r"\frac{\pi}{4}"),
-    Rule(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "3 1/2", r"3\frac{1}{2}"),
-    Rule(r"^([\d.]+)\s*(?=\(-?[\d.]+\)$)|(?<=\d\))\s*(?=\(-?[\d.]+\))", r"\1 \\cdot ",
+    Swap(r"\s*\\text\s*\{\s*percent\s*\}|\s*\bpercent\b", r"\\%", "40 percent", r"40\%"),
+    Swap(r"^\s*\\approx\s*", "", r"\approx 8.24", "8.24"),
+    Swap(r"\\langle(.*?)\\rangle", r"(\1)", r"\langle 1, 2 \rangle", "( 1, 2 )"),
+    Swap(r"^\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)\s*(?:=|\\in\b)\s*(?=[(\\])", "", "(x,y)=(3,-1)", "(3,-1)"),
+    Swap(r"^[A-Za-z]\s*\\in\b\s*(?=[([\\])", "", r"x \in (3, 4]", "(3, 4]"),
+    Swap(r"\\[dt]?frac\s*\\pi\s*(\d)", r"\\frac{\\pi}{\1}", r"\frac \pi4", r"\frac{\pi}{4}"),
+    Swap(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "3 1/2", r"3\frac{1}{2}"),
+    Swap(r"^([\d.]+)\s*(?=\(-?[\d.]+\)$)|(?<=\d\))\s*(?=\(-?[\d.]+\))", r"\1 \\cdot ",
          "(20)(3)", r"(20) \cdot (3)"),
 )  # fmt: skip
 """Applied in this order to a whole answer; the examples are tested."""
