@@ -1,2 +1,55 @@
 """capo_exp: a research harness for reinforcement learning of language models with curvature-aware token
-selection."""
+selection.
+
+From Python: `train` and `load_runs`, and the types that a user's own losses, selections and step rules take
+and return. Importing the package imports neither torch nor Hydra.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capo_exp.cli.python import Runs as Runs
+    from capo_exp.cli.python import load_runs as load_runs
+    from capo_exp.cli.python import train as train
+    from capo_exp.config.errors import ConfigError as ConfigError
+    from capo_exp.core.types import Batch as Batch
+    from capo_exp.core.types import BatchTotals as BatchTotals
+    from capo_exp.core.types import Problem as Problem
+    from capo_exp.core.types import Scored as Scored
+    from capo_exp.core.types import Selection as Selection
+    from capo_exp.core.types import TokenLoss as TokenLoss
+    from capo_exp.core.types import TokenLossInput as TokenLossInput
+    from capo_exp.core.types import TokenShifts as TokenShifts
+    from capo_exp.curvature.step_trial import StepDecision as StepDecision
+    from capo_exp.curvature.step_trial import StepTrial as StepTrial
+    from capo_exp.runs.read import LoggedRun as LoggedRun
+
+    __version__: str
+
+_PUBLIC = {
+    "cli.python": ("Runs", "load_runs", "train"),
+    "config.errors": ("ConfigError",),
+    "core.types": (
+        "Batch", "BatchTotals", "Problem", "Scored", "Selection", "TokenLoss", "TokenLossInput",
+        "TokenShifts",
+    ),
+    "curvature.step_trial": ("StepDecision", "StepTrial"),
+    "runs.read": ("LoggedRun",),
+}  # fmt: skip
+"""Module -> names that the package exports; each is imported when it is first asked for."""
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULES)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("capo_exp")
+    if name not in _MODULES:
+        raise AttributeError(f"module capo_exp has no attribute {name!r}")
+    return getattr(import_module(f"capo_exp.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
 """Composing of the training configuration beside the command line's own, and the choices of its groups."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from glob import iglob
 from pathlib import Path
@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from capo_exp.config.build import allow_plugins, check_target, find_parts
 from capo_exp.config.choices import without_hydra
-from capo_exp.config.errors import error
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import conf_dir, expected_type, register
 
 HYDRAS = r"hydra\._internal\.core_plugins\.[\w.]+|hydra_plugins\.[\w.]+|optuna\.samplers\.\w+"
@@ -82,10 +82,32 @@ def _list_keys(node: Any) -> Iterator[tuple[str, Any]]:
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:
     """Composes the training configuration; a user's own YAML files are found in `config_dir`."""
+    return without_hydra(_compose(overrides, config_dir))
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:
+    """Composes the training configuration of one run.
+
+    Raises:
+        ConfigError: an experiment sweeps over a key that the overrides do not set.
+    """
+    config = _compose(overrides, config_dir)
+    refuse_sweep(config.hydra.sweeper.params or {}, overrides)
+    return without_hydra(config)
+
+
+def _compose(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
     register()
     extra = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return without_hydra(compose("config", [*extra, *overrides], return_hydra_config=True))
+        return compose("config", [*extra, *overrides], return_hydra_config=True)
+
+
+def refuse_sweep(swept: Mapping[Any, Any], arguments: Sequence[str]) -> None:
+    """Raises ConfigError for a key that an experiment sweeps over, where one run is asked for."""
+    for key, values in swept.items():
+        if not any(argument.startswith(f"{key}=") for argument in arguments):
+            raise ConfigError(f"{key}={values}: expected one of them, since this command takes one run")
 
 
 def find_choices(group: str, config_dir: str | None = None) -> list[str]:

@@ -21,6 +21,7 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from capo_exp.cli.compose import refuse_sweep
 from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.words import FLAGS, SWEEP_FLAGS, choose_by_slash, quoted, split_flags, write_value
 from capo_exp.config.errors import ConfigError, error
@@ -144,7 +145,7 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
         if not found:  # after --cfg or --info
             return 0
         config, swept = found[0]
-        _refuse_sweep(swept, given)
+        refuse_sweep(swept, given)
         with in_one_line(line.schema):
             typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
         for key in fields(line.schema):
@@ -213,12 +214,6 @@ def _argv(arguments: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-def _refuse_sweep(swept: dict[str, Any], arguments: Sequence[str]) -> None:
-    for key, values in swept.items():
-        if not any(argument.startswith(f"{key}=") for argument in arguments):
-            raise ConfigError(f"{key}={values}: expected one of them, since this command takes one run")
 
 
 def _keys(config: str) -> str:

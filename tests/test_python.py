@@ -1,0 +1,69 @@
+"""The harness from Python."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import capo_exp
+
+SHORT = (
+    "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2", "dataset.max_completion_tokens=4",
+    "evaluation.num_problems=1", "logger=files", "logger.completions_every=1", "device=cpu",
+    "dataset.source.num_train=64", "dataset.source.num_eval=8",
+)  # fmt: skip
+
+
+def test_importing_is_light_and_every_name_is_there() -> None:
+    code = "import capo_exp, sys; print({'torch', 'hydra', 'numpy'} & set(sys.modules), capo_exp.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"set() {capo_exp.__version__}\n" and capo_exp.__version__[0].isdecimal()
+    for name in capo_exp.__all__:
+        assert getattr(capo_exp, name) is not None
+    assert set(dir(capo_exp)) == set(capo_exp.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tran'"):
+        capo_exp.tran  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_run_and_its_tables(tmp_path: Path) -> None:
+    first = capo_exp.train("algo=grpo", *SHORT, f"output_dir={tmp_path}")
+    again = capo_exp.train("algo=grpo", *SHORT, f"output_dir={tmp_path}")
+    assert again.path == first.path and first.state == "finished" and len(first.metrics) == 2
+    capo_exp.train("algo=capo", "seed=1", *SHORT, f"output_dir={tmp_path}")
+    runs = capo_exp.load_runs(tmp_path, settings=["algo.name", "seed"])
+    assert [run.name for run in runs.runs] == sorted(run.name for run in runs.runs) and len(runs.runs) == 2
+    metrics = runs.metrics.to_pydict()
+    assert sorted(zip(metrics["algo.name"], metrics["seed"], strict=True)) == [
+        ("capo", 1), ("capo", 1), ("grpo", 0), ("grpo", 0),
+    ]  # fmt: skip
+    place = metrics["algo.name"].index("grpo")
+    assert metrics["loss/total"][place : place + 2] == [row["loss/total"] for row in first.metrics]
+    assert runs.evaluations.num_rows == 4 and "eval/accuracy" in runs.evaluations.column_names
+    completions = runs.completions(step=2)
+    assert set(completions["step"].to_pylist()) == {2} and completions.num_rows == 8
+    assert {"run", "seed", "completion", "policy_shift"} <= set(completions.column_names)
+    assert runs.completions().num_rows == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algo=capoo"], "algo=capoo: unknown choice"),
+        (["num_steps=-1"], "num_steps=-1: expected"),
+        (["seed=0,1"], "seed"),
+        (["experiment=study/criterion"], "expected one of them, since this command takes one run"),
+        (["algo.token_loss._target_=os.system"], "algo.token_loss._target_=os.system: expected a function"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(capo_exp.ConfigError, match=message) as raised:
+        capo_exp.train(*overrides, f"output_dir={tmp_path}")
+    assert "\n" not in str(raised.value) and not any(tmp_path.iterdir())
+
+
+def test_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(capo_exp.ConfigError, match="no run there"):
+        capo_exp.load_runs(tmp_path)
