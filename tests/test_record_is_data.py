@@ -15,17 +15,23 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from capo_exp.cli import evaluate, evaluate_config, figures, front, status
 from capo_exp.cli.compose import compose_config
-from capo_exp.config.build import allow_plugins, build_part
+from capo_exp.config.build import allow_plugins, build_part, resolve_model_path
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import as_data, read_config, to_yaml
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.evaluation import subject
 from capo_exp.evaluation.command import EvaluateCommand
+from capo_exp.figures.tables import plain
+from capo_exp.runs.checkpoint import find_damage
+from capo_exp.runs.files import write_atomic
+from capo_exp.runs.lock import is_locked, locked
 from capo_exp.sweep import job
+from capo_exp.sweep.table import runs_table, summarise_run
 from tests.figure_pieces import write_run
 
 Values = dict[str, Any]
@@ -196,6 +202,10 @@ def test_no_target_of_a_users_own_yaml_runs(put: Callable[[Values, Values], obje
         "hydra: {hydra_logging: {formatters: {x: {(): os.system, command: touch PWNED}}}}",
         "hydra: {job_logging: {handlers: {x: {class: logging.FileHandler, filename: PWNED}}}}",
         "hydra: {job: {env_set: {PATH: .}}}",
+        "hydra: {callbacks: {evil: '${oc.create:{_target_:os.system,command:touch PWNED}}'}}",
+        "hydra: {callbacks: {evil: \"\\x24{oc.decode:'{_target_: os.system, command: touch PWNED}'}\"}}",
+        "defaults: [../../evil/y@_global_]",
+        "defaults: [//tmp/evil/z@_global_]",
         "plugins: [subprocess]",
         "plugins: [tests]",
     ],
@@ -402,3 +412,57 @@ def test_the_environment_of_the_processes_of_a_run_carries_what_is_allowed() -> 
     allow_plugins(["mine", "yours.methods"])
     assert os.environ["CAPO_EXP_PLUGINS"] == "mine,yours.methods"
     allow_plugins([])
+
+
+# --- what a stranger's folder may hold besides
+
+
+def test_a_link_in_a_record_is_not_written_through(here: Path) -> None:
+    (here / "mine").write_text("precious")
+    (here / ".test.jsonl.partial").symlink_to(here / "mine")
+    (here / ".lock").symlink_to(here / "mine")
+    write_atomic(here / "test.jsonl", "rows")
+    assert not is_locked(here)
+    with pytest.raises(ConfigError, match="expected output_dir"), locked(here):
+        pass
+    assert (here / "mine").read_text() == "precious" and (here / "test.jsonl").read_text() == "rows"
+
+
+def test_the_place_of_a_model_imports_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "evil_package").mkdir()
+    (here / "evil_package" / "__init__.py").write_text("open('PWNED', 'w')")
+    monkeypatch.syspath_prepend(here)
+    assert resolve_model_path("pkg://evil_package/x") == str(here / "evil_package" / "x")
+    for package in ("evil_package.inside", "absent_package"):
+        with pytest.raises(ConfigError, match="expected an installed package"):
+            resolve_model_path(f"pkg://{package}/x")
+    assert not Path("PWNED").exists()
+
+
+def test_a_dotted_key_of_a_record_is_no_key(values: Values, record: Callable[[Values], Path]) -> None:
+    values["dataset"]["source.hub_id"] = "evil/data"
+    with pytest.raises(ConfigError, match=r"dataset has the key 'source\.hub_id'"):
+        evaluate_config.run_config(record(values))
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/hostname"])
+def test_a_checkpoint_names_no_file_outside(name: str, record: Callable[[Values], Path]) -> None:
+    checkpoint = record({}) / "checkpoints" / "step_000003"
+    assert find_damage(checkpoint, None) is None
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest["files"][name] = "0" * 64
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    assert find_damage(checkpoint, None) == "checkpoint.json names files outside"
+
+
+def test_a_record_writes_no_escape_to_the_terminal(values: Values, record: Callable[[Values], Path]) -> None:
+    folder, out = record(values), io.StringIO()
+    failed = {"status": "failed", "error": "\x1b]0;T\x07\x1b[2J"}
+    told = json.loads((folder / "run.json").read_text()) | failed
+    (folder / "run.json").write_text(json.dumps(told))
+    Console(file=out, width=200).print(runs_table([summarise_run(folder)]))
+    assert "?]0;T" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_no_cell_starts_a_formula_behind_a_semicolon() -> None:
+    assert plain("L;=1+1") == "L =1+1" and plain("a; b") == "a; b"

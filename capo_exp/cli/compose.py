@@ -20,6 +20,9 @@ from capo_exp.config.schema import conf_dir, expected_type, register
 HYDRAS = r"hydra\._internal\.core_plugins\.[\w.]+|hydra_plugins\.[\w.]+|optuna\.samplers\.\w+"
 """What Hydra may build of its own nodes: launchers, sweepers and their samplers."""
 
+MAKES_NODES = r"\$\{(?!(?:mul|add|div|now|oc\.env|hydra):|\.*[\w.\[\]]+\})"
+"""Begins an interpolation that could hide a _target_ in a text, as oc.create and its like do."""
+
 
 def entries(value: str) -> list[str]:
     """Splits `a,b` or `[a,b]`."""
@@ -61,7 +64,15 @@ def _check_folder(folder: str) -> None:
         ):  # Hydra says so, if it reads it
             text = (Path(folder) / path).read_text(encoding="utf-8")
             files[path] = (text, OmegaConf.to_container(OmegaConf.create(text)))
-    for path, (_, values) in files.items() if "hydra" in repr(files) else ():
+    for path, (_, values) in files.items():
+        for entry in (values.get("defaults") or []) if isinstance(values, dict) else []:
+            if ".." in str(entry) or "//" in str(entry):
+                raise error(f"{path}: defaults", entry, "a file of conf/ or of this folder")
+    for path, (text, values) in files.items() if "hydra" in repr(files) else ():
+        for said in (text, *_list_texts(values)):
+            if strange := re.search(MAKES_NODES, said):
+                wanted = "${key}, or one of mul, add, div, now, oc.env, hydra"
+                raise error(path, said[strange.start() :][:40], wanted)
         for key, part in find_parts(values, "", part=False):
             if "_target_" in part and not re.fullmatch(HYDRAS, str(part["_target_"])):
                 check_target({"_target_": part["_target_"]}, key=f"{path}: {key.lstrip('.')}")
@@ -70,6 +81,13 @@ def _check_folder(folder: str) -> None:
                 raise error(f"{path}: {name}", value, "no such key in a file: the command line can set it")
             if name == "class" and value not in ("logging.StreamHandler", "logging.NullHandler"):
                 raise error(f"{path}: {name}", value, "logging.StreamHandler")
+
+
+def _list_texts(node: Any) -> Iterator[str]:
+    """Yields every text of a node, keys too, as YAML's escapes leave it."""
+    children = (*node, *node.values()) if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        yield from [child] if isinstance(child, str) else _list_texts(child)
 
 
 def _list_keys(node: Any) -> Iterator[tuple[str, Any]]:

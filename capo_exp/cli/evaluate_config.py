@@ -1,5 +1,6 @@
 """What `python -m capo_exp.evaluate` takes, and each benchmark's configuration. Imports no torch."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,8 @@ def run_config(directory: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"run={directory}: {group} is no group of keys in its config.yaml; expected a run's"
             )
+        if strange := [key for key in plain[group] if not re.fullmatch(r"\w+", str(key))]:
+            raise ConfigError(f"run={directory}: {group} has the key {strange[0]!r}; expected a run's")
         apply(NAME, f"{group}.name", str(plain[group].get("name", "")))
     for key, group in (("engine", "rollout"), ("verifier", "reward"), ("source", "dataset")):
         if not isinstance(plain[group].get(key), dict):

@@ -6,13 +6,13 @@ Nothing else is imported, called or built, wherever in the configuration it stan
 """
 
 import importlib
-import importlib.resources
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -223,7 +223,7 @@ def resolve_model_path(path: str) -> str:
     if not path.startswith("pkg://"):
         return str(Path(path).expanduser()) if path.startswith("~") else path
     package, _, inside = path.removeprefix("pkg://").partition("/")
-    try:
-        return str(importlib.resources.files(package).joinpath(inside))
-    except ModuleNotFoundError as failure:
-        raise error("model.path", path, f"an installed package, got {package}") from failure
+    spec = find_spec(package) if package.isidentifier() else None  # which looks, and imports nothing
+    if spec is None or not spec.submodule_search_locations:
+        raise error("model.path", path, f"an installed package, got {package}")
+    return str(Path(spec.submodule_search_locations[0], inside))

@@ -82,5 +82,5 @@ COLOUR = matches(r"(#[0-9a-fA-F]{6})?", "empty, or a colour as #rrggbb")
 MARKER = matches(
     r"[.o^v<>sphHPXDd*8]?", "empty, or one of matplotlib's markers . o ^ v < > s p h H P X D d * 8"
 )
-_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-ATTENTION = Rule(lambda v: v in _ATTENTION or "/" in v, f"{', '.join(_ATTENTION)} or a hub kernel org/name")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION = Rule(lambda v: v in ATTENTIONS or "/" in v, f"{', '.join(ATTENTIONS)} or a hub kernel org/name")

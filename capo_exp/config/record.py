@@ -15,12 +15,17 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo_exp.config.build import MADE_HERE, allow_plugins, allowed_plugins
+from capo_exp.config.build import allow_plugins, allowed_plugins
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.ranges import ATTENTIONS
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 
-PLACES = ("path", "model_path", "hub_id", "server_url", "weight_transfer_address", "output_dir")
-"""Last names of the keys that say where something is read, written or sent."""
+PLACES = (
+    "path", "model_path", "hub_id", "server_url", "weight_transfer_address", "output_dir", "revision",
+    "hub_revision", "attn_implementation",
+)  # fmt: skip
+"""Last names of the keys that say where something is read, written or sent, or which version of it: a
+revision of a hub's repository, or a kernel there, may be anybody's."""
 Values = dict[str, Any]
 
 
@@ -102,10 +107,8 @@ def refuse_place(key: str, value: str) -> ConfigError:
 
 
 def _is_own(value: Any) -> bool:
-    shipped = (
-        isinstance(value, str) and value.startswith(("pkg://capo_exp/", MADE_HERE)) and ".." not in value
-    )
-    return value is None or shipped or value in ("start", *_read_own_places())
+    shipped = isinstance(value, str) and value.startswith("pkg://capo_exp/") and ".." not in value
+    return value is None or shipped or value in ("start", *ATTENTIONS, *_read_own_places())
 
 
 @cache

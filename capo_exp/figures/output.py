@@ -58,11 +58,12 @@ def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     def comments(mark: str) -> str:
         return f"{mark} capo_exp.figures: {' '.join(command.splitlines())}\n{mark} {line}\n"
 
+    inert = says.replace("![", "!\\[")  # a record's name may not make a viewer fetch a picture
     files = {
         ".png": png,
         ".pdf": pdf,
         ".csv": (comments("#") + tables.csv_text(picture.panels)).encode(),
-        ".md": f"<!-- {line} -->\n\n## {picture.title}\n\n{tables.markdown(table)}\n{says}\n".encode(),
+        ".md": f"<!-- {line} -->\n\n## {picture.title}\n\n{tables.markdown(table)}\n{inert}\n".encode(),
         ".tex": (comments("%") + tables.latex(table) + f"% {says}\n").encode(),
     }
     paths = {suffix: output / f"{picture.name}{suffix}" for suffix in files}

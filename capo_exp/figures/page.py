@@ -104,7 +104,7 @@ def caption(picture: Picture) -> str:
         **{f"Left out: {text}": True for text in picture.lacking},
     }  # fmt: skip
     said = [text.removesuffix(".") for text, holds in sentences.items() if text and holds]
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in said)
+    return " ".join(" ".join(f"{text[0].upper()}{text[1:]}." for text in said).split())
 
 
 def _statistics(picture: Picture) -> str:

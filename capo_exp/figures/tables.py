@@ -43,7 +43,7 @@ def plain(text: str) -> str:
     try:
         float(text)
     except ValueError:
-        line = re.sub(r"[\t\r\n]", " ", text)
+        line = re.sub(r";(?=\s*['\"]?[-=+@\uff0b\uff0d\uff1d\uff20])", " ", re.sub(r"[\t\r\n]", " ", text))
         return f"'{line}" if FORMULA.match(line) else line
     return text.strip()
 

@@ -33,6 +33,8 @@ def find_damage(checkpoint: Path, run_id: str | None) -> str | None:
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
         files, step, owner = manifest["files"], manifest["step"], manifest["run_id"]
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            return f"{_MANIFEST} names files outside"
         changed = [] if _STATE in files else [_STATE]
         changed += [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
     except FileNotFoundError as error:

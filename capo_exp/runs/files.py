@@ -26,6 +26,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with name_disk_error(path):
+            partial.unlink(missing_ok=True)  # a stranger's link there would be written through
             yield partial
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         expected = "expected output_dir to be a directory that can be written"
         raise ConfigError(f"{folder}: {error.strerror}; {expected}") from None
@@ -59,7 +59,7 @@ def _acquire(descriptor: int, folder: Path) -> None:
 def is_locked(folder: Path) -> bool:
     """Returns whether a process is inside `locked` for this folder."""
     try:
-        with (folder / ".lock").open() as file:
+        with open(os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

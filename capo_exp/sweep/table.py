@@ -72,7 +72,8 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
     for column in ("state", "step", "train", "held-out", "rejected", "left"):
         result.add_column(column, no_wrap=True)
     for run in runs:
-        name = Text("\n  ".join([run.name, *(run.error or "").splitlines()]))
+        said = "\n  ".join([run.name, *(run.error or "").splitlines()])
+        name = Text("".join(each if each.isprintable() or each == "\n" else "?" for each in said))
         left = "" if run.seconds_left is None else str(timedelta(seconds=round(run.seconds_left)))
         result.add_row(
             name, run.state, f"{run.step}/{'?' if run.num_steps is None else run.num_steps}",
