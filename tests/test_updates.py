@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from math import isfinite
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -168,7 +170,8 @@ def test_a_warm_up_is_as_long_as_transformers(
     numbers = (f"num_steps={total}", "optimizer.schedule=constant_with_warmup", "optimizer.warmup_ratio=0.1")
     ours = make_learner(composed(*SMALL, "algo=grpo", *numbers, "regime.learning_rate=1.0"), small_model)
     steps = -(-total // 10)
-    assert TrainingArguments(warmup_steps=0.1, use_cpu=True).get_warmup_steps(total) == steps
+    arguments = cast(TrainingArguments, SimpleNamespace(warmup_steps=0.1))  # a real one asks for accelerate
+    assert TrainingArguments.get_warmup_steps(arguments, total) == steps
     for step in range(steps + 1):
         assert ours.learning_rate == pytest.approx(step / steps)
         ours.optimizer.step()
