@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
-from capo_exp.core.batch import join, split
+from capo_exp.core.batch import join, split, take
 from capo_exp.core.types import Batch, PolicyOutput
 
 Batches = Callable[..., Batch]
@@ -71,6 +71,32 @@ def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
             (output.log_probs.detach(), output.entropy, [p.grad.clone() for p in small_model.parameters()])
         )
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden_shift", [0, 1])
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_prompt_computed_once_changes_neither_values_nor_gradients(
+    small_model: PreTrainedModel, random_batch: Batches, length: int, hidden_shift: int
+) -> None:
+    batch = random_batch(rows=6, length=length)
+    for row in range(1, 6, 2):  # rows 2 i and 2 i + 1 are a group
+        for tensor in (batch.input_ids, batch.attention_mask):
+            tensor[row, :5] = tensor[row - 1, :5]
+    batch = take(batch, torch.tensor([3, 0, 5, 1, 2]))  # a group in two places, and one that is not whole
+    computed: list[int] = []
+    small_model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: computed.append(ids[0].numel())
+    )
+    results = []
+    for shared in (False, True):
+        small_model.zero_grad()
+        settings = policy.ForwardSettings(0.7, 1000, torch.float32, share_prompts=shared)
+        output = policy.forward(small_model, batch, settings, top_k=5, hidden_shift=hidden_shift)
+        (output.log_probs * batch.advantages).sum().backward()
+        results.append((vars(output.detached()), [p.grad.clone() for p in small_model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    columns = length - 1 + hidden_shift
+    assert computed == [5 * (5 + columns), 3 * 5, *([5 * columns] if columns else [])]
 
 
 def test_no_tensor_of_all_logits_exists_in_forward_or_backward(

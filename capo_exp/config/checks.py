@@ -141,6 +141,12 @@ def _check_model(config: TrainConfig) -> None:
     if "/" in model.attn_implementation and find_spec("kernels") is None:
         wanted = "sdpa, or the package kernels to be installed, which loads a kernel from the hub"
         raise error("model.attn_implementation", model.attn_implementation, wanted)
+    if model.share_prompts and model.gradient_checkpointing:
+        raise error(
+            "model.share_prompts",
+            True,
+            "false with model.gradient_checkpointing=true, which keeps no keys and values",
+        )
     flash = model.attn_implementation.startswith("flash_attention")
     if flash and (config.device == "cpu" or model.compute_dtype == "float32"):
         raise error("model.attn_implementation", model.attn_implementation, "sdpa on a CPU or in float32")

@@ -104,6 +104,7 @@ class ModelConfig:
     compute_dtype: str = setting(ranges.one_of("auto", "float32", "bfloat16"))
     attn_implementation: str = setting(ranges.ATTENTION)
     gradient_checkpointing: bool = MISSING
+    share_prompts: bool = setting(default=False)  # the learner computes a prompt once for its completions
     reference_learning_rate: float = setting(ranges.POSITIVE)  # the conservative regime's rate for this model
     micro_batch_size: int = setting(ranges.COUNT)  # completions per forward and backward pass
     logits_chunk_tokens: int = setting(ranges.COUNT)  # tokens of the last layer computed at once

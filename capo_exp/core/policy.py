@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from capo_exp.config.build import MADE_HERE
 from capo_exp.config.errors import ConfigError
@@ -138,11 +144,13 @@ class ForwardSettings:
     temperature: float  # Divides the logits, as it did when the tokens were sampled
     chunk_tokens: int  # Tokens of the last layer computed at once
     compute_dtype: torch.dtype  # float32, or bfloat16 for autocast
+    share_prompts: bool = False  # Computes a prompt once for the rows of its group
 
     @classmethod
     def of(cls, config: TrainConfig, compute_dtype: torch.dtype) -> "ForwardSettings":
         """Reads the learner's settings from the configuration."""
-        return cls(config.rollout.temperature, config.model.logits_chunk_tokens, compute_dtype)
+        model = config.model
+        return cls(config.rollout.temperature, model.logits_chunk_tokens, compute_dtype, model.share_prompts)
 
 
 def forward(
@@ -165,7 +173,8 @@ def forward(
     mask = batch.completion_mask
     length = mask.shape[1]
     with autocast(mask.device, settings.compute_dtype):
-        states = _states(model, batch, extra=hidden_shift)
+        compute_states = _states_by_prompt if settings.share_prompts else _states
+        states = compute_states(model, batch, extra=hidden_shift)
         hidden = states[:, :length][mask] / settings.temperature
         log_probs, entropy, probs, ids = _last_layer(
             last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens
@@ -185,14 +194,39 @@ def _states(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
     """Computes [B, T + extra, H]: for each completion token, the state of the token BEFORE it, which produced
     its logits; with extra = 1 the last token's own state comes after them."""
     width = batch.input_ids.shape[1] - 1 + extra
-    attention_mask = batch.attention_mask[:, :width]
-    states = model.base_model(
-        input_ids=batch.input_ids[:, :width],
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
+    ids, mask = batch.input_ids[:, :width], batch.attention_mask[:, :width]
+    return _decode(model, ids, mask)[:, -batch.completion_mask.shape[1] - extra :]
+
+
+def _states_by_prompt(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
+    """Computes the same with one pass over each prompt and one over the completions, which attend to their
+    prompt's keys and values; gradients flow through them."""
+    width, end = (
+        batch.input_ids.shape[1] - batch.completion_mask.shape[1],
+        batch.input_ids.shape[1] - 1 + extra,
+    )
+    groups, group_of_row = batch.group_ids.unique(return_inverse=True)
+    rows = torch.arange(len(group_of_row), device=group_of_row.device)
+    first = rows.new_full((len(groups),), len(rows)).scatter_reduce(0, group_of_row, rows, "amin")
+    cache = DynamicCache(config=model.config)
+    prompts = _decode(model, batch.input_ids[first, :width], batch.attention_mask[first, :width], cache)
+    last = prompts[group_of_row, -1:]
+    if end == width:
+        return last
+    cache.batch_select_indices(group_of_row)
+    completions = _decode(model, batch.input_ids[:, width:end], batch.attention_mask[:, :end], cache)
+    return torch.cat([last, completions], 1)
+
+
+def _decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    """Runs the layers below the last one over the columns of `ids`, the last ones that `mask` covers."""
+    return model.base_model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=cache is not None,
     ).last_hidden_state
-    return states[:, -batch.completion_mask.shape[1] - extra :]
 
 
 def _last_layer(
