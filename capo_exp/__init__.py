@@ -1,8 +1,8 @@
 """capo_exp: a research harness for reinforcement learning of language models with curvature-aware token
 selection.
 
-From Python: `train` and `load_runs`, and the types that a user's own losses, selections and step rules take
-and return. Importing the package imports neither torch nor Hydra.
+From Python: `train`, `evaluate` and `load_runs`, and the types that a user's own losses, selections and step
+rules take and return. Importing the package imports neither torch nor Hydra.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capo_exp.cli.python import Runs as Runs
+    from capo_exp.cli.python import evaluate as evaluate
     from capo_exp.cli.python import load_runs as load_runs
     from capo_exp.cli.python import train as train
     from capo_exp.config.errors import ConfigError as ConfigError
@@ -24,18 +25,20 @@ if TYPE_CHECKING:
     from capo_exp.core.types import TokenShifts as TokenShifts
     from capo_exp.curvature.step_trial import StepDecision as StepDecision
     from capo_exp.curvature.step_trial import StepTrial as StepTrial
+    from capo_exp.evaluation.table import BenchmarkScore as BenchmarkScore
     from capo_exp.runs.read import LoggedRun as LoggedRun
 
     __version__: str
 
 _PUBLIC = {
-    "cli.python": ("Runs", "load_runs", "train"),
+    "cli.python": ("Runs", "evaluate", "load_runs", "train"),
     "config.errors": ("ConfigError",),
     "core.types": (
         "Batch", "BatchTotals", "Problem", "Scored", "Selection", "TokenLoss", "TokenLossInput",
         "TokenShifts",
     ),
     "curvature.step_trial": ("StepDecision", "StepTrial"),
+    "evaluation.table": ("BenchmarkScore",),
     "runs.read": ("LoggedRun",),
 }  # fmt: skip
 """Module -> names that the package exports; each is imported when it is first asked for."""

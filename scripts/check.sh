@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Every check but the tests: style, types, and the direction of imports.
+# Every check but the tests: style, types, the direction of imports, and that the docs site builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
 pyright
 lint-imports
+site=$(mktemp -d)
+NO_MKDOCS_2_WARNING=1 PYTHONPATH=. mkdocs build --quiet --strict --site-dir "$site"
+rm -rf "$site"

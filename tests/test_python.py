@@ -44,6 +44,12 @@ def test_a_run_and_its_tables(tmp_path: Path) -> None:
     assert set(completions["step"].to_pylist()) == {2} and completions.num_rows == 8
     assert {"run", "seed", "completion", "policy_shift"} <= set(completions.column_names)
     assert runs.completions().num_rows == 16
+    scores = capo_exp.evaluate(f"run={first.path}", "num_problems=3", "checkpoint=all", "device=cpu")
+    assert [score.step for score in scores] == [2, 0] and scores[0].benchmark == "arithmetic"
+    assert scores[0].scores["problems"] == 3 and len(scores[0].accuracies) == 3
+    assert (
+        capo_exp.evaluate(f"run={first.path}", "num_problems=3", "device=cpu") == scores
+    )  # read, not sampled
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,16 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     with pytest.raises(capo_exp.ConfigError, match=message) as raised:
         capo_exp.train(*overrides, f"output_dir={tmp_path}")
     assert "\n" not in str(raised.value) and not any(tmp_path.iterdir())
+
+
+def test_an_evaluation_that_is_wrong_is_one_line(tmp_path: Path) -> None:
+    for overrides, message in (
+        (["run=nowhere"], "nowhere: no such file"),
+        (["completions=x.parquet"], "completions=x.parquet: expected run= or model="),
+        (["model=tiny", "benchmarks=arithmetic", "samples=0"], "samples=0: expected"),
+    ):
+        with pytest.raises(capo_exp.ConfigError, match=message):
+            capo_exp.evaluate(*overrides, f"output={tmp_path}")
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,6 +22,9 @@ from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
 from capo_exp.runs.identity import slug
+
+if TYPE_CHECKING:
+    from capo_exp.evaluation.table import BenchmarkScore
 
 USAGE = """\
 python -m capo_exp.evaluate run=DIR [benchmarks=math500,gsm8k samples=16 ...]
@@ -59,25 +62,24 @@ class EvaluationJob:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
 
-    def usage() -> str:
-        return USAGE.replace("{benchmarks}", ", ".join(find_choices("dataset")))
+    return front.run_command(show_scores, LINE, arguments)
 
-    line = front.CommandLine("evaluate", EvaluateCommand, usage, others=OTHERS)
-    return front.run_command(show_scores, line, arguments)
+
+def _usage() -> str:
+    return USAGE.replace("{benchmarks}", ", ".join(find_choices("dataset")))
+
+
+LINE = front.CommandLine("evaluate", EvaluateCommand, _usage, others=OTHERS)
 
 
 def show_scores(given: EvaluateCommand) -> int:
     """Evaluates what the command names, shows the scores and returns the exit status."""
     command = read_command(given)
     try:
-        if command.output is not None:
-            front.make_folder(Path(command.output))
         if command.completions is not None:
-            _evaluate_stored(Path(command.completions), command)
+            _show_stored(Path(command.completions), command)
         else:
-            jobs = [_model_job(command)] if command.model else _run_jobs(command)
-            for job in jobs:
-                _evaluate_job(command, job, name_it=len(jobs) > 1)
+            _show_jobs(command)
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; {KEPT}\n")
         return 130
@@ -91,10 +93,43 @@ def show_scores(given: EvaluateCommand) -> int:
     return 0
 
 
-def _evaluate_stored(path: Path, command: EvaluateCommand) -> None:
+def find_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
+    """Returns the runs or the model that the command names, checked before anything is sampled."""
+    if command.output is not None:
+        front.make_folder(Path(command.output))
+    return [_model_job(command)] if command.model else _run_jobs(command)
+
+
+def evaluate_job(command: EvaluateCommand, job: EvaluationJob) -> list["BenchmarkScore"]:
+    """Returns the scores of one run or model, those of its checkpoints in turn."""
+    from capo_exp.evaluation.subject import evaluate_targets  # torch, so only now
+
+    results = []
+    for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.trained_on, tell=_tell):
+        results.append(result)
+        if len(results) % len(job.configs) == 0 and job.run is not None:
+            _write_test_rows(job.targets[0].root, results)
+    return results
+
+
+def _show_jobs(command: EvaluateCommand) -> None:
+    from capo_exp.evaluation.table import results_table
+
+    jobs = find_jobs(command)
+    for job in jobs:
+        results = evaluate_job(command, job)
+        if len(jobs) > 1:
+            console().print(job.title, style="bold", soft_wrap=True)
+        console().print(results_table(results))
+        console().print(f"files: {job.targets[0].root}", soft_wrap=True)
+
+
+def _show_stored(path: Path, command: EvaluateCommand) -> None:
     from capo_exp.evaluation.stored import score_stored, write_stored
     from capo_exp.evaluation.table import stored_table
 
+    if command.output is not None:
+        front.make_folder(Path(command.output))
     chosen = any(override.startswith("reward=") for override in command.overrides)
     reward = [] if chosen else ["reward=math_verify", "reward.verifier.style=auto"]
     config = benchmark_config("arithmetic", [*reward, *command.overrides], config_dir=command.config_dir)
@@ -118,7 +153,7 @@ def _model_job(command: EvaluateCommand) -> EvaluationJob:
 
 
 def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
-    """One a run, checked before anything is sampled."""
+    """One a run."""
     from capo_exp.runs.read import find_runs
 
     jobs = []
@@ -177,21 +212,6 @@ def _completions(directory: Path) -> dict[int, float]:
 
     rows = [row for row in load_run(directory).metrics if names.COMPLETIONS in row]
     return {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows if names.STEP in row}
-
-
-def _evaluate_job(command: EvaluateCommand, job: EvaluationJob, *, name_it: bool) -> None:
-    from capo_exp.evaluation.subject import evaluate_targets  # torch, so only now
-    from capo_exp.evaluation.table import results_table
-
-    results = []
-    for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.trained_on, tell=_tell):
-        results.append(result)
-        if len(results) % len(job.configs) == 0 and job.run is not None:
-            _write_test_rows(job.targets[0].root, results)
-    if name_it:
-        console().print(job.title, style="bold", soft_wrap=True)
-    console().print(results_table(results))
-    console().print(f"files: {job.targets[0].root}", soft_wrap=True)
 
 
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:

@@ -128,33 +128,39 @@ def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequen
     if {"-h", "--help"} & set(given):
         sys.stdout.write(line.usage().replace("{keys}", _keys(line.config)))
         return 0
+    return exit_status(lambda: None if (typed := compose_command(line, given)) is None else task(typed))
+
+
+def compose_command(line: CommandLine, arguments: Sequence[str]) -> Any:
+    """Returns the typed configuration of a command; None after --cfg or --info, which only show it.
+
+    Raises:
+        ConfigError: something is wrong with it.
+    """
     found: list[tuple[DictConfig, dict[str, Any]]] = []
 
     def compose(config: DictConfig) -> None:
         found.append((config, dict(HydraConfig.get().sweeper.params or {})))
 
-    def call() -> int:
-        flags, words = split_flags(given, FLAGS)
-        register()
-        if line.schema is TrainConfig:
-            overrides = [*map(choose_by_slash, words), *flags]
-        else:
-            _store(line)
-            overrides = _as_hydra(flags, words, line)
-        _call_hydra(compose, line.config, line.schema, ["hydra.mode=RUN", *overrides])
-        if not found:  # after --cfg or --info
-            return 0
-        config, swept = found[0]
-        refuse_sweep(swept, given)
-        with in_one_line(line.schema):
-            typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
-        for key in fields(line.schema):
-            rule, value = key.metadata.get("range"), getattr(typed, key.name)
-            if line.schema is not TrainConfig and rule and value is not None and not rule.holds(value):
-                raise error(key.name, value, rule.expected)
-        return task(typed)
-
-    return exit_status(call)
+    flags, words = split_flags(arguments, FLAGS)
+    register()
+    if line.schema is TrainConfig:
+        overrides = [*map(choose_by_slash, words), *flags]
+    else:
+        _store(line)
+        overrides = _as_hydra(flags, words, line)
+    _call_hydra(compose, line.config, line.schema, ["hydra.mode=RUN", *overrides])
+    if not found:
+        return None
+    config, swept = found[0]
+    refuse_sweep(swept, arguments)
+    with in_one_line(line.schema):
+        typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
+    for key in fields(line.schema):
+        rule, value = key.metadata.get("range"), getattr(typed, key.name)
+        if line.schema is not TrainConfig and rule and value is not None and not rule.holds(value):
+            raise error(key.name, value, rule.expected)
+    return typed
 
 
 def exit_status(call: Callable[[], int | None]) -> int:

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from capo_exp.cli.compose import compose_run, guard
 from capo_exp.cli.errors import in_one_line
-from capo_exp.cli.front import draw_run
+from capo_exp.cli.evaluate import LINE, evaluate_job, find_jobs
+from capo_exp.cli.evaluate_config import read_command
+from capo_exp.cli.front import compose_command, draw_run
 from capo_exp.cli.words import choose_by_slash
+from capo_exp.config.errors import error
 from capo_exp.config.schema import to_config
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.read import LoggedRow, LoggedRun, find_runs, load_completions, load_run
@@ -17,6 +20,8 @@ from capo_exp.sweep.job import execute
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from capo_exp.evaluation.table import BenchmarkScore
 
 
 def train(*overrides: str, config_dir: str | None = None) -> LoggedRun:
@@ -38,6 +43,28 @@ def train(*overrides: str, config_dir: str | None = None) -> LoggedRun:
         config = to_config(compose_run([*map(choose_by_slash, overrides)], config_dir=config_dir))
     execute(config, draw_run)
     return load_run(run_dir(config))
+
+
+def evaluate(*overrides: str, config_dir: str | None = None) -> list["BenchmarkScore"]:
+    """Does what `python -m capo_exp.evaluate OVERRIDES` does with runs or a model, and returns the scores.
+
+    What was evaluated before is only read.
+
+    Args:
+        overrides: as on the command line, such as "run=outputs/default/NAME" or "samples=4".
+        config_dir: folder with YAML files of your own, as --config-dir.
+
+    Raises:
+        ConfigError: the command is wrong, or has completions=, which only the shell's command scores.
+        RunFailed: the engine failed; the same call goes on.
+    """
+    flags = [f"--config-dir={config_dir}"] if config_dir else []
+    command = read_command(compose_command(LINE, [*overrides, *flags]))
+    if command.completions is not None:
+        raise error(
+            "completions", command.completions, "run= or model=; python -m capo_exp.evaluate takes it"
+        )
+    return [score for job in find_jobs(command) for score in evaluate_job(command, job)]
 
 
 @dataclass(frozen=True)

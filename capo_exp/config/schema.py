@@ -124,9 +124,8 @@ class DatasetConfig:
     # Directory with <name>/<split>.parquet or <split>.parquet; null = CAPO_DATA_DIR, else the hub.
     path: str | None = MISSING
     source: Part = setting(like="data.math_problems.ProblemSet")  # (split) -> list[Problem]
-    train_split: str | None = setting(
-        ranges.NAME_OR_NULL
-    )  # null = a set to evaluate on, which nothing trains on
+    # null = a set to evaluate on, which nothing trains on
+    train_split: str | None = setting(ranges.NAME_OR_NULL)
     eval_split: str = setting(ranges.NAME)
     # Which are the first num_problems of an evaluation.
     eval_order: str = setting(ranges.one_of("file", "shuffled"), default="file")
