@@ -11,7 +11,7 @@ from transformers import AddedToken, PreTrainedModel
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Problem, Prompt, RolloutGroup
-from capo_exp.rollout import SamplingRequest
+from capo_exp.rollout import SamplingRequest, hf
 from capo_exp.rollout.hf import HFRollout
 
 
@@ -137,3 +137,19 @@ def test_the_engine_samples_with_the_learners_current_weights(small_model: PreTr
     with torch.no_grad():
         small_model.lm_head.weight.copy_(small_model.lm_head.weight.roll(1, 0))
     assert running.generate(request) != before
+
+
+@pytest.mark.parametrize("vocabulary", [40, 4097, 10_000])
+def test_tokens_are_drawn_as_often_as_they_are_probable(vocabulary: int) -> None:
+    probable = torch.tensor([0, 1, 39, vocabulary // 2, vocabulary - 2, vocabulary - 1]).unique()
+    probs = torch.full((vocabulary,), 1e-6)
+    probs[probable] = torch.arange(1.0, len(probable) + 1)
+    probs[2] = 0
+    rows = (probs / probs.sum()).log().expand(2_000, -1)
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.cat([hf.draw_tokens(rows, generator) for _ in range(10)])
+    counts, expected = torch.bincount(drawn, minlength=vocabulary), 20_000 * probs / probs.sum()
+    assert counts.sum() == 20_000 and counts[2] == 0 and len(counts) == vocabulary
+    assert ((counts - expected).abs() <= 4 * expected.sqrt() + 1)[probable].all()
+    again = hf.draw_tokens(rows, torch.Generator().manual_seed(1))
+    assert torch.equal(again, drawn[:2_000])
