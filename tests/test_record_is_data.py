@@ -64,6 +64,10 @@ DEPTHS: dict[str, Callable[[Values, Values], object]] = {
     ),
 }
 each_depth = pytest.mark.parametrize("put", DEPTHS.values(), ids=DEPTHS)
+few_or_all = pytest.mark.parametrize(
+    "targets",
+    [pytest.param(TARGETS[::20], id="few"), pytest.param(TARGETS, id="all", marks=pytest.mark.slow)],
+)
 
 
 def evil(target: Any) -> Values:
@@ -139,14 +143,18 @@ def run_training(*arguments: str) -> int:
             return int(end.code or 0)
 
 
-@pytest.mark.slow
+@few_or_all
 @each_depth
 def test_no_target_of_a_record_is_run_again(
-    put: Callable[[Values, Values], object], values: Values, here: Path, capsys: pytest.CaptureFixture[str]
+    put: Callable[[Values, Values], object],
+    targets: list[Any],
+    values: Values,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Not even in the user's own sweep."""
     assert len(TARGETS) >= 60
-    for target in TARGETS:
+    for target in targets:
         put(hostile := deepcopy(values), evil(target))
         assert run_job(json.dumps(hostile), "own=true") == 2, target
         line = capsys.readouterr().err
@@ -154,11 +162,12 @@ def test_no_target_of_a_record_is_run_again(
     assert not list(here.iterdir())
 
 
-@pytest.mark.slow
+@few_or_all
 @pytest.mark.usefixtures("quick")
 @each_depth
 def test_no_target_of_a_record_is_evaluated_or_drawn(
     put: Callable[[Values, Values], object],
+    targets: list[Any],
     record: Callable[[Values], Path],
     values: Values,
     here: Path,
@@ -169,7 +178,7 @@ def test_no_target_of_a_record_is_evaluated_or_drawn(
         OmegaConf.structured(EvaluateCommand), OmegaConf.load(conf_dir() / "evaluate.yaml")
     )
     command: Any = replace(OmegaConf.to_object(keys), run=[str(folder)], samples=1, num_problems=1)
-    for target in TARGETS:
+    for target in targets:
         put(hostile := deepcopy(values), evil(target))
         record(hostile)
         assert front.exit_status(lambda: evaluate.show_scores(command)) == 2, target
