@@ -21,6 +21,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -28,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from capo_exp.config.build import resolve_model_path
 from capo_exp.config.memory import estimate
-from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, register, to_config
+from capo_exp.config.places import resolve_model_path
+from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
 
@@ -45,46 +46,48 @@ WARM_UP = [
     "dataset.max_prompt_tokens=40",
     "dataset.max_completion_tokens=4",
 ]
-LARGE = [  # 82 M parameters, and micro-batches whose activations weigh as much as the weights and gradients
-    "model.vocab_size=16384",
-    "model.hidden_size=768",
-    "model.intermediate_size=3072",
-    "model.num_hidden_layers=8",
-    "model.num_attention_heads=12",
-    "model.num_key_value_heads=4",
-    "model.micro_batch_size=8",
-    "regime.prompts_per_step=2",
-]
+LARGE_SHAPE = {  # 82 M parameters
+    "vocab_size": 16384, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8,
+    "num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+# Micro-batches whose activations weigh as much as the weights and gradients.
+LARGE = ["model.micro_batch_size=8", "regime.prompts_per_step=2"]
 CHECKPOINTING = "model.gradient_checkpointing=true"
 BFLOAT16 = "model.compute_dtype=bfloat16"
-CASES = {
-    "tiny": [],
-    "tiny, checkpointing": [CHECKPOINTING],
-    "tiny, reference model": ["algo.kl_coefficient=0.1"],
-    "tiny, 1,152 completions": ["regime=conservative"],
-    "tiny, scoring pass": [
-        "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept",
-        CHECKPOINTING,
-        "model.micro_batch_size=4",
-    ],
-    "tiny, long rollout": ["regime.prompts_per_step=32", "curvature.top_k=1", CHECKPOINTING],
-    "82 M": LARGE,
-    "82 M, checkpointing": [*LARGE, CHECKPOINTING],
-    "82 M, logits by 256 tokens": [*LARGE, "model.logits_chunk_tokens=256"],
-    "82 M, untied": [*LARGE, "model.tie_word_embeddings=false"],
-    "82 M, eager attention": [*LARGE, "model.attn_implementation=eager"],
-    "82 M, bfloat16": [*LARGE, BFLOAT16],
-    "82 M, bfloat16, checkpointing": [*LARGE, BFLOAT16, CHECKPOINTING],
+BFLOAT16_WEIGHTS = ["model.load_dtype=bfloat16"]
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "tiny": ({}, []),
+    "tiny, checkpointing": ({}, [CHECKPOINTING]),
+    "tiny, reference model": ({}, ["algo.kl_coefficient=0.1"]),
+    "tiny, 1,152 completions": ({}, ["regime=conservative"]),
+    "tiny, scoring pass": (
+        {},
+        [
+            "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept",
+            CHECKPOINTING,
+            "model.micro_batch_size=4",
+        ],
+    ),
+    "tiny, long rollout": ({}, ["regime.prompts_per_step=32", "curvature.top_k=1", CHECKPOINTING]),
+    "82 M": (LARGE_SHAPE, LARGE),
+    "82 M, checkpointing": (LARGE_SHAPE, [*LARGE, CHECKPOINTING]),
+    "82 M, logits by 256 tokens": (LARGE_SHAPE, [*LARGE, "model.logits_chunk_tokens=256"]),
+    "82 M, untied": (LARGE_SHAPE | {"tie_word_embeddings": False}, LARGE),
+    "82 M, eager attention": (LARGE_SHAPE, [*LARGE, "model.attn_implementation=eager"]),
+    "82 M, bfloat16": (LARGE_SHAPE, [*LARGE, BFLOAT16]),
+    "82 M, bfloat16, checkpointing": (LARGE_SHAPE, [*LARGE, BFLOAT16, CHECKPOINTING]),
+    "82 M, bfloat16 weights": (LARGE_SHAPE, [*LARGE, *BFLOAT16_WEIGHTS]),
+    "82 M, bfloat16 weights, checkpointing": (LARGE_SHAPE, [*LARGE, *BFLOAT16_WEIGHTS, CHECKPOINTING]),
 }
 
 
-def measure(overrides: list[str], *, default_malloc: bool = False) -> tuple[int, int]:
-    """Peak of two steps of this configuration, measured and estimated [bytes]."""
+def measure(overrides: list[str], shape: dict[str, Any], *, default_malloc: bool = False) -> tuple[int, int]:
+    """Peak of two steps of a model of this shape, measured and estimated [bytes]; {} = the tiny one's."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if not default_malloc:
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(compose_config(overrides), folder)
+        write_model(shape or vars(compose_config([]).model.architecture), folder)
         command = [sys.executable, "-m", "benchmarks.memory", "--steps", folder, *overrides]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -99,10 +102,10 @@ def compose_config(overrides: list[str]) -> TrainConfig:
         return to_config(compose("config", [*FIXED, *overrides]))
 
 
-def write_model(config: TrainConfig, folder: str) -> None:
-    """A Qwen2 model of this architecture with random weights, and the tiny model's tokenizer."""
+def write_model(shape: dict[str, Any], folder: str) -> None:
+    """A Qwen2 model of this shape with random weights, and the tiny model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("pkg://capo_exp/assets/tiny"))
-    numbers = {name: getattr(config.model, name) for name in ARCHITECTURE if name != "model_type"}
+    numbers = {name: value for name, value in shape.items() if name not in ("model_type", "head_dim")}
     torch.manual_seed(0)
     # The wide initialisation gives each token a top-K of its own, as training does.
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -152,9 +155,9 @@ def main() -> None:
     table = Table(title="peak memory on a CPU [MB]")
     for column in ("", "measured", "estimated", "estimated / measured", "malloc default"):
         table.add_column(column)
-    for name, overrides in CASES.items():
-        measured, estimated = measure(overrides)
-        default, _ = measure(overrides, default_malloc=True)
+    for name, (shape, overrides) in CASES.items():
+        measured, estimated = measure(overrides, shape)
+        default, _ = measure(overrides, shape, default_malloc=True)
         sizes = [f"{number / 1e6:,.0f}" for number in (measured, estimated, default)]
         table.add_row(name, *sizes[:2], f"{estimated / measured:.2f}", sizes[2])
     Console().print(table)

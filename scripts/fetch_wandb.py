@@ -24,9 +24,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.places import slug
 from capo_exp.runs import metrics as names
 from capo_exp.runs.files import write_atomic, write_json
-from capo_exp.runs.identity import slug
 from capo_exp.runs.record import read_record
 from capo_exp.runs.trackers import RECORD, has_key
 

@@ -15,6 +15,8 @@ os.environ.pop(
     "PYTHONDONTWRITEBYTECODE", None
 )  # or each command that a test starts compiles the package anew
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
+
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from capo_exp.config.architecture import fill_architecture
 from capo_exp.config.schema import TrainConfig, conf_dir, register
 
 # The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
@@ -103,6 +106,7 @@ def compose_config(*overrides: str) -> TrainConfig:
     except OmegaConfBaseException:
         config = OmegaConf.to_object(_compose(overrides))  # Hydra's own message
     assert isinstance(config, TrainConfig)
+    fill_architecture(config.model)
     return config
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from omegaconf import MISSING
 
 from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.places import resolve_model_path
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.trackers import resolve_mode
@@ -52,7 +54,7 @@ Run = Callable[..., Result]
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    shutil.copy(f"{resolve_model_path('pkg://capo_exp/assets/tiny')}/config.json", folder)
     return folder
 
 

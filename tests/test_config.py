@@ -1,6 +1,5 @@
 """Every YAML composes and passes the checks; every impossible combination is refused in one line."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -18,18 +17,20 @@ from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 
+NUMBERS = (int, float, list[float], int | None, float | None)
 Composed = Callable[..., TrainConfig]
 ZERO_BETA = ["optimizer.betas=[0.0,0.999]", "curvature.betas=[0.9,0.999]"]
 
 
 def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return [name for name in names if name != "auto"]  # which is of no model until it has a path
 
 
 @pytest.fixture
 def made(composed: Composed, tmp_path: Path) -> Composed:
     """Composes as if scripts/pretrain.py had made the models that are not shipped."""
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
 
     def compose_config(*overrides: str) -> TrainConfig:
         config = composed(*overrides)
@@ -253,20 +254,6 @@ def test_a_part_of_another_kind_is_refused(composed: Composed, key: str, target:
         check(config)
 
 
-def test_a_plan_is_of_the_model_that_is_asked_for(composed: Composed, tmp_path: Path) -> None:
-    """Not of the one whose numbers stand in model=."""
-    stated = {"model_type": "qwen2", "hidden_size": 896, "tie_word_embeddings": False, "unknown": 1}
-    (tmp_path / "config.json").write_text(json.dumps(stated))
-    with pytest.raises(ConfigError) as error:
-        check(composed(f"model.path={tmp_path}"))
-    wanted = "model.hidden_size=896 model.tie_word_embeddings=false, as its config.json says"
-    assert str(error.value) == f"model.path={tmp_path}: expected {wanted}"
-    check(composed(f"model.path={tmp_path}", "model.hidden_size=896", "model.tie_word_embeddings=false"))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"expected a readable config\.json"):
-        check(composed(f"model.path={tmp_path}"))
-
-
 def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -> None:
     with pytest.raises(ConfigError, match=r"python scripts/pretrain\.py warm_start=format makes it"):
         check(composed("model=format", "model.path=outputs/models/nowhere"))
@@ -349,7 +336,7 @@ def schema_fields(schema: type = TrainConfig, prefix: str = "") -> Iterator[tupl
 
 
 def test_every_number_has_its_range_beside_its_field() -> None:
-    numbers = {key: field for key, kind, field in schema_fields() if kind in (int, float, list[float])}
+    numbers = {key: field for key, kind, field in schema_fields() if kind in NUMBERS}
     assert len(numbers) >= 50
     assert not [key for key, field in numbers.items() if not isinstance(field.metadata.get("range"), Rule)]
     for key, kind, field in schema_fields():

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from capo_exp.cli.words import as_overrides
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import conf_dir, register, to_config
@@ -26,7 +27,7 @@ COMMANDS = [line for line in LINES if re.search(r"-m capo_exp(\.doctor)?(\s|$)",
 def overrides_of(command: str) -> list[str]:
     """The key=value arguments of a command line; the first value of those that are swept."""
     words = shlex.split(command.partition("-m capo_exp")[2], comments=True)
-    pairs = [word for word in words if "=" in word]
+    pairs = as_overrides([word for word in words if "=" in word])
     parser = OverridesParser.create()
     return [
         f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else o.input_line

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from capo_exp.cli import doctor, doctor_checks
 from capo_exp.cli.doctor_checks import CheckFailed
 from capo_exp.config import memory
-from capo_exp.config.build import resolve_model_path
+from capo_exp.config.places import resolve_model_path
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import RolloutGroup
 from capo_exp.grading.compare import Grade

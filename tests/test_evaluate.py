@@ -400,7 +400,7 @@ MODEL = ["model=tiny", "benchmarks=arithmetic"]
          "max_completion_tokens = 2064: expected at most 2048, the positions of pkg://"),
         ([*MODEL, "rollout=sglang"], "rollout=sglang: unknown choice; "),
         ([*MODEL, "rollout.top_x=1"], "rollout.top_x: unknown key; nearest: rollout.top_p"),
-        (["model=/nowhere", "benchmarks=arithmetic"], "model=/nowhere: expected a directory with a model, a"),
+        (["model=/nowhere", "benchmarks=arithmetic"], "model.path=/nowhere: expected a directory with the c"),
         (["run=/nowhere"], "/nowhere: no such file or directory"),
         (["completions=/nowhere.parquet"], "completions=/nowhere.parquet: expected a parquet file"),
         (["completions=x", "samples=3"], "samples=3: expected only output and reward keys"),

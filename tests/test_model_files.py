@@ -44,7 +44,7 @@ def change(config: ModelConfig, how: Callable[[Tensors], Tensors]) -> None:
 
 def load(config: ModelConfig) -> None:
     """All that a run reads of a model."""
-    policy.check_architecture(config)
+    policy.check_logits(config)
     policy.check_length(config, 100)
     policy.load_tokenizer(config)
     policy.load_model(config, CPU)

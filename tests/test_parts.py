@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hin
 import pytest
 import torch
 
-from capo_exp.config.build import build_part, check_target, is_local_path, resolve_model_path
+from capo_exp.config.build import build_part, check_target
 from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.places import is_local_path, resolve_model_path
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
 from capo_exp.config.schema import conf_dir
 from capo_exp.config.signature import find_faults, read_settings

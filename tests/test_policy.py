@@ -126,13 +126,7 @@ def test_micro_batches_are_trimmed_and_put_back_at_their_rows(
 
 def test_a_model_that_is_not_there_is_one_clear_line(composed: Callable[..., TrainConfig]) -> None:
     config = replace(composed().model, path="./no_such_model")
-    for load in (policy.load_tokenizer, policy.check_architecture):
+    for load in (policy.load_tokenizer, policy.check_logits):
         with pytest.raises(ConfigError, match=r"model\.path=\./no_such_model: .*expected") as error:
             load(config)
         assert "\n" not in str(error.value)
-
-
-def test_a_wrong_vocabulary_size_is_refused(composed: Callable[..., TrainConfig]) -> None:
-    config = replace(composed().model, vocab_size=7)
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=7: expected \d+"):
-        policy.check_architecture(config)

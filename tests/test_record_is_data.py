@@ -19,9 +19,10 @@ from rich.console import Console
 
 from capo_exp.cli import evaluate, evaluate_config, figures, front, status
 from capo_exp.cli.compose import compose_config
-from capo_exp.config.build import allow_plugins, build_part, resolve_model_path
+from capo_exp.config.build import allow_plugins, build_part
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.places import resolve_model_path
 from capo_exp.config.record import as_data, read_config, to_yaml
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.evaluation import subject
@@ -92,9 +93,11 @@ def record(here: Path) -> Callable[[Values], Path]:
     folder = write_run(here / "outputs" / "default", "capo", steps=3)
     checkpoint = folder / "checkpoints" / "step_000003"
     checkpoint.mkdir(parents=True)
-    files = {name: hashlib.sha256(b"{}").hexdigest() for name in ("config.json", "trainer_state.pt")}
-    for name in files:
-        (checkpoint / name).write_bytes(b"{}")
+    shape = Path(resolve_model_path("pkg://capo_exp/assets/tiny"), "config.json").read_bytes()
+    contents = {"config.json": shape, "trainer_state.pt": b"{}"}
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for name, content in contents.items():
+        (checkpoint / name).write_bytes(content)
     manifest = {"run_id": json.loads((folder / "run.json").read_text())["run_id"], "step": 3, "files": files}
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
 

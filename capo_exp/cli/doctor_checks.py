@@ -107,11 +107,11 @@ def read_model(config: TrainConfig, device: "torch.device") -> Result:
 
     disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    policy.check_architecture(config.model)
+    policy.check_logits(config.model)
     tokenizer = policy.load_tokenizer(config.model)
     model = policy.load_model(config.model, device)
     ids = tokenizer("1", add_special_tokens=False, return_tensors="pt")["input_ids"].to(device)
-    with torch.no_grad(), policy.autocast(device, policy.choose_dtype(config.model.compute_dtype, device)):
+    with torch.no_grad(), policy.autocast(device, policy.choose_dtype(config.model, device)):
         finite = bool(model(input_ids=ids).logits.isfinite().all())
     if not finite:
         raise CheckFailed("logits are not finite", "other weights at model.path; model.compute_dtype=float32")

@@ -102,7 +102,8 @@ def _missing_choice(error: MissingConfigException) -> str:
     top = group if is_group(group) else group.split("/")[0]
     choice = f"{group}/{choice}".removeprefix(f"{top}/")
     known = {*find_choices(top), *(name for name in error.options or [] if "/_" not in f"/{name}")}
-    return f"{top}={choice}: unknown choice; {suggest(choice, sorted(known))}"
+    lacks = "no directory, no hub id org/name and an unknown choice" if top == "model" else "unknown choice"
+    return f"{top}={choice}: {lacks}; {suggest(choice, sorted(known))}"
 
 
 def _dotted(node: Any, prefix: str = "") -> Iterator[str]:

@@ -15,13 +15,13 @@ from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_con
 from capo_exp.cli.words import quoted
 from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.places import slug
 from capo_exp.config.record import find_unnamed, refuse_place
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
 from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
-from capo_exp.runs.identity import slug
 
 if TYPE_CHECKING:
     from capo_exp.evaluation.table import BenchmarkScore

@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 
 from capo_exp.cli.compose import compose_config, find_choices
 from capo_exp.cli.errors import in_one_line
+from capo_exp.cli.words import choose_model
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.ranges import NAME, apply
 from capo_exp.config.record import as_data, find_unnamed, read_values, refuse_place
-from capo_exp.config.schema import ARCHITECTURE, TrainConfig, conf_dir, to_config
+from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.evaluation.command import EvaluateCommand
-from capo_exp.runs.identity import slug
 
 PROMPT_KEYS: dict[str, Any] = {
     "prompt_style": "own", "system_prompt": None, "template": "", "apply_chat_template": False,
@@ -94,14 +94,13 @@ def benchmark_config(
         ConfigError: what `python -m capo_exp` would say.
     """
     chosen = {override.partition("=")[0] for override in overrides}
-    named = model in find_choices("model", config_dir)
-    first = [f"dataset={benchmark}"] + ([f"model={model}"] if named else [])
+    first = [f"dataset={benchmark}", "regime.learning_rate=0"]  # nothing is trained
+    first += choose_model(f"model={model}", config_dir) if model else []
     if run and "rollout" not in chosen and run["rollout"]["name"] in find_choices("rollout", config_dir):
         first.append(f"rollout={run['rollout']['name']}")
     with in_one_line():
         cfg = compose_config([*first, *overrides], config_dir=config_dir)
         values = _inherited(run, benchmark, chosen, cfg.rollout.engine, overrides) if run else {}
-        values |= _described(model, cfg.model.revision) if model and not named else {}
         for key, value in values.items():
             OmegaConf.update(cfg, key, as_data(value), merge=False, force_add=True)
         for override in OverridesParser.create().parse_overrides(list(overrides)):
@@ -109,6 +108,7 @@ def benchmark_config(
                 OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
     config = to_config(cfg)
     check(config)
+    _ = config.model.architecture  # refuses a model that cannot be read
     return config
 
 
@@ -143,26 +143,6 @@ def _inherited(
     unnamed = {key for key, _ in find_unnamed({key: run[key] for key in ("model", "rollout")}, overrides)}
     kept = {key: value for key, value in found.items() if key not in unnamed}
     return kept | {f"dataset.{key}": value for key, value in dataset.items()}
-
-
-def _described(path: str, revision: str | None) -> dict[str, Any]:
-    """Dotted keys of a model that has no YAML, from its own config.json."""
-    from transformers import AutoConfig
-
-    try:
-        facts = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        known = ", ".join(find_choices("model"))
-        wanted = f"expected a directory with a model, a hub id, or one of {known}"
-        raise ConfigError(f"model={path}: {wanted} ({reason})") from error
-    stated = {key: getattr(facts, key, None) for key in ARCHITECTURE}
-    return {
-        "model.name": slug(Path(path).name, 40),
-        "model.path": path,
-        "model.revision": revision,
-        **{f"model.{key}": value for key, value in stated.items() if value is not None},
-    }
 
 
 def run_config(directory: Path) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo_exp.cli.compose import refuse_sweep
 from capo_exp.cli.errors import in_one_line
-from capo_exp.cli.words import FLAGS, SWEEP_FLAGS, choose_by_slash, quoted, split_flags, write_value
+from capo_exp.cli.words import (
+    FLAGS,
+    SWEEP_FLAGS,
+    as_overrides,
+    choose_by_slash,
+    find_folders,
+    quoted,
+    split_flags,
+    write_value,
+)
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
@@ -78,7 +87,9 @@ def run_training() -> int:
         flags, words = split_flags(arguments, SWEEP_FLAGS)
         register()
         try:
-            _call_hydra(task, "config", TrainConfig, [*map(choose_by_slash, words), *flags])
+            _call_hydra(
+                task, "config", TrainConfig, [*as_overrides(words, *find_folders(flags)[-1:]), *flags]
+            )
         except OSError as failed:
             if failed.filename is None or "--multirun" not in flags:
                 raise
@@ -145,7 +156,7 @@ def compose_command(line: CommandLine, arguments: Sequence[str]) -> Any:
     flags, words = split_flags(arguments, FLAGS)
     register()
     if line.schema is TrainConfig:
-        overrides = [*map(choose_by_slash, words), *flags]
+        overrides = [*as_overrides(words, *find_folders(flags)[-1:]), *flags]
     else:
         _store(line)
         overrides = _as_hydra(flags, words, line)

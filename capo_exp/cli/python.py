@@ -11,7 +11,7 @@ from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.evaluate import LINE, evaluate_job, find_jobs
 from capo_exp.cli.evaluate_config import read_command
 from capo_exp.cli.front import compose_command, draw_run
-from capo_exp.cli.words import choose_by_slash
+from capo_exp.cli.words import as_overrides
 from capo_exp.config.errors import error
 from capo_exp.config.schema import to_config
 from capo_exp.runs.identity import run_dir
@@ -40,7 +40,7 @@ def train(*overrides: str, config_dir: str | None = None) -> LoggedRun:
     """
     guard(overrides, [config_dir] if config_dir else [])
     with in_one_line():
-        config = to_config(compose_run([*map(choose_by_slash, overrides)], config_dir=config_dir))
+        config = to_config(compose_run(as_overrides(overrides, config_dir), config_dir=config_dir))
     execute(config, draw_run)
     return load_run(run_dir(config))
 

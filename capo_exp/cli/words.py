@@ -1,11 +1,13 @@
 """The words of a command line: Hydra's flags, and key=value as Hydra's grammar wants it."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from capo_exp.cli.compose import entries, find_choices, guard, is_group
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.places import MADE_HERE, is_local_path
 
 SHORT = {
     "-h": "--help", "-c": "--cfg", "-r": "--resolve", "-cd": "--config-dir", "-p": "--package",
@@ -16,6 +18,48 @@ FLAGS = ("--help", "--cfg", "--resolve", "--config-dir", "--package", "--info", 
 SWEEP_FLAGS = (*FLAGS, "--multirun", "--run", "--shell-completion", "--version")
 VALUES = {"--cfg": "job, hydra or all", "--config-dir": "a folder", "--package": "a key"}
 """Flags that take a value -> what is expected."""
+
+
+def as_overrides(words: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Writes `key=value` of the training command as Hydra wants them.
+
+    Raises:
+        ConfigError: as choose_by_slash and choose_model.
+    """
+    return [choose_by_slash(each) for word in words for each in choose_model(word, config_dir)]
+
+
+def choose_model(argument: str, config_dir: str | None = None) -> list[str]:
+    """Writes `model=PLACE` as what it is short for, `model=auto model.path=PLACE`, and a sweep over places
+    alike. A place is a directory or a hub id org/name; what else is said of `model` stays as it is.
+
+    Raises:
+        ConfigError: a sweep over places and names of conf/model, which are no values of one key.
+    """
+    key, _, value = argument.partition("=")
+    if key != "model" or re.fullmatch(r"\w+\(.*\)", value):
+        return [argument]
+    known = find_choices("model", config_dir)
+    whole = value.strip("'\"")
+    given = [whole] if Path(whole).expanduser().is_dir() else entries(value)  # a directory may have commas
+    places = [each for each in given if each not in known and _is_place(each)]
+    if not places:
+        return [argument]
+    if len(places) < len(given):
+        wanted = "expected directories and hub ids alone, or names of conf/model alone, in one sweep"
+        raise ConfigError(f"{argument}: {wanted}")
+    return ["model=auto", f"model.path={','.join(map(quoted, map(_whole, places)))}"]
+
+
+def _is_place(text: str) -> bool:
+    return "/" in text or text[:1] in ("~", ".") or Path(text).is_dir()
+
+
+def _whole(place: str) -> str:
+    """Returns a path from the root, the same wherever the command is given and however it is written."""
+    if place.startswith(("pkg://", MADE_HERE)) or not (is_local_path(place) or place in (".", "..")):
+        return place
+    return os.path.abspath(os.path.expanduser(place))
 
 
 def choose_by_slash(argument: str) -> str:
@@ -66,8 +110,13 @@ def split_flags(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[st
         if flag == "--config-dir" and not Path(value).is_dir():
             raise ConfigError(f"{name} {value}: no such folder; expected one with YAML files as in conf/")
         found.append(f"{flag}={value}" if value else flag)
-    guard(others, [flag.removeprefix("--config-dir=") for flag in found if flag.startswith("--config-dir=")])
+    guard(others, find_folders(found))
     return found, others
+
+
+def find_folders(flags: Sequence[str]) -> list[str]:
+    """Returns the folders of --config-dir, of which Hydra takes the last."""
+    return [flag.removeprefix("--config-dir=") for flag in flags if flag.startswith("--config-dir=")]
 
 
 def write_value(kind: object, text: str) -> str:

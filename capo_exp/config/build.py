@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -31,9 +29,6 @@ PLUGINS = "CAPO_EXP_PLUGINS"
 """Environment variable: the packages that the command line allows. The processes of a run inherit it."""
 MARKS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 """Keys with which Hydra marks what it would build. A part has the first two."""
-MADE_HERE = "cache://"
-"""Begins the path of a model that is made on this machine when it is first used; see core/smollm2.py."""
-CACHE_DIR_VARIABLE = "CAPO_CACHE_DIR"
 
 
 def allow_plugins(names: Iterable[str]) -> None:
@@ -203,27 +198,3 @@ def needs_reference(algo: AlgoConfig) -> bool:
     numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
     in_reward = any(number is not None and part.get(number) != 0 for part, number in numbers)
     return algo.kl_coefficient > 0 or in_reward
-
-
-def is_local_path(path: str) -> bool:
-    """Returns whether a model path means this machine's disk and not a hub id."""
-    return path.startswith(("pkg://", MADE_HERE, "/", "./", "../", "~")) or Path(path).is_dir()
-
-
-def resolve_model_path(path: str) -> str:
-    """Returns the directory that pkg://PACKAGE/DIR means, or cache://NAME (in CAPO_CACHE_DIR, else in
-    ~/.cache/capo_exp), or any other path as it is.
-
-    Raises:
-        ConfigError: for a package that is not installed.
-    """
-    if path.startswith(MADE_HERE):
-        cache = Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/capo_exp").expanduser()
-        return str(cache / path.removeprefix(MADE_HERE))
-    if not path.startswith("pkg://"):
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    package, _, inside = path.removeprefix("pkg://").partition("/")
-    spec = find_spec(package) if package.isidentifier() else None  # which looks, and imports nothing
-    if spec is None or not spec.submodule_search_locations:
-        raise error("model.path", path, f"an installed package, got {package}")
-    return str(Path(spec.submodule_search_locations[0], inside))

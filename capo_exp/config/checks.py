@@ -4,17 +4,20 @@ What needs no part is checked first, without torch: such a mistake ends in under
 """
 
 import json
+import math
 import re
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from capo_exp.config import build
+from capo_exp.config.architecture import HubSilent, no_model, read_architecture
 from capo_exp.config.declare import declares
-from capo_exp.config.errors import error
+from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.places import MADE_HERE, is_local_path
 from capo_exp.config.ranges import OPEN_BETAS, apply
-from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
+from capo_exp.config.schema import ModelConfig, TrainConfig
 
 
 def check(config: TrainConfig) -> None:
@@ -33,6 +36,7 @@ def check(config: TrainConfig) -> None:
     _check_terms(config)
     _check_examples(config)
     _check_model(config)
+    _check_load_dtype(config)
     build.check_parts(config)
     _check_algorithm(config)
     if config.rollout.is_vllm:
@@ -81,7 +85,7 @@ def _check_batch(config: TrainConfig) -> None:
 
 
 def _check_vocabulary(config: TrainConfig) -> None:
-    vocabulary = config.model.vocab_size
+    vocabulary = config.model.vocab_size or math.inf
     for key, value in (("curvature.top_k", config.curvature.top_k), ("rollout.top_k", config.rollout.top_k)):
         if value > vocabulary:
             raise error(key, value, f"at most model.vocab_size={vocabulary}")
@@ -123,21 +127,18 @@ def _check_examples(config: TrainConfig) -> None:
 
 def _check_model(config: TrainConfig) -> None:
     model = config.model
-    if not build.is_local_path(model.path):
+    if not is_local_path(model.path):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
-            wanted = "a directory, pkg://capo_exp/..., or a hub id org/name"
+            lacks = "expected a directory, pkg://capo_exp/..., or a hub id org/name"
             if model.path.startswith("outputs/models/"):
-                wanted += f"; python scripts/pretrain.py warm_start={model.name} makes it"
-            raise error("model.path", model.path, wanted)
-    elif model.path.startswith(build.MADE_HERE):  # made when it is loaded
-        if model.path != f"{build.MADE_HERE}smollm2_135m":
-            raise error("model.path", model.path, f"{build.MADE_HERE}smollm2_135m, the only one made here")
-    elif not (Path(build.resolve_model_path(model.path)) / "config.json").is_file():
-        raise error("model.path", model.path, f"config.json in {build.resolve_model_path(model.path)}")
-    elif model.revision is not None:
+                lacks += f"; python scripts/pretrain.py warm_start={model.name} makes it"
+            raise ConfigError(no_model(model.path, lacks))
+    elif model.path.startswith(MADE_HERE) and model.path != f"{MADE_HERE}smollm2_135m":
+        raise error("model.path", model.path, f"{MADE_HERE}smollm2_135m, the only one made here")
+    with suppress(HubSilent):  # which the plan tells, and a run refuses
+        _check_architecture(model)
+    if model.revision is not None and is_local_path(model.path):
         raise error("model.revision", model.revision, "null for a local model.path")
-    else:
-        _check_architecture(model, Path(build.resolve_model_path(model.path)) / "config.json")
     if "/" in model.attn_implementation and find_spec("kernels") is None:
         wanted = "sdpa, or the package kernels to be installed, which loads a kernel from the hub"
         raise error("model.attn_implementation", model.attn_implementation, wanted)
@@ -152,17 +153,27 @@ def _check_model(config: TrainConfig) -> None:
         raise error("model.attn_implementation", model.attn_implementation, "sdpa on a CPU or in float32")
 
 
-def _check_architecture(model: ModelConfig, path: Path) -> None:
-    """Compares what the plan and the memory estimate count with what a model on disk says of itself."""
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        raise error("model.path", model.path, f"a readable config.json ({failure})") from None
-    known = stated if isinstance(stated, dict) else {}
-    wrong = [name for name in ARCHITECTURE if known.get(name, getattr(model, name)) != getattr(model, name)]
-    if wrong:
-        wanted = " ".join(f"model.{name}={json.dumps(known[name])}" for name in wrong).replace('"', "")
-        raise error("model.path", model.path, f"{wanted}, as its config.json says")
+def _check_architecture(model: ModelConfig) -> None:
+    """Compares what a record or the command line says of the shape with what the model says of itself."""
+    for name, stated in read_architecture(model.path, model.revision).items():
+        given = getattr(model, name)
+        if given is not None and given != stated:
+            raise error(
+                f"model.{name}", given, f"{json.dumps(stated)}, as the config.json of {model.path} says"
+            )
+
+
+def _check_load_dtype(config: TrainConfig) -> None:
+    """Refuses what would look at, or take, parts of a step that bfloat16 weights cannot show."""
+    if config.model.load_dtype == "float32":
+        return
+    beside, rule = "with model.load_dtype=bfloat16", str(config.algo.step_rule["_target_"])
+    if config.model.compute_dtype == "float32":
+        raise error("model.compute_dtype", "float32", f"auto or bfloat16 {beside}")
+    if not rule.endswith(".full_step"):
+        raise error("algo.step_rule._target_", rule, f"capo_exp.algorithms.neutral.full_step {beside}")
+    if config.curvature.diagnose_every:
+        raise error("curvature.diagnose_every", config.curvature.diagnose_every, f"0 {beside}")
 
 
 def _check_algorithm(config: TrainConfig) -> None:

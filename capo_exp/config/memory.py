@@ -1,7 +1,7 @@
 """How much memory a run takes, estimated from its configuration alone, and whether this machine has it.
 
-Counted are the tensors of decoders of the Qwen2 and Llama kind, with prompts and completions as long as
-allowed. The process holds more: its libraries, and freed blocks that an allocator keeps.
+Counted are the tensors of decoders of the Llama kind, with prompts and completions as long as allowed. The
+process holds more: its libraries, and freed blocks that an allocator keeps.
 """
 
 import os
@@ -9,12 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from capo_exp.config.architecture import Architecture
 from capo_exp.config.build import needs_reference
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import ModelConfig, TrainConfig
+from capo_exp.config.schema import TrainConfig
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and a bfloat16."""
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of model_type whose parameters are counted exactly; those of others as if they were of the first."""
 LOGITS_COPIES = 5
 """[tokens, V] float32 tensors alive at once where log-probs are differentiated or a token is drawn."""
 LOWER = {
@@ -52,52 +55,59 @@ class Memory:
 
 
 def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
-    """Estimates the parts; a GPU computes in bfloat16 where model.compute_dtype is auto."""
-    model, dataset = config.model, config.dataset
-    half = model.compute_dtype == "bfloat16" or (model.compute_dtype == "auto" and gpu)
-    number, width = HALF if half else FLOAT, model.hidden_size
+    """Estimates the parts; a GPU computes in bfloat16 where model.compute_dtype is auto.
+
+    Raises:
+        ConfigError: the model's config.json cannot be read.
+    """
+    model, dataset, shape = config.model, config.dataset, config.model.architecture
+    kept = HALF if model.load_dtype == "bfloat16" else FLOAT
+    half = model.compute_dtype == "bfloat16" or (model.compute_dtype == "auto" and (gpu or kept == HALF))
+    number, width = HALF if half else FLOAT, shape.hidden_size
     batch = config.regime.prompts_per_step * config.regime.group_size
     rows = min(model.micro_batch_size, batch)
     longest = dataset.max_prompt_tokens + dataset.max_completion_tokens
-    weights, head = FLOAT * count_parameters(model), FLOAT * model.vocab_size * width
+    parameters, entries = count_parameters(shape), shape.vocab_size * width
     chunk = min(rows * dataset.max_completion_tokens, model.logits_chunk_tokens)
     # Of each token a layer keeps both norms' inputs and normalised inputs in float32, and in compute_dtype
     # the norms' outputs, queries, keys, values, attention's output, four of the MLP and a row of the mask.
-    scores = {"sdpa": number, "eager": 2 * FLOAT * model.num_attention_heads}
-    layer = 4 * FLOAT * width + number * (6 * width + 4 * model.intermediate_size)
+    scores = {"sdpa": number, "eager": 2 * FLOAT * shape.num_attention_heads}
+    layer = 4 * FLOAT * width + number * (6 * width + 4 * shape.intermediate_size)
     layer += scores.get(model.attn_implementation, 0) * longest
-    layers = model.num_hidden_layers * layer
+    layers = shape.num_hidden_layers * layer
     if model.gradient_checkpointing:
-        layers = model.num_hidden_layers * FLOAT * width + layer
+        layers = shape.num_hidden_layers * FLOAT * width + layer
     # Keys are float32 after the rotation; one layer's keys and values are repeated for every head.
-    cached = (FLOAT + number) * (model.num_hidden_layers * kv_width(model) + width) * longest
-    drawing = LOGITS_COPIES * FLOAT * model.vocab_size
+    cached = (FLOAT + number) * (shape.num_hidden_layers * kv_width(shape) + width) * longest
+    drawing = LOGITS_COPIES * FLOAT * shape.vocab_size
     return Memory(
-        weights=weights,
-        gradients=weights,
-        adam=2 * weights,
-        reference=weights if needs_reference(config.algo) else 0,
-        moments=2 * head if config.curvature.optimizer_model == "adam" else 0,
+        weights=kept * parameters,
+        gradients=kept * parameters,
+        adam=(2 * FLOAT + FLOAT - kept) * parameters,  # bfloat16 weights have the rest of their bits there
+        reference=kept * parameters if needs_reference(config.algo) else 0,
+        moments=2 * FLOAT * entries if config.curvature.optimizer_model == "adam" else 0,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
-        activations=rows * longest * layers + (weights // 2 if half else 0),
-        logits=LOGITS_COPIES * FLOAT * chunk * model.vocab_size + head,
+        activations=rows * longest * layers + (HALF * parameters if half and kept == FLOAT else 0),
+        logits=LOGITS_COPIES * FLOAT * chunk * shape.vocab_size + kept * entries,
         kv_cache=0 if config.rollout.is_vllm else (cached + drawing) * sequences_at_once(config),
     )
 
 
-def count_parameters(model: ModelConfig) -> int:
-    """Counts the embedding, decoder layers, last norm, and the last layer unless it is the embedding."""
-    width, kv = model.hidden_size, kv_width(model)
-    biases = width + 2 * kv if model.model_type == "qwen2" else 0  # of queries, keys and values
-    layer = width * (2 * width + 2 * kv + 3 * model.intermediate_size) + 2 * width + biases
-    embeddings = model.vocab_size * width * (1 if model.tie_word_embeddings else 2)
-    return embeddings + model.num_hidden_layers * layer + width
+def count_parameters(shape: Architecture) -> int:
+    """Counts the embedding, decoder layers, last norm, and the last layer unless it is the embedding; exact
+    for the KINDS."""
+    width, kv, query = shape.hidden_size, kv_width(shape), shape.num_attention_heads * shape.head_size
+    more = {"qwen2": query + 2 * kv, "qwen3": 2 * shape.head_size}  # biases; norms of queries and keys
+    layer = width * (2 * query + 2 * kv + 3 * shape.intermediate_size) + 2 * width
+    layer += more.get(shape.model_type, 0)
+    embeddings = shape.vocab_size * width * (1 if shape.tie_word_embeddings else 2)
+    return embeddings + shape.num_hidden_layers * layer + width
 
 
-def kv_width(model: ModelConfig) -> int:
+def kv_width(shape: Architecture) -> int:
     """Returns how many numbers a token's keys have, and its values as many."""
-    return model.hidden_size // model.num_attention_heads * model.num_key_value_heads
+    return shape.head_size * shape.num_key_value_heads
 
 
 def sequences_at_once(config: TrainConfig) -> int:
@@ -117,7 +127,7 @@ def estimate_engine(config: TrainConfig, *, gpu: bool, total: int) -> int:
         return 0
     if gpu and engine["kv_cache_gib"] is None:
         return int(engine["gpu_memory_utilization"] * total)
-    return FLOAT * count_parameters(config.model) + int(2**30 * (engine["kv_cache_gib"] or 1))
+    return FLOAT * count_parameters(config.model.architecture) + int(2**30 * (engine["kv_cache_gib"] or 1))
 
 
 def learner_device(config: TrainConfig) -> str:

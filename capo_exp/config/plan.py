@@ -1,6 +1,8 @@
 """What a run will do and take, in a few lines."""
 
-from capo_exp.config.memory import count_parameters, estimate, human, learner_device
+from capo_exp.config.architecture import NEEDS
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.memory import KINDS, count_parameters, estimate, human, learner_device
 from capo_exp.config.schema import TrainConfig
 
 NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
@@ -40,18 +42,23 @@ def _count(number: int, unit: str, plural: str = "s") -> str:
 
 
 def _memory(config: TrainConfig) -> list[str]:
-    """Returns the learner's memory with its three largest parts, and vLLM's."""
+    """Returns the learner's memory with its three largest parts, and vLLM's; or why they are not known."""
+    try:
+        shape = config.model.architecture
+    except ConfigError:  # which says more, to a run
+        return [f"memory: config.json cannot be read; needs {NEEDS}"]
     device = learner_device(config)
     memory = estimate(config, gpu=device != "cpu")
     largest = sorted(vars(memory).items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{NAMES.get(name, name)} {human(size)}" for name, size in largest)
-    lines = [f"about {human(memory.total)} on {device}; the most: {parts}"]
+    kind = "" if shape.model_type in KINDS else f" ({shape.model_type} counted as {KINDS[0]})"
+    lines = [f"about {human(memory.total)} on {device}{kind}; the most: {parts}"]
     engine, url = config.rollout.engine, config.rollout.server_url
     if config.rollout.is_vllm and url in (None, "start"):
         cache = f"{engine['kv_cache_gib'] or 1:g} GiB"
         if engine["kv_cache_gib"] is None and device != "cpu":
             cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU in all"
-        weights = human(4 * count_parameters(config.model))
+        weights = human(4 * count_parameters(shape))
         lines.append(f"vLLM beside it: weights of at most {weights}, KV cache {cache}")
     elif config.rollout.is_vllm:
         lines.append(f"vLLM at {url}")

@@ -32,6 +32,11 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda v: v in choices, f"one of {', '.join(choices)}")
 
 
+def or_null(rule: Rule) -> Rule:
+    """Returns the rule that a value is null or keeps another."""
+    return Rule(lambda v: v is None or rule.holds(v), f"null, or {rule.expected}")
+
+
 def not_empty(meaning: str) -> Rule:
     """Returns the rule that a text is not empty."""
     return Rule(lambda v: v != "", meaning)

@@ -147,11 +147,11 @@ def read_config(text: str, arguments: Sequence[str] = ()) -> TrainConfig:
             OmegaConf.update(merged, key, yaml.safe_load(value), force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError) as failure:
         raise ConfigError(f"standard input: {str(failure).splitlines()[0]}; expected config.yaml") from None
+    for key, value in () if own else find_unnamed(values, arguments):  # before anything there is read
+        raise refuse_place(key, value)
     config = to_config(merged)
     if not own:
         config.overwrite = given.get("overwrite") == "true"
-        for key, value in find_unnamed(values, arguments):
-            raise refuse_place(key, value)
         if "logger.wandb_mode" not in given and config.logger.wandb_mode != "disabled":
             config.logger.wandb_mode = "offline"  # no key of the reader's is used unasked
     return config

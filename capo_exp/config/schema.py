@@ -5,8 +5,8 @@ checks.py; the numbers of a part have their ranges in the annotations of its fun
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -14,8 +14,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config import ranges
+from capo_exp.config.architecture import (
+    ARCHITECTURE,
+    Architecture,
+    HubSilent,
+    fill_architecture,
+    read_architecture,
+)
 from capo_exp.config.choices import list_choices, name_choices
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.places import conf_dir as conf_dir
+from capo_exp.config.places import slug
 
 Part = dict[str, Any]
 """`{_target_: capo_exp..., _partial_: true, <its numbers>}`; built by build.build_part."""
@@ -91,31 +100,39 @@ class ModelConfig:
     name: str = setting(ranges.NAME)
     path: str = MISSING  # local directory, hub id, or pkg://... for what ships with this package
     revision: str | None = MISSING  # hub commit; null for local paths
-    # From here the ARCHITECTURE, named as in the model's own config.json.
-    model_type: str = setting(ranges.not_empty("the model_type of its config.json, such as qwen2 or llama"))
-    vocab_size: int = setting(ranges.COUNT)
-    hidden_size: int = setting(ranges.COUNT)
-    intermediate_size: int = setting(ranges.COUNT)
-    num_hidden_layers: int = setting(ranges.COUNT)
-    num_attention_heads: int = setting(ranges.COUNT)
-    num_key_value_heads: int = setting(ranges.COUNT)
-    tie_word_embeddings: bool = MISSING
-    # auto = float32 on CPU, bfloat16 autocast on GPU (weights stay float32)
+    # What its own config.json says and no YAML repeats; null until to_config has read it.
+    model_type: str | None = setting(ranges.or_null(ranges.not_empty("such as qwen2 or llama")), default=None)
+    vocab_size: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    hidden_size: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    intermediate_size: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    num_hidden_layers: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    num_attention_heads: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    num_key_value_heads: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    tie_word_embeddings: bool | None = setting(default=None)
+    head_dim: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    # What the weights are kept in; the optimiser has float32 moments, and the other 16 bits of bfloat16 ones
+    load_dtype: str = setting(ranges.one_of("float32", "bfloat16"), default="float32")
+    # auto = float32 on CPU, bfloat16 autocast on GPU and wherever the weights are bfloat16
     compute_dtype: str = setting(ranges.one_of("auto", "float32", "bfloat16"))
     attn_implementation: str = setting(ranges.ATTENTION)
     gradient_checkpointing: bool = MISSING
     share_prompts: bool = setting(default=False)  # the learner computes a prompt once for its completions
-    reference_learning_rate: float = setting(ranges.POSITIVE)  # the conservative regime's rate for this model
+    # The conservative regime's rate for this model; null = not known: regime.learning_rate has to be given
+    reference_learning_rate: float | None = setting(ranges.or_null(ranges.POSITIVE))
     micro_batch_size: int = setting(ranges.COUNT)  # completions per forward and backward pass
     logits_chunk_tokens: int = setting(ranges.COUNT)  # tokens of the last layer computed at once
 
+    @property
+    def architecture(self) -> Architecture:
+        """Returns the shape of the model.
 
-ARCHITECTURE = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "tie_word_embeddings",
-)  # fmt: skip
-"""Keys of ModelConfig that are compared with the model's own config.json when it is loaded; the memory
-estimate, which reads no model, counts with them."""
+        Raises:
+            ConfigError: its config.json cannot be read.
+        """
+        shape: dict[str, Any] = {name: getattr(self, name) for name in ARCHITECTURE}
+        if None in [value for name, value in shape.items() if name != "head_dim"]:
+            shape = read_architecture(self.path, self.revision)
+        return Architecture(**shape)
 
 
 @dataclass
@@ -277,13 +294,6 @@ class TrainConfig:
     allow_overcommit: bool = setting(default=False, result=False)  # start although memory seems too small
 
 
-def conf_dir() -> Path:
-    """Returns the folder of the YAML files: in the installed package, or beside it in a clone."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
 def register() -> None:
     """Makes the schema and the resolvers known to Hydra; call once before composing."""
     ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -310,13 +320,14 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "mul": mul,
     "add": add,
     "div": div,
+    "last_name": lambda path: slug(str(path).rstrip("/").rpartition("/")[2], 40),
     "name_choices": lambda _root_: name_choices(_root_),
     "list_choices": lambda _root_: list_choices(_root_),
 }
 
 
 def to_config(cfg: DictConfig) -> TrainConfig:
-    """Returns composed YAML as typed values.
+    """Returns composed YAML as typed values, with what the model's own config.json says of its shape.
 
     Raises:
         ConfigError: for a key that the schema does not know (`+key=value` gets past Hydra), a missing value,
@@ -326,12 +337,27 @@ def to_config(cfg: DictConfig) -> TrainConfig:
         _check_keys(cfg)
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
+        if OmegaConf.is_missing(cfg.model, "path"):
+            raise ConfigError(
+                "model.path: no value; expected a directory or a hub id, as model=DIR"
+            ) from error
+        if error.full_key == "regime.learning_rate" and cfg.model.reference_learning_rate is None:
+            raise _no_rate(cfg.model) from error
         kind = expected_type(str(error.full_key))
         reason = str(error).splitlines()[0] + (f"; expected {kind}" if kind else "")
         raise ConfigError(f"{error.full_key}: {reason}") from error
     if not isinstance(config, TrainConfig):
         raise ConfigError("a file of yours hides this package's schema; expected no schema.yaml of your own")
+    fill_architecture(config.model)
     return config
+
+
+def _no_rate(model: Any) -> ConfigError:
+    """Returns what a model lacks whose regime has no rate to scale."""
+    with suppress(HubSilent):
+        read_architecture(model.path, model.revision)  # there may be no such model
+    known = f"no model.reference_learning_rate is known of {model.path} that a regime could scale"
+    return ConfigError(f"regime.learning_rate: no value; expected a number, since {known}")
 
 
 def _check_keys(node: DictConfig, prefix: str = "") -> None:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from capo_exp.config.build import MADE_HERE, resolve_model_path
 from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.places import MADE_HERE, resolve_model_path
 from capo_exp.config.schema import ModelConfig
 from capo_exp.core import smollm2
 

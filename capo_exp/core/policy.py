@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from capo_exp.config.build import MADE_HERE
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
+from capo_exp.config.places import MADE_HERE
+from capo_exp.config.schema import ModelConfig, TrainConfig
 from capo_exp.core import model_files, smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
@@ -52,32 +52,24 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if lacks or tokenizer.eos_token_id is None:
         lacks = lacks or "with an end-of-sequence token"
         raise ConfigError(f"model.path={config.path}: expected a tokenizer {lacks}")
-    if highest >= config.vocab_size:
+    vocabulary = config.architecture.vocab_size
+    if highest >= vocabulary:
         raise ConfigError(
             f"model.path={config.path}: its tokenizer has the token {highest}; expected one of at most "
-            f"{config.vocab_size} tokens, the rows of the embedding (model.vocab_size)"
+            f"{vocabulary} tokens, the rows of the embedding"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def check_architecture(config: ModelConfig) -> None:
+def check_logits(config: ModelConfig) -> None:
     """Reads the model's own config, not its weights.
 
     Raises:
-        ConfigError: if it cannot be found, has another architecture than the configuration says, or its
-            logits are not W h.
+        ConfigError: if it cannot be found, or its logits are not W h.
     """
-    facts = model_files.read_facts(config)
-    wrong = [
-        f"model.{name}={getattr(config, name)}: expected {stated}"
-        for name in ARCHITECTURE
-        if (stated := getattr(facts, name, None)) not in (None, getattr(config, name))
-    ]
-    if wrong:
-        raise ConfigError(f"{'; '.join(wrong)}, as {config.path} says")
-    model_files.check_logits(config, facts)
+    model_files.check_logits(config, model_files.read_facts(config))
 
 
 def check_length(config: ModelConfig, tokens: int) -> None:
@@ -95,7 +87,8 @@ def check_length(config: ModelConfig, tokens: int) -> None:
 
 
 def load_model(config: ModelConfig, device: torch.device, weights: Path | None = None) -> PreTrainedModel:
-    """Loads the model with float32 weights, in evaluation mode (no dropout: rollout and learner must agree).
+    """Loads the model with weights of model.load_dtype, in evaluation mode (no dropout: rollout and learner
+    must agree).
 
     Args:
         config: which model, and how to run it.
@@ -113,11 +106,13 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
-            dtype=torch.float32,
+            dtype=getattr(torch, config.load_dtype),
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
-            generation_config=model_files.make_generation_config(source, revision, config.vocab_size),
+            generation_config=model_files.make_generation_config(
+                source, revision, config.architecture.vocab_size
+            ),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -280,8 +275,9 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def choose_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """Returns what forward passes compute in."""
-    if compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, compute_dtype)
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    half = device.type == "cuda" or config.load_dtype == "bfloat16"
+    return torch.bfloat16 if half else torch.float32

@@ -194,7 +194,7 @@ def _kl(old: Float[Tensor, "n V"], new: Float[Tensor, "n V"]) -> Float[Tensor, "
 
 def _log_probs(weight: Float[Tensor, "V H"], hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
     """Returns float32 log-probs, outside of any autocast."""
-    return linear(hidden, weight).log_softmax(1)
+    return linear(hidden, weight.float()).log_softmax(1)
 
 
 def _block(weight: Float[Tensor, "V H"]) -> int:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capo_exp.config.build import resolve_model_path
+from capo_exp.config.places import resolve_model_path
 from capo_exp.config.schema import TrainConfig
 from capo_exp.grading import compare
 from capo_exp.runs.identity import list_engine_conditions
@@ -92,6 +92,7 @@ def make_card(
             "device": device,
             "dtype": dtype,
             "attn_implementation": config.model.attn_implementation,
+            **({} if config.model.load_dtype == "float32" else {"load_dtype": config.model.load_dtype}),
             "packages": _versions(ENGINE_PACKAGES),
         },
     }  # fmt: skip

@@ -68,8 +68,8 @@ class Subject:
         self._config = config
         self._log_folder = log_folder
         self.device = policy.choose_device(config.device)
-        self.dtype = policy.choose_dtype(config.model.compute_dtype, self.device)
-        policy.check_architecture(config.model)
+        self.dtype = policy.choose_dtype(config.model, self.device)
+        policy.check_logits(config.model)
         longest = config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens
         policy.check_length(config.model, longest)
         self.tokenizer = policy.load_tokenizer(config.model)

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from capo_exp.config.build import resolve_model_path
+from capo_exp.config.places import resolve_model_path
 from capo_exp.config.ranges import ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, POSITIVE, Rule, one_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ a neutral default therefore leaves every id as it is.
 
 import hashlib
 import json
-import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, get_type_hints
 import omegaconf
 
 from capo_exp.config.build import locate
+from capo_exp.config.places import slug
 from capo_exp.config.schema import TrainConfig
 
 
@@ -85,8 +85,3 @@ def run_name(config: TrainConfig) -> str:
 def run_dir(config: TrainConfig) -> Path:
     """Returns output_dir / experiment_name / run_name; it is always two folders below output_dir."""
     return Path(config.output_dir) / slug(config.experiment_name) / run_name(config)
-
-
-def slug(name: str, longest: int = 60) -> str:
-    """Returns a name as that of one folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:longest] or "unnamed"

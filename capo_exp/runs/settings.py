@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from capo_exp.config.architecture import ARCHITECTURE
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import ARCHITECTURE
 from capo_exp.runs.identity import read_schema
 from capo_exp.runs.read import LoggedRun
 

@@ -43,6 +43,7 @@ def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), draw, fresh=False)
         return
+    _ = config.model.architecture  # refuses a model that cannot be read
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
     from capo_exp.training.loop import run  # torch, so only now

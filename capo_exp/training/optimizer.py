@@ -12,6 +12,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import AdamState
 from capo_exp.curvature import model as curvature
+from capo_exp.training.adamw_bfloat16 import AdamWBfloat16
 
 
 def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamState | None:
@@ -19,9 +20,10 @@ def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamSta
     if config.curvature.optimizer_model != "adam":
         return None
     beta1, beta2 = config.curvature.betas
+    head = policy.last_layer(model)
     return curvature.init_adam_state(
-        config.model.vocab_size,
-        policy.last_layer(model).in_features,
+        head.out_features,
+        head.in_features,
         (beta1, beta2),
         config.curvature.eps,
         device=model.device,
@@ -29,10 +31,11 @@ def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamSta
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Makes AdamW over all parameters."""
+    """Makes AdamW over all parameters; its moments are float32 whatever the weights are."""
     numbers = config.optimizer
     beta1, beta2 = numbers.betas
-    return torch.optim.AdamW(
+    adamw = AdamWBfloat16 if config.model.load_dtype == "bfloat16" else torch.optim.AdamW
+    return adamw(
         model.parameters(),
         lr=config.regime.learning_rate,
         betas=(beta1, beta2),
@@ -61,7 +64,7 @@ def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor, tokens: in
     """
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     moments: dict[str, Any] = optimizer.state.get(weight, {})
-    zero = weight.new_zeros(1, weight.shape[1])
+    zero = weight.new_zeros(1, weight.shape[1], dtype=torch.float32)
     ids = torch.arange(len(weight), device=weight.device)
     return AdamState(
         slot_of_id=ids if moments else torch.zeros_like(ids),

@@ -111,7 +111,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     """
     algorithm = build_algorithm(config.algo)
     device = policy.choose_device(config.device)
-    policy.check_architecture(config.model)
+    policy.check_logits(config.model)
     policy.check_length(config.model, config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens)
     tokenizer = policy.load_tokenizer(config.model)
     verifier = build_part(config.reward.verifier, key="reward.verifier")()
@@ -121,7 +121,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         verifier.close()
         raise
     problems = fingerprint([*data.train, *data.held_out])
-    dtype = policy.choose_dtype(config.model.compute_dtype, device)
+    dtype = policy.choose_dtype(config.model, device)
     return Inputs(tokenizer, data, verifier, problems, algorithm, device, dtype)
 
 
