@@ -130,3 +130,19 @@ def test_a_model_that_is_not_there_is_one_clear_line(composed: Callable[..., Tra
         with pytest.raises(ConfigError, match=r"model\.path=\./no_such_model: .*expected") as error:
             load(config)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "amx", "expected"),
+    [
+        ("smollm2_135m", True, torch.bfloat16),
+        ("smollm2_135m", False, torch.float32),
+        ("tiny", True, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_a_cpu_gains_by_it(
+    composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch,
+    model: str, amx: bool, expected: torch.dtype,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    assert policy.choose_dtype(composed(f"model={model}").model, torch.device("cpu")) == expected

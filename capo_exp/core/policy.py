@@ -279,5 +279,12 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """Returns what forward passes compute in."""
     if config.compute_dtype != "auto":
         return getattr(torch, config.compute_dtype)
-    half = device.type == "cuda" or config.load_dtype == "bfloat16"
+    half = device.type == "cuda" or config.load_dtype == "bfloat16" or _gains_on_cpu(config)
     return torch.bfloat16 if half else torch.float32
+
+
+def _gains_on_cpu(config: ModelConfig) -> bool:
+    """Returns whether this CPU multiplies bfloat16 in hardware (AMX), and the model is wide enough to gain by
+    it; the shipped ones are not, so their numbers are the same on every CPU."""
+    able = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return able and (config.hidden_size or 0) >= 512
