@@ -19,9 +19,10 @@ from rich.console import Console
 
 from capo_exp.cli import evaluate, evaluate_config, figures, front, status
 from capo_exp.cli.compose import compose_config
-from capo_exp.config.build import allow_plugins, build_part, resolve_model_path
+from capo_exp.config.build import build_part, resolve_model_path
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.plugins import allow_plugins
 from capo_exp.config.record import as_data, read_config, to_yaml
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.evaluation import subject

@@ -13,6 +13,7 @@ from typing import Any
 from capo_exp.config import build
 from capo_exp.config.declare import declares
 from capo_exp.config.errors import error
+from capo_exp.config.plugins import allowed_plugins, find_package
 from capo_exp.config.ranges import OPEN_BETAS, apply
 from capo_exp.config.schema import ARCHITECTURE, ModelConfig, TrainConfig
 
@@ -65,7 +66,8 @@ def check_ranges(node: Any, prefix: str = "") -> None:
 
 
 def _check_plugins(config: TrainConfig) -> None:
-    unasked = [name for name in config.plugins if name not in build.allowed_plugins()]
+    allowed = allowed_plugins()
+    unasked = [name for name in config.plugins if find_package(name) not in allowed]
     if unasked:
         wanted = f"plugins=[{','.join(unasked)}] on the command line of this process: a file allows nothing"
         raise error("plugins", f"[{','.join(unasked)}]", wanted)
