@@ -2,7 +2,8 @@
 selection.
 
 From Python: `train`, `evaluate` and `load_runs`, and what a user's own parts need: the types that they take
-and return, and the decorators with which they declare something. Importing the package imports neither torch nor Hydra.
+and return, and the decorators with which they declare something. Importing the package imports
+neither torch nor Hydra.
 """
 
 from importlib import import_module
