@@ -156,7 +156,9 @@ class Reader:
 
     calls: list[int] = field(default_factory=list)
 
-    def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
+    def score(
+        self, completions: list[list[str]], golds: list[tuple[str, ...]], problems: object = None
+    ) -> RewardResult:
         assert len(completions) == len(golds)
         self.calls.append(len(golds))
         metrics = {"reward/timeouts": 1.0, "reward/no_answer_fraction": 0.25}

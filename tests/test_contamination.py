@@ -311,4 +311,4 @@ def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     assert record["data_counts"]["evaluation"]["used"] == 2
     assert any(line.startswith("training data: 9 rows, 1 unusable") for line in printed)
     assert any(line.startswith("evaluation data: 5 rows") for line in printed)
-    assert "first prompt: 1+2?\\n" in printed
+    assert "prompt 1: 1+2?\\n => 3" in printed and not any(line.startswith("prompt 4") for line in printed)

@@ -6,18 +6,22 @@ import re
 import shlex
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from capo_exp.cli.compose import compose_config, guard
 from capo_exp.cli.words import as_overrides
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import conf_dir, register, to_config
+from capo_exp.config.plugins import PLUGINS
+from capo_exp.config.schema import to_config
 from scripts.metrics_page import page
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXTENDING = ROOT / "docs" / "EXTENDING.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS += sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 TEXTS = {path: path.read_text() for path in DOCUMENTS}
 BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
 LINES = [line for block in BLOCKS for line in block.splitlines()]
@@ -36,16 +40,27 @@ def overrides_of(command: str) -> list[str]:
     ]
 
 
-def test_every_command_of_the_documents_composes() -> None:
+def test_every_command_of_the_documents_composes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(COMMANDS) > 15
+    monkeypatch.setenv(PLUGINS, "")
+    monkeypatch.chdir(ROOT)
+    for folder in re.findall(r"PYTHONPATH=(\S+) ", "".join(LINES)):
+        monkeypatch.syspath_prepend(ROOT / folder)
     commands = {tuple(overrides_of(command)): command for command in COMMANDS}
-    register()
     for overrides, command in commands.items():
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            try:
-                check(to_config(compose("config", list(overrides))))
-            except (ConfigError, HydraException) as error:
-                raise AssertionError(f"{command}: {error}") from error
+        folders = re.findall(r"--config-dir (\S+)", command)
+        try:
+            guard(overrides, folders)
+            check(to_config(compose_config(overrides, config_dir=next(iter(folders), None))))
+        except (ConfigError, HydraException) as error:
+            raise AssertionError(f"{command}: {error}") from error
+
+
+def test_the_code_of_the_page_on_extending_is_that_of_the_examples() -> None:
+    blocks = re.findall(r"```(?:python|yaml)\n((?:def|name:) .*?)```", TEXTS[EXTENDING], re.DOTALL)
+    files = [path for path in (ROOT / "examples").rglob("*.*") if path.suffix in (".py", ".yaml")]
+    known = {line for path in files for line in path.read_text().splitlines()}
+    assert len(blocks) == 3 and {line for block in blocks for line in block.splitlines()} <= known
 
 
 def test_the_page_of_metrics_is_the_printed_one() -> None:

@@ -28,7 +28,9 @@ WIDE = ["policy_shift_max=3e-3", "objective_shift_min=-0.1", "objective_shift_ma
 class EvenFirst:
     """Reward 1 if the first token is even; the small model's completions are numbers in place of text."""
 
-    def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
+    def score(
+        self, completions: list[list[str]], golds: list[tuple[str, ...]], problems: object = None
+    ) -> RewardResult:
         return graded([[float(int(text.split()[0]) % 2 == 0) for text in row] for row in completions], {})
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:

@@ -1,5 +1,6 @@
-"""A method outside the package: one .py and one .yaml, and every check, error and name works on it."""
+"""A method outside the package, and every other part: each check, error and name works on them."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,20 +9,27 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from capo_exp.cli import front
-from capo_exp.config.build import needs_reference
+from capo_exp.config.build import build_part, needs_reference
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.data.prepare import read_split
 from capo_exp.runs.identity import run_id, run_name
 from capo_exp.training.loop import run
 
 Bold = Callable[..., TrainConfig]
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 FUNCTIONS = """
 from typing import Annotated
 
-from capo_exp.config.declare import compares_group, needs_kl
-from capo_exp.config.ranges import POSITIVE, SHARE
+import torch
+
+from capo_exp import Grade, Problem, RewardResult, Selection, StepDecision
+from capo_exp import compares_group, needs_kl, whole_step
+from capo_exp.config.ranges import AT_LEAST_1, POSITIVE, SHARE
+from capo_exp.rollout.hf import HFRollout
 
 
 @compares_group
@@ -35,28 +43,105 @@ def _hidden(rewards, *, margin): ...
 @needs_kl(unless_zero="beta")
 def charge(rewards, lengths, kl, *, beta: Annotated[float, SHARE]):
     return rewards - beta * kl
+
+
+def all_groups(rewards):
+    return torch.ones(len(rewards), dtype=torch.bool)
+
+
+def spread(advantages, mask, kl):
+    return advantages[:, None] * mask
+
+
+def all_completions(batch):
+    return torch.ones_like(batch.truncated)
+
+
+@whole_step
+def every_second(scored):
+    keep = scored.batch.completion_mask.clone()
+    keep[:, 1::2] = False
+    return Selection(keep, {"odd": scored.batch.completion_mask & ~keep})
+
+
+def half_kl(log_probs, reference):
+    return (log_probs - reference) ** 2 / 2
+
+
+def mean(values, keep_mask, batch, totals):
+    return (values * keep_mask).sum() / totals.completion_tokens
+
+
+def half_step(trial):
+    return StepDecision(0.5)
+
+
+def unweighted(log_ratio, mask):
+    return mask.float()
+
+
+def engine(model, tokenizer, compute_dtype, *, max_sequences_per_call: Annotated[int, AT_LEAST_1]):
+    return HFRollout(model, tokenizer, compute_dtype, max_sequences_per_call=max_sequences_per_call)
+
+
+def source(split, *, path):
+    return [Problem(f"{split}/{n}", f"What is {n} + 1?", str(n + 1)) for n in range(4)]
+
+
+class Judge:
+    def score(self, completions, golds, problems=None):
+        rewards = [[float(len(text)) for text in group] for group in completions]
+        return RewardResult(rewards, {}, [[Grade(True, "", "correct")] * len(row) for row in rewards])
+
+
+def tidy(text):
+    return 1.0
+
+
+def brief(tokens):
+    return 0.5
 """
 METHOD = """
 name: bold
 label: Bold, mine
 colour: "#112233"
-shaping:
-  _target_: bold_methods.functions.charge
-  _partial_: true
-  beta: 0.0
-advantage:
-  _target_: bold_methods.functions.best_of_group
-  _partial_: true
-  margin: 2.0
-token_loss:
-  _target_: capo_exp.algorithms.grpo.clipped_surrogate
-  _partial_: true
-  clip_eps_low: 0.2
-  clip_eps_high: 0.2
-aggregation:
-  _target_: capo_exp.algorithms.aggregation.token_mean
-  _partial_: true
+group_filter: {_target_: bold_methods.functions.all_groups, _partial_: true}
+shaping: {_target_: bold_methods.functions.charge, _partial_: true, beta: 0.0}
+advantage: {_target_: bold_methods.functions.best_of_group, _partial_: true, margin: 2.0}
+credit: {_target_: bold_methods.functions.spread, _partial_: true}
+completion_filter: {_target_: bold_methods.functions.all_completions, _partial_: true}
+selection: {_target_: bold_methods.functions.every_second, _partial_: true}
+token_loss: {_target_: my_method.clipped_weight, _partial_: true, clip_eps_low: 0.2, clip_eps_high: 0.2}
+kl_estimator: {_target_: bold_methods.functions.half_kl, _partial_: true}
+aggregation: {_target_: bold_methods.functions.mean, _partial_: true}
+step_rule: {_target_: bold_methods.functions.half_step, _partial_: true}
 """
+OTHERS = {
+    "rollout": """
+defaults: [hf]
+name: mine
+engine: {_target_: bold_methods.functions.engine}
+correction: {_target_: bold_methods.functions.unweighted, _partial_: true}
+""",
+    "dataset": """
+defaults: [/prompt@_here_: plain, _self_]
+name: mine
+path: null
+source: {_target_: bold_methods.functions.source, _partial_: true}
+train_split: train
+eval_split: test
+max_prompt_tokens: 64
+max_completion_tokens: 8
+""",
+    "reward": """
+name: mine
+verifier: {_target_: bold_methods.functions.Judge, _partial_: true}
+format: {_target_: bold_methods.functions.tidy, _partial_: true}
+format_weight: 0.5
+length: {_target_: bold_methods.functions.brief, _partial_: true}
+""",
+}
+TERMS = {"format": "tidy", "length": "brief"}
 SHORT = (
     "num_steps=1", "regime.prompts_per_step=2", "regime.group_size=2", "dataset.max_completion_tokens=4",
     "evaluation.num_problems=1", "logger=files", "device=cpu",
@@ -70,10 +155,12 @@ def bold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bold:
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "functions.py").write_text(FUNCTIONS)
-    (tmp_path / "conf" / "algo").mkdir(parents=True)
-    (tmp_path / "conf" / "algo" / "bold.yaml").write_text(METHOD)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("CAPO_EXP_PLUGINS", "bold_methods")
+    for group, text in {"algo": METHOD, **OTHERS}.items():
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        (tmp_path / "conf" / group / ("bold.yaml" if group == "algo" else "mine.yaml")).write_text(text)
+    for folder in (tmp_path, EXAMPLES / "own_method", EXAMPLES / "own_reward"):
+        monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("CAPO_EXP_PLUGINS", "bold_methods,my_method,my_reward")
     for name in [name for name in sys.modules if name.startswith("bold_methods")]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -146,13 +233,13 @@ def test_its_package_has_to_be_allowed_on_this_command_line(
     bold: Bold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = f"--config-dir={tmp_path / 'conf'}"
-    assert plan_of(own, "plugins=[bold_methods]") == 0
+    assert plan_of(own, "plugins=[bold_methods,my_method]") == 0
     assert capsys.readouterr().out.startswith("bold on arithmetic with tiny")
-    for allowed in ([], ["plugins=[]"], ["plugins=[bold_method]"], ["plugins=[bold_methods.other]"]):
+    for allowed in ([], ["plugins=[]"], ["plugins=[my_method]"], ["plugins=[bold_methods.other]"]):
         assert plan_of(own, *allowed) == 2  # what an earlier command allowed does not count
         line = capsys.readouterr().err
         assert line.startswith(
-            "algo.shaping._target_=bold_methods.functions.charge: expected a function of capo_exp"
+            "algo.group_filter._target_=bold_methods.functions.all_groups: expected a function of capo_exp"
         )
         assert (
             line.endswith("which plugins=[bold_methods] on the command line allows\n")
@@ -166,9 +253,57 @@ def test_what_its_package_imports_or_hides_is_no_part(bold: Bold, name: str) -> 
         check(bold(f"algo.advantage._target_=bold_methods.functions.{name}"))
 
 
+def test_an_entry_point_stands_for_its_package(
+    bold: Bold, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an installed package, by the name that its own pyproject.toml gives."""
+    said = {"one": "bold-ones = bold_methods.functions", "two": "bad = json\nboth = a", "three": "both = b"}
+    for name, points in said.items():
+        info = tmp_path / f"{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(f"[capo_exp.plugins]\n{points}\n")
+    own = f"--config-dir={tmp_path / 'conf'}"
+    assert plan_of(own, "plugins=[bold-ones,my_method]") == 0
+    assert capsys.readouterr().out.startswith("bold on arithmetic with tiny")
+    for name, wanted in (
+        ("bad", "names of packages of your own"),
+        ("both", "this entry point means a and b"),
+    ):
+        assert plan_of(own, f"plugins=[{name}]") == 2
+        assert wanted in capsys.readouterr().err
+
+
+def test_data_engine_and_verifier_may_be_its_own_too(bold: Bold) -> None:
+    check(config := bold("rollout=mine", "dataset=mine", "reward=mine"))
+    assert [each.answer for each in read_split(config.dataset, "test")] == ["1", "2", "3", "4"]
+    judge = build_part(config.reward.verifier, key="reward.verifier")()
+    assert judge.score([["12", "1"]], [("2",)]).rewards == [[2.0, 1.0]]
+    with pytest.raises(
+        ConfigError, match=r"selection\._target_=.*half_kl: expected a part that is called like"
+    ):
+        check(bold("algo.selection._target_=bold_methods.functions.half_kl"))
+
+
 @pytest.mark.slow
-def test_it_trains(bold: Bold, tmp_path: Path) -> None:
-    config = bold(*SHORT, f"output_dir={tmp_path}", "algo.shaping.beta=0.1")
+def test_it_trains_on_the_examples_data_and_reward(bold: Bold, tmp_path: Path) -> None:
+    """Every part of the method, the engine and the terms of the reward are the user's."""
+    source = f"dataset.path={EXAMPLES / 'own_reward' / 'sums.jsonl'}"
+    columns = ("dataset.source.columns.problem=question", "dataset.source.columns.answer=result")
+    terms = [f"reward.{term}._target_=bold_methods.functions.{name}" for term, name in TERMS.items()]
+    reward = (
+        "reward=function",
+        "reward.verifier.function=my_reward.near",
+        "reward.format_weight=0.5",
+        *terms,
+    )
+    config = bold("rollout=mine", "dataset=file", source, *columns, *reward, *SHORT, f"output_dir={tmp_path}",
+                  "algo.shaping.beta=0.1", "algo.kl_coefficient=0.1")  # fmt: skip
     check(config)
     directory = run(config)
-    assert run_id(config) in directory.name and (directory / "metrics.jsonl").read_text().count("\n") == 1
+    (row,) = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    assert run_id(config) in directory.name and run_id(config) != run_id(bold())
+    assert (row["reward/format"], row["reward/length"]) == (1.0, 0.5)
+    assert row["selection/rejection_rate_odd"] > 0.2 and row["optim/step_scale"] == 0.5
+    assert row["reward/exceptions"] + row["reward/crashes"] + row["reward/not_a_number"] == 0
+    assert row["reward/mean"] > 0.5  # the term of the form, and near misses

@@ -153,7 +153,7 @@ def test_a_target_whose_dependency_is_absent(monkeypatch: pytest.MonkeyPatch) ->
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
 
     monkeypatch.setattr("capo_exp.config.build.importlib.import_module", absent)
-    assert refusal(PART).endswith("select: expected the package vllm to be installed")
+    assert refusal(PART).endswith("the package vllm to be installed, or its folder in PYTHONPATH")
     with pytest.raises(ConfigError, match=r"expected a function of capo_exp, as in"):
         check_target({"_target_": "os.system"}, key="x")  # imports nothing, so it does not get so far
 

@@ -221,7 +221,7 @@ def test_a_problem_of_10_mb_is_dropped_without_being_tokenised(tokenizer, monkey
 def test_control_characters_are_text_and_escaped_where_they_are_shown(tokenizer):
     question = "1\x00+\x1b[31m1\u202e?\r\n"
     assert question in render(tokenizer, replace(CONFIG, template="{problem}"), question).text
-    assert preview(question) == r"1\x00+\x1b[31m1\u202e?\r\n"
+    assert shown(question, question) == r"1\x00+\x1b[31m1\u202e?\r\n => 2"
 
 
 def test_questions_with_special_tokens_are_counted(tokenizer):
@@ -231,18 +231,24 @@ def test_questions_with_special_tokens_are_counted(tokenizer):
     assert prompt.token_ids.count(tokenizer.eos_token_id) == 1  # the reason for the count
 
 
-def test_a_long_prompt_is_shown_in_one_line_with_its_ends():
-    shown = preview("start\n" + "x" * 5000 + "\nend")
-    assert shown.startswith(r"start\nxxx") and shown.endswith(r"xxx\nend")
-    assert "[... 4,620 characters ...]" in shown and "\n" not in shown and len(shown) < 440
-    assert preview("x" * 390) == "x" * 390
+def shown(text: str, question: str, answer: str = "2", width: int = 60) -> str:
+    return preview(Prompt(Problem("", question, answer), text, ()), width)
+
+
+def test_a_prompt_is_shown_in_one_line_around_its_question():
+    chat = "<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert shown(chat.format("1+1?"), "1+1?") == r"...tart|>user\n1+1?<|im_end|>\n... => 2"
+    asked = "What is " + "1+" * 500 + "1?"
+    line = shown(chat.format(asked), asked, "7" * 99)
+    assert len(line) <= 60 and "user\\nWha ... +1?<|im" in line and line.endswith("77777")
+    assert shown("1+1?\n", "1+1?") == r"1+1?\n => 2"
 
 
 def test_a_console_of_few_characters_shows_any_prompt():
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), highlight=False)
-    Progress(total_steps=1, console=console).message(preview("Janet\u2019s"))
-    assert raw.getvalue() == b"Janet\\u2019s\n"
+    Progress(total_steps=1, console=console).message(shown("Janet\u2019s", "Janet\u2019s"))
+    assert raw.getvalue() == b"Janet\\u2019s => 2\n"
 
 
 def test_a_tokenizer_without_pad_or_end_token(composed, tmp_path):

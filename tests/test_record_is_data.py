@@ -19,10 +19,11 @@ from rich.console import Console
 
 from capo_exp.cli import evaluate, evaluate_config, figures, front, status
 from capo_exp.cli.compose import compose_config
-from capo_exp.config.build import allow_plugins, build_part
+from capo_exp.config.build import build_part
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
+from capo_exp.config.plugins import allow_plugins
 from capo_exp.config.record import as_data, read_config, to_yaml
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.evaluation import subject
@@ -57,8 +58,15 @@ capo_exp.algorithms.neutral.keep_all( ${oc.env:EVIL}
 """
 TARGETS: list[Any] = [*LISTED.split()]
 TARGETS += ["", "os.system\n", " os.system", 42, None, ["os", "system"]]
+FUNCTION_REWARD = {
+    "_target_": "capo_exp.grading.function.FunctionVerifier", "_partial_": True, "correct_from": 1.0,
+    "failure_reward": 0.0, "in_process": True, "timeout_seconds": 5.0, "workers": 1, "memory_limit_gib": 4.0,
+}  # fmt: skip
 DEPTHS: dict[str, Callable[[Values, Values], object]] = {
     "a part": lambda values, node: values["reward"].update(verifier=node),
+    "a reward function": lambda values, node: values["reward"].update(
+        verifier=FUNCTION_REWARD | {"function": node["_target_"]}
+    ),
     "in a part": lambda values, node: values["dataset"]["source"]["families"].update(evil=node),
     "in a list of what is no part": lambda values, node: values["dataset"].update(
         examples=[{"problem": "1", "solution": [{"deep": [node]}]}]
@@ -161,7 +169,7 @@ def test_no_target_of_a_record_is_run_again(
         put(hostile := deepcopy(values), evil(target))
         assert run_job(json.dumps(hostile), "own=true") == 2, target
         line = capsys.readouterr().err
-        assert "_target_" in line and line.count("\n") == 1, line
+        assert ("_target_" in line or "reward.verifier.function=" in line) and line.count("\n") == 1, line
     assert not list(here.iterdir())
 
 
@@ -186,7 +194,7 @@ def test_no_target_of_a_record_is_evaluated_or_drawn(
         record(hostile)
         assert front.exit_status(lambda: evaluate.show_scores(command)) == 2, target
         line = capsys.readouterr().err
-        assert "_target_" in line and line.count("\n") == 1, line
+        assert ("_target_" in line or "reward.verifier.function=" in line) and line.count("\n") == 1, line
     assert status.main([str(here / "outputs")]) == 0  # of the last one
     assert figures.main([f"runs={folder}", "figure=stability", f"output={here / 'figures'}"]) in (0, 2)
     assert sorted(path.name for path in here.iterdir() if path.name != "figures") == ["outputs"]
@@ -197,7 +205,7 @@ def test_no_target_of_a_users_own_yaml_runs(put: Callable[[Values, Values], obje
     OmegaConf.set_struct(base := compose_config(()), False)
     for target in TARGETS:
         put(hostile := {"reward": {}, "dataset": {"source": {"families": {}}}}, evil(target))
-        with pytest.raises(ConfigError, match="_target_"):
+        with pytest.raises(ConfigError, match=r"_target_|reward\.verifier\.function="):
             check(to_config(OmegaConf.merge(base, hostile)))  # pyright: ignore[reportArgumentType]
     assert not Path("PWNED").exists()
 
@@ -259,12 +267,13 @@ def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pyt
     (here / "evil_methods.py").write_text("open('PWNED', 'w')\ndef run(): ...\n")
     monkeypatch.syspath_prepend(here)
     hostile = values | {"plugins": ["evil_methods"]}
-    DEPTHS["in a part"](hostile, {"_target_": "evil_methods.run"})
-    for arguments in ([], ["own=true"]):
-        config = read_config(json.dumps(hostile), arguments)
-        assert config.plugins == []
-        with pytest.raises(ConfigError, match=r"plugins=\[evil_methods\] on the command line allows"):
-            check(config)
+    for depth in ("in a part", "a reward function"):
+        DEPTHS[depth](hostile, {"_target_": "evil_methods.run"})
+        for arguments in ([], ["own=true"]):
+            config = read_config(json.dumps(hostile), arguments)
+            assert config.plugins == []
+            with pytest.raises(ConfigError, match=r"plugins=\[evil_methods\] on the command line allows"):
+                check(config)
     assert not Path("PWNED").exists() and "evil_methods" not in sys.modules
     assert read_config(json.dumps(hostile), ["plugins=[evil_methods]"]).plugins == ["evil_methods"]
     allow_plugins([])
@@ -296,6 +305,7 @@ def test_an_interpolation_in_a_record_is_text(
         ("rollout.server_url", "http://evil:8000"),
         ("rollout.engine.server_url", "http://evil:8000"),
         ("dataset.source.hub_id", "evil/data"),
+        ("dataset.source.eval_path", "/etc/passwd"),
         ("output_dir", "/tmp/evil"),
     ],
 )

@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.config.build import allow_plugins, check_target, find_parts
+from capo_exp.config.build import check_target, find_parts
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.plugins import allow_plugins
 from capo_exp.config.schema import conf_dir, expected_type, register
 
 HYDRAS = r"hydra\._internal\.core_plugins\.[\w.]+|hydra_plugins\.[\w.]+|optuna\.samplers\.\w+"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 
 from capo_exp.config import memory
-from capo_exp.config.build import build_part
+from capo_exp.config.build import REWARD, build_part
 from capo_exp.config.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -195,12 +195,17 @@ def compare_log_probs(
 
 def grade_answers(config: TrainConfig, inputs: "Inputs") -> Result:
     """The verifier on a right and a wrong answer."""
-    answer = inputs.data.train[0].problem.answer
+    asked = inputs.data.train[0].problem
+    answer = asked.answer
     texts = [f"\\boxed{{{text}}}" for text in (answer, WRONG_ANSWER)]
     with build_part(config.reward.verifier, key="reward.verifier")() as verifier:
-        rewards = verifier.score([texts], [(answer,)]).rewards[0]
+        result = verifier.score([texts], [(answer,)], [asked.problem])
+    rewards = result.rewards[0]
     seen = " and ".join(f"{text} earns {reward:g}" for text, reward in zip(texts, rewards, strict=True))
-    if rewards != [1, 0]:
+    if REWARD in config.reward.verifier:  # which may think of both what it likes
+        if failed := {name: count for name, count in result.metrics.items() if count}:
+            raise CheckFailed(f"{seen}; {failed}", "the warning above says what your reward function raised")
+    elif rewards != [1, 0]:
         raise CheckFailed(f"{seen}; expected 1 and 0")
     return Result(seen)
 

@@ -6,10 +6,10 @@ Nothing else is imported, called or built, wherever in the configuration it stan
 """
 
 import importlib
-import os
+import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType
@@ -17,38 +17,19 @@ from typing import Any
 
 from capo_exp.config.declare import declares
 from capo_exp.config.errors import ConfigError, error, suggest
+from capo_exp.config.plugins import find_plugin
 from capo_exp.config.schema import AlgoConfig, TrainConfig
 from capo_exp.config.signature import check_settings, is_like
 
 PART_MODULES = re.compile(
-    r"capo_exp\.(algorithms\.(?!protocols)[a-z]\w*|data\.(arithmetic|keywords|math_problems|multiple_choice|questions)"
-    r"|grading\.(terms|verifier)|rollout\.(demonstrations|hf|vllm_settings))"
+    r"capo_exp\.(algorithms\.(?!protocols)[a-z]\w*|data\.(arithmetic|keywords|math_problems|multiple_choice|own_rows|questions)"
+    r"|grading\.(function|terms|verifier)|rollout\.(demonstrations|hf|vllm_settings))"
 )
 """Where the parts of this package stand. What a module there imports is no part, nor is a private name."""
-PLUGINS = "CAPO_EXP_PLUGINS"
-"""Environment variable: the packages that the command line allows. The processes of a run inherit it."""
 MARKS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 """Keys with which Hydra marks what it would build. A part has the first two."""
-
-
-def allow_plugins(names: Iterable[str]) -> None:
-    """Lets `_target_` name functions of these packages, and of no others, in this process and its children.
-
-    Only a command line calls it: what a file or a record says allows nothing.
-
-    Raises:
-        ConfigError: for what is no package of a user's own.
-    """
-    allowed, ours = list(names), {"capo_exp", *sys.stdlib_module_names}
-    for name in allowed:
-        if not all(each.isidentifier() for each in name.split(".")) or name.partition(".")[0] in ours:
-            raise error("plugins", f"[{name}]", "names of packages of your own, as in plugins=[mypackage]")
-    os.environ[PLUGINS] = ",".join(allowed)
-
-
-def allowed_plugins() -> list[str]:
-    """Returns the packages that the command line allows."""
-    return [name for name in os.environ.get(PLUGINS, "").split(",") if name]
+REWARD = "function"
+"""Key of a part of ours that names a reward function of a user's package; it is allowed as _target_ is."""
 
 
 def build_part(part: Mapping[str, Any], *, key: str) -> Any:
@@ -113,6 +94,8 @@ def check_part(part: Mapping[str, Any], *, key: str) -> None:
         ConfigError: for a target outside the allowed packages or absent, and as check_settings.
     """
     check_settings(locate(part, key), part, key)
+    if names_reward(part):
+        locate_reward(part[REWARD], f"{key}.{REWARD}")
 
 
 def check_target(part: Mapping[str, Any], *, key: str) -> None:
@@ -121,25 +104,32 @@ def check_target(part: Mapping[str, Any], *, key: str) -> None:
     Raises:
         ConfigError: it does; or it has a key by which Hydra would build something else.
     """
-    target = part.get("_target_", "")
     for mark in MARKS & set(part):
         if mark not in ("_target_", "_partial_") or (mark == "_partial_" and type(part[mark]) is not bool):
             raise error(
                 f"{key}.{mark}", part[mark], "only _target_, _partial_ (true or false) and its numbers"
             )
+    _check_name(part.get("_target_", ""), f"{key}._target_")
+    if names_reward(part):
+        _check_name(part[REWARD], f"{key}.{REWARD}")
+
+
+def names_reward(part: Mapping[str, Any]) -> bool:
+    """Returns whether a part of ours names a reward function by its key REWARD."""
+    return REWARD in part and str(part["_target_"]).startswith("capo_exp.")
+
+
+def _check_name(target: Any, key: str) -> None:
     module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
-    own = PART_MODULES.fullmatch(module) is not None
-    if not re.fullmatch(r"[^\W_]\w*", name) or not (own or _find_plugin(module)):
-        wanted = "a function of capo_exp, as in capo_exp.algorithms.neutral.keep_all"
-        root = module.partition(".")[0]
-        if re.fullmatch(r"\w+", root) and root not in {"capo_exp", *sys.stdlib_module_names}:
-            wanted += f", or of your own package, which plugins=[{root}] on the command line allows"
-        raise error(f"{key}._target_", target, wanted)
-
-
-def _find_plugin(module: str) -> str | None:
-    """Returns the allowed package in which a module stands."""
-    return next((name for name in allowed_plugins() if f"{module}.".startswith(f"{name}.")), None)
+    is_part = PART_MODULES.fullmatch(module) is not None and not key.endswith(f".{REWARD}")
+    if not re.fullmatch(r"[^\W_]\w*", name) or not (is_part or find_plugin(module)):
+        ours, root = {"", "capo_exp", *sys.stdlib_module_names}, module.partition(".")[0]
+        yours = root if re.fullmatch(r"\w+", root) and root not in ours else ""
+        parts = "a function of capo_exp, as in capo_exp.algorithms.neutral.keep_all"
+        own = f"of your own package, which plugins=[{yours or 'mypackage'}] on the command line allows"
+        if key.endswith(f".{REWARD}"):
+            raise error(key, target, f"a function {own}")
+        raise error(key, target, f"{parts}, or {own}" if yours else parts)
 
 
 def find_parts(node: Any, key: str = "", *, part: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -171,19 +161,38 @@ def locate(part: Mapping[str, Any], key: str) -> Callable[..., Any]:
         ConfigError: if it is none of an allowed module, or is not there.
     """
     check_target(part, key=key)
-    target = str(part["_target_"])
+    return _import(part["_target_"], f"{key}._target_")
+
+
+def locate_reward(target: str, key: str) -> Callable[..., Any]:
+    """Imports the reward function that reward.verifier.function names.
+
+    Raises:
+        ConfigError: as locate; or it cannot be called with three arguments.
+    """
+    _check_name(target, key)
+    function = _import(target, key)
+    try:
+        inspect.signature(function).bind("", "", "")
+    except TypeError as failure:
+        raise error(key, target, f"a function (completion, answer, problem) -> reward ({failure})") from None
+    return function
+
+
+def _import(target: str, key: str) -> Callable[..., Any]:
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as failure:
         absent = str(failure.name)
         if absent.partition(".")[0] == module_name.partition(".")[0] and "." in absent:
-            raise ConfigError(f"{key}._target_={target}: there is no module {absent}") from failure
-        raise error(f"{key}._target_", target, f"the package {absent} to be installed") from failure
-    package = _find_plugin(module_name) or module_name
+            raise ConfigError(f"{key}={target}: there is no module {absent}") from failure
+        wanted = f"the package {absent} to be installed, or its folder in PYTHONPATH"
+        raise error(key, target, wanted) from failure
+    package = find_plugin(module_name) or module_name
     own = {n: v for n, v in vars(module).items() if n[0] != "_" and _stands_in(package, v)}
     if name not in own:
-        raise ConfigError(f"{key}._target_={target}: unknown function; {suggest(name, own)}")
+        raise ConfigError(f"{key}={target}: unknown function; {suggest(name, own)}")
     return own[name]
 
 

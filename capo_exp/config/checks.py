@@ -16,6 +16,7 @@ from capo_exp.config.architecture import HubSilent, no_model, read_architecture
 from capo_exp.config.declare import declares
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.places import MADE_HERE, is_local_path
+from capo_exp.config.plugins import allowed_plugins, find_package
 from capo_exp.config.ranges import OPEN_BETAS, apply
 from capo_exp.config.schema import ModelConfig, TrainConfig
 
@@ -69,7 +70,8 @@ def check_ranges(node: Any, prefix: str = "") -> None:
 
 
 def _check_plugins(config: TrainConfig) -> None:
-    unasked = [name for name in config.plugins if name not in build.allowed_plugins()]
+    allowed = allowed_plugins()
+    unasked = [name for name in config.plugins if find_package(name) not in allowed]
     if unasked:
         wanted = f"plugins=[{','.join(unasked)}] on the command line of this process: a file allows nothing"
         raise error("plugins", f"[{','.join(unasked)}]", wanted)

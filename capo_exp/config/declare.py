@@ -22,6 +22,13 @@ def whole_step(function: Function) -> Function:
     return function
 
 
+def takes_lists(function: Function) -> Function:
+    """Marks a reward function that takes all completions of a step at once: (completions, answers, problems),
+    lists of equal length -> a list of rewards."""
+    function.takes_lists = True  # type: ignore[attr-defined]
+    return function
+
+
 def needs_kl(*, unless_zero: str) -> Callable[[Function], Function]:
     """Marks a shaping or a credit that uses the KL to the reference unless its number `unless_zero` is 0."""
 

@@ -15,14 +15,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo_exp.config.build import allow_plugins, allowed_plugins
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.plugins import allow_plugins, allowed_plugins
 from capo_exp.config.ranges import ATTENTIONS
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 
 PLACES = (
-    "path", "model_path", "hub_id", "server_url", "weight_transfer_address", "output_dir", "revision",
-    "hub_revision", "attn_implementation",
+    "path", "eval_path", "model_path", "hub_id", "server_url", "weight_transfer_address", "output_dir",
+    "revision", "hub_revision", "attn_implementation",
 )  # fmt: skip
 """Last names of the keys that say where something is read, written or sent, or which version of it: a
 revision of a hub's repository, or a kernel there, may be anybody's."""

@@ -121,7 +121,7 @@ def to_problems(
         for index, row in enumerate(table.rows)
         if not row.get("broken")
     ]
-    kept = [problem for problem in found if _is_usable(problem)]
+    kept = [problem for problem in found if _is_usable(problem, "answer" in columns)]
     if not kept:
         raise ConfigError(
             f"got no usable row of {len(table.rows)} in {table.where}, expected questions with answers; "
@@ -135,26 +135,26 @@ def to_problems(
         )
     unusable = len(table.rows) - len(kept)
     logging.getLogger(__name__).info("%s: %d problems, %d unusable rows", table.where, len(kept), unusable)
-    return Problems(kept, table)
+    return Problems(kept, rows=len(table.rows), where=table.where, note=table.note)
 
 
 def _to_problem(
     row: Mapping[str, Any], columns: Mapping[str, str], answer_of: Callable[[str], str], name: str
 ) -> Problem:
     texts = {field: as_text(row[column]) for field, column in columns.items() if field != "answers_alt"}
-    texts["answer"] = answer_of(texts["answer"]).strip()
+    texts["answer"] = answer_of(texts.get("answer", "")).strip()
     texts["id"] = texts.get("id") or name
     others = _texts(row[columns["answers_alt"]]) if "answers_alt" in columns else []
     fresh = dict.fromkeys(text.strip() for text in others)
     return Problem(**texts, answers_alt=tuple(text for text in fresh if text not in ("", texts["answer"])))
 
 
-def _is_usable(problem: Problem) -> bool:
+def _is_usable(problem: Problem, has_answer: bool) -> bool:
     try:
         "".join((problem.id, problem.problem, *problem.golds, problem.demonstration)).encode()
     except UnicodeEncodeError:  # no tokenizer takes half of a surrogate pair
         return False
-    return bool(problem.problem.strip() and problem.answer)
+    return bool(problem.problem.strip() and (problem.answer or not has_answer))
 
 
 def as_text(value: object) -> str:

@@ -16,8 +16,8 @@ PLACEHOLDER = "{problem}"
 MAX_CHARACTERS_PER_TOKEN = 256
 """More than the longest token of any vocabulary has, so that a text of 10 MB is known to be too long without
 being tokenised, which takes gigabytes."""
-PREVIEW = (260, 130)
-"""Characters of a prompt's start and end that a person is shown."""
+AROUND = 12
+"""Characters before and after a question that a person is shown of its prompt."""
 
 Message = dict[str, str]
 
@@ -61,12 +61,28 @@ def count_with_special_tokens(problems: Sequence[Problem], tokenizer: PreTrained
     return sum(any(token in problem.problem for token in tokens) for problem in problems)
 
 
-def preview(text: str) -> str:
-    """Returns a prompt in one line for a terminal: what is not printable is escaped, the middle left out."""
-    start, end = PREVIEW
-    if len(text) > start + end:
-        text = f"{text[:start]} [... {len(text) - start - end:,} characters ...] {text[-end:]}"
+def preview(prompt: Prompt, width: int) -> str:
+    """Returns a prompt with the answer that it is graded by in one line of a terminal, such as
+    `...user\\nWhat is 1+1?<|im_end|>... => 2`: escaped where not printable, and without the middle of what is
+    long."""
+    question = prompt.problem.problem
+    before, found, after = prompt.text.partition(question)
+    start, end = _escape(before), _escape(after)
+    start = start if len(start) <= AROUND else f"...{start[-AROUND:]}"
+    end = end if len(end) <= AROUND else f"{end[:AROUND]}..."
+    answer = _shorten(_escape(prompt.problem.answer), width // 4)
+    left = width - len(start) - len(end) - len(answer) - len(" => ")
+    return f"{start}{_shorten(_escape(found), max(left, AROUND))}{end} => {answer}"
+
+
+def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shorten(text: str, width: int) -> str:
+    """Leaves out the middle of what is longer."""
+    half = (width - len(" ... ")) // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
 
 
 def _encode(

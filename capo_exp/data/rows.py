@@ -35,12 +35,12 @@ class Table:
 class Problems(list[Problem]):
     """The usable problems of a split, in order, with what else its source says."""
 
-    def __init__(self, found: list[Problem], table: Table) -> None:
+    def __init__(self, found: list[Problem], *, rows: int, where: str, note: str = "") -> None:
         super().__init__(found)
-        self.rows = len(table.rows)
+        self.rows = rows
         """Rows of the source, unusable ones too."""
-        self.note = table.note
-        self.where = table.where
+        self.where = where
+        self.note = note
 
 
 def check_made(split: str, path: str | None) -> None:

@@ -144,5 +144,5 @@ def _rows(groups: Sequence[RolloutGroup], start: int) -> list[Row]:
 
 def _graded(rows: Sequence[Row], verifier: Verifier) -> list[Row]:
     texts, golds = [[row["completion"]] for row in rows], [tuple(row["gold"]) for row in rows]
-    grades = verifier.score(texts, golds).grades
+    grades = verifier.score(texts, golds, [row["problem"] for row in rows]).grades
     return [{**row, **asdict(grade)} for row, (grade,) in zip(rows, grades, strict=True)]

@@ -27,7 +27,10 @@ NOT_ENGINE = ("_partial_", "model_path", "revision", "dtype", "max_model_len", "
 NAMES = ("model.", "dataset.path", "dataset.source", "dataset.hub_", "prompt.style", "version.")
 """Entries without a say in the digest: problems are known by their contents, and the folder above is named
 after the weights."""
-GRADER_KEYS = ("style", "timeout_seconds", "memory_limit_gib", "unparsable_gold")
+GRADER_KEYS = (
+    "style", "timeout_seconds", "memory_limit_gib", "unparsable_gold", "function", "correct_from",
+    "failure_reward",
+)  # fmt: skip
 GRADER_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 
 

@@ -55,7 +55,8 @@ def evaluate(
     )
     groups = draw_completions(engine, prompts, sampling, seed=seed, weight_version=weight_version)
     texts = [[completion.text for completion in group.completions] for group in groups]
-    graded = verifier.score(texts, [prompt.problem.golds for prompt in prompts]).grades
+    asked = [prompt.problem for prompt in prompts]
+    graded = verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked]).grades
     completions = [completion for group in groups for completion in group.completions]
     grades = [grade for row in graded for grade in row]
     return {

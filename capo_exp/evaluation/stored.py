@@ -117,7 +117,8 @@ def _grade(table: Sequence[Row], verifier: Verifier) -> list[Row]:
     completion, gold, key = (next(name for name in names if name in table[0]) for names in COLUMNS.values())
     texts = ["" if row[completion] is None else str(row[completion]) for row in table]
     golds = [_golds(row[gold]) for row in table]
-    verdicts = verifier.score([[text] for text in texts], golds).grades
+    problems = [str(row.get("problem", "")) for row in table]
+    verdicts = verifier.score([[text] for text in texts], golds, problems).grades
     pairs = zip(table, golds, strict=True)
     keys = [(row.get("model"), row.get("task"), row[key], accepted) for row, accepted in pairs]
     numbers = {identity: number for number, identity in enumerate(dict.fromkeys(keys))}

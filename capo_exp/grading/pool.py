@@ -33,6 +33,8 @@ class Failed:
 
     reason: str
     """error | timeout | crash."""
+    detail: str = ""
+    """The exception of an error, in one line."""
 
 
 @dataclass
@@ -181,7 +183,7 @@ def _serve(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warm_up()
     except Exception as error:  # whatever a library makes of too little memory
-        pipe.send(f"{type(error).__name__} {error}".partition("\n")[0].strip()[:200])
+        pipe.send(name_error(error))
         return
     pipe.send(None)
     while True:
@@ -193,11 +195,16 @@ def _serve(
             pipe.send(_limited(function, item, cpu_seconds))
 
 
+def name_error(error: Exception) -> str:
+    """Returns an exception in one line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0].strip(": ")[:200]
+
+
 def _limited(function: Callable[..., Any], item: Item, cpu_seconds: float) -> Any:
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     try:
         return function(*item)
-    except Exception:  # MemoryError above all
-        return Failed("error")
+    except Exception as error:  # MemoryError above all
+        return Failed("error", name_error(error))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -4,7 +4,7 @@ killed, and this file imports nothing slow, so that a worker starts in a second.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Protocol, Self
@@ -39,7 +39,7 @@ class RewardResult:
     """Rewards of one rollout step."""
 
     rewards: list[list[float]]
-    """[P][G], 0 or 1."""
+    """[P][G], 0 or 1, or what a user's function returns."""
     metrics: dict[str, float]
     """Counts completions by what went wrong, and has the fraction without an answer."""
     grades: list[list[Grade]]
@@ -49,8 +49,16 @@ class RewardResult:
 class Verifier(Protocol):
     """What training and evaluation ask of a verifier."""
 
-    def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
-        """Scores P lists of G completions by P gold answers, each in every way to write it."""
+    def score(
+        self,
+        completions: list[list[str]],
+        golds: list[tuple[str, ...]],
+        problems: Sequence[str] | None = None,
+    ) -> RewardResult:
+        """Scores P lists of G completions by P gold answers, each in every way to write it.
+
+        `problems` are the P questions, where they are known; only a user's function looks at them.
+        """
         ...
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
@@ -68,8 +76,14 @@ class ExactVerifier:
     def __init__(self, match: Callable[[str, str], Grade] = exact_match) -> None:
         self._match = match
 
-    def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
+    def score(
+        self,
+        completions: list[list[str]],
+        golds: list[tuple[str, ...]],
+        problems: Sequence[str] | None = None,
+    ) -> RewardResult:
         """Scores as Verifier.score."""
+        del problems
         grades = {
             (text, accepted): choose_best(self._match(text, gold) for gold in accepted)
             for text, accepted in _unique_pairs(completions, golds)
@@ -131,12 +145,18 @@ class MathVerifier:
         )
         self._known: dict[bytes, Grade] = {}
 
-    def score(self, completions: list[list[str]], golds: list[tuple[str, ...]]) -> RewardResult:
+    def score(
+        self,
+        completions: list[list[str]],
+        golds: list[tuple[str, ...]],
+        problems: Sequence[str] | None = None,
+    ) -> RewardResult:
         """Scores as Verifier.score; equal pairs are graded once.
 
         Raises:
             GradingFailed: the workers cannot be started.
         """
+        del problems
         keys = {pair: _digest(pair) for pair in _unique_pairs(completions, golds)}
         grades = {pair: self._known[key] for pair, key in keys.items() if key in self._known}
         pending = [pair for pair in keys if pair not in grades]

@@ -43,6 +43,8 @@ METRICS: dict[str, str] = {
     "reward/gold_unparsable": "Gold answers the verifier could not read.",
     "reward/timeouts": "Verifications killed at the time limit; they count as wrong.",
     "reward/crashes": "Verifier workers that died; their completions count as wrong.",
+    "reward/exceptions": "Completions for which your reward function raised an exception (reward=function).",
+    "reward/not_a_number": "Completions for which your reward function returned NaN, or no number.",
     "eval/accuracy": "Share of right completions on the evaluation problems, mean over samples.",
     "eval/truncated_fraction": "Share of evaluation completions cut at the length limit.",
     "eval/no_answer_fraction": "Share of evaluation completions without a readable answer.",

@@ -32,8 +32,9 @@ NEUTRAL: Settings = {
 """What runs did that are older than a key, beside the defaults of the schema."""
 INCOMPARABLE = (
     "model.name", "model.path", "model.revision", "dataset", "reward.name", "reward.verifier._target_",
-    "reward.verifier.style", "rollout.temperature", "rollout.top_k", "rollout.top_p",
-    "evaluation.num_problems", "evaluation.samples", "evaluation.temperature", "evaluation.top_p", "data",
+    "reward.verifier.style", "reward.verifier.function", "reward.verifier.correct_from",
+    "rollout.temperature", "rollout.top_k", "rollout.top_p", "evaluation.num_problems",
+    "evaluation.samples", "evaluation.temperature", "evaluation.top_p", "data",
 )  # fmt: skip
 """Keys, and groups of keys, that say which question the accuracies of a run answer."""
 MAX_SHOWN = 4

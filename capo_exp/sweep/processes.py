@@ -10,8 +10,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.build import allowed_plugins
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.plugins import allowed_plugins
 from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir

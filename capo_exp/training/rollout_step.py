@@ -222,7 +222,8 @@ def _generate(
 
 def _grade(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
     texts = [[completion.text for completion in group.completions] for group in groups]
-    return verifier.score(texts, [group.prompt.problem.golds for group in groups])
+    asked = [group.prompt.problem for group in groups]
+    return verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked])
 
 
 def total_reward(rewards: Tensor, measured: Mapping[str, Sequence[float]], terms: RewardTerms) -> Tensor:

@@ -1,8 +1,10 @@
 """A run in progress: what it reads before its directory exists, what it holds, and how it is opened."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +14,7 @@ from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
+from capo_exp.core.types import Prompt
 from capo_exp.data.prepare import Data, prepare
 from capo_exp.data.prompts import fingerprint, preview
 from capo_exp.grading.terms import build_terms
@@ -155,7 +158,7 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     logger = stack.enter_context(RunLogger(directory, resume_step=step, wandb_mode=config.logger.wandb_mode))
     record.add({"wandb": logger.wandb_location})
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
-    for line in (*inputs.data.lines(), f"first prompt: {preview(inputs.data.train[0].text)}"):
+    for line in (*inputs.data.lines(), *_show_first(inputs.data.train)):
         progress.message(line)
     engine.start(directory, inputs.data.train)
     if latest is not None:
@@ -189,6 +192,12 @@ def choose_train_engine(config: TrainConfig, inputs: Inputs, engine: RolloutEngi
     if config.rollout.train_engine is None:
         return engine
     return build_part(config.rollout.train_engine, key="rollout.train_engine")(inputs.tokenizer)
+
+
+def _show_first(prompts: Sequence[Prompt]) -> list[str]:
+    """Returns what became of the first three rows, a line of the terminal each."""
+    width = get_terminal_size().columns - len("prompt 1: ")
+    return [f"prompt {number}: {preview(each, width)}" for number, each in enumerate(prompts[:3], 1)]
 
 
 def _describe_data(inputs: Inputs) -> dict[str, object]:

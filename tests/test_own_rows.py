@@ -1,0 +1,196 @@
+"""A user's own questions: every kind of file, its division into two parts, and each mistake in one line."""
+
+import csv
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capo_exp.config.checks import check
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.types import Problem
+from capo_exp.data.contamination import normalise
+from capo_exp.data.files import READERS
+from capo_exp.data.own_rows import divide
+from capo_exp.data.prepare import read_split
+from capo_exp.data.rows import Problems
+
+Rows = Sequence[dict[str, Any]]
+Composed = Callable[..., TrainConfig]
+ROWS = [{"q": f"What is {n}+{n}?", "a": f"0{2 * n}"} for n in range(20)]
+COLUMNS = ("dataset=file", "dataset.source.columns.problem=q", "dataset.source.columns.answer=a")
+datasets.disable_progress_bars()
+
+
+def write_csv(file: Path, rows: Rows, delimiter: str = ",") -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_arrow(file: Path, rows: Rows, make: Callable[..., Any] = pa.ipc.new_stream) -> None:
+    table = pa.Table.from_pylist(list(rows))
+    with make(str(file), table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_lines(file: Path, rows: Rows) -> None:
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+
+
+WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
+    "rows.jsonl": write_lines,
+    "lines.json": write_lines,
+    "list.json": lambda file, rows: file.write_text(json.dumps(rows)),
+    "rows.csv": write_csv,
+    "rows.tsv": lambda file, rows: write_csv(file, rows, "\t"),
+    "rows.parquet": lambda file, rows: pq.write_table(pa.Table.from_pylist(list(rows)), file),
+    "stream.arrow": write_arrow,
+    "file.arrow": lambda file, rows: write_arrow(file, rows, pa.ipc.new_file),
+    "folder": lambda folder, rows: datasets.Dataset.from_list(list(rows)).save_to_disk(folder),
+}
+
+
+def read(config: TrainConfig) -> tuple[list[Problem], list[Problem]]:
+    """Both splits."""
+    dataset = config.dataset
+    assert dataset.train_split is not None
+    return read_split(dataset, dataset.train_split), read_split(dataset, dataset.eval_split)
+
+
+def asks(problems: Sequence[Problem]) -> set[tuple[str, str]]:
+    return {(each.problem, each.answer) for each in problems}
+
+
+def test_every_kind_of_file_holds_the_same_problems(composed: Composed, tmp_path: Path) -> None:
+    assert {Path(name).suffix for name in WRITERS} == {"", *READERS}
+    for name, write in WRITERS.items():
+        write(tmp_path / name, ROWS)
+        train, held_out = read(config := composed(*COLUMNS, f"dataset.path={tmp_path / name}"))
+        check(config)
+        assert (len(train), len(held_out)) == (18, 2), name
+        assert asks([*train, *held_out]) == {(row["q"], row["a"]) for row in ROWS}, name  # 02 stays 02
+
+
+def test_a_folder_with_splits_and_a_file_of_its_own_to_evaluate_on(
+    composed: Composed, tmp_path: Path
+) -> None:
+    parts = {"train": ROWS[:5], "validation": ROWS[5:9]}
+    both = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "splits")
+    path = f"dataset.path={tmp_path / 'splits'}"
+    train, held_out = read(composed(*COLUMNS, path, "dataset.eval_split=validation"))
+    assert (len(train), len(held_out)) == (5, 4)
+    with pytest.raises(ConfigError, match=r"got split test, .* has the splits train, validation"):
+        read(composed(*COLUMNS, path))
+    write_lines(tmp_path / "eval.jsonl", ROWS[:3])
+    write_lines(tmp_path / "train.jsonl", ROWS)
+    own = f"dataset.source.eval_path={tmp_path / 'eval.jsonl'}"
+    train, held_out = read(composed(*COLUMNS, f"dataset.path={tmp_path / 'train.jsonl'}", own))
+    assert (len(train), len(held_out)) == (20, 3)  # what is in both, prepare leaves out of training
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=2), st.floats(0.01, 0.8), st.integers(0, 9))
+def test_no_question_is_in_both_parts(letters: list[str], fraction: float, seed: int) -> None:
+    texts = [f"{letter} ?".upper() if i % 2 else f"{letter}?" for i, letter in enumerate(letters)]
+    problems = [Problem(str(i), text, "1") for i, text in enumerate(texts)]
+    found = Problems(problems, rows=len(texts) + 3, where="x")
+    distinct = len(set(letters))
+    count = max(1, round(fraction * distinct))
+    if distinct <= count:
+        with pytest.raises(
+            ConfigError, match=f"got {distinct} different questions in x, too few to hold out"
+        ):
+            divide(found, "train", fraction, seed)
+        return
+    train, held_out = (divide(found, split, fraction, seed) for split in ("train", "test"))
+    assert sorted(p.id for p in (*train, *held_out)) == sorted(p.id for p in problems)
+    asked, kept_back = ({normalise(p.problem) for p in part} for part in (train, held_out))
+    assert not asked & kept_back and len(kept_back) == count
+    assert (train.rows - len(train), held_out.rows - len(held_out)) == (3, 0)
+    random.Random(seed).shuffle(problems)  # the order of the file decides nothing
+    shuffled = divide(Problems(problems, rows=0, where="x"), "test", fraction, seed)
+    assert {p.id for p in shuffled} == {p.id for p in held_out}
+
+
+def test_the_seed_chooses_what_is_held_out(composed: Composed, tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", ROWS)
+    path = f"dataset.path={tmp_path / 'rows.jsonl'}"
+    chosen = [asks(read(composed(*COLUMNS, path, f"dataset.source.seed={seed}"))[1]) for seed in range(8)]
+    assert len({frozenset(each) for each in chosen}) > 4
+    half = read(composed(*COLUMNS, path, "dataset.source.eval_fraction=0.5"))
+    assert (len(half[0]), len(half[1])) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("no.jsonl", None, r"^dataset.path=.*no.jsonl: expected a file or folder that exists"),
+        ("x.txt", "", r"expected a file that ends in .jsonl, .json, .csv, .*, or a folder of save_to_disk"),
+        ("x.jsonl", '{"q": "1", "a": "1"}\n\n{"q": "2", \n', r"jsonl line 3: Expecting .* at column \d"),
+        ("x.jsonl", '{"q": "1", "a": "1"}\n[2]', r"x.jsonl line 2: \[2\]; expected one JSON object a line"),
+        ("x.json", '[{"q": "1"}, 2]', r"x.json item 2: 2; expected an object"),
+        ("x.json", "[1", r"^dataset.path=.*x.json: it cannot be read \(Expecting"),
+        ("x.csv", "q,a\n1,2\n3,4,5\n", r"x.csv line 3: more cells than the 2 columns"),
+        ("x.arrow", "no", r"^dataset.path=.*x.arrow: it cannot be read"),
+        ("x.parquet", "no", r"expected a parquet file; change dataset.path"),
+        ("x.jsonl", "", r"got no usable row of 0 in .*x.jsonl, expected questions with answers"),
+        ("x.jsonl", '{"q": " ", "a": "1"}', r"got no usable row of 1 in .*x.jsonl"),
+        ("x.jsonl", '{"question": "1", "a": "1"}', r"problem=q: no column of .*; expected one of a, ques"),
+        ("x.jsonl", '{"q": "1", "a": "1"}\n{"q": "2", "a": 2}', r"answer=a: text in row 1 and a number in"),
+        ("x.jsonl", '{"q": [{"content": "1"}], "a": "1"}', r"problem=q: a list in row 1; expected text"),
+        ("x.jsonl", '{"q": "1", "a": {"value": 1}}', r"answer=a: a mapping in row 1; expected text"),
+        ("x.jsonl", '{"q": "1?", "a": "1"}\n{"q": "1 ?", "a": "1"}', r"got 1 different questions .*too few"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(
+    name: str, text: str | None, message: str, composed: Composed, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read(composed(*COLUMNS, f"dataset.path={tmp_path / name}"))
+    assert "\n" not in str(refused.value)
+
+
+def test_questions_without_answers_are_for_a_reward_that_needs_none(
+    composed: Composed, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", ROWS)
+    keys = (*COLUMNS, f"dataset.path={tmp_path / 'rows.jsonl'}", "dataset.source.columns.answer=null")
+    train, held_out = read(composed(*keys))
+    assert {p.answer for p in (*train, *held_out)} == {""}
+    with pytest.raises(ConfigError, match=r"dataset.path=null: expected your file, as in dataset.path="):
+        read(composed("dataset=file"))
+    with pytest.raises(ConfigError, match=r"dataset.source.columns=answer: expected problem and any of"):
+        read(composed(*keys[:-1], "dataset.source.columns.problem=null"))
+
+
+def test_the_hub_by_its_id_alone(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*names: object, **options: object) -> SimpleNamespace:
+        asked.append((names, options["split"]))
+        return SimpleNamespace(to_list=lambda: [{"problem": f"{n}?", "answer": n} for n in range(20)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    check(config := composed("dataset=hub", "dataset.source.hub_id=org/name"))
+    assert list(map(len, read(config))) == [20, 20]
+    assert asked == [(("org/name", None), "train"), (("org/name", None), "test")]
+    divided = composed("dataset=hub", "dataset.source.hub_id=org/name", "dataset.source.eval_fraction=0.25")
+    assert list(map(len, read(divided))) == [15, 5] and asked[-1][1] == "train"
+    with pytest.raises(
+        ConfigError, match=r"hub_id=null: expected a dataset on the hub, as in dataset.source"
+    ):
+        read(composed("dataset=hub"))
