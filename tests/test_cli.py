@@ -17,7 +17,7 @@ from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.trackers import resolve_mode
+from capo_exp.runs.wandb_sink import resolve_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")

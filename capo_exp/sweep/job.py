@@ -7,7 +7,6 @@ what its reader has to name. A sweep starts its jobs so.
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -20,6 +19,7 @@ from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
+from capo_exp.runs.logger import Draw
 from capo_exp.runs.record import run_status
 
 SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
@@ -27,8 +27,8 @@ SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 the user had not set the first; a sweep's processes inherit both."""
 
 
-def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
-    """Checks, shows the plan, trains; `draw` makes the picture of a run directory.
+def execute(config: TrainConfig, draw: Draw) -> None:
+    """Checks, shows the plan, trains; `draw` makes the pictures of a run directory.
 
     Raises:
         ConfigError: The configuration is wrong; nothing was written.
@@ -41,22 +41,22 @@ def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
         return
     if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config), draw, fresh=False)
+        show(run_dir(config), draw)
         return
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
     from capo_exp.training.loop import run  # torch, so only now
 
-    show(run(config), draw, fresh=True)
+    show(run(config, draw), draw)
 
 
-def show(directory: Path, draw: Callable[[Path], None], *, fresh: bool) -> None:
-    """Draws the run and says what came out and where it is."""
+def show(directory: Path, draw: Draw) -> None:
+    """Says what came out of a run and where it is; draws it if that is lacking."""
     from rich.console import Console
 
     from capo_exp.runs.console import summary_table
 
-    if fresh or not (directory / "run.png").exists():
+    if not (directory / "run.png").exists():
         draw(directory)
     Console().print(summary_table(directory))
 
@@ -76,7 +76,7 @@ def report(error: Exception) -> int:
     return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def main(draw: Callable[[Path], None]) -> int:
+def main(draw: Draw) -> int:
     """Runs the configuration on standard input."""
     try:
         execute(read_config(sys.stdin.read(), sys.argv[1:]), draw)
