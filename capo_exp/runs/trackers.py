@@ -24,6 +24,9 @@ from capo_exp.runs.wandb_sink import WandbSink, resolve_mode
 log = logging.getLogger(__name__)
 
 
+TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "Trackio"}
+
+
 class Sink(Protocol):
     """The run of one tracker while it is open."""
 
@@ -82,7 +85,7 @@ class Tracker:
             return self._sink.location
         if self._name == "wandb":
             return f"wandb sync {shlex.quote(str(self._run_dir / 'wandb'))}/offline-run-*"
-        return f"{self._name}, once the run has ended"
+        return f"{TITLES[self._name]}, once the run has ended"
 
     def finish(self, exit_code: int, media: Sequence[Path] = ()) -> None:
         """Ends the tracker's run, 0 means success; one that is not open is written here, the whole of it."""
@@ -93,7 +96,8 @@ class Tracker:
             again = ""
             if self._name == "wandb":
                 again = f", `python scripts/write_wandb.py {shlex.quote(str(self._run_dir))}` writes it"
-            log.warning("%s's run is not complete (%s); the files have all of it%s", self._name, error, again)
+            whole = "the files have all of it"
+            log.warning("%s's run is not complete (%s); %s%s", TITLES[self._name], error, whole, again)
 
     def _open(self, mode: str) -> Sink:
         self._sink = sink = open_sink(self._run_dir, self._name, mode)
@@ -118,7 +122,7 @@ class Tracker:
         later = "it is written from the files when the run ends"
         if self._name == "wandb":
             later = "the run goes on offline, upload it later with `wandb sync`"
-        log.warning("no %s (%s): %s", self._name, said[0], later)
+        log.warning("no %s (%s): %s", TITLES[self._name], said[0], later)
         self._sink = None
         if self._name == "wandb":
             with suppress(Exception):  # its connection may be gone, too; and it still owns the id

@@ -158,9 +158,7 @@ def open_session(
     engine = build_engine(config, inputs, model)
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
-    closing = stack.enter_context(
-        ExitStack()
-    )  # after the record: pictures and tracker tell how the run ended
+    closing = stack.enter_context(ExitStack())  # after the record, which says how the run ended
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
     origin = {"model_origin": policy.read_origin(config.model)}
     record.add(_describe_data(inputs) | origin)  # before the logger, whose tracker gets the record
