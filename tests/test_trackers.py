@@ -202,6 +202,7 @@ def test_a_file_that_a_full_disk_cut_short_is_noticed_and_a_command_writes_it_an
                 log_step(logger, step, loss__kl=math.pi * step)
             fill(disk)
             os.truncate(disk / "filler", os.path.getsize(disk / "filler") - 30_000)
+            logger.finish(1)  # with no picture, which would be what does not fit
         assert re.search(r"not complete \(.*\.wandb was cut short\).*write_wandb\.py .*/run`", caplog.text)
         (disk / "filler").unlink()
         caplog.clear()

@@ -30,7 +30,11 @@ RECORD = "record"
 BLOCK = 32_768
 """Bytes of a block in W&B's file, each of which begins with 7 of its own."""
 
+TABLE_ROWS = 8
+"""About how many completions of a step W&B gets, spread over its prompts: its tables are not compressed."""
+
 HISTOGRAM_BINS = 32
+
 TAG_LENGTH = 64
 """Most characters of a tag that W&B takes."""
 
@@ -114,13 +118,15 @@ class WandbSink:
             return {}
         import wandb
 
-        rows: Any = sample.rows
+        rows: Any = sample.rows[:: max(1, len(sample.rows) // TABLE_ROWS)]
         table = wandb.Table(list(COLUMNS), rows, allow_mixed_types=True)
         # Bound now, it is a file of the run; else W&B would make an artifact of it, in the user's home.
         table.bind_to_run(self._run, "completions", number)
-        counted = {key: np.histogram(values, HISTOGRAM_BINS) for key, values in sample.histograms.items()}
-        histograms = {key: wandb.Histogram(np_histogram=counts) for key, counts in counted.items()}
-        return {"completions": table, **histograms}
+        shown: dict[str, Any] = {"completions": table}
+        for key, values in sample.histograms.items():
+            counts, edges = np.histogram(values, HISTOGRAM_BINS)
+            shown[key] = wandb.Histogram(np_histogram=(counts, np.round(edges, 6)))
+        return shown
 
 
 def _check_whole(run_dir: Path) -> None:
