@@ -22,6 +22,7 @@ from capo_exp.runs.console import Progress
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.logger import Draw, RunLogger
 from capo_exp.runs.record import RunRecord, read_record
+from capo_exp.runs.samples import read_logged
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import Rollout, Sampler
@@ -166,7 +167,8 @@ def open_session(
     logger = RunLogger(directory, resume_step=step, wandb_mode=mode, tracker=tracker, draw=draw)
     closing.enter_context(logger)
     record.add({"tracker": logger.tracker_location})
-    progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
+    past = read_logged(directory)
+    progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step, past=past))
     for line in (*inputs.data.lines(), f"first prompt: {preview(inputs.data.train[0].text)}"):
         progress.message(line)
     engine.start(directory, inputs.data.train)
