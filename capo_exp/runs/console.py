@@ -7,8 +7,6 @@ from statistics import fmean
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from capo_exp.runs import metrics as names
 from capo_exp.runs.live import live_table
@@ -101,25 +99,21 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def summary_table(run_dir: Path) -> Table:
-    """Returns what a run came to and where each file is, from the files of its directory.
+def summary_lines(run_dir: Path) -> list[str]:
+    """Returns what a run came to and where each file is, from the files of its directory; paths stay whole.
 
     Raises:
         FileNotFoundError: It is no run's directory.
     """
     run = load_run(run_dir)
-    table = Table(title=Text(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     files = [name for name in SHOWN_FILES if (run_dir / name).exists()]
-    rows = [*_outcome(run.metrics, run.evaluations), ("directory", str(run_dir)), ("files", " ".join(files))]
+    rows = [*_outcome(run.metrics, run.evaluations), ("files", " ".join(files)), ("directory", str(run_dir))]
     if location := run.record.get("tracker") or run.record.get("wandb"):  # older runs have the second
         rows.append(("tracker", location))
     if (seconds := run.record.get("wall_seconds")) is not None:
-        rows.append(("wall time", format_duration(seconds)))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+        rows.insert(-1, ("wall time", format_duration(seconds)))
+    lines = [str(run.record.get("name", run_dir.name)), *(f"{label:18} {value}" for label, value in rows)]
+    return ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
 
 
 def _outcome(metrics: list[LoggedRow], evaluations: list[LoggedRow]) -> list[tuple[str, str]]:

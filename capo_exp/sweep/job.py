@@ -18,9 +18,10 @@ from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import Draw
-from capo_exp.runs.record import run_status
+from capo_exp.runs.record import find_shorter, run_status
 
 SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 """Environment variable. The command line sets HYDRA_FULL_ERROR for Hydra's sake, and this one with it where
@@ -45,20 +46,36 @@ def execute(config: TrainConfig, draw: Draw) -> None:
         return
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
+    if run_status(run_dir(config)) == "absent":
+        sys.stdout.writelines(f"{line}\n" for line in compare_with_shorter(config))
     from capo_exp.training.loop import run  # torch, so only now
 
     show(run(config, draw), draw)
 
 
+def compare_with_shorter(config: TrainConfig) -> list[str]:
+    """Says that a shorter run of this configuration is finished, and why this one begins anew."""
+    shorter = find_shorter(config)
+    if not shorter:
+        return []
+    steps, directory = max(shorter.items())
+    schedule = config.optimizer.schedule
+    why = f"the {schedule} schedule of its rate spans num_steps"
+    if schedule == "constant":
+        why = f"it takes the same {steps} steps again, since a run has one length"
+    lines = [f"{steps} steps of this are finished: {directory}", f"this run begins at step 0: {why}"]
+    checkpoints = list(list_checkpoints(directory).values())
+    going_on = "to train on from its weights, with a schedule of their own: model.path="
+    return [*lines, *(f"{going_on}{checkpoint}" for checkpoint in checkpoints[-1:])]
+
+
 def show(directory: Path, draw: Draw) -> None:
     """Says what came out of a run and where it is; draws it if that is lacking."""
-    from rich.console import Console
-
-    from capo_exp.runs.console import summary_table
+    from capo_exp.runs.console import summary_lines
 
     if not (directory / "run.png").exists():
         draw(directory)
-    Console().print(summary_table(directory))
+    sys.stdout.write("".join(f"{line}\n" for line in summary_lines(directory)))
 
 
 def full_error() -> bool:
