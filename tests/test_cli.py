@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -416,6 +417,9 @@ def test_help_names_groups_and_commands(run: Run) -> None:
         "$(python",
     ):
         assert expected in text
+    assert max(map(len, text.splitlines())) <= 80
+    listed = re.findall(r"[\w/]+(?=[,\n])", text[text.index("experiment:") : text.index("hparams_search:")])
+    assert len(listed) == len(set(listed)) > 60 and text.index("Common tasks") < text.index("experiment:")
 
 
 @pytest.mark.parametrize(
