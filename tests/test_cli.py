@@ -88,7 +88,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     """Replaces training by a list of what it was called with."""
     calls: list[TrainConfig] = []
 
-    def record(config: TrainConfig) -> None:
+    def record(config: TrainConfig, _: object) -> None:
         calls.append(config)
         if config.seed == 13:
             raise RuntimeError("seed 13")

@@ -187,9 +187,7 @@ def test_the_plan_is_five_short_lines(composed: Composed) -> None:
         "about 257 MB on cpu; the most: activations 183 MB, KV cache 102 MB, logits 48 MB",
     ]
     parts = plan(composed("device=cpu", "setting=keywords_deep"))[-1]
-    assert (
-        parts == "about 617 MB on cpu; the most: activations 332 MB, logits 190 MB"
-    )  # no room for the third
+    assert parts == "about 617 MB on cpu; the most: activations 332 MB, logits 190 MB"  # no room for more
     several = ["algo=cpgd_unprocessed", "selection=capo", "algo.num_minibatches=4", "rollout=vllm"]
     long = composed("experiment=paper/capo", "device=cpu", *several)
     assert len(plan(long)) == 5 and max(map(len, plan(long))) <= 80

@@ -124,7 +124,7 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def three_runs(tmp_path: Path) -> Path:
-    """One finished, one interrupted, one that cannot be read, each with checkpoints of steps 10, 20 and 30."""
+    """One finished, one interrupted, one that cannot be read, each with checkpoints of three steps."""
     for status in ("finished", "interrupted", "nonsense"):
         directory = tmp_path / status
         for step in (10, 20, 30):
