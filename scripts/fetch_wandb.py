@@ -28,7 +28,7 @@ from capo_exp.config.places import slug
 from capo_exp.runs import metrics as names
 from capo_exp.runs.files import write_atomic, write_json
 from capo_exp.runs.record import read_record
-from capo_exp.runs.trackers import RECORD, has_key
+from capo_exp.runs.wandb_sink import RECORD, has_key
 
 RENAMED: dict[str, list[str]] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ import sys
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs.lock import is_locked, locked
 from capo_exp.runs.read import find_runs
-from capo_exp.runs.trackers import WandbRun
+from capo_exp.runs.record import MEDIA
+from capo_exp.runs.trackers import Tracker
 
 
 def main(folders: list[str]) -> int:
@@ -21,9 +22,9 @@ def main(folders: list[str]) -> int:
                 sys.stdout.write(f"{directory}: in progress\n")
                 continue
             with locked(directory):
-                run = WandbRun(directory, "offline")
+                run = Tracker(directory, "wandb", "offline")
                 sys.stdout.write(f"{run.location}\n")
-                run.finish(0)
+                run.finish(0, [path for path in map(directory.joinpath, MEDIA) if path.exists()])
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2

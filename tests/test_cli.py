@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.trackers import resolve_mode
+from capo_exp.runs.wandb_sink import resolve_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
@@ -89,7 +90,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     """Replaces training by a list of what it was called with."""
     calls: list[TrainConfig] = []
 
-    def record(config: TrainConfig) -> None:
+    def record(config: TrainConfig, _: object) -> None:
         calls.append(config)
         if config.seed == 13:
             raise RuntimeError("seed 13")
@@ -418,6 +419,9 @@ def test_help_names_groups_and_commands(run: Run) -> None:
         "$(python",
     ):
         assert expected in text
+    assert max(map(len, text.splitlines())) <= 80
+    listed = re.findall(r"[\w/]+(?=[,\n])", text[text.index("experiment:") : text.index("hparams_search:")])
+    assert len(listed) == len(set(listed)) > 60 and text.index("Common tasks") < text.index("experiment:")
 
 
 @pytest.mark.parametrize(

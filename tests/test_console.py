@@ -1,12 +1,15 @@
 import io
 import json
+import math
+import re
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from capo_exp.runs.console import Progress, format_duration, format_step, summary_table
+from capo_exp.runs.console import Progress, format_duration, format_step, summary_lines
+from capo_exp.runs.live import sparkline
 
 
 def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
@@ -51,16 +54,26 @@ def test_a_log_is_not_flooded_and_has_the_last_step() -> None:
     assert [line.split()[1] for line in text.getvalue().splitlines()] == ["101/500", "500/500"]
 
 
-def test_a_terminal_gets_one_live_line_and_messages_above() -> None:
+def test_a_terminal_gets_a_live_table_and_messages_above() -> None:
+    """The last picture is what stays; a resumed run has its past in it."""
     out, text = console(terminal=True)
-    with Progress(total_steps=3, console=out) as progress:
-        progress.update(row(1))
+    past = [row(1), {"counter/rollout_step": 1, "eval/accuracy": 0.5}]
+    with Progress(total_steps=4, first_step=1, past=past, console=out) as progress:
+        progress.update({**row(2), "optim/step_scale": 1.0})
         progress.message("saved")
-        progress.update(row(3))
-    written = text.getvalue()
-    assert "saved" in written
-    assert "3/3" in written
-    assert "acc 30.0%" in written
+        progress.update({**row(4), "policy/entropy": math.nan})
+    *_, saved, last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).rpartition("saved")
+    assert saved == "saved"
+    assert re.search(r"step 4/4 +━+ +1,234 tok/s +left 0:00:00", last)
+    assert re.search(r"accuracy +40\.0% +▁▃█ +10\.0% to 40\.0%", last)
+    assert re.search(r"held-out +50\.0% +▁ +50\.0%", last)
+    assert "entropy" not in last and "step scale" not in last
+    assert max(map(len, last.splitlines())) < 80
+
+
+def test_a_sparkline_runs_from_the_lowest_to_the_highest() -> None:
+    assert sparkline([0.0, 0.5, 1.0, -0.5]) == "▃▆█▁" and sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([1e-9, 2e-9], plain=True).isascii()
 
 
 def test_missing_metrics_are_left_out() -> None:
@@ -74,19 +87,22 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     scores = [json.dumps({"counter/rollout_step": step, "eval/accuracy": 0.2 + step / 15}) for step in (0, 3)]
     (tmp_path / "eval.jsonl").write_text("\n".join(scores) + "\n")
     (tmp_path / "run.json").write_text(
-        json.dumps({"name": "grpo-tiny", "wall_seconds": 61.0, "wandb": "wandb sync here"})
+        json.dumps({"name": "grpo-tiny", "wall_seconds": 61.0, "tracker": "wandb sync here\x1b"})
     )
-    out, text = console(terminal=False)
-    out.print(summary_table(tmp_path))
-    words = text.getvalue().replace("\n", " ")
+    words = "\n".join(summary_lines(tmp_path))
     for expected in (
         "grpo-tiny", "20.0% -> 40.0%, best 40.0%", "20.0%, mean of the last 3 steps", "288", "3,000",
         "0:01:01", "mean 2.00%, max 3.00%", "metrics.jsonl", "run.json", "wandb sync here",
     ):  # fmt: skip
         assert expected in words
-    assert "checkpoints" not in words
+    assert "checkpoints" not in words and "\x1b" not in words
 
 
 def test_the_summary_of_a_run_without_steps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert summary_table(tmp_path).row_count == 2  # where it is, and which files
+    name, files, directory = summary_lines(tmp_path)
+    assert (name, files.split(), directory.split()) == (
+        tmp_path.name,
+        ["files", "metrics.jsonl"],
+        ["directory", str(tmp_path)],
+    )

@@ -95,7 +95,7 @@ def test_completions_come_back(run_dir: Path) -> None:
     empty = {**sample, "token_ids": [], "policy_shift": [], "objective_shift": [], "keep": []}
     with open_logger(run_dir) as logger:
         logger.log_completions(10, [sample, empty])
-        assert logger.wandb_location is None
+        assert logger.tracker_location is None
     path = run_dir / "completions" / "step_000010.parquet"
     assert pq.read_table(path).to_pylist() == [sample, empty]
     assert [p.name for p in path.parent.iterdir()] == [path.name]

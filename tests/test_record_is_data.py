@@ -360,6 +360,8 @@ def test_a_record_overwrites_nothing_and_takes_no_key(values: Values) -> None:
     values["logger"]["wandb_mode"] = "online"
     config = read_config(json.dumps(values))
     assert (config.overwrite, config.logger.wandb_mode) == (False, "offline")
+    values["logger"]["name"] = "trackio"  # whose database is the reader's
+    assert read_config(json.dumps(values)).logger.name == "files"
     config = read_config(json.dumps(values), ["overwrite=true", "logger.wandb_mode=online"])
     assert (config.overwrite, config.logger.wandb_mode) == (True, "online")
     with pytest.raises(ConfigError, match=r"^seed: expected own=true, plugins"):

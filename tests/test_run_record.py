@@ -15,9 +15,10 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import record as run_record
 from capo_exp.runs.files import replace_file, write_json
-from capo_exp.runs.identity import run_id
+from capo_exp.runs.identity import run_dir, run_id
 from capo_exp.runs.lock import is_locked, locked
-from capo_exp.runs.record import RunRecord, clear, read_git_state, read_record, run_status
+from capo_exp.runs.record import RunRecord, clear, find_shorter, read_git_state, read_record, run_status
+from capo_exp.sweep.job import compare_with_shorter
 
 
 @pytest.fixture
@@ -202,3 +203,25 @@ with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logge
 assert not {"wandb", "torch", "transformers", "matplotlib"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_longer_run_is_told_of_the_shorter_that_is_finished(
+    composed: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    def make(*overrides: str) -> TrainConfig:
+        return composed(f"output_dir={tmp_path}", *overrides)
+
+    for overrides in (["num_steps=2"], ["num_steps=3"], ["num_steps=4", "seed=1"], ["num_steps=5"]):
+        config = make(*overrides)
+        (run_dir(config) / "checkpoints" / "step_000002").mkdir(parents=True)
+        with RunRecord(run_dir(config), config):
+            pass
+    (run_dir(make("num_steps=3")) / "config.yaml").write_text("[")  # damaged
+    (run_dir(make("num_steps=5")) / "run.json").write_text('{"status": "failed"}')
+    shorter = run_dir(make("num_steps=2"))
+    assert find_shorter(make("num_steps=9")) == {2: shorter} and not find_shorter(make("num_steps=2"))
+    said = compare_with_shorter(make("num_steps=9"))
+    assert said[0] == f"2 steps of this are finished: {shorter}"
+    assert said[1] == "this run begins at step 0: the cosine schedule of its rate spans num_steps"
+    assert said[2].endswith(f"model.path={shorter}/checkpoints/step_000002")
+    assert compare_with_shorter(make("num_steps=9", "optimizer.schedule=constant")) == []  # another run

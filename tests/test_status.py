@@ -1,5 +1,6 @@
 """The table of runs: from files alone, whatever state they are in."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from io import StringIO
@@ -116,3 +117,69 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run there; expected a directory with runs" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such file or directory; expected" in capsys.readouterr().err
+
+
+# --- what runs take on disk ---
+
+
+@pytest.fixture
+def three_runs(tmp_path: Path) -> Path:
+    """One finished, one interrupted, one that cannot be read, each with checkpoints of three steps."""
+    for status in ("finished", "interrupted", "nonsense"):
+        directory = tmp_path / status
+        for step in (10, 20, 30):
+            folder = directory / "checkpoints" / f"step_{step:06d}"
+            folder.mkdir(parents=True)
+            (folder / "trainer_state.pt").write_bytes(b"x" * 1_000_000)
+            digest = hashlib.sha256(b"x" * 1_000_000).hexdigest()
+            manifest = {"run_id": "a", "step": step, "files": {"trainer_state.pt": digest}}
+            (folder / "checkpoint.json").write_text(json.dumps(manifest))
+        (directory / "completions").mkdir()
+        (directory / "completions" / "step_000010.parquet").write_bytes(b"x" * 2_000_000)
+        (directory / "checkpoints" / "step_notes").mkdir()
+        (directory / "run.json").write_text(json.dumps({"status": status}))
+    return tmp_path
+
+
+def kept(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+ALL = ["step_000010", "step_000020", "step_000030", "step_notes"]
+
+
+def test_what_runs_take_on_disk(three_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(three_runs), "--disk"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    sizes = ["3.0", "MB", "2.0", "MB", "0.0", "MB", "5.0", "MB"]
+    assert ["finished", "finished", *sizes] in lines[1:4]
+    assert lines[-1] == ["3", "runs", "9.0", "MB", "6.0", "MB", "0.0", "MB", "15", "MB"]
+
+
+def test_checkpoints_of_finished_runs_go_and_the_model_stays_until_it_is_named(
+    three_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = three_runs / "finished"
+    assert main([str(three_runs), "--clean"]) == 2 and kept(finished) == ALL
+    assert "--clean: nobody can be asked here; expected --yes" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    assert main([str(three_runs), "--clean"]) == 0 and kept(finished) == ALL
+    shown = capsys.readouterr().out
+    assert "step_000020" in shown and "step_000030" not in shown and "nothing is deleted" in shown
+    assert "left alone, for it is interrupted" in shown and "for it is unreadable" in shown
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (finished / "checkpoints" / "step_000030" / "trainer_state.pt").write_bytes(b"damaged")
+    assert main([str(three_runs), "--clean"]) == 0  # the newest whole one is the model
+    assert kept(finished) == ALL[1:] and "deleted 1 checkpoints, 1.0 MB" in capsys.readouterr().out
+    assert main([str(three_runs), "--clean", "--final-model", "--yes"]) == 0
+    assert kept(finished) == ["step_notes"]
+    assert kept(three_runs / "interrupted") == kept(three_runs / "nonsense") == ALL
+    assert main([str(three_runs), "--yes"]) == 2
+
+
+def test_a_run_in_progress_is_not_cleaned(three_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished = three_runs / "finished"
+    with locked(finished):  # begun again with overwrite=true
+        assert main([str(finished), "--clean", "--yes"]) == 2
+    assert "is in progress in another process" in capsys.readouterr().err and kept(finished) == ALL

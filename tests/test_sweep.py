@@ -3,6 +3,7 @@ leaves the others going."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -264,6 +265,13 @@ def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig],
     assert sweep.objective(composed(f"output_dir={tmp_path}", "sweep.objective=reward/accuracy")) == 0.5
 
 
+def test_the_best_of_a_search_is_the_first_with_the_largest_score() -> None:
+    scores = (0.5, None, 0.7, 0.7)
+    jobs = [sweep.EndedJob(i, "", "", "finished", score=score) for i, score in enumerate(scores)]
+    best = sweep.find_best(jobs)
+    assert best is not None and best.number == 2 and sweep.find_best(jobs[1:2]) is None
+
+
 @pytest.mark.slow
 def test_optuna_proposes_the_same_jobs_again(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str]
@@ -280,7 +288,10 @@ record('finished')
     assert run(lines, *search) == 0  # a failed trial does not end the search
     first = [rate for *_, rate in jobs()]
     assert len(set(first)) == 5
-    assert "failed with exit status 1" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "failed with exit status 1" in shown
+    nearest = min((rate for rate in first if rate != first[1]), key=lambda rate: abs(float(rate) - 2e-4))
+    assert re.search(rf"best eval/accuracy: .*, job \d: .*regime\.learning_rate={re.escape(nearest)}", shown)
     assert run(lines, *search) == 0  # goes on: the four that ended are not repeated
     assert [rate for *_, rate in jobs()][5:] == [first[1]]
     best = Path("outputs/paper_capo-tiny-bounds/optimization_results.yaml").read_text()

@@ -1,4 +1,5 @@
-"""W&B's own client against the server of wandb_server.py: its run is what the files are."""
+"""What a tracker has of a run is what the files are: W&B's own client against the server of wandb_server.py,
+TensorBoard's and Trackio's own readers."""
 
 import json
 import logging
@@ -14,16 +15,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
+from matplotlib.image import imsave
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, clear
-from capo_exp.runs.trackers import BEST, RECORD, has_key, resolve_mode
+from capo_exp.runs.trackers import TITLES
+from capo_exp.runs.wandb_sink import BEST, RECORD, has_key, resolve_mode
 from scripts.write_wandb import main as write_wandb
 from tests.test_disk_full import fill, mounted
 from tests.wandb_server import HISTORY, SUMMARY, Server, serve
@@ -55,14 +61,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def open_logger(composed: Callable[..., TrainConfig]) -> Open:
     """Opens the logger of a run directory, which is made if it is not there."""
-    config = composed("algo=grpo", "logger=wandb", "logger.tags=[a]")
+    config = composed("algo=grpo", "logger=wandb", "logger.tags=[a]", "logger.histograms_every=1")
 
-    def make(run_dir: Path, mode: str, resume_step: int = 0) -> RunLogger:
+    def make(run_dir: Path, mode: str, resume_step: int = 0, tracker: str = "wandb") -> RunLogger:
         run_dir.mkdir(exist_ok=True)
         RunRecord(run_dir, config, device_name="cpu")
-        return RunLogger(run_dir, resume_step=resume_step, wandb_mode=mode)
+        return RunLogger(run_dir, resume_step=resume_step, wandb_mode=mode, tracker=tracker, draw=draw)
 
     return make
+
+
+def draw(run_dir: Path) -> list[Path]:
+    """A picture of 2 x 2 pixels and a page."""
+    picture, page = run_dir / "run.png", run_dir / "report.html"
+    imsave(picture, np.eye(2))
+    page.write_text("<p>the report</p>")
+    return [picture, page]
 
 
 def log_step(logger: RunLogger, step: int, **more: float) -> None:
@@ -79,11 +93,11 @@ def log_evaluation(logger: RunLogger, step: int, accuracy: float) -> None:
 
 def half_a_run(logger: RunLogger) -> None:
     """Evaluation, three steps, evaluation; the checkpoint is of step 2. One value is not finite."""
-    with logger:
-        log_evaluation(logger, 0, 0.5)
-        for step in (1, 2):
-            log_step(logger, step, loss__kl=math.inf if step == 1 else 2 / 7)
-        third_step(logger)
+    log_evaluation(logger, 0, 0.5)
+    for step in (1, 2):
+        log_step(logger, step, loss__kl=math.inf if step == 1 else 2 / 7)
+    third_step(logger)
+    logger.finish(1)
 
 
 def the_other_half(logger: RunLogger) -> str:
@@ -91,11 +105,20 @@ def the_other_half(logger: RunLogger) -> str:
         third_step(logger)
         log_step(logger, 4, loss__kl=4 / 7)
         log_evaluation(logger, 4, 0.4)
-        assert logger.wandb_location
-        return logger.wandb_location
+        assert logger.tracker_location
+        return logger.tracker_location
+
+
+SAMPLE = {
+    "prompt": "1+1=", "completion": "It is | 2", "answer": "2", "reward": 1.0, "advantage": 0.5,
+    "truncated": False, "tokens": ["It", " is", " |", " 2"], "keep": [True, False, False, True],
+    "policy_shift": [1e-8, 0.0, 1e-2, 1.0], "objective_shift": [-1e-4, 1e-3, math.nan, 0.0],
+}  # fmt: skip
+MARKED = "It[- is |-] 2"
 
 
 def third_step(logger: RunLogger) -> None:
+    logger.log_completions(3, [SAMPLE, {**SAMPLE, "advantage": -0.5}])
     log_step(logger, 3, loss__kl=3 / 7)
     log_evaluation(logger, 3, 0.2)
 
@@ -105,10 +128,22 @@ def assert_same(run: dict[str, Any], run_dir: Path) -> None:
     rows = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
     rows.sort(key=lambda row: row["counter/rollout_step"])
     there = [json.loads(line) for line in run["files"][HISTORY]]
+    there = [row for row in there if "run/run" not in row]  # the media, after the last
+    assert ["completions" in row for row in there] == [
+        "loss/kl" in row and row["loss/kl"] == 3 / 7 for row in there
+    ]
+    media = ("completions", *HISTOGRAMS)
+    there = [{key: value for key, value in row.items() if key not in media} for row in there]
     assert [row.pop("_step") for row in there] == list(range(len(rows)))
     found = [{key: value for key, value in row.items() if key[0] != "_"} for row in there]
     found, expected = (json.dumps(each, sort_keys=True) for each in (found, rows))
     assert found.replace('"NaN"', "NaN") == expected.replace("null", "NaN")  # an export would not see a null
+
+
+HISTOGRAMS = [
+    f"histogram/{key}"
+    for key in ("policy_shift_log10", "objective_gain_log10", "objective_loss_log10", "advantage")
+]
 
 
 def upload(command: str, folder: Path) -> None:
@@ -134,13 +169,27 @@ def test_what_is_uploaded_of_an_offline_run_is_what_the_files_are_also_after_a_r
     [(wandb_id, run)] = server.runs.items()
     assert wandb_id.startswith(f"{(record := json.loads((run_dir / 'run.json').read_text()))['run_id']}-")
     assert_same(run, run_dir)
-    assert (run["groupName"], run["jobType"], run["tags"]) == ("default", "train", ["a"])
+    assert (run["groupName"], run["jobType"]) == ("default", "train")
+    assert run["tags"] == ["a", "grpo", "tiny", "arithmetic", "aggressive", "seed 0"]
     assert run["displayName"] == record["name"] and not run.get("host")
     config = {key: item["value"] for key, item in json.loads(run["config"]).items()}
     assert "counter/completions" in json.dumps(config.pop("_wandb"))  # the x axis
     assert config == OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     summary = json.loads(run["files"][SUMMARY][-1])
     assert summary[BEST] == 0.5 and summary[RECORD] == record
+    [table] = [body for name, body in server.uploads.items() if "completions" in name]
+    shown = [dict(zip(json.loads(table)["columns"], row, strict=True)) for row in json.loads(table)["data"]]
+    assert [(row["completion"], row["rejected"], row["advantage"]) for row in shown] == [
+        (MARKED, 2, 0.5),
+        (MARKED, 2, -0.5),
+    ]
+    assert (run_dir / "run.png").read_bytes() in server.uploads.values()
+    assert b"<p>the report</p>" in server.uploads.values()
+    [row] = [row for row in map(json.loads, run["files"][HISTORY]) if "completions" in row]
+    assert {key: sum(row[key]["values"]) for key in HISTOGRAMS} == dict(
+        zip(HISTOGRAMS, (6, 2, 2, 2), strict=True)
+    )
+    assert row[HISTOGRAMS[0]]["bins"][0] == pytest.approx(-8, rel=1e-3)
 
 
 def test_a_file_that_a_full_disk_cut_short_is_noticed_and_a_command_writes_it_anew(
@@ -153,6 +202,7 @@ def test_a_file_that_a_full_disk_cut_short_is_noticed_and_a_command_writes_it_an
                 log_step(logger, step, loss__kl=math.pi * step)
             fill(disk)
             os.truncate(disk / "filler", os.path.getsize(disk / "filler") - 30_000)
+            logger.finish(1)  # with no picture, which would be what does not fit
         assert re.search(r"not complete \(.*\.wandb was cut short\).*write_wandb\.py .*/run`", caplog.text)
         (disk / "filler").unlink()
         caplog.clear()
@@ -197,7 +247,7 @@ def test_online_a_resume_goes_on_in_the_same_run_and_repeats_nothing(
     run_dir = tmp_path / "run"
     half_a_run(open_logger(run_dir, "online"))
     [(wandb_id, run)] = server.runs.items()
-    assert len(server.rows(wandb_id)) == 5 and run["state"] == "finished"
+    assert len(server.rows(wandb_id)) == 5 and run["state"] == "failed"
     assert the_other_half(open_logger(run_dir, "online", 2)).endswith(f"/runs/{wandb_id}")
     assert list(server.runs) == [wandb_id]
     assert_same(run, run_dir)
@@ -240,7 +290,7 @@ def test_training_goes_on_when_the_process_of_wandb_dies_and_nothing_is_lost(
                 found = subprocess.run(find, capture_output=True, text=True, check=True).stdout
                 os.kill(int(found.split()[-1]), signal.SIGKILL)
                 time.sleep(0.2)
-        location = logger.wandb_location
+        location = logger.tracker_location
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 6
     assert "the run goes on offline" in caplog.text and location
     upload(location, tmp_path)
@@ -292,3 +342,96 @@ def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert resolve_mode("auto") == "disabled"
     with pytest.raises(ConfigError, match=r"logger\.wandb_mode"):
         resolve_mode("onlin")
+
+
+# --- on this machine ---
+
+
+def test_tensorboard_has_the_files_also_after_a_resume(tmp_path: Path, open_logger: Open) -> None:
+    run_dir = tmp_path / "run"
+    half_a_run(open_logger(run_dir, "disabled", tracker="tensorboard"))
+    logger = open_logger(run_dir, "disabled", 2, tracker="tensorboard")
+    assert the_other_half(logger) == f"tensorboard --logdir {tmp_path}"
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("loss/kl")]
+    assert [step for step, _ in scalars] == [96, 192, 288, 384] and math.isnan(scalars[0][1])
+    assert [event.value for event in events.Scalars("eval/accuracy")] == pytest.approx([0.5, 0.2, 0.4])
+    assert [(event.step, event.histogram_value.num) for event in events.Histograms(HISTOGRAMS[0])] == [
+        (288, 6)
+    ]
+    [text] = events.Tensors("completions/text_summary")
+    assert MARKED.replace("|", "\\|") in text.tensor_proto.string_val[0].decode()
+    assert events.Images("run/run")[0].width == 2
+
+
+def test_trackio_has_the_files_also_after_a_resume_and_says_nothing(
+    tmp_path: Path, open_logger: Open, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    for name, value in (("TRACKIO_DIR", str(tmp_path / "trackio")), ("TRACKIO_SPACE_ID", "someone/space")):
+        monkeypatch.setenv(name, value)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    half_a_run(open_logger(run_dir, "disabled", tracker="trackio"))
+    assert (
+        the_other_half(open_logger(run_dir, "disabled", 2, tracker="trackio"))
+        == "trackio show --project capo_exp"
+    )
+    from trackio.sqlite_storage import SQLiteStorage
+
+    rows = SQLiteStorage.get_logs("capo_exp", "run")
+    kl = [(row["step"], row["loss/kl"]) for row in rows if "loss/kl" in row]
+    assert [step for step, _ in kl] == [96, 192, 288, 384]
+    [sampled] = [row for row in rows if "completions" in row]
+    assert [row["completion"] for row in sampled["completions"]["_value"]] == [MARKED] * 2
+    assert sum(sampled[HISTOGRAMS[0]]["values"]) == 6
+    assert "file_path" in rows[-1]["run/run"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_a_tracker_that_fails_is_one_warning_and_its_run_is_written_at_the_end(
+    tracker: str,
+    tmp_path: Path,
+    open_logger: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sinks: list[Any] = []
+
+    class Sink:
+        """Fails at the second row of the first that is opened."""
+
+        there, location = 0, "somewhere"
+
+        def __init__(self, *_: object) -> None:
+            self.rows: list[int] = []
+            sinks.append(self)
+
+        def log(self, number: int, *_: object) -> None:
+            if len(sinks) == 1 and number == 1:
+                raise RuntimeError("it is gone")
+            self.rows.append(number)
+
+        def finish(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr("capo_exp.runs.trackers.open_sink", Sink)
+    half_a_run(open_logger(tmp_path / "run", "disabled", tracker=tracker))
+    assert [sink.rows for sink in sinks] == [[0], [0, 1, 2, 3, 4]]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no {TITLES[tracker]} (it is gone): it is written from the files when the run ends"
+    ]
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(
+    composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capo_exp.config.checks.find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r'^logger=trackio: .* pip install "capo_exp\[trackio\]"; or logger=files$'
+    ):
+        check_trains(composed("logger=trackio"))
+    check_trains(composed("logger=files"))
+    with pytest.raises(ConfigError, match=r"histograms_every=15: expected 0, or a multiple of .*_every=10"):
+        check(composed("logger.histograms_every=15"))

@@ -35,7 +35,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({})
 
     def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.server.uploads[self.path.removeprefix("/upload/")] = body
         self.reply({})
 
     def reply(self, data: Any) -> None:
@@ -61,6 +62,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.runs: dict[str, dict[str, Any]] = {}
         self.projects = {"capo_exp"}
+        self.uploads: dict[str, bytes] = {}
 
     @property
     def url(self) -> str:

@@ -225,7 +225,7 @@ def compare_disk(config: TrainConfig) -> Result:
 
 def resolve_wandb(config: TrainConfig) -> Result:
     """What W&B will do here, and why."""
-    from capo_exp.runs.trackers import has_key, resolve_mode
+    from capo_exp.runs.wandb_sink import has_key, resolve_mode
 
     asked, variable = config.logger.wandb_mode, os.environ.get("WANDB_MODE")
     mode = resolve_mode(asked)

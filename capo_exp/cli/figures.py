@@ -20,7 +20,6 @@ from capo_exp.figures.curves import curves, families
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.output import DrawnFigure, as_typed, write_figure
 from capo_exp.figures.page import compose
-from capo_exp.figures.plots import plot_run as plot_run
 from capo_exp.figures.study import X_LABELS, Study
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRun, find_runs, load_run, to_its_end

@@ -1,24 +1,41 @@
-"""`python -m capo_exp.status`: prints the table of runs. Reads files, not torch."""
+"""`python -m capo_exp.status`: the table of runs, what they take on disk, and a way to free it. No torch."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from capo_exp.cli import front
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.memory import human
+from capo_exp.runs.disk import find_removable, measure, measure_run
+from capo_exp.runs.files import remove
+from capo_exp.runs.lock import locked
 from capo_exp.runs.read import find_runs
+from capo_exp.runs.record import run_status
 from capo_exp.sweep.table import WIDTH, runs_table, summarise_run
 
 USAGE = """\
-python -m capo_exp.status [DIR ...]
+python -m capo_exp.status [DIR ...] [--disk | --clean [--final-model] [--yes]]
 
 Shows which runs there are, and how far each one is: state, steps, accuracy, rejected tokens, time left.
+--disk shows what they take on disk. --clean deletes the checkpoints of finished runs but the last of each,
+which is the model; it lists them and asks first.
 
 {keys}
 Exit status: 0, 2 = wrong input.
 """
+FLAGS = {
+    "--disk": "disk=true",
+    "--clean": "clean=true",
+    "--final-model": "final_model=true",
+    "--yes": "ask=false",
+}
+"""Short for keys of the command."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +43,90 @@ class StatusCommand:
     """The keys of conf/status.yaml."""
 
     runs: list[str] = field(default_factory=list)
+    disk: bool = False
+    clean: bool = False
+    final_model: bool = False
+    ask: bool = True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [FLAGS.get(word, word) for word in given]
     line = front.CommandLine("status", StatusCommand, lambda: USAGE, words="runs")
-    return front.run_command(show_status, line, arguments)
+    return front.run_command(show_status, line, words)
 
 
 def show_status(command: StatusCommand) -> int:
-    """Prints the table of runs."""
-    runs = [summarise_run(path) for path in find_runs([Path(name) for name in command.runs])]
+    """Prints the table of runs, or what they take, or deletes checkpoints."""
+    paths = find_runs([Path(name) for name in command.runs])
+    if command.clean:
+        return clean(paths, command)
+    if command.final_model or not command.ask:
+        raise ConfigError("--final-model, --yes: expected --clean beside them")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if command.disk:
+        console.print(disk_table(paths))
+        return 0
+    runs = [summarise_run(path) for path in paths]
     console.print(runs_table(runs))
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     console.print(f"{len(runs)} runs: {counts}")
     return 0
+
+
+def disk_table(paths: Sequence[Path]) -> Table:
+    """Returns what each run takes on disk, the largest first, and their sum."""
+    used = {path: measure_run(path) for path in paths}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for column in ("checkpoints", "completions", "rest", "total"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for path, use in sorted(used.items(), key=lambda pair: -pair[1].total):
+        sizes = (use.checkpoints, use.completions, use.rest, use.total)
+        table.add_row(Text(path.name), run_status(path), *map(human, sizes))
+    uses = used.values()
+    parts = [[use.checkpoints for use in uses], [use.completions for use in uses], [use.rest for use in uses]]
+    table.add_row(f"{len(used)} runs", "", *map(human, map(sum, [*parts, [use.total for use in uses]])))
+    return table
+
+
+def clean(paths: Sequence[Path], command: StatusCommand) -> int:
+    """Deletes checkpoints of finished runs, once they are listed and somebody has agreed.
+
+    Raises:
+        ConfigError: there is nobody to ask, or a run has begun again; what is listed before it is deleted.
+    """
+    found: dict[Path, list[Path]] = {}
+    for path in paths:
+        if (state := run_status(path)) == "finished":
+            found[path] = find_removable(path, final_model=command.final_model)
+        elif (path / "checkpoints").is_dir():
+            sys.stdout.write(f"left alone, for it is {state}: {path}\n")
+    sizes = {checkpoint: measure(checkpoint) for listed in found.values() for checkpoint in listed}
+    sys.stdout.writelines(f"{human(size):>8}  {checkpoint}\n" for checkpoint, size in sizes.items())
+    if not sizes:
+        sys.stdout.write("nothing to delete\n")
+        return 0
+    total = f"{len(sizes)} checkpoints, {human(sum(sizes.values()))}"
+    if command.ask and not _agreed(f"delete {total}? [y/N] "):
+        sys.stdout.write("nothing is deleted\n")
+        return 0
+    _delete(found)
+    sys.stdout.write(f"deleted {total}\n")
+    return 0
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError("--clean: nobody can be asked here; expected --yes beside it")
+    return input(question).strip().lower() in ("y", "yes")
+
+
+def _delete(found: Mapping[Path, Sequence[Path]]) -> None:
+    for path, checkpoints in found.items():
+        with locked(path):
+            for checkpoint in checkpoints if run_status(path) != "running" else ():
+                remove(checkpoint)

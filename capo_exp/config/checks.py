@@ -35,6 +35,7 @@ def check(config: TrainConfig) -> None:
     _check_vocabulary(config)
     _check_sampling(config)
     _check_terms(config)
+    _check_logger(config)
     _check_examples(config)
     _check_model(config)
     _check_load_dtype(config)
@@ -45,11 +46,14 @@ def check(config: TrainConfig) -> None:
 
 
 def check_trains(config: TrainConfig) -> None:
-    """Refuses a dataset that is there to evaluate on.
+    """Refuses a dataset that is there to evaluate on, and a tracker that is not installed.
 
     Raises:
-        ConfigError: dataset.train_split is null.
+        ConfigError: dataset.train_split is null, or the package of logger is missing.
     """
+    tracker = config.logger.name
+    if tracker != "files" and find_spec(tracker) is None:
+        raise error("logger", tracker, f'its package: pip install "capo_exp[{tracker}]"; or logger=files')
     if config.dataset.train_split is None:
         wanted = f"a dataset with a training split, such as math; {config.dataset.name} is to evaluate on"
         raise error("dataset.train_split", None, wanted)
@@ -118,6 +122,14 @@ def _check_terms(config: TrainConfig) -> None:
         if weight and term["_target_"] == f"capo_exp.grading.terms.no_{name}":
             wanted = f"0, or a function of capo_exp.grading.terms as reward.{name}"
             raise error(f"reward.{name}_weight", weight, wanted)
+
+
+def _check_logger(config: TrainConfig) -> None:
+    """Refuses histograms at steps of which no completions are kept."""
+    completions, histograms = config.logger.completions_every, config.logger.histograms_every
+    if histograms % completions if completions else histograms:
+        wanted = f"a multiple of logger.completions_every={completions}, whose completions they are made of"
+        raise error("logger.histograms_every", histograms, f"0, or {wanted}" if completions else "0")
 
 
 def _check_examples(config: TrainConfig) -> None:

@@ -34,7 +34,7 @@ def list_choices(root: DictConfig) -> str:
     groups = sorted(key for key in _find_choices(root) if "@" not in key and not key.startswith("hydra/"))
     chosen = {group: names for group in groups if (names := _list_names(group))}
     return "\n".join(
-        textwrap.fill(f"{group}: {', '.join(names)}", 110, subsequent_indent="    ", break_on_hyphens=False)
+        textwrap.fill(f"{group}: {', '.join(names)}", 80, subsequent_indent="    ", break_on_hyphens=False)
         for group, names in chosen.items()
         if not group.startswith("experiment/")  # what a figure sweeps over, listed with the experiments
     )

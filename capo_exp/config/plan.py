@@ -9,7 +9,7 @@ NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
 
 
 def plan(config: TrainConfig) -> list[str]:
-    """Returns the batch arithmetic of a run and the memory it takes, at most six lines of 80 characters."""
+    """Returns the batch arithmetic of a run and the memory it takes, in five lines of 80 characters."""
     regime, algo, steps = config.regime, config.algo, config.num_steps
     batch = regime.prompts_per_step * regime.group_size
     micro = min(config.model.micro_batch_size, batch)
@@ -28,8 +28,18 @@ def plan(config: TrainConfig) -> list[str]:
         f", lr {regime.learning_rate:g}",
         f"{batch * steps:,} completions of at most {config.dataset.max_completion_tokens:,} tokens;"
         f" {evaluations} of {problems:,}",
-        *_memory(config),
+        _join(_memory(config)),
     ]
+
+
+def _join(lines: list[str], width: int = 80) -> str:
+    """Makes one line of the learner's memory and the engine's; of the learner's parts those that fit."""
+    total, named, parts = lines[0].partition("; the most: ")
+    if lines[1:]:
+        return "; ".join([total, *lines[1:]])
+    while len(total + named + parts) > width and "," in parts:
+        parts = parts.rpartition(", ")[0]
+    return total + named + parts
 
 
 def count_evaluations(num_steps: int, every: int) -> int:
@@ -55,11 +65,11 @@ def _memory(config: TrainConfig) -> list[str]:
     lines = [f"about {human(memory.total)} on {device}{kind}; the most: {parts}"]
     engine, url = config.rollout.engine, config.rollout.server_url
     if config.rollout.is_vllm and url in (None, "start"):
-        cache = f"{engine['kv_cache_gib'] or 1:g} GiB"
+        cache = f"KV cache {engine['kv_cache_gib'] or 1:g} GiB"
         if engine["kv_cache_gib"] is None and device != "cpu":
-            cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU in all"
+            cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU"
         weights = human(4 * count_parameters(shape))
-        lines.append(f"vLLM beside it: weights of at most {weights}, KV cache {cache}")
+        lines.append(f"vLLM: weights of at most {weights}, {cache}")
     elif config.rollout.is_vllm:
         lines.append(f"vLLM at {url}")
     return lines

@@ -154,4 +154,6 @@ def read_config(text: str, arguments: Sequence[str] = ()) -> TrainConfig:
         config.overwrite = given.get("overwrite") == "true"
         if "logger.wandb_mode" not in given and config.logger.wandb_mode != "disabled":
             config.logger.wandb_mode = "offline"  # no key of the reader's is used unasked
+        if config.logger.name == "trackio":
+            config.logger.name = "files"  # nor the reader's database
     return config

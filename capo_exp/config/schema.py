@@ -250,13 +250,15 @@ class CheckpointConfig:
 
 @dataclass
 class LoggerConfig:
-    name: str = setting(ranges.NAME)
+    name: str = setting(ranges.one_of("files", "wandb", "tensorboard", "trackio"))
     # auto = online with a key, offline without
     wandb_mode: str = setting(ranges.one_of("auto", "online", "offline", "disabled"))
     project: str = setting(ranges.PROJECT)
     tags: list[str] = setting(ranges.TAGS)
     completions_every: int = setting(ranges.COUNT_OR_0)  # rollout steps between samples; 0 = never
     completions_groups: int = setting(ranges.COUNT)  # prompts per sample
+    # Rollout steps between histograms of the samples' m_F, m_H and advantages in a tracker; 0 = never.
+    histograms_every: int = setting(ranges.COUNT_OR_0, default=0)
 
 
 @dataclass

@@ -1,18 +1,17 @@
-"""What a person sees of a run: a live line on a terminal, plain lines in a log, a table at the end."""
+"""What a person sees of a run: a live table on a terminal, plain lines in a log, a table at the end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as LiveBar
-from rich.table import Table
-from rich.text import Text
+from rich.live import Live
 
 from capo_exp.runs import metrics as names
+from capo_exp.runs.live import live_table
 from capo_exp.runs.read import LoggedRow, load_run
+from capo_exp.runs.record import MEDIA
 
 SHOWN = {
     names.TRAIN_ACCURACY: "acc {:.1%}",
@@ -22,15 +21,15 @@ SHOWN = {
 }
 """What a step's line shows, short enough for 80 columns; a metric that is not there is left out."""
 SHOWN_FILES = (
-    "metrics.jsonl", "eval.jsonl", "completions", "checkpoints", "config.yaml", "run.json", "run.png",
+    "metrics.jsonl", "eval.jsonl", "completions", "checkpoints", "config.yaml", "run.json", *MEDIA,
 )  # fmt: skip
 
 
 class Progress:
     """Owns the console while a run of `total_steps` goes on, of which a resumed one has done `first_step`.
 
-    On a terminal one live line; elsewhere a plain line for the first and the last step and at most one every
-    `every_seconds` between them.
+    On a terminal a live table of how the run is going; elsewhere a plain line for the first and the last step
+    and at most one every `every_seconds` between them. `past` are the rows that the run has logged already.
     """
 
     def __init__(
@@ -38,31 +37,37 @@ class Progress:
         *,
         total_steps: int,
         first_step: int = 0,
+        past: Sequence[LoggedRow] = (),
         every_seconds: float = 10.0,
         console: Console | None = None,
     ) -> None:
         self._console = console or Console(highlight=False)
         self._total, self._first, self._every = total_steps, first_step, every_seconds
         self._began = self._last_line = -float("inf")
-        shown = TextColumn("{task.fields[shown]}")
-        columns = (MofNCompleteColumn(), BarColumn(8), shown, TimeRemainingColumn())
-        self._bar = LiveBar(*columns, console=self._console) if self._console.is_terminal else None
-        if self._bar is not None:
-            self._task = self._bar.add_task("", total=total_steps, completed=first_step, shown="")
+        self._seen: list[LoggedRow] = list(past)
+        live = Live(console=self._console, auto_refresh=False)
+        self._live = live if self._console.is_terminal else None
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Shows a rollout step that is done; `counter/rollout_step` has to be there."""
-        step, shown = int(metrics[names.STEP]), format_step(metrics)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, shown=shown)
+        step = int(metrics[names.STEP])
+        done, seconds = step - self._first, time.monotonic() - self._began
+        left = format_duration(seconds / done * (self._total - step) if done > 0 else 0.0)
+        if self._live is not None:
+            self._seen.append({**metrics})
+            self._show(step, f"{metrics.get(names.TOKENS_PER_SECOND, 0):,.0f} tok/s  left {left}")
         elif step == self._total or time.monotonic() - self._last_line >= self._every:
             self._last_line = time.monotonic()
-            done, seconds = step - self._first, time.monotonic() - self._began
-            left = format_duration(seconds / done * (self._total - step) if done > 0 else 0.0)
-            self.message(f"step {step}/{self._total}  {shown}  left {left}")
+            self.message(f"step {step}/{self._total}  {format_step(metrics)}  left {left}")
+
+    def _show(self, step: int, pace: str) -> None:
+        if self._live is not None:
+            plain = "utf" not in self._console.encoding.lower()
+            self._live.update(live_table(self._seen, step, self._total, pace, plain=plain), refresh=True)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Shows the score of an evaluation."""
+        self._seen.append({**metrics})
         self.message(f"evaluation after step {metrics[names.STEP]:.0f}: {metrics[names.EVAL_ACCURACY]:.1%}")
 
     def message(self, text: str) -> None:
@@ -73,13 +78,14 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._began = time.monotonic()
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
+            self._show(self._first, "")
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def format_step(metrics: Mapping[str, float]) -> str:
@@ -93,25 +99,21 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def summary_table(run_dir: Path) -> Table:
-    """Returns what a run came to and where each file is, from the files of its directory.
+def summary_lines(run_dir: Path) -> list[str]:
+    """Returns what a run came to and where each file is, from the files of its directory; paths stay whole.
 
     Raises:
         FileNotFoundError: It is no run's directory.
     """
     run = load_run(run_dir)
-    table = Table(title=Text(run.record.get("name", run_dir.name)), show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     files = [name for name in SHOWN_FILES if (run_dir / name).exists()]
-    rows = [*_outcome(run.metrics, run.evaluations), ("directory", str(run_dir)), ("files", " ".join(files))]
-    if location := run.record.get("wandb"):
-        rows.append(("W&B", location))
+    rows = [*_outcome(run.metrics, run.evaluations), ("files", " ".join(files)), ("directory", str(run_dir))]
+    if location := run.record.get("tracker") or run.record.get("wandb"):  # older runs have the second
+        rows.append(("tracker", location))
     if (seconds := run.record.get("wall_seconds")) is not None:
-        rows.append(("wall time", format_duration(seconds)))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+        rows.insert(-1, ("wall time", format_duration(seconds)))
+    lines = [str(run.record.get("name", run_dir.name)), *(f"{label:18} {value}" for label, value in rows)]
+    return ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
 
 
 def _outcome(metrics: list[LoggedRow], evaluations: list[LoggedRow]) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
-"""Metrics, evaluations and sampled completions of one run: plain files first, W&B beside them."""
+"""Metrics, evaluations and sampled completions of one run: plain files first, a tracker beside them."""
 
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ import pyarrow.parquet as pq
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
 from capo_exp.runs.files import append_line, name_disk_error, replace_file, write_atomic
-from capo_exp.runs.trackers import WandbRun, resolve_mode
+from capo_exp.runs.trackers import Tracker
+from capo_exp.runs.wandb_sink import resolve_mode
 
 log = logging.getLogger(__name__)
+
+Draw = Callable[[Path], Sequence[Path]]
+"""Makes the pictures and pages of a run directory from its files, and returns their paths."""
 
 COMPLETION_TYPES = {
     "token_ids": pa.list_(pa.int32()),
@@ -35,33 +39,54 @@ SIGNIFICANT_BITS = 8
 
 
 class RunLogger:
-    """Owns metrics.jsonl, eval.jsonl, completions/ and the W&B run of one run directory."""
+    """Owns metrics.jsonl, eval.jsonl, completions/ and the tracker's run of one run directory."""
 
-    def __init__(self, run_dir: Path, *, resume_step: int, wandb_mode: str) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_step: int,
+        wandb_mode: str,
+        tracker: str = "wandb",
+        draw: Draw | None = None,
+    ) -> None:
         """Opens the files behind the checkpoint of `resume_step` (0 = none), and drops what was logged later.
 
-        For W&B the run's config.yaml and run.json have to be there.
+        For a tracker the run's config.yaml and run.json have to be there.
+
+        Args:
+            run_dir: the directory of the run.
+            resume_step: the rollout step that it goes on after.
+            wandb_mode: auto | online | offline | disabled.
+            tracker: files (none) | wandb | tensorboard | trackio.
+            draw: makes the pictures and pages of a run that has ended well.
 
         Raises:
             ConfigError: A line of the files is not a row, or W&B refuses.
         """
-        self.run_dir = run_dir
+        self.run_dir, self._draw = run_dir, draw
         last = max(_cut_rows(run_dir / "metrics.jsonl", resume_step), default=0)
         self.evaluated_step = max(_cut_rows(run_dir / "eval.jsonl", resume_step), default=-1)
         _cut_completions(run_dir / "completions", resume_step)
         if last < resume_step:
             log.warning("%s: rows of steps %s to %s are missing", run_dir, last + 1, resume_step)
-        disabled = resolve_mode(wandb_mode) == "disabled"  # then wandb is not imported
-        self._wandb = None if disabled else WandbRun(run_dir, wandb_mode)
+        self._tracker: Tracker | None = None
+        if tracker not in ("files", "wandb") or (
+            tracker == "wandb" and resolve_mode(wandb_mode) != "disabled"
+        ):
+            self._tracker = Tracker(run_dir, tracker, wandb_mode)
         self._metrics = FileIO(run_dir / "metrics.jsonl", "a")
         self._evaluations = FileIO(run_dir / "eval.jsonl", "a")
 
     def log_step(self, metrics: Mapping[str, float]) -> None:
-        """Appends the metrics of one rollout step to metrics.jsonl and W&B."""
+        """Appends the metrics of one rollout step to metrics.jsonl and the tracker.
+
+        Its completions come before.
+        """
         self._append(self._metrics, metrics)
 
     def log_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Appends the scores of one evaluation to eval.jsonl and W&B."""
+        """Appends the scores of one evaluation to eval.jsonl and the tracker."""
         self._append(self._evaluations, metrics)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -91,16 +116,29 @@ class RunLogger:
                 os.fsync(file)
 
     @property
-    def wandb_location(self) -> str | None:
-        """The W&B run's URL, or the command that uploads it; None if W&B is disabled."""
-        return self._wandb and self._wandb.location
+    def tracker_location(self) -> str | None:
+        """Where the tracker shows the run, or the command that uploads it; None without one."""
+        return self._tracker and self._tracker.location
 
     def finish(self, exit_code: int) -> None:
-        """Closes the files and the W&B run; 0 means success. A second call does nothing."""
-        if self._wandb is not None and not self._metrics.closed:
-            self._wandb.finish(exit_code)
+        """Closes the files, draws the run and ends the tracker's; 0 means success.
+
+        A second call does nothing.
+        """
+        if self._metrics.closed:
+            return
         self._metrics.close()
         self._evaluations.close()
+        media = self._drawn() if exit_code == 0 else []
+        if self._tracker is not None:
+            self._tracker.finish(exit_code, media)
+
+    def _drawn(self) -> Sequence[Path]:
+        try:
+            return self._draw(self.run_dir) if self._draw else ()
+        except Exception as error:  # the run is whole without
+            log.warning("%s: no picture could be drawn (%s)", self.run_dir, error)
+            return ()
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -116,8 +154,8 @@ class RunLogger:
             for key, value in metrics.items()
         }
         append_line(file, json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
-        if self._wandb is not None:
-            self._wandb.send(row)
+        if self._tracker is not None:
+            self._tracker.send(row)
 
 
 def _is_floats(key: str) -> bool:

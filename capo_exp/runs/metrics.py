@@ -168,6 +168,9 @@ POLICY_SHIFT = "curvature/token/policy_shift/"
 OBJECTIVE_SHIFT = "curvature/token/objective_shift/"
 REJECTION_RATE = "selection/rejection_rate"
 TOKENS_PER_SECOND = "time/tokens_per_second"
+ENTROPY = "policy/entropy"
+COMPLETION_LENGTH = "rollout/completion_length/mean"
+STEP_SCALE = "optim/step_scale"
 
 
 def meaning(key: str) -> str | None:

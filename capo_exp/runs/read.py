@@ -31,7 +31,7 @@ MARKS = {"run.json", "metrics.jsonl"}
 
 RECORD_TYPES = {
     "status": str, "run_id": str, "name": str, "error": str | None, "wall_seconds": int | float,
-    "counters": dict, "git": dict | None, "wandb": str | None,
+    "counters": dict, "git": dict | None, "wandb": str | None, "tracker": str | None,
 }  # fmt: skip
 """What is relied on of run.json; other values count as missing."""
 

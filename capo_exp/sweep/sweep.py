@@ -65,6 +65,9 @@ class EndedJob:
     """finished | failed | interrupted | planned."""
     details: str = ""
     """For a failed one, the error or the end of its log."""
+    score: float | None = None
+    """What a search maximises, config.sweep.objective at the end; None if it has not finished."""
+    objective: str = ""
 
 
 class Submission(Callback):
@@ -167,10 +170,12 @@ def run_job(cfg: DictConfig) -> float | None:
         raise
     failed = state not in ("finished", "planned", "running")
     details = "\n".join(read_tail(Path(directory) / "log.txt")) if failed else ""
-    _record(EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details))
+    score = 0.0 if config.plan_only else objective(config)
+    ended = EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details)
+    _record(replace(ended, score=None if failed else score, objective=config.sweep.objective))
     if failed:
         raise JobFailed(2 if state == "refused" else 1)
-    return 0.0 if config.plan_only else objective(config)
+    return score
 
 
 def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
@@ -220,9 +225,18 @@ def conclude() -> bool:
         shutil.rmtree(folder, ignore_errors=True)
         if shown := [result for result in results if result.state != "planned"]:
             Console(width=None if sys.stdout.isatty() else WIDTH).print(runs_table(list(map(_line, shown))))
+            if not count and (best := find_best(shown)):  # a search, of which Hydra says no number of jobs
+                say(f"best {best.objective}: {best.score:.4g}, job {best.number}: {best.title}")
+                say(f"its directory: {best.directory}")
         if 0 < len(results) < count:
             say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
     return not folder.name or bool(results)
+
+
+def find_best(results: Sequence[EndedJob]) -> EndedJob | None:
+    """Returns the job with the largest score; of equal ones the first, None if no job has one."""
+    scored = [result for result in results if result.score is not None]
+    return max(scored, key=lambda result: (result.score, -result.number), default=None)
 
 
 def _line(result: EndedJob) -> RunSummary:

@@ -17,6 +17,7 @@ from capo_exp.rollout import EngineFailed
 from capo_exp.runs.files import stop_on_disk_error
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
+from capo_exp.runs.logger import Draw
 from capo_exp.runs.processes import stop_signal
 from capo_exp.runs.record import clear, run_status
 from capo_exp.training.completions import tabulate_completions
@@ -25,8 +26,12 @@ from capo_exp.training.rollout_step import take_rollout_step
 from capo_exp.training.session import Session, open_session, read_inputs
 
 
-def run(config: TrainConfig) -> Path:
+def run(config: TrainConfig, draw: Draw | None = None) -> Path:
     """Trains, or goes on from the last checkpoint; does nothing if this configuration has already finished.
+
+    Args:
+        config: of the run.
+        draw: makes the pictures of its directory once it has finished.
 
     Returns:
         The run directory.
@@ -48,7 +53,7 @@ def run(config: TrainConfig) -> Path:
         stack.enter_context(locked(directory))
         if config.overwrite:
             clear(directory)
-        session = open_session(config, inputs, directory, stack)
+        session = open_session(config, inputs, directory, stack, draw)
         stopped = stack.enter_context(stop_signal(session.progress.message))
         with stop_on_disk_error(directory):  # inside, too, so that run.json has the reason
             _train(session, stopped)
@@ -119,13 +124,13 @@ def take_step(session: Session) -> None:
     session.count(done.rollout)
     dropped = {"data/dropped_prompts": inputs.data.counts["training"].too_long}
     shared = session.counters() | done.metrics | dropped | session.engine.metrics()
-    for update in done.updates:
-        logger.log_step(shared | update.metrics)
-    session.progress.update(shared | done.updates[-1].metrics)
-    if _due(session.step, session.config.logger.completions_every):
+    if _due(session.step, session.config.logger.completions_every):  # before the row that they belong to
         count = session.config.logger.completions_groups
         rows = tabulate_completions(done.rollout, done.batch, done.updates, count, inputs.tokenizer)
         logger.log_completions(session.step, rows)
+    for update in done.updates:
+        logger.log_step(shared | update.metrics)
+    session.progress.update(shared | done.updates[-1].metrics)
     if _due(session.step, learner.algorithm.reference_reset_every):
         learner.reset_reference()
     if _due(session.step, learner.algorithm.optimizer_reset_every):

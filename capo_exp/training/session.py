@@ -23,8 +23,9 @@ from capo_exp.rollout import RolloutEngine
 from capo_exp.runs.checkpoint import Checkpointer, find_reference
 from capo_exp.runs.console import Progress
 from capo_exp.runs.identity import run_id
-from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.logger import Draw, RunLogger
 from capo_exp.runs.record import RunRecord, read_record
+from capo_exp.runs.samples import read_logged
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import Rollout, Sampler
@@ -128,8 +129,17 @@ def read_inputs(config: TrainConfig) -> Inputs:
     return Inputs(tokenizer, data, verifier, problems, algorithm, device, dtype)
 
 
-def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack) -> Session:
+def open_session(
+    config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack, draw: Draw | None = None
+) -> Session:
     """Loads what a run holds, from its last checkpoint if it has one, and starts the engine.
+
+    Args:
+        config: of the run.
+        inputs: what has been read already.
+        directory: the run's, which is locked.
+        stack: closes all of it.
+        draw: makes the pictures of a run that has ended.
 
     Raises:
         ConfigError: if the run began with other problems.
@@ -152,12 +162,16 @@ def open_session(config: TrainConfig, inputs: Inputs, directory: Path, stack: Ex
     engine = build_engine(config, inputs, model)
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
+    closing = stack.enter_context(ExitStack())  # after the record, which says how the run ended
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
     origin = {"model_origin": policy.read_origin(config.model)}
-    record.add(_describe_data(inputs) | origin)  # before the logger, which gives W&B the record
-    logger = stack.enter_context(RunLogger(directory, resume_step=step, wandb_mode=config.logger.wandb_mode))
-    record.add({"wandb": logger.wandb_location})
-    progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step))
+    record.add(_describe_data(inputs) | origin)  # before the logger, whose tracker gets the record
+    tracker, mode = config.logger.name, config.logger.wandb_mode
+    logger = RunLogger(directory, resume_step=step, wandb_mode=mode, tracker=tracker, draw=draw)
+    closing.enter_context(logger)
+    record.add({"tracker": logger.tracker_location})
+    past = read_logged(directory)
+    progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step, past=past))
     for line in (*inputs.data.lines(), *_show_first(inputs.data.train)):
         progress.message(line)
     engine.start(directory, inputs.data.train)

@@ -1,0 +1,51 @@
+"""What runs take on disk, and which checkpoints nobody goes on from. Imports no torch."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from capo_exp.runs.checkpoint import find_damage
+from capo_exp.runs.files import list_checkpoints
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes of one run directory."""
+
+    checkpoints: int
+    completions: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.checkpoints + self.completions + self.rest
+
+
+def measure_run(run_dir: Path) -> DiskUse:
+    """Measures a run directory; a folder of it that is a link to another disk counts, too."""
+    sizes = {path.name: measure(path) for path in run_dir.iterdir()}
+    checkpoints, completions = sizes.pop("checkpoints", 0), sizes.pop("completions", 0)
+    return DiskUse(checkpoints, completions, sum(sizes.values()))
+
+
+def measure(place: Path) -> int:
+    """Returns the bytes of a file or of a folder with all that is in it; links inside are not followed."""
+    if not place.is_dir():
+        return place.lstat().st_size
+    files = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+    return sum(path.lstat().st_size for path in files)
+
+
+def find_removable(run_dir: Path, *, final_model: bool) -> list[Path]:
+    """Returns the checkpoints of a finished run that can go: all but the newest whole one, or that, too.
+
+    A newer one that is damaged stays beside it. Reads the newest to the end.
+    """
+    checkpoints = list(list_checkpoints(run_dir).values())
+    if final_model:
+        return checkpoints
+    while checkpoints:
+        if find_damage(checkpoints.pop(), None) is None:
+            return checkpoints
+    return []

@@ -1,0 +1,104 @@
+"""Trackers on this machine: TensorBoard in the run directory, Trackio in its local database.
+
+Both are written anew from the files when a run goes on, so `there` is 0. The x of both is completions.
+"""
+
+import io
+import math
+import shlex
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from capo_exp.runs import metrics as names
+from capo_exp.runs.files import remove
+from capo_exp.runs.parse import read_yaml
+from capo_exp.runs.read import LoggedRow
+from capo_exp.runs.samples import COLUMNS, Sample
+
+
+class TensorBoardSink:
+    """Owns RUN/tensorboard: scalars, histograms, completions as text, and run.png."""
+
+    there = 0
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run_dir / "tensorboard"
+        remove(folder)
+        self.location = f"tensorboard --logdir {shlex.quote(str(run_dir.parent))}"
+        self._writer, self._x = SummaryWriter(str(folder)), 0
+        config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+        self._writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
+
+    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
+        """Writes a row, whose completions become a table in Markdown."""
+        self._x = int(row[names.COMPLETIONS] or 0)
+        for key, value in row.items():
+            self._writer.add_scalar(key, math.nan if value is None else value, self._x)
+        if sample is not None:
+            self._writer.add_text("completions", markdown_table(sample.rows), self._x)
+            for key, values in sample.histograms.items():
+                self._writer.add_histogram(key, values, self._x)
+        self._writer.flush()  # a kill loses nothing, and a full disk says so here
+
+    def finish(self, exit_code: int, media: Sequence[Path]) -> None:
+        """Writes the pictures; TensorBoard shows no pages."""
+        from matplotlib.image import imread
+
+        for path in media:
+            if path.suffix == ".png":
+                self._writer.add_image(f"run/{path.stem}", imread(path), self._x, dataformats="HWC")
+        self._writer.close()
+
+
+class TrackioSink:
+    """Owns a run of Trackio's local database. No server is started, and none is sent anything."""
+
+    there = 0
+
+    def __init__(self, run_dir: Path) -> None:
+        from trackio.run import Run
+        from trackio.sqlite_storage import SQLiteStorage
+
+        config = read_yaml(run_dir / "config.yaml")
+        project, self._x = config["logger"]["project"], 0
+        self.location = f"trackio show --project {shlex.quote(project)}"
+        SQLiteStorage.delete_run(project, run_dir.name)
+        group = config["experiment_name"]
+        # trackio.init would follow TRACKIO_SPACE_ID to a Space.
+        self._run = Run(None, project, None, name=run_dir.name, group=group, config=config)
+
+    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
+        """Sends a row with its completions and histograms to Trackio's thread, which writes it."""
+        self._x = int(row[names.COMPLETIONS] or 0)
+        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in row.items()}
+        if sample is not None:
+            from trackio import Histogram, Table
+
+            numbers["completions"] = Table(list(COLUMNS), sample.rows)
+            numbers |= {key: Histogram(values) for key, values in sample.histograms.items()}
+        self._run.log(numbers, step=self._x)
+
+    def finish(self, exit_code: int, media: Sequence[Path]) -> None:
+        """Sends the pictures, and waits until all is written."""
+        from trackio import Image
+
+        shown = {f"run/{path.stem}": Image(str(path)) for path in media if path.suffix == ".png"}
+        if shown:
+            self._run.log(shown, step=self._x)
+        with redirect_stdout(io.StringIO()):  # it says that it uploads
+            self._run.finish()
+
+
+def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Returns the completions of a sample as a table in Markdown, each in one line."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(map(_in_one_line, cells))} |" for cells in lines)
+
+
+def _in_one_line(cell: Any) -> str:
+    text = f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+    return text.replace("|", "\\|").replace("\n", "⏎")

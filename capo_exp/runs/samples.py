@@ -1,0 +1,74 @@
+"""What a tracker shows of the completions that a run has kept, read from its files. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capo_exp.runs import metrics as names
+from capo_exp.runs.parse import is_parquet, read_parquet
+from capo_exp.runs.read import Array, LoggedRow, read_jsonl
+
+COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "truncated", "rejected")
+"""Of a tracker's table; the last says how many tokens were rejected."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The completions that were kept at a step."""
+
+    rows: list[list[Any]]
+    """Each with COLUMNS; rejected tokens stand between [- and -] in the completion."""
+    histograms: dict[str, Array]
+    """Finite values of all their tokens (advantages: of all completions); empty where none are due."""
+
+
+def read_logged(run_dir: Path) -> list[LoggedRow]:
+    """Returns the rows of both files as they were logged: an evaluation after the training step before it."""
+    rows = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
+    return sorted(rows, key=lambda row: row[names.STEP])  # which keeps the order within a step
+
+
+def read_sample(run_dir: Path, step: int, *, histograms: bool) -> Sample | None:
+    """Returns the completions kept at a step, and what their tokens were worth; None where there are none."""
+    path = run_dir / "completions" / f"step_{step:06d}.parquet"
+    kept = read_parquet(path) if is_parquet(path) else []
+    if not kept:
+        return None
+    shown = [{**row, "completion": mark_rejected(row), "rejected": _count_rejected(row)} for row in kept]
+    rows = [[row.get(key) for key in COLUMNS] for row in shown]
+    return Sample(rows, gather_values(kept) if histograms else {})
+
+
+def _count_rejected(row: Mapping[str, Any]) -> int:
+    return list(row.get("keep") or []).count(False)
+
+
+def mark_rejected(row: Mapping[str, Any]) -> str:
+    """Returns a completion with each run of rejected tokens between [- and -], as wdiff marks deletions."""
+    if not row.get("tokens") or not row.get("keep"):
+        return str(row["completion"])
+    text = "".join(t if kept else f"[-{t}-]" for t, kept in zip(row["tokens"], row["keep"], strict=True))
+    return text.replace("-][-", "")
+
+
+def gather_values(kept: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
+    """Returns what histograms are made of. Shifts are decimal logarithms, for they differ by many orders of
+    magnitude; m_H is split by its sign, and what is exactly 0 is left out."""
+
+    def gather(key: str) -> Array:
+        return np.array([x for row in kept for x in row.get(key) or []], dtype=np.float64)
+
+    def logarithm(values: Array) -> Array:
+        return np.log10(values[np.isfinite(values) & (values > 0)])
+
+    objective = gather("objective_shift")
+    found = {
+        "policy_shift_log10": logarithm(gather("policy_shift")),
+        "objective_gain_log10": logarithm(objective),
+        "objective_loss_log10": logarithm(-objective),
+        "advantage": np.array([row["advantage"] for row in kept], dtype=np.float64),
+    }
+    return {f"histogram/{key}": values for key, values in found.items() if values.size}

@@ -1,0 +1,197 @@
+"""A run of W&B. Nothing here reads an API key. Online, a resume leaves out the rows that the server has."""
+
+import json
+import math
+import netrc
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import read_values
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import LoggedRow
+from capo_exp.runs.record import read_record
+from capo_exp.runs.samples import COLUMNS, Sample, read_logged
+
+BEST = "eval/best_accuracy"
+"""Key of W&B's summary: the largest eval/accuracy. W&B's own maximum forgets what was before a resume."""
+
+RECORD = "record"
+"""Key of W&B's summary: run.json as it was when W&B's run was opened."""
+
+BLOCK = 32_768
+"""Bytes of a block in W&B's file, each of which begins with 7 of its own."""
+
+TABLE_ROWS = 8
+"""About how many completions of a step W&B gets, spread over its prompts: its tables are not compressed."""
+
+HISTOGRAM_BINS = 32
+
+TAG_LENGTH = 64
+"""Most characters of a tag that W&B takes."""
+
+MACHINE_SECONDS = 300.0
+"""Time between W&B's looks at the machine: at its own 15 s they outgrow a run's metrics if steps are long."""
+
+
+def resolve_mode(mode: str) -> str:
+    """Returns online | offline | disabled; `auto` follows WANDB_MODE, else asks whether a key is there.
+
+    Raises:
+        ConfigError: The mode is unknown.
+    """
+    chosen = (os.environ.get("WANDB_MODE") or "auto") if mode == "auto" else mode
+    if chosen == "auto":
+        chosen = "online" if has_key() else "offline"
+    if chosen not in ("online", "offline", "disabled"):
+        key = "logger.wandb_mode" if mode == chosen else "the environment variable WANDB_MODE"
+        raise ConfigError(f"{key}={chosen}: expected auto, online, offline or disabled")
+    return chosen
+
+
+def has_key() -> bool:
+    """Returns whether W&B credentials are in the environment or in ~/.netrc; asks no server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    servers = {os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url, "https://api.wandb.ai"}
+    with suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+        return any((known.authenticators(urlsplit(url).netloc) or ("", "", ""))[2] for url in servers)
+    return False
+
+
+class WandbSink:
+    """Owns an open W&B run, online or offline."""
+
+    def __init__(self, run_dir: Path, mode: str) -> None:
+        """Opens it; an offline one takes the place of those that an earlier process wrote."""
+        for old in (run_dir / "wandb").glob("offline-run-*"):  # a part of what is sent now
+            shutil.rmtree(old)
+        self._run_dir, self._mode = run_dir, mode
+        self._run = _init(run_dir, mode)
+        self._run.define_metric(names.COMPLETIONS)
+        self._run.define_metric("*", step_metric=names.COMPLETIONS)
+        self._run.summary[RECORD] = read_record(run_dir)
+        self.there = self._run.starting_step if self._run.resumed else 0
+        self._rows, self._best = 0, -math.inf
+
+    @property
+    def location(self) -> str:
+        """The run's URL; empty while it is offline."""
+        return self._run.url or ""
+
+    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
+        """Sends a row, with a table of completions and histograms beside its numbers."""
+        self._rows = number + 1
+        if number >= self.there:
+            numbers = {key: math.nan if value is None else value for key, value in row.items()}
+            self._run.log(numbers | self._media(number, sample), step=number, commit=True)
+        accuracy = row.get(names.EVAL_ACCURACY)
+        if accuracy is not None and accuracy > self._best:
+            self._best = self._run.summary[BEST] = accuracy
+
+    def finish(self, exit_code: int, media: Sequence[Path]) -> None:
+        """Sends pictures and pages as a row of their own, the last, and ends the run."""
+        import wandb
+
+        shown: dict[str, Any] = {f"run/{path.stem}": str(path) for path in media}
+        for key, path in shown.items():  # a page as it is, since its policy forbids what W&B would put in
+            shown[key] = wandb.Html(path, inject=False) if path.endswith(".html") else wandb.Image(path)
+        if shown:
+            self._run.log(shown, step=self._rows, commit=True)
+        self._run.finish(exit_code=exit_code)
+        if self._mode == "offline":
+            _check_whole(self._run_dir)
+
+    def _media(self, number: int, sample: Sample | None) -> dict[str, Any]:
+        if sample is None:
+            return {}
+        import wandb
+
+        rows: Any = sample.rows[:: max(1, len(sample.rows) // TABLE_ROWS)]
+        table = wandb.Table(list(COLUMNS), rows, allow_mixed_types=True)
+        # Bound now, it is a file of the run; else W&B would make an artifact of it, in the user's home.
+        table.bind_to_run(self._run, "completions", number)
+        shown: dict[str, Any] = {"completions": table}
+        for key, values in sample.histograms.items():
+            counts, edges = np.histogram(values, HISTOGRAM_BINS)
+            shown[key] = wandb.Histogram(np_histogram=(counts, np.round(edges, 6)))
+        return shown
+
+
+def _check_whole(run_dir: Path) -> None:
+    """Looks for the numbers of the last row at the end of W&B's file, for W&B is silent on a full disk."""
+    if shutil.disk_usage(run_dir).free > 1_000_000:  # W&B may still be writing when it says that it is done
+        return
+    rows = read_logged(run_dir)[-1:]
+    for path in (run_dir / "wandb").glob("offline-run-*/run-*.wandb"):
+        data = path.read_bytes()
+        blocks = b"".join(data[start + 7 : start + BLOCK] for start in range(0, len(data), BLOCK))
+        numbers = [json.dumps(value).encode() for row in rows for value in row.values() if value is not None]
+        if not all(number in blocks for number in numbers):
+            raise OSError(f"{path} was cut short")
+
+
+def _init(run_dir: Path, mode: Any) -> Any:
+    import wandb
+
+    config = read_values((run_dir / "config.yaml").read_text(encoding="utf-8"), str(run_dir))
+    record = read_record(run_dir) or {}
+    return wandb.init(
+        id=_wandb_id(run_dir, record["run_id"], mode),
+        resume="allow" if mode == "online" else None,  # offline W&B would only warn
+        reinit="create_new",  # two runs in one process never share
+        mode=mode,
+        project=config["logger"]["project"],
+        group=config["experiment_name"],
+        job_type="train",
+        name=record["name"],
+        tags=[*config["logger"]["tags"], *_describe(config)],
+        config=config,
+        dir=run_dir,
+        settings=wandb.Settings(
+            silent=True,
+            console="off",  # wrapped pipes have hung runs
+            init_timeout=30,
+            disable_code=True,
+            disable_git=True,  # run.json has the git state
+            host="",
+            x_disable_meta=True,
+            x_disable_stats=mode == "offline",  # the machine is watched while the run goes on or not at all
+            x_save_requirements=False,
+            x_stats_sampling_interval=MACHINE_SECONDS,
+        ),
+    )
+
+
+def _describe(config: dict[str, Any]) -> list[str]:
+    """Returns the tags that every run has: method, model, dataset, regime, seed."""
+    parts = [config[group]["name"] for group in ("algo", "model", "dataset", "regime")]
+    put_on = [config["algo"].get(key) for key in ("variant", "step_rule_name")]  # older runs have neither
+    tags = ["-".join(filter(None, [parts[0], *put_on])), *parts[1:], f"seed {config['seed']}"]
+    return [tag[:TAG_LENGTH] for tag in tags]
+
+
+def _wandb_id(run_dir: Path, run_id: str, mode: str) -> str:
+    """Returns an id of this run directory alone: W&B's ids are shared by all who log to a project.
+
+    An online run keeps its id. An offline one is always new: of an earlier one the server may have a part.
+    """
+    kept = run_dir / "wandb" / "online_id"
+    if mode == "online" and kept.exists():
+        return kept.read_text(encoding="utf-8")
+    new = f"{run_id}-{secrets.token_hex(2)}"
+    if mode == "online":
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(new, encoding="utf-8")
+    return new
