@@ -19,8 +19,10 @@ from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
+from capo_exp.distributed.world import is_worker
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.record import run_status
+from capo_exp.sweep.launch import launch, node_number
 
 SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 """Environment variable. The command line sets HYDRA_FULL_ERROR for Hydra's sake, and this one with it where
@@ -35,6 +37,9 @@ def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
     """
     check(config)
     check_trains(config)
+    if is_worker():  # of a torchrun that somebody else started
+        _train_as_worker(config, draw)
+        return
     sys.stdout.write("".join(f"{line}\n" for line in plan(config)))
     sys.stdout.flush()
     if config.plan_only:
@@ -46,9 +51,22 @@ def execute(config: TrainConfig, draw: Callable[[Path], None]) -> None:
     _ = config.model.architecture  # refuses a model that cannot be read
     if not config.allow_overcommit:
         check_memory(config, learner_device(config))
+    if config.distributed.name != "single":
+        directory = launch(config)
+        if node_number() in (None, 0) or config.distributed.nodes == 1:
+            show(directory, draw, fresh=True)
+        return
     from capo_exp.training.loop import run  # torch, so only now
 
     show(run(config), draw, fresh=True)
+
+
+def _train_as_worker(config: TrainConfig, draw: Callable[[Path], None]) -> None:
+    from capo_exp.training.loop import run
+
+    directory = run(config)
+    if os.environ["RANK"] == "0":
+        show(directory, draw, fresh=True)
 
 
 def show(directory: Path, draw: Callable[[Path], None], *, fresh: bool) -> None:
@@ -68,13 +86,18 @@ def full_error() -> bool:
 
 
 def report(error: Exception) -> int:
-    """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
+    """Writes an error to stderr, and returns the exit status."""
+    text, status = describe(error)
+    sys.stderr.write(text)
+    return status
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """Returns what to say of an error, of one that was foreseen without its traceback, and the exit status."""
     wrong_config = isinstance(error, ConfigError)
-    if (wrong_config or isinstance(error, RunFailed)) and not full_error():
-        sys.stderr.write(f"{error}\n")
-    else:
-        traceback.print_exception(error)
-    return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
+    foreseen = (wrong_config or isinstance(error, RunFailed)) and not full_error()
+    text = f"{error}\n" if foreseen else "".join(traceback.format_exception(error))
+    return text, 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
 def main(draw: Callable[[Path], None]) -> int:

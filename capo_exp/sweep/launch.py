@@ -1,0 +1,148 @@
+"""Starts a run's processes with torchrun's own launcher, which ends all of them where one fails.
+
+`python -m capo_exp.sweep.launch` is such a process: it trains by the configuration in the folder that it shares
+with the launcher, where somebody else can ask it to stop, and it can leave word of what went wrong.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capo_exp.config.build import allowed_plugins
+from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.record import read_config, to_yaml
+from capo_exp.config.schema import DistributedConfig, TrainConfig
+from capo_exp.distributed.world import FOLDER, STOP
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.processes import end_with_parent, stop_signal
+
+ARGUMENTS = ("-m", "capo_exp.sweep.launch")
+CONFIG, FAILURE = "config.yaml", "failure"
+"""Files in the folder: what to train, and what the process says that failed first."""
+INTERRUPTED = 130
+PATIENCE = 5
+"""Seconds that torchrun gives the others to end, once one has failed."""
+
+
+def launch(config: TrainConfig) -> Path:
+    """Trains in config.distributed.processes processes on this machine, and waits for their end.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError: that of the first process that failed, or several nodes know no place to meet.
+        RunFailed: likewise; or a process was killed. The message says which.
+        KeyboardInterrupt: after a signal, once the step is done and saved.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    folder = Path(tempfile.mkdtemp(prefix="capo_exp-world-"))
+
+    def stop(message: str) -> None:
+        (folder / STOP).touch()
+        sys.stderr.write(f"{message}\n")
+
+    try:
+        (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        os.environ[FOLDER] = str(folder)
+        _share_cores(config.distributed.processes)
+        with stop_signal(stop):
+            elastic_launch(_meeting(config.distributed), sys.executable)(*ARGUMENTS)
+    except ChildFailedError as failure:
+        raise _explain(failure.failures, folder) from None
+    finally:
+        os.environ.pop(FOLDER, None)
+        shutil.rmtree(folder, ignore_errors=True)
+    return run_dir(config)
+
+
+def _meeting(config: DistributedConfig) -> Any:
+    """Returns torchrun's settings: where the processes of all nodes meet, and that none starts again."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    shared: dict[str, Any] = {
+        "nproc_per_node": config.processes,
+        "min_nodes": config.nodes,
+        "max_nodes": config.nodes,
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+        "signals_to_handle": "SIGQUIT",  # the others let the step end
+        "shutdown_timeout": PATIENCE,
+    }
+    if config.nodes == 1:
+        local = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+        return LaunchConfig(**shared, **local, local_addr="localhost")
+    address, number = os.environ.get("MASTER_ADDR"), node_number()
+    if address is None or number is None:
+        raise ConfigError(
+            f"distributed.nodes={config.nodes}: expected MASTER_ADDR, the name of the first node, and "
+            "NODE_RANK or SLURM_NODEID in the environment of each node's command (docs/DISTRIBUTED.md)"
+        )
+    endpoint = f"{address}:{os.environ.get('MASTER_PORT', '29500')}"
+    ranks = {"rank": number, "timeout": config.timeout_seconds}
+    return LaunchConfig(
+        **shared, rdzv_backend="static", rdzv_endpoint=endpoint, rdzv_configs=ranks, run_id="capo_exp"
+    )
+
+
+def node_number() -> int | None:
+    """Returns which of several nodes this is, if the environment says so."""
+    number = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID"))
+    return None if number is None else int(number)
+
+
+def _share_cores(processes: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
+    """Returns the error of a run whose processes failed: a kill, which tells nobody, or the first's own."""
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    for rank, number in killed.items():
+        name = signal.Signals(number).name
+        return RunFailed(
+            f"process {rank} was ended by {name}; the same command goes on from the last checkpoint"
+        )
+    if INTERRUPTED in codes.values():
+        return KeyboardInterrupt()  # pyright: ignore[reportReturnType]
+    said = folder / FAILURE
+    text = said.read_text(encoding="utf-8").strip() if said.exists() else f"exit status {codes}"
+    return ConfigError(text) if 2 in codes.values() else RunFailed(text)
+
+
+def main() -> int:
+    """Trains as one of the processes, and returns the exit status."""
+    from capo_exp.sweep.job import describe
+    from capo_exp.training.loop import run
+
+    folder = Path(os.environ[FOLDER])
+    end_with_parent()
+    plugins = f"plugins=[{','.join(allowed_plugins())}]"
+    try:
+        run(read_config((folder / CONFIG).read_text(encoding="utf-8"), ["own=true", plugins]))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        text, status = describe(error)
+        try:
+            with (folder / FAILURE).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            pass  # another process failed first
+        return status
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a process group that others have left can hang at the end
