@@ -124,13 +124,12 @@ def place_moments(optimizer: dict[str, Any], model: PreTrainedModel, folder: Pat
 
 
 def _load_shards(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter], folder: Path) -> None:
-    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     keys = [key.partition(".") for key in reader.read_metadata().state_dict_metadata]
     found = {f"{n}.{name}": torch.zeros_like(parameters[int(n)]).detach() for n, _, name in keys}
-    dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(found, storage_reader=reader, no_dist=not hasattr(parameters[0], "device_mesh"))
     for n, _, name in keys:
         optimizer["state"][int(n)][name] = found[f"{n}.{name}"]
 

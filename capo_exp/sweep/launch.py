@@ -1,7 +1,7 @@
 """Starts a run's processes with torchrun's own launcher, which ends all of them where one fails.
 
-`python -m capo_exp.sweep.launch` is such a process: it trains by the configuration in the folder that it shares
-with the launcher, where somebody else can ask it to stop, and it can leave word of what went wrong.
+`python -m capo_exp.sweep.launch` is such a process: it trains by the configuration in the folder that it
+shares with the launcher, which can ask it there to stop, and to which it leaves word of what went wrong.
 """
 
 import os
