@@ -1,11 +1,8 @@
 """Two processes and one give the same numbers; see distributed_job.py."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from capo_exp.config.checks import check
-from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch
-from capo_exp.runs.identity import run_id
 from tests.conftest import ALGORITHMS
 from tests.pieces import SMALL
 from tests.test_selection import SELECTIONS, partly

@@ -43,6 +43,8 @@ def check(config: TrainConfig) -> None:
         _check_vllm(config)
     if config.distributed.name != "single":
         _check_distributed(config)
+    elif config.distributed.world_size > 1:
+        raise error("distributed.processes", config.distributed.world_size, "1, or distributed=fsdp2")
 
 
 def check_trains(config: TrainConfig) -> None:

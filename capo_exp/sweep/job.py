@@ -93,7 +93,7 @@ def report(error: Exception) -> int:
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """Returns what to say of an error, without the traceback of one that was foreseen, and the exit status."""
+    """Returns the text of an error, of one that was foreseen without its traceback, and the exit status."""
     wrong_config = isinstance(error, ConfigError)
     foreseen = (wrong_config or isinstance(error, RunFailed)) and not full_error()
     text = f"{error}\n" if foreseen else "".join(traceback.format_exception(error))

@@ -4,6 +4,7 @@
 shares with the launcher, which can ask it there to stop, and to which it leaves word of what went wrong.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -43,6 +44,8 @@ def launch(config: TrainConfig) -> Path:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    for name in ("multiprocessing.api", "agent.server.api"):  # what they tell of failures is said below
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     folder = Path(tempfile.mkdtemp(prefix="capo_exp-world-"))
 
     def stop(message: str) -> None:
