@@ -106,8 +106,7 @@ def take_shards(optimizer: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def save_shards(shards: dict[str, Tensor], folder: Path) -> None:
     """Writes each process's part, by torch.distributed.checkpoint, as safetensors: its own format reads a
     pickle, which may be a program."""
-    import torch.distributed.checkpoint as dcp
-
+    dcp = _checkpoint_library()
     dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
@@ -123,9 +122,14 @@ def place_moments(optimizer: dict[str, Any], model: PreTrainedModel, folder: Pat
             moments[name] = _place(value, parameters[number])
 
 
-def _load_shards(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter], folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+def _checkpoint_library() -> Any:
+    import torch.distributed.checkpoint
 
+    return torch.distributed.checkpoint
+
+
+def _load_shards(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter], folder: Path) -> None:
+    dcp = _checkpoint_library()
     reader = dcp.HuggingFaceStorageReader(str(folder))
     keys = [key.partition(".") for key in reader.read_metadata().state_dict_metadata]
     found = {f"{n}.{name}": torch.zeros_like(parameters[int(n)]).detach() for n, _, name in keys}

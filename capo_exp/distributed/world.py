@@ -1,4 +1,5 @@
-"""The processes of a run, as a value that is passed in: which one this is, and how they agree."""
+"""The processes of a run, as a value that is passed in: which one this is, and how they agree. Imports no
+torch until there are several."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -6,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from capo_exp.config.schema import DistributedConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -42,7 +44,7 @@ class World:
         """Undoes `deal`: the shares of all ranks -> the items in their order."""
         return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: "Tensor") -> "Tensor":
         """Adds up over the processes; every one gets the same bits."""
         if self.size == 1:
             return values
@@ -90,7 +92,7 @@ SINGLE = World(0, 1)
 
 
 @contextmanager
-def open_world(config: DistributedConfig, device: torch.device) -> Iterator[World]:
+def open_world(config: DistributedConfig, device: "torch.device") -> Iterator[World]:
     """Joins the processes that torchrun started; the world of one process needs no torchrun."""
     if config.name == "single":
         yield SINGLE
@@ -108,10 +110,12 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def own_device(config: DistributedConfig, device: torch.device) -> torch.device:
+def own_device(config: DistributedConfig, device: "torch.device") -> "torch.device":
     """Returns the process's own GPU where the learner computes on GPUs: that of its number on the node."""
     if config.name == "single" or device.type == "cpu":
         return device
+    import torch
+
     own = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(own)
     return own

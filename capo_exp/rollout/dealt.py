@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from capo_exp.core.types import RolloutGroup
 from capo_exp.distributed.world import World
@@ -33,6 +32,8 @@ class ReplicaRollout:
         self._engine = engine
         self._refresh = refresh
         self._version: int | None = None
+        self.start, self.rest = engine.start, engine.rest
+        self.metrics, self.close = engine.metrics, engine.close
 
     def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
         """Does as the engine, with the learner's present weights; every process has to ask."""
@@ -40,6 +41,3 @@ class ReplicaRollout:
             self._refresh()
             self._version = request.weight_version
         return self._engine.generate(request)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)

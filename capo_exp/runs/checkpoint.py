@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capo_exp.distributed.sharding import is_sharded, place_moments, save_shards, take_shards, whole_state
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.runs.files import list_checkpoints, name_disk_error, remove, write_json
 
@@ -112,10 +111,13 @@ class Checkpointer:
         Raises:
             OSError: The disk takes no more. What was written is removed, the older ones are there.
         """
+        from capo_exp.distributed.sharding import is_sharded, save_shards, take_shards
+
         target = self._folder / f"step_{step:06d}"
         partial = self._folder / f".{target.name}"
-        optimizer, shards = take_shards(state["optimizer"]) if self._world.size > 1 else (None, {})
-        plain = dict(state) if optimizer is None else {**state, "optimizer": optimizer}
+        plain, shards = dict(state), {}
+        if is_sharded(model):
+            plain["optimizer"], shards = take_shards(state["optimizer"])
         try:
             with name_disk_error(target):
                 self._save_model(model, partial)
@@ -136,6 +138,8 @@ class Checkpointer:
         return target
 
     def _save_model(self, model: "PreTrainedModel", folder: Path) -> None:
+        from capo_exp.distributed.sharding import is_sharded, whole_state
+
         if not is_sharded(model):
             model.save_pretrained(folder)
             return
@@ -170,6 +174,8 @@ class Checkpointer:
         """Reads the state of a checkpoint, without the weights; its tensors are on `device`. The optimiser's
         moments are shared out as the weights of `model` are, however many processes wrote them."""
         import torch
+
+        from capo_exp.distributed.sharding import place_moments
 
         state = torch.load(path / _STATE, map_location=device, weights_only=True)
         if model is not None:

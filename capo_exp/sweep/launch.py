@@ -80,7 +80,11 @@ def _meeting(config: DistributedConfig) -> Any:
         "shutdown_timeout": PATIENCE,
     }
     if config.nodes == 1:
-        local = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+        local: dict[str, Any] = {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "run_id": str(os.getpid()),
+        }
         return LaunchConfig(**shared, **local, local_addr="localhost")
     address, number = os.environ.get("MASTER_ADDR"), node_number()
     if address is None or number is None:
