@@ -23,8 +23,8 @@ from capo_exp.runs.identity import run_dir
 from capo_exp.runs.processes import end_with_parent, stop_signal
 
 ARGUMENTS = ("-m", "capo_exp.sweep.launch")
-CONFIG, FAILURE = "config.yaml", "failure"
-"""Files in the folder: what to train, and what the process says that failed first."""
+CONFIG, FAILURE, SEEN = "config.yaml", "failure", "seen"
+"""Files in the folder: what to train, what the process says that failed first, what a probe saw."""
 INTERRUPTED = 130
 PATIENCE = 5
 """Seconds that torchrun gives the others to end, once one has failed."""
@@ -41,6 +41,21 @@ def launch(config: TrainConfig) -> Path:
         RunFailed: likewise; or a process was killed. The message says which.
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
+    _start(config, "train")
+    return run_dir(config)
+
+
+def probe(config: TrainConfig) -> str:
+    """Starts the processes, lets them compare a sharded model with a whole one, and says what they saw.
+
+    Raises:
+        ConfigError, RunFailed: as `launch`.
+    """
+    return _start(config, "probe")
+
+
+def _start(config: TrainConfig, task: str) -> str:
+    """Returns what the first process says at the end."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -57,13 +72,14 @@ def launch(config: TrainConfig) -> Path:
         os.environ[FOLDER] = str(folder)
         _share_cores(config.distributed.processes)
         with stop_signal(stop):
-            elastic_launch(_meeting(config.distributed), sys.executable)(*ARGUMENTS)
+            elastic_launch(_meeting(config.distributed), sys.executable)(*ARGUMENTS, task)
+        said = folder / SEEN
+        return said.read_text(encoding="utf-8") if said.exists() else ""
     except ChildFailedError as failure:
         raise _explain(failure.failures, folder) from None
     finally:
         os.environ.pop(FOLDER, None)
         shutil.rmtree(folder, ignore_errors=True)
-    return run_dir(config)
 
 
 def _meeting(config: DistributedConfig) -> Any:
@@ -127,15 +143,21 @@ def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
 
 
 def main() -> int:
-    """Trains as one of the processes, and returns the exit status."""
+    """Trains or probes as one of the processes, and returns the exit status."""
     from capo_exp.sweep.job import describe
     from capo_exp.training.loop import run
+    from capo_exp.training.probe import probe_processes
 
     folder = Path(os.environ[FOLDER])
     end_with_parent()
     plugins = f"plugins=[{','.join(allowed_plugins())}]"
     try:
-        run(read_config((folder / CONFIG).read_text(encoding="utf-8"), ["own=true", plugins]))
+        config = read_config((folder / CONFIG).read_text(encoding="utf-8"), ["own=true", plugins])
+        if sys.argv[1] == "probe":
+            (folder / f".{os.environ['RANK']}").write_text(probe_processes(config), encoding="utf-8")
+            (folder / f".{os.environ['RANK']}").rename(folder / SEEN)
+        else:
+            run(config)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
