@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --processes 1 2 4 --steps 6 [key=value ...]
 
-The whole is the mean of the steps after the first; of it the learner's stages and sampling; ratios are to the
-run in one process without sharding. Threads: one a process, so that a core is worth the same in each row. On a
-machine with fewer cores than processes a row says what sharding costs, and not what it gains.
+The whole is the mean of the steps after the first; of it the learner's stages and sampling; ratios are to
+the run in one process without sharding. One thread a process, so that a core is worth the same in each row.
+On a machine with fewer cores than processes a row says what sharding costs, and not what it gains.
 """
 
 import argparse

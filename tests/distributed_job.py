@@ -28,7 +28,7 @@ from capo_exp.distributed.sharding import full, shard
 from capo_exp.distributed.world import FOLDER, STOP, World
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.hf import HFRollout
-from capo_exp.training import loop
+from capo_exp.training import loop, session
 from capo_exp.training.learner import Learner
 from tests.pieces import make_learner, run_updates
 
@@ -100,6 +100,7 @@ def compare_sums(job: dict[str, Any], world: World) -> Iterator[str]:
 def compare_runs(job: dict[str, Any], world: World, folder: Path) -> Iterator[str]:
     """A run that is stopped and goes on in as many processes, in one, or in two after one; one whose second
     engine fails."""
+    session.prepare = cache_of(session.prepare)
     loop.open_world = lambda config, _: nullcontext(world if config.name == "fsdp2" else World(0, 1))
     os.environ[FOLDER] = str(folder)
     wanted = train(job, folder / "whole")
@@ -115,6 +116,12 @@ def compare_runs(job: dict[str, Any], world: World, folder: Path) -> Iterator[st
     mixed = train(job, folder / "mixed")
     yield from differ("1 -> 2", wanted, mixed, exact=False)
     yield from fail_in_second(job, folder / "failing", world)
+
+
+def cache_of(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """The same data for every run of the job, read once."""
+    made: list[Any] = []
+    return lambda *given: made[0] if made else made.append(prepare(*given)) or made[0]
 
 
 def train(job: dict[str, Any], place: Path, *, alone: bool = False) -> tuple[list[dict[str, Any]], Path]:

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.config.errors import RunFailed
 from capo_exp.config.schema import TrainConfig
@@ -21,6 +22,7 @@ def probe_processes(config: TrainConfig) -> str:
     Raises:
         RunFailed: a process's sharded model differs from its whole one.
     """
+    disable_progress_bar()
     device = own_device(config.distributed, policy.choose_device(config.device))
     dtype = policy.choose_dtype(config.model.compute_dtype, device)
     settings = policy.ForwardSettings.of(config, dtype)
