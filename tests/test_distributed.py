@@ -124,6 +124,7 @@ def workers_of(launcher: int) -> list[int]:
         ["curvature.diagnose_every=5"],
         ["device=cuda:1"],
         ["model.share_prompts=true"],
+        ["model.load_dtype=bfloat16"],
         ["rollout=vllm", "rollout.server_url=start"],
         ["rollout=vllm", "rollout.engine.visible_devices=1"],
         ["rollout=vllm", "rollout.engine.weight_transfer=nccl"],
@@ -152,7 +153,7 @@ def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
 def test_processes_share_what_is_sharded(composed: Compose) -> None:
     """Weights, gradients and Adam; each has the optimiser model's moments and its micro-batch's logits."""
     one, eight = (
-        estimate(composed("model=qwen2_5_7b", "rollout=vllm", *more), gpu=True)
+        estimate(composed("model=tiny", "rollout=vllm", *more), gpu=True)
         for more in ([], ["distributed=fsdp2", "distributed.processes=8"])
     )
     for part in ("weights", "gradients", "adam", "records"):

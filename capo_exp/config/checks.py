@@ -201,6 +201,9 @@ def _check_distributed(config: TrainConfig) -> None:
     if config.rollout.chunking != "per_micro_batch":
         wanted = "per_micro_batch with distributed=fsdp2, whose processes share the calls out"
         raise error("rollout.chunking", config.rollout.chunking, wanted)
+    if config.model.load_dtype != "float32":
+        wanted = "float32 with distributed=fsdp2; distributed.gather=bfloat16 saves traffic"
+        raise error("model.load_dtype", config.model.load_dtype, wanted)
     if config.model.share_prompts:
         wanted = "false with distributed=fsdp2, whose sharded layers make one pass a micro-batch"
         raise error("model.share_prompts", True, wanted)
