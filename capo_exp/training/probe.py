@@ -24,12 +24,12 @@ def probe_processes(config: TrainConfig) -> str:
     """
     disable_progress_bar()
     device = own_device(config.distributed, policy.choose_device(config.device))
-    dtype = policy.choose_dtype(config.model.compute_dtype, device)
+    dtype = policy.choose_dtype(config.model, device)
     settings = policy.ForwardSettings.of(config, dtype)
     half = config.distributed.gather == "bfloat16" or dtype == torch.bfloat16
     with open_world(config.distributed, device) as world:
         model = policy.load_model(config.model, device)
-        batch, whole = _make_batch(config.model.vocab_size, device), copy.deepcopy(model)
+        batch, whole = _make_batch(config.model.architecture.vocab_size, device), copy.deepcopy(model)
         shard(model, world, gather=config.distributed.gather, body=policy.score_tokens)
         pair = [policy.log_probs(each, batch, settings) for each in (whole, model)]
         difference = (pair[0] - pair[1]).abs().max().item()
