@@ -25,6 +25,8 @@ from capo_exp.runs.processes import end_with_parent, stop_signal
 ARGUMENTS = ("-m", "capo_exp.sweep.launch")
 CONFIG, FAILURE, SEEN = "config.yaml", "failure", "seen"
 """Files in the folder: what to train, what the process says that failed first, what a probe saw."""
+LOST = ("gloo/transport", "NCCL", "Connection closed by peer")
+"""In what torch says when another process is gone or silent."""
 INTERRUPTED = 130
 PATIENCE = 5
 """Seconds that torchrun gives the others to end, once one has failed."""
@@ -127,8 +129,13 @@ def _share_cores(processes: int) -> None:
 
 
 def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
-    """Returns the error of a run whose processes failed: a kill, which tells nobody, or the first's own."""
+    """Returns the error of a run whose processes failed: what one of them says, or a kill, which is silent;
+    torchrun kills those, too, that do not end when another has failed."""
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    said = folder / FAILURE
+    if said.exists():
+        text = said.read_text(encoding="utf-8").strip()
+        return ConfigError(text) if 2 in codes.values() else RunFailed(text)
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     for rank, number in killed.items():
         name = signal.Signals(number).name
@@ -137,9 +144,10 @@ def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
         )
     if INTERRUPTED in codes.values():
         return KeyboardInterrupt()  # pyright: ignore[reportReturnType]
-    said = folder / FAILURE
-    text = said.read_text(encoding="utf-8").strip() if said.exists() else f"exit status {codes}"
-    return ConfigError(text) if 2 in codes.values() else RunFailed(text)
+    return RunFailed(
+        f"processes {sorted(codes)} lost the others, or waited longer than distributed.timeout_seconds; "
+        "the same command goes on from the last checkpoint"
+    )
 
 
 def main() -> int:
@@ -162,6 +170,8 @@ def main() -> int:
         return INTERRUPTED
     except Exception as error:
         text, status = describe(error)
+        if any(each in str(error) for each in LOST):
+            return status  # another process has failed, or hangs
         try:
             with (folder / FAILURE).open("x", encoding="utf-8") as file:
                 file.write(text)
