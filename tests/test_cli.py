@@ -156,7 +156,10 @@ def subprocess_run(
             "~algo.selection: a key that cannot be left out; expected algo.selection=, a part",
         ),
         (["algo.name.x.y=1"], "algo.name.x.y=1: expected algo.name=, text, with no keys in it"),
-        (["reward=123"], "reward=123: expected a choice of reward; expected one of exact, function, last_number"),
+        (
+            ["reward=123"],
+            "reward=123: expected a choice of reward; expected one of exact, function, last_number",
+        ),
         (["reward=[exact]"], "reward=[exact]: expected a choice of reward; expected one of exact"),
         (["sweep.devices=[{a:1}]"], "sweep.devices=[{'a': 1}]: expected a list of GPUs"),
         (["hydra.run.dir=X"], "hydra.run.dir=X: expected output_dir=..., below which each run makes"),

@@ -150,7 +150,13 @@ def _bound(scored: Scored, predict: Callable[..., Sequence[BatchShifts]], bounds
     """Applies bounds to the shifts, m_H as the authors define it, that are predicted for each completion."""
     batch, like = scored.batch, scored.shifts.policy_shift
     tokens = curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
-    shifts = predict(tokens, learning_rate=scored.learning_rate, state=scored.optimizer_model)
-    columns = [[s.policy_shift for s in shifts], [s.objective_shift_by_row for s in shifts]]
-    spread = TokenShifts(*(like.new_tensor(column)[:, None].expand_as(like) for column in columns))
+    shifts = predict(
+        tokens, learning_rate=scored.learning_rate, state=scored.optimizer_model, world=scored.world
+    )
+    rows = slice(None) if scored.output.rows is None else scored.output.rows
+    columns = like.new_zeros(2, len(like))
+    columns[:, rows] = (
+        like.new_tensor([[s.policy_shift, s.objective_shift_by_row] for s in shifts]).view(-1, 2).T
+    )
+    spread = TokenShifts(*(column[:, None].expand_as(like) for column in scored.world.sum(columns)))
     return shift_bounds(replace(scored, shifts=spread), **bounds)

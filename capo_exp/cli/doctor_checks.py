@@ -82,14 +82,17 @@ def compare_versions(config: TrainConfig) -> Result:
 
 
 def find_device(config: TrainConfig) -> Result:
-    """Where the learner computes."""
+    """Where the learner computes; several processes find each other there, and shard the model."""
     import torch
 
     from capo_exp.core import policy
+    from capo_exp.sweep.launch import probe
 
     device = policy.choose_device(config.device)
     gpu = device.type == "cuda"
     detail = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
+    if config.distributed.name != "single":
+        detail += f"; {probe(config)}; what is below was seen in one process"
     return Result(f"{device}, {detail}", {"device": device})
 
 

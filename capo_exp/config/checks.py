@@ -43,6 +43,10 @@ def check(config: TrainConfig) -> None:
     _check_algorithm(config)
     if config.rollout.is_vllm:
         _check_vllm(config)
+    if config.distributed.name != "single":
+        _check_distributed(config)
+    elif config.distributed.world_size > 1:
+        raise error("distributed.processes", config.distributed.world_size, "1, or distributed=fsdp2")
 
 
 def check_trains(config: TrainConfig) -> None:
@@ -199,6 +203,39 @@ def _check_algorithm(config: TrainConfig) -> None:
         raise error("regime.group_size", 1, wanted)
     if algo.reference_reset_every and not build.needs_reference(algo):
         raise error("algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference")
+
+
+def _check_distributed(config: TrainConfig) -> None:
+    """Refuses what a run of several processes cannot do, or what would leave some without work."""
+    size, micro = config.distributed.world_size, config.model.micro_batch_size
+    batch = config.regime.prompts_per_step * config.regime.group_size
+    if micro * size > batch:
+        wanted = f"at most {batch // size}, so that each of {size} processes has a micro-batch"
+        raise error("model.micro_batch_size", micro, wanted)
+    if config.rollout.chunking != "per_micro_batch":
+        wanted = "per_micro_batch with distributed=fsdp2, whose processes share the calls out"
+        raise error("rollout.chunking", config.rollout.chunking, wanted)
+    if config.model.load_dtype != "float32":
+        wanted = "float32 with distributed=fsdp2; distributed.gather=bfloat16 saves traffic"
+        raise error("model.load_dtype", config.model.load_dtype, wanted)
+    if config.model.share_prompts:
+        wanted = "false with distributed=fsdp2, whose sharded layers make one pass a micro-batch"
+        raise error("model.share_prompts", True, wanted)
+    if config.curvature.diagnose_every:
+        wanted = "0 with distributed=fsdp2, which has no second gradient beside the first"
+        raise error("curvature.diagnose_every", config.curvature.diagnose_every, wanted)
+    if config.device not in ("auto", "cpu", "cuda"):
+        wanted = "auto, cpu or cuda: process i takes GPU i of CUDA_VISIBLE_DEVICES"
+        raise error("device", config.device, wanted)
+    engine = config.rollout.engine
+    if config.rollout.is_vllm and (config.rollout.server_url or engine["visible_devices"] is not None):
+        key = "server_url" if config.rollout.server_url else "engine.visible_devices"
+        raise error(
+            f"rollout.{key}", "set", "null with distributed=fsdp2: each process has an engine of its own"
+        )
+    if config.rollout.is_vllm and engine["weight_transfer"] not in ("auto", "safetensors"):
+        wanted = "auto or safetensors with distributed=fsdp2"
+        raise error("rollout.engine.weight_transfer", engine["weight_transfer"], wanted)
 
 
 def _check_vllm(config: TrainConfig) -> None:

@@ -6,7 +6,7 @@ process holds more: its libraries, and freed blocks that an allocator keeps.
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from capo_exp.config.architecture import Architecture
@@ -20,6 +20,8 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Values of model_type whose parameters are counted exactly; those of others as if they were of the first."""
 LOGITS_COPIES = 5
 """[tokens, V] float32 tensors alive at once where log-probs are differentiated or a token is drawn."""
+SHARED = ("weights", "gradients", "adam", "reference", "records")
+"""Parts of which each of several processes has its share."""
 LOWER = {
     "activations": "lower model.micro_batch_size or set model.gradient_checkpointing=true",
     "logits": "lower model.logits_chunk_tokens",
@@ -32,7 +34,7 @@ LOWER = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of each part on the learner's device."""
+    """Bytes of each part on the learner's device; of several processes, on the device of each."""
 
     weights: int
     gradients: int
@@ -46,6 +48,8 @@ class Memory:
     logits: int
     kv_cache: int
     """Of the sequences that are sampled at once, and their logits; 0 with vLLM."""
+    gathered: int = 0
+    """Of sharded weights: the largest units whole, and the copy that transformers samples with."""
 
     @property
     def total(self) -> int:
@@ -80,7 +84,8 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
     # Keys are float32 after the rotation; one layer's keys and values are repeated for every head.
     cached = (FLOAT + number) * (shape.num_hidden_layers * kv_width(shape) + width) * longest
     drawing = LOGITS_COPIES * FLOAT * shape.vocab_size
-    return Memory(
+    copies = half and kept == FLOAT and config.distributed.name == "single"  # autocast's
+    memory = Memory(
         weights=kept * parameters,
         gradients=kept * parameters,
         adam=(2 * FLOAT + FLOAT - kept) * parameters,  # bfloat16 weights have the rest of their bits there
@@ -88,10 +93,22 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         moments=2 * FLOAT * entries if config.curvature.optimizer_model == "adam" else 0,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
-        activations=rows * longest * layers + (HALF * parameters if half and kept == FLOAT else 0),
+        activations=rows * longest * layers + (HALF * parameters if copies else 0),
         logits=LOGITS_COPIES * FLOAT * chunk * shape.vocab_size + kept * entries,
         kv_cache=0 if config.rollout.is_vllm else (cached + drawing) * sequences_at_once(config),
     )
+    return memory if config.distributed.name == "single" else _share_out(memory, config)
+
+
+def _share_out(memory: Memory, config: TrainConfig) -> Memory:
+    """Returns what each of several processes holds: its share, the root (embedding and last layer) and two
+    layers whole, of which one comes while the other computes, and a whole copy to sample with."""
+    size, shape, whole = config.distributed.world_size, config.model.architecture, memory.weights
+    shares = {name: vars(memory)[name] // size for name in SHARED}
+    root = FLOAT * shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    layers = 2 * (whole - root) // shape.num_hidden_layers
+    copy = 0 if config.rollout.is_vllm else whole
+    return replace(memory, **shares, gathered=root + layers + copy)
 
 
 def count_parameters(shape: Architecture) -> int:
@@ -165,8 +182,10 @@ def check_memory(config: TrainConfig, device: str) -> str:
     gpu, (free, total) = device != "cpu", measure_memory(device)
     memory, engine = estimate(config, gpu=gpu), estimate_engine(config, gpu=gpu, total=total)
     beside = f", engine {human(engine)}" if engine else ""
-    seen = f"estimated peak {human(memory.total)}{beside}; free {human(free)} on {device}"
-    if memory.total + engine > free:
+    processes = config.distributed.processes
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    seen = f"estimated peak {human(memory.total)}{beside}{each}; free {human(free)} on {device}"
+    if (memory.total + engine) * (1 if gpu else processes) > free:
         parts = vars(memory) | {"engine": engine}
         wanted = LOWER.get(max(parts, key=parts.__getitem__), "choose a smaller model=")
         raise ConfigError(f"{seen}: {wanted}, or allow_overcommit=true starts it all the same")

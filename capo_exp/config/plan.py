@@ -62,7 +62,9 @@ def _memory(config: TrainConfig) -> list[str]:
     largest = sorted(vars(memory).items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{NAMES.get(name, name)} {human(size)}" for name, size in largest)
     kind = "" if shape.model_type in KINDS else f" ({shape.model_type} counted as {KINDS[0]})"
-    lines = [f"about {human(memory.total)} on {device}{kind}; the most: {parts}"]
+    shared = config.distributed
+    where = device if shared.name == "single" else f"each of {shared.world_size} processes ({device})"
+    lines = [f"about {human(memory.total)} on {where}{kind}; the most: {parts}"]
     engine, url = config.rollout.engine, config.rollout.server_url
     if config.rollout.is_vllm and url in (None, "start"):
         cache = f"KV cache {engine['kv_cache_gib'] or 1:g} GiB"

@@ -7,9 +7,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from capo_exp.core.types import AdamState, Batch, BatchTotals, RolloutGroup
+from capo_exp.core.types import AdamState, Batch, BatchTotals, PolicyOutput, RolloutGroup
+from capo_exp.distributed.world import World
 
 Value = TypeVar("Value")
+
+WIDE = ("topk_probs", "topk_ids", "hidden")
+"""Fields of PolicyOutput with a K or an H."""
 
 
 def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.device) -> Batch:
@@ -66,6 +70,15 @@ def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
     return [(rows, _trim(take(batch, rows))) for rows in order.split(size)]
 
 
+def deal_cuts(batch: Batch, size: int, world: World) -> list[tuple[Tensor, Batch]]:
+    """Deals the micro-batches of `split`. A process with fewer gets idle ones, so that all make the same
+    passes: without row numbers, of one row whose completion is masked."""
+    cuts = split(batch, size)
+    own = world.deal(cuts)
+    rows, shortest = cuts[0]
+    return own + [(rows[:0], _idle(shortest))] * (-(-len(cuts) // world.size) - len(own))
+
+
 def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
     """Returns the row numbers of each optimiser step of one pass over a batch: all of them in order for one,
     else a random partition into `count` nearly equal parts (no empty ones)."""
@@ -87,6 +100,14 @@ def join(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     return out
 
 
+def join_dealt(pieces: Sequence[tuple[Tensor, Tensor]], like: Tensor, world: World) -> Tensor:
+    """Does as `join`, with the pieces of all processes; idle ones hold nothing."""
+    if world.size == 1:
+        return join(pieces, like)
+    shares = world.together(lambda: [(rows.cpu(), values.cpu()) for rows, values in pieces if len(rows)])
+    return join([piece for share in shares for piece in share], like.cpu()).to(like.device)
+
+
 def join_records(pieces: Sequence[tuple[Tensor, Value]], batch: Batch) -> Value:
     """Joins what is known of the micro-batches of an optimiser step, in the rows' own order: each tensor
     [b, t, ...] of a record, and of the records in it, to [B, T, ...]. Of batches the advantages are
@@ -106,6 +127,67 @@ def join_records(pieces: Sequence[tuple[Tensor, Value]], batch: Batch) -> Value:
         return first  # the same for all
 
     return merge([record for _, record in pieces])
+
+
+def join_shared(
+    pieces: Sequence[tuple[Tensor, Value]],
+    outputs: Sequence[tuple[Tensor, PolicyOutput]],
+    batch: Batch,
+    world: World,
+) -> Value:
+    """Joins the records of all processes' micro-batches; what has a K or an H stays in its process.
+
+    Args:
+        pieces: as of `join_records`, this process's; the records have an `output`.
+        outputs: of this process's micro-batches, idle ones, too.
+        batch: the whole.
+        world: all of which call this.
+    """
+    if world.size == 1:
+        return join_records(pieces, batch)
+    shares = world.together(lambda: [(rows.cpu(), _move(_narrow(record), "cpu")) for rows, record in pieces])
+    everyone = [piece for share in shares for piece in share]
+    joined: Any = _move(join_records(everyone, _move(batch, "cpu")), batch.input_ids.device)
+    own = torch.cat([rows for rows, _ in outputs]).sort().values
+    places = [torch.searchsorted(own, rows) for rows, _ in outputs]
+
+    def wide(name: str) -> Tensor:
+        parts = [getattr(output, name) for _, output in outputs]
+        return join(list(zip(places, parts, strict=True)), batch.completion_mask[own])
+
+    kept = {name: wide(name) for name in WIDE}
+    return replace(joined, output=replace(joined.output, rows=own, **kept))
+
+
+def _narrow(record: Any) -> Any:
+    return replace(
+        record, output=replace(record.output, **{n: vars(record.output)[n][..., :0] for n in WIDE})
+    )
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    """Copies a record to a device, without an optimiser model in it."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _move(each, device) for key, each in value.items()}
+    if isinstance(value, AdamState):
+        return None
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: _move(each, device) for name, each in vars(value).items()})
+    return value
+
+
+def _idle(batch: Batch) -> Batch:
+    row = take(batch, torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device))
+    return replace(
+        row,
+        input_ids=row.input_ids[:, -2:],
+        attention_mask=torch.ones_like(row.attention_mask[:, -2:]),
+        completion_mask=torch.zeros_like(row.completion_mask[:, :1]),
+        sampler_log_probs=row.sampler_log_probs[:, :1],
+        advantages=row.advantages[:, :1],
+    )
 
 
 def _trim(batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ The shift by one (a state at position p predicts the token at p + 1) and the tem
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from capo_exp.config.schema import ModelConfig, TrainConfig
 from capo_exp.core import model_files, smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
+from capo_exp.distributed.sharding import SCORE, full, is_sharded
 
 
 def read_origin(config: ModelConfig) -> dict[str, str] | None:
@@ -132,6 +134,11 @@ def last_layer(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """Returns W [V, H], the whole of it; every process has to ask. Not to be differentiated."""
+    return full(last_layer(model).weight.detach())
+
+
 @dataclass(frozen=True)
 class ForwardSettings:
     """How the logits of every forward pass of a run are computed."""
@@ -165,18 +172,24 @@ def forward(
         hidden_shift: how many tokens late the returned `hidden` is; 0, or 1 for the authors' program, which
             takes the state of the sampled token itself. Everything else stays where it belongs.
     """
+    through_root = getattr(model, SCORE, partial(score_tokens, model))
+    packed = through_root(batch, settings, top_k, hidden_shift)
+    return PolicyOutput(*(unpack(values, batch.completion_mask) for values in packed))
+
+
+def score_tokens(
+    model: PreTrainedModel, batch: Batch, settings: ForwardSettings, top_k: int, hidden_shift: int
+) -> tuple[Tensor, ...]:
+    """Computes what `forward` unpacks: log_probs [N], entropy [N], topk_probs [N, K], topk_ids [N, K], hidden
+    [N, H]. A sharded model has this as its root's forward pass."""
     mask = batch.completion_mask
-    length = mask.shape[1]
-    with autocast(mask.device, settings.compute_dtype):
+    with autocast(mask.device, settings.compute_dtype, cache=not is_sharded(model)):
         compute_states = _states_by_prompt if settings.share_prompts else _states
         states = compute_states(model, batch, extra=hidden_shift)
-        hidden = states[:, :length][mask] / settings.temperature
-        log_probs, entropy, probs, ids = _last_layer(
-            last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens
-        )
+        hidden = states[:, : mask.shape[1]][mask] / settings.temperature
+        scored = _last_layer(last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens)
     late = states[:, hidden_shift:][mask] / settings.temperature if hidden_shift else hidden
-    hidden = late.detach().float()
-    return PolicyOutput(*(unpack(values, mask) for values in (log_probs, entropy, probs, ids, hidden)))
+    return (*scored, late.detach().float())
 
 
 @torch.no_grad()
@@ -251,9 +264,14 @@ def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int)
         return log_probs, entropy, logits.gather(1, ids).softmax(1), ids
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Sets the precision of every forward pass, the learner's and the sampler's alike."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def autocast(
+    device: torch.device, dtype: torch.dtype, *, cache: bool = True
+) -> AbstractContextManager[object]:
+    """Sets the precision of every forward pass, the learner's and the sampler's alike. The cache holds all
+    weights once more, which is what sharded ones are there to avoid."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=cache)
 
 
 def choose_device(name: str) -> torch.device:

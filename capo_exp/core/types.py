@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from capo_exp.distributed.world import SINGLE, World
+
 TokenOrRow = Float[Tensor, " B"] | Float[Tensor, "B T"]
 """One number a completion, or one a token."""
 
@@ -133,6 +135,9 @@ class PolicyOutput:
     hidden: Float[Tensor, "B T H"]
     """[B, T, H] float32, no gradient: the last-layer input that produced the token's logits, divided by the
     temperature (so that logits / temperature = W @ hidden exactly)."""
+    rows: Int[Tensor, " b"] | None = None
+    """[b] int64, ascending: which rows topk_probs, topk_ids and hidden hold, [b, T, ...], where other
+    processes have the rest; None = all."""
 
     def detached(self) -> "PolicyOutput":
         """Returns the same without a graph."""
@@ -188,6 +193,8 @@ class Scored:
     learning_rate: float
     optimizer_model: AdamState | None
     seed: int  # A function of the run's seed and of the optimiser step
+    world: World = SINGLE
+    """The processes that hold the output of the other rows, where it is a whole step that is shared out."""
 
 
 @dataclass(frozen=True)

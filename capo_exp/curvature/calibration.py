@@ -25,6 +25,7 @@ from capo_exp.core import policy
 from capo_exp.core.batch import take
 from capo_exp.core.policy import ForwardSettings
 from capo_exp.core.types import Batch, StepRecord
+from capo_exp.distributed.world import World
 
 # Elements of one [tokens, V] working block: small beside the old log-probs, which are held whole.
 _BLOCK_ELEMENTS = 2**23
@@ -67,14 +68,25 @@ def sample_tokens(
 
 @torch.no_grad()
 def sample_recorded_tokens(
-    model: PreTrainedModel, record: StepRecord, size: SampleSize, *, seed: int
+    model: PreTrainedModel, record: StepRecord, size: SampleSize, world: World, *, seed: int
 ) -> TokenSample:
     """Draws the same sample with the record's own states: no forward pass, for moves of the last layer only.
     The states have to be those that logits = W h holds for."""
     rows, batch = _draw_rows(record, size, seed)
     length = batch.completion_mask.shape[1]
-    hidden = record.output.hidden[rows, :length][batch.completion_mask]
+    hidden = world.sum(_recorded_states(record, rows)[:, :length][batch.completion_mask])
     return _describe(model, record, rows, batch, hidden)
+
+
+def _recorded_states(record: StepRecord, rows: Int[Tensor, " b"]) -> Float[Tensor, "b T H"]:
+    """Returns the hidden states of these rows, 0 where another process has them."""
+    hidden, own = record.output.hidden, record.output.rows
+    if own is None:
+        return hidden[rows]
+    states = hidden.new_zeros(len(rows), *hidden.shape[1:])
+    here = torch.isin(rows, own)
+    states[here] = hidden[torch.searchsorted(own, rows[here])]
+    return states
 
 
 def _draw_rows(record: StepRecord, size: SampleSize, seed: int) -> tuple[Tensor, Batch]:
@@ -93,11 +105,11 @@ def _draw_rows(record: StepRecord, size: SampleSize, seed: int) -> tuple[Tensor,
 def _describe(
     model: PreTrainedModel, record: StepRecord, rows: Tensor, batch: Batch, hidden: Float[Tensor, "n H"]
 ) -> TokenSample:
-    sampled, head = batch.completion_mask, policy.last_layer(model)
+    sampled, weight = batch.completion_mask, policy.head_weight(model)
     return TokenSample(
         batch=batch,
         hidden=hidden,
-        log_probs=torch.cat([_log_probs(head.weight, part) for part in hidden.split(_block(head.weight))]),
+        log_probs=torch.cat([_log_probs(weight, part) for part in hidden.split(_block(weight))]),
         token_ids=batch.token_ids[sampled],
         advantages=batch.advantages[sampled],
         policy_shift=record.shifts.policy_shift[rows][sampled],
@@ -111,7 +123,7 @@ def calibration_metrics(
 ) -> dict[str, float]:
     """Returns means over the sampled tokens and Spearman correlations, NaN where undefined; call it after the
     step. `predicted` is the policy shift [nats] of the whole update, before any step rule has scaled it."""
-    weight = policy.last_layer(model).weight
+    weight = policy.head_weight(model)
     full = _move(weight, _states(model, sample.batch, settings), sample)
     last_layer = _move(weight, sample.hidden, sample)
     metrics = {"calibration/tokens": float(len(sample.hidden))}
@@ -134,7 +146,7 @@ def calibration_metrics(
 def policy_move(model: PreTrainedModel, sample: TokenSample, settings: ForwardSettings) -> float:
     """Measures the mean KL(p_old || p_new) [nats a token] of the model as it is now."""
     hidden = _states(model, sample.batch, settings)
-    return _move(policy.last_layer(model).weight, hidden, sample)[0].mean().item()
+    return _move(policy.head_weight(model), hidden, sample)[0].mean().item()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_exp.core.types import AdamState, Batch, BatchShifts, PolicyOutput, TokenOrRow, TokenShifts
+from capo_exp.distributed.world import SINGLE, World
 
 # Elements of one [tokens, K, H] working block: a CPU core's second-level cache holds two; a GPU wants few
 # launches.
@@ -139,8 +140,11 @@ def pack(
 
 
 def pack_batch(output: PolicyOutput, batch: Batch, advantages: Tensor, mask: Tensor) -> Tokens:
-    """Packs a batch's tokens at the True positions of mask [B, T], with these advantages [B, T]."""
-    return pack(output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, advantages, mask)
+    """Packs a batch's tokens at the True positions of mask [B, T], with these advantages [B, T]; of a batch
+    that is shared out, those of the rows that the output holds."""
+    columns = (batch.token_ids, advantages, mask)
+    own = columns if output.rows is None else [column[output.rows] for column in columns]
+    return pack(output.hidden, output.topk_probs, output.topk_ids, *own)
 
 
 def predict_shifts(
@@ -161,13 +165,15 @@ def predict_shifts(
     return policy, tokens.advantages * (learning_rate * s + curvature)
 
 
-def mean_row_gradients(tokens: Tokens) -> RowGradients:
-    """Sums the tokens' gradients per vocabulary row and divides by the number of tokens that touch the row.
+def mean_row_gradients(tokens: Tokens, world: World = SINGLE) -> RowGradients:
+    """Sums the gradients of all processes' tokens per vocabulary row and divides by the number of tokens that
+    touch the row.
 
-    Source: the authors' program.
+    Source: the authors' program, which gathers sums and counts of all its processes.
     """
     flat = tokens.ids.reshape(-1)
-    counts = torch.bincount(flat)
+    highest = max(world.together(lambda: int(flat.max()) if len(flat) else -1)) if world.size > 1 else 0
+    counts = world.sum(torch.bincount(flat, minlength=highest + 1))
     ids = counts.nonzero().squeeze(1)
     row_of_id = counts.gt(0).cumsum(0) - 1
     coefficients = (tokens.advantages[:, None] * tokens.logit_error).reshape(-1)
@@ -177,7 +183,7 @@ def mean_row_gradients(tokens: Tokens) -> RowGradients:
     weights = torch.sparse_coo_tensor(
         torch.stack([row_of_id[flat], token]), coefficients, (len(ids), number), check_invariants=False
     )
-    sums = torch.sparse.mm(weights, tokens.hidden)
+    sums = world.sum(torch.sparse.mm(weights, tokens.hidden))
     return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None], counts[ids])
 
 
@@ -198,9 +204,15 @@ def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
 
 
 def batch_shifts(
-    tokens: Tokens, gradients: RowGradients, *, learning_rate: float, state: AdamState | None
+    tokens: Tokens,
+    gradients: RowGradients,
+    *,
+    learning_rate: float,
+    state: AdamState | None,
+    world: World = SINGLE,
 ) -> BatchShifts:
-    """Predicts what the tokens' mean update, of these row gradients, does to them; 0 without tokens.
+    """Predicts what the mean update of all processes' tokens, of these row gradients, does to them; 0 without
+    tokens.
 
     objective_shift is the mean over tokens of A (ratio - 1) to second order in that update, exact where K =
     V. The others are the authors' "global" level: second-order terms are averaged over each completion's
@@ -208,26 +220,31 @@ def batch_shifts(
     product of update and row gradients, in which a row that one support holds weighs as much as one that all
     hold.
     """
-    if not len(tokens.rows):
+    number, completions = world.sum(torch.tensor([len(tokens.rows), tokens.completions])).tolist()
+    if not number:
         return BatchShifts(0.0, 0.0, 0.0)
     moments = _moments(state)
     step = gradients.means if moments is None else _adam_rows(moments, gradients)
     places = torch.searchsorted(gradients.ids, tokens.ids)
     blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
-    s, variance = _along(tokens, torch.cat(blocks))
-    per_token = (tokens.completions * torch.bincount(tokens.rows)[tokens.rows]).to(s.dtype).reciprocal()
+    s, variance = _along(tokens, torch.cat(blocks) if blocks else tokens.probs)
+    per_token = (completions * torch.bincount(tokens.rows)[tokens.rows]).to(s.dtype).reciprocal()
     curvature = 0.5 * learning_rate**2 * tokens.advantages * (s.square() - variance)
     policy = 0.5 * learning_rate**2 * (s.square() * per_token).sum()
-    objective = (learning_rate * tokens.advantages * s + curvature).mean()
-    by_row = learning_rate * (gradients.means * step).sum() + (curvature * per_token).sum()
-    return BatchShifts(policy.item(), objective.item(), by_row.item())
+    gain = (learning_rate * tokens.advantages * s + curvature).sum()
+    policy, gain, second_order = world.sum(torch.stack([policy, gain, (curvature * per_token).sum()]))
+    by_row = learning_rate * (gradients.means * step).sum() + second_order
+    return BatchShifts(policy.item(), (gain / number).item(), by_row.item())
 
 
-def completion_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState | None) -> list[BatchShifts]:
+def completion_shifts(
+    tokens: Tokens, *, learning_rate: float, state: AdamState | None, world: World = SINGLE
+) -> list[BatchShifts]:
     """Predicts what the mean update of each completion does to its own tokens.
 
     Source: the authors' "sentence" level.
     """
+    del world  # a completion is in one process
     shifts: list[BatchShifts] = []
     columns = [values for values in vars(tokens).values() if isinstance(values, Tensor)]
     for row in range(tokens.completions):
@@ -237,10 +254,13 @@ def completion_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState 
     return shifts
 
 
-def whole_shifts(tokens: Tokens, *, learning_rate: float, state: AdamState | None) -> list[BatchShifts]:
-    """Predicts what the mean update of all tokens does, once for each completion."""
-    gradients = mean_row_gradients(tokens)
-    return [batch_shifts(tokens, gradients, learning_rate=learning_rate, state=state)] * tokens.completions
+def whole_shifts(
+    tokens: Tokens, *, learning_rate: float, state: AdamState | None, world: World = SINGLE
+) -> list[BatchShifts]:
+    """Predicts what the mean update of all processes' tokens does, once for each completion here."""
+    gradients = mean_row_gradients(tokens, world)
+    whole = batch_shifts(tokens, gradients, learning_rate=learning_rate, state=state, world=world)
+    return [whole] * tokens.completions
 
 
 def _along(tokens: Tokens, change: Float[Tensor, "N K"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:

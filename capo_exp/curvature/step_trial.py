@@ -21,6 +21,8 @@ from capo_exp.curvature.calibration import (
     sample_recorded_tokens,
     sample_tokens,
 )
+from capo_exp.distributed.sharding import full
+from capo_exp.distributed.world import World
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ class StepTrial:
     that is wanted. A step that no rule takes costs no copy of the weights."""
 
     def __init__(
-        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, proposed: ProposedStep
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, proposed: ProposedStep, world: World
     ) -> None:
         """Changes nothing yet; the model has gradients, and the optimiser the rate of the whole step."""
         self.proposed = proposed
+        self._world = world
         self._model = model
         self._optimizer = optimizer
         self._before: list[Tensor] = []
@@ -69,7 +72,7 @@ class StepTrial:
         if measurable or not step.states_on_record:
             self._sample = sample_tokens(self._model, step.record, size, step.settings, seed=step.seed)
         else:
-            self._sample = sample_recorded_tokens(self._model, step.record, size, seed=step.seed)
+            self._sample = sample_recorded_tokens(self._model, step.record, size, self._world, seed=step.seed)
         self._before = [parameter.detach().clone() for parameter in self._model.parameters()]
         self._optimizer.step()
         self._step_scale = 1.0
@@ -83,7 +86,8 @@ class StepTrial:
         (before,) = (
             old for old, now in zip(self._before, self._model.parameters(), strict=True) if now is head
         )
-        return last_layer_move(torch.lerp(before, self._head, step_scale), self._sample)
+        move = last_layer_move(full(torch.lerp(before, self._head, step_scale)), self._sample)
+        return self._world.first(lambda: move)  # so that all decide alike, whatever their GPUs round
 
     @torch.no_grad()
     def measured(self, step_scale: float) -> float:
@@ -91,7 +95,8 @@ class StepTrial:
         forward pass."""
         assert self._measurable
         self.settle(step_scale)
-        return policy_move(self._model, self._sample, self.proposed.settings)
+        move = policy_move(self._model, self._sample, self.proposed.settings)
+        return self._world.first(lambda: move)
 
     @torch.no_grad()
     def settle(self, step_scale: float) -> None:

@@ -1,13 +1,15 @@
 """Prompts -> completions and their scores, by the same engine and verifier as training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Prompt, RolloutGroup
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
+from capo_exp.rollout.dealt import sample
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,16 @@ class Sampling:
 
 
 def draw_completions(
-    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, weight_version: int
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    seed: int,
+    weight_version: int,
+    world: World = SINGLE,
 ) -> list[RolloutGroup]:
-    """Samples `sampling.samples` completions of every prompt, the same for the same seed."""
+    """Samples `sampling.samples` completions of every prompt, the same for the same seed, whatever the number
+    of processes that share them out."""
     request = SamplingRequest(
         prompts,
         group_size=sampling.samples,
@@ -35,7 +44,17 @@ def draw_completions(
         seed=seed,
         weight_version=weight_version,
     )
-    return engine.generate(request)
+    if world.size == 1:
+        return engine.generate(request)
+    return sample(engine, _cut(request, world), world)
+
+
+def _cut(request: SamplingRequest, world: World) -> list[SamplingRequest]:
+    """Cuts an evaluation's request into one for each process; one that draws stays whole, for its prompts
+    share a generator."""
+    size = -(-len(request.prompts) // world.size) if request.temperature == 0 else len(request.prompts)
+    starts = range(0, len(request.prompts), size)
+    return [replace(request, prompts=request.prompts[start : start + size]) for start in starts]
 
 
 def evaluate(
@@ -46,6 +65,7 @@ def evaluate(
     *,
     seed: int,
     weight_version: int,
+    world: World = SINGLE,
 ) -> dict[str, float]:
     """Returns what training logs of its held-out problems, sampled as config.evaluation says: means over all
     completions alike, under the names of eval.jsonl."""
@@ -53,10 +73,13 @@ def evaluate(
     sampling = Sampling(
         numbers.samples, numbers.temperature, 0, numbers.top_p, config.dataset.max_completion_tokens
     )
-    groups = draw_completions(engine, prompts, sampling, seed=seed, weight_version=weight_version)
+    groups = draw_completions(
+        engine, prompts, sampling, seed=seed, weight_version=weight_version, world=world
+    )
     texts = [[completion.text for completion in group.completions] for group in groups]
     asked = [prompt.problem for prompt in prompts]
-    graded = verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked]).grades
+    golds = [problem.golds for problem in asked]
+    graded = world.first(lambda: verifier.score(texts, golds, [each.problem for each in asked]).grades)
     completions = [completion for group in groups for completion in group.completions]
     grades = [grade for row in graded for grade in row]
     return {

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.config.errors import ConfigError
+from capo_exp.distributed.sharding import full
 from capo_exp.rollout import EngineFailed
 
 CHUNK_BYTES = 64 * 2**20
@@ -34,8 +35,8 @@ class WeightClient(Protocol):
 
 @dataclass(frozen=True)
 class EngineWeights:
-    """A model's weights, each time as they are then, as an engine takes them: in its dtype, else vLLM's log
-    holds a warning for each."""
+    """A model's weights, each time as they are then, as an engine takes them: whole, where they are sharded,
+    and in its dtype, else vLLM's log holds a warning for each."""
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -44,7 +45,7 @@ class EngineWeights:
         """Yields every weight under every name it has: of a tied last layer vLLM's CPU build keeps a packed
         copy, which would go stale if it were sent as the embedding alone."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            yield name, parameter.detach().to(self.dtype)
+            yield name, full(parameter.detach().to(self.dtype))
 
 
 def choose_backend(wanted: str, device: torch.device, *, shares_memory: bool, other_gpu: bool) -> str:

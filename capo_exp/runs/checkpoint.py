@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.runs.files import list_checkpoints, name_disk_error, remove, write_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _MANIFEST = "checkpoint.json"
 _STATE = "trainer_state.pt"
+_SHARDS = "trainer_state"
+"""Folder with the optimiser's moments where several processes hold them."""
 _REFERENCE = "reference"
 
 
@@ -59,21 +62,26 @@ def find_reference(checkpoint: Path | None) -> Path | None:
 class Checkpointer:
     """Owns the checkpoints/ folder of one run."""
 
-    def __init__(self, run_dir: Path, *, keep: int, run_id: str) -> None:
+    def __init__(self, run_dir: Path, *, keep: int, run_id: str, world: World = SINGLE) -> None:
+        self._world = world
         self._run_dir = run_dir
         self._folder = run_dir / "checkpoints"
         self._keep = keep
         self._run_id = run_id
         self._damaged: set[Path] = set()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self._folder.glob(".step_*"):
-            remove(unfinished)
+        if world.is_first:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in self._folder.glob(".step_*"):
+                remove(unfinished)
 
     def latest(self, before: int | None = None) -> Path | None:
         """Returns the newest whole checkpoint, older than a step if one is given; transformers can load it.
 
         Damaged ones are named in a warning, once. They stay until a new one of their step takes their place.
         """
+        return self._world.first(lambda: self._find_latest(before))
+
+    def _find_latest(self, before: int | None) -> Path | None:
         for step, path in reversed(list_checkpoints(self._run_dir).items()):
             if path in self._damaged or (before is not None and step >= before):
                 continue
@@ -97,46 +105,83 @@ class Checkpointer:
         """Writes checkpoints/step_<step>, then removes all older ones but the newest, `keep` in all.
 
         `state` is what else the next step depends on: numbers, texts, tensors, and dicts of them; `reference`
-        is the reference model where it is no longer the base model.
+        is the reference model where it is no longer the base model. Every process calls it; the first writes,
+        and each its part of the moments.
 
         Raises:
             OSError: The disk takes no more. What was written is removed, the older ones are there.
         """
-        import torch
+        from capo_exp.distributed.sharding import is_sharded, save_shards, take_shards
 
         target = self._folder / f"step_{step:06d}"
         partial = self._folder / f".{target.name}"
+        plain, shards = dict(state), {}
+        if is_sharded(model):
+            plain["optimizer"], shards = take_shards(state["optimizer"])
         try:
             with name_disk_error(target):
-                model.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
+                self._save_model(model, partial)
                 if reference is not None:
-                    reference.save_pretrained(partial / _REFERENCE)
-                with (partial / _STATE).open("wb") as file:  # torch alone would not say why it cannot write
-                    torch.save(dict(state), file)
-                files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-                digests = {str(path.relative_to(partial)): _digest(path) for path in files}
-                manifest = {"run_id": self._run_id, "step": step, "files": digests}
-                write_json(partial / _MANIFEST, manifest)
-                _flush(*partial.rglob("*"), partial)  # before the rename makes them count
-                remove(target)
-                partial.rename(target)
-                _flush(self._folder)
+                    self._save_model(reference, partial / _REFERENCE)
+                if shards:
+                    self._world.together(lambda: save_shards(shards, partial / _SHARDS))
+                self._world.first(lambda: self._write(step, plain, tokenizer, partial, target))
         except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         self._damaged.discard(target)
         known = list_checkpoints(self._run_dir).items()
         whole = [path for number, path in known if number <= step and path not in self._damaged]
-        for old in whole[: -self._keep]:
+        for old in whole[: -self._keep] if self._world.is_first else ():
             remove(old)
         return target
 
-    def restore(self, path: Path, device: "torch.device") -> dict[str, Any]:
-        """Reads the state of a checkpoint, without the weights; its tensors are on `device`."""
+    def _save_model(self, model: "PreTrainedModel", folder: Path) -> None:
+        from capo_exp.distributed.sharding import is_sharded, whole_state
+
+        if not is_sharded(model):
+            model.save_pretrained(folder)
+            return
+        weights = whole_state(model, self._world)
+        self._world.first(lambda: model.save_pretrained(folder, state_dict=weights))
+
+    def _write(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tokenizer: "PreTrainedTokenizerBase",
+        partial: Path,
+        target: Path,
+    ) -> None:
+        """Writes what is not the model's, and lets the checkpoint count."""
         import torch
 
-        return torch.load(path / _STATE, map_location=device, weights_only=True)
+        tokenizer.save_pretrained(partial)
+        with (partial / _STATE).open("wb") as file:  # torch alone would not say why it cannot write
+            torch.save(dict(state), file)
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        digests = {str(path.relative_to(partial)): _digest(path) for path in files}
+        write_json(partial / _MANIFEST, {"run_id": self._run_id, "step": step, "files": digests})
+        _flush(*partial.rglob("*"), partial)  # before the rename makes them count
+        remove(target)
+        partial.rename(target)
+        _flush(self._folder)
+
+    def restore(
+        self, path: Path, device: "torch.device", model: "PreTrainedModel | None" = None
+    ) -> dict[str, Any]:
+        """Reads the state of a checkpoint, without the weights; its tensors are on `device`. The optimiser's
+        moments are shared out as the weights of `model` are, however many processes wrote them."""
+        import torch
+
+        from capo_exp.distributed.sharding import place_moments
+
+        state = torch.load(path / _STATE, map_location=device, weights_only=True)
+        if model is not None:
+            shards = path / _SHARDS
+            place_moments(state["optimizer"], model, shards if shards.is_dir() else None)
+        return state
 
 
 def _digest(path: Path) -> str:

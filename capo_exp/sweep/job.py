@@ -18,10 +18,12 @@ from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
+from capo_exp.distributed.world import is_worker
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import Draw
 from capo_exp.runs.record import find_shorter, run_status
+from capo_exp.sweep.launch import launch, node_number
 
 SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 """Environment variable. The command line sets HYDRA_FULL_ERROR for Hydra's sake, and this one with it where
@@ -36,6 +38,9 @@ def execute(config: TrainConfig, draw: Draw) -> None:
     """
     check(config)
     check_trains(config)
+    if is_worker():  # of a torchrun that somebody else started
+        _train_as_worker(config, draw)
+        return
     sys.stdout.write("".join(f"{line}\n" for line in plan(config)))
     sys.stdout.flush()
     if config.plan_only:
@@ -49,9 +54,22 @@ def execute(config: TrainConfig, draw: Draw) -> None:
         check_memory(config, learner_device(config))
     if run_status(run_dir(config)) == "absent":
         sys.stdout.writelines(f"{line}\n" for line in compare_with_shorter(config))
+    if config.distributed.name != "single":
+        directory = launch(config)
+        if node_number() in (None, 0) or config.distributed.nodes == 1:
+            show(directory, draw)
+        return
     from capo_exp.training.loop import run  # torch, so only now
 
     show(run(config, draw), draw)
+
+
+def _train_as_worker(config: TrainConfig, draw: Draw) -> None:
+    from capo_exp.training.loop import run
+
+    directory = run(config, draw)
+    if os.environ["RANK"] == "0":
+        show(directory, draw)
 
 
 def compare_with_shorter(config: TrainConfig) -> list[str]:
@@ -85,13 +103,18 @@ def full_error() -> bool:
 
 
 def report(error: Exception) -> int:
-    """Writes an error to stderr, one that was foreseen without its traceback, and returns the exit status."""
+    """Writes an error to stderr, and returns the exit status."""
+    text, status = describe(error)
+    sys.stderr.write(text)
+    return status
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """Returns the text of an error, of one that was foreseen without its traceback, and the exit status."""
     wrong_config = isinstance(error, ConfigError)
-    if (wrong_config or isinstance(error, RunFailed)) and not full_error():
-        sys.stderr.write(f"{error}\n")
-    else:
-        traceback.print_exception(error)
-    return 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
+    foreseen = (wrong_config or isinstance(error, RunFailed)) and not full_error()
+    text = f"{error}\n" if foreseen else "".join(traceback.format_exception(error))
+    return text, 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
 def main(draw: Draw) -> int:

@@ -13,7 +13,7 @@ from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
-from capo_exp.core.batch import join, join_records, split
+from capo_exp.core.batch import deal_cuts, join_dealt, join_shared
 from capo_exp.core.seeds import SELECTION, STEP_RULE, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import (
@@ -21,6 +21,7 @@ from capo_exp.core.types import (
     Batch,
     BatchTotals,
     Gradient,
+    PolicyOutput,
     Scored,
     Selection,
     StepInput,
@@ -28,6 +29,8 @@ from capo_exp.core.types import (
     TokenLossInput,
 )
 from capo_exp.curvature.step_trial import ProposedStep, StepTrial
+from capo_exp.distributed.sharding import full
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.training.loss import compute_loss
 from capo_exp.training.optimizer import live_adam_state, make_optimizer, make_optimizer_model, make_schedule
 from capo_exp.training.scoring import predict_step, score
@@ -46,7 +49,9 @@ class Learner:
         algorithm: Algorithm,
         config: TrainConfig,
         compute_dtype: torch.dtype,
+        world: World = SINGLE,
     ) -> None:
+        self.world = world
         self.model = model
         self.reference = reference
         self.algorithm = algorithm
@@ -89,12 +94,14 @@ class Learner:
         """Takes as much of the step as the step rule wants; returns its metrics."""
         record, rate, moments = gradient.record, self.learning_rate, self.moments(gradient.given.totals)
         with watch("curvature"):
-            predicted, self.optimizer_model = predict_step(record, self.optimizer_model, rate, moments)
+            predicted, self.optimizer_model = predict_step(
+                record, self.optimizer_model, rate, moments, self.world
+            )
         with watch("update"):
             seed = derive_seed(self.config.seed, STEP_RULE, self.optimizer_step)
             on_record = self.config.curvature.hidden_shift == 0
             step = ProposedStep(record, predicted, rate, self.settings, on_record, self.step_memory, seed)
-            trial = StepTrial(self.model, self.optimizer, step)
+            trial = StepTrial(self.model, self.optimizer, step, self.world)
             decision = self.algorithm.step_rule(trial)
             trial.settle(decision.step_scale)
             self.optimizer.zero_grad(set_to_none=True)
@@ -151,40 +158,66 @@ class Learner:
     ) -> Gradient:
         """Adds up the micro-batches' gradients and clips them; `select` gets the rows, too."""
         pieces: list[tuple[Tensor, StepRecord]] = []
-        loss = 0.0
+        outputs: list[tuple[Tensor, PolicyOutput]] = []
+        loss, moments = 0.0, self.moments(given.totals)
         self.model.train(self.config.model.gradient_checkpointing)
-        for rows, cut in split(given.batch, self.config.model.micro_batch_size):
-            inputs, weights, scored = self._score(given, rows, cut, watch)
+        for rows, cut in self._deal(given.batch):
+            if not len(rows):
+                outputs.append((rows, self._idle(cut)))
+                continue
+            inputs, weights, scored = self._score(given, rows, cut, moments, watch)
             with watch("curvature"):
                 selection = select(rows, scored)
             with watch("policy"):
-                reference = self.reference_log_probs(cut, scored.output.log_probs)
+                reference = self._reference_of(cut, scored.output.log_probs)
                 part = compute_loss(self.algorithm, inputs, reference, selection, scored.batch, given.totals)
                 part.value.backward()
             loss += part.value.item()
             seen = (scored.batch, scored.output, inputs.old_log_probs, weights, part.kl, scored.shifts)
+            outputs.append((rows, scored.output))
             pieces.append((rows, StepRecord(*seen, selection, part.clipped)))
         self.model.eval()
         with watch("update"):
-            norm = clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm).item()
-        return Gradient(given, join_records(pieces, given.batch), loss, norm)
+            norm = full(clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)).item()
+        loss = self.world.sum(torch.tensor(loss, dtype=torch.float64)).item()
+        return Gradient(given, join_shared(pieces, outputs, given.batch, self.world), loss, norm)
+
+    def _deal(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        return deal_cuts(batch, self.config.model.micro_batch_size, self.world)
+
+    def _idle(self, cut: Batch) -> PolicyOutput:
+        """Makes the passes of a micro-batch with an idle one, whose gradient is 0."""
+        output = policy.forward(self.model, cut, self.settings, top_k=self.config.curvature.top_k)
+        self._reference_of(cut, output.log_probs)
+        output.log_probs.sum().backward()
+        return output.detached()
 
     def _log_probs_by(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        cuts = split(batch, self.config.model.micro_batch_size)
-        pieces = [(rows, policy.log_probs(model, cut, self.settings)) for rows, cut in cuts]
-        return join(pieces, batch.completion_mask)
+        pieces = [(rows, policy.log_probs(model, cut, self.settings)) for rows, cut in self._deal(batch)]
+        return join_dealt(pieces, batch.completion_mask, self.world)
+
+    def _reference_of(self, cut: Batch, own: Tensor) -> Tensor:
+        """Does as `reference_log_probs`, of a micro-batch that is this process's alone."""
+        return own if self.reference is None else policy.log_probs(self.reference, cut, self.settings)
 
     def _score_whole_step(self, given: StepInput) -> Scored:
         """Scores all rows of the step, before any gradient."""
         pieces: list[tuple[Tensor, Scored]] = []
-        for rows, cut in split(given.batch, self.config.model.micro_batch_size):
+        outputs: list[tuple[Tensor, PolicyOutput]] = []
+        moments, top_k = self.moments(given.totals), self.config.curvature.top_k
+        for rows, cut in self._deal(given.batch):
             with torch.no_grad():
-                *_, scored = self._score(given, rows, cut, Stopwatch())
+                if not len(rows):
+                    outputs.append((rows, policy.forward(self.model, cut, self.settings, top_k=top_k)))
+                    continue
+                *_, scored = self._score(given, rows, cut, moments, Stopwatch())
+            outputs.append((rows, scored.output))
             pieces.append((rows, scored))
-        return join_records(pieces, given.batch)
+        joined = join_shared(pieces, outputs, given.batch, self.world)
+        return replace(joined, optimizer_model=moments, world=self.world)
 
     def _score(
-        self, given: StepInput, rows: Tensor, cut: Batch, watch: Stopwatch
+        self, given: StepInput, rows: Tensor, cut: Batch, moments: AdamState | None, watch: Stopwatch
     ) -> tuple[TokenLossInput, Tensor, Scored]:
         """Runs a micro-batch forward and predicts its shifts; returns its correction [b, t], too."""
         numbers = self.config.curvature
@@ -198,5 +231,5 @@ class Learner:
         cut = replace(cut, advantages=cut.advantages * weights)
         with watch("curvature"):
             seed = derive_seed(self.config.seed, SELECTION, self.optimizer_step)
-            scored = score(cut, seen, self.learning_rate, self.moments(given.totals), seed)
+            scored = score(cut, seen, self.learning_rate, moments, seed)
         return TokenLossInput.of(cut, output, old), weights, scored

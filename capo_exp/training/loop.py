@@ -10,8 +10,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.config.errors import RunFailed
 from capo_exp.config.schema import TrainConfig
+from capo_exp.core import policy
 from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.timing import Stopwatch
+from capo_exp.distributed.world import open_world, own_device, stop_asked
 from capo_exp.evaluation.draw import evaluate
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.files import stop_on_disk_error
@@ -47,17 +49,23 @@ def run(config: TrainConfig, draw: Draw | None = None) -> Path:
         return directory
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
-    inputs = read_inputs(config)
-    with stop_on_disk_error(directory), ExitStack() as stack:
-        stack.enter_context(inputs.verifier)
-        stack.enter_context(locked(directory))
-        if config.overwrite:
-            clear(directory)
-        session = open_session(config, inputs, directory, stack, draw)
-        stopped = stack.enter_context(stop_signal(session.progress.message))
-        with stop_on_disk_error(directory):  # inside, too, so that run.json has the reason
-            _train(session, stopped)
+    device = own_device(config.distributed, policy.choose_device(config.device))
+    with open_world(config.distributed, device) as world:
+        inputs = read_inputs(config, world, device)
+        with stop_on_disk_error(directory), ExitStack() as stack:
+            stack.enter_context(inputs.verifier)
+            world.first(lambda: _take_over(directory, config.overwrite, stack))
+            session = open_session(config, inputs, directory, stack, world, draw)
+            stopped = stack.enter_context(stop_signal(session.progress.message))
+            with stop_on_disk_error(directory):  # inside, too, so that run.json has the reason
+                _train(session, stopped)
     return directory
+
+
+def _take_over(directory: Path, overwrite: bool, stack: ExitStack) -> None:
+    stack.enter_context(locked(directory))
+    if overwrite:
+        clear(directory)
 
 
 def _train(session: Session, stopped: threading.Event) -> None:
@@ -98,16 +106,18 @@ def _advise(session: Session) -> str:
 
 def _take_steps(session: Session, stopped: threading.Event) -> None:
     config = session.config
-    if _evaluation_due(session) and session.logger.evaluated_step < session.step:
+    evaluated = session.world.first(lambda: session.logger.evaluated_step)
+    if _evaluation_due(session) and evaluated < session.step:
         _evaluate(session)  # before the first step, or where the engine failed in one that was due
     while not _ended(session):
         take_step(session)
         last = _ended(session)
         if _evaluation_due(session):
             _evaluate(session)
-        if last or stopped.is_set() or _due(session.step, config.checkpoint.every):
+        stop = session.world.any(stopped.is_set() or stop_asked())
+        if last or stop or _due(session.step, config.checkpoint.every):
             session.save()
-        if stopped.is_set() and not last:
+        if stop and not last:
             goes_on = "the same command goes on from there"
             session.progress.message(f"stopped and saved after step {session.step}; {goes_on}")
             raise KeyboardInterrupt
@@ -147,6 +157,7 @@ def _evaluate(session: Session) -> None:
             session.config,
             seed=derive_seed(session.config.seed, EVALUATION, session.step),
             weight_version=session.learner.optimizer_step,
+            world=session.world,
         )
     line = metrics | session.counters()
     session.logger.log_evaluation(line | {"time/total_seconds": watch.seconds["total"]})

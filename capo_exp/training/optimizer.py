@@ -12,6 +12,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import AdamState
 from capo_exp.curvature import model as curvature
+from capo_exp.distributed.sharding import full
 from capo_exp.training.adamw_bfloat16 import AdamWBfloat16
 
 
@@ -57,19 +58,20 @@ def make_schedule(
 
 def live_adam_state(optimizer: torch.optim.Optimizer, weight: Tensor, tokens: int) -> AdamState:
     """Returns the real optimiser's moments of the last layer as an optimiser model: views, no copies. Before
-    its first step they are zero. With tied weights they hold the input embedding's gradients too.
+    its first step they are zero. With tied weights they hold the input embedding's gradients too. Of sharded
+    ones the whole is gathered; every process has to ask.
 
     They are of the loss's gradient, in which a token of a step of `tokens` weighs 1 / tokens: exactly so
     under token_mean and without clipping.
     """
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     moments: dict[str, Any] = optimizer.state.get(weight, {})
-    zero = weight.new_zeros(1, weight.shape[1], dtype=torch.float32)
+    zero = torch.zeros(1, weight.shape[1], dtype=torch.float32, device=weight.device)
     ids = torch.arange(len(weight), device=weight.device)
     return AdamState(
         slot_of_id=ids if moments else torch.zeros_like(ids),
-        first=moments.get("exp_avg", zero),
-        second=moments.get("exp_avg_sq", zero),
+        first=full(moments.get("exp_avg", zero)),
+        second=full(moments.get("exp_avg_sq", zero)),
         step=int(moments.get("step", 0)),
         betas=group["betas"],
         eps=group["eps"],

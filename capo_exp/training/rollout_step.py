@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -21,10 +22,12 @@ from capo_exp.core.types import (
     StepRecord,
 )
 from capo_exp.data.prompts import choose_visits
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms, measure_terms
 from capo_exp.grading.verifier import RewardResult, Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
+from capo_exp.rollout.dealt import sample
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
 from capo_exp.training.step_metrics import merge_rounds, rollout_metrics
@@ -41,6 +44,9 @@ class Sampler:
     verifier: Verifier
     prompts: Sequence[Prompt]
     terms: RewardTerms
+    world: World = SINGLE
+    """The processes that share out the sampling; the first one grades, so that a time limit means the same to
+    all."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def sample_rollout(
         with watch("rollout"):
             groups = _generate(config, sampler, step, number, first + number * wanted, weight_version)
         with watch("reward"):
-            result = _grade(sampler.verifier, groups)
+            result = sampler.world.first(partial(_grade, sampler.verifier, groups))
             completions = [one for group in groups for one in group.completions]
             measured = measure_terms(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
         rewards = torch.tensor(result.rewards)
@@ -195,7 +201,7 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
 def _generate(
     config: TrainConfig, sampler: Sampler, step: int, number: int, first: int, weight_version: int
 ) -> list[RolloutGroup]:
-    """Samples one round: all its prompts in one call, or micro-batch by micro-batch."""
+    """Samples one round: all its prompts in one call, or micro-batch by micro-batch, in whichever process."""
     regime = config.regime
     order = derive_seed(config.seed, ORDER, 0)
     indices = choose_visits(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
@@ -204,9 +210,8 @@ def _generate(
     if config.rollout.chunking == "per_micro_batch":
         size = max(1, config.model.micro_batch_size // regime.group_size)
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    groups: list[RolloutGroup] = []
-    for position, chunk in enumerate(chunks):
-        request = SamplingRequest(
+    requests = [
+        SamplingRequest(
             chunk,
             group_size=regime.group_size,
             max_tokens=config.dataset.max_completion_tokens,
@@ -216,8 +221,9 @@ def _generate(
             seed=derive_seed(config.seed, ROLLOUT, step, number * len(chunks) + position),
             weight_version=weight_version,
         )
-        groups += sampler.engine.generate(request)
-    return groups
+        for position, chunk in enumerate(chunks)
+    ]
+    return sample(sampler.engine, requests, sampler.world)
 
 
 def _grade(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:

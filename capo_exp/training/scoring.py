@@ -9,6 +9,7 @@ from capo_exp.curvature.model import (
     pack_batch,
     predict_shifts,
 )
+from capo_exp.distributed.world import World
 
 
 def score(
@@ -23,12 +24,16 @@ def score(
 
 
 def predict_step(
-    record: StepRecord, optimizer_model: AdamState | None, learning_rate: float, moments: AdamState | None
+    record: StepRecord,
+    optimizer_model: AdamState | None,
+    learning_rate: float,
+    moments: AdamState | None,
+    world: World,
 ) -> tuple[BatchShifts, AdamState | None]:
     """Predicts the shifts of the kept tokens' mean update; returns the optimiser model after it, too. The
     moments to predict with are the optimiser model's own, if it has any, or the real optimiser's."""
     credit = record.selection.weighed(record.batch.advantages)
     tokens = pack_batch(record.output, record.batch, credit, record.selection.keep_mask)
-    rows = mean_row_gradients(tokens)
-    predicted = batch_shifts(tokens, rows, learning_rate=learning_rate, state=moments)
+    rows = mean_row_gradients(tokens, world)
+    predicted = batch_shifts(tokens, rows, learning_rate=learning_rate, state=moments, world=world)
     return predicted, None if optimizer_model is None else apply_row_gradients(optimizer_model, rows)

@@ -1,10 +1,12 @@
 """A run in progress: what it reads before its directory exists, what it holds, and how it is opened."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import get_terminal_size
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +19,12 @@ from capo_exp.core import policy
 from capo_exp.core.types import Prompt
 from capo_exp.data.prepare import Data, prepare
 from capo_exp.data.prompts import fingerprint, preview
+from capo_exp.distributed.sharding import copy_weights, local, shard
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.grading.terms import build_terms
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout.dealt import ReplicaRollout
 from capo_exp.runs.checkpoint import Checkpointer, find_reference
 from capo_exp.runs.console import Progress
 from capo_exp.runs.identity import run_id
@@ -30,6 +35,8 @@ from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import Rollout, Sampler
 
+ENGINES = "engines"
+"""Folder with the logs of the engines beside the first process."""
 COUNTS = tuple(
     f"counter/{name}"
     for name in ("rollout_step", "prompts", "completions", "generated_tokens", "unrewarded_steps")
@@ -59,8 +66,10 @@ class Inputs:
 
 @dataclass
 class Session:
-    """What a run in progress holds, and how far it has got."""
+    """What a run in progress holds, and how far it has got. Whatever writes is `Silent` beside the first
+    process."""
 
+    world: World
     config: TrainConfig
     inputs: Inputs
     learner: Learner
@@ -98,7 +107,7 @@ class Session:
             TrainingDiverged: if a weight is not finite; nothing is written then.
         """
         learner, counters = self.learner, self.counters()
-        if not all(weight.isfinite().all() for weight in learner.model.parameters()):
+        if self.world.any(not all(local(weight).isfinite().all() for weight in learner.model.parameters())):
             raise TrainingDiverged(f"the weights after step {self.step} are not finite")
         self.logger.sync()
         state = learner.state_dict() | {"counters": counters}
@@ -107,20 +116,27 @@ class Session:
         self.record.update(counters)
 
 
-def read_inputs(config: TrainConfig) -> Inputs:
-    """Reads model facts, tokenizer and data.
+class Silent:
+    """Stands beside the first process for what writes files or prints: takes every call, and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def read_inputs(config: TrainConfig, world: World = SINGLE, device: torch.device | None = None) -> Inputs:
+    """Reads model facts, tokenizer and data; the first process reads the data for all.
 
     Raises:
         ConfigError: if an input is missing or wrong.
     """
     algorithm = build_algorithm(config.algo)
-    device = policy.choose_device(config.device)
+    device = device or policy.choose_device(config.device)
     policy.check_logits(config.model)
     policy.check_length(config.model, config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens)
     tokenizer = policy.load_tokenizer(config.model)
     verifier = build_part(config.reward.verifier, key="reward.verifier")()
     try:
-        data = prepare(config, tokenizer, verifier.gradable)
+        data = world.first(lambda: prepare(config, tokenizer, verifier.gradable))
     except BaseException:  # a signal, too: its workers must not stay
         verifier.close()
         raise
@@ -130,7 +146,12 @@ def read_inputs(config: TrainConfig) -> Inputs:
 
 
 def open_session(
-    config: TrainConfig, inputs: Inputs, directory: Path, stack: ExitStack, draw: Draw | None = None
+    config: TrainConfig,
+    inputs: Inputs,
+    directory: Path,
+    stack: ExitStack,
+    world: World = SINGLE,
+    draw: Draw | None = None,
 ) -> Session:
     """Loads what a run holds, from its last checkpoint if it has one, and starts the engine.
 
@@ -144,24 +165,52 @@ def open_session(
     Raises:
         ConfigError: if the run began with other problems.
     """
-    checkpointer = Checkpointer(directory, keep=config.checkpoint.keep, run_id=run_id(config))
+    checkpointer = Checkpointer(directory, keep=config.checkpoint.keep, run_id=run_id(config), world=world)
     latest = checkpointer.latest()
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = load_reference(config, inputs, find_reference(latest))
-    learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)
-    before = (read_record(directory) or {}).get("data", inputs.fingerprint)
+    engine = build_engine(config, inputs, model)
+    share_out(config, world, model, reference)
+    learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype, world)
+    before = world.first(lambda: (read_record(directory) or {}).get("data", inputs.fingerprint))
     if latest is not None and before != inputs.fingerprint:
         raise ConfigError(
             f"{directory} began with other problems ({before}): expected those, or overwrite=true"
         )
-    state = {} if latest is None else checkpointer.restore(latest, inputs.device)
+    state = {} if latest is None else checkpointer.restore(latest, inputs.device, model)
     counters = state.get("counters", {})
     step = counters.get("counter/rollout_step", 0)
     if state:
         learner.load_state_dict(state)
-    engine = build_engine(config, inputs, model)
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
+    writers: tuple[Any, Any, Any] = (Silent(), Silent(), Silent())
+
+    def open_writers() -> None:
+        nonlocal writers
+        writers = _open_writers(config, inputs, directory, step, stack, draw)
+
+    world.first(open_writers)
+    record, logger, progress = writers
+    for line in (*inputs.data.lines(), *_show_first(inputs.data.train)):
+        progress.message(line)
+    world.together(lambda: engine.start(_engine_folder(directory, world), inputs.data.train))
+    if latest is not None:
+        progress.message(f"goes on after step {step}, from {latest}")
+    train_engine = choose_train_engine(config, inputs, engine)
+    terms = build_terms(config.reward)
+    sampler = Sampler(train_engine, engine, inputs.verifier, inputs.data.train, terms, world)
+    counts = {name: counters.get(name, 0) for name in COUNTS}
+    session = Session(
+        world, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts
+    )
+    record.update(session.counters())  # a kill may have come between the checkpoint and run.json
+    return session
+
+
+def _open_writers(
+    config: TrainConfig, inputs: Inputs, directory: Path, step: int, stack: ExitStack, draw: Draw | None
+) -> tuple[RunRecord, RunLogger, Progress]:
     closing = stack.enter_context(ExitStack())  # after the record, which says how the run ended
     record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
     origin = {"model_origin": policy.read_origin(config.model)}
@@ -172,20 +221,23 @@ def open_session(
     record.add({"tracker": logger.tracker_location})
     past = read_logged(directory)
     progress = stack.enter_context(Progress(total_steps=config.num_steps, first_step=step, past=past))
-    for line in (*inputs.data.lines(), *_show_first(inputs.data.train)):
-        progress.message(line)
-    engine.start(directory, inputs.data.train)
-    if latest is not None:
-        progress.message(f"goes on after step {step}, from {latest}")
-    train_engine = choose_train_engine(config, inputs, engine)
-    terms = build_terms(config.reward)
-    sampler = Sampler(train_engine, engine, inputs.verifier, inputs.data.train, terms)
-    counts = {name: counters.get(name, 0) for name in COUNTS}
-    session = Session(
-        config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts
-    )
-    record.update(session.counters())  # a kill may have come between the checkpoint and run.json
-    return session
+    return record, logger, progress
+
+
+def _engine_folder(directory: Path, world: World) -> Path:
+    """Returns where an engine writes its log: each process has one of its own."""
+    folder = directory if world.is_first else directory / ENGINES / f"rank_{world.rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def share_out(
+    config: TrainConfig, world: World, model: PreTrainedModel, reference: PreTrainedModel | None
+) -> None:
+    """Shards the model, and the reference, if the run is spread over processes."""
+    for each in (model, reference) if config.distributed.name != "single" else ():
+        if each is not None:
+            shard(each, world, gather=config.distributed.gather, body=policy.score_tokens)
 
 
 def load_reference(config: TrainConfig, inputs: Inputs, weights: Path | None) -> PreTrainedModel | None:
@@ -196,9 +248,14 @@ def load_reference(config: TrainConfig, inputs: Inputs, weights: Path | None) ->
 
 
 def build_engine(config: TrainConfig, inputs: Inputs, model: PreTrainedModel) -> RolloutEngine:
-    """Builds the engine that samples; it is not started."""
+    """Builds the engine that samples; it is not started. Where a model will be sharded, an engine that
+    forwards the learner's own modules gets a whole copy."""
     build = build_part(config.rollout.engine, key="rollout.engine")
-    return build(model, inputs.tokenizer, inputs.compute_dtype)
+    if config.distributed.name == "single" or config.rollout.is_vllm:
+        return build(model, inputs.tokenizer, inputs.compute_dtype)
+    replica = copy.deepcopy(model).requires_grad_(False)
+    engine = build(replica, inputs.tokenizer, inputs.compute_dtype)
+    return ReplicaRollout(engine, lambda: copy_weights(model, replica))
 
 
 def choose_train_engine(config: TrainConfig, inputs: Inputs, engine: RolloutEngine) -> RolloutEngine:

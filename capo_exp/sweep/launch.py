@@ -1,0 +1,187 @@
+"""Starts a run's processes with torchrun's own launcher, which ends all of them where one fails.
+
+`python -m capo_exp.sweep.launch` is such a process: it trains by the configuration in the folder that it
+shares with the launcher, which can ask it there to stop, and to which it leaves word of what went wrong.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from capo_exp.config.build import allowed_plugins
+from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.record import read_config, to_yaml
+from capo_exp.config.schema import DistributedConfig, TrainConfig
+from capo_exp.distributed.world import FOLDER, STOP
+from capo_exp.runs.identity import run_dir
+from capo_exp.runs.processes import end_with_parent, stop_signal
+
+ARGUMENTS = ("-m", "capo_exp.sweep.launch")
+CONFIG, FAILURE, SEEN = "config.yaml", "failure", "seen"
+"""Files in the folder: what to train, what the process says that failed first, what a probe saw."""
+LOST = ("gloo/transport", "NCCL", "Connection closed by peer")
+"""In what torch says when another process is gone or silent."""
+INTERRUPTED = 130
+PATIENCE = 5
+"""Seconds that torchrun gives the others to end, once one has failed."""
+
+
+def launch(config: TrainConfig) -> Path:
+    """Trains in config.distributed.processes processes on this machine, and waits for their end.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError: that of the first process that failed, or several nodes know no place to meet.
+        RunFailed: likewise; or a process was killed. The message says which.
+        KeyboardInterrupt: after a signal, once the step is done and saved.
+    """
+    _start(config, "train")
+    return run_dir(config)
+
+
+def probe(config: TrainConfig) -> str:
+    """Starts the processes, lets them compare a sharded model with a whole one, and says what they saw.
+
+    Raises:
+        ConfigError, RunFailed: as `launch`.
+    """
+    return _start(config, "probe")
+
+
+def _start(config: TrainConfig, task: str) -> str:
+    """Returns what the first process says at the end."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    for name in ("multiprocessing.api", "agent.server.api"):  # what they tell of failures is said below
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    folder = Path(tempfile.mkdtemp(prefix="capo_exp-world-"))
+
+    def stop(message: str) -> None:
+        (folder / STOP).touch()
+        sys.stderr.write(f"{message}\n")
+
+    try:
+        (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        os.environ[FOLDER] = str(folder)
+        _share_cores(config.distributed.processes)
+        with stop_signal(stop):
+            elastic_launch(_meeting(config.distributed), sys.executable)(*ARGUMENTS, task)
+        said = folder / SEEN
+        return said.read_text(encoding="utf-8") if said.exists() else ""
+    except ChildFailedError as failure:
+        raise _explain(failure.failures, folder) from None
+    finally:
+        os.environ.pop(FOLDER, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _meeting(config: DistributedConfig) -> Any:
+    """Returns torchrun's settings: where the processes of all nodes meet, and that none starts again."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    shared: dict[str, Any] = {
+        "nproc_per_node": config.processes,
+        "min_nodes": config.nodes,
+        "max_nodes": config.nodes,
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+        "signals_to_handle": "SIGQUIT",  # the others let the step end
+        "shutdown_timeout": PATIENCE,
+    }
+    if config.nodes == 1:
+        local: dict[str, Any] = {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "run_id": str(os.getpid()),
+        }
+        return LaunchConfig(**shared, **local, local_addr="localhost")
+    address, number = os.environ.get("MASTER_ADDR"), node_number()
+    if address is None or number is None:
+        raise ConfigError(
+            f"distributed.nodes={config.nodes}: expected MASTER_ADDR, the name of the first node, and "
+            "NODE_RANK or SLURM_NODEID in the environment of each node's command (docs/DISTRIBUTED.md)"
+        )
+    endpoint = f"{address}:{os.environ.get('MASTER_PORT', '29500')}"
+    ranks = {"rank": number, "timeout": config.timeout_seconds}
+    return LaunchConfig(
+        **shared, rdzv_backend="static", rdzv_endpoint=endpoint, rdzv_configs=ranks, run_id="capo_exp"
+    )
+
+
+def node_number() -> int | None:
+    """Returns which of several nodes this is, if the environment says so."""
+    number = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID"))
+    return None if number is None else int(number)
+
+
+def _share_cores(processes: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
+    """Returns the error of a run whose processes failed: what one of them says, or a kill, which is silent;
+    torchrun kills those, too, that do not end when another has failed."""
+    codes = {rank: failure.exitcode for rank, failure in failures.items()}
+    said = folder / FAILURE
+    if said.exists():
+        text = said.read_text(encoding="utf-8").strip()
+        return ConfigError(text) if 2 in codes.values() else RunFailed(text)
+    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    for rank, number in killed.items():
+        name = signal.Signals(number).name
+        return RunFailed(
+            f"process {rank} was ended by {name}; the same command goes on from the last checkpoint"
+        )
+    if INTERRUPTED in codes.values():
+        return KeyboardInterrupt()  # pyright: ignore[reportReturnType]
+    return RunFailed(
+        f"processes {sorted(codes)} lost the others, or waited longer than distributed.timeout_seconds; "
+        "the same command goes on from the last checkpoint"
+    )
+
+
+def main() -> int:
+    """Trains or probes as one of the processes, and returns the exit status."""
+    from capo_exp.sweep.job import describe
+    from capo_exp.training.loop import run
+    from capo_exp.training.probe import probe_processes
+
+    folder = Path(os.environ[FOLDER])
+    end_with_parent()
+    plugins = f"plugins=[{','.join(allowed_plugins())}]"
+    try:
+        config = read_config((folder / CONFIG).read_text(encoding="utf-8"), ["own=true", plugins])
+        if sys.argv[1] == "probe":
+            (folder / f".{os.environ['RANK']}").write_text(probe_processes(config), encoding="utf-8")
+            (folder / f".{os.environ['RANK']}").rename(folder / SEEN)
+        else:
+            run(config)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        text, status = describe(error)
+        if any(each in str(error) for each in LOST):
+            return status  # another process has failed, or hangs
+        try:
+            with (folder / FAILURE).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            pass  # another process failed first
+        return status
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a process group that others have left can hang at the end

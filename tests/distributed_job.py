@@ -1,0 +1,210 @@
+"""What tests/test_distributed.py has two processes do, all of it in one start:
+`python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed_job FOLDER`.
+
+Each process compares a sharded learner with a whole one of its own, and writes what differs to FOLDER/RANK.
+"""
+
+import copy
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from capo_exp.config.schema import DistributedConfig, TrainConfig
+from capo_exp.core import policy
+from capo_exp.core.batch import deal_cuts
+from capo_exp.core.types import Batch
+from capo_exp.distributed.sharding import full, shard
+from capo_exp.distributed.world import FOLDER, STOP, World
+from capo_exp.rollout import EngineFailed
+from capo_exp.rollout.hf import HFRollout
+from capo_exp.training import loop, session
+from capo_exp.training.learner import Learner
+from tests.pieces import make_learner, run_updates
+
+EXACT = ("policy/grad_norm", "loss/total", "optim/step_scale", "selection/rejection_rate", "loss/kl")
+
+
+def compare_learners(job: dict[str, Any], world: World) -> Iterator[str]:
+    """Two optimiser steps of each configuration, over batches of which one leaves the second process idle."""
+    for name, config in job["learners"].items():
+        model = job["untied" if "untied" in name else "tied"]
+        whole = make_learner(config, model, distance=0.05)
+        shared = share(whole, config, world)
+        for number, batch in enumerate(job["batches"]):
+            for fault in compare_step(whole, shared, batch, number):
+                yield f"{name}, batch {number}: {fault}"
+
+
+def share(whole: Learner, config: TrainConfig, world: World) -> Learner:
+    """A learner that starts as another, on sharded copies of its models."""
+    models = [None if m is None else copy.deepcopy(m) for m in (whole.model, whole.reference)]
+    for model in models:
+        if model is not None:
+            shard(model, world, gather="float32", body=policy.score_tokens)
+    model, reference = models
+    assert isinstance(model, PreTrainedModel)
+    return Learner(model, reference, whole.algorithm, config, torch.float32, world)
+
+
+def compare_step(whole: Learner, shared: Learner, batch: Batch, step: int) -> Iterator[str]:
+    (metrics, record), (others, other) = (run_updates(one, batch, step) for one in (whole, shared))
+    if not torch.equal(record.selection.keep_mask, other.selection.keep_mask):
+        yield "another mask"
+    for one, two in zip(metrics, others, strict=True):
+        for key in EXACT + tuple(
+            key for key in one if key.startswith(("curvature/", "step/", "calibration/"))
+        ):
+            if not close(one[key], two[key], scale=1e-3 if key.startswith("step/") else 1e-4):
+                yield f"{key} {one[key]} {two[key]}"
+    for p, q in zip(whole.model.parameters(), shared.model.parameters(), strict=True):
+        if not torch.allclose(p, full(q.detach()), rtol=1e-5, atol=2e-6):
+            yield f"weights by {(p - full(q.detach())).abs().max().item()}"
+            return
+    table = shared.optimizer_model
+    hashes = shared.world.together(lambda: table and (table.first.sum().item(), table.second.sum().item()))
+    if hashes[0] != hashes[1]:
+        yield f"moments of the processes {hashes}"
+
+
+def close(one: float, two: float, scale: float) -> bool:
+    return (
+        one == two or (one != one and two != two) or abs(one - two) <= scale * max(abs(one), abs(two)) + 1e-10
+    )
+
+
+def compare_sums(job: dict[str, Any], world: World) -> Iterator[str]:
+    """With one micro-batch a process and nothing clipped the weights are equal to the bit: a + b = b + a."""
+    config, batch = job["exact"], job["batches"][0]
+    whole = make_learner(config, job["tied"])
+    shared = share(whole, config, world)
+    assert len(deal_cuts(batch, config.model.micro_batch_size, world)) == 1
+    for learner in (whole, shared):
+        run_updates(learner, batch)
+    for p, q in zip(whole.model.parameters(), shared.model.parameters(), strict=True):
+        if not torch.equal(p, full(q.detach())):
+            yield "weights are not equal to the bit"
+            return
+
+
+def compare_runs(job: dict[str, Any], world: World, folder: Path) -> Iterator[str]:
+    """A run that is stopped and goes on in as many processes, in one, or in two after one; one whose second
+    engine fails."""
+    session.prepare = cache_of(session.prepare)
+    loop.open_world = lambda config, _: nullcontext(world if config.name == "fsdp2" else World(0, 1))
+    os.environ[FOLDER] = str(folder)
+    wanted = train(job, folder / "whole")
+    stopped(job, folder / "two", folder)
+    copied(folder / "two", folder / "one", world)
+    stopped(job, folder / "mixed", folder, alone=True)
+    dist.barrier()
+    again = train(job, folder / "two")
+    yield from differ("resumed", wanted, again, exact=True)
+    one = train(job, folder / "one", alone=True)
+    yield from differ("2 -> 1", wanted, one, exact=False)
+    dist.barrier()
+    mixed = train(job, folder / "mixed")
+    yield from differ("1 -> 2", wanted, mixed, exact=False)
+    yield from fail_in_second(job, folder / "failing", world)
+
+
+def cache_of(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """The same data for every run of the job, read once."""
+    made: list[Any] = []
+    return lambda *given: made[0] if made else made.append(prepare(*given)) or made[0]
+
+
+def train(job: dict[str, Any], place: Path, *, alone: bool = False) -> tuple[list[dict[str, Any]], Path]:
+    """Rows without their times and the last checkpoint of a run; `alone` in the first process only."""
+    config = replace(job["run"], output_dir=str(place))
+    config = replace(config, distributed=DistributedConfig()) if alone else config
+    try:
+        if not (alone and dist.get_rank()):
+            loop.run(config)
+    finally:
+        dist.barrier()
+    (directory,) = place.glob("*/*")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return rows, directory / "checkpoints" / "step_000002"
+
+
+def stopped(job: dict[str, Any], place: Path, folder: Path, *, alone: bool = False) -> None:
+    """The run as a stop after its first step leaves it."""
+    dist.barrier()
+    (folder / STOP).touch()
+    with suppress(KeyboardInterrupt):
+        train(job, place, alone=alone)
+    dist.barrier()
+    (folder / STOP).unlink(missing_ok=True)
+    dist.barrier()
+
+
+def copied(source: Path, target: Path, world: World) -> None:
+    world.first(lambda: shutil.copytree(source, target) and None)
+
+
+def differ(name: str, wanted: Any, got: Any, *, exact: bool) -> Iterator[str]:
+    (rows, checkpoint), (others, other) = wanted, got
+    for one, two in zip(rows, others, strict=True):
+        for key, value in one.items():
+            if key.startswith("mismatch/") or key == "policy/sampler_kl_k3":
+                continue  # of rounding alone
+            if value != two[key] if exact else value is not None and not close(value, two[key], scale=1e-3):
+                yield f"{name}: {key} {value} {two[key]}"
+    pairs = (load_file(each / "model.safetensors") for each in (checkpoint, other))
+    for (key, one), (_, two) in zip(*(sorted(pair.items()) for pair in pairs), strict=True):
+        if not (torch.equal(one, two) if exact else torch.allclose(one, two, rtol=1e-4, atol=2e-5)):
+            yield f"{name}: {key} of the weights"
+
+
+def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[str]:
+    plain = HFRollout.generate
+
+    def failing(self: HFRollout, request: Any) -> Any:
+        if world.rank == 1 and request.weight_version == 1:
+            raise EngineFailed("the second engine is tired")
+        return plain(self, request)
+
+    HFRollout.generate = failing
+    try:
+        train(job, place)
+        yield "an engine that fails in one process ends the run of none"
+    except EngineFailed as error:
+        if str(error).splitlines() != [
+            "the second engine is tired", "step 1 is saved; the same command goes on from there",
+        ]:  # fmt: skip
+            yield f"said {error}"
+    finally:
+        HFRollout.generate = plain
+    if not list(place.glob("*/*/checkpoints/step_000001")):
+        yield "the step before the failure is not saved"
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
+    job = torch.load(folder / "job.pt", weights_only=False)
+    parts: dict[str, Callable[[], Iterator[str]]] = {
+        "learners": lambda: compare_learners(job, world),
+        "sums": lambda: compare_sums(job, world),
+        "runs": lambda: compare_runs(job, world, folder),
+    }
+    chosen = os.environ.get("CAPO_DISTRIBUTED_PARTS", "learners,sums,runs").split(",")
+    faults = {name: list(part()) for name, part in parts.items() if name in chosen}
+    (folder / f"rank_{world.rank}.json").write_text(json.dumps(faults))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,173 @@
+"""Two processes and one give the same numbers; see distributed_job.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from capo_exp.config.checks import check
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.memory import estimate
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.batch import deal_cuts, split
+from capo_exp.core.types import Batch
+from capo_exp.distributed.world import SINGLE, World
+from capo_exp.runs.identity import run_id
+from capo_exp.runs.record import run_status
+from tests.pieces import SMALL
+from tests.test_selection import partly
+
+Compose = Callable[..., TrainConfig]
+Batches = Callable[..., Batch]
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+RUN = (
+    "distributed=fsdp2", "device=cpu", "logger=files", "num_steps=2", "regime.prompts_per_step=4",
+    "regime.group_size=4", "model.micro_batch_size=8", "dataset.max_completion_tokens=24",
+    "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
+)  # fmt: skip
+ALGORITHMS = (
+    "capo", "cpgd", "dapo", "dash", "dppo", "gspo", "ppo_clip", "prorl", "reinforce_pp", "rloo", "sft",
+)  # fmt: skip
+"""With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss."""
+SELECTIONS = (
+    "all_levels", "levels", "batch", "completion", "random_matched", "advantage_matched",
+    "top_policy_shift", "down_weight",
+)  # fmt: skip
+
+
+def small(composed: Compose, *overrides: str) -> TrainConfig:
+    """Three micro-batches of a batch of 10, and an optimiser that does not blow up what is near 0."""
+    rate = ("regime.learning_rate=1e-3", "optimizer.eps=1e-3", "optimizer.max_grad_norm=0.1")
+    return composed(*SMALL, *rate, "model.micro_batch_size=4", *overrides)
+
+
+def learners(composed: Compose) -> dict[str, TrainConfig]:
+    rules = ("measured", "predicted", "calibrated")
+    chosen = {name: (f"algo={name}",) for name in ALGORITHMS}
+    chosen |= {f"selection {name}": ("algo=grpo", *partly(name)) for name in SELECTIONS}
+    chosen |= {
+        f"step rule {name}": ("algo=capo", f"step_rule={name}", "algo.step_rule.policy_shift_max=1e-5")
+        for name in rules
+    }
+    for name in ("adam_live", "sgd"):
+        chosen[name] = ("algo=capo", f"curvature.optimizer_model={name}")
+    instruments = ("curvature.calibrate_every=1", "model.gradient_checkpointing=true")
+    chosen["untied"] = ("algo=capo", *instruments, "model.logits_chunk_tokens=3", "curvature.hidden_shift=1")
+    return {name: small(composed, *overrides) for name, overrides in chosen.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(
+    composed: Compose, small_model: PreTrainedModel, random_batch: Batches, tmp_path: Path
+) -> None:
+    """Every algorithm, selection, step rule and optimiser model; a run that is stopped and goes on."""
+    untied = type(small_model)(
+        type(small_model.config)(**small_model.config.to_dict() | {"tie_word_embeddings": False})
+    )
+    job = {
+        "learners": learners(composed),
+        "exact": small(composed, "algo=grpo", "model.micro_batch_size=5", "optimizer.max_grad_norm=inf"),
+        "run": composed(*RUN, "algo=prorl", "algo.reference_reset_every=1"),
+        "tied": small_model,
+        "untied": untied.eval(),
+        "batches": [random_batch(rows=10), random_batch(rows=2, seed=2)],
+    }
+    torch.save(job, tmp_path / "job.pt")
+    command = [sys.executable, *TORCHRUN, "-m", "tests.distributed_job", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """And no process is left; the checkpoint is what the same command goes on from."""
+    command = [sys.executable, "-m", "capo_exp", *RUN, "num_steps=1000", f"output_dir={tmp_path}"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    until = time.monotonic() + 300
+    while not list(tmp_path.glob("*/*/checkpoints/step_000001")):
+        assert run.poll() is None and time.monotonic() < until, run.communicate(timeout=60)[1]
+        time.sleep(0.1)
+    first, second = workers_of(run.pid)
+    os.kill(second, signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert said == "process 1 was ended by SIGKILL; the same command goes on from the last checkpoint\n"
+    assert not Path(f"/proc/{first}").exists()
+    (directory,) = tmp_path.glob("*/*")
+    assert run_status(directory) in ("failed", "interrupted")
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Process numbers by rank."""
+    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
+    environments = {int(child): Path(f"/proc/{child}/environ").read_bytes() for child in children}
+    return sorted(child for child, variables in environments.items() if b"LOCAL_RANK=" in variables)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.micro_batch_size=96"],
+        ["rollout.chunking=per_step"],
+        ["curvature.diagnose_every=5"],
+        ["device=cuda:1"],
+        ["model.share_prompts=true"],
+        ["model.load_dtype=bfloat16"],
+        ["rollout=vllm", "rollout.server_url=start"],
+        ["rollout=vllm", "rollout.engine.visible_devices=1"],
+        ["rollout=vllm", "rollout.engine.weight_transfer=nccl"],
+        ["distributed=single", "distributed.processes=2"],
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(composed: Compose, overrides: list[str]) -> None:
+    """In a line that begins with the key; without it the same passes."""
+    chosen = [each for each in overrides if each.startswith(("rollout=", "distributed="))]
+    common = ["distributed=fsdp2", "rollout.chunking=per_micro_batch", *chosen]
+    if "distributed=single" in common:
+        common.remove("distributed=fsdp2")
+    check(composed(*common))
+    with pytest.raises(ConfigError, match=overrides[-1].partition("=")[0].replace(".", r"\.")):
+        check(composed(*common, *(each for each in overrides if each not in chosen)))
+
+
+def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
+    """Only what layers are gathered in does."""
+    one = composed("rollout.chunking=per_micro_batch")
+    several = [composed("distributed=fsdp2", f"distributed.processes={n}") for n in (2, 8)]
+    assert {run_id(config) for config in several} == {run_id(one)}
+    assert run_id(composed("distributed=fsdp2", "distributed.gather=bfloat16")) != run_id(one)
+
+
+def test_processes_share_what_is_sharded(composed: Compose) -> None:
+    """Weights, gradients and Adam; each has the optimiser model's moments and its micro-batch's logits."""
+    one, eight = (
+        estimate(composed("model=tiny", "rollout=vllm", *more), gpu=True)
+        for more in ([], ["distributed=fsdp2", "distributed.processes=8"])
+    )
+    for part in ("weights", "gradients", "adam", "records"):
+        assert getattr(eight, part) == getattr(one, part) // 8
+    assert (eight.moments, eight.logits) == (one.moments, one.logits)
+    assert one.gathered == 0 < eight.gathered < one.weights
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(random_batch: Batches, size: int) -> None:
+    batch = random_batch(rows=10)
+    shares = [deal_cuts(batch, 3, World(rank, size)) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    real = [[rows.tolist() for rows, _ in share if len(rows)] for share in shares]
+    assert SINGLE.collect([[rows.tolist() for rows, _ in split(batch, 3)]]) == World(0, size).collect(real)
+    idle = [cut for share in shares for rows, cut in share if not len(rows)]
+    assert all(cut.input_ids.shape == (1, 2) and not cut.completion_mask.any() for cut in idle)
