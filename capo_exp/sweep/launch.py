@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.build import allowed_plugins
 from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.plugins import allowed_plugins
 from capo_exp.config.record import read_config, to_yaml
 from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.distributed.world import FOLDER, STOP
