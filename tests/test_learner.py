@@ -200,7 +200,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random
     ours = learner("algo=capo", "model.micro_batch_size=3", *schedule, *TIGHT)
     rates = []
     for seed in range(4):
-        batch, state = random_batch(seed=seed), ours.optimizer_model
+        batch, state = random_batch(seed=seed), curvature.copy_moments(ours.optimizer_model)
         metrics, record = take_step(ours, batch)
         rates.append(metrics["optim/learning_rate"])
         out, mask = record.output, batch.completion_mask

@@ -8,15 +8,18 @@ program of a launch: no atomics, and the same bits at every run. All sums are in
 The module imports Triton; `backend` says whether it is to be used.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton import knobs
 
 PAIRS, SLICE = 16, 128
 """Pairs and columns of a block. Not tuned: no GPU has seen them."""
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 """Whether the kernels run as Python on a CPU (TRITON_INTERPRET=1 before this module is imported)."""
 
 
@@ -54,7 +57,7 @@ def _change(
     hidden, slots, weights = hidden.contiguous(), slots.contiguous(), weights.contiguous()
     order, change = slots.view(-1).argsort(), hidden.new_zeros(slots.shape)
     pairs, width = order.numel(), hidden.shape[1]
-    constants = {"SUPPORT": slots.shape[1], "ADAM": adam, "PAIRS": PAIRS, "SLICE": SLICE}
+    constants: dict[str, Any] = {"SUPPORT": slots.shape[1], "ADAM": adam, "PAIRS": PAIRS, "SLICE": SLICE}
     with torch.cuda.device_of(hidden):
         for column in range(0, width if pairs else 0, SLICE):
             sizes = (change, pairs, width, column)
@@ -72,11 +75,12 @@ def sum_rows(
 ) -> Float[Tensor, "R H"]:
     """Sums weight x hidden over each row's pairs, which lie between its start and the next."""
     rows, width = len(starts) - 1, hidden.shape[1]
-    sums = hidden.new_empty(rows, width)
+    hidden, sums = hidden.contiguous(), hidden.new_empty(rows, width)
+    constants: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE}
     if rows:
         with torch.cuda.device_of(hidden):
             _sums_kernel[rows, triton.cdiv(width, SLICE)](
-                tokens, weights, starts, hidden.contiguous(), sums, width, PAIRS=PAIRS, SLICE=SLICE
+                tokens, weights, starts, hidden, sums, width, **constants
             )
     return sums
 
@@ -92,18 +96,12 @@ def decay(
     """Moves both moments of these rows towards their mean gradient and its square, in place; a table in
     bfloat16 is rounded at random, which the seed decides."""
     rows, width = means.shape
+    numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], seed)
+    constants: dict[str, Any] = {"ROUND": first.dtype == torch.bfloat16, "SLICE": SLICE}
     if rows:
         with torch.cuda.device_of(means):
             _decay_kernel[rows, triton.cdiv(width, SLICE)](
-                slots,
-                means.contiguous(),
-                first,
-                second,
-                width,
-                *betas,
-                seed,
-                ROUND=first.dtype == torch.bfloat16,
-                SLICE=SLICE,
+                slots, means.contiguous(), first, second, width, *numbers, **constants
             )
 
 
@@ -156,7 +154,8 @@ def _round(value, noise):
 
 @triton.jit
 def _decay_kernel(
-    slots, means, first, second, width, beta1, beta2, seed, ROUND: tl.constexpr, SLICE: tl.constexpr
+    slots, means, first, second, width, beta1, in_first, beta2, in_second, seed,
+    ROUND: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Moves one row's slice of both moments towards its mean gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -165,7 +164,7 @@ def _decay_kernel(
     at = tl.load(slots + row) * width + columns
     m = tl.load(first + at, columns < width, 0.0).to(tl.float32)
     q = tl.load(second + at, columns < width, 0.0).to(tl.float32)
-    m, q = m * beta1 + mean * (1 - beta1), q * beta2 + mean * mean * (1 - beta2)
+    m, q = m * beta1 + mean * in_first, q * beta2 + mean * mean * in_second
     if ROUND:
         noise = tl.randint(seed, at.to(tl.uint32)).to(tl.uint32)
         m, q = _round(m, noise & 0xFFFF), _round(q, noise >> 16)

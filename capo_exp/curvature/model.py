@@ -17,7 +17,7 @@ few tokens at a time, few enough to stay in a processor's cache. On a GPU `kerne
 id) pairs sorted by row; what is here stays the reference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,8 +100,9 @@ def token_shifts(
         learning_rate: the scheduler's current value.
         state: Adam moments, or None for the SGD model.
     """
-    everything = torch.ones_like(token_ids, dtype=torch.bool)
-    tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, everything)
+    columns = (hidden, topk_probs, topk_ids, token_ids, _by_token(advantages, token_ids))
+    rows = torch.arange(len(token_ids), device=token_ids.device).repeat_interleave(token_ids.shape[1])
+    tokens = _make_tokens((values.flatten(0, 1) for values in columns), rows, len(token_ids))
     policy, objective = predict_shifts(tokens, learning_rate=learning_rate, state=state)
     return TokenShifts(policy.view(token_ids.shape), objective.view(token_ids.shape))
 
@@ -136,23 +137,24 @@ def pack(
     mask: Bool[Tensor, "B T"],
 ) -> Tokens:
     """Packs the tokens at the True positions of mask; the other shapes are those of `token_shifts`."""
-    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
-    probs, ids = topk_probs[mask], topk_ids[mask]
-    onehot = ids == token_ids[mask][:, None]
-    return Tokens(
-        hidden=hidden[mask],
-        probs=probs,
-        ids=ids,
-        logit_error=onehot.to(probs.dtype) - probs,
-        advantages=by_token[mask].to(hidden.dtype),
-        rows=mask.nonzero()[:, 0],
-        completions=len(mask),
-    )
+    columns = (hidden, topk_probs, topk_ids, token_ids, _by_token(advantages, token_ids))
+    return _make_tokens((values[mask] for values in columns), mask.nonzero()[:, 0], len(mask))
 
 
 def pack_batch(output: PolicyOutput, batch: Batch, advantages: Tensor, mask: Tensor) -> Tokens:
     """Packs a batch's tokens at the True positions of mask [B, T], with these advantages [B, T]."""
     return pack(output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, advantages, mask)
+
+
+def _by_token(advantages: TokenOrRow, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
+
+
+def _make_tokens(columns: Iterable[Tensor], rows: Int[Tensor, " N"], completions: int) -> Tokens:
+    """Makes N tokens of hidden [N, H], probabilities and ids [N, K], token ids and advantages [N]."""
+    hidden, probs, ids, token_ids, advantages = columns
+    error = (ids == token_ids[:, None]).to(probs.dtype) - probs
+    return Tokens(hidden, probs, ids, error, advantages.to(hidden.dtype), rows, completions)
 
 
 def predict_shifts(
