@@ -29,9 +29,11 @@ from capo_exp.config.architecture import fill_architecture
 from capo_exp.config.schema import TrainConfig, conf_dir, register
 
 # The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
-ALGORITHM_FILES = (conf_dir().parent / "capo_exp" / "algorithms").glob("[a-z]*.py")
-SHAPED = [f"algorithms.{file.stem}" for file in ALGORITHM_FILES if file.stem != "protocols"]
-SHAPED += ["curvature", "core.masked", "core.types"]
+# Protocols have no bodies, and what Triton compiles must not be wrapped.
+PACKAGE, UNCHECKED = conf_dir().parent / "capo_exp", ("protocols", "kernels")
+FILES = [file for room in ("algorithms", "curvature") for file in (PACKAGE / room).glob("[a-z]*.py")]
+SHAPED = [f"{file.parent.name}.{file.stem}" for file in FILES if file.stem not in UNCHECKED]
+SHAPED += ["core.masked", "core.types"]
 install_import_hook([f"capo_exp.{name}" for name in SHAPED], "beartype.beartype")
 
 from capo_exp.core.types import Batch  # noqa: E402

@@ -271,6 +271,10 @@ def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -
             "model.attn_implementation=flash_attention_2: expected sdpa",
         ),
         (
+            ["curvature.moments_dtype=bfloat16", "curvature.optimizer_model=sgd"],
+            "curvature.moments_dtype=bfloat16: expected float32: curvature.optimizer_model=sgd has no table",
+        ),
+        (
             [*ZERO_BETA, "curvature.optimizer_model=adam_live"],
             "optimizer.betas=[0.0, 0.999]: expected two numbers inside",
         ),
@@ -351,7 +355,7 @@ def test_what_changes_no_result_says_so() -> None:
     assert unimportant == {
         "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
         "checkpoint", "sweep", "stop_after_unrewarded", "experiment_name", "output_dir", "overwrite",
-        "plan_only", "plugins", "allow_overcommit",
+        "plan_only", "plugins", "allow_overcommit", "curvature.kernel",
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from capo_exp.core.types import AdamState, BatchShifts, Gradient
 from capo_exp.curvature.model import (
     apply_row_gradients,
     batch_shifts,
+    copy_moments,
     init_adam_state,
     mean_row_gradients,
     pack,
@@ -359,6 +360,27 @@ def test_the_table_holds_only_rows_that_were_seen() -> None:
     assert not state.first[0].any() and not state.second[0].any()
 
 
+def test_the_table_takes_its_steps_in_place_and_moves_only_to_double() -> None:
+    """Against a table with a row for every id of the vocabulary, and against the copying update."""
+    vocab, width, places = 200, 5, set[int]()
+    state = init_adam_state(vocab, width, dtype=torch.float64)
+    first, second = torch.zeros(2, vocab, width, dtype=torch.float64)
+    for seed in range(12):
+        tokens = random_tokens(2, 2, vocab, 4, width, seed)
+        keep = torch.ones(2, 2, dtype=torch.bool)
+        before, copied = copy_moments(state), update_adam_state(state, *tokens, keep)
+        assert torch.equal(state.first, before.first) and torch.equal(state.second, before.second)
+        rows = mean_row_gradients(pack(*tokens, keep))
+        state = apply_row_gradients(state, rows)
+        assert torch.equal(state.first, copied.first) and torch.equal(state.second, copied.second)
+        places.add(state.first.data_ptr())
+        first[rows.ids] = 0.9 * first[rows.ids] + 0.1 * rows.means
+        second[rows.ids] = 0.999 * second[rows.ids] + 0.001 * rows.means**2
+    torch.testing.assert_close(state.first[state.slot_of_id], first)
+    torch.testing.assert_close(state.second[state.slot_of_id], second)
+    assert len(places) <= 5 and len(state.first) > 100
+
+
 def test_rejected_tokens_leave_no_trace_in_the_moments() -> None:
     tokens = random_tokens(4, 6, 30, 8, 5)
     keep = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -375,7 +397,7 @@ def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
     keep = torch.zeros(2, 3, dtype=torch.bool)
     packed = pack(*tokens, keep)
     shifts = batch_shifts(packed, mean_row_gradients(packed), learning_rate=LR, state=state)
-    after = apply_row_gradients(state, mean_row_gradients(packed))
+    after = apply_row_gradients(copy_moments(state), mean_row_gradients(packed))
     assert shifts == BatchShifts(0.0, 0.0, 0.0)
     assert torch.equal(after.first, state.first) and after.step == state.step + 1
 

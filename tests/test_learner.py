@@ -120,6 +120,19 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, rando
     assert 0 < record.selection.keep_mask.sum() < batch.completion_mask.sum()
 
 
+def test_a_checkpoints_table_is_a_copy_of_the_rows_alone(learner: Make, random_batch: Batches) -> None:
+    """The run's own goes on in place, in a storage with room to grow."""
+    one = learner("algo=grpo", "curvature.moments_dtype=bfloat16")
+    for seed in range(2):
+        take_step(one, random_batch(seed=seed))
+    saved = one.state_dict()["optimizer_model"]["first"]
+    kept = saved.clone()
+    assert saved.dtype == torch.bfloat16 and saved.untyped_storage().nbytes() == saved.nbytes
+    take_step(one, random_batch(seed=2))
+    assert torch.equal(saved, kept) and one.optimizer_model is not None
+    assert not torch.equal(one.optimizer_model.first[: len(kept)], kept)
+
+
 def test_the_moments_follow_kept_tokens_of_every_algorithm(learner: Make, random_batch: Batches) -> None:
     grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0.0")
     for one in (grpo, rejecting):
@@ -200,7 +213,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random
     ours = learner("algo=capo", "model.micro_batch_size=3", *schedule, *TIGHT)
     rates = []
     for seed in range(4):
-        batch, state = random_batch(seed=seed), ours.optimizer_model
+        batch, state = random_batch(seed=seed), curvature.copy_moments(ours.optimizer_model)
         metrics, record = take_step(ours, batch)
         rates.append(metrics["optim/learning_rate"])
         out, mask = record.output, batch.completion_mask

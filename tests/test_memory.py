@@ -107,6 +107,7 @@ def test_what_curvature_holds(composed: Composed) -> None:
     parts = estimate(composed(), gpu=False)
     assert (parts.records, parts.moments) == (remembered, tables)
     assert estimate(composed("curvature.optimizer_model=sgd"), gpu=False).moments == 0
+    assert estimate(composed("curvature.moments_dtype=bfloat16"), gpu=False).moments == tables // 2
 
 
 def test_kv_cache_of_a_call(composed: Composed) -> None:

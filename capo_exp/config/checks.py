@@ -112,7 +112,11 @@ def _check_sampling(config: TrainConfig) -> None:
     if rollout.train_engine is not None and not target.endswith(".uncorrected"):
         wanted = "rollout/correction=none with rollout.train_engine, whose completions nobody sampled"
         raise error("rollout.correction._target_", target, wanted)
-    if config.curvature.optimizer_model == "adam_live":
+    curvature = config.curvature
+    if curvature.moments_dtype != "float32" and curvature.optimizer_model != "adam":
+        wanted = f"float32: curvature.optimizer_model={curvature.optimizer_model} has no table of its own"
+        raise error("curvature.moments_dtype", curvature.moments_dtype, wanted)
+    if curvature.optimizer_model == "adam_live":
         apply(OPEN_BETAS, "optimizer.betas", config.optimizer.betas)
 
 

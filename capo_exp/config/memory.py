@@ -12,7 +12,7 @@ from pathlib import Path
 from capo_exp.config.architecture import Architecture
 from capo_exp.config.build import needs_reference
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
+from capo_exp.config.schema import CurvatureConfig, TrainConfig
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and a bfloat16."""
@@ -90,7 +90,7 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         gradients=kept * parameters,
         adam=(2 * FLOAT + FLOAT - kept) * parameters,  # bfloat16 weights have the rest of their bits there
         reference=kept * parameters if needs_reference(config.algo) else 0,
-        moments=2 * FLOAT * entries if config.curvature.optimizer_model == "adam" else 0,
+        moments=2 * _moment_bytes(config.curvature) * entries,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
         activations=rows * longest * layers + (HALF * parameters if copies else 0),
@@ -120,6 +120,12 @@ def count_parameters(shape: Architecture) -> int:
     layer += more.get(shape.model_type, 0)
     embeddings = shape.vocab_size * width * (1 if shape.tie_word_embeddings else 2)
     return embeddings + shape.num_hidden_layers * layer + width
+
+
+def _moment_bytes(curvature: CurvatureConfig) -> int:
+    """Returns the bytes of one entry of a moment; 0 where the optimiser model has no table of its own."""
+    size = HALF if curvature.moments_dtype == "bfloat16" else FLOAT
+    return size if curvature.optimizer_model == "adam" else 0
 
 
 def kv_width(shape: Architecture) -> int:

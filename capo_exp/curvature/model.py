@@ -13,17 +13,21 @@ m_F is half the squared change of ln pi(a), exact to second order: the k2 estima
 the KL of the token's step, which is an order of magnitude smaller in the median. Ghat is g itself (SGD model)
 or Adam's bias-corrected direction once the token's gradient joins the stored moments. Everything runs in the
 dtype of `hidden`, float32 or better. Nothing of B*T*K*H elements is ever built: the directions are made for a
-few tokens at a time, few enough to stay in a processor's cache.
+few tokens at a time, few enough to stay in a processor's cache. On a GPU `kernels` does the same over (token,
+id) pairs sorted by row; what is here stays the reference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
 
 from capo_exp.core.types import AdamState, Batch, BatchShifts, PolicyOutput, TokenOrRow, TokenShifts
+from capo_exp.curvature.backend import find_kernels
+from capo_exp.curvature.table import decay, grow
 from capo_exp.distributed.world import SINGLE, World
 
 # Elements of one [tokens, K, H] working block: a CPU core's second-level cache holds two; a GPU wants few
@@ -65,6 +69,8 @@ def init_adam_state(
 ) -> AdamState:
     """Makes an optimiser model that has seen nothing. The table starts with its zero row alone.
 
+    dtype is that of the table: float32, or bfloat16 for half the memory.
+
     Raises:
         ValueError: if a beta is not inside (0, 1).
     """
@@ -95,8 +101,9 @@ def token_shifts(
         learning_rate: the scheduler's current value.
         state: Adam moments, or None for the SGD model.
     """
-    everything = torch.ones_like(token_ids, dtype=torch.bool)
-    tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, everything)
+    columns = (hidden, topk_probs, topk_ids, token_ids, _by_token(advantages, token_ids))
+    rows = torch.arange(len(token_ids), device=token_ids.device).repeat_interleave(token_ids.shape[1])
+    tokens = _make_tokens((values.flatten(0, 1) for values in columns), rows, len(token_ids))
     policy, objective = predict_shifts(tokens, learning_rate=learning_rate, state=state)
     return TokenShifts(policy.view(token_ids.shape), objective.view(token_ids.shape))
 
@@ -111,9 +118,15 @@ def update_adam_state(
     keep_mask: Bool[Tensor, "B T"],
 ) -> AdamState:
     """Returns the moments after an optimiser step on the kept tokens, keep_mask [B, T] bool; the other shapes
-    are those of `token_shifts`."""
+    are those of `token_shifts`. The given moments stay as they are; training, which needs them no more, calls
+    the two functions by itself and saves the copy."""
     tokens = pack(hidden, topk_probs, topk_ids, token_ids, advantages, keep_mask)
-    return apply_row_gradients(state, mean_row_gradients(tokens))
+    return apply_row_gradients(copy_moments(state), mean_row_gradients(tokens))
+
+
+def copy_moments(state: AdamState) -> AdamState:
+    """Returns the same moments in a table of their own, without room to grow."""
+    return replace(state, first=state.first.clone(), second=state.second.clone())
 
 
 def pack(
@@ -125,18 +138,8 @@ def pack(
     mask: Bool[Tensor, "B T"],
 ) -> Tokens:
     """Packs the tokens at the True positions of mask; the other shapes are those of `token_shifts`."""
-    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
-    probs, ids = topk_probs[mask], topk_ids[mask]
-    onehot = ids == token_ids[mask][:, None]
-    return Tokens(
-        hidden=hidden[mask],
-        probs=probs,
-        ids=ids,
-        logit_error=onehot.to(probs.dtype) - probs,
-        advantages=by_token[mask].to(hidden.dtype),
-        rows=mask.nonzero()[:, 0],
-        completions=len(mask),
-    )
+    columns = (hidden, topk_probs, topk_ids, token_ids, _by_token(advantages, token_ids))
+    return _make_tokens((values[mask] for values in columns), mask.nonzero()[:, 0], len(mask))
 
 
 def pack_batch(output: PolicyOutput, batch: Batch, advantages: Tensor, mask: Tensor) -> Tokens:
@@ -145,6 +148,17 @@ def pack_batch(output: PolicyOutput, batch: Batch, advantages: Tensor, mask: Ten
     columns = (batch.token_ids, advantages, mask)
     own = columns if output.rows is None else [column[output.rows] for column in columns]
     return pack(output.hidden, output.topk_probs, output.topk_ids, *own)
+
+
+def _by_token(advantages: TokenOrRow, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return advantages if advantages.dim() == 2 else advantages[:, None].expand_as(token_ids)
+
+
+def _make_tokens(columns: Iterable[Tensor], rows: Int[Tensor, " N"], completions: int) -> Tokens:
+    """Makes N tokens of hidden [N, H], probabilities and ids [N, K], token ids and advantages [N]."""
+    hidden, probs, ids, token_ids, advantages = columns
+    error = (ids == token_ids[:, None]).to(probs.dtype) - probs
+    return Tokens(hidden, probs, ids, error, advantages.to(hidden.dtype), rows, completions)
 
 
 def predict_shifts(
@@ -171,35 +185,26 @@ def mean_row_gradients(tokens: Tokens, world: World = SINGLE) -> RowGradients:
 
     Source: the authors' program, which gathers sums and counts of all its processes.
     """
-    flat = tokens.ids.reshape(-1)
+    flat, support = tokens.ids.reshape(-1), tokens.ids.shape[1]
     highest = max(world.together(lambda: int(flat.max()) if len(flat) else -1)) if world.size > 1 else 0
-    counts = world.sum(torch.bincount(flat, minlength=highest + 1))
+    own = torch.bincount(flat, minlength=highest + 1)
+    counts = world.sum(own)
     ids = counts.nonzero().squeeze(1)
-    row_of_id = counts.gt(0).cumsum(0) - 1
-    coefficients = (tokens.advantages[:, None] * tokens.logit_error).reshape(-1)
-    number, support = tokens.ids.shape
-    token = torch.arange(number, device=flat.device).repeat_interleave(support)
-    # One sparse [R, N] matrix times hidden: the same sum as scattering N*K rows of H, without building them.
-    weights = torch.sparse_coo_tensor(
-        torch.stack([row_of_id[flat], token]), coefficients, (len(ids), number), check_invariants=False
-    )
-    sums = world.sum(torch.sparse.mm(weights, tokens.hidden))
+    order = flat.argsort(stable=True)
+    weights = (tokens.advantages[:, None] * tokens.logit_error).reshape(-1)[order]
+    starts = pad(own[ids].cumsum(0), (1, 0))
+    sums = world.sum(_sum_rows(tokens.hidden, order // support, weights, starts))
     return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None], counts[ids])
 
 
 def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
-    """Returns the moments after one step: seen rows decay and take their mean gradient, all others stay as
-    they are."""
+    """Gives the table a step, in place, and returns the moments after it: seen rows decay and take their mean
+    gradient, all others stay as they are. Whoever needs the moments before it copies them first."""
     missing = gradients.ids[state.slot_of_id[gradients.ids] == 0]
-    slot_of_id, used = state.slot_of_id.clone(), len(state.first)
+    slot_of_id, used, most = state.slot_of_id.clone(), len(state.first), 1 + len(state.slot_of_id)
     slot_of_id[missing] = torch.arange(used, used + len(missing), device=missing.device)
-    grow = gradients.means.new_zeros(len(missing), state.first.shape[1])
-    first = torch.cat([state.first, grow])
-    second = torch.cat([state.second, grow])
-    slots = slot_of_id[gradients.ids]
-    beta1, beta2 = state.betas
-    first[slots] = first[slots] * beta1 + gradients.means * (1 - beta1)
-    second[slots] = second[slots] * beta2 + gradients.means.square() * (1 - beta2)
+    first, second = (grow(table, used + len(missing), most) for table in (state.first, state.second))
+    decay(first, second, slot_of_id[gradients.ids], gradients.means, state.betas, state.step)
     return replace(state, slot_of_id=slot_of_id, first=first, second=second, step=state.step + 1)
 
 
@@ -225,9 +230,7 @@ def batch_shifts(
         return BatchShifts(0.0, 0.0, 0.0)
     moments = _moments(state)
     step = gradients.means if moments is None else _adam_rows(moments, gradients)
-    places = torch.searchsorted(gradients.ids, tokens.ids)
-    blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
-    s, variance = _along(tokens, torch.cat(blocks) if blocks else tokens.probs)
+    s, variance = _along(tokens, _row_logit_change(tokens, gradients.ids, step))
     per_token = (completions * torch.bincount(tokens.rows)[tokens.rows]).to(s.dtype).reciprocal()
     curvature = 0.5 * learning_rate**2 * tokens.advantages * (s.square() - variance)
     policy = 0.5 * learning_rate**2 * (s.square() * per_token).sum()
@@ -290,15 +293,43 @@ def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]
     slots = state.slot_of_id[tokens.ids]
     weight = 1.0 if state.token_weight is None else state.token_weight
     coefficients = weight * tokens.advantages[:, None] * tokens.logit_error
+    in_first, in_second = sign * (1 - beta1) / beta1, (1 - beta2) / beta2
+    if kernels := find_kernels(tokens.hidden):
+        moments = (state.first, state.second)
+        change = kernels.along_adam(tokens.hidden, slots, moments, coefficients, in_first, in_second, eps)
+        return change.mul_(sign * scale)
     blocks: list[Tensor] = []
     for block in _blocks(tokens):
         hidden, a = tokens.hidden[block], coefficients[block, :, None]
-        direction = _rows(state.first, slots[block])
-        direction.addcmul_(a, hidden[:, None, :], value=sign * (1 - beta1) / beta1)
-        spread = _rows(state.second, slots[block])
-        spread.addcmul_(a.square(), hidden.square()[:, None, :], value=(1 - beta2) / beta2).sqrt_().add_(eps)
+        direction = _rows(state.first, slots[block]).to(hidden.dtype)
+        direction.addcmul_(a, hidden[:, None, :], value=in_first)
+        spread = _rows(state.second, slots[block]).to(hidden.dtype)
+        spread.addcmul_(a.square(), hidden.square()[:, None, :], value=in_second).sqrt_().add_(eps)
         blocks.append(torch.bmm(direction.div_(spread), hidden[:, :, None]).squeeze(2))
     return torch.cat(blocks).mul_(sign * scale) if blocks else coefficients
+
+
+def _row_logit_change(
+    tokens: Tokens, ids: Int[Tensor, " R"], step: Float[Tensor, "R H"]
+) -> Float[Tensor, "N K"]:
+    """Returns what a step of the rows of these ids, ascending, does to the logits."""
+    places = torch.searchsorted(ids, tokens.ids)
+    if kernels := find_kernels(tokens.hidden):
+        return kernels.along_rows(tokens.hidden, places, step)
+    blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
+    return torch.cat(blocks) if blocks else tokens.probs
+
+
+def _sum_rows(
+    hidden: Float[Tensor, "N H"],
+    tokens: Int[Tensor, " pairs"],
+    weights: Float[Tensor, " pairs"],
+    starts: Int[Tensor, " bounds"],
+) -> Float[Tensor, "R H"]:
+    """Sums weight x hidden over each row's pairs, which lie between its start and the next."""
+    if kernels := find_kernels(hidden):
+        return kernels.sum_rows(hidden, tokens, weights, starts)
+    return embedding_bag(tokens, hidden, starts[:-1], mode="sum", per_sample_weights=weights)
 
 
 def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"]:
@@ -308,8 +339,8 @@ def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"
     slots, means = state.slot_of_id[gradients.ids], gradients.means
     if state.token_weight is not None:
         means = means * (state.token_weight * gradients.counts)[:, None]
-    direction = state.first[slots].add_(means, alpha=sign * (1 - beta1) / beta1)
-    spread = state.second[slots].add_(means.square(), alpha=(1 - beta2) / beta2)
+    direction = state.first[slots].to(means.dtype).add_(means, alpha=sign * (1 - beta1) / beta1)
+    spread = state.second[slots].to(means.dtype).add_(means.square(), alpha=(1 - beta2) / beta2)
     return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
 
 

@@ -28,6 +28,7 @@ from capo_exp.core.types import (
     StepRecord,
     TokenLossInput,
 )
+from capo_exp.curvature.model import copy_moments
 from capo_exp.curvature.step_trial import ProposedStep, StepTrial
 from capo_exp.distributed.sharding import full
 from capo_exp.distributed.world import SINGLE, World
@@ -142,7 +143,7 @@ class Learner:
         return {name: getattr(self, name) for name in PLAIN_STATE} | {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "optimizer_model": self.optimizer_model and dict(vars(self.optimizer_model)),
+            "optimizer_model": self.optimizer_model and dict(vars(copy_moments(self.optimizer_model))),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -151,7 +152,8 @@ class Learner:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.optimizer_model = state["optimizer_model"] and AdamState(**state["optimizer_model"])
+        moments = state["optimizer_model"]
+        self.optimizer_model = moments and copy_moments(AdamState(**moments))
 
     def _accumulate(
         self, given: StepInput, select: Callable[[Tensor, Scored], Selection], watch: Stopwatch

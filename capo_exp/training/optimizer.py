@@ -27,6 +27,7 @@ def make_optimizer_model(model: PreTrainedModel, config: TrainConfig) -> AdamSta
         head.in_features,
         (beta1, beta2),
         config.curvature.eps,
+        dtype=getattr(torch, config.curvature.moments_dtype),
         device=model.device,
     )
 

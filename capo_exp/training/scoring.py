@@ -30,8 +30,9 @@ def predict_step(
     moments: AdamState | None,
     world: World,
 ) -> tuple[BatchShifts, AdamState | None]:
-    """Predicts the shifts of the kept tokens' mean update; returns the optimiser model after it, too. The
-    moments to predict with are the optimiser model's own, if it has any, or the real optimiser's."""
+    """Predicts the shifts of the kept tokens' mean update; gives the optimiser model's table that step, in
+    place, and returns the optimiser model after it, too. The moments to predict with are the optimiser
+    model's own, if it has any, or the real optimiser's."""
     credit = record.selection.weighed(record.batch.advantages)
     tokens = pack_batch(record.output, record.batch, credit, record.selection.keep_mask)
     rows = mean_row_gradients(tokens, world)

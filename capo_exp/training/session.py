@@ -17,6 +17,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Prompt
+from capo_exp.curvature.backend import choose_kernel
 from capo_exp.data.prepare import Data, prepare
 from capo_exp.data.prompts import fingerprint, preview
 from capo_exp.distributed.sharding import copy_weights, local, shard
@@ -132,6 +133,7 @@ def read_inputs(config: TrainConfig, world: World = SINGLE, device: torch.device
     algorithm = build_algorithm(config.algo)
     device = device or policy.choose_device(config.device)
     policy.check_logits(config.model)
+    choose_kernel(config.curvature.kernel, device)
     policy.check_length(config.model, config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens)
     tokenizer = policy.load_tokenizer(config.model)
     verifier = build_part(config.reward.verifier, key="reward.verifier")()

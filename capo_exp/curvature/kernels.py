@@ -1,0 +1,172 @@
+"""Triton kernels over (token, id) pairs sorted by table row: what `model` computes in torch, for a GPU.
+
+A program takes a slice of H and a block of pairs, neighbours of which share a row. The row's slice is fetched
+from memory once and stays in the cache while its pairs pass. The slice of all hidden states fits into the
+second-level cache, so the slices go one after the other. A pair, and a row of the moments, belong to one
+program of a launch: no atomics, and the same bits at every run. All sums are in float32.
+
+The module imports Triton; `backend` says whether it is to be used.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+from triton import knobs
+
+PAIRS, SLICE = 16, 128
+"""Pairs and columns of a block. Not tuned: no GPU has seen them."""
+INTERPRETED = knobs.runtime.interpret
+"""Whether the kernels run as Python on a CPU (TRITON_INTERPRET=1 before this module is imported)."""
+
+
+def along_adam(
+    hidden: Float[Tensor, "N H"],
+    slots: Int[Tensor, "N K"],
+    moments: tuple[Float[Tensor, "rows H"], Float[Tensor, "rows H"]],
+    weights: Float[Tensor, "N K"],
+    in_first: float,
+    in_second: float,
+    eps: float,
+) -> Float[Tensor, "N K"]:
+    """Returns <d, h> of each pair, d = (m + in_first g) / (sqrt(q + in_second g^2) + eps) with g = weight x h
+    and the moments m, q of the pair's slot."""
+    return _change(hidden, slots, moments, weights, (in_first, in_second, eps), adam=True)
+
+
+def along_rows(
+    hidden: Float[Tensor, "N H"], places: Int[Tensor, "N K"], step: Float[Tensor, "R H"]
+) -> Float[Tensor, "N K"]:
+    """Returns <step, h> of each pair, with the row of the step at the pair's place."""
+    return _change(hidden, places, (step, step), hidden, (0.0, 0.0, 0.0), adam=False)
+
+
+def _change(
+    hidden: Tensor,
+    slots: Tensor,
+    tables: tuple[Tensor, Tensor],
+    weights: Tensor,
+    numbers: tuple[float, float, float],
+    *,
+    adam: bool,
+) -> Tensor:
+    """Launches one slice after the other, so that each finds the hidden states in the cache."""
+    hidden, slots, weights = hidden.contiguous(), slots.contiguous(), weights.contiguous()
+    order, change = slots.view(-1).argsort(), hidden.new_zeros(slots.shape)
+    pairs, width = order.numel(), hidden.shape[1]
+    constants: dict[str, Any] = {"SUPPORT": slots.shape[1], "ADAM": adam, "PAIRS": PAIRS, "SLICE": SLICE}
+    with torch.cuda.device_of(hidden):
+        for column in range(0, width if pairs else 0, SLICE):
+            sizes = (change, pairs, width, column)
+            _change_kernel[triton.cdiv(pairs, PAIRS),](
+                order, slots, weights, hidden, *tables, *sizes, *numbers, **constants
+            )
+    return change
+
+
+def sum_rows(
+    hidden: Float[Tensor, "N H"],
+    tokens: Int[Tensor, " pairs"],
+    weights: Float[Tensor, " pairs"],
+    starts: Int[Tensor, " bounds"],
+) -> Float[Tensor, "R H"]:
+    """Sums weight x hidden over each row's pairs, which lie between its start and the next."""
+    rows, width = len(starts) - 1, hidden.shape[1]
+    hidden, sums = hidden.contiguous(), hidden.new_empty(rows, width)
+    constants: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE}
+    if rows:
+        with torch.cuda.device_of(hidden):
+            _sums_kernel[rows, triton.cdiv(width, SLICE)](
+                tokens, weights, starts, hidden, sums, width, **constants
+            )
+    return sums
+
+
+def decay(
+    first: Float[Tensor, "rows H"],
+    second: Float[Tensor, "rows H"],
+    slots: Int[Tensor, " R"],
+    means: Float[Tensor, "R H"],
+    betas: tuple[float, float],
+    seed: int,
+) -> None:
+    """Moves both moments of these rows towards their mean gradient and its square, in place; a table in
+    bfloat16 is rounded at random, which the seed decides."""
+    rows, width = means.shape
+    numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], seed)
+    constants: dict[str, Any] = {"ROUND": first.dtype == torch.bfloat16, "SLICE": SLICE}
+    if rows:
+        with torch.cuda.device_of(means):
+            _decay_kernel[rows, triton.cdiv(width, SLICE)](
+                slots, means.contiguous(), first, second, width, *numbers, **constants
+            )
+
+
+@triton.jit
+def _change_kernel(
+    order, slots, weights, hidden, first, second, change, pairs, width, column, in_first, in_second, eps,
+    SUPPORT: tl.constexpr, ADAM: tl.constexpr, PAIRS: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """Adds to each pair's change what the columns from `column` on bring."""
+    place = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    real = place < pairs
+    pair = tl.load(order + place, real, 0)
+    columns = column + tl.arange(0, SLICE)
+    inside = real[:, None] & (columns < width)[None, :]
+    rows = tl.load(slots + pair, real, 0)[:, None] * width + columns[None, :]
+    h = tl.load(hidden + (pair // SUPPORT)[:, None] * width + columns[None, :], inside, 0.0)
+    direction = tl.load(first + rows, inside, 0.0).to(tl.float32)
+    if ADAM:
+        gradient = tl.load(weights + pair, real, 0.0)[:, None] * h
+        spread = tl.load(second + rows, inside, 1.0).to(tl.float32) + in_second * gradient * gradient
+        direction = (direction + in_first * gradient) / (tl.sqrt(spread) + eps)
+    before = tl.load(change + pair, real, 0.0)
+    tl.store(change + pair, before + tl.sum(direction * h, 1), real)
+
+
+@triton.jit
+def _sums_kernel(
+    tokens, weights, starts, hidden, sums, width, PAIRS: tl.constexpr, SLICE: tl.constexpr
+):  # fmt: skip
+    """Writes one row's slice of sum weight x hidden over the row's pairs."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    total = tl.zeros([PAIRS, SLICE], tl.float32)
+    end = tl.load(starts + row + 1)
+    for begin in range(tl.load(starts + row), end, PAIRS):
+        place = begin + tl.arange(0, PAIRS)
+        token = tl.load(tokens + place, place < end, 0)
+        weight = tl.load(weights + place, place < end, 0.0)
+        inside = (place < end)[:, None] & (columns < width)[None, :]
+        total += weight[:, None] * tl.load(hidden + token[:, None] * width + columns[None, :], inside, 0.0)
+    tl.store(sums + row * width + columns, tl.sum(total, 0), columns < width)
+
+
+@triton.jit
+def _round(value, noise):
+    """Makes the last 16 bits zero, up or down by chance: a number that bfloat16 holds exactly."""
+    bits = value.to(tl.uint32, bitcast=True) + noise
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decay_kernel(
+    slots, means, first, second, width, beta1, in_first, beta2, in_second, seed,
+    ROUND: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """Moves one row's slice of both moments towards its mean gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    mean = tl.load(means + row * width + columns, columns < width, 0.0)
+    at = tl.load(slots + row) * width + columns
+    m = tl.load(first + at, columns < width, 0.0).to(tl.float32)
+    q = tl.load(second + at, columns < width, 0.0).to(tl.float32)
+    m, q = m * beta1 + mean * in_first, q * beta2 + mean * mean * in_second
+    if ROUND:
+        noise = tl.randint(seed, at.to(tl.uint32)).to(tl.uint32)
+        m, q = _round(m, noise & 0xFFFF), _round(q, noise >> 16)
+    tl.store(first + at, m, columns < width)
+    tl.store(second + at, q, columns < width)
