@@ -85,7 +85,7 @@ def score(
     log_probs = torch.rand(mask.shape, generator=generator, dtype=hidden.dtype).log()
     output = PolicyOutput(log_probs, torch.zeros_like(log_probs), probs, ids, hidden)
     shifts = curvature.token_shifts(hidden, probs, ids, token_ids, per_token, learning_rate, state)
-    return Scored(batch, output, shifts, learning_rate, state, seed=5)
+    return Scored(batch, output, shifts, log_probs, learning_rate, state, seed=5)
 
 
 def some_scored(rows: int = 6, length: int = 9) -> Scored:
@@ -474,7 +474,9 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     sizes = replace(totals(batch), kept_tokens=int(keep.sum()))
     output = replace(record.output, log_probs=log_probs)
     reference = ours.reference_log_probs(batch, log_probs.detach())
+    step = Scored(batch, output.detached(), record.shifts, old, 0.0, None, seed=0)
     inputs = TokenLossInput.of(replace(batch, sampler_log_probs=old), output, old)
+    inputs = replace(inputs, step=step, rows=torch.arange(8))
     loss = compute_loss(ours.algorithm, inputs, reference, Selection(keep), batch, sizes)
     (gradient,) = torch.autograd.grad(loss.value, log_probs)
     assert torch.equal(gradient != 0, keep)

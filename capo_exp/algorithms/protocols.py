@@ -29,7 +29,8 @@ CompletionFilter = Callable[[Batch], Tensor]
 Select = Callable[[Scored], Selection]
 """Which completion tokens take part in the update."""
 TokenLossFunction = Callable[[TokenLossInput], TokenLoss]
-"""What may be seen of a micro-batch -> loss of each token [B, T], differentiable in log_probs."""
+"""What may be seen of a micro-batch, and of its step with `whole_step` -> loss of each token [B, T],
+differentiable in log_probs."""
 KLEstimator = Callable[[Tensor, Tensor], Tensor]
 """log_probs, ref_log_probs [B, T] -> estimate of KL(policy || reference) per token [B, T], differentiable."""
 Aggregation = Callable[[Tensor, Tensor, Batch, BatchTotals], Tensor]
@@ -65,7 +66,8 @@ class Algorithm:
     @property
     def scoring_pass(self) -> bool:
         """Whether a part has to see the whole optimiser step before the first gradient."""
-        return any(declares(part, "whole_step") for part in (self.selection, self.aggregation))
+        parts = (self.selection, self.token_loss, self.aggregation)
+        return any(declares(part, "whole_step") for part in parts)
 
     @property
     def uses_reward_kl(self) -> bool:
