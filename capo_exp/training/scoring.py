@@ -15,7 +15,12 @@ from capo_exp.distributed.world import World
 
 
 def score(
-    batch: Batch, output: PolicyOutput, old: Tensor, learning_rate: float, moments: AdamState | None, seed: int,
+    batch: Batch,
+    output: PolicyOutput,
+    old: Tensor,
+    learning_rate: float,
+    moments: AdamState | None,
+    seed: int,
 ) -> Scored:
     """Predicts the shifts [B, T] of a micro-batch, for completion tokens only; `old` are its old log-probs
     [B, T]."""
