@@ -2,15 +2,23 @@
 or TRL's program; the parts are built from conf/algo."""
 
 from collections.abc import Callable
-from math import exp, expm1, log
+from dataclasses import replace
+from math import exp, expm1, inf, log
 
 import pytest
 import torch
 from torch import Tensor
 
+from capo_exp.algorithms.covariance import clip_covariance
+from capo_exp.algorithms.m2po import second_moment
+from capo_exp.algorithms.opsm import mask_negative
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
+from capo_exp.algorithms.stapo import silence_spurious
+from capo_exp.algorithms.surrogates import to_old_policy, to_sampler
+from capo_exp.algorithms.trm import mask_completions
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch
+from capo_exp.core.types import Batch, Scored
+from tests.pieces import inputs_of, with_step
 from tests.test_methods import loss_and_gradient, off_policy, one_token, plain_sequence_gradient
 
 Built = Callable[..., Algorithm]
@@ -133,7 +141,7 @@ def pairs_loss(batch: Batch, spread: float, eta: float) -> tuple[Tensor, Tensor]
 
 
 def grouped(batch: Batch, size: int) -> Batch:
-    return Batch(**{**vars(batch), "group_ids": torch.arange(len(batch.group_ids)) // size})
+    return replace(batch, group_ids=torch.arange(len(batch.group_ids)) // size)
 
 
 def test_rebel_is_the_mean_square_over_the_pairs_of_a_prompt(built: Built, random_batch: Batches) -> None:
@@ -152,9 +160,7 @@ def test_rebel_starts_as_rloo_and_ends_where_log_ratios_are_rewards(
     _, gradient, _ = loss_and_gradient(built("rebel"), batch, spread=0.0)
     torch.testing.assert_close(gradient, (-4 * leave_one_out * batch.completion_mask / 8).double())
     log_ratio = (off_policy(batch, 0.5)[0].detach() - off_policy(batch, 0.5)[1]) * batch.completion_mask
-    solved = Batch(
-        **{**vars(batch), "advantages": (log_ratio.sum(1, keepdim=True) + 7) * batch.completion_mask}
-    )
+    solved = replace(batch, advantages=(log_ratio.sum(1, keepdim=True) + 7) * batch.completion_mask)
     loss, gradient, _ = loss_and_gradient(built("rebel"), solved, 0.5)
     assert loss < 1e-9 and gradient.abs().max() < 1e-6
 
@@ -182,3 +188,106 @@ def test_vespos_ratio_is_the_product_over_the_completion(built: Built, random_ba
     phi = torch.where(advantages > 0, ratio**2 * (3 - 3 * ratio).exp(), ratio**3 * (2 - 2 * ratio).exp())
     _, gradient, _ = loss_and_gradient(built("vespo"), batch, 0.3)
     torch.testing.assert_close(gradient, -phi * advantages / batch.completion_mask.sum())
+
+
+def scored(log_probs: Tensor, anchor: Tensor, advantages: Tensor, entropy: Tensor | None = None) -> Scored:
+    """A step of which every token is real; the engine and the learner agree about what sampled it."""
+    mask = torch.ones_like(log_probs).bool()
+    inputs = inputs_of(log_probs, anchor, advantages, mask)
+    inputs = inputs if entropy is None else replace(inputs, entropy=entropy)
+    step = with_step(inputs, torch.arange(len(mask))).step
+    assert step is not None
+    return step
+
+
+def test_stapo_silences_improbable_tokens_of_positive_advantage_where_the_policy_was_sure() -> None:
+    """One token of four is all three; at 0 either bound rejects nothing."""
+    log_probs = torch.tensor([[0.001, 0.001, 0.001, 0.5]]).log()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, 1.0]])
+    entropy = torch.tensor([[0.1, 0.1, 2.0, 0.1]])
+    step = scored(log_probs, log_probs, advantages, entropy)
+    numbers = {"probability_max": 0.01, "entropy_share": 1.0}
+    assert silence_spurious(step, **numbers).keep_mask.tolist() == [[False, True, True, True]]
+    for number in numbers:
+        assert silence_spurious(step, **(numbers | {number: 0.0})).keep_mask.all()
+
+
+def test_opsm_rejects_the_mistakes_of_completions_that_have_moved_away() -> None:
+    """Mean of ln(sampler / policy): 0.6, 0.6, 0.4; only what has A < 0 and lies above 0.5 goes."""
+    away = torch.tensor([[-0.9, -0.3], [-0.9, -0.3], [-0.7, -0.1]]) - 1
+    advantages = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    step = scored(away, torch.full_like(away, -1), advantages)
+    got = {d: mask_negative(step, log_ratio=to_sampler, divergence_max=d).keep_mask for d in (0.5, inf)}
+    assert got[0.5].tolist() == [[False, False], [True, True], [True, True]] and got[inf].all()
+    drawn = replace(step, batch=replace(step.batch, sampler_log_probs=away))  # the engine saw no difference
+    assert mask_negative(drawn, log_ratio=to_sampler, divergence_max=0.5).keep_mask.all()
+    assert not mask_negative(drawn, log_ratio=to_old_policy, divergence_max=0.5).keep_mask[0].any()
+
+
+def test_trm_rejects_a_completion_for_one_token_on_either_side() -> None:
+    """k3 of ln r = 0.4 is .0918, of -0.4 .0703, of 0.2 .0214."""
+    moved = torch.tensor([[0.2, 0.4], [-0.4, 0.0], [0.2, -0.2]])
+    step = scored(moved - 1, torch.full_like(moved, -1), torch.ones_like(moved))
+    for bound, kept in ((0.05, [False, False, True]), (0.08, [False, True, True]), (inf, [True] * 3)):
+        got = mask_completions(step, log_ratio=to_old_policy, divergence_max=bound).keep_mask
+        assert got.tolist() == [[each] * 2 for each in kept]
+
+
+def test_m2po_rejects_the_largest_log_ratios_until_the_mean_square_is_within_the_bound() -> None:
+    """Squares along A: .01, .04, .25, 1: means .01, .025, .1, .325. What moved against A is free."""
+    moved = torch.tensor([[0.1, 1.0, -3.0], [-0.2, -0.5, 3.0]])
+    step = scored(moved - 1, torch.full_like(moved, -1), torch.tensor([[1.0], [-2.0]]).expand(2, 3))
+    expected = {
+        0.04: [[1, 0, 1], [1, 0, 1]],
+        0.1001: [[1, 0, 1], [1, 1, 1]],
+        inf: [[1, 1, 1]] * 2,
+        0.0: [[0, 0, 1]] * 2,
+    }
+    for bound, kept in expected.items():
+        got = second_moment(step, log_ratio=to_sampler, second_moment_max=bound)
+        assert got.keep_mask.int().tolist() == kept
+
+
+def some_step() -> Scored:
+    generator = torch.Generator().manual_seed(0)
+    log_probs, advantages = torch.randn(2, 10, 10, generator=generator, dtype=torch.float64)
+    return scored(log_probs, log_probs, advantages)
+
+
+def test_clip_cov_draws_a_few_tokens_between_its_bounds() -> None:
+    """Of 100 tokens 4, of those whose product of deviations is in (0.5, 2); no more than there are."""
+    step = some_step()
+    deviations = [v - v.mean() for v in (step.batch.advantages, step.output.log_probs)]
+    covariance = deviations[0] * deviations[1]
+    among = (covariance > 0.5) & (covariance < 2)
+    for share, count in ((0.04, 4), (1e-4, 1), (0.0, 0), (1.0, int(among.sum()))):
+        got = clip_covariance(step, share=share, covariance_min=0.5, covariance_max=2.0)
+        rejected = ~got.keep_mask
+        assert int(rejected.sum()) == count and not (rejected & ~among).any()
+    other = clip_covariance(replace(step, seed=1), share=0.04, covariance_min=0.5, covariance_max=2.0)
+    first = clip_covariance(step, share=0.04, covariance_min=0.5, covariance_max=2.0)
+    assert not torch.equal(first.keep_mask, other.keep_mask)
+
+
+def test_kl_cov_holds_the_tokens_with_the_largest_covariance(built: Built, random_batch: Batches) -> None:
+    """Without a coefficient GRPO without a clip; with one, sign(ln r) more on a tenth of the tokens."""
+    batch = random_batch(rows=16)
+    log_probs, old, advantages = off_policy(batch, 0.3)
+    mask, count = batch.completion_mask, int(0.1 * batch.completion_mask.sum())
+    share = "algo.token_loss.share=0.1"
+    plain = loss_and_gradient(built("kl_cov", share, "algo.token_loss.coefficient=0.0"), batch, 0.3)[1]
+    torch.testing.assert_close(plain * mask.sum(), -(log_probs - old).exp().detach() * advantages)
+    held = loss_and_gradient(built("kl_cov", share, "algo.token_loss.coefficient=0.5"), batch, 0.3)[1]
+    more = (held - plain) * mask.sum()
+    deviations = [v - v[mask].mean() for v in (advantages, log_probs.detach())]
+    lowest = (deviations[0] * deviations[1])[mask].topk(count).values[-1]
+    chosen = mask & (deviations[0] * deviations[1] >= lowest)
+    torch.testing.assert_close(more, 0.5 * (log_probs - old).detach().sign() * chosen)
+
+
+def test_top_entropy_keeps_a_fifth(built: Built) -> None:
+    step = some_step()
+    entropy = torch.rand(10, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step = replace(step, output=replace(step.output, entropy=entropy))
+    keep = built("grpo", "selection=top_entropy").selection(step).keep_mask
+    assert keep.sum() == 20 and entropy[keep].min() > entropy[~keep].max()

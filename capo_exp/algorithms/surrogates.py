@@ -1,10 +1,15 @@
 """Ratios and clipped objectives that several papers share."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_exp.core.types import Scored, TokenLoss
+
+LogRatio = Callable[[Scored], Tensor]
+"""[B, T] nats, ln of the policy over what a selection holds it against: `to_sampler` or `to_old_policy`."""
 
 
 def clipped_objective(
