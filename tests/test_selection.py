@@ -390,7 +390,7 @@ PARTLY = {
     "policy_bound": ["policy_shift_max=1e-6"], "theorem": ["policy_shift_max=1e-6"],
     "objective_bound": ["objective_shift_max=5e-4"], "completion": ["policy_shift_max=4e-7"],
     "down_weight": ["policy_shift_max=1e-7"], "top_entropy": [], "m2po": [], "opsm": [],
-    "stapo": ["probability_max=0.5", "entropy_share=0.9"], "trm": ["divergence_max=3.0"],
+    "stapo": ["probability_max=0.5", "entropy_share=0.9"], "trm": ["divergence_max=5.0"],
     "clip_cov": ["share=0.1", "covariance_min=0.1"],
 }  # fmt: skip
 CHANCE = ("random", "random_matched", "advantage_matched", "clip_cov")  # these draw by position
