@@ -315,7 +315,7 @@ def test_parts_declare_what_they_need() -> None:
     assert {name.partition(".")[2] for name in marks["whole_step"]} == {
         "batch_bounds", "bounds_in_sequence", "bounds_at_every_level", "at_rate", "at_matched_rate",
         "token_mean_over_kept", "relative_regression", "silence_spurious", "second_moment",
-        "clip_covariance", "penalise_covariance",
+        "clip_covariance", "penalise_covariance", "lagrangian",
     }  # fmt: skip
     kl = {name: declares(function, "needs_kl") for name, function in parts().items()}
     named = {"rloo.kl_in_reward", "reinforce_pp.whitened_return"}

@@ -3,6 +3,7 @@ or TRL's program; the parts are built from conf/algo."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import exp, expm1, inf, log
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from capo_exp.algorithms.covariance import clip_covariance
+from capo_exp.algorithms.dppo import anchored_at_sampler
 from capo_exp.algorithms.m2po import second_moment
 from capo_exp.algorithms.opsm import mask_negative
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
@@ -291,3 +293,51 @@ def test_top_entropy_keeps_a_fifth(built: Built) -> None:
     step = replace(step, output=replace(step.output, entropy=entropy))
     keep = built("grpo", "selection=top_entropy").selection(step).keep_mask
     assert keep.sum() == 20 and entropy[keep].min() > entropy[~keep].max()
+
+
+def test_quatros_multiplier_holds_the_tilted_group_at_the_bound(built: Built, random_batch: Batches) -> None:
+    """A = 1 and -1: with lambda = 1 the tilted weights are sigmoid(2) and the rest, ln 2 - H nats from
+    uniform. Then the gradient is -W (A - ln W); a group with one advantage, and no bound, have lambda 0."""
+    first = sigmoid(2.0)
+    bound = log(2) + first * log(first) + (1 - first) * log(1 - first)
+    batch = grouped(random_batch(), 2)
+    signs = torch.tensor([1.0, -1, 1, -1, 1, -1, 0, 0])[:, None]
+    batch = replace(batch, advantages=signs * batch.completion_mask)
+    log_probs, old, _ = off_policy(batch, 0.3)
+    log_ratio = ((log_probs - old).detach() * batch.completion_mask).sum(1, keepdim=True)
+    for limit, multiplier in ((bound, 1.0), (inf, 0.0)):
+        got = loss_and_gradient(built("quatro", f"algo.token_loss.divergence_max={limit}"), batch, 0.3)[1]
+        pull = multiplier * log_ratio * (signs != 0)
+        torch.testing.assert_close(got, -log_ratio.exp() * (signs - pull) * batch.completion_mask / 8)
+
+
+def test_quatro_is_the_lagrangian_in_value_and_starts_as_the_policy_gradient(
+    built: Built, random_batch: Batches
+) -> None:
+    """W ln W - W + 1 is 0 at W = 1, so the pull starts there; the tighter the bound the larger it is."""
+    batch = grouped(random_batch(), 4)
+    loss, gradient, _ = loss_and_gradient(built("quatro"), batch, 0.0)
+    torch.testing.assert_close(loss, -batch.advantages[:, 0].double().mean())
+    torch.testing.assert_close(gradient, -batch.advantages.double() / 8)
+    losses = [
+        loss_and_gradient(built("quatro", f"algo.token_loss.divergence_max={d}"), batch, 0.3)[0]
+        for d in (0.01, 0.1, inf)
+    ]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[1]
+
+
+@pytest.mark.parametrize("name", ["rebel", "quatro"])
+def test_what_sees_the_step_can_be_anchored_at_the_sampler(
+    built: Built, random_batch: Batches, name: str
+) -> None:
+    """The same loss as with the sampler's log-probs for the old ones; the pass before it is still made."""
+    batch, algorithm = grouped(random_batch(), 4), built(name)
+    log_probs, old, advantages = off_policy(batch, 0.3)
+    elsewhere = replace(
+        inputs_of(log_probs, old - 1, advantages, batch.completion_mask), sampler_log_probs=old
+    )
+    anchored = partial(anchored_at_sampler, token_loss=algorithm.token_loss)
+    got = anchored(with_step(elsewhere, batch.group_ids))
+    inputs = with_step(inputs_of(log_probs, old, advantages, batch.completion_mask), batch.group_ids)
+    torch.testing.assert_close(got.values, algorithm.token_loss(inputs).values)
+    assert replace(algorithm, token_loss=anchored).scoring_pass

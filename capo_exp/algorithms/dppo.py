@@ -45,7 +45,11 @@ def anchored_at_sampler(inputs: TokenLossInput, *, token_loss: Callable[..., Tok
     Source: the official program of arXiv 2602.04879, its default.
     """
     anchor = sampler_else_old(inputs.sampler_log_probs, inputs.old_log_probs)
-    return token_loss(replace(inputs, old_log_probs=anchor))
+    step = inputs.step and replace(
+        inputs.step,
+        old_log_probs=sampler_else_old(inputs.step.batch.sampler_log_probs, inputs.step.old_log_probs),
+    )
+    return token_loss(replace(inputs, old_log_probs=anchor, step=step))
 
 
 def _mask_beyond(

@@ -66,8 +66,7 @@ class Algorithm:
     @property
     def scoring_pass(self) -> bool:
         """Whether a part has to see the whole optimiser step before the first gradient."""
-        parts = (self.selection, self.token_loss, self.aggregation)
-        return any(declares(part, "whole_step") for part in parts)
+        return any(map(sees_whole_step, (self.selection, self.token_loss, self.aggregation)))
 
     @property
     def uses_reward_kl(self) -> bool:
@@ -92,6 +91,14 @@ def build_algorithm(config: AlgoConfig) -> Algorithm:
             name: build_part(value, key=f"algo.{name}") if isinstance(value, dict) else value
             for name, value in values.items()
         }
+    )
+
+
+def sees_whole_step(part: Callable[..., object]) -> bool:
+    """Returns whether a part, or one that it was given, declares `whole_step`."""
+    inside = part.keywords.values() if isinstance(part, partial) else ()
+    return bool(declares(part, "whole_step")) or any(
+        sees_whole_step(each) for each in inside if callable(each)
     )
 
 

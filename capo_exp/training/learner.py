@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from capo_exp.algorithms.protocols import Algorithm
+from capo_exp.algorithms.protocols import Algorithm, sees_whole_step
 from capo_exp.config.build import build_part
-from capo_exp.config.declare import declares
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import deal_cuts, join_dealt, join_shared
@@ -85,7 +84,7 @@ class Learner:
         with watch("scoring"):
             scored = self._score_whole_step(given)
             selection = self.algorithm.selection(scored)
-        if declares(self.algorithm.token_loss, "whole_step"):
+        if sees_whole_step(self.algorithm.token_loss):
             given = replace(given, scored=scored)
         return self.backward_selected(given, selection, watch)
 
