@@ -17,8 +17,8 @@ HALVINGS = 60
 
 @whole_step
 def lagrangian(inputs: TokenLossInput, *, divergence_max: PositiveOrInf) -> TokenLoss:
-    """Returns, an equal part at each token, -W A + lambda (W ln W - W + 1) of a completion, W the ratio of the
-    whole of it: the Lagrangian of the largest E[A] with KL(policy || old policy) <= divergence_max [nats] for
+    """Returns, an equal part at each token, -W A + lambda (W ln W - W + 1) of a completion, W its whole
+    ratio: the Lagrangian of the largest E[A] with KL(policy || old policy) <= divergence_max [nats] for
     each prompt. Its gradient is -W (A - lambda ln W) grad ln pi: 0 where ln W is A / lambda.
 
     A prompt's multiplier lambda solves the dual, min over lambda of lambda (divergence_max + ln mean
