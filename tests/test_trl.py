@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from capo_exp.algorithms.opsm import mask_negative
 from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.algorithms.surrogates import to_sampler
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch
+from tests.pieces import inputs_of, with_step
 from tests.test_methods import loss_and_gradient, off_policy
 
 pytest.importorskip("trl", minversion="1.16")
@@ -86,3 +89,16 @@ def test_loss_and_gradient_are_trls(
     loss, gradient, _ = loss_and_gradient(algorithm, batch, CASES[name][2])
     expected = trl_loss(batch, name)
     torch.testing.assert_close((loss, gradient), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_off_policy_mask_is_trls(random_batch: Callable[..., Batch]) -> None:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    batch = random_batch(rows=32)
+    log_probs, old, advantages = off_policy(batch, 0.5)
+    mask = batch.completion_mask
+    step = with_step(inputs_of(log_probs, old, advantages, mask), batch.group_ids).step
+    assert step is not None
+    got = mask_negative(step, log_ratio=to_sampler, divergence_max=0.1).keep_mask
+    expected = GRPOTrainer.get_off_policy_mask(advantages[:, :1], log_probs, old, mask.long(), 0.1)
+    assert torch.equal(got, mask & expected.bool()) and 0 < expected.sum() < 32
