@@ -46,6 +46,10 @@ if os.environ.get("CAPO_REQUIRE_VLLM") and find_spec("vllm") is None:  # CI skip
 VOCABULARY = 40
 KEYS = {field.name for field in fields(TrainConfig)}
 ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
+SELECTING = {
+    name for name in ALGORITHMS if "\nselection:" in (conf_dir() / "algo" / f"{name}.yaml").read_text()
+}
+"""Those that bring a selection of their own."""
 
 
 @pytest.fixture

@@ -16,12 +16,15 @@ from capo_exp.core.batch import totals
 from capo_exp.core.types import (
     Batch,
     Completion,
+    PolicyOutput,
     Problem,
     Prompt,
     RolloutGroup,
+    Scored,
     StepInput,
     StepRecord,
     TokenLossInput,
+    TokenShifts,
 )
 from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.grading.compare import Grade
@@ -94,6 +97,20 @@ def gradients(learner: Learner, batch: Batch, old_log_probs: Tensor | None = Non
 def inputs_of(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> TokenLossInput:
     """What a token loss sees where the sampler's log-probs are the learner's."""
     return TokenLossInput(log_probs, old, old, advantages, mask, torch.zeros_like(old))
+
+
+def with_step(inputs: TokenLossInput, group_ids: Tensor) -> TokenLossInput:
+    """The same where these rows are the whole optimiser step."""
+    mask, log_probs = inputs.completion_mask, inputs.log_probs.detach()
+    zeros, rows = torch.zeros_like(log_probs), torch.arange(len(mask))
+    batch = Batch(
+        mask.long(), mask.long(), mask, inputs.sampler_log_probs, inputs.advantages, group_ids, mask.any(1)
+    )
+    output = PolicyOutput(
+        log_probs, inputs.entropy, zeros[..., None], mask.long()[..., None], zeros[..., None]
+    )
+    step = Scored(batch, output, TokenShifts(zeros, zeros), inputs.old_log_probs, 0.0, None, seed=0)
+    return replace(inputs, step=step, rows=rows)
 
 
 def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:

@@ -30,6 +30,7 @@ from capo_exp.algorithms.dash import prompt_mean
 from capo_exp.algorithms.dr_grpo import group_centred
 from capo_exp.algorithms.grpo import clipped_surrogate, first_of_group, group_normalised
 from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
+from capo_exp.algorithms.maxrl import mean_normalised
 from capo_exp.algorithms.neutral import all_completions, all_groups, every_token, full_step, unshaped
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.reinforce import raw_reward
@@ -49,6 +50,7 @@ CENTRED: dict[str, Callable[[Tensor], Tensor]] = {
     "group_centred": group_centred,
     "leave_one_out": leave_one_out,
     "clip_filter_weighted": lambda r: clip_filter_weighted(r, max_weight=3.0),
+    "mean_normalised": mean_normalised,
 }
 rewards = st.lists(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
 
@@ -312,7 +314,8 @@ def test_parts_declare_what_they_need() -> None:
     assert {name.partition(".")[2] for name in marks["compares_group"]} == {*CENTRED, "first_of_group"}
     assert {name.partition(".")[2] for name in marks["whole_step"]} == {
         "batch_bounds", "bounds_in_sequence", "bounds_at_every_level", "at_rate", "at_matched_rate",
-        "token_mean_over_kept",
+        "token_mean_over_kept", "relative_regression", "silence_spurious", "second_moment",
+        "clip_covariance", "penalise_covariance", "lagrangian",
     }  # fmt: skip
     kl = {name: declares(function, "needs_kl") for name, function in parts().items()}
     named = {"rloo.kl_in_reward", "reinforce_pp.whitened_return"}

@@ -198,9 +198,12 @@ def subprocess_run(
         (["rollout.correction=mask"], "rollout/correction=mask: unknown choice; expected one of none"),
         (
             ["-m", "rollout/correction=none,mask"],
-            "rollout/correction=mask: unknown choice; expected one of none, sequence_mask, token_mask",
+            "rollout/correction=mask: unknown choice; expected one of geometric_mask, none, sequence_mask",
         ),
-        (["rollout/correction=null"], "rollout/correction=null: expected one of none, sequence_mask"),
+        (
+            ["rollout/correction=null"],
+            "rollout/correction=null: expected one of geometric_mask, none, sequence_mask",
+        ),
         (["rollout=hff"], "rollout=hff: unknown choice; expected one of demonstrations, hf"),
         (
             ["rollout/correction=token_mask", "rollout.correction.ratio_cap=2"],

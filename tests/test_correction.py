@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from capo_exp.algorithms.correction import mask_sequences, mask_tokens, truncate_tokens, uncorrected
+from capo_exp.algorithms.correction import (
+    mask_geometric,
+    mask_sequences,
+    mask_tokens,
+    truncate_sequences,
+    truncate_tokens,
+    uncorrected,
+)
 from capo_exp.config.checks import check
 from capo_exp.config.declare import whole_step
 from capo_exp.config.errors import ConfigError
@@ -34,7 +41,11 @@ Make = Callable[..., Learner]
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
-CORRECTIONS = ("none", "token_truncation", "token_mask", "sequence_mask")
+CORRECTIONS = (
+    "none", "token_truncation", "token_mask", "sequence_mask", "sequence_truncation", "geometric_mask"
+)  # fmt: skip
+GEOMETRIC = ["rollout.correction.ratio_low=0.8", "rollout.correction.ratio_high=1.25"]
+"""Bounds that reject some of the completions here; the YAML has those for two engines that hardly differ."""
 FOUR = ("kl_k1", "kl_k3", "ratio_max", "beyond_2x_fraction")
 TWO = ["rollout/correction=token_truncation", "rollout.correction.ratio_cap=2.0"]
 
@@ -67,6 +78,14 @@ RATIOS = ratios([1.0, 0.5, 4.0, 0.25], [3.0, 1.0], [0.4, 2.0, 5.0])
         (
             lambda d, m: mask_sequences(d, m, ratio_cap=3.5),
             [[0.5, 0.5, 0.5, 0.5], [3, 3, 0, 0], [0, 0, 0, 0]],
+        ),
+        (
+            lambda d, m: truncate_sequences(d, m, ratio_cap=2.5),
+            [[0.5, 0.5, 0.5, 0.5], [2.5, 2.5, 0, 0], [2.5, 2.5, 2.5, 0]],
+        ),
+        (  # geometric means .841, 1.73, 1.59
+            lambda d, m: mask_geometric(d, m, ratio_low=0.9, ratio_high=1.7),
+            [[0, 0, 0, 0], [0, 0, 0, 0], [0.4, 2, 5, 0]],
         ),
     ],
 )
@@ -107,8 +126,10 @@ def test_weights_are_finite_in_range_and_0_on_padding(
     truncated = truncate_tokens(log_ratio, mask, ratio_cap=cap)
     masked = mask_tokens(log_ratio, mask, ratio_low=low, ratio_high=high)
     whole = mask_sequences(log_ratio, mask, ratio_cap=cap)
+    capped = truncate_sequences(log_ratio, mask, ratio_cap=cap)
+    geometric = mask_geometric(log_ratio, mask, ratio_low=low, ratio_high=high)
     slack = 1 + 1e-6
-    for weights_ in (truncated, masked, whole):
+    for weights_ in (truncated, masked, whole, capped, geometric):
         assert weights_.isfinite().all() and (weights_ >= 0).all()
         assert not weights_[~mask].any()
     assert truncated.max() <= cap * slack and whole.max() <= cap * slack
@@ -165,11 +186,14 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
         "token_truncation": lambda: truncate_tokens(log_ratio, mask, ratio_cap=2.0),
         "token_mask": lambda: mask_tokens(log_ratio, mask, ratio_low=0.5, ratio_high=5.0),
         "sequence_mask": lambda: mask_sequences(log_ratio, mask, ratio_cap=3.0),
+        "sequence_truncation": lambda: truncate_sequences(log_ratio, mask, ratio_cap=2.0),
+        "geometric_mask": lambda: mask_geometric(log_ratio, mask, ratio_low=0.8, ratio_high=1.25),
     }[correction]
     bounds = ["policy_shift_max=2e-4", "objective_shift_min=-0.1", "objective_shift_max=0.03"]
     tight = [f"algo.selection.{bound}" for bound in bounds if algo == "dr_capo"]
     command = [f"algo={algo}", "regime.learning_rate=1e-3", *tight]
-    corrected, plain = make(*command, f"rollout/correction={correction}"), make(*command)
+    numbers = GEOMETRIC if correction == "geometric_mask" else []
+    corrected, plain = make(*command, f"rollout/correction={correction}", *numbers), make(*command)
     weighted = replace(batch, advantages=batch.advantages * weigh())
     for _ in range(2):  # the second update has the shifts of Adam's moments
         (metrics, record), (expected, other) = take_step(corrected, batch), take_step(plain, weighted)
@@ -177,7 +201,7 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
         plain.model.load_state_dict(small_model.state_dict())
     for key in ("loss/total", "policy/grad_norm", "advantage/std", "selection/rejection_rate"):
         assert metrics[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-7), key
-    assert 0 < metrics["mismatch/dropped_fraction"] < 1 or correction == "token_truncation"
+    assert 0 < metrics["mismatch/dropped_fraction"] < 1 or correction.endswith("_truncation")
     assert 0 < metrics["selection/rejection_rate"] < 1 or not tight
     torch.testing.assert_close(record.weights, weigh(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(record.batch.advantages, weighted.advantages, rtol=1e-4, atol=1e-6)
@@ -258,13 +282,18 @@ def test_metrics_are_of_the_ratios_before_and_after(
     log_ratio = uneven(random_batch())
     batch = off_by(random_batch(), small_model, log_ratio)
     mask = batch.completion_mask
-    metrics, _ = take_step(make("algo=grpo", f"rollout/correction={correction}"), batch)
-    raw, rows = log_ratio.exp()[mask], (log_ratio * mask).sum(1, keepdim=True).exp().expand_as(mask)[mask]
+    numbers = GEOMETRIC if correction == "geometric_mask" else []
+    metrics, _ = take_step(make("algo=grpo", f"rollout/correction={correction}", *numbers), batch)
+    sums, counts = (log_ratio * mask).sum(1, keepdim=True), mask.sum(1, keepdim=True)
+    raw, rows = log_ratio.exp()[mask], sums.exp().expand_as(mask)[mask]
+    means = (sums / counts).exp().expand_as(mask)[mask]
     left = {
         "none": raw,
         "token_truncation": raw.clamp(max=2),
         "token_mask": raw[(raw >= 0.5) & (raw <= 5)],
         "sequence_mask": rows[rows <= 3],
+        "sequence_truncation": rows.clamp(max=2),
+        "geometric_mask": raw[(means >= 0.8) & (means <= 1.25)],
     }[correction]
     expected = {f"mismatch/{k}": v for k, v in by_hand(raw).items()}
     expected |= {f"mismatch/corrected/{k}": v for k, v in by_hand(left).items()}
@@ -272,7 +301,7 @@ def test_metrics_are_of_the_ratios_before_and_after(
     got = {key: value for key, value in metrics.items() if key.startswith("mismatch/")}
     assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert 0 < expected["mismatch/beyond_2x_fraction"] < 1
-    assert len(left) < len(raw) or correction in ("none", "token_truncation")
+    assert len(left) < len(raw) or correction in ("none", "token_truncation", "sequence_truncation")
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)

@@ -39,6 +39,7 @@ from tests.pieces import (
     take_step,
     watch_gradients,
     weights,
+    with_step,
 )
 
 Make = Callable[..., Learner]
@@ -86,7 +87,8 @@ def loss_and_gradient(
     """Loss, its gradient [B, T] with respect to log_probs, and `clipped` [B, T] of an algorithm's two
     parts."""
     log_probs, old, advantages = off_policy(batch, spread)
-    token_loss = algorithm.token_loss(inputs_of(log_probs, old, advantages, batch.completion_mask))
+    inputs = with_step(inputs_of(log_probs, old, advantages, batch.completion_mask), batch.group_ids)
+    token_loss = algorithm.token_loss(inputs)
     keep = batch.completion_mask if keep_mask is None else keep_mask
     loss = algorithm.aggregation(token_loss.values, keep, batch, totals(batch))
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0], token_loss.clipped

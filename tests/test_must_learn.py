@@ -12,7 +12,7 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult
 from capo_exp.training.rollout_step import Sampler, assign_credit, sample_rollout
-from tests.conftest import ALGORITHMS
+from tests.conftest import ALGORITHMS, SELECTING
 from tests.pieces import SMALL, graded, make_learner, run_updates
 from tests.test_rollout_hf import engine, prompts
 
@@ -72,4 +72,4 @@ def test_every_algorithm_learns_a_trivial_reward(
         rejected += [line["selection/rejection_rate"] for line in metrics]
     assert fmean(accuracy[:3]) < 0.7
     assert fmean(accuracy[-5:]) >= 0.9, accuracy
-    assert (max(rejected) > 0) == ("capo" in algo)
+    assert max(rejected) > 0 if "capo" in algo else max(rejected) == 0 or algo in SELECTING

@@ -39,7 +39,7 @@ from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selectio
 from capo_exp.curvature import model as curvature
 from capo_exp.training.learner import Learner
 from capo_exp.training.loss import compute_loss
-from tests.conftest import ALGORITHMS
+from tests.conftest import ALGORITHMS, SELECTING
 from tests.pieces import (
     BOUNDS,
     SMALL,
@@ -59,7 +59,7 @@ INF = float("inf")
 OFF = dict(zip(BOUNDS, (INF, -INF, INF), strict=True))
 REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
 SELECTIONS = sorted(path.stem for path in (conf_dir() / "selection").glob("*.yaml"))
-BASES = [name for name in ALGORITHMS if "capo" not in name]  # the others bring a selection of their own
+BASES = [name for name in ALGORITHMS if name not in SELECTING]
 
 
 def bounds(policy: float = INF, low: float = -INF, high: float = INF) -> dict[str, float]:
@@ -85,7 +85,7 @@ def score(
     log_probs = torch.rand(mask.shape, generator=generator, dtype=hidden.dtype).log()
     output = PolicyOutput(log_probs, torch.zeros_like(log_probs), probs, ids, hidden)
     shifts = curvature.token_shifts(hidden, probs, ids, token_ids, per_token, learning_rate, state)
-    return Scored(batch, output, shifts, learning_rate, state, seed=5)
+    return Scored(batch, output, shifts, log_probs, learning_rate, state, seed=5)
 
 
 def some_scored(rows: int = 6, length: int = 9) -> Scored:
@@ -256,7 +256,7 @@ def test_one_completion_of_one_token_is_the_same_at_every_level() -> None:
 
 WHOLE_STEP = {
     "batch", "levels", "all_levels", "random", "top_policy_shift", "random_matched", "advantage_matched",
-    "low_probability_matched",
+    "low_probability_matched", "stapo", "m2po", "clip_cov", "top_entropy",
 }  # fmt: skip
 
 
@@ -389,9 +389,11 @@ PARTLY = {
     "batch": ["policy_shift_max=2e-7"], "random": [], "drop_truncated": [], "top_policy_shift": [],
     "policy_bound": ["policy_shift_max=1e-6"], "theorem": ["policy_shift_max=1e-6"],
     "objective_bound": ["objective_shift_max=5e-4"], "completion": ["policy_shift_max=4e-7"],
-    "down_weight": ["policy_shift_max=1e-7"],
+    "down_weight": ["policy_shift_max=1e-7"], "top_entropy": [], "m2po": [], "opsm": [],
+    "stapo": ["probability_max=0.5", "entropy_share=0.9"], "trm": ["divergence_max=5.0"],
+    "clip_cov": ["share=0.1", "covariance_min=0.1"],
 }  # fmt: skip
-CHANCE = ("random", "random_matched", "advantage_matched")  # these draw by position
+CHANCE = ("random", "random_matched", "advantage_matched", "clip_cov")  # these draw by position
 
 
 def partly(name: str) -> list[str]:
@@ -474,7 +476,9 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     sizes = replace(totals(batch), kept_tokens=int(keep.sum()))
     output = replace(record.output, log_probs=log_probs)
     reference = ours.reference_log_probs(batch, log_probs.detach())
+    step = Scored(batch, output.detached(), record.shifts, old, 0.0, None, seed=0)
     inputs = TokenLossInput.of(replace(batch, sampler_log_probs=old), output, old)
+    inputs = replace(inputs, step=step, rows=torch.arange(8))
     loss = compute_loss(ours.algorithm, inputs, reference, Selection(keep), batch, sizes)
     (gradient,) = torch.autograd.grad(loss.value, log_probs)
     assert torch.equal(gradient != 0, keep)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import Share
 from capo_exp.config.declare import whole_step
+from capo_exp.core.masked import masked_top
 from capo_exp.core.types import Scored, Selection
 
 Score = Float[Tensor, "B T"]
@@ -29,6 +30,12 @@ def random_score(scored: Scored) -> Score:
 def low_probability_score(scored: Scored) -> Score:
     """Puts the least probable sampled tokens first."""
     return -scored.output.log_probs
+
+
+def low_entropy_score(scored: Scored) -> Score:
+    """Puts the tokens whose distribution has the least entropy first: at a rate of 0.8 the 20 % of "forking"
+    tokens are left. Source: arXiv 2506.01939, the 80/20 rule; TRL's top_entropy_quantile."""
+    return -scored.output.entropy
 
 
 def advantage_score(scored: Scored) -> Score:
@@ -57,7 +64,5 @@ def at_matched_rate(scored: Scored, *, score: ScoreFunction, matched: Select) ->
 
 def _reject_highest(scored: Scored, score: ScoreFunction, count: int) -> Selection:
     mask = scored.batch.completion_mask
-    ranked = score(scored).masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
-    rejected = torch.zeros_like(mask)
-    rejected.view(-1)[ranked[:count]] = True
+    rejected = masked_top(score(scored), mask, count)
     return Selection(keep_mask=mask & ~rejected, rejected_by={"score": rejected})

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_exp.algorithms.kinds import From1, Positive, UpTo1
-from capo_exp.core.masked import masked_sum
+from capo_exp.core.masked import masked_mean, masked_sum
 
 LogRatio = Float[Tensor, "B T"]
 Mask = Bool[Tensor, "B T"]
@@ -51,8 +51,34 @@ def mask_sequences(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: Pos
 
     Source: masked importance sampling (MIS), in TRL the default, "sequence_mask" with cap 3.
     """
-    ratio = masked_sum(log_ratio.detach(), completion_mask, 1).exp()[:, None]
+    ratio = _completion_ratio(log_ratio, completion_mask)
     return torch.where(completion_mask & (ratio <= ratio_cap), ratio, 0.0)
+
+
+def truncate_sequences(log_ratio: LogRatio, completion_mask: Mask, *, ratio_cap: Positive) -> Weights:
+    """Returns min(ratio of the whole completion, ratio_cap) at each of its tokens.
+
+    Source: truncated importance sampling of sequences, verl's rollout_is=sequence, cap 2.
+    """
+    ratio = _completion_ratio(log_ratio, completion_mask).clamp(max=ratio_cap)
+    return torch.where(completion_mask & (ratio > 0), ratio, 0.0)
+
+
+def mask_geometric(
+    log_ratio: LogRatio, completion_mask: Mask, *, ratio_low: UpTo1, ratio_high: From1
+) -> Weights:
+    """Returns each token's ratio where the geometric mean of the completion's ratios is within the bounds, 0
+    at all of its tokens where it is not: how far a completion may drift does not depend on its length.
+
+    Source: verl's geometric rejection, [0.999, 1.001]; weights as in OpenRLHF's seq-mask-tis.
+    """
+    mean = masked_mean(log_ratio.detach(), completion_mask, 1).exp()[:, None]
+    ratio = _token_ratio(log_ratio, completion_mask)
+    return torch.where((ratio_low <= mean) & (mean <= ratio_high) & ratio.isfinite(), ratio, 0.0)
+
+
+def _completion_ratio(log_ratio: LogRatio, completion_mask: Mask) -> Float[Tensor, "B 1"]:
+    return masked_sum(log_ratio.detach(), completion_mask, 1).exp()[:, None]
 
 
 def _token_ratio(log_ratio: LogRatio, completion_mask: Mask) -> Weights:

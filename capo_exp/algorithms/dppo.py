@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from capo_exp.algorithms.kinds import NonNegativeOrInf, Positive
+from capo_exp.algorithms.surrogates import sampler_else_old
 from capo_exp.core.types import TokenLoss, TokenLossInput
 
 
@@ -43,10 +44,12 @@ def anchored_at_sampler(inputs: TokenLossInput, *, token_loss: Callable[..., Tok
 
     Source: the official program of arXiv 2602.04879, its default.
     """
-    sampler = inputs.sampler_log_probs
-    return token_loss(
-        replace(inputs, old_log_probs=torch.where(sampler.isnan(), inputs.old_log_probs, sampler))
+    anchor = sampler_else_old(inputs.sampler_log_probs, inputs.old_log_probs)
+    step = inputs.step and replace(
+        inputs.step,
+        old_log_probs=sampler_else_old(inputs.step.batch.sampler_log_probs, inputs.step.old_log_probs),
     )
+    return token_loss(replace(inputs, old_log_probs=anchor, step=step))
 
 
 def _mask_beyond(

@@ -29,7 +29,8 @@ CompletionFilter = Callable[[Batch], Tensor]
 Select = Callable[[Scored], Selection]
 """Which completion tokens take part in the update."""
 TokenLossFunction = Callable[[TokenLossInput], TokenLoss]
-"""What may be seen of a micro-batch -> loss of each token [B, T], differentiable in log_probs."""
+"""What may be seen of a micro-batch, and of its step with `whole_step` -> loss of each token [B, T],
+differentiable in log_probs."""
 KLEstimator = Callable[[Tensor, Tensor], Tensor]
 """log_probs, ref_log_probs [B, T] -> estimate of KL(policy || reference) per token [B, T], differentiable."""
 Aggregation = Callable[[Tensor, Tensor, Batch, BatchTotals], Tensor]
@@ -65,7 +66,7 @@ class Algorithm:
     @property
     def scoring_pass(self) -> bool:
         """Whether a part has to see the whole optimiser step before the first gradient."""
-        return any(declares(part, "whole_step") for part in (self.selection, self.aggregation))
+        return any(map(sees_whole_step, (self.selection, self.token_loss, self.aggregation)))
 
     @property
     def uses_reward_kl(self) -> bool:
@@ -90,6 +91,14 @@ def build_algorithm(config: AlgoConfig) -> Algorithm:
             name: build_part(value, key=f"algo.{name}") if isinstance(value, dict) else value
             for name, value in values.items()
         }
+    )
+
+
+def sees_whole_step(part: Callable[..., object]) -> bool:
+    """Returns whether a part, or one that it was given, declares `whole_step`."""
+    inside = part.keywords.values() if isinstance(part, partial) else ()
+    return bool(declares(part, "whole_step")) or any(
+        sees_whole_step(each) for each in inside if callable(each)
     )
 
 

@@ -17,7 +17,8 @@ def compares_group(function: Function) -> Function:
 
 
 def whole_step(function: Function) -> Function:
-    """Marks a selection that decides about all tokens of an optimiser step at once, after a scoring pass."""
+    """Marks a selection, token loss or aggregation that has to see all tokens of an optimiser step at once,
+    after a scoring pass."""
     function.whole_step = True  # type: ignore[attr-defined]
     return function
 

@@ -36,6 +36,14 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     return kept.kthvalue(rank).values
 
 
+def masked_top(values: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The `count` True positions with the largest values, as a mask; the first ones of equals."""
+    ranked = values.masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
+    top = torch.zeros_like(mask)
+    top.view(-1)[ranked[:count]] = True
+    return top & mask
+
+
 def share(part: Tensor, whole: Tensor) -> Tensor:
     """Share of the True positions of `whole` that are True in `part`; float32."""
     return masked_mean(part.float(), whole)

@@ -12,6 +12,7 @@ Position t of a [B, T] tensor is the t-th COMPLETION token. The shift by one bet
 that it predicts happens in policy.py and nowhere else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float, Int
@@ -107,22 +108,6 @@ class BatchTotals:
 
 
 @dataclass(frozen=True)
-class StepInput:
-    """What an optimiser step starts from."""
-
-    batch: Batch  # All rows of the step
-    totals: BatchTotals  # What the loss averages over
-    stored: Float[Tensor, "B T"] | None = None
-    """[B, T] nats by the weights that sampled; None before the first update on a batch: they are the policy's
-    own."""
-
-    def old_log_probs(self, own: Float[Tensor, "b t"], rows: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
-        """Returns those by the weights that sampled, of a micro-batch whose `own` are the policy's as it
-        is."""
-        return own if self.stored is None else self.stored[rows, : own.shape[1]]
-
-
-@dataclass(frozen=True)
 class PolicyOutput:
     """What one forward pass says about the sampled tokens. Neutral value on padding: 0."""
 
@@ -190,6 +175,7 @@ class Scored:
     batch: Batch
     output: PolicyOutput
     shifts: TokenShifts
+    old_log_probs: Float[Tensor, "B T"]  # nats, of the weights that sampled, by the learner
     learning_rate: float
     optimizer_model: AdamState | None
     seed: int  # A function of the run's seed and of the optimiser step
@@ -219,6 +205,24 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class StepInput:
+    """What an optimiser step starts from."""
+
+    batch: Batch  # All rows of the step
+    totals: BatchTotals  # What the loss averages over
+    stored: Float[Tensor, "B T"] | None = None
+    """[B, T] nats by the weights that sampled; None before the first update on a batch: they are the policy's
+    own."""
+    scored: Scored | None = None
+    """All rows before the first gradient, for a token loss that declares `whole_step`."""
+
+    def old_log_probs(self, own: Float[Tensor, "b t"], rows: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
+        """Returns those by the weights that sampled, of a micro-batch whose `own` are the policy's as it
+        is."""
+        return own if self.stored is None else self.stored[rows, : own.shape[1]]
+
+
+@dataclass(frozen=True)
 class TokenLossInput:
     """What a token loss may see of a micro-batch."""
 
@@ -228,6 +232,9 @@ class TokenLossInput:
     advantages: Float[Tensor, "B T"]  # the credit of each token, corrected; 0 on padding
     completion_mask: Bool[Tensor, "B T"]  # bool
     entropy: Float[Tensor, "B T"]  # nats, no gradient
+    step: Scored | None = None
+    """The whole optimiser step, of which these are some rows, for a token loss that declares `whole_step`."""
+    rows: Int[Tensor, " B"] | None = None  # int64, which rows of `step` these are
 
     @classmethod
     def of(cls, batch: Batch, output: PolicyOutput, old_log_probs: Float[Tensor, "B T"]) -> "TokenLossInput":
@@ -236,6 +243,12 @@ class TokenLossInput:
             output.log_probs, old_log_probs, batch.sampler_log_probs, batch.advantages, batch.completion_mask,
             output.entropy,
         )  # fmt: skip
+
+    def of_step(self, decide: Callable[[Scored], Tensor]) -> Tensor:
+        """Returns these rows, [B] or [B, T], of what is decided about the whole step."""
+        assert self.step is not None and self.rows is not None, "whole_step has it scored"
+        values = decide(self.step)[self.rows]
+        return values if values.dim() == 1 else values[:, : self.log_probs.shape[1]]
 
     @property
     def log_ratio(self) -> Float[Tensor, "B T"]:

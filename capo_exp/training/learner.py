@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from capo_exp.algorithms.protocols import Algorithm
+from capo_exp.algorithms.protocols import Algorithm, sees_whole_step
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
@@ -83,7 +83,10 @@ class Learner:
         if not self.algorithm.scoring_pass:
             return self._accumulate(given, lambda _, scored: self.algorithm.selection(scored), watch)
         with watch("scoring"):
-            selection = self.algorithm.selection(self._score_whole_step(given))
+            scored = self._score_whole_step(given)
+            selection = self.algorithm.selection(scored)
+        if sees_whole_step(self.algorithm.token_loss):
+            given = replace(given, scored=scored)
         return self.backward_selected(given, selection, watch)
 
     def backward_selected(self, given: StepInput, selection: Selection, watch: Stopwatch) -> Gradient:
@@ -233,5 +236,5 @@ class Learner:
         cut = replace(cut, advantages=cut.advantages * weights)
         with watch("curvature"):
             seed = derive_seed(self.config.seed, SELECTION, self.optimizer_step)
-            scored = score(cut, seen, self.learning_rate, moments, seed)
-        return TokenLossInput.of(cut, output, old), weights, scored
+            scored = score(cut, seen, old, self.learning_rate, moments, seed)
+        return replace(TokenLossInput.of(cut, output, old), step=given.scored, rows=rows), weights, scored

@@ -1,5 +1,7 @@
 """What is predicted of tokens and of a step before it is taken; pure functions that the learner calls."""
 
+from torch import Tensor
+
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import AdamState, Batch, BatchShifts, PolicyOutput, Scored, StepRecord, TokenShifts
 from capo_exp.curvature.model import (
@@ -13,14 +15,20 @@ from capo_exp.distributed.world import World
 
 
 def score(
-    batch: Batch, output: PolicyOutput, learning_rate: float, moments: AdamState | None, seed: int
+    batch: Batch,
+    output: PolicyOutput,
+    old: Tensor,
+    learning_rate: float,
+    moments: AdamState | None,
+    seed: int,
 ) -> Scored:
-    """Predicts the shifts [B, T] of a micro-batch, for completion tokens only."""
+    """Predicts the shifts [B, T] of a micro-batch, for completion tokens only; `old` are its old log-probs
+    [B, T]."""
     mask = batch.completion_mask
     tokens = pack_batch(output, batch, batch.advantages, mask)
     packed = predict_shifts(tokens, learning_rate=learning_rate, state=moments)
     shifts = TokenShifts(*(unpack(values, mask) for values in packed))
-    return Scored(batch, output, shifts, learning_rate, moments, seed)
+    return Scored(batch, output, shifts, old, learning_rate, moments, seed)
 
 
 def predict_step(

@@ -1,4 +1,4 @@
-"""CISPO, a method of a package of its own: one function, which conf/algo/cispo.yaml names."""
+"""CISPO, a method of a package of its own: one function, which conf/algo/my_cispo.yaml names."""
 
 from typing import Annotated
 
