@@ -35,7 +35,6 @@ from capo_exp.cli.words import (
 )
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.read import load_run
 from capo_exp.sweep import sweep
 from capo_exp.sweep.job import SHORT_ERRORS, execute, full_error, report
 
@@ -123,12 +122,9 @@ def task(cfg: DictConfig) -> float | None:
 
 def draw_run(directory: Path) -> list[Path]:
     """Draws the picture of a run and its report; matplotlib is imported when it is needed."""
-    from capo_exp.figures.curves import curves
-    from capo_exp.figures.plots import plot_run
-    from capo_exp.figures.report.page import write_report
+    from capo_exp.cli.figures import draw_one
 
-    run = load_run(directory)
-    return [plot_run(directory), write_report([run], list(curves([run], mix=True)), (), directory)]
+    return draw_one(directory)
 
 
 def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
