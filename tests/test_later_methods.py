@@ -18,6 +18,8 @@ from capo_exp.algorithms.protocols import Algorithm, build_algorithm
 from capo_exp.algorithms.stapo import silence_spurious
 from capo_exp.algorithms.surrogates import to_old_policy, to_sampler
 from capo_exp.algorithms.trm import mask_completions
+from capo_exp.config.checks import check
+from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, Scored
 from tests.pieces import inputs_of, with_step
@@ -324,6 +326,34 @@ def test_quatro_is_the_lagrangian_in_value_and_starts_as_the_policy_gradient(
         for d in (0.01, 0.1, inf)
     ]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[1]
+
+
+@pytest.mark.parametrize("name", ["quatro", "vespo"])
+def test_a_ratio_beyond_any_float_leaves_the_loss_finite(
+    built: Built, random_batch: Batches, name: str
+) -> None:
+    batch = grouped(random_batch(), 4)
+    for equal in (False, True):
+        of = replace(batch, advantages=batch.completion_mask.float()) if equal else batch
+        loss, gradient, _ = loss_and_gradient(built(name), of, 1000.0)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
+def test_a_token_without_an_advantage_counts_as_1_in_gmpos_mean(built: Built) -> None:
+    log_probs = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    inputs = inputs_of(log_probs, torch.zeros_like(advantages), advantages, advantages > -1)
+    values = built("gmpo").token_loss(inputs).values
+    torch.testing.assert_close(values.detach(), -advantages)
+
+
+@pytest.mark.parametrize("name", ["rebel", "quatro"])
+def test_an_advantage_that_is_a_target_takes_no_correction(
+    composed: Callable[..., TrainConfig], name: str
+) -> None:
+    check(composed(f"algo={name}"))
+    with pytest.raises(ConfigError, match=r"rollout\.correction.*expected rollout/correction=none with algo"):
+        check(composed(f"algo={name}", "rollout/correction=token_truncation"))
 
 
 @pytest.mark.parametrize("name", ["rebel", "quatro"])

@@ -24,6 +24,7 @@ from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_id, select_results
 from capo_exp.training import loop as train
 from capo_exp.training.adamw_bfloat16 import AdamWBfloat16, join_bits, split_bits
+from capo_exp.training.optimizer import reset_moments
 from tests.shapes import SHAPES
 
 MATH_7B, RATE = "Qwen/Qwen2.5-Math-7B", "regime.learning_rate=1e-4"
@@ -182,6 +183,9 @@ def test_bfloat16_weights_move_as_float32_ones_do_also_after_a_checkpoint() -> N
         real.step()
         ours.step()
     assert torch.equal(join_bits(half.data, ours.state[half]["rest"]), whole.data)
+    reset_moments(ours)  # the rest of a weight is no moment
+    assert torch.equal(join_bits(half.data, ours.state[half]["rest"]), whole.data)
+    assert not ours.state[half]["exp_avg"].any() and ours.state[half]["step"] == 0
     assert ours.state[half]["exp_avg_sq"].dtype == torch.float32
     assert not torch.equal(whole.data, start.float()) and (half.data == start).float().mean() > 0.9
 

@@ -139,6 +139,12 @@ def test_the_engine_samples_with_the_learners_current_weights(small_model: PreTr
     assert running.generate(request) != before
 
 
+@pytest.mark.parametrize("vocabulary", [40, 5000])
+def test_logits_that_are_not_finite_are_left_to_the_learner(vocabulary: int) -> None:
+    drawn = hf.draw_tokens(torch.full((3, vocabulary), torch.nan), torch.Generator())
+    assert drawn.shape == (3,) and (drawn < -(-vocabulary // hf.BLOCK) * hf.BLOCK).all()
+
+
 @pytest.mark.parametrize("vocabulary", [40, 4097, 10_000])
 def test_tokens_are_drawn_as_often_as_they_are_probable(vocabulary: int) -> None:
     probable = torch.tensor([0, 1, 39, vocabulary // 2, vocabulary - 2, vocabulary - 1]).unique()

@@ -12,14 +12,14 @@ def geometric_mean_surrogate(
     inputs: TokenLossInput, *, log_ratio_low: NonNegativeOrInf, log_ratio_high: NonNegativeOrInf
 ) -> TokenLoss:
     """Returns -s A at each token, s the geometric mean of the completion's ratios, each of them held at
-    exp(-low) where A < 0 and at exp(high) where A > 0. A held token has no gradient; the others have that of
+    exp(-low) where A < 0 and at exp(high) where A > 0. One without an advantage, as a
+    correction by token leaves it, counts as 1. A held token has no gradient; the others have that of
     s, so that sequence_mean gives the paper's loss where a completion's tokens share one advantage.
 
     Source: arXiv 2507.20673, the objective, with its clip in log space.
     """
     log_ratio, advantages = inputs.log_ratio, inputs.advantages
-    held = torch.where(
-        advantages > 0, log_ratio.clamp(max=log_ratio_high), log_ratio.clamp(min=-log_ratio_low)
-    )
+    upper, lower = log_ratio.clamp(max=log_ratio_high), log_ratio.clamp(min=-log_ratio_low)
+    held = torch.where(advantages > 0, upper, torch.where(advantages < 0, lower, 0 * log_ratio))
     mean = masked_mean(held, inputs.completion_mask, 1)
     return TokenLoss(values=-completion_ratio(mean, held) * advantages, clipped=held != log_ratio)

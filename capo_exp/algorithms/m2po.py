@@ -15,7 +15,8 @@ def second_moment(scored: Scored, *, log_ratio: LogRatio, second_moment_max: Non
     until the mean of (ln r)^2 over the rest of them is at most second_moment_max [nats^2].
 
     One bound on a mean lets most large ratios stay, where a clip would cut each of them; tokens that moved
-    against A are free, as under PPO's clip. Source: arXiv 2510.01161, algorithm 1, and the authors' program.
+    against A are free, as under PPO's clip. Source: arXiv 2510.01161, algorithm 1; the authors'
+    program clips at a common ratio instead (docs/PAPER_MAP.md).
     """
     mask, ratio = scored.batch.completion_mask, log_ratio(scored)
     moved = mask & (ratio * scored.batch.advantages > 0)

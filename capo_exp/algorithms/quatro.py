@@ -7,14 +7,18 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import PositiveOrInf
 from capo_exp.algorithms.surrogates import spread
-from capo_exp.config.declare import whole_step
+from capo_exp.config.declare import regresses, whole_step
 from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Scored, TokenLoss, TokenLossInput
 
 HALVINGS = 60
 """Of the interval of ln(multiplier), which is 28 wide: to 1e-16."""
 
+LONGEST = 20.0
+"""Nats to which the log-ratio of a completion is held, beyond which its exponential says nothing more."""
 
+
+@regresses
 @whole_step
 def lagrangian(inputs: TokenLossInput, *, divergence_max: PositiveOrInf) -> TokenLoss:
     """Returns, an equal part at each token, -W A + lambda (W ln W - W + 1) of a completion, W its whole
@@ -26,7 +30,7 @@ def lagrangian(inputs: TokenLossInput, *, divergence_max: PositiveOrInf) -> Toke
     problem that it states, with a multiplier for each prompt and a log-ratio; the estimates are ours.
     """
     mask = inputs.completion_mask
-    log_ratio = masked_sum(inputs.log_ratio.detach(), mask, 1)
+    log_ratio = masked_sum(inputs.log_ratio.detach(), mask, 1).clamp(-LONGEST, LONGEST)
     advantage = masked_mean(inputs.advantages, mask, 1)
     ratio, multiplier = log_ratio.exp(), inputs.of_step(partial(_multipliers, bound=divergence_max))
     divergence = ratio * log_ratio - torch.expm1(log_ratio)

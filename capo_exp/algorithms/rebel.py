@@ -7,11 +7,12 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import Positive
 from capo_exp.algorithms.surrogates import spread
-from capo_exp.config.declare import whole_step
+from capo_exp.config.declare import regresses, whole_step
 from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Scored, TokenLoss, TokenLossInput
 
 
+@regresses
 @whole_step
 def relative_regression(inputs: TokenLossInput, *, eta: Positive) -> TokenLoss:
     """Returns, an equal part at each token, 2 G / (G - 1) (d - mean d)^2 of a completion, where d is

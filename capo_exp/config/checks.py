@@ -6,6 +6,7 @@ What needs no part is checked first, without torch: such a mistake ends in under
 import json
 import math
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
@@ -112,12 +113,21 @@ def _check_sampling(config: TrainConfig) -> None:
     if rollout.train_engine is not None and not target.endswith(".uncorrected"):
         wanted = "rollout/correction=none with rollout.train_engine, whose completions nobody sampled"
         raise error("rollout.correction._target_", target, wanted)
+    if _regresses(config.algo.token_loss) and not target.endswith(".uncorrected"):
+        wanted = f"rollout/correction=none with algo={config.algo.name}, of which the advantage is a target"
+        raise error("rollout.correction._target_", target, wanted)
     curvature = config.curvature
     if curvature.moments_dtype != "float32" and curvature.optimizer_model != "adam":
         wanted = f"float32: curvature.optimizer_model={curvature.optimizer_model} has no table of its own"
         raise error("curvature.moments_dtype", curvature.moments_dtype, wanted)
     if curvature.optimizer_model == "adam_live":
         apply(OPEN_BETAS, "optimizer.betas", config.optimizer.betas)
+
+
+def _regresses(part: Mapping[str, Any]) -> bool:
+    """Returns whether a token loss, or one that it was given, declares `regresses`."""
+    inside = [part, *(value for value in part.values() if isinstance(value, Mapping) and "_target_" in value)]
+    return any(declares(build.locate(each, "algo.token_loss"), "regresses") for each in inside)
 
 
 def _check_terms(config: TrainConfig) -> None:

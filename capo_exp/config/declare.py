@@ -23,6 +23,13 @@ def whole_step(function: Function) -> Function:
     return function
 
 
+def regresses(function: Function) -> Function:
+    """Marks a token loss in which the advantage is a target and no factor, so that the weight of a correction
+    would move the target: it takes none."""
+    function.regresses = True  # type: ignore[attr-defined]
+    return function
+
+
 def takes_lists(function: Function) -> Function:
     """Marks a reward function that takes all completions of a step at once: (completions, answers, problems),
     lists of equal length -> a list of rewards."""

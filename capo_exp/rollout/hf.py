@@ -186,7 +186,8 @@ def _choose(weights: Tensor, generator: torch.Generator) -> Tensor:
     """Draws an index [N] with probabilities proportional to the weights [N, n]."""
     sums = weights.double().cumsum(1)
     point = torch.rand(len(sums), 1, generator=generator, dtype=sums.dtype, device=sums.device)
-    return torch.searchsorted(sums, point * sums[:, -1:], right=True).squeeze(1)
+    found = torch.searchsorted(sums, point * sums[:, -1:], right=True).squeeze(1)
+    return found.clamp(max=weights.shape[1] - 1)  # beyond it where they are not finite, which ends the step
 
 
 def make_cut(top_k: int, top_p: float) -> Cut | None:

@@ -44,6 +44,12 @@ class AdamWBfloat16(torch.optim.AdamW):
                 name: value.clone().to("cpu" if name == "step" else device) for name, value in kept.items()
             }
 
+    def reset(self) -> None:
+        """Lets the moments start again; the rest of each weight is no moment, and stays."""
+        for state in self.state.values():
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                state[name].zero_()
+
     def _step_one(self, weight: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[weight]
         if not state:

@@ -33,7 +33,13 @@ from capo_exp.curvature.step_trial import ProposedStep, StepTrial
 from capo_exp.distributed.sharding import full
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.training.loss import compute_loss
-from capo_exp.training.optimizer import live_adam_state, make_optimizer, make_optimizer_model, make_schedule
+from capo_exp.training.optimizer import (
+    live_adam_state,
+    make_optimizer,
+    make_optimizer_model,
+    make_schedule,
+    reset_moments,
+)
 from capo_exp.training.scoring import predict_step, score
 
 PLAIN_STATE = ("optimizer_step", "reference_resets", "step_memory")
@@ -138,7 +144,7 @@ class Learner:
 
     def reset_optimizer(self) -> None:
         """Lets all moments start again, the optimiser model's too; the schedule goes on."""
-        self.optimizer.state.clear()
+        reset_moments(self.optimizer)
         self.optimizer_model = make_optimizer_model(self.model, self.config)
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,6 +46,14 @@ def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.O
     )
 
 
+def reset_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the moments start again."""
+    if isinstance(optimizer, AdamWBfloat16):
+        optimizer.reset()
+    else:
+        optimizer.state.clear()
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, algorithm: Algorithm
 ) -> torch.optim.lr_scheduler.LRScheduler:
