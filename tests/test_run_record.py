@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import record as run_record
+from capo_exp.runs.disk import find_removable
 from capo_exp.runs.files import replace_file, write_json
 from capo_exp.runs.identity import run_dir, run_id
 from capo_exp.runs.lock import is_locked, locked
@@ -225,3 +226,19 @@ def test_a_longer_run_is_told_of_the_shorter_that_is_finished(
     assert said[1] == "this run begins at step 0: the cosine schedule of its rate spans num_steps"
     assert said[2].endswith(f"model.path={shorter}/checkpoints/step_000002")
     assert compare_with_shorter(make("num_steps=9", "optimizer.schedule=constant")) == []  # another run
+
+
+def test_what_a_link_leads_to_is_not_a_runs_own(tmp_path: Path) -> None:
+    """Neither overwrite=true nor status --clean empties the folder that a link in a run names."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    (other / "step_000001").mkdir(parents=True)
+    (other / "thesis.tex").write_text("mine")
+    run.mkdir()
+    (run / "run.json").write_text('{"status": "finished"}')
+    (run / "checkpoints").symlink_to(other)
+    assert find_removable(run, final_model=True) == []
+    clear(run)
+    assert (
+        sorted(path.name for path in other.iterdir()) == ["thesis.tex"] and (run / "checkpoints").is_symlink()
+    )
+    assert not (run / "run.json").exists()

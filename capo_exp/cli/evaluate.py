@@ -169,7 +169,8 @@ def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
         for key, value in unnamed.items():
             if key.startswith(("model.", "rollout.", "dataset.")):
                 _tell(f"{directory.name}: left out: {refuse_place(key, value)}")
-        known = not any(key.startswith("dataset.") for key in unnamed)
+        places = find_unnamed(run, command.overrides, replaced=False)  # the record's own values
+        known = not any(key.startswith("dataset.") for key, _ in places)
         jobs.append(EvaluationJob(directory.name, configs, targets, run, run["dataset"] if known else None))
     return jobs
 
@@ -200,6 +201,8 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
             )
     here = directory.resolve()
     root = Path(command.output) / here.name if command.output else directory / "evaluations"
+    if root.is_symlink():
+        raise ConfigError(f"{root} is a link, which is not followed; expected output=DIR beside it")
     shared = Path(command.output) if command.output else here.parents[1] / "evaluations"
     base = [WeightSet(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
     drawn = _completions(directory)

@@ -41,7 +41,9 @@ def choose_model(argument: str, config_dir: str | None = None) -> list[str]:
         return [argument]
     known = find_choices("model", config_dir)
     whole = value.strip("'\"")
-    given = [whole] if Path(whole).expanduser().is_dir() else entries(value)  # a directory may have commas
+    given = (
+        [whole] if os.path.isdir(os.path.expanduser(whole)) else entries(value)
+    )  # a directory may have commas
     places = [each for each in given if each not in known and _is_place(each)]
     if not places:
         return [argument]

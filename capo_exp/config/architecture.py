@@ -56,7 +56,7 @@ def read_architecture(path: str, revision: str | None) -> dict[str, Any]:
     file = _find_config(path, revision)
     try:
         stated = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, RecursionError) as failure:
         raise error("model.path", path, f"a readable config.json ({failure})") from None
     shape = {name: stated.get(name) if isinstance(stated, dict) else None for name in ARCHITECTURE}
     if None in [value for name, value in shape.items() if name != "head_dim"]:

@@ -172,6 +172,9 @@ def locate_reward(target: str, key: str) -> Callable[..., Any]:
     """
     _check_name(target, key)
     function = _import(target, key)
+    name = getattr(function, "__qualname__", "")
+    if not inspect.isfunction(function) or name != target.rpartition(".")[2]:  # workers find it by its name
+        raise error(key, target, "a function that a def at the top of its module makes, under its own name")
     try:
         inspect.signature(function).bind("", "", "")
     except TypeError as failure:

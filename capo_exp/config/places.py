@@ -40,7 +40,7 @@ def resolve_model_path(path: str) -> str:
         cache = Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/capo_exp").expanduser()
         return str(cache / path.removeprefix(MADE_HERE))
     if not path.startswith("pkg://"):
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        return os.path.expanduser(path)
     package, _, inside = path.removeprefix("pkg://").partition("/")
     spec = find_spec(package) if package.isidentifier() else None  # which looks, and imports nothing
     if spec is None or not spec.submodule_search_locations:

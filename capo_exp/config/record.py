@@ -74,13 +74,16 @@ def read_values(text: str, what: str) -> Values:
     return values
 
 
-def find_unnamed(values: Any, arguments: Sequence[str], key: str = "") -> Iterator[tuple[str, str]]:
+def find_unnamed(
+    values: Any, arguments: Sequence[str], key: str = "", *, replaced: bool = True
+) -> Iterator[tuple[str, str]]:
     """Yields the key and value of each place that a record names and its reader does not.
 
     Args:
         values: of the record, or a part of them.
         arguments: `key=value` of the command line.
         key: dotted place of the values.
+        replaced: whether a place counts as named for which the reader gave another value.
     """
     given = _read_words(arguments)
     named = {text.strip("'\"") for text in given.values()}
@@ -88,8 +91,10 @@ def find_unnamed(values: Any, arguments: Sequence[str], key: str = "") -> Iterat
     for name, value in children:
         where = f"{key}.{name}".lstrip(".")
         if isinstance(value, dict | list):
-            yield from find_unnamed(value, arguments, where)
-        elif name in PLACES and where not in given and str(value) not in named and not _is_own(value):
+            yield from find_unnamed(value, arguments, where, replaced=replaced)
+            continue
+        is_named = (replaced and where in given) or str(value) in named
+        if name in PLACES and not is_named and not _is_own(value):
             yield where, str(value)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ def read_splits(path: str, key: str) -> dict[str, Rows]:
     Raises:
         ConfigError: it is not there, of another kind, or cannot be read.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
+    place = Path(os.path.expanduser(path))
+    if not os.path.exists(place):
         raise error(key, path, f"a file or folder that exists ({place.absolute()} does not)")
     read = _read_folder if place.is_dir() else READERS.get(place.suffix.lower())
     if read is None:
@@ -30,7 +31,7 @@ def read_splits(path: str, key: str) -> dict[str, Rows]:
         found = read(place)
     except ConfigError:
         raise
-    except (OSError, ValueError, csv.Error, RecursionError) as failure:
+    except (OSError, ValueError, csv.Error, RecursionError, LookupError, TypeError) as failure:
         raise ConfigError(f"{key}={path}: it cannot be read ({shorten(failure)})") from failure
     return {name: _fill(rows) for name, rows in (found if isinstance(found, dict) else {"": found}).items()}
 

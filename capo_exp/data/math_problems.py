@@ -162,7 +162,7 @@ def as_text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_texts(value))
     if isinstance(value, float):  # 27.0 is what a column of numbers makes of 27 where a row has none
-        return "" if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+        return "" if not math.isfinite(value) else str(int(value)) if value.is_integer() else str(value)
     return "" if value is None or isinstance(value, dict | bytes) else str(value)
 
 

@@ -114,8 +114,13 @@ def divide(found: Problems, split: str, eval_fraction: float, seed: int) -> Prob
     """Returns the problems of `train`, or the others: at least one question each, none in both.
 
     Raises:
-        ConfigError: there are fewer than two different questions.
+        ConfigError: there are fewer than two different questions, or the split has another name.
     """
+    if split not in ("train", "test"):
+        raise ConfigError(
+            f"got split {split} of {found.where}, one split that is divided; expected train or test as "
+            "dataset.train_split and dataset.eval_split"
+        )
     questions = {problem.id: normalise(problem.problem) for problem in found}
     drawn = sorted(set(questions.values()), key=lambda asked: _digest(f"{seed}\0{asked}"))
     count = max(1, round(eval_fraction * len(drawn)))

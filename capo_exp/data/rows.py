@@ -70,7 +70,7 @@ def find_file(split: str, path: str | None, name: str) -> Path | None:
         key, value = DATA_DIR_VARIABLE, os.environ.get(DATA_DIR_VARIABLE)
     if not value:
         return None
-    root = Path(value).expanduser()
+    root = Path(os.path.expanduser(value))
     if root.is_file():
         return root
     for file in (root / name / f"{split}.parquet", root / f"{split}.parquet"):

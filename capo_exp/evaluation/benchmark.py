@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from capo_exp.config.errors import ConfigError
 from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.evaluation.card import Card
@@ -33,6 +34,9 @@ Sample = Callable[[Sequence[Prompt], int], Sequence[RolloutGroup]]
 Told = Callable[[int, int, float], None]
 """(problems sampled by this command, problems done, sum of their shares of right answers)"""
 POLL_SECONDS = 1.0
+
+WRITTEN = ("card.json", "scores.json", "completions.parquet", "problems.parquet", "parts")
+"""What a score leaves in its folder."""
 
 
 def evaluate_benchmark(
@@ -61,11 +65,13 @@ def evaluate_benchmark(
     """
     if not overwrite and (scores := read_scores(folder)) is not None:
         return scores
+    for place in (folder, folder.parent):
+        if place.is_symlink():
+            raise ConfigError(f"{place} is a link, which is not followed; expected a folder, or output=DIR")
     with work_alone(folder):
         if overwrite:
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    remove(path)
+            for name in WRITTEN:
+                remove(folder / name)
         elif (scores := read_scores(folder)) is not None:  # another process was faster
             return scores
         write_json(folder / "card.json", card)

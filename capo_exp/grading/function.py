@@ -174,5 +174,5 @@ def _import(module: str) -> None:
 def _caught(function: Callable[..., Any], item: Item) -> Any:
     try:
         return function(*item)
-    except Exception as failure:  # whatever a user's function raises
+    except (Exception, SystemExit) as failure:  # whatever a user's function raises
         return Failed("error", name_error(failure))

@@ -7,6 +7,7 @@ import resource
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -195,9 +196,12 @@ def _serve(
             pipe.send(_limited(function, item, cpu_seconds))
 
 
-def name_error(error: Exception) -> str:
+def name_error(error: BaseException) -> str:
     """Returns an exception in one line."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0].strip(": ")[:200]
+    text = ""
+    with suppress(Exception):  # a user's exception may have no text either
+        text = str(error)
+    return f"{type(error).__name__}: {text}".partition("\n")[0].strip(": ")[:200]
 
 
 def _limited(function: Callable[..., Any], item: Item, cpu_seconds: float) -> Any:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,15 @@ _REFERENCE = "reference"
 def find_damage(checkpoint: Path, run_id: str | None) -> str | None:
     """Reads all of a checkpoint and says what is wrong with it; run_id=None takes that of any run."""
     try:
+        if not stat.S_ISREG((checkpoint / _MANIFEST).stat().st_mode):
+            return f"{_MANIFEST} is no file"
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
         files, step, owner = manifest["files"], manifest["step"], manifest["run_id"]
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             return f"{_MANIFEST} names files outside"
+        for name in files:
+            if not stat.S_ISREG((checkpoint / name).stat().st_mode):
+                return f"{name} is no file"
         changed = [] if _STATE in files else [_STATE]
         changed += [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """What runs take on disk, and which checkpoints nobody goes on from. Imports no torch."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,21 @@ def measure(place: Path) -> int:
     if not place.is_dir():
         return place.lstat().st_size
     files = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
-    return sum(path.lstat().st_size for path in files)
+    total = 0
+    for path in files:
+        with suppress(OSError):  # of a run that goes on, one may have gone
+            total += path.lstat().st_size
+    return total
 
 
 def find_removable(run_dir: Path, *, final_model: bool) -> list[Path]:
     """Returns the checkpoints of a finished run that can go: all but the newest whole one, or that, too.
 
-    A newer one that is damaged stays beside it. Reads the newest to the end.
+    A newer one that is damaged stays beside it. Reads the newest to the end. Where a link leads out of the
+    run, what is there may be another's: none of it can go.
     """
+    if (run_dir / "checkpoints").is_symlink():
+        return []
     checkpoints = list(list_checkpoints(run_dir).values())
     if final_model:
         return checkpoints

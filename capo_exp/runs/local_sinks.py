@@ -5,6 +5,7 @@ Both are written anew from the files when a run goes on, so `there` is 0. The x 
 
 import io
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -94,11 +95,17 @@ class TrackioSink:
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
-    """Returns the completions of a sample as a table in Markdown, each in one line."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(map(_in_one_line, cells))} |" for cells in lines)
+    """Returns the completions of a sample as a table in Markdown, each in one line.
+
+    What stands in it is text alone: a prompt or completion cannot make whoever looks at it fetch an image.
+    """
+    cells = [map(_in_one_line, row) for row in (COLUMNS, *rows)]
+    head, *body = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
 
 
 def _in_one_line(cell: Any) -> str:
-    text = f"{cell:.3g}" if isinstance(cell, float) else str(cell)
-    return text.replace("|", "\\|").replace("\n", "⏎")
+    if isinstance(cell, float):
+        return f"{cell:.3g}"
+    text = re.sub(r"[\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+", "⏎", str(cell))
+    return re.sub(r"[\\`*_{}\[\]()#+!|<>&~$-]", lambda mark: f"&#{ord(mark[0])};", text)

