@@ -1,5 +1,6 @@
 """`python -m capo_exp.status`: the table of runs, what they take on disk, and a way to free it. No torch."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capo_exp.cli import front
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, printable
 from capo_exp.config.memory import human
 from capo_exp.runs.disk import find_removable, measure, measure_run
 from capo_exp.runs.files import remove
@@ -86,7 +87,7 @@ def disk_table(paths: Sequence[Path]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for path, use in sorted(used.items(), key=lambda pair: -pair[1].total):
         sizes = (use.checkpoints, use.completions, use.rest, use.total)
-        table.add_row(Text(path.name), run_status(path), *map(human, sizes))
+        table.add_row(Text(printable(path.name)), run_status(path), *map(human, sizes))
     uses = used.values()
     parts = [[use.checkpoints for use in uses], [use.completions for use in uses], [use.rest for use in uses]]
     table.add_row(f"{len(used)} runs", "", *map(human, map(sum, [*parts, [use.total for use in uses]])))
@@ -101,12 +102,18 @@ def clean(paths: Sequence[Path], command: StatusCommand) -> int:
     """
     found: dict[Path, list[Path]] = {}
     for path in paths:
-        if (state := run_status(path)) == "finished":
+        if (real := os.path.realpath(path)) != os.path.abspath(path):  # a stranger's link, maybe
+            sys.stdout.write(
+                f"left alone, for a link leads to it; name it as {printable(real)}: {printable(path)}\n"
+            )
+        elif (state := run_status(path)) == "finished":
             found[path] = find_removable(path, final_model=command.final_model)
         elif (path / "checkpoints").is_dir():
-            sys.stdout.write(f"left alone, for it is {state}: {path}\n")
+            sys.stdout.write(f"left alone, for it is {state}: {printable(path)}\n")
     sizes = {checkpoint: measure(checkpoint) for listed in found.values() for checkpoint in listed}
-    sys.stdout.writelines(f"{human(size):>8}  {checkpoint}\n" for checkpoint, size in sizes.items())
+    sys.stdout.writelines(
+        f"{human(size):>8}  {printable(checkpoint)}\n" for checkpoint, size in sizes.items()
+    )
     if not sizes:
         sys.stdout.write("nothing to delete\n")
         return 0

@@ -25,6 +25,11 @@ def error(key: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(f"{key}={text if len(text) <= 200 else f'{text[:200]}...'}: expected {expected}")
 
 
+def printable(text: object) -> str:
+    """Returns a text that cannot steer a terminal; its lines stay."""
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in str(text))
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns the second half of a message about an unknown name: the choices, and the one probably meant."""
     choices = list(known)

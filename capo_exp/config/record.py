@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, printable
 from capo_exp.config.plugins import allow_plugins, allowed_plugins
 from capo_exp.config.ranges import ATTENTIONS
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
@@ -104,7 +104,7 @@ def _read_words(arguments: Sequence[str]) -> dict[str, str]:
 
 def refuse_place(key: str, value: str) -> ConfigError:
     """Returns the error about a place that only a record names."""
-    shown = "".join(character if character.isprintable() else "?" for character in value)[:160]
+    shown = printable(value.replace("\n", "?"))[:160]
     return ConfigError(
         f"{key}={shown}: stands in a record only, whose servers, paths and hub ids are not used; "
         f"expected {key}=... on this command line"

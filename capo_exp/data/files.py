@@ -73,6 +73,9 @@ def _read_csv(file: Path) -> Rows:
     """Reads every cell as text, so that 007, 1.50 and None stay what they are."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        names = table.fieldnames or []
+        if twice := [name for place, name in enumerate(names) if name and name in names[:place]]:
+            raise ConfigError(f"{file}: the column {twice[0]} stands there twice; expected one of each name")
         rows: Rows = []
         for row in table:
             if None in row:

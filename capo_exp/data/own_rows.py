@@ -6,6 +6,7 @@ chooses whatever their order, and rows that ask the same stay together.
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from capo_exp.config.errors import ConfigError, error, suggest
@@ -150,7 +151,12 @@ def _to_problems(table: Table, columns: Columns, answer_format: str) -> Problems
             raise ConfigError(f"{key}: no column of {table.where}; {suggest(column, sorted(table.columns))}")
         if field != "answers_alt":
             _check_kinds(table, field, column)
-    return to_problems(table, used, ANSWER_FORMATS[answer_format], table.where.rpartition("/")[2])
+    rows = [
+        {column: row[column] for column in used.values()} for row in table.rows
+    ]  # others mean nothing here
+    return to_problems(
+        replace(table, rows=rows), used, ANSWER_FORMATS[answer_format], table.where.rpartition("/")[2]
+    )
 
 
 def _check_kinds(table: Table, field: str, column: str) -> None:

@@ -30,6 +30,9 @@ REASONS = {
 """Reason of a failure -> the metric that counts it."""
 Outcome = float | Failed
 
+SILENT_SECONDS = 60.0
+"""How long a function may wait without CPU, with 20 times its limit on top."""
+
 
 class FunctionVerifier:
     """Scores by a function that `reward.verifier.function` names: one completion a call, or all of a step if
@@ -65,7 +68,9 @@ class FunctionVerifier:
         self._correct_from, self._failure_reward = correct_from, failure_reward
         limits = {"count": workers, "cpu_seconds": timeout_seconds, "memory_limit_gib": memory_limit_gib}
         warm_up = partial(_import, self._function.__module__)
-        self._workers = None if in_process else Workers(**limits, warm_up=warm_up)
+        self._workers = (
+            None if in_process else Workers(**limits, warm_up=warm_up, silent_seconds=SILENT_SECONDS)
+        )
 
     def score(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 
 from capo_exp.config.errors import RunFailed
 
-SILENT_SECONDS = 600.0  # and 20 times an item's limit: workers that all say nothing for so long are ended
+SILENT_SECONDS = 600.0
 MAX_ENDS = 3  # times that a worker may be ended from outside, at its start or at one item
 OUTSIDE = (-signal.SIGTERM, -signal.SIGKILL)  # a scheduler, or the kernel when the machine has no memory left
 
@@ -55,7 +55,13 @@ class Workers:
     """
 
     def __init__(
-        self, *, count: int, cpu_seconds: float, memory_limit_gib: float, warm_up: Callable[[], None]
+        self,
+        *,
+        count: int,
+        cpu_seconds: float,
+        memory_limit_gib: float,
+        warm_up: Callable[[], None],
+        silent_seconds: float = SILENT_SECONDS,
     ) -> None:
         """Starts nothing yet.
 
@@ -64,8 +70,11 @@ class Workers:
             cpu_seconds: limit for one item, in its worker's CPU seconds: a busy machine is not its fault.
             memory_limit_gib: address space of each worker.
             warm_up: runs once in each worker, before its first item.
+            silent_seconds: with 20 times cpu_seconds on top, how long all workers may say nothing, as where
+                what they call waits without CPU. Then they are ended, and the item of each has failed.
         """
         self._count = count
+        self._silent_seconds = silent_seconds + 20 * cpu_seconds
         self._limits = (cpu_seconds, memory_limit_gib)
         self._warm_up = warm_up
         self._workers: list[_Worker] = []
@@ -107,7 +116,10 @@ class Workers:
 
     def _listen(self, results: dict[Any, Any], waiting: deque[Item]) -> None:
         """Takes what the workers say, and what those that ended leave."""
-        told = wait([worker.pipe for worker in self._workers], SILENT_SECONDS + 20 * self._limits[0])
+        told = wait([worker.pipe for worker in self._workers], self._silent_seconds)
+        if not told:
+            text = "verification workers said nothing for %g s; they are ended, and what they do has failed"
+            logging.getLogger(__name__).warning(text, self._silent_seconds)
         for worker in list(self._workers):
             if not told:
                 worker.process.kill()

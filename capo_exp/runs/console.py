@@ -8,6 +8,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.live import Live
 
+from capo_exp.config.errors import printable
 from capo_exp.runs import metrics as names
 from capo_exp.runs.live import live_table
 from capo_exp.runs.read import LoggedRow, load_run
@@ -113,7 +114,7 @@ def summary_lines(run_dir: Path) -> list[str]:
     if (seconds := run.record.get("wall_seconds")) is not None:
         rows.insert(-1, ("wall time", format_duration(seconds)))
     lines = [str(run.record.get("name", run_dir.name)), *(f"{label:18} {value}" for label, value in rows)]
-    return ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
+    return [printable(line.replace("\n", "?")) for line in lines]
 
 
 def _outcome(metrics: list[LoggedRow], evaluations: list[LoggedRow]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from statistics import median
 from rich.table import Table
 from rich.text import Text
 
+from capo_exp.config.errors import printable
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import load_run
 
@@ -73,7 +74,7 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
         result.add_column(column, no_wrap=True)
     for run in runs:
         said = "\n  ".join([run.name, *(run.error or "").splitlines()])
-        name = Text("".join(each if each.isprintable() or each == "\n" else "?" for each in said))
+        name = Text(printable(said))
         left = "" if run.seconds_left is None else str(timedelta(seconds=round(run.seconds_left)))
         result.add_row(
             name, run.state, f"{run.step}/{'?' if run.num_steps is None else run.num_steps}",
