@@ -247,8 +247,8 @@ def _check_distributed(config: TrainConfig) -> None:
         raise error(
             f"rollout.{key}", "set", "null with distributed=fsdp2: each process has an engine of its own"
         )
-    if config.rollout.is_vllm and engine["weight_transfer"] not in ("auto", "safetensors"):
-        wanted = "auto or safetensors with distributed=fsdp2"
+    if config.rollout.is_vllm and engine["weight_transfer"] == "nccl":
+        wanted = "auto, ipc or safetensors with distributed=fsdp2: each engine is on its process's own GPU"
         raise error("rollout.engine.weight_transfer", engine["weight_transfer"], wanted)
 
 
