@@ -16,13 +16,17 @@ import pytest
 from omegaconf import MISSING
 
 from capo_exp.cli import front
+from capo_exp.cli.compose import find_choices
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.wandb_sink import resolve_mode
+from tests.conftest import ALGORITHMS, KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = len(find_choices("experiment"))
+NO_CAPOO = f"algo=capoo: unknown choice; expected one of {len(ALGORITHMS)} choices; nearest: capo, "
 HEAVY = ("torch", "transformers", "datasets", "vllm", "wandb", "matplotlib")
 NO_HEAVY = f"""
 import contextlib, io, json, runpy, sys
@@ -120,7 +124,7 @@ def subprocess_run(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["foo=1"], "foo=1: unknown key; expected one of 22 choices; nearest: "),
+        (["foo=1"], f"foo=1: unknown key; expected one of {len(KEYS)} choices; nearest: "),
         (["sede=1"], "sede=1: unknown key; nearest: seed"),
         (["alg=grpo"], "alg=grpo: unknown key; nearest: algo"),
         (["learning_rate=1"], "learning_rate=1: unknown key; nearest: regime.learning_rate"),
@@ -135,10 +139,10 @@ def subprocess_run(
         (["regime.group_size=null"], "regime.group_size=null: expected an integer"),
         (["overwrite=maybe"], "overwrite=maybe: expected true or false"),
         (["optimizer.betas=0.9"], "optimizer.betas=0.9: expected a list of numbers"),
-        (["algo=capoo"], "algo=capoo: unknown choice; expected one of 29 choices; nearest: capo, "),
+        (["algo=capoo"], NO_CAPOO),
         (
             ["experiment=paper/x"],
-            "experiment=paper/x: unknown choice; expected one of 91 choices; nearest: paper/",
+            f"experiment=paper/x: unknown choice; expected one of {EXPERIMENTS} choices; nearest: paper/",
         ),
         (["regime=null"], "regime=null: expected one of aggressive, conservative"),
         (["~seed"], "seed: no value; expected an integer"),
@@ -195,7 +199,7 @@ def subprocess_run(
         (["algo.reference_reset_every=5"], "algo.reference_reset_every=5: expected 0 without a KL"),
         (["algo.num_minibatches=97"], "algo.num_minibatches=97: expected at most"),
         (["seed=15"], "model.vocab_size=1: expected 2"),
-        (["rollout.correction=mask"], "rollout/correction=mask: unknown choice; expected one of none"),
+        (["rollout.correction=mask"], "rollout/correction=mask: unknown choice; expected one of "),
         (
             ["-m", "rollout/correction=none,mask"],
             "rollout/correction=mask: unknown choice; expected one of geometric_mask, none, sequence_mask",
@@ -384,7 +388,7 @@ def test_a_commands_help_and_configuration(
 def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path: Path) -> None:
     done = subprocess_run("algo=capoo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("algo=capoo: unknown choice; expected one of 29 choices; nearest: capo, ")
+    assert done.stderr.startswith(NO_CAPOO)
     done = subprocess_run("algo=capoo", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 2
     assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr
@@ -419,7 +423,7 @@ def test_help_names_groups_and_commands(run: Run) -> None:
         "plan_only=true",
         "--cfg job --resolve",
         " -m ",
-        "algo: capo, cpg, cpgd,",
+        "algo: capo, cispo, cpg,",
         "selection: advantage_matched,",
         "model: ",
         "$(python",
@@ -433,7 +437,7 @@ def test_help_names_groups_and_commands(run: Run) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("python -m capo_exp algo=dr", ["algo=dr_capo", "algo=dr_grpo"]),
+        ("python -m capo_exp algo=dr_", ["algo=dr_capo", "algo=dr_grpo"]),
         ("python3 -m capo_exp algo=grpo regime.gro", ["regime.group_size="]),
         ("capo_exp plan", ["plan_only="]),
     ],
@@ -447,8 +451,8 @@ def test_completion_script_completes(tmp_path: Path) -> None:
     script = f"""
     export PATH={Path(sys.executable).parent}:$PATH
     eval "$(python -m capo_exp -sc install=bash)"
-    COMP_LINE="python -m capo_exp algo=dr"; COMP_POINT=${{#COMP_LINE}}
-    COMP_WORDS=(python -m capo_exp algo=dr); COMP_CWORD=3
+    COMP_LINE="python -m capo_exp algo=dr_"; COMP_POINT=${{#COMP_LINE}}
+    COMP_WORDS=(python -m capo_exp algo=dr_); COMP_CWORD=3
     _capo_exp_complete; echo "${{COMPREPLY[*]}}"
     """
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}

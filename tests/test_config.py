@@ -16,6 +16,7 @@ from capo_exp.config.declare import compares_group, needs_kl
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from tests.conftest import KEYS
 
 NUMBERS = (int, float, list[float], int | None, float | None)
 Composed = Callable[..., TrainConfig]
@@ -315,7 +316,7 @@ def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+foo=1"], "foo=1: unknown key; expected one of 22 choices"),
+        (["+foo=1"], f"foo=1: unknown key; expected one of {len(KEYS)} choices"),
         (["+regime.group_sizes=1"], "regime.group_sizes=1: unknown key"),
         (["~seed"], "seed: no value; expected an integer"),
         (["num_steps=???"], "num_steps: no value; expected an integer"),
@@ -355,7 +356,8 @@ def test_what_changes_no_result_says_so() -> None:
     assert unimportant == {
         "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
         "checkpoint", "sweep", "stop_after_unrewarded", "experiment_name", "output_dir", "overwrite",
-        "plan_only", "plugins", "allow_overcommit", "curvature.kernel",
+        "plan_only", "plugins", "allow_overcommit", "curvature.kernel", "distributed.name", "distributed.nodes",
+        "distributed.processes", "distributed.timeout_seconds",
     }  # fmt: skip
 
 
