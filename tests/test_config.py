@@ -356,8 +356,8 @@ def test_what_changes_no_result_says_so() -> None:
     assert unimportant == {
         "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
         "checkpoint", "sweep", "stop_after_unrewarded", "experiment_name", "output_dir", "overwrite",
-        "plan_only", "plugins", "allow_overcommit", "curvature.kernel", "distributed.name", "distributed.nodes",
-        "distributed.processes", "distributed.timeout_seconds",
+        "plan_only", "plugins", "allow_overcommit", "curvature.kernel", "distributed.name",
+        "distributed.nodes", "distributed.processes", "distributed.timeout_seconds",
     }  # fmt: skip
 
 

@@ -303,5 +303,5 @@ def test_a_bad_item_costs_its_batch_nothing() -> None:
     own.close()
     failed = {3: "crash", 5: "error", 6: "timeout"}
     reasons = {item: each.reason for (item,), each in results.items() if isinstance(each, Failed)}
-    assert reasons == failed and results[(5,)].detail
+    assert reasons == failed and results[(5,)].detail == "ValueError: five"
     assert all(results[(item,)] == item * item for item in range(40) if item not in failed)
