@@ -166,7 +166,7 @@ def _record(run: Any, history: History) -> dict[str, Any]:
         "updated_at": run.heartbeat_at,
         "wall_seconds": (summary.get("_wandb") or {}).get("runtime"),
         "counters": {key.removeprefix("counter/"): value for key, value in counters.items()},
-        "wandb": run.url,
+        "tracker": run.url,
     }
 
 

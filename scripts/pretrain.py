@@ -79,7 +79,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
-        raise ConfigError(f"got {size} tokens of the corpus, expected {vocab_size}; change model.vocab_size")
+        key = "warm_start.shape.vocab_size"
+        raise ConfigError(f"got {size} tokens of the corpus, expected {vocab_size}; change {key}")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -95,13 +96,9 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 def make_model(
     shape: Numbers, initializer_range: float, tokenizer: PreTrainedTokenizerFast
 ) -> Qwen2ForCausalLM:
-    """Makes a model with random weights in the shape of conf/model."""
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "tie_word_embeddings",
-    )  # fmt: skip
+    """Makes a model with random weights, in a shape as config.json words it."""
     config = Qwen2Config(
-        **{name: shape[name] for name in names},
+        **shape,
         max_position_embeddings=2048,
         initializer_range=initializer_range,
         bos_token_id=None,
@@ -225,8 +222,8 @@ def make(config: Numbers) -> None:
     torch.set_num_threads(numbers["threads"])
     torch.manual_seed(numbers["seed"])
     corpus = islice(draw_pairs(numbers, template, numbers["seed"]), numbers["corpus_tasks"])
-    tokenizer = train_tokenizer(("".join(pair) for pair in corpus), config["model"]["vocab_size"])
-    model = make_model(config["model"], numbers["initializer_range"], tokenizer)
+    tokenizer = train_tokenizer(("".join(pair) for pair in corpus), numbers["shape"]["vocab_size"])
+    model = make_model(numbers["shape"], numbers["initializer_range"], tokenizer)
     console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     train(model, tokenizer, draw_pairs(numbers, template, numbers["seed"] + 2), numbers)
     save(model, tokenizer, output)

@@ -43,9 +43,9 @@ def test_every_word_of_the_language_is_one_token(shipped):
 def test_the_shipped_model_is_small_and_of_the_yaml(shipped):
     model, tokenizer = shipped
     assert sum(path.stat().st_size for path in ASSETS.rglob("*")) < 3_000_000
-    shape = compose_start("keywords")["model"]
+    shape = compose_start("keywords")["warm_start"]["shape"]
     assert len(tokenizer) == model.config.vocab_size == shape["vocab_size"]
-    assert model.config.num_hidden_layers == shape["num_hidden_layers"]
+    assert {key: getattr(model.config, key) for key in shape} == shape
     assert "_name_or_path" not in (ASSETS / "config.json").read_text()
 
 
@@ -71,7 +71,7 @@ def test_every_warm_start_has_pairs_and_its_model_a_path():
 
 
 def test_a_vocabulary_that_the_corpus_does_not_fill_is_one_clear_error():
-    with pytest.raises(ConfigError, match=r"expected 5000; change model\.vocab_size"):
+    with pytest.raises(ConfigError, match=r"expected 5000; change warm_start\.shape\.vocab_size"):
         pretrain.train_tokenizer(iter(["a b c"]), 5000)
 
 
