@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ BOUNDS = ("policy_shift_max", "objective_shift_min", "objective_shift_max")
 UNBOUNDED = tuple(
     f"algo.selection.{name}={value}" for name, value in zip(BOUNDS, ("inf", "-inf", "inf"), strict=True)
 )
+
+
+class _NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
+NO_TOKENIZER: Any = _NoTokenizer()
+"""As much of a tokenizer as a checkpoint needs."""
 
 
 def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float = 0.0) -> Learner:
