@@ -24,7 +24,7 @@ from capo_exp.config.memory import (
     measure_memory,
 )
 from capo_exp.config.places import resolve_model_path
-from capo_exp.config.plan import count_evaluations, plan
+from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.sweep.job import execute
 from tests.shapes import SHAPES, write_shape
@@ -216,13 +216,6 @@ def test_the_plan_is_five_short_lines(composed: Composed, tmp_path: Path) -> Non
     assert long[-1] == "memory: config.json cannot be read; needs the hub, HF_HOME or model.path=DIR"
     on_gpu = plan(composed("device=cuda", "rollout=vllm", "rollout.engine.gpu_memory_utilization=0.3"))
     assert on_gpu[-1].endswith("; vLLM: weights of at most 3.7 MB, up to 30% of its GPU")
-
-
-def test_evaluations_and_units() -> None:
-    for steps, every, count in ((100, 20, 6), (100, 30, 5), (3, 0, 2), (1, 1, 2), (2, 5, 2)):
-        assert count_evaluations(steps, every) == count
-    sizes = {0: "0.0 MB", 3_680_000: "3.7 MB", 183_600_000: "184 MB", 1.23e9: "1.2 GB", 323e9: "323 GB"}
-    assert [human(int(size)) for size in sizes] == list(sizes.values())
 
 
 SMALLER = LARGE_SHAPE | {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 4}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.cpgd import clip_filter_weighted, policy_drift_surrogate, reweighted
-from capo_exp.algorithms.dapo import mixed_rewards, overlong_penalty
+from capo_exp.algorithms.dapo import overlong_penalty
 from capo_exp.algorithms.grpo import first_of_group
 from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
 from capo_exp.algorithms.protocols import Algorithm
@@ -343,11 +343,6 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(learner: Make, rand
 def test_clip_higher_quadrants(built: Built, ratio: float, advantage: float, gradient: float) -> None:
     """0.2 below, 0.28 above."""
     assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
-
-
-def test_dynamic_sampling_keeps_mixed_groups() -> None:
-    rewards = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    assert mixed_rewards(rewards).tolist() == [False, False, True, True]
 
 
 def test_the_overlong_penalty_is_piecewise_linear() -> None:
