@@ -3,6 +3,7 @@ TensorBoard's and Trackio's own readers."""
 
 import html
 import json
+import logging
 import math
 import os
 import re
@@ -301,6 +302,7 @@ def test_auto_goes_on_offline_when_the_server_is_away_and_without_a_key_in_silen
         return genuine(**given)
 
     monkeypatch.setattr(wandb, "init", init)
+    caplog.set_level(logging.WARNING)
     half_a_run(open_logger(tmp_path / "silent", "auto"))
     assert list(tmp_path.glob("silent/wandb/offline-run-*/run-*.wandb"))
     assert (caplog.text, *capfd.readouterr()) == ("", "", "")
