@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from jaxtyping import install_import_hook
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,6 +99,25 @@ def random_batch() -> Callable[..., Batch]:
     return make
 
 
+@pytest.fixture
+def learner(composed: Callable[..., TrainConfig], small_model: PreTrainedModel) -> Callable[..., Any]:
+    """`learner("algo=capo", ...)` is one of a copy of the small model; see `tests.pieces.make_learner`."""
+    from tests.pieces import SMALL, make_learner
+
+    def make(*overrides: str, distance: float = 0.0) -> Any:
+        return make_learner(composed(*SMALL, *overrides), small_model, distance=distance)
+
+    return make
+
+
+@pytest.fixture
+def built(composed: Callable[..., TrainConfig]) -> Callable[..., Any]:
+    """`built("cpgd", ...)` is the algorithm of conf/algo/cpgd.yaml."""
+    from capo_exp.algorithms.protocols import build_algorithm
+
+    return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
+
+
 @pytest.fixture(scope="session")
 def composed() -> Callable[..., TrainConfig]:
     """`composed("algo=grpo", ...)` is the TrainConfig of that command line."""
@@ -105,6 +126,13 @@ def composed() -> Callable[..., TrainConfig]:
 
 def compose_config(*overrides: str) -> TrainConfig:
     """What Hydra makes of a command line, in a tenth of its time for groups that were composed before."""
+    config = deepcopy(_config(overrides))
+    fill_architecture(config.model)
+    return config
+
+
+@cache
+def _config(overrides: tuple[str, ...]) -> TrainConfig:
     groups = tuple(override for override in overrides if not is_value(override))
     values = [override for override in overrides if is_value(override)]
     try:
@@ -112,10 +140,10 @@ def compose_config(*overrides: str) -> TrainConfig:
     except OmegaConfBaseException:
         config = OmegaConf.to_object(_compose(overrides))  # Hydra's own message
     assert isinstance(config, TrainConfig)
-    fill_architecture(config.model)
     return config
 
 
+@cache
 def is_value(override: str) -> bool:
     """Whether it sets a key, in place of choosing a group."""
     key = override.partition("=")[0]
@@ -125,9 +153,15 @@ def is_value(override: str) -> bool:
 def with_values(config: DictConfig, values: Sequence[str]) -> DictConfig:
     """A copy in which keys are set, as Hydra sets them after everything else."""
     config = deepcopy(config)
-    for override in OverridesParser.create().parse_overrides(list(values)):
-        OmegaConf.update(config, override.key_or_group, override.value())
+    for override in values:
+        parsed = _parse(override)
+        OmegaConf.update(config, parsed.key_or_group, parsed.value())
     return config
+
+
+@cache
+def _parse(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 @cache

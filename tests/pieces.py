@@ -2,8 +2,11 @@
 sampled."""
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +44,14 @@ BOUNDS = ("policy_shift_max", "objective_shift_min", "objective_shift_max")
 UNBOUNDED = tuple(
     f"algo.selection.{name}={value}" for name, value in zip(BOUNDS, ("inf", "-inf", "inf"), strict=True)
 )
+
+
+class _NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
+NO_TOKENIZER: Any = _NoTokenizer()
+"""As much of a tokenizer as a checkpoint needs."""
 
 
 def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float = 0.0) -> Learner:
@@ -124,13 +135,21 @@ def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1
     return torch.stack(rows)
 
 
+def without_clock(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if not key.startswith("time/")}
+
+
+def logged(path: Path) -> list[dict[str, float]]:
+    """The rows of a .jsonl file without what the clock wrote."""
+    return [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
+
+
 def run_updates(learner: Learner, batch: Batch, step: int = 1) -> tuple[list[dict[str, float]], StepRecord]:
     """The metrics of each optimiser step over one batch without those of the clock, and the last record."""
     done = list(take_updates(learner, batch, step=step))
-    timeless = [{k: v for k, v in u.metrics.items() if not k.startswith("time/")} for u in done]
     record = done[-1].record
     assert record is not None
-    return timeless, record
+    return [without_clock(update.metrics) for update in done], record
 
 
 def prompt(number: int) -> Prompt:
@@ -171,6 +190,7 @@ def graded(rewards: list[list[float]], metrics: dict[str, float]) -> RewardResul
 class Reader:
     """A verifier that reads the reward off the text."""
 
+    read: Callable[[str], float] = float
     calls: list[int] = field(default_factory=list)
 
     def score(
@@ -179,7 +199,7 @@ class Reader:
         assert len(completions) == len(golds)
         self.calls.append(len(golds))
         metrics = {"reward/timeouts": 1.0, "reward/no_answer_fraction": 0.25}
-        return graded([[float(text) for text in group] for group in completions], metrics)
+        return graded([[self.read(text) for text in group] for group in completions], metrics)
 
     def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
         return [True] * len(golds)

@@ -14,7 +14,7 @@ from capo_exp.algorithms.covariance import clip_covariance
 from capo_exp.algorithms.dppo import anchored_at_sampler
 from capo_exp.algorithms.m2po import second_moment
 from capo_exp.algorithms.opsm import mask_negative
-from capo_exp.algorithms.protocols import Algorithm, build_algorithm
+from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.algorithms.stapo import silence_spurious
 from capo_exp.algorithms.surrogates import to_old_policy, to_sampler
 from capo_exp.algorithms.trm import mask_completions
@@ -28,12 +28,6 @@ from tests.test_methods import loss_and_gradient, off_policy, one_token, plain_s
 Built = Callable[..., Algorithm]
 Batches = Callable[..., Batch]
 FREE = ("algo.token_loss.clip_eps_low=1.0", "algo.token_loss.clip_eps_high=inf")
-
-
-@pytest.fixture
-def built(composed: Callable[..., TrainConfig]) -> Built:
-    """`built("cispo", ...)` is the algorithm of conf/algo/cispo.yaml."""
-    return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
 
 
 def sigmoid(x: float) -> float:

@@ -8,47 +8,29 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from capo_exp.algorithms.protocols import build_algorithm
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch, StepRecord, TokenLoss, TokenLossInput
 from capo_exp.curvature import model as curvature
-from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.conftest import ALGORITHMS
-from tests.pieces import SMALL, plain_log_probs, take_step, weights
+from tests.pieces import plain_log_probs, same_weights, take_step, weights, without_clock
 
 Make = Callable[..., Learner]
 Batches = Callable[..., Batch]
 
-LOW = "algo.selection.objective_shift_min=-inf"
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
-
-
-@pytest.fixture
-def learner(small_model: PreTrainedModel, composed: Callable[..., TrainConfig]) -> Make:
-    """A learner on its own copy of the small model; the rate is constant from the first step on."""
-
-    def make(*overrides: str, reference: bool = False) -> Learner:
-        config = composed(*SMALL[:-1], *overrides)  # with the gradient clipped at 1
-        frozen = copy.deepcopy(small_model) if reference else None
-        model = copy.deepcopy(small_model)
-        return Learner(model, frozen, build_algorithm(config.algo), config, torch.float32)
-
-    return make
 
 
 def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]], StepRecord]:
     results = [take_step(learner, batch) for batch in batches]
-    timeless = [{k: v for k, v in metrics.items() if not k.startswith("time/")} for metrics, _ in results]
-    return timeless, results[-1][1]
+    return [without_clock(metrics) for metrics, _ in results], results[-1][1]
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batches, algo: str) -> None:
     tight = TIGHT if "capo" in algo else []
     whole, cut = (learner(f"algo={algo}", f"model.micro_batch_size={size}", *tight) for size in (96, 2))
-    batches = [random_batch(seed=seed) for seed in range(3)]
+    batches = [random_batch(seed=seed) for seed in range(2)]
     (first, record), (second, same) = steps(whole, batches), steps(cut, batches)
     for one, other in zip(first, second, strict=True):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
@@ -65,7 +47,7 @@ def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
     whole, cut, base = (
         learner(*given) for given in (down, [*down, "model.micro_batch_size=2"], ["algo=grpo"])
     )
-    batches = [random_batch(seed=seed) for seed in range(3)]
+    batches = [random_batch(seed=seed) for seed in range(2)]
     (first, record), (second, _) = steps(whole, batches), steps(cut, batches)
     for one, other in zip(first, second, strict=True):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
@@ -84,21 +66,9 @@ def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
     mine, others = one.optimizer_model, base.optimizer_model
     assert mine is not None and others is not None
     torch.testing.assert_close(mine.first, others.first)
-
-
-@pytest.mark.parametrize(
-    ("bounded", "base"),
-    [(["algo=capo", LOW], "grpo"), (["algo=dr_capo", LOW], "dr_grpo"), (["algo=rein_capo", LOW], "reinforce"),
-     (["algo=grpo", "selection=down_weight"], "grpo")],
-)  # fmt: skip
-def test_without_bounds_a_selection_is_its_base_algorithm_bit_for_bit(
-    learner: Make, random_batch: Batches, bounded: list[str], base: str
-) -> None:
     off = [f"algo.selection.{key}=inf" for key in ("policy_shift_max", "objective_shift_max")]
-    one, other = learner(*bounded, *off), learner(f"algo={base}")
-    batches = [random_batch(seed=seed) for seed in range(3)]
-    assert steps(one, batches)[0] == steps(other, batches)[0]
-    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+    free, plain = learner(*down[:2], *off), learner("algo=grpo")
+    assert steps(free, batches)[0] == steps(plain, batches)[0] and same_weights(free, plain)
 
 
 def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, random_batch: Batches) -> None:
@@ -154,7 +124,9 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
-    ours = learner("algo=grpo", "regime.learning_rate=1e-4", "rollout.temperature=0.7")
+    ours = learner(
+        "algo=grpo", "regime.learning_rate=1e-4", "rollout.temperature=0.7", "optimizer.max_grad_norm=1.0"
+    )
     metrics, _ = take_step(ours, batch)
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
@@ -165,23 +137,13 @@ def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
     learner: Make, random_batch: Batches
 ) -> None:
     kl = ["algo.kl_coefficient=0.1", "rollout.temperature=0.7", "regime.learning_rate=1e-3"]
-    ours = learner("algo=grpo", *kl, reference=True)
+    ours = learner("algo=grpo", *kl)
     first, _ = take_step(ours, random_batch())
     second, _ = take_step(ours, random_batch())
     assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
     idle = replace(random_batch(), advantages=torch.zeros(8, 7))
-    divergence = [take_step(ours, idle)[0]["loss/kl"] for _ in range(40)]  # nothing but the penalty acts
+    divergence = [take_step(ours, idle)[0]["loss/kl"] for _ in range(30)]  # nothing but the penalty acts
     assert divergence[-1] < 0.5 * max(divergence)
-
-
-def test_a_step_rule_shortens_the_step(learner: Make, random_batch: Batches) -> None:
-    full, half = learner("algo=grpo"), learner("algo=grpo")
-    half.algorithm = replace(half.algorithm, step_rule=lambda trial: StepDecision(0.5))
-    start = weights(full)
-    for one in (full, half):
-        take_step(one, random_batch())
-    moves = [[(w - s) for w, s in zip(weights(one), start, strict=True)] for one in (full, half)]
-    torch.testing.assert_close([m / 2 for m in moves[0]], moves[1], rtol=1e-2, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(

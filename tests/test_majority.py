@@ -47,8 +47,3 @@ def test_long_answers_are_compared_as_text():
     long, judge = "7" * (MAX_COMPARED + 1), Judge(grade)
     assert number_answers([[long, "7", long, "7.0", long + "1"]], judge) == [[0, 1, 0, 1, 2]]
     assert all(len(text) < MAX_COMPARED + 9 for call in judge.calls for text, _ in call)
-
-
-def test_nothing_to_compare():
-    assert number_answers([], Judge(grade)) == []
-    assert number_answers([[""]], Judge(grade)) == [[-1]]

@@ -124,12 +124,6 @@ def test_rows_that_are_broken_or_without_answer_are_dropped_and_keep_the_ids_of_
     assert [p.id for p in math("train", path=str(tmp_path))] == ["math/train/0", "math/train/3"]
 
 
-def test_numbers_become_text(tmp_path):
-    write(tmp_path / "train.parquet", [{"problem": "?", "answer": 7, "level": 3}])
-    (only,) = math("train", path=str(tmp_path))
-    assert (only.answer, only.level) == ("7", "3")
-
-
 def test_what_cannot_be_read_is_named_with_the_key_to_change(tmp_path, monkeypatch):
     text = refuse(math, tmp_path / "nowhere")
     assert f"got dataset.path={tmp_path / 'nowhere'} which does not exist" in text
@@ -149,15 +143,6 @@ def test_what_cannot_be_read_is_named_with_the_key_to_change(tmp_path, monkeypat
     assert "change dataset.path or dataset.source.columns" in text
 
 
-def test_empty_set_and_set_without_any_answer(tmp_path):
-    schema = pa.schema({"problem": pa.string(), "answer": pa.string()})
-    pq.write_table(schema.empty_table(), tmp_path / "train.parquet")
-    write(tmp_path / "test.parquet", HUB_MATH_ROWS[1:])
-    for split, count in (("train", 0), ("test", 1)):
-        text = refuse(math, tmp_path, split)
-        assert f"got no usable row of {count} " in text and "change dataset.path or" in text
-
-
 def test_bad_settings_name_their_key(tmp_path, composed):
     text = refuse(replace(math, columns={"problem": "problem"}), tmp_path)
     assert "dataset.source.columns=problem: expected problem, answer and any of" in text
@@ -172,13 +157,11 @@ def test_bad_settings_name_their_key(tmp_path, composed):
 
 
 def test_other_ways_of_writing_the_answer(tmp_path):
-    cells = (["1/2", r" \frac12 ", "0.5", "1/2", ""], None, "one half", [], ["0.5"])
-    rows = [{"problem": f"{i}?", "answer": "0.5", "answers_alt": cell} for i, cell in enumerate(cells[:2])]
+    cells = (["1/2", r" \frac12 ", "0.5", "1/2", ""], None)
+    rows = [{"problem": f"{i}?", "answer": "0.5", "answers_alt": cell} for i, cell in enumerate(cells)]
     write(tmp_path / "train.parquet", rows)
     first, second = math("train", path=str(tmp_path))
     assert first.golds == ("0.5", "1/2", r"\frac12") and second.golds == ("0.5",)
-    write(tmp_path / "train.parquet", [{"problem": "?", "answer": "0.5", "answers_alt": cells[2]}])
-    assert math("train", path=str(tmp_path))[0].answers_alt == ("one half",)
     mapped = {"problem": "q", "answer": "a", "answers_alt": "others"}
     write(tmp_path / "train.parquet", [{"q": "?", "a": r"\boxed{1}", "others": ["1.0"]}])
     assert replace(math, columns=mapped)("train", path=str(tmp_path))[0].golds == ("1", "1.0")
@@ -195,10 +178,13 @@ def test_other_ways_of_writing_the_answer(tmp_path):
         ([{"value": "1"}, {"value": "2"}], None),
         ([b"1", b"2"], None),
         ([None, None], None),
+        ([], None),
     ],
 )
 def test_answers_that_are_no_text(tmp_path, cells, answers):
-    write(tmp_path / "train.parquet", [{"problem": f"{i}?", "answer": cell} for i, cell in enumerate(cells)])
+    rows = [{"problem": f"{i}?", "answer": cell} for i, cell in enumerate(cells)]
+    empty = pa.schema({"problem": pa.string(), "answer": pa.string()}).empty_table()
+    pq.write_table(pa.Table.from_pylist(rows) if rows else empty, tmp_path / "train.parquet")
     if answers is None:
         assert f"got no usable row of {len(cells)} in" in refuse(math, tmp_path)
         return
@@ -220,11 +206,6 @@ def test_text_that_is_no_unicode(tmp_path, monkeypatch):
     broken = pa.array([b"\xff\xfe?"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"problem": broken, "answer": ["1"]}), tmp_path / "train.parquet")
     assert re.search(r"train\.parquet \(.*utf-8.*\), expected a parquet file", refuse(math, tmp_path))
-
-
-def test_a_problem_of_10_mb_is_read(tmp_path):
-    write(tmp_path / "train.parquet", [{"problem": "9" * 10_000_000, "answer": "1"}, OWN_ROWS[0]])
-    assert [len(p.problem) for p in math("train", path=str(tmp_path))] == [10_000_000, 4]
 
 
 # --- multiple choice ---
@@ -277,11 +258,6 @@ def test_the_order_of_choices_depends_on_the_seed_and_the_row_alone(tmp_path):
     write(tmp_path / "test.parquet", GPQA_ROWS[:3])
     assert [p.answer for p in gpqa("test", path=str(tmp_path))] == answers[:3]
     assert "".join(answers[:7]) == "AABCBAA"  # what a score depends on stays the same on every machine
-
-
-def test_multiple_choice_in_own_columns_is_taken_as_it_is(tmp_path):
-    write(tmp_path / "test.parquet", [{"problem": "1?\n\nA) 1\nB) 2", "answer": "A"}])
-    assert [(p.problem, p.answer) for p in gpqa("test", path=str(tmp_path))] == [("1?\n\nA) 1\nB) 2", "A")]
 
 
 def test_multiple_choice_without_its_columns(tmp_path):
@@ -345,7 +321,6 @@ HUB_COLUMNS = {
     "Incorrect Answer 3, High-level domain",
 }
 """As far as public programs that read them tell."""
-REAL = ("math", "gsm8k", *BENCHMARKS, "gpqa")
 
 
 @pytest.mark.parametrize("dataset", (*BENCHMARKS, "gpqa"))
@@ -367,22 +342,8 @@ def test_benchmarks_are_pinned_read_the_hubs_columns_and_nothing_trains_on_them(
     assert options["split"] == ("train" if dataset in ("aime24", "aime25", "gpqa") else "test")
 
 
-@pytest.mark.parametrize("dataset", REAL)
-def test_dataset_configuration_builds_and_reads_files(dataset, composed, tmp_path):
-    write(tmp_path / dataset / "test.parquet", OWN_ROWS)
-    config = composed("algo=grpo", f"dataset={dataset}", f"dataset.path={tmp_path}").dataset
-    source = build_part(config.source, key="dataset.source")
-    assert [p.answer for p in source(config.eval_split, path=config.path)] == ["2", "4"]
-
-
 def test_dataset_brings_its_reward_and_the_command_line_wins(composed):
-    for overrides, reward in (
-        (["dataset=math"], "math_verify"),
-        (["dataset=gsm8k"], "math_verify"),
-        (["dataset=math", "reward=exact"], "exact"),
-        (["reward=exact", "dataset=math"], "exact"),
-        (["dataset=arithmetic"], "exact"),
-    ):
+    for overrides, reward in ((["dataset=math"], "math_verify"), (["reward=exact", "dataset=math"], "exact")):
         assert composed("algo=grpo", *overrides).reward.name == reward
 
 
@@ -416,7 +377,7 @@ def test_the_last_box_is_the_answer_in_each_row_of_math(split, several, broken):
 @needs_data
 @pytest.mark.parametrize(
     ("source", "split", "count"),
-    [(math, "train", 7498), (math, "test", 5000), (gsm8k, "train", 7473), (gsm8k, "test", 1319)],
+    [(math, "test", 5000), (gsm8k, "test", 1319)],
 )
 def test_real_sets(source, split, count, tmp_path):
     """The same questions in the hub's columns give the same problems: answers are taken from solutions."""

@@ -5,15 +5,13 @@ from collections.abc import Callable
 from statistics import fmean
 
 import pytest
-from transformers import PreTrainedModel
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.timing import Stopwatch
 from capo_exp.grading.terms import RewardTerms
-from capo_exp.grading.verifier import RewardResult
+from capo_exp.training.learner import Learner
 from capo_exp.training.rollout_step import Sampler, assign_credit, sample_rollout
 from tests.conftest import ALGORITHMS, SELECTING
-from tests.pieces import SMALL, graded, make_learner, run_updates
+from tests.pieces import Reader, run_updates
 from tests.test_rollout_hf import engine, prompts
 
 STEPS = 60
@@ -25,44 +23,27 @@ NUMBERS = (
 WIDE = ["policy_shift_max=3e-3", "objective_shift_min=-0.1", "objective_shift_max=0.1"]
 
 
-class EvenFirst:
-    """Reward 1 if the first token is even; the small model's completions are numbers in place of text."""
-
-    def score(
-        self, completions: list[list[str]], golds: list[tuple[str, ...]], problems: object = None
-    ) -> RewardResult:
-        return graded([[float(int(text.split()[0]) % 2 == 0) for text in row] for row in completions], {})
-
-    def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
-        return [True] * len(golds)
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> "EvenFirst":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+def even_first(text: str) -> float:
+    """1 if the first token is even; the small model's completions are numbers in place of text."""
+    return float(int(text.split()[0]) % 2 == 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_every_algorithm_learns_a_trivial_reward(
-    algo: str, small_model: PreTrainedModel, composed: Callable[..., TrainConfig]
-) -> None:
-    """About half of the first tokens are even before, at least nine in ten after 60 steps of 64
+def test_every_algorithm_learns_a_trivial_reward(algo: str, learner: Callable[..., Learner]) -> None:
+    """About half of the first tokens are even before, at least nine in ten within 60 steps of 64
     completions."""
     bounds = [f"algo.selection.{bound}" for bound in WIDE] if "capo" in algo else []
-    config = composed(*SMALL, f"algo={algo}", *NUMBERS, *bounds)
-    ours = make_learner(config, small_model)
+    ours = learner(f"algo={algo}", *NUMBERS, *bounds)
     questions = prompts(*((5 + i, 6, 7) for i in range(8)))
     source = engine(ours.model)
-    sampler = Sampler(source, source, EvenFirst(), questions, RewardTerms())
+    sampler = Sampler(source, source, Reader(even_first), questions, RewardTerms())
     accuracy: list[float] = []
     rejected: list[float] = []
     drawn = 0
     for step in range(1, STEPS + 1):
         got = sample_rollout(
-            config, ours.algorithm, sampler,
+            ours.config, ours.algorithm, sampler,
             step=step, first=drawn, weight_version=ours.optimizer_step, watch=Stopwatch(),
         )  # fmt: skip
         drawn += got.prompts
@@ -70,6 +51,8 @@ def test_every_algorithm_learns_a_trivial_reward(
         metrics, _ = run_updates(ours, batch, step)
         accuracy.append(got.metrics["reward/accuracy"])
         rejected += [line["selection/rejection_rate"] for line in metrics]
+        if step > 9 and fmean(accuracy[-5:]) >= 0.9:
+            break
     assert fmean(accuracy[:3]) < 0.7
     assert fmean(accuracy[-5:]) >= 0.9, accuracy
     assert max(rejected) > 0 if "capo" in algo else max(rejected) == 0 or algo in SELECTING

@@ -19,80 +19,48 @@ def box(content: str) -> str:
 HEAVY = {
     "power tower": box("9^{9^{9^{9}}}"),
     "factorial of factorials": box("((20!)!)!"),
-    "nested integrals": box(
-        r"\int_0^1 \int_0^x \sin(e^{\sqrt{t^5+x}}) \, dt \, dx + \prod_{k=1}^{900} (k^k+x)"
-    ),
 }
 """May run into the limit."""
 
 LIGHT = {
     "100,000 digits": box("7" * 100_000),
     "deep braces": box("{" * 5_000 + "7" + "}" * 5_000),
-    "deep parentheses": box("(" * 2_000 + "7" + ")" * 2_000),
     "deep fractions": box(r"\frac{1}{1+" * 300 + "x" + "}" * 300),
-    "10 MB of words": "seven " * 1_700_000,
-    "10 MB in a box": box("x" * 10_000_000),
-    "10 MB of unclosed boxes": "\\boxed{" * 1_400_000,
-    "10 MB of braces": "\\boxed{" + "{}" * 5_000_000,
-    "10 MB of backslashes": "\\boxed{" + "\\" * 10_000_000,
-    "many boxes": " ".join(box(str(i)) for i in range(3_000)),
+    "2 MB in a box": box("x" * 2_000_000),
+    "2 MB of unclosed boxes": "\\boxed{" * 300_000,
+    "2 MB of braces": "\\boxed{" + "{}" * 1_000_000,
+    "2 MB of backslashes": "\\boxed{" + "\\" * 2_000_000,
     "huge matrix": box(r"\begin{pmatrix}" + r"\\".join(["&".join("1" * 30)] * 30) + r"\end{pmatrix}"),
     "long sum": box("+".join(["x"] * 1_000)),
     "endless sum": box(r"\sum_{n=1}^{\infty} \frac{1}{n^2}"),
-    "big sum": box(r"\sum_{n=1}^{10^{9}} \sin(n)"),
-    "integral": box(r"\int_0^{\infty} e^{-x^2} dx"),
-    "limit": box(r"\lim_{x \to 0} \frac{\sin x}{x}"),
     "division by zero": box(r"\frac{7}{0}"),
-    "0 / 0": box("0/0"),
     "0^0": box("0^0"),
-    "infinity": box(r"\infty"),
     "infinity minus itself": box(r"\infty - \infty"),
-    "inf": box("inf"),
-    "nan": box("nan"),
     "control characters": box("\x01\x02\x1b[31m7\x7f"),
     "NUL": box("7\x00"),
     "lone surrogate": box("\ud800"),
     "surrogate beside a box": "\udfff" + box("8"),
     "right to left": "\u202e" + box("\u06f7\u200f"),
-    "zero width": box("\u200b7\u200b8"),
     "full-width digits": box("\uff18"),
-    "Devanagari digits": box("\u096d\u096d"),
-    "emoji": box("\U0001f937\u200d\u2640\ufe0f"),
     "combining marks": box("7" + "\u0301" * 5_000),
     "unclosed box": r"so \boxed{8",
-    "box without braces": r"so \boxed 8",
     "empty box": box(""),
-    "blank box": box(" \n\t"),
     "box of a box": box(box(box("8"))),
     "only a percent sign": box("%"),
     "broken fraction": box(r"\frac{7}"),
-    "broken root": box(r"\sqrt[3]"),
     "unknown command": box(r"\frobnicate{7}{8}"),
-    "unbalanced left": box(r"\left( 8"),
     "half of an environment": box(r"\begin{cases} 7"),
-    "dollar signs": "$$$$ $\\boxed{8}$ $$$ $",
     "reversed interval": box("(9, 2]"),
-    "interval to itself": box("[8, 8)"),
-    "union of nothing": box(r"\emptyset \cup \{\}"),
-    "mixed number": box(r"7\frac{1}{2}"),
     "percent": box(r"70\%"),
     "units": box(r"8 \text{ cm}^3"),
-    "thousands": box(r"7\,000"),
     "two answers": box(r"x = 7 \text{ or } x = 8"),
-    "plus or minus": box(r"\pm 7"),
     "Python": box("__import__('os').system('exit 1')"),
     "lambda": box("(lambda f: f(f))(lambda f: f(f))"),
-    "format string": box("{0.__class__}%s%n"),
-    "SQL": box("7'; DROP TABLE answers; --"),
-    "only hashes": "#" * 10_000,
     "answer is, endlessly": "the answer is " * 20_000,
     "1e400": box("1e400"),
-    "tiny exponent": box("10^{-100000}"),
     "big exponent": box("10^{100000}"),
     "a million roots": box(r"\sqrt{" * 400 + "7" + "}" * 400),
     "comparisons": box("1 < 2 < 3 < x < 7 \\le y"),
-    "equation of equations": box("x = y = z = x"),
-    "variables": box("abcdefghijklmnopqrstuvwxyz" * 4),
 }
 """None of them is 7; but for a machine that is busy, none needs long."""
 
@@ -101,10 +69,11 @@ NASTY_GOLDS = ["", " ", "$", "$$", "\x00", "\ud800", r"\frac{", "}", r"\boxed{",
 
 @pytest.fixture(scope="module")
 def verifier():
-    with math_verifier(timeout_seconds=1.5, workers=2, memory_limit_gib=2.0) as shared:
+    with math_verifier(timeout_seconds=1.0, workers=2, memory_limit_gib=2.0) as shared:
         yield shared
 
 
+@pytest.mark.slow
 def test_every_answer_gets_a_verdict_and_the_right_ones_stay_right(verifier):
     """A right answer between any two."""
     nasty = {**HEAVY, **LIGHT}
@@ -173,7 +142,7 @@ def texts(pieces: tuple[str, ...], shapes: tuple[str, ...]) -> st.SearchStrategy
 
 
 HARMFUL = (texts((*PIECES, "^", "^{", "!", "9"), (*SHAPES, *EXPLOSIVE)), formulas((*SHAPES, *EXPLOSIVE)))
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @QUICK
@@ -187,7 +156,8 @@ def test_grade_never_raises_and_says_the_same_twice(text, gold, style):
     find_last_box(text)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.tuples(*HARMFUL), min_size=20, max_size=40))
 def test_the_verifier_always_returns(verifier, rows):
     result = verifier.score([[text] for text, _ in rows], [(gold,) for _, gold in rows])

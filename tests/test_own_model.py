@@ -21,7 +21,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.files import list_checkpoints
-from capo_exp.runs.identity import run_id, select_results
+from capo_exp.runs.identity import run_id
 from capo_exp.training import loop as train
 from capo_exp.training.adamw_bfloat16 import AdamWBfloat16, join_bits, split_bits
 from capo_exp.training.optimizer import reset_moments
@@ -30,7 +30,7 @@ from tests.shapes import SHAPES
 MATH_7B, RATE = "Qwen/Qwen2.5-Math-7B", "regime.learning_rate=1e-4"
 SHORT = [
     RATE, "logger=files", "regime.prompts_per_step=2", "regime.group_size=2", "evaluation.num_problems=2",
-    "dataset.max_completion_tokens=8", "evaluation.every=0", "checkpoint.every=2", "num_steps=4",
+    "dataset.max_completion_tokens=8", "evaluation.every=0", "checkpoint.every=1", "num_steps=2",
 ]  # fmt: skip
 
 
@@ -73,14 +73,7 @@ def test_a_directory_is_a_model_however_it_is_written(home: Path, monkeypatch: p
 
 def test_what_else_is_said_of_model_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    for word in (
-        "model=tiny",
-        "model=tiny,keywords",
-        "model=tinny",
-        "model.path=x",
-        "seed=1",
-        "model=choice(a,b)",
-    ):
+    for word in ("model=tiny", "model=tiny,keywords", "model=tinny", "model.path=x", "model=choice(a,b)"):
         assert as_overrides([word]) == [word]
     several = ["model=auto", f"model.path='{home / 'my models'}','org/name'"]
     assert as_overrides(["model=my models,org/name"]) == several
@@ -115,11 +108,7 @@ def test_transformers_adds_what_a_file_leaves_to_its_class(tmp_path: Path) -> No
     shape = read_architecture(str(tmp_path), None)
     assert (shape["hidden_size"], shape["num_key_value_heads"], shape["intermediate_size"]) == (48, 4, 192)
     assert shape["tie_word_embeddings"] is True and shape["head_dim"] is None
-    for text, said in (
-        ("{", "a readable config.json"),
-        ("[]", "transformers knows"),
-        ("{}", "transformers k"),
-    ):
+    for text, said in (("{", "a readable config.json"), ("[]", "transformers knows")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"^model\.path={tmp_path}: expected .*{said}"):
             read_architecture(str(tmp_path), None)
@@ -190,16 +179,11 @@ def test_bfloat16_weights_move_as_float32_ones_do_also_after_a_checkpoint() -> N
     assert not torch.equal(whole.data, start.float()) and (half.data == start).float().mean() > 0.9
 
 
-def test_the_default_changes_no_identity(composed: Callable[..., TrainConfig]) -> None:
-    assert "load_dtype" not in select_results(composed())["model"]
-    assert run_id(composed("model.load_dtype=bfloat16")) != run_id(composed())
-
-
 @pytest.mark.slow
 def test_an_own_model_trains_in_bfloat16_and_resumes_to_the_same_bits(home: Path, tmp_path: Path) -> None:
     words = [f"model={home / 'my models' / 'a=b, c'}", "model.load_dtype=bfloat16", "algo.kl_coefficient=0.1"]
     runs = []
-    for name, stop in (("whole", None), ("stopped", 2)):
+    for name, stop in (("whole", None), ("stopped", 1)):
         config = commanded(*words, *SHORT, f"output_dir={tmp_path / name}")
         if stop:
             with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +191,7 @@ def test_an_own_model_trains_in_bfloat16_and_resumes_to_the_same_bits(home: Path
                 with pytest.raises(KeyboardInterrupt):
                     train.run(config)
         runs.append(train.run(config))
-    one, other = (list_checkpoints(run)[4] / "model.safetensors" for run in runs)
+    one, other = (list_checkpoints(run)[2] / "model.safetensors" for run in runs)
     assert one.read_bytes() == other.read_bytes()
     with safe_open(one, "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118

@@ -4,7 +4,6 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from capo_exp.config.build import build_part, check_target
 from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.places import is_local_path, resolve_model_path
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
 from capo_exp.config.schema import conf_dir
 from capo_exp.config.signature import find_faults, read_settings
@@ -195,12 +193,3 @@ def test_every_number_that_conf_can_set_has_a_range() -> None:
         bare += [f"{target}.{s.name}" for s in settings.values() if list(numbers_without_range(s.annotation))]
     assert not bare
     assert list(numbers_without_range(Bounds)) == [float]  # this test can fail
-
-
-def test_model_paths(tmp_path: Path) -> None:
-    assert Path(resolve_model_path("pkg://capo_exp/assets/tiny")).parts[-3:] == ("capo_exp", "assets", "tiny")
-    assert resolve_model_path("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
-    assert resolve_model_path("~/x") == str(Path.home() / "x")
-    with pytest.raises(ConfigError, match=r"model\.path=pkg://no_such_package/x"):
-        resolve_model_path("pkg://no_such_package/x")
-    assert is_local_path(str(tmp_path)) and is_local_path("./x") and not is_local_path("Qwen/Qwen2.5-0.5B")

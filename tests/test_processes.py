@@ -10,6 +10,7 @@ import pytest
 
 from capo_exp.runs import processes
 from capo_exp.runs.processes import forwarded_to, stop_signal
+from tests.process_pieces import alive, wait_for
 
 
 def test_signals_at_once_count_as_one_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,18 +52,7 @@ def test_a_child_ends_with_its_killed_parent(child: str) -> None:
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 15
-    while _alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} outlived its parent"
-        time.sleep(0.1)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_for(lambda: not alive(pid))
 
 
 def test_a_guarded_command_ends_as_it_would_alone() -> None:

@@ -1,6 +1,5 @@
 """What the model reads, and the order in which it reads it."""
 
-import io
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +17,6 @@ from capo_exp.core.policy import load_tokenizer
 from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.prompts import choose_visits, count_with_special_tokens, preview, render_prompts
 from capo_exp.grading.extract import find_last_box
-from capo_exp.runs.console import Progress
 from capo_exp.runs.identity import run_id
 
 CHAT_TEMPLATE = (
@@ -202,7 +199,7 @@ def test_a_chat_template_that_leaves_the_question_out():
             render(make_tokenizer(template), CONFIG)
 
 
-def test_a_problem_of_10_mb_is_dropped_without_being_tokenised(tokenizer, monkeypatch):
+def test_a_long_problem_is_dropped_without_being_tokenised(tokenizer, monkeypatch):
     seen: list[str] = []
     tokenise = type(tokenizer).__call__
 
@@ -211,11 +208,11 @@ def test_a_problem_of_10_mb_is_dropped_without_being_tokenised(tokenizer, monkey
         return tokenise(self, texts, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", watched)
-    kept, dropped = render_prompts([problem("9" * 10_000_000), problem("1+1?")], tokenizer, CONFIG)
+    kept, dropped = render_prompts([problem("9" * 1_000_000), problem("1+1?")], tokenizer, CONFIG)
     assert [prompt.problem.id for prompt in kept] == ["1+1?"] and dropped == 1
     assert seen == [kept[0].text]
     with pytest.raises(ConfigError, match="which drops all 1 prompts"):
-        render_prompts([problem("9" * 10_000_000)], tokenizer, CONFIG)
+        render_prompts([problem("9" * 1_000_000)], tokenizer, CONFIG)
 
 
 def test_control_characters_are_text_and_escaped_where_they_are_shown(tokenizer):
@@ -242,13 +239,6 @@ def test_a_prompt_is_shown_in_one_line_around_its_question():
     line = shown(chat.format(asked), asked, "7" * 99)
     assert len(line) <= 60 and "user\\nWha ... +1?<|im" in line and line.endswith("77777")
     assert shown("1+1?\n", "1+1?") == r"1+1?\n => 2"
-
-
-def test_a_console_of_few_characters_shows_any_prompt():
-    raw = io.BytesIO()
-    console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), highlight=False)
-    Progress(total_steps=1, console=console).message(shown("Janet\u2019s", "Janet\u2019s"))
-    assert raw.getvalue() == b"Janet\\u2019s => 2\n"
 
 
 def test_a_tokenizer_without_pad_or_end_token(composed, tmp_path):

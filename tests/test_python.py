@@ -26,6 +26,7 @@ def test_importing_is_light_and_every_name_is_there() -> None:
         capo_exp.tran  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_tables(tmp_path: Path) -> None:
     first = capo_exp.train("algo=grpo", *SHORT, f"output_dir={tmp_path}")
     again = capo_exp.train("algo=grpo", *SHORT, f"output_dir={tmp_path}")
@@ -78,8 +79,3 @@ def test_an_evaluation_that_is_wrong_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(capo_exp.ConfigError, match=message):
             capo_exp.evaluate(*overrides, f"output={tmp_path}")
-
-
-def test_no_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(capo_exp.ConfigError, match="no run there"):
-        capo_exp.load_runs(tmp_path)

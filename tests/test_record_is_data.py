@@ -4,9 +4,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -56,8 +57,8 @@ capo_exp.data.math_problems.read_hub capo_exp.data.math_problems.ProblemSet.__ca
 capo_exp.algorithms.neutral.keep_all.__globals__ capo_exp..os.system . capo_exp/algorithms/neutral.keep_all
 capo_exp.algorithms.neutral.keep_all( ${oc.env:EVIL}
 """
-TARGETS: list[Any] = [*LISTED.split()]
-TARGETS += ["", "os.system\n", " os.system", 42, None, ["os", "system"]]
+ODD: list[Any] = ["", "os.system\n", " os.system", 42, None, ["os", "system"]]
+FEW: list[Any] = ["os.system", "capo_exp.rollout.vllm_process.subprocess.Popen", "${oc.env:EVIL}", *ODD[::3]]
 FUNCTION_REWARD = {
     "_target_": "capo_exp.grading.function.FunctionVerifier", "_partial_": True, "correct_from": 1.0,
     "failure_reward": 0.0, "in_process": True, "timeout_seconds": 5.0, "workers": 1, "memory_limit_gib": 4.0,
@@ -73,10 +74,6 @@ DEPTHS: dict[str, Callable[[Values, Values], object]] = {
     ),
 }
 each_depth = pytest.mark.parametrize("put", DEPTHS.values(), ids=DEPTHS)
-few_or_all = pytest.mark.parametrize(
-    "targets",
-    [pytest.param(TARGETS[::20], id="few"), pytest.param(TARGETS, id="all", marks=pytest.mark.slow)],
-)
 
 
 def evil(target: Any) -> Values:
@@ -127,15 +124,17 @@ def recorded(config: TrainConfig) -> Values:
     return {str(key): value for key, value in plain.items()}
 
 
+COMPOSED_ONCE = cache(lambda overrides, config_dir: compose_config(list(overrides), config_dir=config_dir))
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composes what an evaluation asks for once: 200 of them would take minutes."""
-    once = cache(lambda overrides, config_dir: compose_config(list(overrides), config_dir=config_dir))
-    monkeypatch.setattr(
-        evaluate_config,
-        "compose_config",
-        lambda overrides, *, config_dir=None: deepcopy(once(tuple(overrides), config_dir)),
-    )
+    """Composes what an evaluation asks for once: it takes longer than all that is looked at here."""
+
+    def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Any:
+        return deepcopy(COMPOSED_ONCE(tuple(overrides), config_dir))
+
+    monkeypatch.setattr(evaluate_config, "compose_config", compose)
 
 
 def run_job(text: str, *arguments: str) -> int:
@@ -154,60 +153,44 @@ def run_training(*arguments: str) -> int:
             return int(end.code or 0)
 
 
-@few_or_all
-@each_depth
-def test_no_target_of_a_record_is_run_again(
-    put: Callable[[Values, Values], object],
-    targets: list[Any],
-    values: Values,
-    here: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Not even in the user's own sweep."""
-    assert len(TARGETS) >= 60
-    for target in targets:
-        put(hostile := deepcopy(values), evil(target))
-        assert run_job(json.dumps(hostile), "own=true") == 2, target
-        line = capsys.readouterr().err
-        assert ("_target_" in line or "reward.verifier.function=" in line) and line.count("\n") == 1, line
-    assert not list(here.iterdir())
+def test_only_parts_of_the_package_are_built() -> None:
+    for target in [*LISTED.split(), *ODD]:
+        for part in (evil(target), evil(target) | {"_partial_": True}):
+            with pytest.raises(ConfigError, match="_target_"):
+                build_part(part, key="k")
+    assert not Path("PWNED").exists()
 
 
-@few_or_all
 @pytest.mark.usefixtures("quick")
 @each_depth
-def test_no_target_of_a_record_is_evaluated_or_drawn(
+def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(
     put: Callable[[Values, Values], object],
-    targets: list[Any],
     record: Callable[[Values], Path],
     values: Values,
     here: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Not even in the user's own sweep; nor is one of a user's own YAML run."""
     folder = record(values)
     keys: Any = OmegaConf.merge(
         OmegaConf.structured(EvaluateCommand), OmegaConf.load(conf_dir() / "evaluate.yaml")
     )
     command: Any = replace(OmegaConf.to_object(keys), run=[str(folder)], samples=1, num_problems=1)
-    for target in targets:
+    OmegaConf.set_struct(base := COMPOSED_ONCE((), None).copy(), False)
+    for target in FEW:
         put(hostile := deepcopy(values), evil(target))
         record(hostile)
+        assert run_job(json.dumps(hostile), "own=true") == 2, target
         assert front.exit_status(lambda: evaluate.show_scores(command)) == 2, target
-        line = capsys.readouterr().err
-        assert ("_target_" in line or "reward.verifier.function=" in line) and line.count("\n") == 1, line
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2, lines
+        assert all("_target_" in line or "reward.verifier.function=" in line for line in lines), lines
+        put(own := {"reward": {}, "dataset": {"source": {"families": {}}}}, evil(target))
+        with pytest.raises(ConfigError, match=r"_target_|reward\.verifier\.function="):
+            check(to_config(OmegaConf.merge(base, own)))  # pyright: ignore[reportArgumentType]
     assert status.main([str(here / "outputs")]) == 0  # of the last one
     assert figures.main([f"runs={folder}", "figure=stability", f"output={here / 'figures'}"]) in (0, 2)
     assert sorted(path.name for path in here.iterdir() if path.name != "figures") == ["outputs"]
-
-
-@each_depth
-def test_no_target_of_a_users_own_yaml_runs(put: Callable[[Values, Values], object], values: Values) -> None:
-    OmegaConf.set_struct(base := compose_config(()), False)
-    for target in TARGETS:
-        put(hostile := {"reward": {}, "dataset": {"source": {"families": {}}}}, evil(target))
-        with pytest.raises(ConfigError, match=r"_target_|reward\.verifier\.function="):
-            check(to_config(OmegaConf.merge(base, hostile)))  # pyright: ignore[reportArgumentType]
-    assert not Path("PWNED").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,10 +218,10 @@ def test_no_experiment_file_runs_or_allows_anything(
 ) -> None:
     (here / "own" / "experiment").mkdir(parents=True)
     (here / "own" / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
-    for more in ([], ["-m", "seed=0,1"]):
-        assert run_training("--config-dir", "own", "experiment=x", "plan_only=true", *more) == 2
-        err = capsys.readouterr().err
-        assert "Traceback" not in err and ("expected" in err or "cannot run" in err), err
+    more = ["-m", "seed=0,1"] if re.search("launcher|sweeper", text) else []
+    assert run_training("--config-dir", "own", "experiment=x", "plan_only=true", *more) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and ("expected" in err or "cannot run" in err), err
     shutil.rmtree("outputs", ignore_errors=True)
     assert [path.name for path in here.iterdir()] == ["own"]
 
@@ -279,55 +262,55 @@ def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pyt
     allow_plugins([])
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["${oc.env:HF_TOKEN} {problem}", r"\${seed} {problem}", "${hydra:job.name}{problem}", "${{problem}"],
-)
-def test_an_interpolation_in_a_record_is_text(
-    text: str, values: Values, record: Callable[[Values], Path]
-) -> None:
-    values["dataset"]["template"] = text
-    config = read_config(json.dumps(values))
-    assert config.dataset.template == text
-    assert read_config(to_yaml(config), ["own=true"]).dataset.template == text  # as often as it is recorded
-    run = evaluate_config.run_config(record(values))
-    assert evaluate_config.benchmark_config("arithmetic", [], run=run).dataset.template == text
-    assert OmegaConf.to_object(OmegaConf.create({"a": as_data([text])})) == {"a": [text]}
+@pytest.mark.usefixtures("quick")
+def test_an_interpolation_in_a_record_is_text(values: Values, record: Callable[[Values], Path]) -> None:
+    for text in (
+        "${oc.env:HF_TOKEN} {problem}",
+        r"\${seed} {problem}",
+        "${hydra:job.name}{problem}",
+        "${{problem}",
+    ):
+        values["dataset"]["template"] = text
+        config = read_config(json.dumps(values))
+        assert config.dataset.template == text
+        again = read_config(to_yaml(config), ["own=true"])
+        assert again.dataset.template == text  # as often as it is recorded
+        run = evaluate_config.run_config(record(values))
+        assert evaluate_config.benchmark_config("arithmetic", [], run=run).dataset.template == text
+        assert OmegaConf.to_object(OmegaConf.create({"a": as_data([text])})) == {"a": [text]}
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model.path", "evil/model"),
-        ("model.path", "/etc"),
-        ("model.path", "pkg://capo_exp/../../etc"),
-        ("dataset.path", "/etc"),
-        ("rollout.server_url", "http://evil:8000"),
-        ("rollout.engine.server_url", "http://evil:8000"),
-        ("dataset.source.hub_id", "evil/data"),
-        ("dataset.source.eval_path", "/etc/passwd"),
-        ("output_dir", "/tmp/evil"),
-    ],
-)
+PLACES = {
+    "model.path": ["evil/model", "/etc", "pkg://capo_exp/../../etc"],
+    "dataset.path": ["/etc"],
+    "rollout.server_url": ["http://evil:8000"],
+    "rollout.engine.server_url": ["http://evil:8000"],
+    "dataset.source.hub_id": ["evil/data"],
+    "dataset.source.eval_path": ["/etc/passwd"],
+    "output_dir": ["/tmp/evil"],
+}
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_record_names_no_place(
-    key: str, value: str, values: Values, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
+    values: Values, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    *groups, name = key.split(".")
-    node = values
-    for group in groups:
-        node = node[group]
-    node[name] = value
-    text = json.dumps(values)
-    assert run_job(text) == 2
-    line = f"{key}={value}: stands in a record only, whose servers, paths and hub ids are not used; expected"
-    assert line in capsys.readouterr().err
-    assert _at(read_config(text, [f"{key}={value}"]), key) == value
-    assert _at(read_config(text, ["own=true"]), key) == value
-    assert _at(read_config(text, [f"{key}=another"]), key) == "another"
-    if key != "output_dir":
-        run = record(values)
-        evaluate.main([f"run={run}", "num_problems=1", "samples=1"])
-        assert line in capsys.readouterr().err
+    for key, value in [(key, value) for key, several in PLACES.items() for value in several]:
+        *groups, name = key.split(".")
+        node = hostile = deepcopy(values)
+        for group in groups:
+            node = node[group]
+        node[name] = value
+        line = f"{key}={value}: stands in a record only, whose servers, paths and hub ids are not used; exp"
+        with pytest.raises(ConfigError) as refused:
+            read_config(json.dumps(hostile))
+        assert str(refused.value).startswith(line)
+        if value in ("evil/model", "evil/data"):
+            evaluate.main([f"run={record(hostile)}", "num_problems=1", "samples=1"])
+            assert line in capsys.readouterr().err
+    text = json.dumps(hostile)  # but for the command line's own word
+    for own, expected in ((f"{key}={value}", value), ("own=true", value), (f"{key}=another", "another")):
+        assert _at(read_config(text, [own]), key) == expected
 
 
 def _at(config: Any, key: str) -> Any:
@@ -368,23 +351,10 @@ def test_a_record_overwrites_nothing_and_takes_no_key(values: Values) -> None:
         read_config(json.dumps(values), ["seed=1"])
 
 
-NAMES = [
-    "../x",
-    "..",
-    ".",
-    "a/b",
-    "/etc/x",
-    "a\\b",
-    "a\nb",
-    "a\x00b",
-    "\x1b[31m",
-    "",
-    "-x",
-    "a" * 300,
-    "x\u2028y",
-]
+NAMES = ["../x", "..", "a/b", "/etc/x", "a\\b", "a\nb", "a\x00b", "\x1b[31m", "", "-x", "a" * 300, "x\u2028y"]
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "key", ["model.name", "dataset.name", "algo.name", "algo.variant", "regime.name", "experiment_name",
             "dataset.eval_split", "dataset.train_split", "algo.step_rule_name", "rollout.name"]
@@ -401,26 +371,15 @@ def test_a_name_that_becomes_a_path_is_one_folder(
         setattr(_at(config, groups[0]) if groups else config, last, name)
         with pytest.raises(ConfigError, match=rf"^{key}="):
             check(config)
-        run = record(recorded(config))
-        if name in NAMES[:2] and key in ("model.name", "dataset.name", "rollout.name", "dataset.eval_split"):
+        if name == "../x" and key in ("model.name", "dataset.name", "rollout.name", "dataset.eval_split"):
+            run = record(recorded(config))
             assert evaluate.main([f"run={run}", "num_problems=1", "samples=1", f"output={here / 'out'}"]) == 2
     assert not list(here.rglob("*-*/arithmetic-*"))
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "[1]",
-        "a: [",
-        "x",
-        "{model: 1}",
-        "{model: {name: a}, dataset: 3}",
-        "\t",
-        "? [a]\n: b",
-        "1: 2",
-        "{algo: 7}",
-    ],
+    ["", "[1]", "a: [", "{model: 1}", "{model: {name: a}, dataset: 3}", "\t", "? [a]\n: b", "1: 2"],
 )
 def test_a_record_that_is_no_configuration_is_one_line(
     text: str, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ from capo_exp.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference" / "default"  # a real run
-STEPS, SCALE = 100, 10
+STEPS, SCALE = 50, 20
 LIMIT = 22_000_000
 
 
@@ -62,9 +62,8 @@ def _row(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [30, 500])
 def test_a_thousand_steps_take_less_than_22_mb(
-    tokens: int, text: list[str], composed: Callable[..., TrainConfig], tmp_path: Path
+    text: list[str], composed: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     config = composed("algo=capo", "logger=wandb")
     row, evaluation = (read_jsonl(REFERENCE / name)[-1] for name in ("metrics.jsonl", "eval.jsonl"))
@@ -82,10 +81,10 @@ def test_a_thousand_steps_take_less_than_22_mb(
             if step % config.evaluation.every == 0:
                 logger.log_evaluation({key: noisy(value) for key, value in evaluation.items()} | counters)
             if step % config.logger.completions_every == 0:
-                logger.log_completions(step, completions(text, tokens, rng))
+                logger.log_completions(step, completions(text, 500, rng))
     size = {place.name: _bytes(place) for place in tmp_path.iterdir()}
     assert size.keys() >= {"metrics.jsonl", "eval.jsonl", "completions", "wandb"}
-    assert size["wandb"] > 100_000
+    assert size["wandb"] > 50_000
     assert SCALE * sum(size.values()) < LIMIT, {name: SCALE * count for name, count in size.items()}
 
 

@@ -128,12 +128,6 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
     assert "b: 1 of 1 logged steps: 10; all 1 completions of these" in page.text
 
 
-def test_a_run_without_a_step_has_no_numbers(tmp_path: Path) -> None:
-    (line,) = overview([LoggedRun(tmp_path, {}, {}, [], [])], ["a run"], [])
-    assert [cell.text for cell in line.cells[1:]] == ["0 of ?", "-", "-", "-", "-", "-", "-", "-"]
-    assert [cell.value for cell in line.cells[2:]] == [""] * 7
-
-
 def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written: Study) -> None:
     table = differing(written.runs, run_labels(written.runs, written.curves))
     assert table.heads == ["CAPO (A) (2 runs)", "GRPO (A) · seed 0", "DAPO (A) · seed 0"]

@@ -47,18 +47,6 @@ def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
     assert note == f"12 of 20 logged steps: {said}; the first 24 of 48 completions of these"
 
 
-def test_three_digits() -> None:
-    said = [viewer.digits(v) for v in (1.23456e-7, -0.0123456, 123456.7, 1.0, 0.0)]
-    assert said == [1.23e-7, -0.0123, 123000, 1, 0]
-    assert [viewer.digits(v) for v in (math.nan, math.inf, None)] == [None] * 3
-
-
-def test_colours_begin_at_one_and_three(tmp_path: Path) -> None:
-    assert viewer.edges([-2e-3] * 5000 + [9.0, 0.0, None], 4) == [3e-5, 1e-4, 3e-4, 1e-3]
-    assert viewer.edges([4e-6], 3) == [3e-7, 1e-6, 3e-6]
-    assert viewer.edges([0.0, None], 2) == [0.3, 1.0]
-
-
 def test_a_kept_token_is_kept_and_a_bound_itself_is_beyond() -> None:
     limit = float(np.float32(1e-4))  # as parquet has it
 

@@ -24,6 +24,7 @@ from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.processes import stop_signal
 from capo_exp.training import loop as train
+from tests.pieces import NO_TOKENIZER, logged
 
 STEPS = 6
 SMALL = [
@@ -49,7 +50,7 @@ def train_on(terminal: str, config: TrainConfig) -> None:
         sys.exit(130)
 
 
-def logged(run: Path) -> int:
+def steps(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -78,10 +79,7 @@ def run_until(config: TrainConfig, ready: Callable[[Path], bool], end: signal.Si
 
 def outcome(run: Path) -> tuple[dict[str, list[float]], list[str], list[str]]:
     weights = load_file(run / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors")
-    timeless = []
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-        timeless += [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
+    timeless = [json.dumps(row) for name in ("metrics", "eval") for row in logged(run / f"{name}.jsonl")]
     return {k: v.tolist() for k, v in weights.items()}, timeless, sorted(os.listdir(run / "completions"))
 
 
@@ -101,9 +99,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 KILLS: list[Callable[[Path], bool]] = [
-    lambda run: logged(run) >= 1,  # before the first checkpoint
+    lambda run: steps(run) >= 1,  # before the first checkpoint
     lambda run: any((run / "checkpoints").glob(".step_000002")),  # while a checkpoint is written
-    lambda run: logged(run) >= 3,  # between two
+    lambda run: steps(run) >= 3,  # between two
 ]
 
 
@@ -116,9 +114,9 @@ def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(
         assert run_until(config, ready, signal.SIGKILL) == -signal.SIGKILL
         assert not (run / "checkpoints" / f"step_{STEPS:06d}").exists()
     for number, end in enumerate((signal.SIGHUP, signal.SIGINT), start=3):
-        assert run_until(config, lambda run, steps=number + 1: logged(run) >= steps, end) == 130
+        assert run_until(config, lambda run, done=number + 1: steps(run) >= done, end) == 130
         assert (state := record(run))["status"] == "interrupted" and state["resumed"] == number
-        assert logged(run) == max(list_checkpoints(run)) == state["counters"]["rollout_step"] < STEPS
+        assert steps(run) == max(list_checkpoints(run)) == state["counters"]["rollout_step"] < STEPS
     assert outcome(train.run(config)) == outcome(undisturbed)
     assert (record(run)["status"], record(run)["resumed"]) == ("finished", 5)
 
@@ -192,10 +190,7 @@ def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
 
 
 def test_steps_are_numbers_and_other_files_are_left_alone(
-    small_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    small_model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
     for name in ("step_abc", "step_2", "step_-00003", "step_000007 (copy)", ".step_000004", "old"):
@@ -206,7 +201,7 @@ def test_steps_are_numbers_and_other_files_are_left_alone(
     assert ours.latest() is None and not caplog.messages
     steps = (5, 999_998, 999_999, 1_000_000)
     for step in steps:
-        ours.save(step, {}, small_model, tokenizer)
+        ours.save(step, {}, small_model, NO_TOKENIZER)
     assert list(list_checkpoints(tmp_path)) == [999_999, 1_000_000]
     found = ours.latest(), ours.latest(before=1_000_000)
     assert found == (folder / "step_1000000", folder / "step_999999")
@@ -215,7 +210,7 @@ def test_steps_are_numbers_and_other_files_are_left_alone(
     assert late.latest() == folder / "step_999999"
     (folder / "step_000006").symlink_to(folder / "old")
     for step in (9, 6):  # a file, and a link, with its name
-        late.save(step, {}, small_model, tokenizer)
+        late.save(step, {}, small_model, NO_TOKENIZER)
     left = {path.name for path in folder.iterdir()}
     assert {".DS_Store", "._step_000003", "step_abc", "step_2", "old"} < left and ".step_000004" not in left
     assert find_damage(folder / "step_000006", "a") is None and not list((folder / "old").iterdir())

@@ -123,14 +123,6 @@ def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> Non
         assert run_id(other) != run_id(strict)
 
 
-@pytest.mark.parametrize("name", ["math_verify_format", "math_verify_length"])
-def test_shipped_rewards_with_terms(composed: Compose, name: str) -> None:
-    config = composed("algo=grpo", f"reward={name}")
-    check(config)
-    terms = build_terms(config.reward)
-    assert (terms.format is None) != (terms.length is None) and config.reward.verifier["style"] == "boxed"
-
-
 def test_weights_that_cannot_work(composed: Compose) -> None:
     for override, expected in (
         ("reward.format_weight=0.1", "0, or a function of capo_exp.grading.terms"),

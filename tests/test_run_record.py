@@ -15,7 +15,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import record as run_record
 from capo_exp.runs.disk import find_removable
-from capo_exp.runs.files import replace_file, write_json
+from capo_exp.runs.files import write_json
 from capo_exp.runs.identity import run_dir, run_id
 from capo_exp.runs.lock import is_locked, locked
 from capo_exp.runs.record import RunRecord, clear, find_shorter, read_git_state, read_record, run_status
@@ -119,15 +119,6 @@ def test_clear_leaves_the_lock_and_what_is_not_ours(config: TrainConfig, tmp_pat
         clear(tmp_path)
         left = [".lock", "disk", "notes.txt", "wandb"]
         assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(RuntimeError), replace_file(tmp_path / "a") as partial:
-        partial.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "a").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 HOLDER = """

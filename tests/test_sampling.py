@@ -1,7 +1,6 @@
 """Sampling a rollout step: rounds until enough groups pass, what is counted, how calls are cut, where the
 data goes on; and demonstrations in the place of samples."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
@@ -25,7 +24,7 @@ from capo_exp.rollout.demonstrations import DemonstrationRollout
 from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
 from capo_exp.training.rollout_step import Rollout, Sampler, assign_credit, sample_rollout
-from tests.pieces import SMALL, Reader, completion, make_learner, prompt, run_updates, weights
+from tests.pieces import SMALL, Reader, completion, logged, make_learner, prompt, run_updates, weights
 
 Compose = Callable[..., TrainConfig]
 SIZE = ("regime.prompts_per_step=4", "regime.group_size=2")
@@ -160,7 +159,6 @@ def test_steps_visit_the_data_without_gap_or_repetition(composed: Compose) -> No
     [
         ("per_step", 2, [6]),
         ("per_micro_batch", 4, [2, 2, 2]),
-        ("per_micro_batch", 2, [1] * 6),
         ("per_micro_batch", 3, [1] * 6),  # less than two groups: one at a time
         ("per_micro_batch", 1, [1] * 6),  # not even one
         ("per_micro_batch", 8, [4, 2]),
@@ -213,11 +211,7 @@ def test_the_logged_reward_is_the_shaped_one(composed: Compose, small_model: Pre
     assert metrics == {"reward/mean": pytest.approx(0.5 - 0.5)} and drawn.metrics["reward/accuracy"] == 0.5
 
 
-def lines(path: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-
-
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,8 +239,8 @@ def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
     with pytest.raises(RuntimeError, match="the power is gone"):
         train.run(parts)
     directory = train.run(parts)
-    expected = lines(whole / "metrics.jsonl")
-    assert lines(directory / "metrics.jsonl") == expected and len(expected) == 5
+    expected = logged(whole / "metrics.jsonl")
+    assert logged(directory / "metrics.jsonl") == expected and len(expected) == 5
     drawn = [row["counter/prompts"] for row in expected]
     assert calls == [0, *drawn[:3], *drawn[2:4]]
     assert len({row["rollout/sampling_rounds"] for row in expected}) > 1

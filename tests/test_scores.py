@@ -13,7 +13,6 @@ from capo_exp.core.intervals import Estimate
 from capo_exp.evaluation import scores
 from capo_exp.evaluation.scores import (
     Solved,
-    average,
     choose_sizes,
     estimate,
     majority_at,
@@ -39,12 +38,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(correct, data):
     expected = Fraction(sum(map(any, subsets)), len(subsets))
     problem = Solved(tuple(correct), tuple(map(int, correct)))
     assert pass_at([problem], k) == pytest.approx([float(expected)])
-
-
-def test_pass_at_one_is_the_average():
-    problems = [solved("1000"), solved("1111"), solved("0000"), solved("1100")]
-    assert list(average(problems)) == [0.25, 1, 0, 0.5]
-    assert pass_at(problems, 1) == pytest.approx(average(problems))
 
 
 def test_pass_at_k_for_problems_with_different_numbers_of_samples():
@@ -136,8 +129,3 @@ def test_summary_is_plain_numbers():
     assert list(found["majority_at"]) == ["1", "2", "4"]
     sizes = [choose_sizes([solved("1" * n) for n in counts]) for counts in ([6, 9], [16], [1])]
     assert sizes == [[1, 2, 4, 6], [1, 2, 4, 8, 16], [1]]
-
-
-def test_estimate_reads_as_percent():
-    assert str(Estimate(0.4321, 0.41, 0.4549)) == "43.2 [41.0, 45.5]"
-    assert str(Estimate(0.5, None, None)) == "50.0"

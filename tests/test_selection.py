@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ from tests.pieces import (
 )
 from tests.test_curvature import random_tokens
 
-Compose = Callable[..., TrainConfig]
+Compose, Make = Callable[..., TrainConfig], Callable[..., Learner]
 Batches = Callable[..., Batch]
 INF = float("inf")
 OFF = dict(zip(BOUNDS, (INF, -INF, INF), strict=True))
@@ -260,25 +261,6 @@ WHOLE_STEP = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
-def test_what_decides_about_the_whole_step_sees_it_whole(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, name: str
-) -> None:
-    """The scoring pass follows from what the selection declares."""
-    config = composed(*SMALL, "algo=grpo", f"selection={name}", "model.micro_batch_size=4")
-    ours, seen = make_learner(config, small_model), []
-    genuine = ours.algorithm.selection
-
-    def look(scored: Scored) -> Selection:
-        seen.append(len(scored.batch.group_ids))
-        return genuine(scored)
-
-    marked = whole_step(look) if ours.algorithm.scoring_pass else look
-    ours.algorithm = replace(ours.algorithm, selection=marked)
-    take_step(ours, random_batch())
-    assert seen == ([8] if name in WHOLE_STEP else [4, 4])
-
-
 def test_levels_in_sequence_look_at_what_is_left_and_all_levels_at_everything() -> None:
     """One token with a large state spoils its completion's mean update. Alone, the completion level rejects
     the completion; after the token level has taken the token out, it keeps the rest. The product of the masks
@@ -366,11 +348,10 @@ def test_at_matched_rate_rejects_as_many_as_capo(name: str) -> None:
 
 
 def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+    learner: Make, random_batch: Batches
 ) -> None:
     def kept(*overrides: str) -> list[Tensor]:
-        config = composed(*SMALL, "algo=grpo", "selection=random", "algo.selection.rate=0.5", *overrides)
-        ours = make_learner(config, small_model)
+        ours = learner("algo=grpo", "selection=random", "algo.selection.rate=0.5", *overrides)
         return [take_step(ours, random_batch())[1].selection.keep_mask for _ in range(3)]
 
     first, again, other = kept(), kept("model.micro_batch_size=2"), kept("seed=1")
@@ -402,26 +383,22 @@ def partly(name: str) -> list[str]:
     return [f"selection={name}", *(f"{within}.{number}" for number in chosen)]
 
 
-def force_scoring(ours: Learner, scoring: bool) -> Learner:
-    """Gives a learner a scoring pass, or takes it away, whatever its selection declares."""
-    select = ours.algorithm.selection
-    bare = lambda scored: select(scored)  # noqa: E731
-    ours.algorithm = replace(ours.algorithm, selection=whole_step(bare) if scoring else bare)
-    return ours
-
-
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_scoring_pass_makes_micro_batches_one_batch(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, name: str
+    learner: Make, random_batch: Batches, name: str
 ) -> None:
     """Micro-batches of 2 after a scoring pass, one of 96 without (but for those that draw by position): the
-    same tokens, the same weights."""
+    same tokens, the same weights. A pass is made where the selection declares that it needs one."""
     learners: list[Learner] = []
     kept: list[list[Tensor]] = []
     for size, scoring in ((2, True), (96, name in CHANCE)):
-        config = composed(*SMALL, "algo=grpo", *partly(name), f"model.micro_batch_size={size}")
-        learners.append(force_scoring(make_learner(config, small_model), scoring))
-        chosen = [take_step(learners[-1], random_batch(seed=seed))[1].selection for seed in range(3)]
+        ours = learner("algo=grpo", *partly(name), f"model.micro_batch_size={size}")
+        assert ours.algorithm.scoring_pass == (name in WHOLE_STEP)
+        select = ours.algorithm.selection
+        bare = lambda scored, select=select: select(scored)  # noqa: E731
+        ours.algorithm = replace(ours.algorithm, selection=whole_step(bare) if scoring else bare)
+        learners.append(ours)
+        chosen = [take_step(ours, random_batch(seed=seed))[1].selection for seed in range(2)]
         kept.append([one.weighed(one.keep_mask.float()) for one in chosen])
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-3, atol=0)
     torch.testing.assert_close(weights(learners[0]), weights(learners[1]), rtol=1e-3, atol=1e-4)
@@ -429,42 +406,45 @@ def test_a_scoring_pass_makes_micro_batches_one_batch(
     assert max(shares) > 0 and min(shares) < 1, shares
 
 
-def test_a_scoring_pass_counts_the_kept_tokens(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
+@pytest.mark.parametrize(("name", "rows"), [("capo", [4, 4]), ("random", [8])])
+def test_what_decides_about_the_whole_step_sees_it_whole(
+    learner: Make, random_batch: Batches, name: str, rows: list[int]
 ) -> None:
-    """Then a mean over kept tokens is one over all micro-batches: N / kept times the mean over all."""
-    batch, found = random_batch(), []
-    for aggregation in ("token_mean", "token_mean_over_kept"):
-        config = composed(
-            *SMALL, "algo=dapo", *partly("capo"), "model.micro_batch_size=3",
-            f"algo.aggregation._target_=capo_exp.algorithms.aggregation.{aggregation}",
-        )  # fmt: skip
-        ours = make_learner(config, small_model)
-        seen = watch_gradients(ours)
+    """Then a mean over kept tokens is one over all micro-batches, too: N / kept times the mean over all."""
+    found, seen = [], list[int]()
+    for mean in ("token_mean", "token_mean_over_kept"):
+        aggregation = f"algo.aggregation._target_=capo_exp.algorithms.aggregation.{mean}"
+        ours = learner("algo=dapo", *partly(name), "model.micro_batch_size=4", aggregation)
+        genuine = ours.algorithm.selection
+
+        def look(scored: Scored, genuine: Any = genuine) -> Selection:
+            seen.append(len(scored.batch.group_ids))
+            return genuine(scored)
+
+        marked = whole_step(look) if name == "random" else look
+        ours.algorithm = replace(ours.algorithm, selection=marked)
+        gradients, batch = watch_gradients(ours), random_batch()
         _, record = take_step(ours, batch)
-        found.append(seen[0])
+        found.append(gradients[0])
+    assert seen == [*rows, 8]
     factor = batch.completion_mask.sum() / record.selection.keep_mask.sum()
     assert 1 < factor < INF
     torch.testing.assert_close([factor * g for g in found[0]], found[1], rtol=1e-4, atol=1e-7)
 
 
-PAIRS = [(name, "capo") for name in BASES] + [
-    (BASES[(5 * i + j) % len(BASES)], name)
-    for i, name in enumerate(SELECTIONS)
-    if name != "capo"
-    for j in range(2)
-]
+PAIRS = [(BASES[5 * i % len(BASES)], name) for i, name in enumerate(SELECTIONS)]
+PAIRS += [(name, "capo") for name in BASES if (name, "capo") not in PAIRS]
 
 
 @pytest.mark.parametrize(("algo", "selection"), PAIRS)
 def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_gradient(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, algo: str, selection: str
+    learner: Make, random_batch: Batches, algo: str, selection: str
 ) -> None:
     """With respect to the log-probs of rejected tokens the loss of the two YAMLs, KL terms too, has a
     gradient of exactly 0; kept ones have one. Off-policy, with a reference elsewhere."""
-    config = composed(*SMALL, f"algo={algo}", *partly(selection), "model.micro_batch_size=4")
-    assert (config.algo.name, config.algo.full_name) == (algo, f"{algo}-{selection}")
-    ours, batch = make_learner(config, small_model, distance=0.05), random_batch()
+    given = (f"algo={algo}", *partly(selection), "model.micro_batch_size=4")
+    ours, batch = learner(*given, distance=0.05), random_batch()
+    assert (ours.config.algo.name, ours.config.algo.full_name) == (algo, f"{algo}-{selection}")
     metrics, record = take_step(ours, batch)
     keep, mask = record.selection.keep_mask, batch.completion_mask
     rate = 1 - keep.sum().item() / mask.sum().item()
@@ -484,35 +464,30 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     assert torch.equal(gradient != 0, keep)
 
 
-@pytest.mark.parametrize("algo", BASES)
-def test_with_every_token_rejected_no_weight_moves(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, algo: str
+BOUNDED = [((f"algo={name}", "selection=capo"), name) for name in BASES]
+BOUNDED += [(("algo=capo",), "grpo"), (("algo=dr_capo",), "dr_grpo"), (("algo=rein_capo",), "reinforce")]
+
+
+@pytest.mark.parametrize(("bounded", "base"), BOUNDED)
+def test_capo_without_bounds_is_its_base_bit_for_bit_and_with_every_token_rejected_nothing_moves(
+    learner: Make, small_model: PreTrainedModel, random_batch: Batches, bounded: tuple[str, ...], base: str
 ) -> None:
-    config = composed(*SMALL, f"algo={algo}", "selection=capo", "algo.selection.policy_shift_max=0.0")
-    ours = make_learner(config, small_model, distance=0.05)
-    metrics, record = run_updates(ours, random_batch())
+    given = ("regime.learning_rate=1e-3", "model.micro_batch_size=4")
+    plain, free = learner(f"algo={base}", *given), learner(*bounded, *UNBOUNDED, *given)
+    expected, got = (
+        [line for seed in range(2) for line in run_updates(one, random_batch(seed=seed), seed)[0]]
+        for one in (plain, free)
+    )
+    assert got == expected and same_weights(plain, free)
+    still = list(small_model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(weights(plain), still, strict=True))
+    none = learner(*bounded, *given, "algo.selection.policy_shift_max=0.0", distance=0.05)
+    metrics, record = run_updates(none, random_batch())
     reasons = ("selection/rejection_rate", "selection/rejection_rate_policy")
     for line in metrics:
         assert [line[key] for key in ("loss/total", "policy/grad_norm", *reasons)] == [0.0, 0.0, 1.0, 1.0]
-    assert all(torch.equal(a, b) for a, b in zip(weights(ours), small_model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights(none), still, strict=True))
     assert not record.selection.keep_mask.any()
-
-
-@pytest.mark.parametrize("algo", BASES)
-def test_capo_without_bounds_is_its_base_bit_for_bit(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches, algo: str
-) -> None:
-    found: list[tuple[Learner, list[dict[str, float]]]] = []
-    for extra in ([], ["selection=capo", *UNBOUNDED]):
-        config = composed(
-            *SMALL, f"algo={algo}", "regime.learning_rate=1e-3", "model.micro_batch_size=4", *extra
-        )
-        ours = make_learner(config, small_model)
-        lines = [line for seed in range(3) for line in run_updates(ours, random_batch(seed=seed), seed)[0]]
-        found.append((ours, lines))
-    (base, expected), (capo, got) = found
-    assert got == expected and same_weights(base, capo)
-    assert not all(torch.equal(a, b) for a, b in zip(weights(base), small_model.parameters(), strict=True))
 
 
 # The curvature model's variants
@@ -526,8 +501,7 @@ def untied(small_model: PreTrainedModel) -> PreTrainedModel:
     return Qwen2ForCausalLM(shape).eval()
 
 
-@pytest.mark.parametrize("warm_up", [0, 1, 4])
-@pytest.mark.parametrize("advantage", [1.5, -0.7])
+@pytest.mark.parametrize(("warm_up", "advantage"), [(0, 1.5), (1, -0.7), (4, 1.5)])
 def test_live_moments_predict_the_real_optimisers_next_step(
     untied: PreTrainedModel, composed: Compose, random_batch: Batches, warm_up: int, advantage: float
 ) -> None:
@@ -566,11 +540,8 @@ def test_live_moments_predict_the_real_optimisers_next_step(
     assert metrics["curvature/batch/objective_shift"] == pytest.approx(m_h.item(), rel=2e-3)
 
 
-def test_live_moments_are_views_of_the_optimisers(
-    untied: PreTrainedModel, composed: Compose, random_batch: Batches
-) -> None:
-    config = composed(*SMALL, "algo=grpo", "curvature.optimizer_model=adam_live")
-    ours = make_learner(config, untied)
+def test_live_moments_are_views_of_the_optimisers(learner: Make, random_batch: Batches) -> None:
+    ours = learner("algo=grpo", "curvature.optimizer_model=adam_live")
     sizes = totals(random_batch())
     moments = ours.moments(sizes)
     assert moments is not None and not moments.first.any()

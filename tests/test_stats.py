@@ -61,7 +61,7 @@ def test_moving_average_by_hand() -> None:
 # centre and interval
 
 
-@pytest.mark.parametrize("seeds", range(1, 13))
+@pytest.mark.parametrize("seeds", (1, 3, 4, 7, 12))
 def test_the_interquartile_mean_is_that_of_scipy(seeds: int) -> None:
     values = np.random.default_rng(seeds).normal(size=(seeds, 6))
     expected = scipy_stats.trim_mean(values, 0.25, axis=0)
@@ -126,17 +126,13 @@ def test_each_column_is_resampled_as_if_it_were_alone(statistic: Statistic) -> N
         np.testing.assert_allclose([low[column], high[column]], alone)
 
 
-COVERED = {
-    (3, "mean"): (0.75, 0.95, 0.57), (3, "iqm"): (0.75, 0.95, 0.58),
-    (5, "mean"): (0.84, 0.95, 0.63), (5, "iqm"): (0.90, 0.94, 0.56),
-    (10, "mean"): (0.90, 0.95, 0.65), (10, "iqm"): (0.94, 0.94, 0.63),
-}  # fmt: skip
-"""The table in capo_exp/core/intervals.py."""
+COVERED = {(3, "iqm"): (0.75, 0.95, 0.58), (5, "mean"): (0.84, 0.95, 0.63), (10, "iqm"): (0.94, 0.94, 0.63)}
+"""Of the table in capo_exp/core/intervals.py."""
 
 
 @pytest.mark.parametrize(("seeds", "statistic"), COVERED)
 def test_coverage_is_as_the_docstring_says(seeds: int, statistic: Statistic) -> None:
-    values = np.random.default_rng(1).normal(size=(seeds, 1500))
+    values = np.random.default_rng(1).normal(size=(seeds, 800))
     for kind, expected in zip(KINDS, COVERED[seeds, statistic], strict=True):
         low, high = interval(values, statistic, kind)
         assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(expected, abs=0.03)
@@ -179,22 +175,13 @@ def test_where_seeds_end() -> None:
 
 def test_no_run_has_the_metric() -> None:
     options = {"x": X, "statistic": "mean", "interval": "t", "alpha": 1.0}
-    assert band([], KEY, **options) is None
-    assert band([run([0.5])], "loss/kl", **options) is None
-    assert (
-        band([LoggedRun(Path("x"), {}, {}, [{X: 1, "eval/accuracy": 1}], [])], "eval/accuracy", **options)
-        is None
-    )
-    assert band([run([None])], KEY, **options) is None
+    for runs, key in (([], KEY), ([run([0.5])], "loss/kl"), ([run([None])], KEY)):
+        assert band(runs, key, **options) is None
     only = band([run([0.5]), LoggedRun(Path("y"), {}, {}, [{X: 10}], [])], KEY, **options)
     assert only is not None and only.seeds == 1 and np.isnan(only.low).all()
-
-
-def test_evaluations_and_another_axis() -> None:
     rows = [{STEP: 0, X: 0, "eval/accuracy": 0.2}, {STEP: 5, X: 50, "eval/accuracy": 0.4}]
     found = drawn([run([0.9], evaluations=rows)], key="eval/accuracy", x=STEP)
-    np.testing.assert_array_equal(found.x, [0, 5])
-    np.testing.assert_array_equal(found.centre, [0.2, 0.4])
+    np.testing.assert_array_equal([found.x, found.centre], [[0, 5], [0.2, 0.4]])
 
 
 def test_several_values_at_one_x_count_as_their_mean_before_smoothing() -> None:
@@ -211,6 +198,8 @@ def test_runs_of_different_length_and_missing_values() -> None:
     np.testing.assert_array_equal(found.count, [3, 2, 2, 1])
     assert np.isfinite(found.low[:3]).all() and np.isnan(found.low[3])
     assert found.end == 2  # one seed of three is not the curve
+    apart = drawn([run([1.0, 2.0]), run([5.0, 6.0], first=8)])
+    assert apart.count.max() == 1 and apart.end == len(apart.x) - 1
     assert drawn([run([1.0, 2.0]), run([1.0, 2.0, 3.0])]).end == 1  # nor is one of two
 
 
@@ -237,11 +226,6 @@ def test_seeds_whose_x_differ_are_interpolated_within_their_own_range() -> None:
         there = np.isfinite(row)
         assert found.x[there].min() >= size and found.x[there].max() <= 10 * size
     np.testing.assert_allclose(found.high[4], found.centre[4])
-
-
-def test_two_seeds_without_a_common_x() -> None:
-    found = drawn([run([1.0, 2.0]), run([5.0, 6.0], first=8)])
-    assert found.count.max() == 1 and found.end == len(found.x) - 1
 
 
 # sample efficiency
@@ -317,6 +301,7 @@ FLAT = [[0.2] * 9] * 3
     ("reference", "method", "start", "target", "factor"),
     [
         ([step_at(3, end=9)] * 3, FLAT, None, 0.7, (None, 0, 0)),  # never gets there
+        ([[0.2, 0.5]] * 2, [[0.6, 0.6]] * 2, None, 0.5, (2, 2, 2)),
         ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.55, 0.6, (1, 1, 1)),
         ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.6, NAN, (None, NAN, NAN)),
         # one seed of the reference gains, one loses: draws of twice the latter set no target, are left out
@@ -331,12 +316,6 @@ def test_factors_by_hand(reference: Any, method: Any, start: Any, target: float,
     assert found.target == pytest.approx(target, nan_ok=True)
     assert found.factor == factor[0] and (found.method_x is None) == (factor[0] is None)
     np.testing.assert_equal([found.low, found.high], factor[1:])
-
-
-def test_zero_completions_do_not_count_as_reaching() -> None:
-    reference = drawn([run([0.2, 0.5], first=0)] * 2)
-    method = drawn([run([0.6, 0.6], first=0)] * 2)  # evaluations that happen to start higher
-    assert sample_efficiency(reference, method).method_x == 10
 
 
 def test_a_seed_of_the_reference_that_is_still_going_sets_no_target() -> None:
@@ -415,11 +394,8 @@ def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
 def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final: float, kept: bool) -> None:
     assert stability(of([[0.4, 0.8, 0.1, final]]), start=0.4).kept.value == kept
     assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept.value == 1
-
-
-def test_the_first_collapse_is_the_median_of_those_that_collapsed() -> None:
     curves = [step_at(at, end=30, low=0.8, high=0.1) for at in (5, 9, 20)] + [[0.8] * 30]
-    assert stability(of(curves), start=0.2).first_collapse == 90
+    assert stability(of(curves), start=0.2).first_collapse == 90  # the median of those that collapsed
 
 
 def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length() -> None:
@@ -451,7 +427,7 @@ def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha: float) -> Non
     rng = np.random.default_rng(0)
 
     def share(chances: Array) -> float:
-        seeds = [[0.45, *rng.binomial(96, chances) / 96] for _ in range(300)]
+        seeds = [[0.45, *rng.binomial(96, chances) / 96] for _ in range(150)]
         return stability(of(seeds, alpha=alpha), start=0.45).collapsed.value
 
     assert share(np.full(100, 0.45)) < 0.02

@@ -69,15 +69,16 @@ def test_a_failed_run_is_shown_once_with_its_error_whatever_that_says(
 
 GOOD = '{"counter/rollout_step": 40, "reward/accuracy": 0.9}\n'
 DAMAGE = {
-    "run.json": ("{", "[1]", "7", '{"a": 1}', '{"status": 3}', '{"status": "x"}', "[" * 100_000, "\xff"),
+    "run.json": ("{", "[1]", '{"status": "x"}', "[" * 100_000, "\xff"),
     "metrics.jsonl": (
-        '{"counter/rollout_step": null}\n', '{"counter/rollout_step": "3"}\n', "[1]\n", "half\n", "\0\0\n",
-        '{"counter/rollout_step": NaN}\n', '{"counter/rollout_step": 3, "reward/accuracy": [1]}\n',
-        '{"counter/completions": {}}\n', "[" * 100_000 + "\n",
+        '{"counter/rollout_step": null}\n',
+        "\0\0\n",
+        '{"reward/accuracy": [1]}\n',
+        "[" * 100_000 + "\n",
     ),
-    "eval.jsonl": ('{"eval/accuracy": "good"}\n', '"x"\n'),
-    "config.yaml": ("a: [", "just text", "\0", "num_steps: many\n"),
-}  # fmt: skip
+    "eval.jsonl": ('{"eval/accuracy": "good"}\n',),
+    "config.yaml": ("a: [", "num_steps: many\n"),
+}
 
 
 def test_one_damaged_run_file_or_line_hides_nothing_else(
@@ -98,7 +99,7 @@ def test_one_damaged_run_file_or_line_hides_nothing_else(
             shown = capsys.readouterr().out
             assert "1 finished" in shown or "2 finished" in shown
             assert ("1 unreadable" in shown) == (name == "run.json"), (name, damage)
-            known = damage in ("num_steps: many\n",) or '"status"' in damage or '"a"' in damage
+            known = damage == "num_steps: many\n" or '"status"' in damage
             assert known or ("left out: " in shown and f"broken/{name}" in shown), (name, damage)
             line = summarise_run(broken)
             assert (line.step, line.train_accuracy) == (40, 0.9), (name, damage)

@@ -11,7 +11,6 @@ import pytest
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tables, tokens
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.page import count_seeds
 from capo_exp.figures.panel import (
     Column,
     Crossing,
@@ -148,12 +147,3 @@ def test_the_summary_joins_the_panels_by_curve() -> None:
 def test_tokens_can_be_seen() -> None:
     said = [tokens.visible(text) for text in (" a", "\n", "数", "é|", "'")]
     assert said == ["␣a", "\\n", "\\u6570", "\\xe9|", "'"]
-
-
-def test_the_number_of_seeds() -> None:
-    def text(*counts: int) -> str:
-        return count_seeds([curve(f"c{i}", n) for i, n in enumerate(counts)])
-
-    assert text(5, 5, 5) == "n = 5 seeds"
-    assert text(1) == "n = 1 seed"
-    assert text(5, 3, 5) == "n = 5 seeds (c1 3)"

@@ -23,6 +23,7 @@ from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
+from tests.pieces import logged
 
 Compose = Callable[..., TrainConfig]
 
@@ -51,12 +52,6 @@ def finished(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / whole.parent.name / whole.name))
 
 
-def lines(path: Path) -> list[dict[str, float]]:
-    """Rows of a .jsonl file without what the clock wrote."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-
-
 CONTRACT = [
     "counter/optimizer_step", "counter/completions", "counter/generated_tokens", "reward/accuracy",
     "reward/mean", "advantage/std", "loss/total", "loss/clip_fraction", "policy/entropy",
@@ -75,13 +70,13 @@ CONTRACT = [
 
 
 def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlogged()]
     assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
     assert [row["counter/completions"] for row in rows] == [12, 24, 36]
     assert set(CONTRACT) <= set(rows[-1])
     check_known(rows[-1])
     assert rows[-1]["mismatch/kl_k3"] < 1e-6  # the sampler is the learner
-    assert [row["counter/rollout_step"] for row in lines(whole / "eval.jsonl")] == [0, 2, 3]
+    assert [row["counter/rollout_step"] for row in logged(whole / "eval.jsonl")] == [0, 2, 3]
     assert json.loads((whole / "run.json").read_text())["status"] == "finished"
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     table = pq.read_table(whole / "completions" / "step_000002.parquet").to_pylist()
@@ -100,17 +95,19 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(whole: Path, 
     thread.start()
     thread.join()
     for name in ("metrics.jsonl", "eval.jsonl"):
-        assert lines(done[0] / name) == lines(whole / name)
-    assert lines(train.run(small("seed=1")) / "metrics.jsonl") != lines(whole / "metrics.jsonl")
+        assert logged(done[0] / name) == logged(whole / name)
+    other = train.run(small("seed=1", "num_steps=1", "evaluation.every=0"))
+    assert logged(other / "metrics.jsonl")[0] != logged(whole / "metrics.jsonl")[0]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated_unless_asked(finished: Path, small: Compose) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     assert train.run(small()) == finished
     assert (finished / "metrics.jsonl").read_bytes() == before
     train.run(small("overwrite=true"))
     assert (finished / "metrics.jsonl").read_bytes() != before  # the clock's values differ
-    assert len(lines(finished / "metrics.jsonl")) == 3
+    assert len(logged(finished / "metrics.jsonl")) == 3
 
 
 def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose) -> None:
@@ -123,7 +120,7 @@ def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose
 
 def test_inner_iterations_are_one_line_each(small: Compose) -> None:
     config = small("algo=grpo", "algo.num_iterations=3", "dataset.max_completion_tokens=64")
-    rows = lines(train.run(config) / "metrics.jsonl")
+    rows = logged(train.run(config) / "metrics.jsonl")
     assert [row["counter/optimizer_step"] for row in rows] == list(range(1, 10))
     assert [row["counter/rollout_step"] for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     # The ratio's denominator stays that of the weights that sampled.
@@ -138,28 +135,30 @@ def test_a_bad_input_leaves_no_directory(composed: Compose, tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.slow
 def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
-    whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch, number: int
+    whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
     calls, evaluate = [], train.evaluate
 
-    def fails_once(*args: object, **kwargs: object) -> dict[str, float]:
+    def fails_first(*args: object, **kwargs: object) -> dict[str, float]:
         calls.append(len(calls))
-        if calls[-1] == number:
+        if calls[-1] % 2 == 0:
             raise EngineFailed("vLLM: sampling for 6 prompts: its process ended with exit code -9")
         return evaluate(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(train, "evaluate", fails_once)
-    kept = ["nothing was trained yet", "step 2 is saved", "step 3 is saved"][number]
-    with pytest.raises(EngineFailed, match=f"exit code -9\n{kept}; the same command goes on from there"):
-        train.run(small())
+    monkeypatch.setattr(train, "evaluate", fails_first)
+    for kept in ("nothing was trained yet", "step 2 is saved", "step 3 is saved"):
+        with pytest.raises(EngineFailed, match=f"exit code -9\n{kept}; the same command goes on from there"):
+            train.run(small())
     directory = train.run(small())
-    assert lines(directory / "eval.jsonl") == lines(whole / "eval.jsonl")
+    assert logged(directory / "eval.jsonl") == logged(whole / "eval.jsonl")
+    assert logged(directory / "metrics.jsonl") == logged(whole / "metrics.jsonl")
     assert run_status(directory) == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the engine fails on the way; figures see the steps that were left out."""
     config = small("algo=grpo", "num_steps=9", "stop_after_unrewarded=3", "dataset.max_completion_tokens=1")
@@ -188,19 +187,16 @@ def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest
     assert to_its_end(unfinished) is unfinished
 
 
-def test_a_reward_starts_the_count_again(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, rewarded = rollout_step.sample_rollout, iter([False, True, False])
+@pytest.mark.slow
+def test_a_reward_starts_the_count_again_and_what_a_penalty_can_bring_back_is_not_given_up(
+    small: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, rewarded = rollout_step.sample_rollout, iter([False, True, False, False])
     monkeypatch.setattr(
         rollout_step, "sample_rollout", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded))
     )
-    run = load_run(train.run(small("algo=grpo", "stop_after_unrewarded=2")))
-    assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 0, 1]
-
-
-def test_a_policy_that_a_penalty_can_bring_back_is_not_given_up(small: Compose) -> None:
-    hopeless = ("stop_after_unrewarded=1", "dataset.max_completion_tokens=1")
-    run = load_run(train.run(small("algo=grpo_kl", *hopeless)))
-    assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 2, 3]
+    run = load_run(train.run(small("algo=grpo_kl", "stop_after_unrewarded=1", "num_steps=4")))
+    assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 0, 1, 2]
 
 
 def test_weights_that_are_not_finite_are_never_saved(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,4 +246,4 @@ def test_divergence_names_the_step_and_a_checkpoint_from_before_the_trouble(
         train.run(config)
     monkeypatch.undo()
     directory = train.run(config)  # the same command goes on from step 2
-    assert [row["counter/rollout_step"] for row in lines(directory / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["counter/rollout_step"] for row in logged(directory / "metrics.jsonl")] == [1, 2, 3]

@@ -1,13 +1,11 @@
 """The real vLLM, in its process and behind HTTP: its tokens, log-probs, weights and failures."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -45,6 +43,8 @@ from capo_exp.rollout.weight_transfer import (
 from capo_exp.runs.identity import run_id
 from capo_exp.training import rollout_step
 from tests.conftest import compose_config
+from tests.pieces import logged
+from tests.process_pieces import alive, wait_for
 
 ROOT = Path(__file__).parents[1]
 Composed = Callable[..., TrainConfig]
@@ -58,6 +58,7 @@ def needs_vllm(test: T) -> T:
 
 
 SMALL_KV = "rollout.engine.kv_cache_gib=0.25"
+SHORT = "rollout.engine.max_model_len=400"
 EAGER = "rollout.engine.enforce_eager=true"
 """Starts in two thirds of the time; for what does not depend on how the numbers are computed."""
 
@@ -123,7 +124,7 @@ def compose_vllm(*overrides: str) -> TrainConfig:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     """An engine process that all tests share which leave it alive; closed, it is gone."""
-    config = compose_vllm("rollout.engine.max_model_len=400")
+    config = compose_vllm(SHORT)
     with Setup(config, tmp_path_factory.mktemp("vllm")) as setup:
         engine = setup.engine.running()
         assert isinstance(engine, EngineProcess) and engine.process.poll() is None
@@ -281,31 +282,6 @@ def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
     running.version += 1  # which is sent, and so is its name
 
 
-@needs_vllm
-def test_a_difference_that_is_not_a_number_stops_the_run(running: Setup) -> None:
-    """The last test that samples with this engine: its cache keeps the NaN."""
-    running.sample()
-    with torch.no_grad():
-        next(running.model.parameters()).fill_(float("nan"))
-    running.version += 1
-    with pytest.raises(EngineFailed, match="log-probs differ by nan"):
-        running.sample()
-
-
-@needs_vllm
-def test_an_engine_that_does_not_answer_is_given_up(running: Setup) -> None:
-    """The last test of this engine."""
-    engine = running.engine.running()
-    assert isinstance(engine, EngineProcess)
-    engine.limits = replace(engine.limits, generate_seconds=1)
-    os.killpg(engine.process.pid, signal.SIGSTOP)
-    with pytest.raises(
-        EngineFailed, match=r"sampling for 1 prompts: no answer within rollout.engine.generate_seconds=1"
-    ):
-        engine.generate([Request((5, 6), {"max_tokens": 2})])
-    assert engine.process.poll() == -signal.SIGKILL
-
-
 # Behind HTTP
 
 
@@ -365,25 +341,26 @@ def test_a_server_that_dies_is_named(served: Setup) -> None:
 
 
 START_SERVER = """
-import json, sys; from pathlib import Path; from types import SimpleNamespace
-from capo_exp.rollout.vllm_server import start_server
-arguments, limits = json.loads(sys.argv[1]), SimpleNamespace(start_seconds=600)
-start_server(arguments, environment={}, limits=limits, log_file=Path(sys.argv[2]))
+import sys; from pathlib import Path; from types import SimpleNamespace
+from capo_exp.rollout import vllm_server
+vllm_server.API_SERVER, place = "stub_server", Path(sys.argv[1])
+limits, environment = SimpleNamespace(start_seconds=600), {"PYTHONPATH": f"{place}:{sys.argv[2]}"}
+vllm_server.start_server({}, environment=environment, limits=limits, log_file=place / "vllm.log")
+print("ready", flush=True); sys.stdin.read()
 """
 
 
-@needs_vllm
 def test_a_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     """Nobody is left to close it then."""
-    arguments = settings_of(EAGER).engine_arguments(dtype="float32", backend="safetensors", on_cpu=True)
-    command = [sys.executable, "-c", START_SERVER, json.dumps(arguments), str(tmp_path / "vllm.log")]
-    with subprocess.Popen(command, cwd=ROOT) as run:
-        guard = wait_for(lambda: children_of(run.pid, "api_server"))[0]
-        server = wait_for(lambda: children_of(guard, "api_server"))[0]
-        wait_for(lambda: (tmp_path / "vllm.log").stat().st_size)  # vLLM is being imported
-        assert runs(server)
+    (tmp_path / "stub_server.py").write_text(STUB)
+    command, pipe = [sys.executable, "-c", START_SERVER, str(tmp_path), str(ROOT)], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "ready\n"
+        [guard] = children_of(run.pid, "stub_server")
+        [server] = children_of(guard, "stub_server")
+        assert alive(server)
         run.kill()
-    wait_for(lambda: not runs(server))
+    wait_for(lambda: not alive(server))
 
 
 STUB = """
@@ -452,50 +429,40 @@ def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
         assert key in str(failed.value)
 
 
-RUN = [
-    "rollout=vllm", SMALL_KV, EAGER, "num_steps=4", "regime.prompts_per_step=4", "regime.group_size=4",
-    "evaluation.num_problems=4", "checkpoint.every=100", "logger=files", "dataset.max_completion_tokens=24",
-    "dataset.source.num_train=64", "dataset.source.num_eval=8",
-]  # fmt: skip
-
-
-def children_of(pid: int, name: str = "vllm_worker") -> list[int]:
+def children_of(pid: int, name: str) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", name], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
-def runs(pid: int) -> bool:
-    """Whether a process is alive; one that init has not collected yet is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+# With an engine that ends
 
 
-def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
-    deadline = time.monotonic() + seconds
-    while not (seen := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-    return seen
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EngineProcess]]:
-    """The engines that runs start; one that a run closes serves the next run, too."""
-    started: list[EngineProcess] = []
-    close = EngineProcess.close
+@pytest.fixture(scope="module")
+def engines(running: Setup) -> Iterator[list[EngineProcess]]:
+    """Those that runs get, the shared one first; one that a run closes serves the next run, too, and after a
+    dead one comes another. No other test can use the shared one afterwards."""
+    shared = running.engine.running()
+    assert isinstance(shared, EngineProcess)
+    started, close = [shared], EngineProcess.close
 
     def start(*args: Any, **kwargs: Any) -> EngineProcess:
-        if not started or started[-1].process.poll() is not None:
+        if started[-1].process.poll() is not None:
             started.append(EngineProcess(*args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(vllm, "EngineProcess", start)
-    monkeypatch.setattr(EngineProcess, "close", lambda engine: None)
-    yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm, "EngineProcess", start)
+        patch.setattr(EngineProcess, "close", lambda engine: None)
+        yield started
     for engine in started:
         close(engine)
+
+
+RUN = [
+    "rollout=vllm", SMALL_KV, SHORT, "num_steps=4", "regime.prompts_per_step=4", "regime.group_size=4",
+    "evaluation.num_problems=4", "checkpoint.every=100", "logger=files", "dataset.max_completion_tokens=24",
+    "dataset.source.num_train=64", "dataset.source.num_eval=8",
+]  # fmt: skip
 
 
 @needs_vllm
@@ -530,16 +497,37 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(
     errors = capsys.readouterr().err
     assert "ended with exit code -9" in errors
     assert "step 2 is saved; the same command goes on from there" in errors
-    assert "vllm.log:" in errors and "INFO" in errors and "Traceback" not in errors  # the log's last lines
+    assert "vllm.log:" in errors and "Traceback" not in errors  # the log's last lines
     assert not Path(f"/proc/{engines[0].process.pid}").exists()
     assert run("killed") == 0 and len(engines) == 2 and len(calls) == 5
     assert "goes on after step 2" in capsys.readouterr().out
-    assert timeless_metrics(tmp_path / "killed") == timeless_metrics(tmp_path / "whole")
+    whole, killed = (next((tmp_path / name).glob("*/*/metrics.jsonl")) for name in ("whole", "killed"))
+    assert logged(killed) == logged(whole)
 
 
-def timeless_metrics(folder: Path) -> list[dict[str, float]]:
-    lines = map(json.loads, next(folder.glob("*/*/metrics.jsonl")).read_text().splitlines())
-    return [{key: x for key, x in line.items() if not key.startswith("time/")} for line in lines]
+@needs_vllm
+def test_a_difference_that_is_not_a_number_stops_the_run(
+    engines: list[EngineProcess], tmp_path: Path
+) -> None:
+    """The last test that samples with these engines: the cache keeps the NaN."""
+    with Setup(compose_vllm(SHORT), tmp_path) as setup:
+        setup.sample()
+        with torch.no_grad():
+            next(setup.model.parameters()).fill_(float("nan"))
+        setup.version += 1
+        with pytest.raises(EngineFailed, match="log-probs differ by nan"):
+            setup.sample()
+
+
+@needs_vllm
+def test_an_engine_that_does_not_answer_is_given_up(engines: list[EngineProcess]) -> None:
+    engine = engines[-1]
+    engine.limits = replace(engine.limits, generate_seconds=1)
+    os.killpg(engine.process.pid, signal.SIGSTOP)
+    said = r"sampling for 1 prompts: no answer within rollout.engine.generate_seconds=1"
+    with pytest.raises(EngineFailed, match=said):
+        engine.generate([Request((5, 6), {"max_tokens": 2})])
+    assert engine.process.poll() == -signal.SIGKILL
 
 
 # Without an engine
