@@ -16,7 +16,8 @@ from capo_exp.grading.terms import RewardTerms, build_terms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.metrics import check_known
-from capo_exp.training.rollout_step import Rollout, Sampler, sample_rollout, total_reward
+from capo_exp.training.rollout_step import Rollout, Sampler, sample_rollout
+from capo_exp.training.sampler import total_reward
 from tests.pieces import Reader, completion, prompt
 
 Compose = Callable[..., TrainConfig]
