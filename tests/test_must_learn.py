@@ -11,7 +11,8 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.timing import Stopwatch
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult
-from capo_exp.training.rollout_step import Sampler, assign_credit, sample_rollout
+from capo_exp.training.rollout_step import assign_credit, sample_rollout
+from capo_exp.training.sampler import Sampler, remember_reference
 from tests.conftest import ALGORITHMS, SELECTING
 from tests.pieces import SMALL, graded, make_learner, run_updates
 from tests.test_rollout_hf import engine, prompts
@@ -56,7 +57,11 @@ def test_every_algorithm_learns_a_trivial_reward(
     ours = make_learner(config, small_model)
     questions = prompts(*((5 + i, 6, 7) for i in range(8)))
     source = engine(ours.model)
-    sampler = Sampler(source, source, EvenFirst(), questions, RewardTerms())
+    sampler = Sampler(
+        source, source, EvenFirst(), questions, RewardTerms(), spell=lambda ids: list(map(str, ids))
+    )
+    if ours.algorithm.reference_samples:
+        sampler, *_ = remember_reference(config, ours.algorithm, sampler)
     accuracy: list[float] = []
     rejected: list[float] = []
     drawn = 0

@@ -44,7 +44,9 @@ def test_format(text: str, think: float, box: float, both: float) -> None:
 
 
 def test_length() -> None:
+    """RLSP's exploration is what brevity leaves of 1."""
     assert [reward_terms.brevity(n, max_tokens=10) for n in (0, 4, 10, 12)] == [1.0, 0.6, 0.0, 0.0]
+    assert [reward_terms.exploration(n, max_tokens=10) for n in (0, 4, 10, 12)] == [0.0, 0.4, 1.0, 1.0]
 
 
 def test_total_is_correctness_and_weighted_terms() -> None:
@@ -124,7 +126,7 @@ def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> Non
         assert run_id(other) != run_id(strict)
 
 
-@pytest.mark.parametrize("name", ["math_verify_format", "math_verify_length"])
+@pytest.mark.parametrize("name", ["math_verify_format", "math_verify_length", "rlsp"])
 def test_shipped_rewards_with_terms(composed: Compose, name: str) -> None:
     config = composed("algo=grpo", f"reward={name}")
     check(config)
