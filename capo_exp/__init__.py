@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from capo_exp.cli.python import train as train
     from capo_exp.config.declare import compares_group as compares_group
     from capo_exp.config.declare import needs_kl as needs_kl
+    from capo_exp.config.declare import needs_reference as needs_reference
     from capo_exp.config.declare import ordered as ordered
     from capo_exp.config.declare import takes_lists as takes_lists
     from capo_exp.config.declare import whole_step as whole_step
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "cli.python": ("Runs", "evaluate", "load_runs", "train"),
-    "config.declare": ("compares_group", "needs_kl", "ordered", "takes_lists", "whole_step"),
+    "config.declare": (
+        "compares_group", "needs_kl", "needs_reference", "ordered", "takes_lists", "whole_step",
+    ),
     "config.errors": ("ConfigError",),
     "core.types": (
         "Batch", "BatchTotals", "Completion", "PolicyOutput", "Problem", "Prompt", "RolloutGroup",

@@ -401,7 +401,8 @@ def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: 
 def test_find_parts_sees_every_part(composed: Composed) -> None:
     keys = {key for key, _ in find_parts(composed("algo=grpo", "selection=random"))}
     algo = (
-        "group_filter", "shaping", "advantage", "credit", "completion_filter", "kl_estimator", "selection",
+        "group_filter", "states", "shaping", "advantage", "credit", "completion_filter", "kl_estimator",
+        "selection",
         "selection.score", "token_loss", "aggregation", "step_rule",
     )  # fmt: skip
     others = {"rollout.engine", "rollout.correction", "reward.verifier", "reward.format", "reward.length"}

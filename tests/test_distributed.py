@@ -35,9 +35,11 @@ RUN = (
     "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
 )  # fmt: skip
 ALGORITHMS = (
-    "capo", "cpgd", "dapo", "dash", "dppo", "gspo", "ppo_clip", "prorl", "reinforce_pp", "rloo", "sft",
+    "a_star_po", "c3po", "capo", "cpgd", "dapo", "dash", "dppo", "gspo", "ppo_clip", "prorl", "reinforce_pp",
+    "rloo", "sft",
 )  # fmt: skip
-"""With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss."""
+"""With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss; what is
+sampled beside a step is dealt as the step's own (vineppo)."""
 SELECTIONS = (
     "all_levels", "levels", "batch", "completion", "random_matched", "advantage_matched",
     "top_policy_shift", "down_weight",

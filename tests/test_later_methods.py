@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capo_exp.algorithms.covariance import clip_covariance
-from capo_exp.algorithms.dppo import anchored_at_sampler
+from capo_exp.algorithms.dppo import anchored
 from capo_exp.algorithms.m2po import second_moment
 from capo_exp.algorithms.opsm import mask_negative
 from capo_exp.algorithms.protocols import Algorithm
@@ -360,8 +360,8 @@ def test_what_sees_the_step_can_be_anchored_at_the_sampler(
     elsewhere = replace(
         inputs_of(log_probs, old - 1, advantages, batch.completion_mask), sampler_log_probs=old
     )
-    anchored = partial(anchored_at_sampler, token_loss=algorithm.token_loss)
-    got = anchored(with_step(elsewhere, batch.group_ids))
+    moved = partial(anchored, token_loss=algorithm.token_loss, sampler_share=1.0)
+    got = moved(with_step(elsewhere, batch.group_ids))
     inputs = with_step(inputs_of(log_probs, old, advantages, batch.completion_mask), batch.group_ids)
     torch.testing.assert_close(got.values, algorithm.token_loss(inputs).values)
-    assert replace(algorithm, token_loss=anchored).scoring_pass
+    assert replace(algorithm, token_loss=moved).scoring_pass

@@ -206,12 +206,13 @@ def test_dppo_at_the_sampler_takes_mask_and_ratio_from_it(built: Built) -> None:
     for sign, kept in ((1.0, [False, True]), (-1.0, [True, True])):
         log_probs = half.clone().requires_grad_()
         inputs = replace(inputs_of(log_probs, half, sign * mask.double(), mask), sampler_log_probs=sampler)
-        got = built("dppo_sampler").token_loss(inputs)
+        got = built("dppo").token_loss(inputs)
         (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
         ratios = torch.tensor([[5 / 3, 1.0]]).double()
         torch.testing.assert_close(got.values.detach(), -sign * ratios)
         torch.testing.assert_close(gradient, -sign * ratios * torch.tensor([kept]))
-        assert not built("dppo").token_loss(inputs).clipped.any()
+        old = built("dppo", "algo.token_loss.sampler_share=0.0").token_loss(inputs)
+        assert torch.equal(old.values, -sign * mask.double()) and not old.clipped.any()
 
 
 def test_dppos_gradient_is_the_capped_ratio(built: Built, random_batch: Batches) -> None:
@@ -220,15 +221,15 @@ def test_dppos_gradient_is_the_capped_ratio(built: Built, random_batch: Batches)
     log_probs, old, advantages = off_policy(batch, 1.0)
     free = built(
         "dppo",
-        "algo.token_loss.delta_low=inf",
-        "algo.token_loss.delta_high=inf",
-        "algo.token_loss.ratio_cap=1.5",
+        "algo.token_loss.token_loss.delta_low=inf",
+        "algo.token_loss.token_loss.delta_high=inf",
+        "algo.token_loss.token_loss.ratio_cap=1.5",
     )
     inputs = inputs_of(log_probs, old, advantages, batch.completion_mask)
     got = free.token_loss(inputs)
     (gradient,) = torch.autograd.grad(got.values.sum(), log_probs)
     torch.testing.assert_close(gradient, -(log_probs - old).exp().clamp(max=1.5).detach() * advantages)
-    one_sided = built("dppo", "algo.token_loss.delta_high=inf")
+    one_sided = built("dppo", "algo.token_loss.token_loss.delta_high=inf")
     left = one_sided.token_loss(inputs).clipped
     assert left[advantages < 0].any() and not left[advantages >= 0].any()
 

@@ -9,7 +9,8 @@ import pytest
 from capo_exp.core.timing import Stopwatch
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.training.learner import Learner
-from capo_exp.training.rollout_step import Sampler, assign_credit, sample_rollout
+from capo_exp.training.rollout_step import assign_credit, sample_rollout
+from capo_exp.training.sampler import Sampler, remember_reference
 from tests.conftest import ALGORITHMS, SELECTING
 from tests.pieces import Reader, run_updates
 from tests.test_rollout_hf import engine, prompts
@@ -37,7 +38,11 @@ def test_every_algorithm_learns_a_trivial_reward(algo: str, learner: Callable[..
     ours = learner(f"algo={algo}", *NUMBERS, *bounds)
     questions = prompts(*((5 + i, 6, 7) for i in range(8)))
     source = engine(ours.model)
-    sampler = Sampler(source, source, Reader(even_first), questions, RewardTerms())
+    sampler = Sampler(
+        source, source, Reader(even_first), questions, RewardTerms(), spell=lambda ids: list(map(str, ids))
+    )
+    if ours.algorithm.reference_samples:
+        sampler, *_ = remember_reference(ours.config, ours.algorithm, sampler)
     accuracy: list[float] = []
     rejected: list[float] = []
     drawn = 0

@@ -16,7 +16,8 @@ from capo_exp.grading.terms import RewardTerms, build_terms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.metrics import check_known
-from capo_exp.training.rollout_step import Rollout, Sampler, sample_rollout, total_reward
+from capo_exp.training.rollout_step import Rollout, Sampler, sample_rollout
+from capo_exp.training.sampler import total_reward
 from tests.pieces import Reader, completion, prompt
 
 Compose = Callable[..., TrainConfig]
@@ -43,7 +44,9 @@ def test_format(text: str, think: float, box: float, both: float) -> None:
 
 
 def test_length() -> None:
+    """RLSP's exploration is what brevity leaves of 1."""
     assert [reward_terms.brevity(n, max_tokens=10) for n in (0, 4, 10, 12)] == [1.0, 0.6, 0.0, 0.0]
+    assert [reward_terms.exploration(n, max_tokens=10) for n in (0, 4, 10, 12)] == [0.0, 0.4, 1.0, 1.0]
 
 
 def test_total_is_correctness_and_weighted_terms() -> None:

@@ -17,12 +17,15 @@ from capo_exp.core.batch import minibatches
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, RolloutGroup
 from capo_exp.grading.terms import RewardTerms
+from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.metrics import check_known
 from capo_exp.training.learner import Learner
-from capo_exp.training.rollout_step import Rollout, Sampler, assign_credit, sample_rollout, take_updates
+from capo_exp.training.rollout_step import Rollout, assign_credit, sample_rollout, take_updates
+from capo_exp.training.sampler import Sampler, remember_reference
 from tests.conftest import ALGORITHMS
 from tests.pieces import (
     Reader,
+    completion,
     groups_of,
     prompt,
     run_updates,
@@ -175,8 +178,13 @@ class Given:
     def __init__(self, groups: list[RolloutGroup]) -> None:
         self.groups = groups
 
-    def generate(self, request: object) -> list[RolloutGroup]:
-        return self.groups
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        """What is sampled beside the step's own completions earns a half."""
+        if request.group_size == len(self.groups[0].completions):
+            return self.groups
+        pairs = zip(request.prompts, request.beginnings(), strict=True)
+        made = [(p, completion([*ids, 3], reward=0.5)) for p, ids in pairs]
+        return [RolloutGroup(p, (one,) * request.group_size, 0) for p, one in made]
 
 
 def through(
@@ -189,7 +197,16 @@ def through(
     )  # fmt: skip
     engine = Given(groups_of(rewards, lengths))
     prompts = [prompt(i) for i in range(3)]
-    sampler = Sampler(engine, engine, Reader(), prompts, RewardTerms())  # pyright: ignore[reportArgumentType]
+    sampler = Sampler(
+        engine,  # pyright: ignore[reportArgumentType]
+        engine,  # pyright: ignore[reportArgumentType]
+        Reader(),
+        prompts,
+        RewardTerms(),
+        spell=lambda ids: [" A."] * len(ids),
+    )
+    if ours.algorithm.reference_samples:
+        sampler, *_ = remember_reference(ours.config, ours.algorithm, sampler)
     drawn = sample_rollout(
         ours.config, ours.algorithm, sampler, step=1, first=0, weight_version=0, watch=Stopwatch()
     )
@@ -218,6 +235,8 @@ def test_nothing_crashes_an_algorithm_and_it_is_counted(
     algorithm, last = ours.algorithm, logged[-1]
     moved = not all(torch.equal(a, b) for a, b in zip(weights(ours), small_model.parameters(), strict=True))
     left = last["selection/rejection_rate"] < 1.0  # most tokens here are outside the support's most probable
+    penalised = algorithm.needs_reference
+    beside = int(last.get("rollout/states", 0)) * algorithm.continuations
     assert last["reward/accuracy"] == pytest.approx(sum(map(sum, rewards)) / 12)
     assert last["rollout/completion_length/mean"] == pytest.approx(sum(map(sum, lengths)) / 12)
     if rewards is MIXED:
@@ -233,7 +252,7 @@ def test_nothing_crashes_an_algorithm_and_it_is_counted(
         assert last["rollout/filtered_group_fraction"] == 1.0
         assert last["rollout/sampling_rounds"] == 10 and drawn.completions == 120
     else:
-        assert last["rollout/filtered_group_fraction"] == 0.0 and drawn.completions == 12
+        assert last["rollout/filtered_group_fraction"] == 0.0 and drawn.completions == 12 + beside
     kept = {"advantage_above": 1, "advantage_above_in_prompt": 3}  # the first of the batch, of each prompt
     filtering = [count for name, count in kept.items() if is_part(ours.config.algo.completion_filter, name)]
     if filtering and not batch.advantages.any():

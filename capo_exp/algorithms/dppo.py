@@ -1,8 +1,8 @@
 """DPPO: divergence proximal policy optimisation (Qi et al. 2026, arXiv 2602.04879), its binary divergences.
 
-As PPO's clip it acts from the second update on a batch: mask and ratio are to the learner's policy before the
-first, the official program's "recompute". Its default is `anchored_at_sampler`, which acts at the first
-update, too, where the sampler computes otherwise.
+Held against the learner's old policy, it acts from the second update on a batch, as PPO's clip does;
+`anchored` at the sampler, the official program's default, at the first update, too, where the sampler
+computes otherwise.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from capo_exp.algorithms.kinds import NonNegativeOrInf, Positive
+from capo_exp.algorithms.kinds import NonNegativeOrInf, Positive, Share
 from capo_exp.algorithms.surrogates import sampler_else_old
 from capo_exp.core.types import TokenLoss, TokenLossInput
 
@@ -37,19 +37,24 @@ def kl_masked(
     return _mask_beyond(inputs, _kl, (delta_low, delta_high), ratio_cap)
 
 
-def anchored_at_sampler(inputs: TokenLossInput, *, token_loss: Callable[..., TokenLoss]) -> TokenLoss:
+def anchored(
+    inputs: TokenLossInput, *, token_loss: Callable[..., TokenLoss], sampler_share: Share
+) -> TokenLoss:
     """Returns a token loss with the sampler's log-probs in place of the learner's old ones, for mask and
     ratio alike; the learner's where nobody sampled (demonstrations). It corrects for the sampler itself: take
-    rollout.correction=none.
+    rollout.correction=none. A sampler_share of 0 leaves the old ones, and one in between is between both.
 
-    Source: the official program of arXiv 2602.04879, its default.
+    Source: the official program of arXiv 2602.04879: its default, 1, and its "recompute", 0.
     """
-    anchor = sampler_else_old(inputs.sampler_log_probs, inputs.old_log_probs)
-    step = inputs.step and replace(
-        inputs.step,
-        old_log_probs=sampler_else_old(inputs.step.batch.sampler_log_probs, inputs.step.old_log_probs),
-    )
-    return token_loss(replace(inputs, old_log_probs=anchor, step=step))
+
+    def anchor(sampler: Tensor, old: Tensor) -> Tensor:
+        return old.lerp(sampler_else_old(sampler, old), sampler_share)
+
+    old = anchor(inputs.sampler_log_probs, inputs.old_log_probs)
+    step = inputs.step
+    if step is not None:
+        step = replace(step, old_log_probs=anchor(step.batch.sampler_log_probs, step.old_log_probs))
+    return token_loss(replace(inputs, old_log_probs=old, step=step))
 
 
 def _mask_beyond(

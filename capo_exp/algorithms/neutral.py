@@ -1,5 +1,7 @@
 """Parts that do nothing: what a YAML leaves out, and where every comparison starts."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -11,6 +13,12 @@ from capo_exp.curvature.step_trial import StepDecision, StepTrial
 def all_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     """Filters nothing: every group counts."""
     return torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
+
+
+def prompt_alone(texts: Sequence[str]) -> list[int]:
+    """Names the prompt the only state of a completion."""
+    del texts
+    return [0]
 
 
 def unshaped(

@@ -1,10 +1,11 @@
 """What an algorithm is: pure functions and a few numbers.
 
 conf/algo/*.yaml names them; this file says how they are called, in the order in which a rollout step calls
-them, what a YAML leaves out is in neutral.py and does nothing.
+them, what a YAML leaves out is in neutral.py and does nothing. A group filter, an advantage and a credit may
+have parameters beside these, named as in config/declare.py: OFFERS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -16,13 +17,15 @@ from capo_exp.config.schema import AlgoConfig
 from capo_exp.core.types import Batch, BatchTotals, Scored, Selection, TokenLoss, TokenLossInput
 from capo_exp.curvature.step_trial import StepDecision, StepTrial
 
-GroupFilter = Callable[[Tensor], Tensor]
+GroupFilter = Callable[..., Tensor]
 """The verifier's rewards [P, G] -> [P] bool: which groups count as sampled."""
+States = Callable[[Sequence[str]], list[int]]
+"""Texts of a completion's tokens -> before which of them (0 = the prompt) the value of a state is wanted."""
 Shaping = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Rewards, completion tokens and summed kl_k1 to the reference, all [P, G] -> rewards [P, G]."""
-Advantage = Callable[[Tensor], Tensor]
+Advantage = Callable[..., Tensor]
 """Rewards [P, G] -> advantages [P, G]."""
-Credit = Callable[[Tensor, Tensor, Tensor], Tensor]
+Credit = Callable[..., Tensor]
 """Advantages [B], completion_mask [B, T], kl_k1 to the reference [B, T] -> credit of each token [B, T]."""
 CompletionFilter = Callable[[Batch], Tensor]
 """[B] bool: which completions the learner sees at all."""
@@ -47,6 +50,9 @@ class Algorithm:
     name: str
     group_filter: GroupFilter
     max_sampling_rounds: int
+    reference_samples: int
+    continuations: int
+    states: States
     shaping: Shaping
     advantage: Advantage
     credit: Credit
@@ -66,7 +72,8 @@ class Algorithm:
     @property
     def scoring_pass(self) -> bool:
         """Whether a part has to see the whole optimiser step before the first gradient."""
-        return any(map(sees_whole_step, (self.selection, self.token_loss, self.aggregation)))
+        parts = (self.selection, self.token_loss, self.aggregation)
+        return any(declares_inside(part, "whole_step") for part in parts)
 
     @property
     def uses_reward_kl(self) -> bool:
@@ -76,7 +83,8 @@ class Algorithm:
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen reference model has to be there."""
-        return self.kl_coefficient > 0 or self.uses_reward_kl
+        in_loss = declares_inside(self.token_loss, "needs_reference")
+        return self.kl_coefficient > 0 or self.uses_reward_kl or in_loss
 
 
 def build_algorithm(config: AlgoConfig) -> Algorithm:
@@ -94,12 +102,10 @@ def build_algorithm(config: AlgoConfig) -> Algorithm:
     )
 
 
-def sees_whole_step(part: Callable[..., object]) -> bool:
-    """Returns whether a part, or one that it was given, declares `whole_step`."""
+def declares_inside(part: Callable[..., object], what: str) -> bool:
+    """Returns whether a part, or one that it was given, declares something, such as `whole_step`."""
     inside = part.keywords.values() if isinstance(part, partial) else ()
-    return bool(declares(part, "whole_step")) or any(
-        sees_whole_step(each) for each in inside if callable(each)
-    )
+    return bool(declares(part, what)) or any(declares_inside(each, what) for each in inside if callable(each))
 
 
 def _uses_kl(part: Callable[..., Tensor]) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import NonNegative, Positive
 from capo_exp.config.declare import needs_kl
-from capo_exp.core.masked import masked_mean
+from capo_exp.core.masked import whiten
 
 
 @needs_kl(unless_zero="kl_coefficient")
@@ -25,9 +25,4 @@ def whitened_return(
     Source: arXiv 2501.03262, token-level KL and advantage normalisation.
     """
     penalty = (kl_coefficient * kl * completion_mask).flip(1).cumsum(1).flip(1)
-    returns = advantages[:, None] - penalty
-    centred = returns - masked_mean(returns, completion_mask)
-    variance = masked_mean(centred.square(), completion_mask)
-    kept = returns[completion_mask]
-    varies = (kept != kept[:1]).any()
-    return centred / (variance + eps).sqrt() * completion_mask * varies
+    return whiten(advantages[:, None] - penalty, completion_mask, eps)

@@ -270,7 +270,13 @@ def round_trip(
         completions = _generate(config, train_engine, inputs, version=0)
     reference = load_reference(config, inputs, weights=None)
     rewards = torch.tensor([[1.0, 0.0]] * len(completions))  # made up: equal ones would teach nothing
-    rollout = Rollout(completions, rewards, True, 0, 0, 0, {})
+    longest = max(len(one.token_ids) for group in completions for one in group.completions)
+    offers = {
+        "prompts": [group.prompt for group in completions],
+        "reference_rewards": rewards,
+        "state_values": torch.zeros(rewards.numel(), longest),
+    }
+    rollout = Rollout(completions, rewards, True, 0, 0, 0, {}, offers)
 
     def learner() -> Learner:
         return Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype)

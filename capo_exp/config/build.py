@@ -209,4 +209,11 @@ def needs_reference(algo: AlgoConfig) -> bool:
     parts = {"algo.shaping": algo.shaping, "algo.credit": algo.credit}
     numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
     in_reward = any(number is not None and part.get(number) != 0 for part, number in numbers)
-    return algo.kl_coefficient > 0 or in_reward
+    in_loss = declares_inside(algo.token_loss, "algo.token_loss", "needs_reference")
+    return algo.kl_coefficient > 0 or in_reward or in_loss
+
+
+def declares_inside(part: Mapping[str, Any], key: str, what: str) -> bool:
+    """Returns whether a part, or one that it is given, declares something."""
+    inside = [part, *(value for value in part.values() if isinstance(value, Mapping) and "_target_" in value)]
+    return any(declares(locate(each, key), what) for each in inside)

@@ -6,7 +6,6 @@ What needs no part is checked first, without torch: such a mistake ends in under
 import json
 import math
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from typing import Any
 
 from capo_exp.config import build
 from capo_exp.config.architecture import HubSilent, no_model, read_architecture
-from capo_exp.config.declare import declares
+from capo_exp.config.declare import OFFERS, asked, declares
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.places import MADE_HERE, is_local_path
 from capo_exp.config.plugins import allowed_plugins, find_package
@@ -113,7 +112,8 @@ def _check_sampling(config: TrainConfig) -> None:
     if rollout.train_engine is not None and not target.endswith(".uncorrected"):
         wanted = "rollout/correction=none with rollout.train_engine, whose completions nobody sampled"
         raise error("rollout.correction._target_", target, wanted)
-    if _regresses(config.algo.token_loss) and not target.endswith(".uncorrected"):
+    regresses = build.declares_inside(config.algo.token_loss, "algo.token_loss", "regresses")
+    if regresses and not target.endswith(".uncorrected"):
         wanted = f"rollout/correction=none with algo={config.algo.name}, of which the advantage is a target"
         raise error("rollout.correction._target_", target, wanted)
     curvature = config.curvature
@@ -122,12 +122,6 @@ def _check_sampling(config: TrainConfig) -> None:
         raise error("curvature.moments_dtype", curvature.moments_dtype, wanted)
     if curvature.optimizer_model == "adam_live":
         apply(OPEN_BETAS, "optimizer.betas", config.optimizer.betas)
-
-
-def _regresses(part: Mapping[str, Any]) -> bool:
-    """Returns whether a token loss, or one that it was given, declares `regresses`."""
-    inside = [part, *(value for value in part.values() if isinstance(value, Mapping) and "_target_" in value)]
-    return any(declares(build.locate(each, "algo.token_loss"), "regresses") for each in inside)
 
 
 def _check_terms(config: TrainConfig) -> None:
@@ -217,6 +211,28 @@ def _check_algorithm(config: TrainConfig) -> None:
         raise error("regime.group_size", 1, wanted)
     if algo.reference_reset_every and not build.needs_reference(algo):
         raise error("algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference")
+    _check_samples(config)
+
+
+def _check_samples(config: TrainConfig) -> None:
+    """Compares what the parts ask to be sampled beside a step's own completions with what is."""
+    algo = config.algo
+    parts = {"group_filter": algo.group_filter, "advantage": algo.advantage, "credit": algo.credit}
+    asking = {
+        offer: part["_target_"]
+        for name, part in parts.items()
+        for offer in asked(build.locate(part, f"algo.{name}"), dict.fromkeys(OFFERS))
+    }
+    for key, offer in (("reference_samples", "reference_rewards"), ("continuations", "state_values")):
+        count = getattr(algo, key)
+        if offer in asking and not count:
+            raise error(f"algo.{key}", 0, f"at least 1, since {asking[offer]} asks for {offer}")
+        if count and config.rollout.train_engine is not None:
+            wanted = "0 with rollout.train_engine, whose completions nobody sampled"
+            raise error(f"algo.{key}", count, wanted)
+    if algo.reference_samples and algo.reference_reset_every:
+        wanted = "0 with algo.reference_samples, which are those of the first reference"
+        raise error("algo.reference_reset_every", algo.reference_reset_every, wanted)
 
 
 def _check_distributed(config: TrainConfig) -> None:

@@ -1,13 +1,20 @@
-"""What a part says of itself beside its signature, so that nothing is guessed from names. Imports no torch.
+"""What a part says of itself, by a decorator or by a parameter that it names. Imports no torch.
 
 A function of algorithms/, or of a user's package, is decorated; `declares` looks through functools.partial.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+OFFERS = ("prompts", "reference_rewards", "state_values")
+"""What a group filter, an advantage or a credit gets beside what is always passed, if it has a parameter of
+that name: the rollout's prompts [P]; the rewards [P, N] of the reference's completions of each, which
+algo.reference_samples asks for; the value [B, T] of each state, NaN at a token before which there is none,
+which algo.continuations asks for."""
 
 
 def compares_group(function: Function) -> Function:
@@ -27,6 +34,12 @@ def regresses(function: Function) -> Function:
     """Marks a token loss in which the advantage is a target and no factor, so that the weight of a correction
     would move the target: it takes none."""
     function.regresses = True  # type: ignore[attr-defined]
+    return function
+
+
+def needs_reference(function: Function) -> Function:
+    """Marks a token loss that holds the policy against the reference: it gets `ref_log_probs`."""
+    function.needs_reference = True  # type: ignore[attr-defined]
     return function
 
 
@@ -55,6 +68,12 @@ def ordered(low: str, high: str) -> Callable[[Function], Function]:
         return function
 
     return mark
+
+
+def asked(function: Callable[..., Any], offers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the OFFERS for which a part has a parameter."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in offers.items() if name in parameters}
 
 
 def declares(function: Callable[..., Any], what: str) -> Any:

@@ -47,6 +47,12 @@ def matches(pattern: str, meaning: str) -> Rule:
     return Rule(lambda v: re.fullmatch(pattern, v) is not None, meaning)
 
 
+def _compiles(pattern: str) -> bool:
+    with suppress(re.error):
+        return re.compile(pattern) is not None
+    return False
+
+
 OFF = "infinite = off: inf on the command line, .inf in YAML"
 AT_LEAST_0 = Rule(lambda v: v >= 0, "an integer of at least 0")
 AT_LEAST_1 = Rule(lambda v: v >= 1, "an integer of at least 1")
@@ -83,6 +89,7 @@ FOLDER = matches(f"{_NAME}{{0,99}}", f"the name of one folder: at most 100 {_LET
 NAME = matches(f"{_NAME}{{0,39}}", f"a name that can be in that of a folder: at most 40 {_LETTERS}")
 NAME_OR_EMPTY = Rule(lambda v: v == "" or NAME.holds(v), f"empty, or at most 40 {_LETTERS}")
 NAME_OR_NULL = Rule(lambda v: v is None or NAME.holds(v), f"null, or at most 40 {_LETTERS}")
+PATTERN = Rule(_compiles, "a regular expression")
 ONE_LINE = matches(r".*", "one line of text")
 COLOUR = matches(r"(#[0-9a-fA-F]{6})?", "empty, or a colour as #rrggbb")
 MARKER = matches(

@@ -70,6 +70,11 @@ class AlgoConfig:
     marker: str = setting(ranges.MARKER, default="", result=False)
     group_filter: Part = setting(default=_neutral("all_groups"))
     max_sampling_rounds: int = setting(ranges.COUNT, default=1)  # until enough groups pass
+    # Completions of each prompt of the run by the reference, before the first step; 0 = none.
+    reference_samples: int = setting(ranges.COUNT_OR_0, default=0)
+    # Completions sampled on from each state of a completion, to estimate its value; 0 = none.
+    continuations: int = setting(ranges.COUNT_OR_0, default=0)
+    states: Part = setting(default=_neutral("prompt_alone"))
     shaping: Part = setting(default=_neutral("unshaped"))
     advantage: Part = setting(like="algorithms.grpo.group_normalised")
     credit: Part = setting(default=_neutral("every_token"))

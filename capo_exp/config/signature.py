@@ -10,7 +10,7 @@ from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from capo_exp.config.declare import declares
+from capo_exp.config.declare import OFFERS, declares
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.ranges import Rule
 
@@ -20,8 +20,8 @@ SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "te
 def is_like(found: Callable[..., Any], model: Callable[..., Any]) -> bool:
     """Returns whether a part can stand where another does: a loss cannot where an advantage has to be.
 
-    Functions of ours have the same parameters and result, classes are of one room; of a function of a user's
-    package the number of parameters is compared, of a user's class nothing.
+    Functions of ours have the same parameters, OFFERS apart, and result, classes are of one room; of a
+    function of a user's package the number of parameters is compared, of a user's class nothing.
     """
     if isinstance(model, type):
         return found.__module__.split(".")[:2] == model.__module__.split(".")[:2] or not _is_ours(found)
@@ -34,10 +34,10 @@ def _is_ours(function: Callable[..., Any]) -> bool:
 
 
 def _read_shape(function: Callable[..., Any]) -> tuple[list[str], str]:
-    """Returns the names of what a caller passes by position, and the annotation of the result."""
+    """Returns the names of what a caller always passes, and the annotation of the result."""
     signature = inspect.signature(function)
     named = [name for name, each in signature.parameters.items() if each.kind is not each.KEYWORD_ONLY]
-    return named, str(signature.return_annotation)
+    return [name for name in named if name not in OFFERS], str(signature.return_annotation)
 
 
 def check_settings(function: Callable[..., Any], part: Mapping[str, Any], key: str) -> None:

@@ -55,6 +55,16 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     return out.masked_scatter(mask.view(*mask.shape, *[1] * (values.dim() - 1)), values)
 
 
+def whiten(values: Tensor, mask: Tensor, eps: float) -> Tensor:
+    """(values - mean) / sqrt(variance + eps) over True positions, 0 elsewhere; exactly 0 where all are
+    equal, whatever the rounding."""
+    centred = values - masked_mean(values, mask)
+    variance = masked_mean(centred.square(), mask)
+    kept = values[mask]
+    varies = (kept != kept[:1]).any()
+    return centred / (variance + eps).sqrt() * mask * varies
+
+
 def centre(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """R - mean of its row, [P, G] -> [P, G]; exactly 0 where all rewards of a row are equal, whatever the
     rounding."""

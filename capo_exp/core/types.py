@@ -58,7 +58,8 @@ class Completion:
     token_ids: tuple[int, ...]  # At least one token; ends in the end-of-sequence token unless `truncated`
     sampler_log_probs: tuple[float, ...]
     """Log-likelihood [nats] of each token under the full softmax at the sampling temperature, whatever top_k
-    or top_p cut off, so that the learner's can be compared; NaN where it was not drawn (demonstrations)."""
+    or top_p cut off, so that the learner's can be compared; NaN where it was not drawn (demonstrations, what
+    a request had `begun`)."""
     text: str  # Decoded without special tokens
     truncated: bool  # True if the length limit came before the end-of-sequence token
 
@@ -235,6 +236,8 @@ class TokenLossInput:
     step: Scored | None = None
     """The whole optimiser step, of which these are some rows, for a token loss that declares `whole_step`."""
     rows: Int[Tensor, " B"] | None = None  # int64, which rows of `step` these are
+    ref_log_probs: Float[Tensor, "B T"] | None = None
+    """Nats, of the reference, without a graph; the policy's own where nothing needs one."""
 
     @classmethod
     def of(cls, batch: Batch, output: PolicyOutput, old_log_probs: Float[Tensor, "B T"]) -> "TokenLossInput":

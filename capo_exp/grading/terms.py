@@ -52,6 +52,13 @@ def brevity(tokens: int, *, max_tokens: Annotated[int, AT_LEAST_1]) -> float:
     return max(0.0, 1.0 - tokens / max_tokens)
 
 
+def exploration(tokens: int, *, max_tokens: Annotated[int, AT_LEAST_1]) -> float:
+    """Returns 0 for an empty completion, rising to 1 at max_tokens: a positive weight pays for more thinking,
+    right or wrong. Source: RLSP, arXiv 2502.06773, the simplest exploration reward; that it is linear, and
+    its weight, are ours."""
+    return min(1.0, tokens / max_tokens)
+
+
 @dataclass(frozen=True)
 class RewardTerms:
     """The terms of a run; None = there is no such term."""

@@ -37,6 +37,13 @@ class SamplingRequest:
     """The same request gives the same completions while the weights stay."""
     weight_version: int
     """Number of optimiser steps that the learner's weights have seen; recorded with each group."""
+    begun: Sequence[tuple[int, ...]] = ()
+    """Tokens with which each prompt's completions begin, fewer than max_tokens, which counts them, too; () =
+    none. The completions returned are whole."""
+
+    def beginnings(self) -> Sequence[tuple[int, ...]]:
+        """Returns what has begun of each prompt's completions."""
+        return self.begun or [()] * len(self.prompts)
 
 
 class RolloutEngine(Protocol):

@@ -18,7 +18,7 @@ def sample(engine: RolloutEngine, requests: Sequence[SamplingRequest], world: Wo
 
     def own() -> list[list[RolloutGroup]]:
         share = world.deal(requests)
-        nothing = [replace(requests[0], prompts=())] * (rounds - len(share))
+        nothing = [replace(requests[0], prompts=(), begun=())] * (rounds - len(share))
         return [engine.generate(request) for request in (*share, *nothing)][: len(share)]
 
     return [group for groups in world.collect(world.together(own)) for group in groups]

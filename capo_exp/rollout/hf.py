@@ -1,7 +1,9 @@
 """Rollouts with transformers and the learner's own weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
+from math import nan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,11 +53,12 @@ class HFRollout:
         size = max(1, self._max_sequences // request.group_size)
         groups: list[RolloutGroup] = []
         for start in range(0, len(request.prompts), size):
-            part = request.prompts[start : start + size]
-            completions = iter(self._sample(part, request, generator))
+            cut = slice(start, start + size)
+            part = replace(request, prompts=request.prompts[cut], begun=request.begun[cut])
+            completions = iter(self._sample(part, generator))
             groups += [
                 RolloutGroup(prompt, tuple(islice(completions, request.group_size)), request.weight_version)
-                for prompt in part
+                for prompt in part.prompts
             ]
         return groups
 
@@ -70,23 +73,26 @@ class HFRollout:
 
     def close(self) -> None: ...
 
-    def _sample(
-        self, prompts: Sequence[Prompt], request: SamplingRequest, generator: torch.Generator
-    ) -> list[Completion]:
-        encoded = self._tokenizer.pad(
-            {"input_ids": [list(prompt.token_ids) for prompt in prompts]},
-            return_tensors="pt",
-            padding_side="left",
-        ).to(self._model.device)
+    def _sample(self, request: SamplingRequest, generator: torch.Generator) -> list[Completion]:
+        pairs = zip(request.prompts, request.beginnings(), strict=True)
+        known = [[*prompt.token_ids, *begun] for prompt, begun in pairs]
+        padded = self._tokenizer.pad({"input_ids": known}, return_tensors="pt", padding_side="left")
+        encoded = padded.to(self._model.device)
         with torch.no_grad(), policy.autocast(self._model.device, self._compute_dtype):
             tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
-        lengths = ((ended == 0).sum(1) + 1).clamp(max=request.max_tokens).tolist()
-        rows = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+        lengths = ((ended == 0).sum(1) + 1).tolist()
+        begun = [ids for ids in request.beginnings() for _ in range(request.group_size)]
+        rows: list[list[int]] = []
+        scores: list[list[float]] = []
+        for ids, new, own, length in zip(begun, tokens.tolist(), log_probs.tolist(), lengths, strict=True):
+            count = min(length, request.max_tokens - len(ids))
+            rows.append([*ids, *new[:count]])
+            scores.append([*[nan] * len(ids), *own[:count]])
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
-            Completion(tuple(ids), tuple(scores[: len(ids)]), text, truncated=ids[-1] not in self._ends)
-            for ids, scores, text in zip(rows, log_probs.tolist(), texts, strict=True)
+            Completion(tuple(ids), tuple(own), text, truncated=ids[-1] not in self._ends)
+            for ids, own, text in zip(rows, scores, texts, strict=True)
         ]
 
 
@@ -105,8 +111,8 @@ def decode(
 
     Args:
         model: the learner's.
-        prompts: input_ids and attention_mask [P, S], padded on the left.
-        request: group size, limits, temperature (0 = greedy), top_k and top_p.
+        prompts: input_ids and attention_mask [P, S], padded on the left, with what has begun.
+        request: what has begun, group size, limits, temperature (0 = greedy), top_k and top_p.
         ends: tokens that end a completion.
         generator: draws the tokens.
 
@@ -115,7 +121,9 @@ def decode(
         temperature, which is the learner's, whatever top_k and top_p leave to sample from.
     """
     input_ids, mask, size = prompts["input_ids"], prompts["attention_mask"], request.group_size
-    rows, limit = input_ids.shape[0] * size, request.max_tokens
+    rows = input_ids.shape[0] * size
+    room = input_ids.new_tensor([request.max_tokens - len(ids) for ids in request.beginnings()])
+    limit, room = int(room.max()), room.repeat_interleave(size)
     tokens = input_ids.new_zeros(rows, limit)
     log_probs = torch.zeros(rows, limit, device=input_ids.device)
     cut, ending = make_cut(request.top_k, request.top_p), torch.tensor(ends, device=input_ids.device)
@@ -135,7 +143,7 @@ def decode(
             chosen = draw_tokens(scores if cut is None else cut(context, logits).log_softmax(1), generator)
         tokens[active[alive], position] = chosen[alive]
         log_probs[active[alive], position] = scores.gather(1, chosen[:, None]).squeeze(1)[alive]
-        alive = alive & ~torch.isin(chosen, ending)
+        alive = alive & ~torch.isin(chosen, ending) & (room[active] > position + 1)
         remaining = int(alive.sum())
         if remaining == 0 or position == limit - 1:
             break

@@ -9,6 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Protocol
 
@@ -148,17 +149,17 @@ class VLLMRollout:
             "temperature": request.temperature,
             "top_k": request.top_k,
             "top_p": request.top_p,
-            "max_tokens": request.max_tokens,
             "stop_token_ids": self._ends,
             "ignore_eos": True,  # _ends has it
         }
-        count = range(len(request.prompts))
-        seeds = [int(np.random.SeedSequence([request.seed, i]).generate_state(1)[0]) for i in count]
-        pairs = zip(request.prompts, seeds, strict=True)
-        requests = [Request(prompt.token_ids, params | {"seed": seed}) for prompt, seed in pairs]
+        requests: list[Request] = []
+        for i, (prompt, begun) in enumerate(zip(request.prompts, request.beginnings(), strict=True)):
+            seed = int(np.random.SeedSequence([request.seed, i]).generate_state(1)[0])
+            own = {"max_tokens": request.max_tokens - len(begun), "seed": seed}
+            requests.append(Request((*prompt.token_ids, *begun), params | own))
         responses = self.running().generate(requests)
-        pairs = zip(request.prompts, responses, strict=True)
-        return [self._to_group(request, prompt, response) for prompt, response in pairs]
+        triples = zip(request.prompts, request.beginnings(), responses, strict=True)
+        return [self._to_group(request, *triple) for triple in triples]
 
     def rest(self) -> None:
         """Puts the engine to sleep, if it may; generate wakes it."""
@@ -189,17 +190,20 @@ class VLLMRollout:
         """Names weights that are this learner's, on whichever server."""
         return f"{self._name}:{version}"
 
-    def _to_group(self, request: SamplingRequest, prompt: Prompt, response: Response) -> RolloutGroup:
+    def _to_group(
+        self, request: SamplingRequest, prompt: Prompt, begun: tuple[int, ...], response: Response
+    ) -> RolloutGroup:
         label = self._label(request.weight_version)
         versions = {version for sampled in response.completions for version in sampled.weight_versions}
         if versions != {label}:
             wanted = f"expected {label}; does another run use this server?"
             raise EngineFailed(f"vLLM: sampled with weights {sorted(versions)}: {wanted}")
-        rows = [sampled.token_ids for sampled in response.completions]
+        rows = [[*begun, *sampled.token_ids] for sampled in response.completions]
+        scores = [(*[nan] * len(begun), *sampled.log_probs) for sampled in response.completions]
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         completions = [
-            Completion(tuple(s.token_ids), tuple(s.log_probs), text, s.token_ids[-1] not in self._ends)
-            for s, text in zip(response.completions, texts, strict=True)
+            Completion(tuple(row), score, text, truncated=row[-1] not in self._ends)
+            for row, score, text in zip(rows, scores, texts, strict=True)
         ]
         copies = request.group_size // len(completions)
         return RolloutGroup(prompt, tuple(completions * copies), request.weight_version)

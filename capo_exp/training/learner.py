@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from capo_exp.algorithms.protocols import Algorithm, sees_whole_step
+from capo_exp.algorithms.protocols import Algorithm, declares_inside
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
@@ -91,7 +91,7 @@ class Learner:
         with watch("scoring"):
             scored = self._score_whole_step(given)
             selection = self.algorithm.selection(scored)
-        if sees_whole_step(self.algorithm.token_loss):
+        if declares_inside(self.algorithm.token_loss, "whole_step"):
             given = replace(given, scored=scored)
         return self.backward_selected(given, selection, watch)
 

@@ -109,6 +109,8 @@ def _take_steps(session: Session, stopped: threading.Event) -> None:
     evaluated = session.world.first(lambda: session.logger.evaluated_step)
     if _evaluation_due(session) and evaluated < session.step:
         _evaluate(session)  # before the first step, or where the engine failed in one that was due
+    if session.learner.algorithm.reference_samples and not session.step:
+        session.remember_reference()
     while not _ended(session):
         take_step(session)
         last = _ended(session)

@@ -1,6 +1,6 @@
 """The loss of a micro-batch: token losses, the KL to the reference, the selection, the aggregation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def compute_loss(
 ) -> Loss:
     """Computes the loss of a micro-batch; ref_log_probs [B, T] nats are the policy's own where there is no
     reference, totals those of the whole optimiser step."""
-    token_loss = algorithm.token_loss(inputs)
+    token_loss = algorithm.token_loss(replace(inputs, ref_log_probs=ref_log_probs))
     values = token_loss.values
     if algorithm.kl_coefficient:  # 0 times an infinite estimate would be NaN
         values = values + algorithm.kl_coefficient * algorithm.kl_estimator(inputs.log_probs, ref_log_probs)

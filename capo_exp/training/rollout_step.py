@@ -1,52 +1,27 @@
 """One rollout step: prompts -> completions -> rewards -> credit -> optimiser steps over the batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from statistics import fmean
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from capo_exp.algorithms.kl import kl_k1
 from capo_exp.algorithms.protocols import Algorithm
+from capo_exp.config.declare import asked
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import collate, join, minibatches, take, totals
 from capo_exp.core.seeds import MINIBATCH, ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import (
-    Batch,
-    Prompt,
-    RolloutGroup,
-    StepInput,
-    StepRecord,
-)
+from capo_exp.core.types import Batch, RolloutGroup, StepInput, StepRecord
 from capo_exp.data.prompts import choose_visits
-from capo_exp.distributed.world import SINGLE, World
-from capo_exp.grading.compare import Grade
-from capo_exp.grading.terms import RewardTerms, measure_terms
-from capo_exp.grading.verifier import RewardResult, Verifier
-from capo_exp.rollout import RolloutEngine, SamplingRequest
-from capo_exp.rollout.dealt import sample
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
+from capo_exp.training.sampler import Sample, Sampler, draw, value_states
 from capo_exp.training.step_metrics import merge_rounds, rollout_metrics
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """Where completions and their rewards come from."""
-
-    engine: RolloutEngine
-    resting: RolloutEngine
-    """Gives its memory back while the learner works: the engine itself, or the one of evaluations where
-    completions are demonstrations."""
-    verifier: Verifier
-    prompts: Sequence[Prompt]
-    terms: RewardTerms
-    world: World = SINGLE
-    """The processes that share out the sampling; the first one grades, so that a time limit means the same to
-    all."""
+Offers = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,6 +35,7 @@ class Rollout:
     completions: int  # Completions sampled, those of filtered groups too
     tokens: int  # Tokens sampled
     metrics: dict[str, float]
+    offers: Offers = field(default_factory=dict[str, Any])  # What parts may ask for: config.declare.OFFERS
 
 
 @dataclass(frozen=True)
@@ -120,37 +96,56 @@ def sample_rollout(
     seen: list[RolloutGroup] = []
     passed: list[RolloutGroup] = []
     passed_rewards: list[Tensor] = []
-    all_rewards: list[Tensor] = []
-    grades: list[list[Grade]] = []
-    verdicts: list[dict[str, float]] = []
+    rounds: list[Sample] = []
+    order = derive_seed(config.seed, ORDER, 0)
     for number in range(algorithm.max_sampling_rounds):
-        with watch("rollout"):
-            groups = _generate(config, sampler, step, number, first + number * wanted, weight_version)
-        with watch("reward"):
-            result = sampler.world.first(partial(_grade, sampler.verifier, groups))
-            completions = [one for group in groups for one in group.completions]
-            measured = measure_terms(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
-        rewards = torch.tensor(result.rewards)
-        keep = algorithm.group_filter(rewards)
-        rewards = total_reward(rewards, measured, sampler.terms)
-        seen += groups
-        passed += [group for group, kept in zip(groups, keep.tolist(), strict=True) if kept]
-        passed_rewards.append(rewards[keep])
-        all_rewards.append(rewards)
-        grades += result.grades
-        verdicts.append(result.metrics | {key: fmean(values) for key, values in measured.items()})
+        start = first + number * wanted
+        visits = choose_visits(len(sampler.prompts), first=start, count=wanted, seed=order)
+        drawn = draw(
+            config, sampler, [sampler.prompts[i] for i in visits], group_size=config.regime.group_size,
+            seed=(ROLLOUT, step, number), weight_version=weight_version, watch=watch,
+        )  # fmt: skip
+        offers = asked(algorithm.group_filter, _offer(drawn.groups, sampler))
+        keep = algorithm.group_filter(drawn.verdicts, **offers)
+        rounds.append(drawn)
+        seen += drawn.groups
+        passed += [group for group, kept in zip(drawn.groups, keep.tolist(), strict=True) if kept]
+        passed_rewards.append(drawn.rewards[keep])
         if len(passed) >= wanted:
             break
-    every = torch.cat(all_rewards)
+    every = torch.cat([drawn.rewards for drawn in rounds])
     filtered = 1 - len(passed) / len(seen)
     if passed:
         used, used_rewards = passed[:wanted], torch.cat(passed_rewards)[:wanted]
     else:
         used, used_rewards = seen[-wanted:], every[-wanted:]
-    lengths = [len(completion.token_ids) for group in seen for completion in group.completions]
-    metrics = rollout_metrics(seen, every, grades) | merge_rounds(verdicts)
-    metrics |= {"rollout/sampling_rounds": float(len(verdicts)), "rollout/filtered_group_fraction": filtered}
-    return Rollout(used, used_rewards, bool(every.any()), len(seen), len(lengths), sum(lengths), metrics)
+    grades = [row for drawn in rounds for row in drawn.grades]
+    metrics = rollout_metrics(seen, every, grades) | merge_rounds([drawn.metrics for drawn in rounds])
+    metrics |= {"rollout/sampling_rounds": float(len(rounds)), "rollout/filtered_group_fraction": filtered}
+    values = None
+    if algorithm.continuations:
+        values, drawn = value_states(
+            config, algorithm, sampler, used, step=step, weight_version=weight_version, watch=watch
+        )
+        rounds.append(drawn)
+        metrics["rollout/states"] = float(len(drawn.groups))
+        metrics["reward/state_value"] = drawn.rewards.mean().item()
+    return Rollout(
+        groups=used,
+        rewards=used_rewards,
+        rewarded=bool(every.any()),
+        prompts=len(seen),
+        completions=sum(drawn.completions for drawn in rounds),
+        tokens=sum(drawn.tokens for drawn in rounds),
+        metrics=metrics,
+        offers=_offer(used, sampler, values),
+    )
+
+
+def _offer(groups: Sequence[RolloutGroup], sampler: Sampler, state_values: Tensor | None = None) -> Offers:
+    """Returns what parts may ask for, by the names of config.declare.OFFERS."""
+    prompts = [group.prompt for group in groups]
+    return {"prompts": prompts, "reference_rewards": sampler.recall(groups), "state_values": state_values}
 
 
 def assign_credit(rollout: Rollout, learner: Learner, *, pad_token_id: int) -> tuple[Batch, dict[str, float]]:
@@ -163,8 +158,10 @@ def assign_credit(rollout: Rollout, learner: Learner, *, pad_token_id: int) -> t
         kl = kl_k1(own, learner.reference_log_probs(batch, own))
     sums = [values.sum(1).float().view(shape) for values in (mask, kl)]
     shaped = algorithm.shaping(rollout.rewards.to(mask.device), *sums)
-    advantages = algorithm.advantage(shaped)
-    batch = replace(batch, advantages=algorithm.credit(advantages.reshape(-1), mask, kl))
+    offers = {k: v.to(mask.device) if isinstance(v, Tensor) else v for k, v in rollout.offers.items()}
+    advantages = algorithm.advantage(shaped, **asked(algorithm.advantage, offers))
+    credit = algorithm.credit(advantages.reshape(-1), mask, kl, **asked(algorithm.credit, offers))
+    batch = replace(batch, advantages=credit)
     return batch, {"reward/mean": shaped.mean().item()}
 
 
@@ -196,47 +193,3 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
             if stored is None:  # one minibatch: its rows and record are all there is
                 stored = join([(rows, record.old_log_probs)], batch.completion_mask)
             yield Update(rows, metrics, record if iteration == algorithm.num_iterations - 1 else None)
-
-
-def _generate(
-    config: TrainConfig, sampler: Sampler, step: int, number: int, first: int, weight_version: int
-) -> list[RolloutGroup]:
-    """Samples one round: all its prompts in one call, or micro-batch by micro-batch, in whichever process."""
-    regime = config.regime
-    order = derive_seed(config.seed, ORDER, 0)
-    indices = choose_visits(len(sampler.prompts), first=first, count=regime.prompts_per_step, seed=order)
-    prompts = [sampler.prompts[i] for i in indices]
-    size = len(prompts)
-    if config.rollout.chunking == "per_micro_batch":
-        size = max(1, config.model.micro_batch_size // regime.group_size)
-    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    requests = [
-        SamplingRequest(
-            chunk,
-            group_size=regime.group_size,
-            max_tokens=config.dataset.max_completion_tokens,
-            temperature=config.rollout.temperature,
-            top_k=config.rollout.top_k,
-            top_p=config.rollout.top_p,
-            seed=derive_seed(config.seed, ROLLOUT, step, number * len(chunks) + position),
-            weight_version=weight_version,
-        )
-        for position, chunk in enumerate(chunks)
-    ]
-    return sample(sampler.engine, requests, sampler.world)
-
-
-def _grade(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
-    texts = [[completion.text for completion in group.completions] for group in groups]
-    asked = [group.prompt.problem for group in groups]
-    return verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked])
-
-
-def total_reward(rewards: Tensor, measured: Mapping[str, Sequence[float]], terms: RewardTerms) -> Tensor:
-    """Returns the verifier's rewards [P, G] + weight x term; `measured` has P * G numbers of each term that
-    is on."""
-    weights = {"reward/format": terms.format_weight, "reward/length": terms.length_weight}
-    for key, values in measured.items():
-        if weights[key]:  # else not even a rounding
-            rewards = rewards + weights[key] * torch.tensor(values).view(rewards.shape)
-    return rewards

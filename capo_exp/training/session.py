@@ -34,7 +34,8 @@ from capo_exp.runs.record import RunRecord, read_record
 from capo_exp.runs.samples import read_logged
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
-from capo_exp.training.rollout_step import Rollout, Sampler
+from capo_exp.training.rollout_step import Rollout
+from capo_exp.training.sampler import Sampler, remember_reference
 
 ENGINES = "engines"
 """Folder with the logs of the engines beside the first process."""
@@ -95,6 +96,14 @@ class Session:
         if rollout.rewarded:
             self.counts["counter/unrewarded_steps"] = 0
 
+    def remember_reference(self) -> None:
+        """Samples what parts ask to know of the reference, and counts it."""
+        samples = self.inputs.algorithm.reference_samples
+        self.progress.message(f"sampling {samples} completions of each prompt by the reference")
+        self.sampler, *sampled = remember_reference(self.config, self.inputs.algorithm, self.sampler)
+        for name, number in zip(("completions", "generated_tokens"), sampled, strict=True):
+            self.counts[f"counter/{name}"] += number
+
     def counters(self) -> dict[str, int]:
         """Returns how far the run has got, under the names of its metrics."""
         learner = self.learner
@@ -111,7 +120,8 @@ class Session:
         if self.world.any(not all(local(weight).isfinite().all() for weight in learner.model.parameters())):
             raise TrainingDiverged(f"the weights after step {self.step} are not finite")
         self.logger.sync()
-        state = learner.state_dict() | {"counters": counters}
+        known = self.sampler.reference_rewards
+        state = learner.state_dict() | {"counters": counters, "reference_rewards": dict(known)}
         reference = learner.reference if learner.reference_resets else None
         self.checkpointer.save(self.step, state, learner.model, self.inputs.tokenizer, reference)
         self.record.update(counters)
@@ -201,7 +211,11 @@ def open_session(
         progress.message(f"goes on after step {step}, from {latest}")
     train_engine = choose_train_engine(config, inputs, engine)
     terms = build_terms(config.reward)
-    sampler = Sampler(train_engine, engine, inputs.verifier, inputs.data.train, terms, world)
+    sampler = Sampler(
+        train_engine, engine, inputs.verifier, inputs.data.train, terms, world,
+        spell=lambda ids: inputs.tokenizer.batch_decode([[token] for token in ids]),
+        reference_rewards=state.get("reference_rewards", {}),
+    )  # fmt: skip
     counts = {name: counters.get(name, 0) for name in COUNTS}
     session = Session(
         world, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts

@@ -1,0 +1,183 @@
+"""Where completions and their rewards come from: a step's own, and what parts ask for beside them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import nan
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from capo_exp.algorithms.protocols import Algorithm
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.seeds import CONTINUATION, ORDER, REFERENCE, derive_seed
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import Prompt, RolloutGroup
+from capo_exp.data.prompts import choose_visits
+from capo_exp.distributed.world import SINGLE, World
+from capo_exp.grading.compare import Grade
+from capo_exp.grading.terms import RewardTerms, measure_terms
+from capo_exp.grading.verifier import RewardResult, Verifier
+from capo_exp.rollout import RolloutEngine, SamplingRequest
+from capo_exp.rollout.dealt import sample
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Where completions and their rewards come from."""
+
+    engine: RolloutEngine
+    resting: RolloutEngine
+    """Gives its memory back while the learner works: the engine itself, or the one of evaluations where
+    completions are demonstrations."""
+    verifier: Verifier
+    prompts: Sequence[Prompt]
+    terms: RewardTerms
+    world: World = SINGLE
+    """The processes that share out the sampling; the first one grades, so that a time limit means the same to
+    all."""
+    spell: Callable[[Sequence[int]], list[str]] | None = None  # The texts of tokens, which algo.states reads
+    reference_rewards: Mapping[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """Problem id -> the rewards of the reference's completions, which checkpoints keep; of no problem without
+    algo.reference_samples."""
+
+    def recall(self, groups: Sequence[RolloutGroup]) -> Tensor | None:
+        """Returns the reference's rewards [P, N] of the prompts of groups; None without any."""
+        if not self.reference_rewards:
+            return None
+        return torch.tensor([self.reference_rewards[group.prompt.problem.id] for group in groups])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Groups of completions, graded."""
+
+    groups: list[RolloutGroup]
+    verdicts: Tensor  # [P, G] the verifier's rewards
+    rewards: Tensor  # [P, G] total: the verifier's and the terms'
+    grades: list[list[Grade]]
+    metrics: dict[str, float]
+    begun: int = 0  # Tokens of the completions that the request had begun with
+
+    @property
+    def completions(self) -> int:
+        """The completions sampled."""
+        return self.rewards.numel()
+
+    @property
+    def tokens(self) -> int:
+        """The tokens sampled."""
+        return sum(len(one.token_ids) for group in self.groups for one in group.completions) - self.begun
+
+
+def draw(
+    config: TrainConfig,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    seed: tuple[int, int, int],
+    weight_version: int,
+    watch: Stopwatch,
+    begun: Sequence[tuple[int, ...]] = (),
+) -> Sample:
+    """Samples a group for each prompt, all in one call, or micro-batch by micro-batch, in whichever process,
+    and grades it. `seed` is a stream, a step and which of its calls of that kind this is."""
+    size = len(prompts)
+    if config.rollout.chunking == "per_micro_batch":
+        size = max(1, config.model.micro_batch_size // group_size)
+    starts = range(0, len(prompts), size)
+    stream, step, number = seed
+    requests = [
+        SamplingRequest(
+            prompts[start : start + size],
+            group_size=group_size,
+            max_tokens=config.dataset.max_completion_tokens,
+            temperature=config.rollout.temperature,
+            top_k=config.rollout.top_k,
+            top_p=config.rollout.top_p,
+            seed=derive_seed(config.seed, stream, step, number * len(starts) + position),
+            weight_version=weight_version,
+            begun=begun[start : start + size],
+        )
+        for position, start in enumerate(starts)
+    ]
+    with watch("rollout"):
+        groups = sample(sampler.engine, requests, sampler.world)
+    with watch("reward"):
+        result = sampler.world.first(partial(_grade, sampler.verifier, groups))
+        completions = [one for group in groups for one in group.completions]
+        measured = measure_terms(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
+    verdicts = torch.tensor(result.rewards)
+    rewards = total_reward(verdicts, measured, sampler.terms)
+    metrics = result.metrics | {key: fmean(values) for key, values in measured.items()}
+    return Sample(groups, verdicts, rewards, result.grades, metrics, group_size * sum(map(len, begun)))
+
+
+def value_states(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    sampler: Sampler,
+    groups: Sequence[RolloutGroup],
+    *,
+    step: int,
+    weight_version: int,
+    watch: Stopwatch,
+) -> tuple[Tensor, Sample]:
+    """Estimates the value of the states that algo.states names, by the mean reward of completions that go on
+    from each; those of a prompt that are equal, as the prompt itself, share them. All are sampled at once.
+
+    Returns:
+        Values [B, T], NaN at a token before which there is none, and what was sampled.
+    """
+    assert sampler.spell is not None, "algo.continuations needs the texts of tokens"
+    rows = [(p, one.token_ids) for p, group in enumerate(groups) for one in group.completions]
+    starts = [algorithm.states(sampler.spell(ids)) for _, ids in rows]
+    places = {(b, t): (p, ids[:t]) for b, (p, ids) in enumerate(rows) for t in starts[b]}
+    states = list(dict.fromkeys(places.values()))
+    drawn = draw(
+        config, sampler, [groups[p].prompt for p, _ in states], group_size=algorithm.continuations,
+        begun=[ids for _, ids in states], seed=(CONTINUATION, step, 0), weight_version=weight_version,
+        watch=watch,
+    )  # fmt: skip
+    known = dict(zip(states, drawn.rewards.mean(1).tolist(), strict=True))
+    values = torch.full((len(rows), max(len(ids) for _, ids in rows)), nan)
+    for place, state in places.items():
+        values[place] = known[state]
+    return values, drawn
+
+
+def remember_reference(
+    config: TrainConfig, algorithm: Algorithm, sampler: Sampler
+) -> tuple[Sampler, int, int]:
+    """Samples algo.reference_samples completions of every prompt that the run will visit, while the policy is
+    the reference still; returns a sampler that knows their rewards, and how many completions and tokens that
+    took."""
+    count = config.num_steps * config.regime.prompts_per_step * algorithm.max_sampling_rounds
+    seed = derive_seed(config.seed, ORDER, 0)
+    total = len(sampler.prompts)
+    visited = sorted(set(choose_visits(total, first=0, count=min(count, total), seed=seed)))
+    drawn = draw(
+        config, sampler, [sampler.prompts[i] for i in visited], group_size=algorithm.reference_samples,
+        seed=(REFERENCE, 0, 0), weight_version=0, watch=Stopwatch(),
+    )  # fmt: skip
+    pairs = zip(drawn.groups, drawn.rewards.tolist(), strict=True)
+    known = {group.prompt.problem.id: rewards for group, rewards in pairs}
+    return replace(sampler, reference_rewards=known), drawn.completions, drawn.tokens
+
+
+def total_reward(rewards: Tensor, measured: Mapping[str, Sequence[float]], terms: RewardTerms) -> Tensor:
+    """Returns the verifier's rewards [P, G] + weight x term; `measured` has P * G numbers of each term that
+    is on."""
+    weights = {"reward/format": terms.format_weight, "reward/length": terms.length_weight}
+    for key, values in measured.items():
+        if weights[key]:  # else not even a rounding
+            rewards = rewards + weights[key] * torch.tensor(values).view(rewards.shape)
+    return rewards
+
+
+def _grade(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
+    texts = [[completion.text for completion in group.completions] for group in groups]
+    asked = [group.prompt.problem for group in groups]
+    return verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked])

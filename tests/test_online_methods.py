@@ -1,0 +1,296 @@
+"""Methods that sample more than a step's own completions, or train on fewer: VinePPO, A*-PO, C3PO, Lite PPO;
+and what the loop offers to parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import exp, isnan, log, nan
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from capo_exp.algorithms.c3po import within_budget
+from capo_exp.algorithms.protocols import Algorithm, build_algorithm
+from capo_exp.algorithms.vineppo import step_advantages, whitened_step_advantages
+from capo_exp.config.checks import check
+from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
+from capo_exp.core.batch import totals
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import Batch, RolloutGroup
+from capo_exp.grading.terms import RewardTerms
+from capo_exp.rollout import SamplingRequest
+from capo_exp.runs.files import list_checkpoints
+from capo_exp.training import loop, rollout_step, session
+from capo_exp.training.rollout_step import assign_credit, sample_rollout
+from capo_exp.training.sampler import Sampler, remember_reference
+from tests.pieces import SMALL, Reader, completion, inputs_of, make_learner, prompt
+from tests.test_methods import off_policy
+from tests.test_rollout_hf import ROWS, sample
+
+Compose = Callable[..., TrainConfig]
+Built = Callable[..., Algorithm]
+Batches = Callable[..., Batch]
+
+
+@pytest.fixture
+def built(composed: Compose) -> Built:
+    return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
+
+
+@dataclass
+class Going:
+    """An engine that goes on with one token; completion g of a prompt, after n tokens that had begun, earns
+    n + g."""
+
+    calls: list[SamplingRequest] = field(default_factory=list)
+
+    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        self.calls.append(request)
+        pairs = zip(request.prompts, request.beginnings(), strict=True)
+        size = range(request.group_size)
+        return [
+            RolloutGroup(p, tuple(completion([*ids, 3], reward=len(ids) + g) for g in size), 0)
+            for p, ids in pairs
+        ]
+
+
+def sampler_of(engine: Going) -> Sampler:
+    """Of 9 prompts; every token is a sentence."""
+    prompts = [prompt(i) for i in range(9)]
+    return Sampler(
+        engine,  # pyright: ignore[reportArgumentType]
+        engine,  # pyright: ignore[reportArgumentType]
+        Reader(),
+        prompts,
+        RewardTerms(),
+        spell=lambda ids: [" A."] * len(ids),
+    )
+
+
+# Going on from what has begun
+
+
+def test_an_engine_goes_on_as_it_would_have(small_model: PreTrainedModel) -> None:
+    """Greedy completions from any of their tokens on are the same; what had begun has no log-prob, and the
+    limit counts it."""
+    whole = [group.completions[0] for group in sample(small_model, ROWS, temperature=0.0, group_size=1)]
+    for cut in ((0, 1, 2, 3), (3, 0, 1, 5)):
+        begun = [one.token_ids[: min(t, len(one.token_ids) - 1)] for one, t in zip(whole, cut, strict=True)]
+        groups = sample(small_model, ROWS, temperature=0.0, group_size=2, begun=begun, max_sequences=4)
+        for one, ids, group in zip(whole, begun, groups, strict=True):
+            for got in group.completions:
+                assert replace(got, sampler_log_probs=()) == replace(one, sampler_log_probs=())
+                assert [isnan(x) for x in got.sampler_log_probs[: len(ids)]] == [True] * len(ids)
+                new = slice(len(ids), None)
+                assert got.sampler_log_probs[new] == pytest.approx(one.sampler_log_probs[new], abs=1e-5)
+
+
+# VinePPO
+
+
+@pytest.mark.parametrize(
+    ("texts", "starts"),
+    [
+        (["So", " 3", ".", "5", ".", " Then", "\n", "x", "<end>"], [0, 5, 6]),
+        (["a", ".", "\n\n", "B", "<end>"], [0, 2]),
+        (["a", ".\n", "B", "c"], [0, 2]),
+        (["a", ".", " B"], [0]),  # the last token begins no step
+        (["a"], [0]),
+    ],
+)
+def test_steps_begin_at_new_lines_and_sentences(built: Built, texts: list[str], starts: list[int]) -> None:
+    assert built("vineppo").states(texts) == starts
+
+
+def test_a_steps_advantage_is_the_value_that_it_adds() -> None:
+    """V = .5, .75, .25 and R = 1: .25, -.5, .75; V of the prompt alone: R - V; they add up to that."""
+    values = torch.tensor([[0.5, nan, 0.75, 0.25, nan], [0.25, nan, nan, nan, nan]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    rewards, kl = torch.tensor([1.0, 0.0]), torch.zeros(2, 5)
+    got = step_advantages(rewards, mask, kl, values)
+    assert got.tolist() == [[0.25, 0.25, -0.5, 0.75, 0.75], [-0.25, -0.25, -0.25, 0, 0]]
+    white = whitened_step_advantages(rewards, mask, kl, values, eps=1e-9)
+    assert white[mask].mean().abs() < 1e-6 and white[mask].var(correction=0) == pytest.approx(1)
+    assert not white[~mask].any() and torch.equal(white.argsort(1)[0], got.argsort(1)[0])
+
+
+def test_vineppo_values_its_states_in_one_call_and_counts_them(
+    composed: Compose, small_model: PreTrainedModel
+) -> None:
+    """Completions of one token each have the prompt for their only state, shared by the group: K = 3
+    continuations that earn 0, 1, 2 are worth 1. Cut into four tokens, states of a group are shared, too."""
+    numbers = ("regime.prompts_per_step=2", "regime.group_size=2", "algo.continuations=3")
+    config = composed(*SMALL, "algo=vineppo", *numbers)
+    ours, engine = make_learner(config, small_model), Going()
+    sampler = sampler_of(engine)
+    got = sample_rollout(
+        config, ours.algorithm, sampler, step=1, first=0, weight_version=0, watch=Stopwatch()
+    )
+    assert [len(call.prompts) for call in engine.calls] == [2, 2] and engine.calls[1].group_size == 3
+    assert engine.calls[0].seed != engine.calls[1].seed
+    assert (got.completions, got.tokens, got.metrics["rollout/states"]) == (4 + 6, 4 + 6, 2)
+    assert got.offers["state_values"].tolist() == [[1.0]] * 4
+    plain = replace(ours.algorithm, credit=step_advantages)
+    ours.algorithm = plain
+    assert assign_credit(got, ours, pad_token_id=0)[0].advantages.tolist() == [[-1.0], [0.0]] * 2
+    longer = [
+        replace(g, completions=(completion([5, 6, 7, 8]), completion([5, 6, 9, 1]))) for g in got.groups
+    ]
+    values, drawn = rollout_step.value_states(
+        config, plain, sampler, longer, step=1, weight_version=0, watch=Stopwatch()
+    )
+    assert values[:2].nan_to_num(-1).tolist() == [[1.0, 2.0, 3.0, -1.0]] * 2
+    assert drawn.tokens == drawn.completions == 3 * 2 * (1 + 1 + 1)  # of 5 6 one state
+
+
+# A*-PO
+
+
+def test_the_optimal_value_by_hand_and_at_its_limits(built: Built) -> None:
+    """One of four is right: .5 ln((e^2 + 3) / 4); a large beta gives the mean, a small one the maximum."""
+    reference, rewards = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1.0], [0.0]])
+    for beta, value in ((0.5, 0.5 * log((exp(2) + 3) / 4)), (1e4, 0.25), (1e-3, 1.0)):
+        got = built("a_star_po", f"algo.advantage.beta={beta}").advantage(
+            rewards, reference_rewards=reference
+        )
+        assert got.flatten().tolist() == pytest.approx([1 - value, 0.0], abs=2e-3)
+    assert built("a_star_po").group_filter(rewards, reference_rewards=reference).tolist() == [True, False]
+
+
+def test_a_star_pos_regression_is_the_square_and_ends_at_the_best_policy(
+    built: Built, random_batch: Batches
+) -> None:
+    """(beta ln(pi / pi_ref) - A)^2, written plainly, and its gradient; -2 beta A at the reference; none where
+    ln(pi / pi_ref) is A / beta."""
+    batch, loss = random_batch(), built("a_star_po", "algo.token_loss.beta=0.3").token_loss
+    mask, algorithm = batch.completion_mask, built("a_star_po")
+    log_probs, ref, advantages = off_policy(batch, 0.5)
+
+    def run(ref: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = replace(inputs_of(log_probs, log_probs.detach(), advantages, mask), ref_log_probs=ref)
+        step = replace(batch, advantages=advantages)
+        value = algorithm.aggregation(loss(inputs).values, mask, step, totals(step))
+        return value.detach(), torch.autograd.grad(value, log_probs)[0]
+
+    log_ratio = ((log_probs - ref) * mask).sum(1)
+    plain = (0.3 * log_ratio - advantages[:, 0]).square().mean()
+    expected = torch.autograd.grad(plain, log_probs)[0]
+    torch.testing.assert_close(run(ref, advantages), (plain.detach(), expected))
+    at_start = run(log_probs.detach(), advantages)[1]
+    torch.testing.assert_close(at_start, -0.6 * advantages / len(mask))
+    solved = 0.3 * log_ratio.detach()[:, None] * mask
+    value, gradient = run(ref, solved)
+    assert value < 1e-12 and gradient.abs().max() < 1e-7
+
+
+def test_the_reference_is_sampled_once_for_what_the_run_visits(composed: Compose) -> None:
+    """3 steps of 2 prompts visit 6 of 9 prompts, 30 steps all of them; the rewards are found again by id."""
+    for steps, count in ((3, 6), (30, 9)):
+        config = composed("algo=a_star_po", "regime.prompts_per_step=2", f"num_steps={steps}")
+        engine, algorithm = Going(), build_algorithm(config.algo)
+        known, completions, tokens = remember_reference(config, algorithm, sampler_of(engine))
+        assert len(engine.calls) == 1 and completions == tokens == 8 * count
+        assert list(known.reference_rewards.values()) == [[float(g) for g in range(8)]] * count
+        got = sample_rollout(config, algorithm, known, step=1, first=0, weight_version=0, watch=Stopwatch())
+        assert got.offers["reference_rewards"].shape == (2, 8)
+        assert [p.problem.id for p in got.offers["prompts"]] == [g.prompt.problem.id for g in got.groups]
+
+
+def test_a_checkpoint_keeps_what_the_reference_earned(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is ended after its first step goes on to the same numbers without asking the reference."""
+    numbers = (
+        "algo=a_star_po", "logger=files", "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2",
+        "evaluation.num_problems=1", "evaluation.every=0", "checkpoint.every=1", "algo.reference_samples=2",
+        "dataset.max_completion_tokens=8", "device=cpu",
+    )  # fmt: skip
+    whole = loop.run(composed(*numbers, f"output_dir={tmp_path / 'whole'}"))
+    config, genuine = composed(*numbers, f"output_dir={tmp_path / 'ended'}"), rollout_step.sample_rollout
+
+    def ends(*given: object, step: int, **more: object) -> object:
+        if step == 2:
+            raise KeyboardInterrupt
+        return genuine(*given, step=step, **more)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rollout_step, "sample_rollout", ends)
+        loop.run(config)
+    monkeypatch.setattr(session, "remember_reference", None)
+    ended = loop.run(config)
+    weights = [list_checkpoints(run)[2] / "model.safetensors" for run in (whole, ended)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+# C3PO
+
+
+def test_c3po_keeps_first_completions_first_until_the_budget_is_spent(
+    built: Built, random_batch: Batches
+) -> None:
+    """Lengths 3 2 4 1 2 2 of three prompts: in the order 3 4 2 2 1 2 the sums are 3 7 9 11 12 14. With the
+    step's own tokens for a budget the loss is the token mean."""
+    lengths = torch.tensor([3, 2, 4, 1, 2, 2])
+    mask = torch.arange(4) < lengths[:, None]
+    batch = replace(
+        random_batch(rows=6, length=4), completion_mask=mask, group_ids=torch.tensor([0, 0, 1, 1, 2, 2])
+    )
+    for tokens, kept in (
+        (1, [1, 0, 0, 0, 0, 0]),
+        (10, [1, 0, 1, 0, 1, 0]),
+        (12, [1, 1, 1, 1, 1, 0]),
+        (14, [1] * 6),
+    ):
+        assert within_budget(batch, tokens=tokens).int().tolist() == kept
+    values, keep = torch.randn(6, 4), mask & (torch.arange(4) != 1)
+    whole = built("c3po", "algo.completion_filter.tokens=14").aggregation(values, keep, batch, totals(batch))
+    torch.testing.assert_close(whole, built("dapo").aggregation(values, keep, batch, totals(batch)))
+    half = built("c3po", "algo.completion_filter.tokens=28").aggregation(values, keep, batch, totals(batch))
+    torch.testing.assert_close(half, whole / 2)
+
+
+# Lite PPO
+
+
+def test_lite_ppo_has_one_scale_for_all_prompts(built: Built) -> None:
+    """Rewards 1 0, 1 1, 0 0 have a standard deviation of sqrt(.3); a single group is GRPO's."""
+    rewards, advantage = torch.tensor([[1.0, 0], [1, 1], [0, 0]]), built("lite_ppo").advantage
+    expected = torch.tensor([[0.5, -0.5], [0, 0], [0, 0]]) / (0.3**0.5 + 1e-4)
+    torch.testing.assert_close(advantage(rewards), expected)
+    assert torch.equal(advantage(rewards[:1]), built("grpo").advantage(rewards[:1]))
+    assert not advantage(rewards[1:2]).any()
+
+
+# What is asked for has to be sampled
+
+
+@pytest.mark.parametrize(
+    ("algo", "override", "wanted"),
+    [
+        (
+            "a_star_po",
+            "algo.reference_samples=0",
+            "solved_by_reference|optimal_advantage asks for reference_r",
+        ),
+        ("a_star_po", "algo.reference_reset_every=5", "0 with algo.reference_samples"),
+        ("vineppo", "algo.continuations=0", "whitened_step_advantages asks for state_values"),
+        ("vineppo", "algo.states.pattern=(", "a regular expression"),
+        ("sft", "algo.continuations=2", "0 with rollout.train_engine"),
+        ("sft", "algo.reference_samples=2", "0 with rollout.train_engine"),
+    ],
+)
+def test_refused_in_one_line(composed: Compose, algo: str, override: str, wanted: str) -> None:
+    more = ("rollout=demonstrations", "regime.group_size=1") if algo == "sft" else ()
+    config = composed(f"algo={algo}", *more)
+    check(config)
+    node, (key, _, value) = config.algo, override.removeprefix("algo.").partition("=")
+    if key == "states.pattern":
+        node.states["pattern"] = value
+    else:
+        setattr(node, key, int(value))
+    with pytest.raises(
+        ConfigError, match=f"^algo.{key}={value}: expected .*({wanted})".replace("=(:", r"=\(:")
+    ):
+        check(config)
