@@ -53,8 +53,7 @@ class Told:
     """Columns of the table: final | mean | max."""
     heading: str = ""
     """Name of these columns in place of the title."""
-    levels: tuple[Level, ...] = ()
-    """Further lines."""
+    levels: tuple[Level, ...] = ()  # Further lines
 
 
 def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told: Told) -> Panel:
