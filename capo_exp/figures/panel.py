@@ -113,8 +113,8 @@ def of_estimates(
     curve: Curve, x: list[str], estimates: Sequence[Estimate], seeds: int, unsmoothed: int = 0
 ) -> Series:
     """Returns a series of n named numbers, each from as many seeds."""
-    bounds = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
-    return Series(curve, x, *bounds, np.full(len(x), seeds), unsmoothed=unsmoothed)
+    value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
+    return Series(curve, x, value, low, high, np.full(len(x), seeds), unsmoothed=unsmoothed)
 
 
 def thousands(x: float) -> str:

@@ -139,8 +139,8 @@ def smoothing_window(steps: int) -> int:
 
 def trailing_mean(values: Array, window: int) -> Array:
     """Returns means of each value and those before it, `window` in all; skips NaN. [n] -> [n]."""
-    before = np.concatenate([np.full(window - 1, np.nan), values])
-    return centre_of_seeds(sliding_window_view(before, window), "mean", axis=1)
+    padded = np.concatenate([np.full(window, np.nan), values])
+    return centre_of_seeds(sliding_window_view(padded, window)[1:], "mean", axis=1)
 
 
 def _line(axes: Axes, x: Array, y: Array, **look: Any) -> None:
