@@ -8,6 +8,7 @@ python ../../../scripts/judge_real_rates.py sums/runs.parquet max_of_three/runs.
 
 import argparse
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from capo_exp.config.schema import conf_dir
-from capo_exp.figures.style import DASHES, OTHER, SETTINGS, SPARE
+from capo_exp.figures.labels import short
+from capo_exp.figures.style import DASHES, OTHER, SETTINGS, SPARE, as_bytes
 
 STEPS, COMPLETIONS = 50, 96
 PICTURE_RATE = 1e-3
+FLAT = 2
+"""Per cent that a curve stays below, if the caption has to say that it is there."""
 LOOKS = {
     "grpo": ("GRPO", "conf", "-"),
     "grpo_large_eps": ("GRPO, Adam's eps 1e-3", SPARE[3], "-"),
@@ -37,6 +41,10 @@ LOOKS = {
     "policy_bound": ("the bound on m_F alone", SPARE[1], DASHES[1]),
 }
 """Method -> its label, colour and dashes in the picture; conf: the colour that every figure gives it."""
+
+CAPTION = """Thick: the median of three seeds, of which one that was ended counts as 0 from there; thin: \
+each seed. Every point is the mean of four steps. Cross: a seed was ended there, for want of reward. \
+m_F, m_H: the predicted shift of a token's log-prob and of the objective, both of which CAPO bounds."""
 
 Curves = dict[tuple[str, float, int], list[float]]
 """(method, rate, seed) -> accuracy of each step."""
@@ -136,23 +144,26 @@ def judge(curves: Curves) -> list[str]:
 def draw(tasks: Mapping[str, Curves], target: Path) -> None:
     """Draws the curves at PICTURE_RATE, a panel a task: every seed thin, the median of the seeds thick."""
     with rc_context(SETTINGS):
-        figure = Figure(figsize=(9.6, 4.9), layout="constrained")
+        figure = Figure(figsize=(9.6, 5.3), layout="constrained")
         panels: list[Axes] = list(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0])
+        said: list[str] = []
         for panel, (task, curves) in zip(panels, tasks.items(), strict=True):
-            for method in LOOKS:
-                _draw_method(
-                    panel, method, [c for key, c in curves.items() if key[:2] == (method, PICTURE_RATE)]
-                )
-            panel.set(title=f"{task}, learning rate {PICTURE_RATE:g}", xlabel="completions", ylim=(-3, 103))
-            panel.set_xlim(0, COMPLETIONS * STEPS)
-        panels[0].set_ylabel("training accuracy, % (mean of 4 steps)")
+            of = {name: [c for key, c in curves.items() if key[:2] == (name, PICTURE_RATE)] for name in LOOKS}
+            flat = [LOOKS[name][0] for name, mine in of.items() if _draw_method(panel, name, mine) < FLAT]
+            said += [f"In {task} these lie on each other at 0: {'; '.join(flat)}."] if flat else []
+            panel.set(title=f"{task}, learning rate {short(PICTURE_RATE)}", xlabel="training completions")
+            panel.set(xlim=(0, COMPLETIONS * STEPS), ylim=(-3, 103))
+        panels[0].set_ylabel("training accuracy, %")
         lines, labels = panels[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside lower center", ncols=4, handlelength=2.4)
-        figure.savefig(target, pil_kwargs={"optimize": True})
+        figure.legend(lines, labels, loc="outside upper left", ncols=4, handlelength=2.4)
+        below = textwrap.fill(" ".join([CAPTION, *said]), 150)
+        figure.supxlabel(below, x=0.005, ha="left", fontsize=7.5, color=OTHER)
+        target.write_bytes(as_bytes(figure, "png", {"Software": "matplotlib"}))
 
 
-def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) -> None:
-    """Draws means of four steps up to a run's last, which a cross marks if the run was ended early."""
+def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) -> float:
+    """Draws means of four steps up to a run's last, which a cross marks if the run was ended early; returns
+    the largest median."""
     label, colour, dashes = LOOKS[method]
     if colour == "conf":
         colour = OmegaConf.select(OmegaConf.load(conf_dir() / "algo" / f"{method}.yaml"), "colour")
@@ -165,6 +176,7 @@ def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) ->
     padded = [means([*curve, *[0.0] * (last - len(curve))]) for curve in curves]
     middle = {COMPLETIONS * t: 100 * median(m[t] for m in padded) for t in padded[0]}
     panel.plot(list(middle), list(middle.values()), color=colour, linestyle=dashes, linewidth=2, label=label)
+    return max(middle.values())
 
 
 def main() -> None:

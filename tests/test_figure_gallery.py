@@ -254,6 +254,18 @@ def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_pat
     assert not drawn(shown).axes[0].texts  # n stays
 
 
+def test_what_lies_beyond_the_axes_leaves_them_whole(tmp_path: Path) -> None:
+    """Seeds that end at a gradient of 0, which a log axis lacks, and an interval beyond 0 and 100 %."""
+    for seed in (0, 1):
+        path = write_run(tmp_path, "capo", seed, steps=60, accuracy=lambda _, seed: float(seed))
+        text = (path / "metrics.jsonl").read_text()
+        last = f'grad_norm": {60.0 * (1 + seed)}'
+        (path / "metrics.jsonl").write_text(text.replace(last, 'grad_norm": 0.0'))
+    study = study_in(tmp_path, interval="t")
+    assert drawn(compose("1", study)).axes[0].get_ylim() == (-0.05, 1.05)
+    drawn(compose("metrics", study))  # a layout that collapses is a warning
+
+
 def test_a_long_footer_stays_on_the_page(tmp_path: Path) -> None:
     jobs = [f"capo regime.learning_rate={rate}" for rate in (0.1, 0.2, 0.3)]
     write_study(tmp_path, jobs, seeds=1, steps=3)

@@ -18,7 +18,7 @@ from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.places import slug
 from capo_exp.config.record import find_unnamed, refuse_place
 from capo_exp.config.schema import TrainConfig
-from capo_exp.evaluation.command import EvaluateCommand, WeightSet
+from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
 from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
@@ -105,7 +105,7 @@ def evaluate_job(command: EvaluateCommand, job: EvaluationJob) -> list["Benchmar
     from capo_exp.evaluation.subject import evaluate_targets  # torch, so only now
 
     results = []
-    for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.trained_on, tell=_tell):
+    for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.trained_on):
         results.append(result)
         if len(results) % len(job.configs) == 0 and job.run is not None:
             _write_test_rows(job.targets[0].root, results)
@@ -168,7 +168,7 @@ def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
         configs = [benchmark_config(n, overrides, run=run, config_dir=command.config_dir) for n in names]
         for key, value in unnamed.items():
             if key.startswith(("model.", "rollout.", "dataset.")):
-                _tell(f"{directory.name}: left out: {refuse_place(key, value)}")
+                tell(f"{directory.name}: left out: {refuse_place(key, value)}")
         places = find_unnamed(run, command.overrides, replaced=False)  # the record's own values
         known = not any(key.startswith("dataset.") for key, _ in places)
         jobs.append(EvaluationJob(directory.name, configs, targets, run, run["dataset"] if known else None))
@@ -185,7 +185,7 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
 
     found, owner = list_checkpoints(directory), load_run(directory).record.get("run_id")
     while command.checkpoint == "last" and found and (damage := find_damage(found[max(found)], owner)):
-        _tell(f"{found.pop(max(found))} is not used: {damage}")
+        tell(f"{found.pop(max(found))} is not used: {damage}")
     if not found:
         raise ConfigError(f"run={directory}: no checkpoint there; expected a run that has saved one")
     steps = sorted(found) if command.checkpoint == "all" else [max(found)]
@@ -226,13 +226,9 @@ def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     before, damaged = scan_jsonl(path)
     for text in damaged:
-        _tell(f"left out: {text}")
+        tell(f"left out: {text}")
     rows = test_rows(results, before)
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 def console() -> Console:

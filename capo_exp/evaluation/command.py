@@ -1,5 +1,6 @@
 """What to evaluate: the keys of the command, and the sets of weights that it names."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,11 @@ def _ranged(rule: Rule) -> Any:
 class WeightSet:
     """One set of weights to be evaluated."""
 
-    label: str
-    """Such as step_000100, or the model's name."""
-    weights: Path | None
-    """A checkpoint; None = those of model.path."""
-    step: int | None
-    """Rollout step of the checkpoint; 0 = the model that a run began with; None = no run."""
-    completions: float | None
-    """Completions that training had sampled by then."""
-    root: Path
-    """The folder of its evaluations."""
+    label: str  # Such as step_000100, or the model's name
+    weights: Path | None  # A checkpoint; None = those of model.path
+    step: int | None  # Rollout step of the checkpoint; 0 = the model that a run began with; None = no run
+    completions: float | None  # Completions that training had sampled by then
+    root: Path  # The folder of its evaluations
 
 
 @dataclass(frozen=True)
@@ -54,3 +50,8 @@ class EvaluateCommand:
     overrides: list[str] = MISSING
     config_dir: str | None = MISSING
     suites: dict[str, list[str]] = MISSING
+
+
+def tell(text: str) -> None:
+    """Says how far the command is, or what it leaves out, beside the scores."""
+    sys.stderr.write(f"{text}\n")

@@ -1,7 +1,7 @@
 """Prompts -> completions and their scores, by the same engine and verifier as training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
 
 from capo_exp.config.schema import TrainConfig
@@ -12,49 +12,17 @@ from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.rollout.dealt import sample
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn."""
-
-    samples: int  # Completions a problem
-    temperature: float  # 0 = greedy
-    top_k: int  # 0 = off
-    top_p: float  # 1 = off
-    max_tokens: int  # Of a completion
-
-
 def draw_completions(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    seed: int,
-    weight_version: int,
-    world: World = SINGLE,
+    engine: RolloutEngine, request: SamplingRequest, world: World = SINGLE
 ) -> list[RolloutGroup]:
-    """Samples `sampling.samples` completions of every prompt, the same for the same seed, whatever the number
-    of processes that share them out."""
-    request = SamplingRequest(
-        prompts,
-        group_size=sampling.samples,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=seed,
-        weight_version=weight_version,
-    )
+    """Samples what is asked for, the same for the same seed, whatever the number of processes that share it
+    out: greedy prompts are dealt, others stay in one call, for they share a generator."""
     if world.size == 1:
         return engine.generate(request)
-    return sample(engine, _cut(request, world), world)
-
-
-def _cut(request: SamplingRequest, world: World) -> list[SamplingRequest]:
-    """Cuts an evaluation's request into one for each process; one that draws stays whole, for its prompts
-    share a generator."""
     size = -(-len(request.prompts) // world.size) if request.temperature == 0 else len(request.prompts)
     starts = range(0, len(request.prompts), size)
-    return [replace(request, prompts=request.prompts[start : start + size]) for start in starts]
+    cut = [replace(request, prompts=request.prompts[start : start + size]) for start in starts]
+    return sample(engine, cut, world)
 
 
 def evaluate(
@@ -70,12 +38,11 @@ def evaluate(
     """Returns what training logs of its held-out problems, sampled as config.evaluation says: means over all
     completions alike, under the names of eval.jsonl."""
     numbers = config.evaluation
-    sampling = Sampling(
-        numbers.samples, numbers.temperature, 0, numbers.top_p, config.dataset.max_completion_tokens
-    )
-    groups = draw_completions(
-        engine, prompts, sampling, seed=seed, weight_version=weight_version, world=world
-    )
+    request = SamplingRequest(
+        prompts, numbers.samples, config.dataset.max_completion_tokens, numbers.temperature,
+        top_k=0, top_p=numbers.top_p, seed=seed, weight_version=weight_version,
+    )  # fmt: skip
+    groups = draw_completions(engine, request, world)
     texts = [[completion.text for completion in group.completions] for group in groups]
     asked = [prompt.problem for prompt in prompts]
     golds = [problem.golds for problem in asked]

@@ -1,7 +1,7 @@
 """Completions that are on disk, of whatever model: graded and scored without one. Imports no torch."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +26,7 @@ class StoredScores:
     """The score of one set of completions in a file."""
 
     group: dict[str, str]  # What sets it apart: column -> value
-    scores: dict[str, Any]
-    labels: float | None  # Share that the file's own `label` calls right, mean over problems; None without
-    false_negatives: int | None  # Right by label, wrong by us
-    false_positives: int | None
+    scores: dict[str, Any]  # As of a benchmark, and what the file's own labels say, None without: `_scored`
     problems: list[Row]  # One row a problem
 
 
@@ -53,17 +50,14 @@ def score_stored(path: Path, verifier: Verifier) -> Stored:
     table = _read(path)
     graded = _grade(table, verifier)
     split = [name for name in GROUPS if len({row.get(name) for row in table}) > 1]
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in graded:
         values = [str(row.get(name)) for name in split]
-        groups.setdefault(tuple(values), []).append(row)
+        groups[tuple(values)].append(row)
         if len(values) > 1:  # also what the first column says alone
-            groups.setdefault((values[0], *[ALL] * (len(values) - 1)), []).append(row)
-    found = [
-        _scored(dict(zip(split, values, strict=True)), rows, verifier)
-        for values, rows in sorted(groups.items())
-    ]
-    return Stored(graded, found)
+            groups[values[0], *[ALL] * (len(values) - 1)].append(row)
+    named = {values: dict(zip(split, values, strict=True)) for values in sorted(groups)}
+    return Stored(graded, [_scored(group, groups[values], verifier) for values, group in named.items()])
 
 
 def write_stored(folder: Path, source: Path, stored: Stored, verifier: Mapping[str, Any]) -> None:
@@ -74,12 +68,7 @@ def write_stored(folder: Path, source: Path, stored: Stored, verifier: Mapping[s
     write_rows(folder / "completions.parquet", stored.completions)
     problems = [{**group.group, **problem} for group in stored.groups for problem in group.problems]
     write_rows(folder / "problems.parquet", problems)
-    scores = [
-        {**each.group, **each.scores, "by_label": each.labels, "false_negatives": each.false_negatives,
-         "false_positives": each.false_positives}
-        for each in stored.groups
-    ]  # fmt: skip
-    write_json(folder / "scores.json", scores)
+    write_json(folder / "scores.json", [{**each.group, **each.scores} for each in stored.groups])
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -134,12 +123,15 @@ def _golds(value: Any) -> tuple[str, ...]:
 
 
 def _scored(group: dict[str, str], rows: list[Row], verifier: Verifier) -> StoredScores:
+    """Adds the share of samples that are right by `label`, a mean over problems, and how many of those are
+    wrong by us, and the other way round."""
     scores, problems = score_rows(rows, verifier)
-    if any(row.get("label") not in (True, False) for row in rows):
-        return StoredScores(group, scores, None, None, None, problems)
-    against = Counter((bool(row["label"]), row["correct"]) for row in rows)
-    labels: dict[Any, list[bool]] = {}
-    for row in rows:
-        labels.setdefault(row["index"], []).append(row["label"])
-    accuracy = fmean(map(fmean, labels.values()))
-    return StoredScores(group, scores, accuracy, against[True, False], against[False, True], problems)
+    scores |= dict.fromkeys(("by_label", "false_negatives", "false_positives"))
+    if all(row.get("label") in (True, False) for row in rows):
+        against = Counter((bool(row["label"]), row["correct"]) for row in rows)
+        labels: dict[Any, list[bool]] = defaultdict(list)
+        for row in rows:
+            labels[row["index"]].append(row["label"])
+        scores["by_label"] = fmean(map(fmean, labels.values()))
+        scores["false_negatives"], scores["false_positives"] = against[True, False], against[False, True]
+    return StoredScores(group, scores, problems)

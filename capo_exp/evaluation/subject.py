@@ -2,9 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,34 +24,20 @@ from capo_exp.data.contamination import find_overlap
 from capo_exp.data.prepare import choose_problems, order_evaluation, read_split
 from capo_exp.data.prompts import render_prompts
 from capo_exp.data.rows import Problems
-from capo_exp.evaluation.benchmark import Told, evaluate_benchmark
+from capo_exp.evaluation.benchmark import Benchmark, Told, evaluate_benchmark
 from capo_exp.evaluation.card import card_digest, make_card
-from capo_exp.evaluation.command import EvaluateCommand, WeightSet
-from capo_exp.evaluation.draw import Sampling, draw_completions
+from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
+from capo_exp.evaluation.draw import draw_completions
 from capo_exp.evaluation.stored import read_rows
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
-from capo_exp.rollout import RolloutEngine
+from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.runs.console import format_duration
 
-Tell = Callable[[str], None]
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
 FAILED = ("timeout", "crash", "error", "gold_unparsable")
 """Reasons of verdicts that say nothing about the completion."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark as the model reads it."""
-
-    config: TrainConfig
-    prompts: list[Prompt]
-    dropped: int
-    """Problems whose prompt is too long."""
-    where: str
-    """The file or hub dataset."""
-    verifier: Verifier
 
 
 class Subject:
@@ -77,21 +62,22 @@ class Subject:
         self._base = True
         self._engine: RolloutEngine | None = None
         self.version = 0
+        self.weights = ""  # Their digest, once they are loaded
 
-    def load(self, weights: Path | None) -> str:
-        """Takes the weights of a checkpoint, or those of model.path; returns their digest."""
+    def load(self, weights: Path | None) -> None:
+        """Takes the weights of a checkpoint, or those of model.path."""
         if weights is not None or not self._base:
             loaded = policy.load_model(self._config.model, torch.device("cpu"), weights=weights)
             self._model.load_state_dict(loaded.state_dict())
             self.version += 1
         self._base = weights is None
-        return weights_digest(self._model)
+        self.weights = weights_digest(self._model)
 
     def engine(self, prompts: Sequence[Prompt]) -> RolloutEngine:
         """Returns the engine; starts it with these prompts, which prove its weights, if it does not run."""
         if self._engine is None:
             make = build_part(self._config.rollout.engine, key="rollout.engine")
-            engine = make(self._model, self.tokenizer, self.dtype)
+            engine: RolloutEngine = make(self._model, self.tokenizer, self.dtype)
             self._log_folder.mkdir(parents=True, exist_ok=True)
             self._engine = engine  # first, so that one that fails to start is closed
             engine.start(self._log_folder, prompts)
@@ -117,13 +103,9 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def evaluate_targets(
-    command: EvaluateCommand,
-    configs: Sequence[TrainConfig],
-    targets: Sequence[WeightSet],
-    *,
-    trained_on: Mapping[str, Any] | None,
-    tell: Tell,
-) -> Iterator[BenchmarkScore]:
+    command: EvaluateCommand, configs: Sequence[TrainConfig], targets: Sequence[WeightSet],
+    *, trained_on: Mapping[str, Any] | None,
+) -> Iterator[BenchmarkScore]:  # fmt: skip
     """Every target on every benchmark, one after another; what has been done before is read.
 
     Args:
@@ -131,7 +113,6 @@ def evaluate_targets(
         configs: one a benchmark; they differ in data, lengths and reward.
         targets: weights.
         trained_on: `dataset` of a run's config.yaml; its training problems are looked for in the benchmarks.
-        tell: takes lines of progress.
 
     Raises:
         ConfigError: as training does.
@@ -141,25 +122,21 @@ def evaluate_targets(
     with ExitStack() as stack:
         subject = stack.enter_context(Subject(widest, targets[0].root))
         verifiers: dict[str, Verifier] = {}
+        benchmarks = []
         for config in configs:
             if (known := repr(config.reward.verifier)) not in verifiers:
                 made = build_part(config.reward.verifier, key="reward.verifier")()
                 verifiers[known] = stack.enter_context(made)
-        benchmarks = [
-            _load(config, subject, command, verifiers[repr(config.reward.verifier)], tell)
-            for config in configs
-        ]
+            benchmarks.append(_load(config, subject, command, verifiers[known]))
         for line in _overlaps(benchmarks, trained_on):
             tell(line)
         for target in targets:
-            weights = subject.load(target.weights)
+            subject.load(target.weights)
             for benchmark in benchmarks:
-                yield _evaluate(command, subject, target, benchmark, weights, tell)
+                yield _evaluate(command, subject, target, benchmark)
 
 
-def _load(
-    config: TrainConfig, subject: Subject, command: EvaluateCommand, verifier: Verifier, tell: Tell
-) -> Benchmark:
+def _load(config: TrainConfig, subject: Subject, command: EvaluateCommand, verifier: Verifier) -> Benchmark:
     dataset = config.dataset
     found = read_split(dataset, dataset.eval_split)
     where = found.where if isinstance(found, Problems) else str(dataset.source["_target_"])
@@ -193,43 +170,25 @@ def _overlaps(benchmarks: Sequence[Benchmark], trained_on: Mapping[str, Any] | N
 
 
 def _evaluate(
-    command: EvaluateCommand,
-    subject: Subject,
-    target: WeightSet,
-    benchmark: Benchmark,
-    weights: str,
-    tell: Tell,
+    command: EvaluateCommand, subject: Subject, target: WeightSet, benchmark: Benchmark
 ) -> BenchmarkScore:
-    config, prompts = benchmark.config, benchmark.prompts
-    name, limit = config.dataset.name, config.dataset.max_completion_tokens
-    sampling = Sampling(command.samples, command.temperature, command.top_k, command.top_p, limit)
-    card = make_card(
-        config,
-        prompts,
-        sampling,
-        model={"name": config.model.name, "step": target.step, "weights": weights},
-        source_of_data=benchmark.where,
-        dropped=benchmark.dropped,
-        tokenizer=subject.tokenizer,
-        seed=command.seed,
-        part_size=command.problems_per_part,
-        device=subject.device.type,
-        dtype=str(subject.dtype).removeprefix("torch."),
-    )
+    prompts, dataset = benchmark.prompts, benchmark.config.dataset
+    name, limit = dataset.name, dataset.max_completion_tokens
+    card = make_card(benchmark, command, target, subject)
 
     def sample(some: Sequence[Prompt], seed: int) -> list[RolloutGroup]:
-        engine = subject.engine(prompts)
-        return draw_completions(engine, some, sampling, seed=seed, weight_version=subject.version)
+        request = SamplingRequest(
+            some, command.samples, limit, command.temperature, command.top_k, command.top_p,
+            seed=seed, weight_version=subject.version,
+        )  # fmt: skip
+        return draw_completions(subject.engine(prompts), request)
 
-    folder = target.root / f"{target.label}-{weights[:8]}" / f"{name}-{card_digest(card)}"
-    told = _progress(f"{target.label} {name}", len(prompts), tell)
-    scores = evaluate_benchmark(
-        folder, card, prompts, sample, benchmark.verifier, overwrite=command.overwrite, told=told
-    )
-    failed = {reason: count for reason, count in scores["reasons"].items() if reason in FAILED}
+    folder = target.root / f"{target.label}-{subject.weights[:8]}" / f"{name}-{card_digest(card)}"
+    told = _progress(f"{target.label} {name}", len(prompts))
+    scores = evaluate_benchmark(folder, card, benchmark, sample, overwrite=command.overwrite, told=told)
+    failed = [f"{count} {reason}" for reason, count in scores["reasons"].items() if reason in FAILED]
     if failed:
-        counts = ", ".join(f"{count} {reason}" for reason, count in failed.items())
-        tell(f"{target.label} {name}: not judged and counted as wrong: {counts}")
+        tell(f"{target.label} {name}: not judged and counted as wrong: {', '.join(failed)}")
     rows = read_rows(folder / "problems.parquet")
     accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
     return BenchmarkScore(
@@ -237,7 +196,7 @@ def _evaluate(
     )
 
 
-def _progress(label: str, total: int, tell: Tell) -> Told:
+def _progress(label: str, total: int) -> Told:
     """Tells at most every PROGRESS_SECONDS, and at the end, how far it is."""
     began = last = time.monotonic()
 

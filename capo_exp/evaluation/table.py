@@ -118,20 +118,15 @@ def stored_table(found: Sequence[StoredScores]) -> Table:
     """
     table = Table(box=None, pad_edge=False)
     columns = ["problems", "samples", "avg [95 %]", "pass", "maj", "no answer"]
-    if any(each.labels is not None for each in found):
+    if any(each.scores["by_label"] is not None for each in found):
         columns += ["by label", "false neg.", "false pos."]
     _add_columns(table, list(found[0].group), columns)
     for each in found:
         n, scores = str(each.scores["samples"]), each.scores
-        cells = [
-            f"{scores['problems']:,}",
-            n,
-            str(Estimate(**scores["average"])),
-            f"{100 * scores['pass_at'][n]['value']:.1f}",
-            f"{100 * scores['majority_at'][n]['value']:.1f}",
-            f"{100 * scores['no_answer_fraction']:.1f} %",
-        ]
-        if each.labels is not None:
-            cells += [f"{100 * each.labels:.1f}", str(each.false_negatives), str(each.false_positives)]
+        problems, average, *_, no_answer = _cells(scores)
+        share, majority = (f"{100 * scores[name][n]['value']:.1f}" for name in ("pass_at", "majority_at"))
+        cells = [problems, n, average, share, majority, no_answer]
+        if (labels := scores["by_label"]) is not None:
+            cells += [f"{100 * labels:.1f}", str(scores["false_negatives"]), str(scores["false_positives"])]
         table.add_row(*map(Text, each.group.values()), *cells)
     return table

@@ -1,7 +1,7 @@
 """A metric of the runs of one curve: x, centre, interval, and every seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +21,19 @@ class Band:
 
     x: Array
     centre: Array
-    low: Array
-    """NaN where fewer than two seeds have a value, and so is high."""
+    low: Array  # NaN where fewer than two seeds have a value, and so is high
     high: Array
-    values: Array
-    """[s, n] of each seed, smoothed; NaN where it has none."""
-    seeds: int
-    """s, the runs that have the metric at all."""
-    statistic: Statistic = "mean"
-    """What the centre is."""
-    alpha: float = 1.0
-    """Smoothing of the values."""
-    ends: Array = field(default_factory=lambda: np.array([]))
-    """[s] x at which each seed ended; it may have values beyond, where it was stopped (`ended`)."""
-    cut: NDArray[np.bool_] = field(default_factory=lambda: np.array([], dtype=bool))
-    """[s] whether it ended before its plan."""
-    unsmoothed: int = 0
-    """Seeds with FEW_POINTS, of a band that is smoothed."""
+    values: Array  # [s, n] of each seed, smoothed; NaN where it has none
+    statistic: Statistic  # What the centre is
+    alpha: float  # Smoothing of the values
+    ends: Array  # [s], x at which each ended; one that was stopped may have values beyond (`ended`)
+    cut: NDArray[np.bool_]  # [s], whether it ended before its plan
+    unsmoothed: int  # Seeds with FEW_POINTS, of a band that is smoothed
+
+    @property
+    def seeds(self) -> int:
+        """Returns s, the runs that have the metric at all."""
+        return len(self.values)
 
     @property
     def count(self) -> NDArray[np.int64]:
@@ -80,8 +76,8 @@ def band(
 
     `x` is the metric along the axis; statistic, interval and alpha (1 = off) are as in core.intervals.
     """
-    found = [(run, *_points(run, key, x)) for run in runs]
-    found = [(run, at, value) for run, at, value in found if len(at)]
+    every = [(run, *_points(run, key, x)) for run in runs]
+    found = [(run, at, value) for run, at, value in every if len(at)]
     if not found:
         return None
     weights = [alpha if len(at) >= FEW_POINTS else 1.0 for _, at, _ in found]
@@ -91,7 +87,7 @@ def band(
     stops = [ended(run, x) for run, *_ in found]
     ends = np.array([min(at[-1], stop) for (_, at, _), (stop, _) in zip(found, stops, strict=True)])
     return Band(
-        grid, centre_of_seeds(values, statistic), low, high, values, len(found), statistic, alpha,
+        grid, centre_of_seeds(values, statistic), low, high, values, statistic, alpha,
         ends, np.array([cut for _, cut in stops]), sum(weight != alpha for weight in weights),
     )  # fmt: skip
 
@@ -101,8 +97,8 @@ def ended(run: LoggedRun, x: str) -> tuple[float, bool]:
 
     Steps that runs.read.to_its_end has added do not count.
     """
-    counted = [place for place, row in enumerate(run.metrics) if names.UNREWARDED_STEPS in row]
-    last = run.metrics[counted[-1] if counted else -1] if run.metrics else {}
+    counted = [row for row in run.metrics if names.UNREWARDED_STEPS in row] or run.metrics
+    last = counted[-1] if counted else {}
     stop, done = last.get(x), last.get(names.STEP)
     planned = run.setting("num_steps")
     cut = isinstance(planned, int) and done is not None and done < planned

@@ -14,7 +14,7 @@ from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
-from capo_exp.figures.panel import NAN, Column, Panel, Series, format_values, list_rows, parts, value_text
+from capo_exp.figures.panel import NAN, Column, Panel, format_values, list_rows, of_estimates, value_text
 from capo_exp.figures.stats import areas, stability
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
@@ -37,10 +37,8 @@ def bars(
     return Panel(
         "bars", title, _paint_bars, metric=metric, height=0.85 + 0.27 * len(shown),
         series=tuple(
-            Series(
-                c, [measure], *parts([numbers[c.label]]), np.array([(b := found[c.label]).seeds]),
-                unsmoothed=b.unsmoothed,
-            ) for c in shown
+            of_estimates(c, [measure], [numbers[c.label]], (b := found[c.label]).seeds, b.unsmoothed)
+            for c in shown
         ),
         columns=(Column(heading or title, metric.unit, cells),),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),

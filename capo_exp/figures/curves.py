@@ -5,6 +5,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -29,10 +30,8 @@ NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e-?\d+)?)")
 class Curve:
     """Runs that differ from each other in nothing that matters but their seed."""
 
-    label: str
-    """For people, such as `CAPO (A)` or `GRPO (A) lr 5e-4`; unique among the curves of one figure."""
-    runs: tuple[LoggedRun, ...]
-    """In the order of their seeds."""
+    label: str  # For people, such as `CAPO (A)` or `GRPO (A) lr 5e-4`; unique among the curves of one figure
+    runs: tuple[LoggedRun, ...]  # In the order of their seeds
 
     @property
     def run(self) -> LoggedRun:
@@ -67,20 +66,14 @@ def families(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
     """Returns the runs in groups that can be compared, each where its first run is."""
     found: list[list[LoggedRun]] = []
     for run in runs:
-        mine = next((family for family in found if _are_comparable(family[0], run)), None)
-        if mine is None:
-            found.append([run])
+        for family in found:
+            with suppress(ConfigError):
+                settings.check_comparable((family[0], run))
+                family.append(run)
+                break
         else:
-            mine.append(run)
+            found.append([run])
     return found
-
-
-def _are_comparable(*pair: LoggedRun) -> bool:
-    try:
-        settings.check_comparable(pair)
-    except ConfigError:
-        return False
-    return True
 
 
 def _without_copies(runs: Sequence[LoggedRun]) -> list[LoggedRun]:

@@ -174,8 +174,7 @@ class FigureSpec:
     title: str
     panels: Callable[..., list[Panel]]
     """From a study; `figure_metrics` also takes keys. Its docstring is the figure's line in --help."""
-    columns: int = 2
-    """Panels beside each other."""
+    columns: int = 2  # Panels beside each other
     caption: str = ""
     """What stands before the seeds, the band and the smoothing."""
     alias: str = ""

@@ -88,17 +88,11 @@ def unique_labels(table: Sequence[Settings], bases: Sequence[str]) -> list[str]:
         keys = telling_keys([table[place] for place in places])
         for place in places:
             labels[place] = " ".join([base, *(text(key, table[place]) for key in keys)])
-    return _numbered([shorten(label, MAX_LENGTH) for label in labels])
-
-
-def _numbered(labels: Sequence[str]) -> list[str]:
-    """Tells apart what shortening or rounding has made the same."""
-    count, seen = Counter(labels), Counter[str]()
-    result = []
-    for label in labels:
-        seen[label] += 1
-        result.append(f"{label} #{seen[label]}" if count[label] > 1 else label)
-    return result
+    said = [shorten(label, MAX_LENGTH) for label in labels]
+    return [  # shortening or rounding can make two the same
+        label if said.count(label) == 1 else f"{label} #{said[: place + 1].count(label)}"
+        for place, label in enumerate(said)
+    ]
 
 
 def telling_keys(table: Sequence[Settings]) -> list[str]:

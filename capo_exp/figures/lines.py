@@ -53,8 +53,7 @@ class Told:
     """Columns of the table: final | mean | max."""
     heading: str = ""
     """Name of these columns in place of the title."""
-    levels: tuple[Level, ...] = ()
-    """Further lines."""
+    levels: tuple[Level, ...] = ()  # Further lines
 
 
 def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told: Told) -> Panel:
@@ -156,6 +155,9 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
     if high is None and low == 0 and not any(np.nanmax(s.centre, initial=0) > 0 for s in panel.series):
         high = 0.01  # nothing but zeros
     axes.set_ylim(low, high)
+    if metric.unit == "percent":  # an interval may reach beyond all shares, the axis does not
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.05), min(high, 1.05))
     label_levels(
         axes, [(level.y, value_text(level.y, metric.unit), style.REFERENCE) for level in panel.levels]
     )
@@ -195,7 +197,7 @@ def _draw_losses(axes: Axes, series: Series, colour: str) -> None:
     for (x, count), (after, _) in pairwise([*inside, (np.inf, 0)]):
         if after - x < NEAR * (right - left):
             continue
-        y = float(np.interp(x, series.numbers, series.centre))
+        y = max(float(np.interp(x, series.numbers, series.centre)), axes.get_ylim()[0])  # a log axis has no 0
         axes.plot(x, y, "x", ms=6, mew=1.6, color=colour, zorder=5, clip_on=False)
         if count and not series.stopped:
             text = axes.annotate(

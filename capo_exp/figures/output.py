@@ -31,8 +31,7 @@ class DrawnFigure:
     caption: str
     png: Path
     pdf: Path
-    csv: Path
-    """The plotted numbers."""
+    csv: Path  # The plotted numbers
     table: tables.TextTable
 
 

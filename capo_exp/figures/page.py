@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from capo_exp.figures import style
@@ -45,8 +44,7 @@ class Picture:
     name: str
     study: Study
     panels: tuple[Panel, ...]
-    lacking: tuple[str, ...]
-    """What was left out and why."""
+    lacking: tuple[str, ...]  # What was left out and why
 
     @property
     def title(self) -> str:
@@ -183,7 +181,6 @@ def draw_page(picture: Picture) -> Figure:
     rows = -(-len(panels) // columns)
     heights = [max(panel.height for panel in panels[i * columns : (i + 1) * columns]) for i in range(rows)]
     figure = Figure(figsize=(_width(panels, columns), sum(heights) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = list(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten())
     for spare in grid[len(panels) :]:
         spare.remove()

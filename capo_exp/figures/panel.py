@@ -32,17 +32,13 @@ class Series:
     curve: Curve
     x: Array | list[str]
     centre: Array
-    low: Array
-    """NaN where there is no interval, and so is high."""
+    low: Array  # NaN where there is no interval, and so is high
     high: Array
-    seeds: NDArray[Any]
-    """How many are behind each number."""
-    losses: tuple[tuple[float, int], ...] = ()
-    """Where seeds end early: x, and how many go on."""
+    seeds: NDArray[Any]  # How many are behind each number
+    losses: tuple[tuple[float, int], ...] = ()  # Where seeds end early: x, and how many go on
     stopped: bool = False
     """Whether the seeds that ended have values beyond: those of a run that was stopped for want of reward."""
-    unsmoothed: int = 0
-    """Seeds with too few points to be smoothed."""
+    unsmoothed: int = 0  # Seeds with too few points to be smoothed
 
     @property
     def numbers(self) -> Array:
@@ -87,19 +83,15 @@ class Panel:
     title: str
     paint: Painter
     series: tuple[Series, ...] = ()
-    metric: Metric | None = None
-    """Settled: smoothing and x as they were used."""
-    height: float = 0.0
-    """Inches."""
+    metric: Metric | None = None  # Settled: smoothing and x as they were used
+    height: float = 0.0  # Inches
     columns: tuple[Column, ...] = ()
     levels: tuple[Level, ...] = ()
     crossings: tuple[Crossing, ...] = ()
     wants_reference: bool = False
-    further: tuple[tuple[str, Series], ...] = ()
-    """Numbers beside the drawn ones, with their names."""
+    further: tuple[tuple[str, Series], ...] = ()  # Numbers beside the drawn ones, with their names
     x_max: float | None = None
-    absent: tuple[str, ...] = ()
-    """Labels of curves that lack the metric."""
+    absent: tuple[str, ...] = ()  # Labels of curves that lack the metric
     lack: str = ""
     """Why there is nothing to draw, unless it is that no run has logged the metric."""
 
@@ -117,10 +109,12 @@ class Panel:
         return self.named.log and len(found) > 0 and bool(found.max() >= 10 * found.min())
 
 
-def parts(estimates: Sequence[Estimate]) -> tuple[Array, Array, Array]:
-    """Returns values, lower and upper bounds, [n] each."""
+def of_estimates(
+    curve: Curve, x: list[str], estimates: Sequence[Estimate], seeds: int, unsmoothed: int = 0
+) -> Series:
+    """Returns a series of n named numbers, each from as many seeds."""
     value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
-    return value, low, high
+    return Series(curve, x, value, low, high, np.full(len(x), seeds), unsmoothed=unsmoothed)
 
 
 def thousands(x: float) -> str:

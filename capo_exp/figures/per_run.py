@@ -12,7 +12,7 @@ from capo_exp.figures import style
 from capo_exp.figures.bars import ink_on
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import short
-from capo_exp.figures.panel import Column, Panel, Series, cell_text, format_values, list_rows, parts
+from capo_exp.figures.panel import Column, Panel, Series, cell_text, format_values, list_rows, of_estimates
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
 from capo_exp.runs.read import LoggedRow, LoggedRun
@@ -52,8 +52,7 @@ def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
         "stages", title, _paint_stages, metric=study.settled(Metric(TOTAL, TOTAL, "percent")),
         height=0.9 + 0.36 * len(shown), columns=(Column("seconds a step", "seconds", seconds), *columns),
         series=tuple(
-            Series(c, [names[i] for i in used], *parts(per[c.label]), np.full(len(used), len(timed[c.label])))
-            for c in shown
+            of_estimates(c, [names[i] for i in used], per[c.label], len(timed[c.label])) for c in shown
         ),
         absent=tuple(curve.label for curve in drawn if not timed[curve.label]),
     )  # fmt: skip

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
+from numpy.lib.stride_tricks import sliding_window_view
 
+from capo_exp.core.intervals import centre_of_seeds
 from capo_exp.figures import style
 from capo_exp.figures.bands import ended
 from capo_exp.figures.labels import short
@@ -30,7 +31,6 @@ def plot_run(run_dir: Path | str) -> Path:
     run = load_run(run_dir)
     with rc_context(style.SETTINGS):
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
-        FigureCanvasAgg(figure)
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
         figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11)
         rejection.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -52,13 +52,11 @@ def run_title(run: LoggedRun) -> str:
     subject = [str(run.setting(f"{group}.name", "?")) for group in ("algo", "model", "dataset")]
     rate = run.setting("regime.learning_rate")
     batch = [run.setting(f"regime.{key}", "?") for key in ("prompts_per_step", "group_size")]
-    setup = [
-        str(run.setting("regime.name", "?")),
-        f"learning rate {short(float(rate)) if rate is not None else '?'}",
-        f"{batch[0]} prompts x {batch[1]} completions a step",
-        f"seed {run.setting('seed', '?')}",
+    lines = [
+        " · ".join(subject),
+        f"{run.setting('regime.name', '?')} · learning rate {short(float(rate)) if rate is not None else '?'}"
+        f" · {batch[0]} prompts x {batch[1]} completions a step · seed {run.setting('seed', '?')}",
     ]
-    lines = [" · ".join(subject), " · ".join(setup)]
     if ended(run, names.COMPLETIONS)[1]:
         lines.append(f"{outcome(run)} after {steps_done(run)} of {run.setting('num_steps')} steps")
     return "\n".join(lines)
@@ -107,13 +105,9 @@ def draw_shifts(axes: Axes, run: LoggedRun) -> None:
         axes.set_yscale("log")
         axes.margins(y=0.12)
     selection = run.setting("algo.selection", {})
-    keys = {
-        "policy_shift_max": "policy",
-        "objective_shift_min": "|objective|",
-        "objective_shift_max": "|objective|",
-    }
-    bounds = {(shift, abs(bound)) for key, shift in keys.items() if (bound := selection.get(key)) is not None}
-    drawn = sorted((size, shift) for shift, size in bounds if size and np.isfinite(size))
+    keys = {"policy": ["policy_shift_max"], "|objective|": ["objective_shift_min", "objective_shift_max"]}
+    bounds = {(abs(selection.get(key) or 0), shift) for shift, names in keys.items() for key in names}
+    drawn = sorted((size, shift) for size, shift in bounds if size and np.isfinite(size))
     for size, shift in drawn:
         axes.axhline(size, color=style.SHIFT_COLOURS[shift], linewidth=3.5, alpha=0.28, zorder=1)
     label_levels(axes, [(y, f"bound {short(float(y))}", style.SHIFT_COLOURS[shift]) for y, shift in drawn])
@@ -145,8 +139,8 @@ def smoothing_window(steps: int) -> int:
 
 def trailing_mean(values: Array, window: int) -> Array:
     """Returns means of each value and those before it, `window` in all; skips NaN. [n] -> [n]."""
-    chunks = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
-    return np.array([np.nan if np.isnan(c).all() else np.nanmean(c) for c in chunks], dtype=np.float64)
+    padded = np.concatenate([np.full(window, np.nan), values])
+    return centre_of_seeds(sliding_window_view(padded, window)[1:], "mean", axis=1)
 
 
 def _line(axes: Axes, x: Array, y: Array, **look: Any) -> None:
@@ -159,11 +153,5 @@ def _head(axes: Axes, title: str) -> None:
     """Writes the title, and below it the legend, as wide as both may be."""
     axes.set_title(title, pad=19)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=5,
-            borderaxespad=0.1,
-            borderpad=0.1,
-            columnspacing=1.1,
-        )  # fmt: skip
+        tight = {"borderaxespad": 0.1, "borderpad": 0.1, "columnspacing": 1.1}
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, **tight)

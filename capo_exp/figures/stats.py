@@ -24,12 +24,9 @@ KEPT = 0.9
 class Factor:
     """How many times fewer completions a method needs than the reference, for the same accuracy."""
 
-    target: float
-    """That accuracy; NaN if the reference sets none, and then the rest is NaN or None."""
-    method_x: float | None
-    """None if the method never reaches the target."""
-    factor: float | None
-    """x of the reference over x of the method; 30 = the reference needs 30 times as many."""
+    target: float  # That accuracy; NaN if the reference sets none, and then the rest is NaN or None
+    method_x: float | None  # None if the method never reaches the target
+    factor: float | None  # x of the reference over x of the method; 30 = the reference needs 30 times as many
     low: float
     """95 % interval; 0 if more than 2.5 % of the resamples do not reach the target; NaN below two seeds."""
     high: float
@@ -39,17 +36,12 @@ class Factor:
 class Stability:
     """How stable one curve is, over its seeds."""
 
-    collapsed: Estimate
-    """Share of seeds; interval: Wilson's for a share."""
-    kept: Estimate
-    """Share of seeds that end with KEPT of their peak; likewise."""
-    first_collapse: float | None
-    """Median x of the collapses of those that collapsed; None if none did."""
-    worst: Estimate
-    """Lowest point from the seed's highest on."""
+    collapsed: Estimate  # Share of seeds; interval: Wilson's for a share
+    kept: Estimate  # Share of seeds that end with KEPT of their peak; likewise
+    first_collapse: float | None  # Median x of the collapses of those that collapsed; None if none did
+    worst: Estimate  # Lowest point from the seed's highest on
     peak: Estimate
-    auc: Estimate
-    """Mean height of the curve: area under it over the length of x."""
+    auc: Estimate  # Mean height of the curve: area under it over the length of x
 
 
 def sample_efficiency(reference: Band, method: Band, *, start: float | None = None) -> Factor:

@@ -33,8 +33,7 @@ class Metric:
     label: str
     unit: str = "number"
     """number | percent | seconds | completions"""
-    smoothing: float = 1.0
-    """Weight of a new value in the exponential moving average; 1 = none."""
+    smoothing: float = 1.0  # Weight of a new value in the exponential moving average; 1 = none
     start: bool = False
     """Whether curves begin at x = 0 with the value of runs at learning rate 0, if there are any."""
     log: bool = False
@@ -48,14 +47,11 @@ class Study:
     """What every figure is drawn from."""
 
     runs: tuple[LoggedRun, ...]
-    curves: tuple[Curve, ...]
-    """Those of all runs."""
+    curves: tuple[Curve, ...]  # Those of all runs
     statistic: Statistic
     interval: Interval
-    smoothing: float | None
-    """In place of the figures' own; None = theirs."""
-    x: str | None
-    """In place of the figures' own."""
+    smoothing: float | None  # In place of the figures' own; None = theirs
+    x: str | None  # In place of the figures' own
     bands: dict[tuple[object, ...], Band | None] = field(default_factory=dict, repr=False, compare=False)
     """Those computed so far."""
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from capo_exp.config.errors import printable
 from capo_exp.runs import metrics as names
 from capo_exp.runs.live import live_table
-from capo_exp.runs.read import LoggedRow, load_run
+from capo_exp.runs.read import RECENT, LoggedRow, load_run, values
 from capo_exp.runs.record import MEDIA
 
 SHOWN = {
@@ -119,18 +119,14 @@ def summary_lines(run_dir: Path) -> list[str]:
 
 def _outcome(metrics: list[LoggedRow], evaluations: list[LoggedRow]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    if held_out := _values(evaluations, names.EVAL_ACCURACY):
+    if held_out := values(evaluations, names.EVAL_ACCURACY):
         first, last = held_out[0], held_out[-1]
         rows.append(("held-out accuracy", f"{first:.1%} -> {last:.1%}, best {max(held_out):.1%}"))
-    if training := _values(metrics, names.TRAIN_ACCURACY):
-        recent = training[-10:]
+    if training := values(metrics, names.TRAIN_ACCURACY):
+        recent = training[-RECENT:]
         rows.append(("training accuracy", f"{fmean(recent):.1%}, mean of the last {len(recent)} steps"))
-    if rejected := _values(metrics, names.REJECTION_RATE):
+    if rejected := values(metrics, names.REJECTION_RATE):
         rows.append(("rejected tokens", f"mean {fmean(rejected):.2%}, max {max(rejected):.2%}"))
     counters = {"steps": names.STEP, "completions": names.COMPLETIONS, "tokens": names.GENERATED_TOKENS}
-    counted = {label: _values(metrics, key) for label, key in counters.items()}
-    return rows + [(label, f"{values[-1]:,.0f}") for label, values in counted.items() if values]
-
-
-def _values(rows: list[LoggedRow], key: str) -> list[float]:
-    return [row[key] for row in rows if row.get(key) is not None]
+    counted = {label: values(metrics, key) for label, key in counters.items()}
+    return rows + [(label, f"{found[-1]:,.0f}") for label, found in counted.items() if found]

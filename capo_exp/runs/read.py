@@ -35,6 +35,9 @@ RECORD_TYPES = {
 }  # fmt: skip
 """What is relied on of run.json; other values count as missing."""
 
+RECENT = 10
+"""Steps that a run's last training accuracy is the mean of."""
+
 EXPECTED = "expected a directory with runs, such as outputs, or a run's own, with run.json or metrics.jsonl"
 
 
@@ -66,6 +69,11 @@ class LoggedRun:
     def name(self) -> str:
         """The name of the run directory."""
         return self.path.name
+
+    @property
+    def steps(self) -> list[LoggedRow]:
+        """The last row of each rollout step."""
+        return list({row[names.STEP]: row for row in self.metrics if names.STEP in row}.values())
 
     @property
     def state(self) -> str:
@@ -232,6 +240,11 @@ def _archived(path: Path) -> list[LoggedRow]:
     rows = read_parquet(path) if os.path.exists(path) else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
     return [{key: None if value != value else value for key, value in row.items()} for row in known]
+
+
+def values(rows: Sequence[LoggedRow], key: str) -> list[float]:
+    """Returns a metric where it is there and finite."""
+    return [value for row in rows if (value := row.get(key)) is not None]
 
 
 def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIONS) -> tuple[Array, Array]:

@@ -59,10 +59,8 @@ class EndedJob:
 
     number: int
     title: str
-    directory: str
-    """Empty if the configuration gave none."""
-    state: str
-    """finished | failed | interrupted | planned."""
+    directory: str  # Empty if the configuration gave none
+    state: str  # finished | failed | interrupted | planned
     details: str = ""
     """For a failed one, the error or the end of its log."""
     score: float | None = None

@@ -1,6 +1,6 @@
 """The table of runs: what they are, and how far. Reads files, not torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +11,7 @@ from rich.text import Text
 
 from capo_exp.config.errors import printable
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import load_run
-
-RECENT = 10
-"""Steps that training accuracy is the mean of, and the time left is reckoned from."""
+from capo_exp.runs.read import RECENT, load_run, values
 
 WIDTH = 160
 """Columns where the output is not a terminal."""
@@ -25,17 +22,13 @@ class RunSummary:
     """One run of the table."""
 
     name: str
-    state: str
-    """running | finished | failed | interrupted | unreadable."""
+    state: str  # running | finished | failed | interrupted | unreadable
     step: int
-    num_steps: int | None
-    """None if config.yaml is missing."""
+    num_steps: int | None  # None if config.yaml is missing
     train_accuracy: float | None
     eval_accuracy: float | None
-    rejection_rate: float | None
-    """Mean of all steps."""
-    seconds_left: float | None
-    """At the pace of the last steps, without evaluations; None unless it runs."""
+    rejection_rate: float | None  # Mean of all steps
+    seconds_left: float | None  # At the pace of the last steps, without evaluations; None unless it runs
     error: str | None
     path: Path
 
@@ -44,12 +37,11 @@ def summarise_run(path: Path) -> RunSummary:
     """Reads one run as it is now; what of it is damaged is said as its error."""
     run = load_run(path)
     state = run.state
-    rows = list({row[names.STEP]: row for row in run.metrics if names.STEP in row}.values())
-    recent = rows[-RECENT:]
+    rows, recent = run.steps, run.steps[-RECENT:]
     step = int(rows[-1][names.STEP]) if rows else 0
     total = run.setting("num_steps") if isinstance(run.setting("num_steps"), int) else None
-    pace = median(_values(recent, "time/total_seconds") or [0.0])
-    evaluations = _values(run.evaluations, names.EVAL_ACCURACY)
+    pace = median(values(recent, "time/total_seconds") or [0.0])
+    evaluations = values(run.evaluations, names.EVAL_ACCURACY)
     failure = (run.record.get("error") or "").split("\n")[:1] if state == "failed" else []
     said = [*filter(None, failure), *(f"left out: {text}" for text in run.left_out)]
     return RunSummary(
@@ -57,9 +49,9 @@ def summarise_run(path: Path) -> RunSummary:
         state=state,
         step=step,
         num_steps=total,
-        train_accuracy=_mean(recent, names.TRAIN_ACCURACY),
+        train_accuracy=_mean(values(recent, names.TRAIN_ACCURACY)),
         eval_accuracy=evaluations[-1] if evaluations else None,
-        rejection_rate=_mean(rows, names.REJECTION_RATE),
+        rejection_rate=_mean(values(rows, names.REJECTION_RATE)),
         seconds_left=pace * (total - step) if state == "running" and total and pace else None,
         error="\n".join(said) or None,
         path=path,
@@ -83,13 +75,8 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
     return result
 
 
-def _values(rows: Sequence[Mapping[str, float | None]], key: str) -> list[float]:
-    return [value for row in rows if (value := row.get(key)) is not None]
-
-
-def _mean(rows: Sequence[Mapping[str, float | None]], key: str) -> float | None:
-    values = _values(rows, key)
-    return sum(values) / len(values) if values else None
+def _mean(found: Sequence[float]) -> float | None:
+    return sum(found) / len(found) if found else None
 
 
 def _percent(value: float | None) -> str:

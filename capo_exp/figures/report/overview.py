@@ -13,12 +13,10 @@ from capo_exp.figures.curves import Curve
 from capo_exp.figures.output import as_typed
 from capo_exp.figures.plots import outcome, steps_done
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import LoggedRow, LoggedRun
+from capo_exp.runs.read import RECENT, LoggedRun, values
 from capo_exp.runs.settings import results, varying
 
 MACHINE = ("device", "cpu", "platform")
-RECENT = 10
-"""Steps that a run's training accuracy is the mean of, as in capo_exp.sweep.table."""
 COLUMNS = (
     "run", "state", "steps", "training", "held-out, first → last", "best", "rejected, mean", "largest",
     "completions", "wall time",
@@ -30,8 +28,7 @@ class Cell:
     """A number of the summary."""
 
     text: str
-    value: float | str
-    """What the column is sorted by; "" where the run has no such number."""
+    value: float | str  # What the column is sorted by; "" where the run has no such number
 
 
 @dataclass(frozen=True)
@@ -90,35 +87,28 @@ def _trouble(run: LoggedRun) -> str | None:
 
 
 def _cells(run: LoggedRun) -> list[Cell]:
-    per_step = {row[names.STEP]: row for row in run.metrics if names.STEP in row}  # of updates the last
     done, planned = steps_done(run), run.setting("num_steps", "?")
-    recent = values(list(per_step.values())[-RECENT:], names.TRAIN_ACCURACY)
+    recent = values(run.steps[-RECENT:], names.TRAIN_ACCURACY)
     held_out = values(run.evaluations, names.EVAL_ACCURACY)
     rejected = values(run.metrics, names.REJECTION_RATE)
-    completions = max(values(run.metrics, names.COMPLETIONS), default=None)
+    completions = values(run.metrics, names.COMPLETIONS)
     seconds = run.record.get("wall_seconds")
-    change = f"{held_out[0]:.1%} → {held_out[-1]:.1%}" if held_out else "-"
+    none = Cell("-", "")
     return [
         Cell(outcome(run), outcome(run)),
         Cell(f"{done} of {planned}", done),
-        percent(fmean(recent) if recent else None),
-        Cell(change, held_out[-1] if held_out else ""),
-        percent(max(held_out, default=None)),
-        percent(fmean(rejected) if rejected else None),
-        percent(max(rejected, default=None)),
-        Cell("-", "") if completions is None else Cell(f"{completions:,.0f}", completions),
-        Cell("-", "") if seconds is None else Cell(str(timedelta(seconds=round(seconds))), seconds),
+        _percent(fmean(recent)) if recent else none,
+        Cell(f"{held_out[0]:.1%} → {held_out[-1]:.1%}", held_out[-1]) if held_out else none,
+        _percent(max(held_out)) if held_out else none,
+        _percent(fmean(rejected)) if rejected else none,
+        _percent(max(rejected)) if rejected else none,
+        Cell(f"{max(completions):,.0f}", max(completions)) if completions else none,
+        none if seconds is None else Cell(str(timedelta(seconds=round(seconds))), seconds),
     ]
 
 
-def values(rows: Sequence[LoggedRow], key: str) -> list[float]:
-    """Returns a metric where it is there and finite."""
-    return [value for row in rows if (value := row.get(key)) is not None]
-
-
-def percent(share: float | None) -> Cell:
-    """Says a share as 12.3%."""
-    return Cell("-", "") if share is None else Cell(f"{share:.1%}", share)
+def _percent(share: float) -> Cell:
+    return Cell(f"{share:.1%}", share)
 
 
 def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:

@@ -6,12 +6,14 @@ those of assets/, whose hashes it states: what a model wrote cannot run, whateve
 
 import base64
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from capo_exp.figures import style, tables
 from capo_exp.figures.curves import Curve
@@ -19,7 +21,7 @@ from capo_exp.figures.output import DrawnFigure
 from capo_exp.figures.report import overview
 from capo_exp.figures.report.viewer import excerpts, script_json, viewer_data
 from capo_exp.runs.files import write_atomic
-from capo_exp.runs.read import LoggedRun
+from capo_exp.runs.read import RECENT, LoggedRun
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_CSV_BYTES = 500_000
@@ -38,10 +40,8 @@ def write_report(
     named = overview.run_labels(runs, curves)
     taken = excerpts(runs)
     data = viewer_data(taken, named)
-    files = (ASSETS / name for name in ("report.css", "summary.js", "viewer.js"))
-    css, summary_js, viewer_js = (
-        Markup(file.read_text(encoding="utf-8")) for file in files
-    )  # ours: no escapes
+    names = ("report.css", "summary.js", "viewer.js")  # ours, so nothing in them is escaped
+    css, summary_js, viewer_js = (Markup((ASSETS / name).read_text(encoding="utf-8")) for name in names)
     strict: Any = {"undefined": StrictUndefined, "keep_trailing_newline": True}
     pages = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, **strict)
     html = pages.get_template("report.html").render(
@@ -51,7 +51,7 @@ def write_report(
         summary_js=summary_js,
         viewer_js=viewer_js,
         columns=overview.COLUMNS,
-        recent=overview.RECENT,
+        recent=RECENT,
         summary=overview.overview(runs, named, curves),
         figures=[embedded(figure) for figure in figures],
         differences=overview.differing(runs, named),
@@ -99,7 +99,7 @@ def embedded(figure: DrawnFigure) -> dict[str, Any]:
 def screen_size(png: bytes) -> tuple[int, int]:
     """Returns width and height that a figure was designed for: its pixels at the style's resolution."""
     scale = CSS_DPI / style.SETTINGS["savefig.dpi"]
-    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the header chunk
+    width, height = Image.open(io.BytesIO(png)).size
     return round(width * scale), round(height * scale)
 
 

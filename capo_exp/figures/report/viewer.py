@@ -35,12 +35,9 @@ class Excerpt:
     """What the page has of one run's completions."""
 
     run: LoggedRun
-    logged: list[int]
-    """Steps with completions on disk."""
-    steps: dict[int, list[LoggedRow]]
-    """Step -> its first completions, in the order they were logged."""
-    total: int
-    """Completions that the chosen steps have on disk."""
+    logged: list[int]  # Steps with completions on disk
+    steps: dict[int, list[LoggedRow]]  # Step -> its first completions, in the order they were logged
+    total: int  # Completions that the chosen steps have on disk
 
     @property
     def shown(self) -> int:
