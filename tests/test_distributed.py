@@ -17,7 +17,7 @@ from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.memory import estimate
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.batch import deal_cuts, split
+from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.runs.identity import run_id
@@ -28,7 +28,9 @@ from tests.test_selection import partly
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+PARTS = {2: os.environ.get("CAPO_DISTRIBUTED_PARTS", "learners sums runs").split(), 4: ["four"]}
+"""Number of processes -> what they do; four go on from what `runs` left."""
 RUN = (
     "distributed=fsdp2", "device=cpu", "logger=files", "num_steps=2", "regime.prompts_per_step=4",
     "regime.group_size=4", "model.micro_batch_size=8", "dataset.max_completion_tokens=24",
@@ -60,6 +62,8 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
     }
     for name in ("adam_live", "sgd"):
         chosen[name] = ("algo=capo", f"curvature.optimizer_model={name}")
+    budget = "model.max_tokens_per_micro_batch=30"  # four micro-batches, then three that are packed
+    chosen |= {"tokens": ("algo=capo", budget), "packed": ("algo=prorl", budget, "model.pack=true")}
     instruments = ("curvature.calibrate_every=1", "model.gradient_checkpointing=true")
     chosen["untied"] = ("algo=capo", *instruments, "model.logits_chunk_tokens=3", "curvature.hidden_shift=1")
     return {name: small(composed, *overrides) for name, overrides in chosen.items()}
@@ -69,7 +73,8 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
 def test_two_processes_give_the_numbers_of_one(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, tmp_path: Path
 ) -> None:
-    """Every algorithm, selection, step rule and optimiser model; a run that is stopped and goes on."""
+    """Every algorithm, selection, step rule and optimiser model; a run that is stopped and goes on, in four
+    processes, too."""
     untied = type(small_model)(
         type(small_model.config)(**small_model.config.to_dict() | {"tie_word_embeddings": False})
     )
@@ -82,12 +87,13 @@ def test_two_processes_give_the_numbers_of_one(
         "batches": [random_batch(rows=10), random_batch(rows=2, seed=2)],
     }
     torch.save(job, tmp_path / "job.pt")
-    command = [sys.executable, *TORCHRUN, "-m", "tests.distributed_job", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
-        assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
+    for size, parts in PARTS.items():
+        command = [sys.executable, *TORCHRUN, str(size), "-m", "tests.distributed_job", str(tmp_path), *parts]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for rank in range(size):
+            faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+            assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
 
 
 @pytest.mark.slow
@@ -124,6 +130,7 @@ def workers_of(launcher: int) -> list[int]:
         ["curvature.diagnose_every=5"],
         ["device=cuda:1"],
         ["model.share_prompts=true"],
+        ["model.max_tokens_per_micro_batch=100000"],
         ["model.load_dtype=bfloat16"],
         ["rollout=vllm", "rollout.server_url=start"],
         ["rollout=vllm", "rollout.engine.visible_devices=1"],
@@ -163,11 +170,14 @@ def test_processes_share_what_is_sharded(composed: Compose) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(random_batch: Batches, size: int) -> None:
+@pytest.mark.parametrize("cut", [CutSize(3), CutSize(1, 24), CutSize(1, 24, packed=True)])
+def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(
+    random_batch: Batches, cut: CutSize, size: int
+) -> None:
     batch = random_batch(rows=10)
-    shares = [deal_cuts(batch, 3, World(rank, size)) for rank in range(size)]
+    shares = [deal_cuts(batch, cut, World(rank, size)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     real = [[rows.tolist() for rows, _ in share if len(rows)] for share in shares]
-    assert SINGLE.collect([[rows.tolist() for rows, _ in split(batch, 3)]]) == World(0, size).collect(real)
-    idle = [cut for share in shares for rows, cut in share if not len(rows)]
-    assert all(cut.input_ids.shape == (1, 2) and not cut.completion_mask.any() for cut in idle)
+    assert SINGLE.collect([[rows.tolist() for rows, _ in split(batch, cut)]]) == World(0, size).collect(real)
+    idle = [one for share in shares for rows, one in share if not len(rows)]
+    assert all(one.input_ids.shape == (1, 2) and not one.completion_mask.any() for one in idle)

@@ -224,6 +224,8 @@ def test_the_plan_is_five_short_lines(composed: Composed, tmp_path: Path) -> Non
     assert "(gemma counted as llama); the most" in plan(composed(f"model.path={other}"))[-1]
     single = composed("regime.prompts_per_step=2", "model.micro_batch_size=96")
     assert "= 1 micro-batch of 16" in plan(single)[1]
+    tokens = composed("model.max_tokens_per_micro_batch=2000", "model.micro_batch_size=7")  # no divisor
+    assert plan(tokens)[1].endswith("a step = micro-batches of 2,000 tokens")
 
 
 def test_the_plan_says_what_vllm_takes(composed: Composed) -> None:
