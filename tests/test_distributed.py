@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from capo_exp.config.memory import estimate
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.core.types import Batch
-from capo_exp.distributed.world import SINGLE, World
+from capo_exp.distributed.world import SINGLE, World, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
 from tests.pieces import SMALL
@@ -120,6 +122,45 @@ def workers_of(launcher: int) -> list[int]:
     children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
     environments = {int(child): Path(f"/proc/{child}/environ").read_bytes() for child in children}
     return sorted(child for child, variables in environments.items() if b"LOCAL_RANK=" in variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["own", "torchrun", "submitit"])
+def test_two_nodes_meet_whoever_starts_them(tmp_path: Path, launcher: str) -> None:
+    """On this machine, with a process each. The first writes, and the run is that of one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    own = [sys.executable, "-m", "capo_exp"]
+    meet = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static", f"--master-port={port}")
+    start = {"own": own, "torchrun": [*own[:2], "torch.distributed.run", *meet, "--node-rank={}", *own[1:]]}
+    size = ("distributed.nodes=2", "distributed.processes=1") if launcher != "torchrun" else ()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if launcher == "submitit":  # a task is a node
+        size = ("-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=0", *size)
+        where.pop("MASTER_ADDR")
+    command = [*start.get(launcher, own), *RUN, *size, f"output_dir={tmp_path}"]
+    number = [{}] if launcher == "submitit" else [{"NODE_RANK": "0"}, {"NODE_RANK": "1"}]
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    nodes = [
+        subprocess.Popen([word.format(i) for word in command], env=os.environ | where | each, **pipes)
+        for i, each in enumerate(number)
+    ]
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert not any(node.returncode for node in nodes), said
+    (record,) = tmp_path.glob("*/*/run.json")  # the first's
+    assert run_status(record.parent) == "finished"
+    assert launcher == "submitit" or ["held-out accuracy" in out for out, _ in said] == [True, False], said
+
+
+def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the configuration says; without sharding each would train the whole run."""
+    for name, number in (("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(number))
+    found = torchrun_size(composed("distributed=fsdp2", "distributed.processes=7").distributed)
+    assert (found.processes, found.nodes) == (2, 2)
+    with pytest.raises(ConfigError, match=r"^distributed=single: expected fsdp2 under torchrun"):
+        torchrun_size(composed().distributed)
 
 
 @pytest.mark.parametrize(
