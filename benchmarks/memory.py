@@ -10,30 +10,47 @@ at once (MALLOC_MMAP_THRESHOLD_), so that it is the memory of tensors alone; `ma
 process holds without that setting.
 
     python -m benchmarks.memory
+
+`--padding` compares what micro-batches hold: CPU seconds and peak memory of a gradient, and the padding it
+computes, at the lengths of real completions. The variants take turns in one process, on one batch of random
+tokens: 2 problems x 8 completions of MATH (../shared/data/outputs_qwen25math, in tokens of SmolLM2), and 12
+prompts x 8 of SmolLM2 on sums, of which rl_smollm2 holds the mean: lengths are drawn around it.
+
+    MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=1048576 python -m benchmarks.memory --padding
 """
 
 import gc
 import json
 import os
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.memory import estimate
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.core import policy
+from capo_exp.core.batch import CutSize, collate, padding_share, split, totals
+from capo_exp.core.timing import Stopwatch
+from capo_exp.core.types import Batch, Completion, Problem, Prompt, RolloutGroup, StepInput
 from capo_exp.runs.identity import run_dir
 from capo_exp.training import loop as train
+from capo_exp.training.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 FIXED = [
@@ -149,9 +166,100 @@ def child(folder: str, overrides: list[str]) -> None:
     sys.stdout.write(f"\n{json.dumps([peak, estimated])}\n")
 
 
+def math_lengths() -> list[list[tuple[int, int]]]:
+    """Tokens of prompt and completion, by problem, at most 1,024 each."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("cache://smollm2_135m"))
+    rows = pd.read_parquet(ROOT.parent / "shared/data/outputs_qwen25math/all.parquet")
+    count = lambda texts: [min(1024, len(ids)) for ids in tokenizer(list(texts))["input_ids"]]  # noqa: E731
+    groups = [group for _, group in rows.groupby("problem", sort=False)][:2]
+    return [list(zip(count(each["problem"]), count(each["completion"]), strict=True)) for each in groups]
+
+
+def sums_lengths() -> list[list[tuple[int, int]]]:
+    """12 prompts of 50 to 60 tokens, and completions as if each token ended one in ten, at most 32."""
+    draw = random.Random(0)
+    ends = lambda: next((n for n in range(1, 32) if draw.random() < 0.1), 32)  # noqa: E731
+    return [[(prompt, ends()) for _ in range(8)] for prompt in (draw.randint(50, 60) for _ in range(12))]
+
+
+LENGTHS = {"MATH": (math_lengths, 4, 2048), "sums": (sums_lengths, 24, 2048)}
+"""Set -> its lengths, rows of a micro-batch, tokens of one."""
+PADDING = {
+    "rows": [],
+    "tokens": ["model.max_tokens_per_micro_batch={tokens}"],
+    "tokens, packed": ["model.max_tokens_per_micro_batch={tokens}", "model.pack=true"],
+    "packed by transformers' mask": ["model.max_tokens_per_micro_batch={tokens}", "model.pack=true"],
+    "rows, shared prompts": ["model.share_prompts=true"],
+}
+
+
+def make_batch(groups: list[list[tuple[int, int]]]) -> Batch:
+    """Random tokens of these lengths, a prompt the same for its group; credit of 1 and -1 in turns."""
+    draw = random.Random(0)
+    tokens = lambda count: tuple(draw.randrange(2, 1024) for _ in range(count))  # noqa: E731
+    made = [
+        RolloutGroup(
+            Prompt(Problem("", "", ""), "", tokens(group[0][0])),
+            tuple(Completion(tokens(count), (0.0,) * count, "", False) for _, count in group),
+            0,
+        )
+        for group in groups
+    ]
+    batch = collate(made, pad_token_id=0, device=torch.device("cpu"))
+    sign = 1 - 2 * (torch.arange(len(batch.group_ids)) % 2)[:, None]
+    return replace(batch, advantages=sign * batch.completion_mask.float())
+
+
+def compare_padding(rounds: int = 4) -> None:
+    """Prints a table for each set."""
+    torch.set_num_threads(1)
+    for name, (lengths, rows, tokens) in LENGTHS.items():
+        batch, learners = make_batch(lengths()), dict[str, Learner]()
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(vars(compose_config([]).model.architecture), folder)
+            for variant, overrides in PADDING.items():
+                given = [each.format(tokens=tokens) for each in overrides]
+                config = compose_config(
+                    ["algo=grpo", f"model.path={folder}", f"model.micro_batch_size={rows}", *given]
+                )
+                model = policy.load_model(config.model, torch.device("cpu"))
+                if "mask" in variant:
+                    model.set_attn_implementation("sdpa")
+                learners[variant] = Learner(model, None, build_algorithm(config.algo), config, torch.float32)
+        table = Table(title=f"{name}: a gradient of {len(batch.group_ids)} rows")
+        for column in ("", "micro-batches", "padding", "CPU s", "ratio", "peak MB", "ratio"):
+            table.add_column(column)
+        base: list[float] = []
+        for variant, seen in take_turns(learners, batch, rounds).items():
+            size = CutSize.of(learners[variant].config.model)
+            numbers = [statistics.median(column) for column in zip(*seen, strict=True)]
+            base = base or numbers
+            cells = f"{numbers[0]:.2f}", f"{numbers[0] / base[0]:.2f}"
+            peak = f"{numbers[1] / 1e6:.0f}", f"{numbers[1] / base[1]:.2f}"
+            padding = f"{padding_share(batch, size):.2f}"
+            table.add_row(variant, str(len(split(batch, size))), padding, *cells, *peak)
+        Console().print(table)
+
+
+def take_turns(learners: dict[str, Learner], batch: Batch, rounds: int) -> dict[str, list[tuple[float, int]]]:
+    """CPU seconds and peak bytes of each one's gradient; the first round is not counted."""
+    seen: dict[str, list[tuple[float, int]]] = {name: [] for name in learners}
+    for _ in range(rounds):
+        for name, learner in learners.items():
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+            before, began = resident("VmRSS"), time.process_time()
+            learner.backward(StepInput(batch, totals(batch)), Stopwatch())
+            seen[name].append((time.process_time() - began, resident("VmHWM") - before))
+            learner.optimizer.zero_grad(set_to_none=True)
+    return {name: values[1:] for name, values in seen.items()}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--steps"]:
         return child(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--padding"]:
+        return compare_padding()
     table = Table(title="peak memory on a CPU [MB]")
     for column in ("", "measured", "estimated", "estimated / measured", "malloc default"):
         table.add_column(column)

@@ -1,5 +1,5 @@
-"""What tests/test_distributed.py has two processes do, all of it in one start:
-`python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed_job FOLDER`.
+"""What tests/test_distributed.py has two processes do, all of it in one start, and four after them:
+`python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed_job FOLDER PARTS`.
 
 Each process compares a sharded learner with a whole one of its own, and writes what differs to FOLDER/RANK.
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.core import policy
-from capo_exp.core.batch import deal_cuts
+from capo_exp.core.batch import CutSize, deal_cuts
 from capo_exp.core.types import Batch
 from capo_exp.distributed.sharding import full, shard
 from capo_exp.distributed.world import FOLDER, STOP, World
@@ -88,7 +88,7 @@ def compare_sums(job: dict[str, Any], world: World) -> Iterator[str]:
     config, batch = job["exact"], job["batches"][0]
     whole = make_learner(config, job["tied"])
     shared = share(whole, config, world)
-    assert len(deal_cuts(batch, config.model.micro_batch_size, world)) == 1
+    assert len(deal_cuts(batch, CutSize.of(config.model), world)) == 1
     for learner in (whole, shared):
         run_updates(learner, batch)
     for p, q in zip(whole.model.parameters(), shared.model.parameters(), strict=True):
@@ -100,12 +100,10 @@ def compare_sums(job: dict[str, Any], world: World) -> Iterator[str]:
 def compare_runs(job: dict[str, Any], world: World, folder: Path) -> Iterator[str]:
     """A run that is stopped and goes on in as many processes, in one, or in two after one; one whose second
     engine fails."""
-    session.prepare = cache_of(session.prepare)
-    loop.open_world = lambda config, _: nullcontext(world if config.name == "fsdp2" else World(0, 1))
-    os.environ[FOLDER] = str(folder)
     wanted = train(job, folder / "whole")
     stopped(job, folder / "two", folder)
-    copied(folder / "two", folder / "one", world)
+    for name in ("one", "four"):
+        copied(folder / "two", folder / name, world)
     stopped(job, folder / "mixed", folder, alone=True)
     dist.barrier()
     again = train(job, folder / "two")
@@ -133,6 +131,10 @@ def train(job: dict[str, Any], place: Path, *, alone: bool = False) -> tuple[lis
             loop.run(config)
     finally:
         dist.barrier()
+    return read_back(place)
+
+
+def read_back(place: Path) -> tuple[list[dict[str, Any]], Path]:
     (directory,) = place.glob("*/*")
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     rows = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
@@ -191,7 +193,7 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
         yield "the step before the failure is not saved"
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *chosen: str) -> None:
     dist.init_process_group("gloo")
     world = World(dist.get_rank(), dist.get_world_size())
     job = torch.load(folder / "job.pt", weights_only=False)
@@ -199,12 +201,17 @@ def main(folder: Path) -> None:
         "learners": lambda: compare_learners(job, world),
         "sums": lambda: compare_sums(job, world),
         "runs": lambda: compare_runs(job, world, folder),
+        "four": lambda: differ(
+            "2 -> 4", read_back(folder / "whole"), train(job, folder / "four"), exact=False
+        ),
     }
-    chosen = os.environ.get("CAPO_DISTRIBUTED_PARTS", "learners,sums,runs").split(",")
-    faults = {name: list(part()) for name, part in parts.items() if name in chosen}
+    session.prepare = cache_of(session.prepare)
+    loop.open_world = lambda config, _: nullcontext(world if config.name == "fsdp2" else World(0, 1))
+    os.environ[FOLDER] = str(folder)
+    faults = {name: list(parts[name]()) for name in chosen}
     (folder / f"rank_{world.rank}.json").write_text(json.dumps(faults))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
+from capo_exp.core import packing
 from capo_exp.core.batch import totals
 from capo_exp.core.types import (
     Batch,
@@ -67,7 +68,8 @@ def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float
         generator = torch.Generator().manual_seed(0)
         for parameter in reference.parameters():
             parameter.add_(distance * torch.randn(parameter.shape, generator=generator))
-    return Learner(copy.deepcopy(model), reference, build_algorithm(config.algo), config, torch.float32)
+    model = packing.prepare(copy.deepcopy(model)) if config.model.pack else copy.deepcopy(model)
+    return Learner(model, reference, build_algorithm(config.algo), config, torch.float32)
 
 
 def weights(learner: Learner) -> list[Tensor]:

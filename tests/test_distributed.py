@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,9 @@ from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.memory import estimate
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.batch import deal_cuts, split
+from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.core.types import Batch
-from capo_exp.distributed.world import SINGLE, World
+from capo_exp.distributed.world import SINGLE, World, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
 from tests.pieces import SMALL
@@ -28,7 +30,9 @@ from tests.test_selection import partly
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+PARTS = {2: os.environ.get("CAPO_DISTRIBUTED_PARTS", "learners sums runs").split(), 4: ["four"]}
+"""Number of processes -> what they do; four go on from what `runs` left."""
 RUN = (
     "distributed=fsdp2", "device=cpu", "logger=files", "num_steps=2", "regime.prompts_per_step=4",
     "regime.group_size=4", "model.micro_batch_size=8", "dataset.max_completion_tokens=24",
@@ -62,6 +66,8 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
     }
     for name in ("adam_live", "sgd"):
         chosen[name] = ("algo=capo", f"curvature.optimizer_model={name}")
+    budget = "model.max_tokens_per_micro_batch=30"  # four micro-batches, then three that are packed
+    chosen |= {"tokens": ("algo=capo", budget), "packed": ("algo=prorl", budget, "model.pack=true")}
     instruments = ("curvature.calibrate_every=1", "model.gradient_checkpointing=true")
     chosen["untied"] = ("algo=capo", *instruments, "model.logits_chunk_tokens=3", "curvature.hidden_shift=1")
     return {name: small(composed, *overrides) for name, overrides in chosen.items()}
@@ -71,7 +77,8 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
 def test_two_processes_give_the_numbers_of_one(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, tmp_path: Path
 ) -> None:
-    """Every algorithm, selection, step rule and optimiser model; a run that is stopped and goes on."""
+    """Every algorithm, selection, step rule and optimiser model; a run that is stopped and goes on, in four
+    processes, too."""
     untied = type(small_model)(
         type(small_model.config)(**small_model.config.to_dict() | {"tie_word_embeddings": False})
     )
@@ -84,12 +91,13 @@ def test_two_processes_give_the_numbers_of_one(
         "batches": [random_batch(rows=10), random_batch(rows=2, seed=2)],
     }
     torch.save(job, tmp_path / "job.pt")
-    command = [sys.executable, *TORCHRUN, "-m", "tests.distributed_job", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
-        assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
+    for size, parts in PARTS.items():
+        command = [sys.executable, *TORCHRUN, str(size), "-m", "tests.distributed_job", str(tmp_path), *parts]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for rank in range(size):
+            faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+            assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
 
 
 @pytest.mark.slow
@@ -118,6 +126,45 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(child for child, variables in environments.items() if b"LOCAL_RANK=" in variables)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["own", "torchrun", "submitit"])
+def test_two_nodes_meet_whoever_starts_them(tmp_path: Path, launcher: str) -> None:
+    """On this machine, with a process each. The first writes, and the run is that of one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    own = [sys.executable, "-m", "capo_exp"]
+    meet = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static", f"--master-port={port}")
+    start = {"own": own, "torchrun": [*own[:2], "torch.distributed.run", *meet, "--node-rank={}", *own[1:]]}
+    size = ("distributed.nodes=2", "distributed.processes=1") if launcher != "torchrun" else ()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if launcher == "submitit":  # a task is a node
+        size = ("-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=0", *size)
+        where.pop("MASTER_ADDR")
+    command = [*start.get(launcher, own), *RUN, *size, f"output_dir={tmp_path}"]
+    number = [{}] if launcher == "submitit" else [{"NODE_RANK": "0"}, {"NODE_RANK": "1"}]
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    nodes = [
+        subprocess.Popen([word.format(i) for word in command], env=os.environ | where | each, **pipes)
+        for i, each in enumerate(number)
+    ]
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert not any(node.returncode for node in nodes), said
+    (record,) = tmp_path.glob("*/*/run.json")  # the first's
+    assert run_status(record.parent) == "finished"
+    assert launcher == "submitit" or ["held-out accuracy" in out for out, _ in said] == [True, False], said
+
+
+def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the configuration says; without sharding each would train the whole run."""
+    for name, number in (("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(number))
+    found = torchrun_size(composed("distributed=fsdp2", "distributed.processes=7").distributed)
+    assert (found.processes, found.nodes) == (2, 2)
+    with pytest.raises(ConfigError, match=r"^distributed=single: expected fsdp2 under torchrun"):
+        torchrun_size(composed().distributed)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -126,6 +173,7 @@ def workers_of(launcher: int) -> list[int]:
         ["curvature.diagnose_every=5"],
         ["device=cuda:1"],
         ["model.share_prompts=true"],
+        ["model.max_tokens_per_micro_batch=100000"],
         ["model.load_dtype=bfloat16"],
         ["rollout=vllm", "rollout.server_url=start"],
         ["rollout=vllm", "rollout.engine.visible_devices=1"],
@@ -165,11 +213,14 @@ def test_processes_share_what_is_sharded(composed: Compose) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(random_batch: Batches, size: int) -> None:
+@pytest.mark.parametrize("cut", [CutSize(3), CutSize(1, 24), CutSize(1, 24, packed=True)])
+def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(
+    random_batch: Batches, cut: CutSize, size: int
+) -> None:
     batch = random_batch(rows=10)
-    shares = [deal_cuts(batch, 3, World(rank, size)) for rank in range(size)]
+    shares = [deal_cuts(batch, cut, World(rank, size)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     real = [[rows.tolist() for rows, _ in share if len(rows)] for share in shares]
-    assert SINGLE.collect([[rows.tolist() for rows, _ in split(batch, 3)]]) == World(0, size).collect(real)
-    idle = [cut for share in shares for rows, cut in share if not len(rows)]
-    assert all(cut.input_ids.shape == (1, 2) and not cut.completion_mask.any() for cut in idle)
+    assert SINGLE.collect([[rows.tolist() for rows, _ in split(batch, cut)]]) == World(0, size).collect(real)
+    idle = [one for share in shares for rows, one in share if not len(rows)]
+    assert all(one.input_ids.shape == (1, 2) and not one.completion_mask.any() for one in idle)

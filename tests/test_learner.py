@@ -13,7 +13,7 @@ from capo_exp.curvature import model as curvature
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.conftest import ALGORITHMS
-from tests.pieces import plain_log_probs, same_weights, take_step, weights, without_clock
+from tests.pieces import gradients, plain_log_probs, same_weights, take_step, weights, without_clock
 
 Make = Callable[..., Learner]
 Batches = Callable[..., Batch]
@@ -37,6 +37,27 @@ def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batche
     assert torch.equal(record.selection.keep_mask, same.selection.keep_mask)
     torch.testing.assert_close(weights(whole), weights(cut), rtol=1e-3, atol=1e-4)
     assert first[-1]["selection/rejection_rate"] > 0 or not tight
+
+
+@pytest.mark.parametrize("selection", ["capo", "completion"])  # the second with a scoring pass
+@pytest.mark.parametrize(
+    "cut",
+    [["max_tokens_per_micro_batch=30"], ["max_tokens_per_micro_batch=30", "pack=true"],
+     ["max_tokens_per_micro_batch=30", "share_prompts=true"], ["pack=true", "gradient_checkpointing=true"]],
+)  # fmt: skip
+def test_no_padding_is_the_padded_gradient(
+    learner: Make, random_batch: Batches, cut: list[str], selection: str
+) -> None:
+    chosen = (f"algo={'capo' if selection == 'capo' else 'grpo'}", f"selection={selection}")
+    padded, ours = learner(*chosen), learner(*chosen, *(f"model.{each}" for each in cut))
+    batch = random_batch()
+    for tensor in (batch.input_ids, batch.attention_mask):
+        tensor[1::2, :5] = tensor[::2, :5]  # rows 2 i and 2 i + 1 are a group
+    one, other = (gradients(each, batch) for each in (padded, ours))
+    padding, left = (take_step(each, batch)[0]["time/padding_fraction"] for each in (padded, ours))
+    error = sum((a - b).square().sum() for a, b in zip(one, other, strict=True))
+    assert error.sqrt() < 1e-6 * sum(each.square().sum() for each in one).sqrt()
+    assert left == 0 if "pack=true" in cut else 0 < left < padding
 
 
 def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(

@@ -214,6 +214,8 @@ def test_the_plan_is_five_short_lines(composed: Composed, tmp_path: Path) -> Non
     long = plan(composed("experiment=paper/capo", "device=cpu", *several))
     assert len(long) == 5 and max(map(len, long)) <= 80
     assert long[-1] == "memory: config.json cannot be read; needs the hub, HF_HOME or model.path=DIR"
+    tokens = composed("model.max_tokens_per_micro_batch=2000", "model.micro_batch_size=7")  # no divisor
+    assert plan(tokens)[1].endswith("a step = micro-batches of 2,000 tokens")
     on_gpu = plan(composed("device=cuda", "rollout=vllm", "rollout.engine.gpu_memory_utilization=0.3"))
     assert on_gpu[-1].endswith("; vLLM: weights of at most 3.7 MB, up to 30% of its GPU")
 

@@ -1,15 +1,18 @@
 """One forward pass: against full logits, padding, chunks, and the shift by one."""
 
+import copy
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core import policy
-from capo_exp.core.batch import join, split, take
+from capo_exp.core import packing, policy
+from capo_exp.core.batch import CutSize, join, padding_share, split, take
 from capo_exp.core.types import Batch, PolicyOutput
 
 Batches = Callable[..., Batch]
@@ -73,7 +76,7 @@ def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
 
 @pytest.mark.parametrize("hidden_shift", [0, 1])
 @pytest.mark.parametrize("length", [1, 7])
-def test_a_prompt_computed_once_changes_neither_values_nor_gradients(
+def test_shared_prompts_and_packed_rows_change_neither_values_nor_gradients(
     small_model: PreTrainedModel, random_batch: Batches, length: int, hidden_shift: int
 ) -> None:
     batch = random_batch(rows=6, length=length)
@@ -81,20 +84,23 @@ def test_a_prompt_computed_once_changes_neither_values_nor_gradients(
         for tensor in (batch.input_ids, batch.attention_mask):
             tensor[row, :5] = tensor[row - 1, :5]
     batch = take(batch, torch.tensor([3, 0, 5, 1, 2]))  # a group in two places, and one that is not whole
+    packing.prepare(small_model)  # which leaves padded rows as they are
+    tokens = int(batch.attention_mask[:, : 5 + length - 1 + hidden_shift].sum())
     computed: list[int] = []
     small_model.get_input_embeddings().register_forward_hook(
         lambda module, ids, out: computed.append(ids[0].numel())
     )
     results = []
-    for shared in (False, True):
+    for how in ({}, {"share_prompts": True}, {"pack": True}):
         small_model.zero_grad()
-        settings = policy.ForwardSettings(0.7, 1000, torch.float32, share_prompts=shared)
+        settings = policy.ForwardSettings(0.7, 1000, torch.float32, **how)
         output = policy.forward(small_model, batch, settings, top_k=5, hidden_shift=hidden_shift)
         (output.log_probs * batch.advantages).sum().backward()
         results.append((vars(output.detached()), [p.grad.clone() for p in small_model.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    for result in results[1:]:
+        torch.testing.assert_close(results[0], result, rtol=1e-4, atol=1e-5)
     columns = length - 1 + hidden_shift
-    assert computed == [5 * (5 + columns), 3 * 5, *([5 * columns] if columns else [])]
+    assert computed == [5 * (5 + columns), 3 * 5, *([5 * columns] if columns else []), tokens]
 
 
 def test_no_tensor_of_all_logits_exists_in_forward_or_backward(
@@ -115,11 +121,36 @@ def test_micro_batches_are_trimmed_and_put_back_at_their_rows(
 ) -> None:
     batch = random_batch(rows=9, prompt=6, length=12)
     whole = run(small_model, batch).log_probs
-    parts = split(batch, 4)
+    parts = split(batch, CutSize(4))
     assert sorted(int(row) for rows, _ in parts for row in rows) == list(range(9))
     assert min(part.input_ids.shape[1] for _, part in parts) < batch.input_ids.shape[1]
     joined = join([(rows, run(small_model, part).log_probs) for rows, part in parts], batch.completion_mask)
     torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [10, 25, 40, 1000])
+def test_micro_batches_by_tokens_are_as_full_as_they_may_be(
+    random_batch: Batches, tokens: int, packed: bool
+) -> None:
+    batch, size = random_batch(rows=30), CutSize(1, tokens, packed)
+    cuts = split(batch, size)
+    assert sorted(int(row) for rows, _ in cuts for row in rows) == list(range(30))
+    count = lambda cut: int(cut.attention_mask.sum()) if packed else cut.attention_mask.numel()  # noqa: E731
+    assert all(count(cut) <= tokens or len(rows) == 1 for rows, cut in cuts)
+    for (rows, _), (after, _) in pairwise(cuts):
+        ((_, longer),) = split(take(batch, torch.cat([rows, after[:1]])), CutSize(30))
+        assert count(longer) > tokens
+    held = sum(count(cut) for _, cut in cuts)
+    assert padding_share(batch, size) == pytest.approx(1 - int(batch.attention_mask.sum()) / held)
+
+
+def test_models_that_mix_neighbours_are_not_packed(small_model: PreTrainedModel) -> None:
+    for name, value in (("sliding_window", 4096), ("model_type", "mamba")):
+        model = copy.deepcopy(small_model)
+        setattr(model.config, name, value)
+        with pytest.raises(ConfigError, match=r"^model\.pack=.*expected false for this"):
+            packing.prepare(model)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,12 @@ def _check_plugins(config: TrainConfig) -> None:
 def _check_batch(config: TrainConfig) -> None:
     batch = config.regime.prompts_per_step * config.regime.group_size
     micro, product = config.model.micro_batch_size, "regime.prompts_per_step x regime.group_size"
-    if batch > micro and batch % micro:
+    tokens, longest = config.model.max_tokens_per_micro_batch, config.dataset.longest_row
+    if tokens is None and batch > micro and batch % micro:
         raise error("model.micro_batch_size", micro, f"a divisor of {product} = {batch}, or at least {batch}")
+    if tokens is not None and tokens < longest:
+        wanted = f"at least dataset.max_prompt_tokens + dataset.max_completion_tokens = {longest}"
+        raise error("model.max_tokens_per_micro_batch", tokens, wanted)
     if config.algo.num_minibatches > batch:
         raise error("algo.num_minibatches", config.algo.num_minibatches, f"at most {product} = {batch}")
 
@@ -174,7 +178,13 @@ def _check_model(config: TrainConfig) -> None:
             True,
             "false with model.gradient_checkpointing=true, which keeps no keys and values",
         )
+    if model.pack and model.share_prompts:
+        wanted = "false with model.pack=true, whose rows each have their prompt before them"
+        raise error("model.share_prompts", True, wanted)
     flash = model.attn_implementation.startswith("flash_attention")
+    if model.pack and not flash and model.attn_implementation != "sdpa":
+        wanted = "sdpa, flash_attention_2 or flash_attention_3 with model.pack=true"
+        raise error("model.attn_implementation", model.attn_implementation, wanted)
     if flash and (config.device == "cpu" or model.compute_dtype == "float32"):
         raise error("model.attn_implementation", model.attn_implementation, "sdpa on a CPU or in float32")
 
@@ -242,6 +252,10 @@ def _check_distributed(config: TrainConfig) -> None:
     if micro * size > batch:
         wanted = f"at most {batch // size}, so that each of {size} processes has a micro-batch"
         raise error("model.micro_batch_size", micro, wanted)
+    tokens, positions = config.model.max_tokens_per_micro_batch or 0, batch * config.dataset.longest_row
+    if tokens * size > positions:
+        wanted = f"at most {positions // size}, so that long rows make {size} micro-batches"
+        raise error("model.max_tokens_per_micro_batch", tokens, wanted)
     if config.rollout.chunking != "per_micro_batch":
         wanted = "per_micro_batch with distributed=fsdp2, whose processes share the calls out"
         raise error("rollout.chunking", config.rollout.chunking, wanted)
@@ -273,7 +287,7 @@ def _check_vllm(config: TrainConfig) -> None:
     if rollout.server_url is not None and not re.match(r"https?://[^/]|start$", rollout.server_url):
         wanted = "null, start, or a URL such as http://node7:8000"
         raise error("rollout.server_url", rollout.server_url, wanted)
-    longest = dataset.max_prompt_tokens + dataset.max_completion_tokens
+    longest = dataset.longest_row
     if engine["max_model_len"] < longest:
         wanted = f"at least dataset.max_prompt_tokens + dataset.max_completion_tokens = {longest}"
         raise error("rollout.engine.max_model_len", engine["max_model_len"], wanted)

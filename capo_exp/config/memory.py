@@ -69,13 +69,14 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
     half = model.compute_dtype == "bfloat16" or (model.compute_dtype == "auto" and (gpu or kept == HALF))
     number, width = HALF if half else FLOAT, shape.hidden_size
     batch = config.regime.prompts_per_step * config.regime.group_size
-    rows = min(model.micro_batch_size, batch)
-    longest = dataset.max_prompt_tokens + dataset.max_completion_tokens
+    longest, tokens = dataset.longest_row, model.max_tokens_per_micro_batch
+    positions = min(tokens or model.micro_batch_size * longest, batch * longest)
+    completions = positions if tokens else positions // longest * dataset.max_completion_tokens
     parameters, entries = count_parameters(shape), shape.vocab_size * width
-    chunk = min(rows * dataset.max_completion_tokens, model.logits_chunk_tokens)
+    chunk = min(completions, model.logits_chunk_tokens)
     # Of each token a layer keeps both norms' inputs and normalised inputs in float32, and in compute_dtype
     # the norms' outputs, queries, keys, values, attention's output, four of the MLP and a row of the mask.
-    scores = {"sdpa": number, "eager": 2 * FLOAT * shape.num_attention_heads}
+    scores = {"sdpa": 0 if model.pack else number, "eager": 2 * FLOAT * shape.num_attention_heads}
     layer = 4 * FLOAT * width + number * (6 * width + 4 * shape.intermediate_size)
     layer += scores.get(model.attn_implementation, 0) * longest
     layers = shape.num_hidden_layers * layer
@@ -93,7 +94,7 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         moments=2 * _moment_bytes(config.curvature) * entries,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
-        activations=rows * longest * layers + (HALF * parameters if copies else 0),
+        activations=positions * layers + (HALF * parameters if copies else 0),
         logits=LOGITS_COPIES * FLOAT * chunk * shape.vocab_size + kept * entries,
         kv_cache=0 if config.rollout.is_vllm else (cached + drawing) * sequences_at_once(config),
     )
@@ -194,6 +195,7 @@ def check_memory(config: TrainConfig, device: str) -> str:
     if (memory.total + engine) * (1 if gpu else processes) > free:
         parts = vars(memory) | {"engine": engine}
         wanted = LOWER.get(max(parts, key=parts.__getitem__), "choose a smaller model=")
+        wanted = wanted.replace("model.micro_batch_size", config.model.cut_key)
         raise ConfigError(f"{seen}: {wanted}, or allow_overcommit=true starts it all the same")
     return seen
 

@@ -12,7 +12,10 @@ def plan(config: TrainConfig) -> list[str]:
     """Returns the batch arithmetic of a run and the memory it takes, in five lines of 80 characters."""
     regime, algo, steps = config.regime, config.algo, config.num_steps
     batch = regime.prompts_per_step * regime.group_size
-    micro = min(config.model.micro_batch_size, batch)
+    micro, tokens = min(config.model.micro_batch_size, batch), config.model.max_tokens_per_micro_batch
+    cuts = f"{_count(batch // micro, 'micro-batch', 'es')} of {micro}"
+    if tokens is not None:
+        cuts = f"micro-batches of {tokens:,} tokens"
     updates = steps * algo.num_iterations * algo.num_minibatches
     iterations = _count(algo.num_iterations, "iteration")
     if algo.num_minibatches > 1:
@@ -22,8 +25,7 @@ def plan(config: TrainConfig) -> list[str]:
     return [
         f"{algo.full_name} on {config.dataset.name} with {config.model.name}, {regime.name}, "
         f"seed {config.seed}",
-        f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step"
-        f" = {_count(batch // micro, 'micro-batch', 'es')} of {micro}",
+        f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step = {cuts}",
         f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}"
         f", lr {regime.learning_rate:g}",
         f"{batch * steps:,} completions of at most {config.dataset.max_completion_tokens:,} tokens;"

@@ -125,8 +125,18 @@ class ModelConfig:
     share_prompts: bool = setting(default=False)  # the learner computes a prompt once for its completions
     # The conservative regime's rate for this model; null = not known: regime.learning_rate has to be given
     reference_learning_rate: float | None = setting(ranges.or_null(ranges.POSITIVE))
+    pack: bool = setting(default=False)  # rows of a pass behind each other, without padding
     micro_batch_size: int = setting(ranges.COUNT)  # completions per forward and backward pass
+    # Instead: positions per pass, those of padding too; null = micro_batch_size, which in any case says how
+    # large the sampler's calls are (rollout.chunking=per_micro_batch).
+    max_tokens_per_micro_batch: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
     logits_chunk_tokens: int = setting(ranges.COUNT)  # tokens of the last layer computed at once
+
+    @property
+    def cut_key(self) -> str:
+        """Names the key that says how large a micro-batch is."""
+        known = self.max_tokens_per_micro_batch is None
+        return "model.micro_batch_size" if known else "model.max_tokens_per_micro_batch"
 
     @property
     def architecture(self) -> Architecture:
@@ -163,6 +173,11 @@ class DatasetConfig:
     examples: list[Part] = setting(default=list)
     max_prompt_tokens: int = setting(ranges.COUNT)  # longer prompts are dropped and counted
     max_completion_tokens: int = setting(ranges.COUNT)
+
+    @property
+    def longest_row(self) -> int:
+        """Counts the tokens of the longest prompt and completion."""
+        return self.max_prompt_tokens + self.max_completion_tokens
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """RolloutGroups -> tensors, and back and forth between a batch and its micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from capo_exp.config.schema import ModelConfig
 from capo_exp.core.types import AdamState, Batch, BatchTotals, PolicyOutput, RolloutGroup
 from capo_exp.distributed.world import World
 
@@ -60,17 +61,52 @@ def take(batch: Batch, rows: Tensor) -> Batch:
     return Batch(*(tensor[rows] for tensor in vars(batch).values()))
 
 
-def split(batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
-    """Cuts micro-batches of up to `size` rows, each with the row numbers it holds and without columns of
-    padding alone.
+@dataclass(frozen=True)
+class CutSize:
+    """How much a micro-batch holds."""
 
-    Rows of similar length go together, which changes no result and saves the padding.
+    rows: int
+    tokens: int | None = None  # In place of rows: positions, those of padding too
+    packed: bool = False  # No position is padding
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "CutSize":
+        """Reads it from the configuration."""
+        return cls(model.micro_batch_size, model.max_tokens_per_micro_batch, model.pack)
+
+
+def split(batch: Batch, size: CutSize) -> list[tuple[Tensor, Batch]]:
+    """Cuts micro-batches, each with the row numbers it holds and without columns of padding alone.
+
+    Rows of similar length go together, which changes no result and saves the padding. A row that is longer
+    than `size.tokens` is a micro-batch of its own.
     """
     order = batch.attention_mask.sum(1).argsort(stable=True)
-    return [(rows, _trim(take(batch, rows))) for rows in order.split(size)]
+    counts = size.rows if size.tokens is None else _fill(take(batch, order), size.tokens, size.packed)
+    return [(rows, _trim(take(batch, rows))) for rows in order.split(counts)]
 
 
-def deal_cuts(batch: Batch, size: int, world: World) -> list[tuple[Tensor, Batch]]:
+def padding_share(batch: Batch, size: CutSize) -> float:
+    """Returns the share of the positions of all micro-batches that hold no token; with `size.packed` 0."""
+    masks = [cut.attention_mask for _, cut in split(batch, size)]
+    positions, tokens = sum(mask.numel() for mask in masks), int(batch.attention_mask.sum())
+    return 0.0 if size.packed else 1 - tokens / positions
+
+
+def _fill(batch: Batch, tokens: int, packed: bool) -> list[int]:
+    """Counts the rows of each micro-batch: in their order, as long as its positions are at most `tokens`."""
+    counts, prompt, completion, taken = [0], 0, 0, 0
+    lengths = batch.completion_mask.sum(1)
+    for one, other in zip((batch.attention_mask.sum(1) - lengths).tolist(), lengths.tolist(), strict=True):
+        prompt, completion, taken = max(prompt, one), max(completion, other), taken + one + other
+        positions = taken if packed else (counts[-1] + 1) * (prompt + completion)
+        if counts[-1] and positions > tokens:
+            counts, prompt, completion, taken = [*counts, 0], one, other, one + other
+        counts[-1] += 1
+    return counts
+
+
+def deal_cuts(batch: Batch, size: CutSize, world: World) -> list[tuple[Tensor, Batch]]:
     """Deals the micro-batches of `split`. A process with fewer gets idle ones, so that all make the same
     passes: without row numbers, of one row whose completion is masked."""
     cuts = split(batch, size)

@@ -24,7 +24,7 @@ from transformers import (
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import MADE_HERE
 from capo_exp.config.schema import ModelConfig, TrainConfig
-from capo_exp.core import model_files, smollm2
+from capo_exp.core import model_files, packing, smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
 from capo_exp.distributed.sharding import SCORE, full, is_sharded
@@ -124,6 +124,8 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
         raise ConfigError(f"{subject}: its last layer has a bias; expected logits W h without one")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.pack:
+        packing.prepare(model)
     return model.to(device=device).eval()
 
 
@@ -147,12 +149,14 @@ class ForwardSettings:
     chunk_tokens: int  # Tokens of the last layer computed at once
     compute_dtype: torch.dtype  # float32, or bfloat16 for autocast
     share_prompts: bool = False  # Computes a prompt once for the rows of its group
+    pack: bool = False  # Computes rows behind each other, without padding
 
     @classmethod
     def of(cls, config: TrainConfig, compute_dtype: torch.dtype) -> "ForwardSettings":
         """Reads the learner's settings from the configuration."""
         model = config.model
-        return cls(config.rollout.temperature, model.logits_chunk_tokens, compute_dtype, model.share_prompts)
+        how = compute_dtype, model.share_prompts, model.pack
+        return cls(config.rollout.temperature, model.logits_chunk_tokens, *how)
 
 
 def forward(
@@ -184,8 +188,10 @@ def score_tokens(
     [N, H]. A sharded model has this as its root's forward pass."""
     mask = batch.completion_mask
     with autocast(mask.device, settings.compute_dtype, cache=not is_sharded(model)):
-        compute_states = _states_by_prompt if settings.share_prompts else _states
-        states = compute_states(model, batch, extra=hidden_shift)
+        if settings.share_prompts:
+            states = _states_by_prompt(model, batch, extra=hidden_shift)
+        else:
+            states = _states(model, batch, extra=hidden_shift, pack=settings.pack)
         hidden = states[:, : mask.shape[1]][mask] / settings.temperature
         scored = _last_layer(last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens)
     late = states[:, hidden_shift:][mask] / settings.temperature if hidden_shift else hidden
@@ -198,12 +204,13 @@ def log_probs(model: PreTrainedModel, batch: Batch, settings: ForwardSettings) -
     return forward(model, batch, settings, top_k=1).log_probs
 
 
-def _states(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
+def _states(model: PreTrainedModel, batch: Batch, *, extra: int, pack: bool) -> Tensor:
     """Computes [B, T + extra, H]: for each completion token, the state of the token BEFORE it, which produced
     its logits; with extra = 1 the last token's own state comes after them."""
     width = batch.input_ids.shape[1] - 1 + extra
     ids, mask = batch.input_ids[:, :width], batch.attention_mask[:, :width]
-    return _decode(model, ids, mask)[:, -batch.completion_mask.shape[1] - extra :]
+    states = _decode_packed(model, ids, mask.bool()) if pack else _decode(model, ids, mask)
+    return states[:, -batch.completion_mask.shape[1] - extra :]
 
 
 def _states_by_prompt(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
@@ -235,6 +242,14 @@ def _decode(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCac
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state
+
+
+def _decode_packed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Does the same over the tokens alone; the states of padding are 0."""
+    given = packing.boundaries(mask)
+    return unpack(
+        model.base_model(input_ids=ids[mask][None], use_cache=False, **given).last_hidden_state[0], mask
+    )
 
 
 def _last_layer(

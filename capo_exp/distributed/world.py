@@ -4,11 +4,12 @@ torch until there are several."""
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from capo_exp.config.errors import error
 from capo_exp.config.schema import DistributedConfig
 
 if TYPE_CHECKING:
@@ -108,6 +109,18 @@ def open_world(config: DistributedConfig, device: "torch.device") -> Iterator[Wo
 def is_worker() -> bool:
     """Returns whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def torchrun_size(config: DistributedConfig) -> DistributedConfig:
+    """Returns the settings with the numbers of the torchrun that started this process, whatever they say.
+
+    Raises:
+        ConfigError: it started several, of which each would train the whole run.
+    """
+    size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if config.name == "single" and size > 1:
+        raise error("distributed", config.name, f"fsdp2 under torchrun, which started {size} processes")
+    return replace(config, processes=local, nodes=size // local)
 
 
 def own_device(config: DistributedConfig, device: "torch.device") -> "torch.device":

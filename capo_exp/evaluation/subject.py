@@ -55,7 +55,7 @@ class Subject:
         self.device = policy.choose_device(config.device)
         self.dtype = policy.choose_dtype(config.model, self.device)
         policy.check_logits(config.model)
-        longest = config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens
+        longest = config.dataset.longest_row
         policy.check_length(config.model, longest)
         self.tokenizer = policy.load_tokenizer(config.model)
         self._model = policy.load_model(config.model, self.device)
@@ -118,7 +118,7 @@ def evaluate_targets(
         ConfigError: as training does.
         EngineFailed: what was sampled is kept.
     """
-    widest = max(configs, key=lambda c: c.dataset.max_prompt_tokens + c.dataset.max_completion_tokens)
+    widest = max(configs, key=lambda c: c.dataset.longest_row)
     with ExitStack() as stack:
         subject = stack.enter_context(Subject(widest, targets[0].root))
         verifiers: dict[str, Verifier] = {}

@@ -23,7 +23,7 @@ GROUPS: dict[str, str] = {
     "diagnosis": "Rejected tokens against kept ones, and the step against the one with every token whole.",
     "optim": "The optimiser's update.",
     "step": "What a step rule measured.",
-    "time": "Seconds, the only keys that differ between two runs of one seed.",
+    "time": "Seconds, the only keys that differ between two runs of one seed; and the padding.",
 }
 """First part of a key -> what the group is about, in the order of docs/METRICS.md."""
 
@@ -139,6 +139,7 @@ METRICS: dict[str, str] = {
     "time/policy_seconds": "Forward and backward passes.",
     "time/curvature_seconds": "Predicted shifts and the optimiser model.",
     "time/update_seconds": "Gradient clipping and the optimiser's update.",
+    "time/padding_fraction": "Share of the positions of forward and backward passes that hold no token.",
     "time/tokens_per_second": "Sampled tokens per second of the whole step.",
     "time/total_seconds": "The whole rollout step; in eval.jsonl the whole evaluation.",
 }

@@ -7,6 +7,7 @@ what its reader has to name. A sweep starts its jobs so.
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -18,7 +19,7 @@ from capo_exp.config.memory import check_memory, learner_device
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
-from capo_exp.distributed.world import is_worker
+from capo_exp.distributed.world import is_worker, torchrun_size
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import Draw
@@ -36,9 +37,12 @@ def execute(config: TrainConfig, draw: Draw) -> None:
     Raises:
         ConfigError: The configuration is wrong; nothing was written.
     """
+    given = is_worker()  # of a torchrun that somebody else started
+    if given:
+        config = replace(config, distributed=torchrun_size(config.distributed))
     check(config)
     check_trains(config)
-    if is_worker():  # of a torchrun that somebody else started
+    if given:
         _train_as_worker(config, draw)
         return
     sys.stdout.write("".join(f"{line}\n" for line in plan(config)))

@@ -104,11 +104,12 @@ def _meeting(config: DistributedConfig) -> Any:
             "run_id": str(os.getpid()),
         }
         return LaunchConfig(**shared, **local, local_addr="localhost")
-    address, number = os.environ.get("MASTER_ADDR"), node_number()
+    address, number = os.environ.get("MASTER_ADDR") or _first_host(), node_number()
     if address is None or number is None:
         raise ConfigError(
             f"distributed.nodes={config.nodes}: expected MASTER_ADDR, the name of the first node, and "
-            "NODE_RANK or SLURM_NODEID in the environment of each node's command (docs/DISTRIBUTED.md)"
+            "NODE_RANK or SLURM_NODEID in the environment of each node's command, or "
+            "hydra/launcher=submitit_slurm (docs/DISTRIBUTED.md)"
         )
     endpoint = f"{address}:{os.environ.get('MASTER_PORT', '29500')}"
     ranks = {"rank": number, "timeout": config.timeout_seconds}
@@ -118,9 +119,19 @@ def _meeting(config: DistributedConfig) -> Any:
 
 
 def node_number() -> int | None:
-    """Returns which of several nodes this is, if the environment says so."""
-    number = os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID"))
-    return None if number is None else int(number)
+    """Returns which of several nodes this is, if the environment says so; submitit's local executor, whose
+    tasks are on one machine, says which task."""
+    known = [os.environ.get(name) for name in ("NODE_RANK", "SLURM_NODEID", "SUBMITIT_LOCAL_GLOBALID")]
+    return next((int(number) for number in known if number is not None), None)
+
+
+def _first_host() -> str | None:
+    """Returns the name of the first node of a submitit job."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return None
+    from submitit import JobEnvironment
+
+    return JobEnvironment().hostnames[0]
 
 
 def _share_cores(processes: int) -> None:

@@ -13,7 +13,7 @@ from capo_exp.algorithms.protocols import Algorithm, declares_inside
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
-from capo_exp.core.batch import deal_cuts, join_dealt, join_shared
+from capo_exp.core.batch import CutSize, deal_cuts, join_dealt, join_shared
 from capo_exp.core.seeds import SELECTION, STEP_RULE, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import (
@@ -194,7 +194,7 @@ class Learner:
         return Gradient(given, join_shared(pieces, outputs, given.batch, self.world), loss, norm)
 
     def _deal(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
-        return deal_cuts(batch, self.config.model.micro_batch_size, self.world)
+        return deal_cuts(batch, CutSize.of(self.config.model), self.world)
 
     def _idle(self, cut: Batch) -> PolicyOutput:
         """Makes the passes of a micro-batch with an idle one, whose gradient is 0."""

@@ -84,8 +84,9 @@ def _train(session: Session, stopped: threading.Event) -> None:
         raise TrainingDiverged(f"{error}; {_advise(session)}") from error
     except torch.OutOfMemoryError as error:
         raise RunFailed(
-            f"{str(error).splitlines()[0]} Lower model.micro_batch_size, model.logits_chunk_tokens or what "
-            "sampling takes: rollout.engine.max_sequences_per_call (hf) or gpu_memory_utilization (vllm)"
+            f"{str(error).splitlines()[0]} Lower {session.config.model.cut_key}, "
+            "model.logits_chunk_tokens or what sampling takes: rollout.engine.max_sequences_per_call (hf) or "
+            "gpu_memory_utilization (vllm)"
         ) from error
 
 

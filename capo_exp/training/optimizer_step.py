@@ -5,7 +5,7 @@ from math import isfinite
 import torch
 
 from capo_exp.config.errors import RunFailed
-from capo_exp.core.batch import totals
+from capo_exp.core.batch import CutSize, padding_share, totals
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, StepInput, StepRecord
 from capo_exp.training.instruments import look_after, look_before
@@ -43,6 +43,7 @@ def take_optimizer_step(learner: Learner, given: StepInput) -> tuple[dict[str, f
     if bad:
         raise TrainingDiverged(f"optimizer step {learner.optimizer_step}: not finite: {', '.join(bad)}")
     metrics |= look_after(learner, before, metrics["curvature/batch/policy_shift"], watch)
+    metrics["time/padding_fraction"] = padding_share(given.batch, CutSize.of(learner.config.model))
     return metrics | {f"time/{name}_seconds": value for name, value in watch.seconds.items()}, gradient.record
 
 

@@ -144,7 +144,7 @@ def read_inputs(config: TrainConfig, world: World = SINGLE, device: torch.device
     device = device or policy.choose_device(config.device)
     policy.check_logits(config.model)
     choose_kernel(config.curvature.kernel, device)
-    policy.check_length(config.model, config.dataset.max_prompt_tokens + config.dataset.max_completion_tokens)
+    policy.check_length(config.model, config.dataset.longest_row)
     tokenizer = policy.load_tokenizer(config.model)
     verifier = build_part(config.reward.verifier, key="reward.verifier")()
     try:
