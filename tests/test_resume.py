@@ -260,7 +260,12 @@ def test_run_json_agrees_with_the_newest_checkpoint_wherever_a_kill_comes(
         train.run(config)
     saved = [place for place, what in enumerate(written) if what.startswith("rename .step_")]
     assert len(saved) == STEPS // 2
-    for place in (saved[0], saved[1] + 1, saved[2] + 1, len(written) - 1):  # before, after a checkpoint counts
+    for place in (
+        saved[0],
+        saved[1] + 1,
+        saved[2] + 1,
+        len(written) - 1,
+    ):  # before, after a checkpoint counts
         shutil.rmtree(run)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             kill_at(place, run, patch)

@@ -29,6 +29,7 @@ from capo_exp.evaluation.benchmark import Told, evaluate_benchmark
 from capo_exp.evaluation.card import card_digest, make_card
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet
 from capo_exp.evaluation.draw import Sampling, draw_completions
+from capo_exp.evaluation.send import send_evaluation
 from capo_exp.evaluation.stored import read_rows
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
@@ -230,6 +231,9 @@ def _evaluate(
     if failed:
         counts = ", ".join(f"{count} {reason}" for reason, count in failed.items())
         tell(f"{target.label} {name}: not judged and counted as wrong: {counts}")
+    if command.logger != "files":
+        run = f"{folder.parent.parent.parent.name}-{folder.parent.name}-{folder.name}"
+        tell(f"card: {send_evaluation(command.logger, command.project, folder, run, scores)}")
     rows = read_rows(folder / "problems.parquet")
     accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
     return BenchmarkScore(
