@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -216,9 +215,9 @@ def test_questions_without_answers_are_for_a_reward_that_needs_none(
 def test_the_hub_by_its_id_alone(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*names: object, **options: object) -> SimpleNamespace:
+    def load(*names: object, **options: object) -> datasets.Dataset:
         asked.append((names, options["split"]))
-        return SimpleNamespace(to_list=lambda: [{"problem": f"{n}?", "answer": n} for n in range(20)])
+        return datasets.Dataset.from_list([{"problem": f"{n}?", "answer": n} for n in range(20)])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     check(config := composed("dataset=hub", "dataset.source.hub_id=org/name"))
