@@ -191,10 +191,7 @@ def _unique_pairs(completions: Texts, golds: Golds) -> list[Pair]:
 
 
 def _to_result(
-    completions: Texts,
-    golds: Golds,
-    verdicts: dict[Pair, Grade],
-    unread: float = 0.0,
+    completions: Texts, golds: Golds, verdicts: dict[Pair, Grade], unread: float = 0.0
 ) -> RewardResult:
     """Puts verdicts in the completions' order; `unread` is the reward where no gold could be read."""
     asked = zip(completions, golds, strict=True)
