@@ -20,10 +20,14 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def unresolved(text: str) -> str:
+    """Escapes a text so that OmegaConf takes it as it is, also one such as `${oc.env:HOME}`."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
 def quoted(text: object) -> str:
     """Writes any text as a value of Hydra's grammar, in which nothing is resolved."""
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))
-    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", literal).replace("'", "\\'")
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", unresolved(str(text))).replace("'", "\\'")
     return f"'{escaped}'"
 
 
