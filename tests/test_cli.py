@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import MISSING
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import MISSING, OmegaConf
 
 from capo_exp.cli import front
-from capo_exp.cli.compose import find_choices
+from capo_exp.cli.compose import compose_config, find_choices
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.places import resolve_model_path
+from capo_exp.config.places import quoted, resolve_model_path, typed
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.wandb_sink import resolve_mode
 from tests.conftest import ALGORITHMS, KEYS
 
+DOCTOR = front.CommandLine("config", TrainConfig, str)
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = len(find_choices("experiment"))
 NO_CAPOO = f"algo=capoo: unknown choice; expected one of {len(ALGORITHMS)} choices; nearest: capo, "
@@ -460,3 +465,42 @@ def test_completion_script_completes(tmp_path: Path) -> None:
         ["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["algo=dr_capo", "algo=dr_grpo"]
+
+
+@given(st.text(st.sampled_from("\\${}'\"a,=[]:() \n\té~"), max_size=8), st.text(max_size=6))
+def test_a_printed_key_gives_the_same_value_back(some: str, more: str) -> None:
+    """Pasted into a shell, read by Hydra, resolved by OmegaConf; so does a text in a list."""
+    text = some + more.replace("\0", "")
+    [word] = shlex.split(typed("key", text))
+    parser = OverridesParser.create()
+    for value in (word, f"key=[{quoted(text)},b]"):
+        read = OmegaConf.create({"key": parser.parse_override(value).value()})["key"]
+        assert (read if value is word else list(read)) == (text if value is word else [text, "b"])
+    assert typed("model.path", "outputs/a-1/step_000002") == "model.path=outputs/a-1/step_000002"
+
+
+def test_a_users_file_comes_before_the_packaged_one_and_is_told(
+    work_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a run, the jobs of a sweep, another command and from Python; an equal file, or none, is no news."""
+    packaged = (front.conf_dir() / "regime" / "aggressive.yaml").read_text()
+    for folder, text in (("own", packaged.replace("mul:5", "mul:7")), ("same", packaged)):
+        (work_dir / folder / "regime").mkdir(parents=True)
+        (work_dir / folder / "regime" / "aggressive.yaml").write_text(text)
+    told = "own: in place of the file of this package: regime/aggressive.yaml\n"
+
+    def rate(*arguments: str) -> tuple[set[str], str]:
+        monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, "plan_only=true"])
+        assert front.run_training() == 0
+        printed = capsys.readouterr()
+        return set(re.findall(r"lr (\S+)", printed.out)), printed.err
+
+    assert rate("--config-dir", "own") == ({"0.00014"}, told)
+    assert rate("--config-dir=own", "-m", "seed=0,1") == ({"0.00014"}, told)
+    assert rate("--config-dir", "same") == ({"0.0001"}, "")
+    assert compose_config([], config_dir="own").regime.learning_rate == pytest.approx(1.4e-4)
+    assert front.run_command(lambda config: round(config.regime.learning_rate * 1e6), DOCTOR,
+                             ["--config-dir", "own"]) == 140  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["capo_exp", f"hydra.searchpath=[file://{work_dir}/own]"])
+    assert front.run_training() == 2
+    assert "expected --config-dir, for conf/ has regime/aggressive.yaml" in capsys.readouterr().err

@@ -61,12 +61,14 @@ def test_a_terminal_gets_a_live_table_and_messages_above() -> None:
     with Progress(total_steps=4, first_step=1, past=past, console=out) as progress:
         progress.update({**row(2), "optim/step_scale": 1.0})
         progress.message("saved")
+        progress.evaluation({"counter/rollout_step": 2, "eval/accuracy": 0.75})
         progress.update({**row(4), "policy/entropy": math.nan})
     *_, saved, last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).rpartition("saved")
     assert saved == "saved"
     assert re.search(r"step 4/4 +━+ +1,234 tok/s +left 0:00:00", last)
     assert re.search(r"accuracy +40\.0% +▁▃█ +10\.0% to 40\.0%", last)
-    assert re.search(r"held-out +50\.0% +▁ +50\.0%", last)
+    assert re.search(r"held-out +75\.0% +▁█ +50\.0% to 75\.0%", last)
+    assert "evaluation after" not in text.getvalue()
     assert "entropy" not in last and "step scale" not in last
     assert max(map(len, last.splitlines())) < 80
 

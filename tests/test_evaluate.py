@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from capo_exp.cli.compose import compose_config
@@ -159,6 +161,34 @@ def test_the_same_command_samples_nothing_and_shows_the_same(
     steps = {row["counter/rollout_step"]: row for row in read_jsonl(trained / "evaluations" / "test.jsonl")}
     assert [steps[step]["counter/completions"] for step in (0, 2)] == [0, 32]
     assert steps[2]["test/accuracy"] == steps[2]["test/accuracy/arithmetic"] == pytest.approx(average)
+
+
+def test_a_card_its_scores_and_examples_are_sent_to_each_tracker(
+    scored: Path, trained: Path, evaluated: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the files alone: nothing is sampled again."""
+    monkeypatch.setattr(evaluate_model.Subject, "engine", None)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    for tracker in ("tensorboard", "trackio", "wandb"):
+        if find_spec(tracker):
+            evaluated(f"run={trained}", *FEW, f"logger={tracker}", "base=false", "project=mine")
+    scores = json.loads((scored / "scores.json").read_text())
+    events = EventAccumulator(str(scored / "tensorboard")).Reload()
+    assert events.Scalars("test/average/value")[0].value == pytest.approx(scores["average"]["value"])
+    [card], [examples] = (events.Tensors(f"{name}/text_summary") for name in ("card", "examples"))
+    assert scored.name.rpartition("-")[0] in card.tensor_proto.string_val[0].decode()
+    assert examples.tensor_proto.string_val[0].decode().count("\n") == 48 + 1
+    [written] = scored.glob("wandb/offline-run-*/files/media/table/examples_*.table.json")
+    assert len(json.loads(written.read_text())["data"]) == 48
+    from trackio.sqlite_storage import SQLiteStorage
+
+    [run] = SQLiteStorage.get_runs("mine")
+    [row] = SQLiteStorage.get_logs("mine", run)
+    assert run.startswith(trained.name) and run.endswith(scored.name)
+    assert row["test/average/value"] == scores["average"]["value"] and len(row["examples"]["_value"]) == 48
 
 
 @pytest.mark.slow

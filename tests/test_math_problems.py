@@ -1,12 +1,12 @@
 """Problem sets from files and from the hub; every bad input is one line that names the key to change."""
 
+import json
 import os
 import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -16,8 +16,10 @@ import pytest
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.data.math_problems import ProblemSet, read_last_box
+from capo_exp.data.files import read_splits
+from capo_exp.data.math_problems import ProblemSet, read_last_box, to_problems
 from capo_exp.data.multiple_choice import ASK, letter_choices
+from capo_exp.data.rows import Table
 from capo_exp.grading.extract import find_last_box
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +83,7 @@ def answer_from_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> list[t
 
     def load(*names, **options):
         asked.append((names, options))
-        return SimpleNamespace(to_list=lambda: rows)
+        return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     return asked
@@ -186,7 +188,7 @@ def test_answers_that_are_no_text(tmp_path, cells, answers):
     empty = pa.schema({"problem": pa.string(), "answer": pa.string()}).empty_table()
     pq.write_table(pa.Table.from_pylist(rows) if rows else empty, tmp_path / "train.parquet")
     if answers is None:
-        assert f"got no usable row of {len(cells)} in" in refuse(math, tmp_path)
+        assert re.match(r"got (no usable row of 2 in|a cell with ({'value'|b'1'))", refuse(math, tmp_path))
         return
     found = math("train", path=str(tmp_path))
     assert [p.answer for p in found] == answers and found.rows == len(cells)
@@ -197,11 +199,12 @@ def test_two_rows_with_one_id(tmp_path):
     assert re.search(r"got 2 problems with the id m/0 in .*, expected each id once", refuse(math, tmp_path))
 
 
-def test_text_that_is_no_unicode(tmp_path, monkeypatch):
-    """Half of a surrogate pair comes from the hub's JSON; a parquet file can hold bytes that are no UTF-8."""
-    rows = [{"question": q, "answer": "#### 1"} for q in ("a\ud800?", "b?", "c\x00\x1b\u202e?")]
-    answer_from_hub(monkeypatch, rows)
-    found = gsm8k("train", path=None)
+def test_text_that_is_no_unicode(tmp_path):
+    """JSON can hold half of a surrogate pair, a parquet file bytes that are no UTF-8."""
+    rows = [{"problem": q, "answer": "1"} for q in ("a\ud800?", "b?", "c\x00\x1b\u202e?")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [(_, read)] = read_splits(str(tmp_path / "rows.jsonl"), "dataset.path").items()
+    found = to_problems(Table(read, "rows"), {"problem": "problem", "answer": "answer"}, str, "x")
     assert [p.problem for p in found] == ["b?", "c\x00\x1b\u202e?"] and found.rows == 3
     broken = pa.array([b"\xff\xfe?"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"problem": broken, "answer": ["1"]}), tmp_path / "train.parquet")

@@ -5,10 +5,10 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +28,11 @@ from capo_exp.data.rows import Problems
 Rows = Sequence[dict[str, Any]]
 Composed = Callable[..., TrainConfig]
 ROWS = [{"q": f"What is {n}+{n}?", "a": f"0{2 * n}"} for n in range(20)]
+WRITTEN = {
+    "12345678901234567890.5": "12345678901234567890.5", "3.10": "3.10", "27.0": "27", "1e400": "1E+400",
+    "7": "7", "0.1": "0.1", "1e3": "1000", "12345678901234567890123": "12345678901234567890123",
+}  # fmt: skip
+"""A number in JSON -> the answer that it becomes."""
 COLUMNS = ("dataset=file", "dataset.source.columns.problem=q", "dataset.source.columns.answer=a")
 datasets.disable_progress_bars()
 
@@ -81,6 +86,29 @@ def test_every_kind_of_file_holds_the_same_problems(composed: Composed, tmp_path
         check(config)
         assert (len(train), len(held_out)) == (18, 2), name
         assert asks([*train, *held_out]) == {(row["q"], row["a"]) for row in ROWS}, name  # 02 stays 02
+
+
+def test_answers_are_the_digits_that_are_written(composed: Composed, tmp_path: Path) -> None:
+    """Whatever the type: 3.1 of 32 bits is not 3.0999999, and JSON may hold more than float64 does."""
+    lines = [f'{{"q": "Question {i}?", "a": {text}}}' for i, text in enumerate(WRITTEN)]
+    (tmp_path / "n.jsonl").write_text("\n".join(lines))
+    (tmp_path / "n.json").write_text(f"[{','.join(lines)}]")
+    found = {"n.jsonl": list(WRITTEN.values()), "n.json": list(WRITTEN.values())}
+    for bits, kind, texts in (
+        (32, np.float32, ["3.1", "0.1", "27", "1e-07"]),
+        (16, np.float16, ["3.1", "0.1"]),
+    ):
+        answers = pa.array([kind(text) for text in texts])
+        table = pa.table({"q": [f"Question {i}?" for i in range(len(texts))], "a": answers})
+        pq.write_table(table, tmp_path / f"{bits}.parquet")
+        with pa.ipc.new_file(str(tmp_path / f"{bits}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        datasets.Dataset(table).save_to_disk(tmp_path / f"{bits}")
+        found |= {f"{bits}{ending}": texts for ending in (".parquet", ".arrow", "")}
+    for name, texts in found.items():
+        train, held_out = read(composed(*COLUMNS, f"dataset.path={tmp_path / name}"))
+        in_order = sorted([*train, *held_out], key=lambda each: each.problem)
+        assert [each.answer for each in in_order] == texts, name
 
 
 def test_a_folder_with_splits_and_a_file_of_its_own_to_evaluate_on(
@@ -151,6 +179,13 @@ def test_the_seed_chooses_what_is_held_out(composed: Composed, tmp_path: Path) -
         ("x.jsonl", '{"q": "1", "a": "1"}\n{"q": "2", "a": 2}', r"answer=a: text in row 1 and a number in"),
         ("x.jsonl", '{"q": [{"content": "1"}], "a": "1"}', r"problem=q: a list in row 1; expected text"),
         ("x.jsonl", '{"q": "1", "a": {"value": 1}}', r"answer=a: a mapping in row 1; expected text"),
+        ("x.jsonl", '{"q": "1", "a": [[1], [2]]}', r"^got a cell with \[\[1\], \[2\]\], expected text"),
+        ("x.jsonl", '{"q": "1", "a": ["1", {"b": 2}]}', r"^got a cell with {'b': 2}, expected text"),
+        ("x.jsonl", '{"q": "1", "a": 1, "a": 2}', r"jsonl line 1: the column a stands there twice; expected"),
+        ("x.json", '[{"q": "1", "q": 2}]', r"x.json: the column q stands there twice; expected one of"),
+        ("x.csv", "q,a,a\n1,2,3\n", r"x.csv: the column a stands there twice"),
+        ("x.jsonl", '{"q": "$$", "a": "1"}', r"got no usable row of 1 in .*x.jsonl"),
+        ("x.jsonl", f'{{"q": "1", "a": 1e{"9" * 30}}}', r"the exponent of 1e9+ is too large"),
         ("x.jsonl", '{"q": "1?", "a": "1"}\n{"q": "1 ?", "a": "1"}', r"got 1 different questions .*too few"),
     ],
 )  # fmt: skip
@@ -180,9 +215,9 @@ def test_questions_without_answers_are_for_a_reward_that_needs_none(
 def test_the_hub_by_its_id_alone(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*names: object, **options: object) -> SimpleNamespace:
+    def load(*names: object, **options: object) -> datasets.Dataset:
         asked.append((names, options["split"]))
-        return SimpleNamespace(to_list=lambda: [{"problem": f"{n}?", "answer": n} for n in range(20)])
+        return datasets.Dataset.from_list([{"problem": f"{n}?", "answer": n} for n in range(20)])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     check(config := composed("dataset=hub", "dataset.source.hub_id=org/name"))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from capo_exp.cli.compose import compose_config
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.core import policy
+from capo_exp.runs import logger
 from capo_exp.runs.checkpoint import Checkpointer, find_damage, find_reference
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
@@ -216,22 +218,67 @@ def test_steps_are_numbers_and_other_files_are_left_alone(
     assert find_damage(folder / "step_000006", "a") is None and not list((folder / "old").iterdir())
 
 
+class Killed(BaseException):
+    """Ends a run where a kill would: nothing is written any more."""
+
+
+def kill_at(count: int, run: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """Compares run.json with the newest checkpoint before each write of a run, of which the one number
+    `count` and all later ones fail; returns what is written, one after another."""
+    written: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        write = getattr(owner, name)
+
+        def watched(place: Any, *rest: Any) -> Any:
+            if counters := record(run)["counters"] if (run / "run.json").exists() else {}:
+                assert counters["rollout_step"] == max(list_checkpoints(run), default=0), written
+            if len(written) >= count:
+                raise Killed
+            written.append(f"{name} {Path(getattr(place, 'name', place)).name}")
+            return write(place, *rest)
+
+        patch.setattr(owner, name, watched)
+
+    for owner, name in ((Path, "replace"), (Path, "rename"), (logger, "append_line")):
+        watch(owner, name)
+    return written
+
+
+@pytest.mark.slow
+def test_run_json_agrees_with_the_newest_checkpoint_wherever_a_kill_comes(
+    undisturbed: Path, config: TrainConfig
+) -> None:
+    run = run_dir(config)
+    with pytest.MonkeyPatch.context() as patch:
+        written = kill_at(10**9, run, patch)
+        train.run(config)
+    saved = [place for place, what in enumerate(written) if what.startswith("rename .step_")]
+    assert len(saved) == STEPS // 2
+    for place in (
+        saved[0],
+        saved[1] + 1,
+        saved[2] + 1,
+        len(written) - 1,
+    ):  # before, after a checkpoint counts
+        shutil.rmtree(run)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_at(place, run, patch)
+            train.run(config)
+        assert record(run)["status"] == "running"
+        train.run(config)
+        assert outcome(run) == outcome(undisturbed)
+        assert record(run)["counters"] == record(undisturbed)["counters"]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
     undisturbed: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_dir(config)
     shutil.copytree(undisturbed, run)
-
-    def killed_before_run_json_was_written(**counters: int) -> None:
-        state = record(run) | {"status": "running"}
-        (run / "run.json").write_text(json.dumps(state | {"counters": state["counters"] | counters}))
-
-    killed_before_run_json_was_written(rollout_step=6, completions=72)
-    train.run(config)
-    assert record(run)["counters"] == record(undisturbed)["counters"]
     spoil(run / "checkpoints" / f"step_{STEPS:06d}", "model.safetensors bit")
-    killed_before_run_json_was_written()
+    (run / "run.json").write_text(json.dumps(record(run) | {"status": "running"}))
     train.run(config)
     assert f"step_{STEPS:06d} is not used: model.safetensors is not what was written" in caplog.text
     assert outcome(run) == outcome(undisturbed)

@@ -1,13 +1,16 @@
 """Composing of the training configuration beside the command line's own, and the choices of its groups."""
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from filecmp import cmp
 from glob import iglob
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -54,6 +57,18 @@ def guard(words: Sequence[str], folders: Sequence[str]) -> None:
     searched = [place for key, value in given if key == "hydra.searchpath" for place in entries(value)]
     for folder in (*folders, *searched):
         _check_folder(folder.removeprefix("file://"))
+    for folder in searched:
+        if hidden := _find_packaged(folder.removeprefix("file://")):
+            raise error("hydra.searchpath", folder, f"--config-dir, for conf/ has {hidden[0]}, too")
+    for folder in folders[-1:]:
+        if replaced := ", ".join(_find_packaged(folder)):
+            sys.stderr.write(f"{folder}: in place of the file of this package: {replaced}\n")
+
+
+def _find_packaged(folder: str) -> list[str]:
+    """Returns which YAML files of a folder have a name, and not the text, of one in conf/."""
+    own = ((path, conf_dir() / path) for path in sorted(iglob("**/*.yaml", root_dir=folder, recursive=True)))
+    return [path for path, ours in own if ours.is_file() and not cmp(Path(folder, path), ours, shallow=False)]
 
 
 def _check_folder(folder: str) -> None:
@@ -117,9 +132,13 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None) -> D
 
 def _compose(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
     register()
-    extra = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"] if config_dir else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return compose("config", [*extra, *overrides], return_hydra_config=True)
+        if config_dir:
+            loader: Any = GlobalHydra.instance().config_loader()
+            path = loader.get_search_path()
+            path.prepend("command-line", f"file://{Path(config_dir).absolute()}", "main")
+            loader.repository.initialize_sources(path)
+        return compose("config", list(overrides), return_hydra_config=True)
 
 
 def refuse_sweep(swept: Mapping[Any, Any], arguments: Sequence[str]) -> None:

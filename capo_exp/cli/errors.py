@@ -54,8 +54,9 @@ class _Composing:
             while parent and not self._type(parent):
                 parent = parent.rpartition(".")[0]
             inside = f"{parent}=, {self._type(parent)}, with no keys in it"
-            expected = self._type(key) or (inside if parent else _first_line(error.__cause__ or error))
-            return str(wrong_value(key, match[3], expected))
+            if expected := self._type(key) or (inside if parent else ""):
+                return str(wrong_value(key, match[3], expected))
+            return f"{key}={match[3]}: {_first_line(error.__cause__ or error)}"
         if match := re.search(r"full_key: (\S+)", text):
             if re.search(r"Key '\S+' not in '", text):
                 return f"{self._unknown_key(match[1])} ({text.partition(':')[0]})"  # In 'experiment/x'
@@ -99,7 +100,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     if not group:
         return _first_line(error)
     # A nested choice, experiment=paper/x: the group is the part that Hydra was asked for.
-    top = group if is_group(group) else group.split("/")[0]
+    top = group if is_group(group) or group.startswith("hydra/") else group.split("/")[0]
     choice = f"{group}/{choice}".removeprefix(f"{top}/")
     known = {*find_choices(top), *(name for name in error.options or [] if "/_" not in f"/{name}")}
     lacks = "no directory, no hub id org/name and an unknown choice" if top == "model" else "unknown choice"

@@ -12,10 +12,9 @@ from rich.console import Console
 from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
-from capo_exp.cli.words import quoted
 from capo_exp.config.build import build_part
 from capo_exp.config.errors import ConfigError, RunFailed
-from capo_exp.config.places import slug
+from capo_exp.config.places import quoted, slug
 from capo_exp.config.record import find_unnamed, refuse_place
 from capo_exp.config.schema import TrainConfig
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from capo_exp.cli.compose import compose_config, find_choices
 from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.words import choose_model
-from capo_exp.config.checks import check
+from capo_exp.config.checks import check, check_tracker
 from capo_exp.config.errors import ConfigError, suggest
 from capo_exp.config.ranges import NAME, apply
 from capo_exp.config.record import as_data, find_unnamed, read_values, refuse_place
@@ -48,6 +48,7 @@ def _check(command: EvaluateCommand) -> None:
     if len(asked) != 1:
         got = " and ".join(f"{name}={subjects[name]}" for name in asked) or "nothing to evaluate"
         raise ConfigError(f"got {got}; expected one of run=, model=, completions=")
+    check_tracker(command.logger)
     known = find_choices("dataset", command.config_dir)
     for name in command.benchmarks:
         if name not in known:

@@ -29,11 +29,11 @@ from capo_exp.cli.words import (
     as_overrides,
     choose_by_slash,
     find_folders,
-    quoted,
     split_flags,
     write_value,
 )
 from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.places import quoted
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
 from capo_exp.sweep.job import SHORT_ERRORS, execute, full_error, report
@@ -87,9 +87,8 @@ def run_training() -> int:
         flags, words = split_flags(arguments, SWEEP_FLAGS)
         register()
         try:
-            _call_hydra(
-                task, "config", TrainConfig, [*as_overrides(words, *find_folders(flags)[-1:]), *flags]
-            )
+            overrides = as_overrides(words, *find_folders(flags)[-1:])
+            _call_hydra(task, "config", TrainConfig, [*overrides, *flags])
         except OSError as failed:
             if failed.filename is None or "--multirun" not in flags:
                 raise
@@ -215,7 +214,12 @@ def _store(line: CommandLine) -> None:
 
 
 def _call_hydra(task: Callable[[DictConfig], Any], config: str, schema: type, arguments: list[str]) -> None:
-    where = (str(conf_dir()), config) if schema is TrainConfig else (None, f"{config}_command")
+    first, where = [], (None, f"{config}_command")
+    if schema is TrainConfig:  # Hydra looks into the folder of --config-dir last: a user's file comes first
+        own = [Path(folder).absolute() for folder in find_folders(arguments)[-1:]]
+        where = (str((*own, conf_dir())[0]), config)
+        first = [f"--config-dir={conf_dir()}"] if own else []
+        arguments = [*(each for each in arguments if not each.startswith("--config-dir=")), *first]
     application = hydra.main(*where, version_base="1.3")(task)
     # Without the first variable Hydra would print and exit itself; the second says what the user wants.
     variables = {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "" if full_error() else "1"}
@@ -248,7 +252,7 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
         if equals and key in kinds:
             yield f"{key}={write_value(kinds[key], value)}"
         elif key.lstrip("+").startswith(line.others or ("=",)):
-            lists["overrides"].append(choose_by_slash(word).replace("${", "\\${"))
+            lists["overrides"].append(choose_by_slash(word))
         elif line.words and not equals and word.strip():
             lists[line.words].append(word)
         else:

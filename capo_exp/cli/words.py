@@ -7,7 +7,7 @@ from pathlib import Path
 
 from capo_exp.cli.compose import entries, find_choices, guard, is_group
 from capo_exp.config.errors import ConfigError, suggest
-from capo_exp.config.places import MADE_HERE, is_local_path
+from capo_exp.config.places import MADE_HERE, is_local_path, quoted
 
 SHORT = {
     "-h": "--help", "-c": "--cfg", "-r": "--resolve", "-cd": "--config-dir", "-p": "--package",
@@ -50,7 +50,8 @@ def choose_model(argument: str, config_dir: str | None = None) -> list[str]:
     if len(places) < len(given):
         wanted = "expected directories and hub ids alone, or names of conf/model alone, in one sweep"
         raise ConfigError(f"{argument}: {wanted}")
-    return ["model=auto", f"model.path={','.join(map(quoted, map(_whole, places)))}"]
+    paths = value if "${" in value and places != [whole] else ",".join(map(quoted, map(_whole, places)))
+    return ["model=auto", f"model.path={paths}"]
 
 
 def _is_place(text: str) -> bool:
@@ -81,12 +82,6 @@ def choose_by_slash(argument: str) -> str:
     if re.fullmatch(r"[\d\s.,_eE+-]*\d[\d\s.,_eE+-]*|\[.*\]", value):
         raise ConfigError(f"{argument}: expected a choice of {group}; {suggest(value, find_choices(group))}")
     return f"{group}={value}" if "." in key and key[0] != "+" else argument
-
-
-def quoted(text: object) -> str:
-    """Writes any text as a value of Hydra's grammar."""
-    escaped = str(text).replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def split_flags(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -55,12 +55,16 @@ def check_trains(config: TrainConfig) -> None:
     Raises:
         ConfigError: dataset.train_split is null, or the package of logger is missing.
     """
-    tracker = config.logger.name
-    if tracker != "files" and find_spec(tracker) is None:
-        raise error("logger", tracker, f'its package: pip install "capo_exp[{tracker}]"; or logger=files')
+    check_tracker(config.logger.name)
     if config.dataset.train_split is None:
         wanted = f"a dataset with a training split, such as math; {config.dataset.name} is to evaluate on"
         raise error("dataset.train_split", None, wanted)
+
+
+def check_tracker(name: str) -> None:
+    """Raises ConfigError if the package of logger=NAME is not installed."""
+    if name != "files" and find_spec(name) is None:
+        raise error("logger", name, f'its package: pip install "capo_exp[{name}]"; or logger=files')
 
 
 def check_ranges(node: Any, prefix: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,23 @@ def conf_dir() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
+
+
+def unresolved(text: str) -> str:
+    """Escapes a text so that OmegaConf takes it as it is, also one such as `${oc.env:HOME}`."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def quoted(text: object) -> str:
+    """Writes any text as a value of Hydra's grammar, in which nothing is resolved."""
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", unresolved(str(text))).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def typed(key: str, value: object) -> str:
+    """Writes `key=value` of a text as a shell takes it, to be pasted behind a command."""
+    plain = re.fullmatch(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*", str(value))
+    return f"{key}={value}" if plain else shlex.quote(f"{key}={quoted(value)}")
 
 
 def slug(name: str, longest: int = 60) -> str:

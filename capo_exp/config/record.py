@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config.errors import ConfigError, printable
+from capo_exp.config.places import unresolved
 from capo_exp.config.plugins import allow_plugins, allowed_plugins
 from capo_exp.config.ranges import ATTENTIONS
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
@@ -49,7 +50,7 @@ def as_data(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [as_data(value) for value in node]
     if isinstance(node, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
+        return unresolved(node)
     return node
 
 
@@ -66,12 +67,23 @@ def read_values(text: str, what: str) -> Values:
     """
     try:
         values = yaml.load(text, _Loader)
+        _check_tree(values, set())
     except (yaml.YAMLError, ValueError, RecursionError) as failure:
-        reason = " ".join(str(failure).split())[:160]
-        raise ConfigError(f"{what}: {reason}; expected config.yaml of a run") from None
+        reason = " ".join(str(failure).split()).replace(";", ",")[:160]
+        raise ConfigError(f"{what} is not YAML ({reason}); expected config.yaml of a run") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"{what}: expected config.yaml of a run, a mapping of its keys")
+        raise ConfigError(f"{what}: got {str(values)[:40]!r}, expected the config of a run, with its keys")
     return values
+
+
+def _check_tree(node: Any, seen: set[int]) -> None:
+    """Refuses an alias, which no record has: it can lead back to itself, or stand for a billion values."""
+    if isinstance(node, dict | list):
+        if id(node) in seen:
+            raise ValueError("an alias, such as *a")
+        seen.add(id(node))
+        for child in node.values() if isinstance(node, dict) else node:
+            _check_tree(child, seen)
 
 
 def find_unnamed(

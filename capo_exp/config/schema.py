@@ -274,7 +274,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggerConfig:
-    name: str = setting(ranges.one_of("files", "wandb", "tensorboard", "trackio"))
+    name: str = setting(ranges.TRACKER)
     # auto = online with a key, offline without
     wandb_mode: str = setting(ranges.one_of("auto", "online", "offline", "disabled"))
     project: str = setting(ranges.PROJECT)

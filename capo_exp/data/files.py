@@ -4,11 +4,12 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from capo_exp.config.errors import ConfigError, error
-from capo_exp.data.rows import Rows, read_parquet, shorten
+from capo_exp.data.rows import Rows, check_columns, read_parquet, read_table, shorten
 
 
 def read_splits(path: str, key: str) -> dict[str, Rows]:
@@ -51,31 +52,49 @@ def _read_json(file: Path) -> Rows:
     text = file.read_bytes()
     if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return _read_json_lines(file)
-    rows = json.loads(text)
+    try:
+        rows = _parse_json(text)
+    except ConfigError as failure:
+        raise ConfigError(f"{file}: {failure}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ConfigError(f"{file} item {number}: {json.dumps(row)[:80]}; expected an object")
+            raise ConfigError(f"{file} item {number}: {str(row)[:80]}; expected an object")
     return rows
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = _parse_json(line)
     except (ValueError, RecursionError) as failure:
         at = f"{failure.msg} at column {failure.colno}" if isinstance(failure, json.JSONDecodeError) else ""
         raise ConfigError(f"{where}: {at or shorten(failure)}; expected one JSON object a line") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: {json.dumps(row)[:80]}; expected one JSON object a line")
+        raise ConfigError(f"{where}: {str(row)[:80]}; expected one JSON object a line")
     return row
+
+
+def _parse_json(text: bytes) -> Any:
+    """Reads JSON; a number with a point or an exponent keeps its digits, and no name stands twice."""
+    return json.loads(text, parse_float=_parse_number, object_pairs_hook=_to_row)
+
+
+def _parse_number(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except ArithmeticError:
+        raise ValueError(f"the exponent of {text[:40]} is too large") from None
+
+
+def _to_row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    check_columns([name for name, _ in pairs])
+    return dict(pairs)
 
 
 def _read_csv(file: Path) -> Rows:
     """Reads every cell as text, so that 007, 1.50 and None stay what they are."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-        names = table.fieldnames or []
-        if twice := [name for place, name in enumerate(names) if name and name in names[:place]]:
-            raise ConfigError(f"{file}: the column {twice[0]} stands there twice; expected one of each name")
+        check_columns(table.fieldnames or [], f"{file}: ")
         rows: Rows = []
         for row in table:
             if None in row:
@@ -90,9 +109,9 @@ def _read_arrow(file: Path) -> Rows:
 
     with pa.memory_map(str(file)) as source:
         try:
-            return pa.ipc.open_stream(source).read_all().to_pylist()
+            return read_table(pa.ipc.open_stream(source).read_all(), file)
         except pa.ArrowInvalid:
-            return pa.ipc.open_file(source).read_all().to_pylist()
+            return read_table(pa.ipc.open_file(source).read_all(), file)
 
 
 def _read_folder(folder: Path) -> dict[str, Rows]:
@@ -104,7 +123,7 @@ def _read_folder(folder: Path) -> dict[str, Rows]:
         )
     found = datasets.load_from_disk(str(folder))
     splits = found if isinstance(found, dict) else {"": found}
-    return {str(name): rows.to_list() for name, rows in splits.items()}
+    return {str(name): read_table(rows.with_format("arrow")[:], folder) for name, rows in splits.items()}
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -1,16 +1,17 @@
 """Problem sets with a known answer (MATH, GSM8K, ...): parquet files, or the Hugging Face hub."""
 
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Annotated, Any
 
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.ranges import NAME, one_of
 from capo_exp.core.types import Problem
+from capo_exp.data.contamination import normalise
 from capo_exp.data.rows import (
     DATA_DIR_VARIABLE,
     Problems,
@@ -154,16 +155,26 @@ def _is_usable(problem: Problem, has_answer: bool) -> bool:
         "".join((problem.id, problem.problem, *problem.golds, problem.demonstration)).encode()
     except UnicodeEncodeError:  # no tokenizer takes half of a surrogate pair
         return False
-    return bool(problem.problem.strip() and (problem.answer or not has_answer))
+    return bool(normalise(problem.problem) and (problem.answer or not has_answer))  # $$ asks nothing
 
 
 def as_text(value: object) -> str:
-    """Returns a cell as text; several as one, with commas; empty if it holds no text or number."""
-    if isinstance(value, list):
+    """Returns a cell as text: of several the texts, with commas; of a number its digits; empty without one.
+
+    Raises:
+        ConfigError: it holds a mapping, bytes, or lists in a list.
+    """
+    if isinstance(value, list) and not any(isinstance(item, list | tuple) for item in value):
         return ", ".join(_texts(value))
-    if isinstance(value, float):  # 27.0 is what a column of numbers makes of 27 where a row has none
-        return "" if not math.isfinite(value) else str(int(value)) if value.is_integer() else str(value)
-    return "" if value is None or isinstance(value, dict | bytes) else str(value)
+    if isinstance(value, float | Decimal):
+        number = Decimal(str(value))
+        whole = number.is_finite() and number.adjusted() < 40 and number == number.to_integral_value()
+        # 27.0 is what a column of numbers makes of 27 where a row has none.
+        return str(int(number)) if whole else str(value) if number.is_finite() else ""
+    if isinstance(value, list | tuple | dict | bytes):
+        wanted = "expected text, a number or a list of them; change dataset.source.columns"
+        raise ConfigError(f"got a cell with {str(value)[:60]}, {wanted}")
+    return "" if value is None else str(value)
 
 
 def _texts(value: object) -> list[str]:

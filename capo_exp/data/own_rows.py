@@ -7,6 +7,7 @@ chooses whatever their order, and rows that ask the same stay together.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from typing import Annotated, Any
 
 from capo_exp.config.errors import ConfigError, error, suggest
@@ -23,6 +24,7 @@ KINDS = {
     bool: "true or false",
     int: "a number",
     float: "a number",
+    Decimal: "a number",
     list: "a list",
     dict: "a mapping",
 }

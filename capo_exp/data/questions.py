@@ -48,11 +48,7 @@ def word_problem(rng: random.Random) -> tuple[str, int]:
     return f"{start}. Then {name} gives away {extra} {thing}. How many {thing} are left?", amount - extra
 
 
-KINDS: dict[str, Draw] = {
-    "sums": sum_of_two,
-    "max_of_three": largest_of_three,
-    "word_problems": word_problem,
-}
+KINDS: dict[str, Draw] = {"sums": sum_of_two, "max_of_three": largest_of_three, "word_problems": word_problem}
 
 
 def problems(

@@ -2,18 +2,26 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.core.types import Problem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DATA_DIR_VARIABLE = "CAPO_DATA_DIR"
 TEST_SHARE = 1 / 8
 """Of all problems that can be made here; held out from train and from the warm start."""
 
 Rows = list[dict[str, Any]]
+NARROW = {"float": np.float32, "halffloat": np.float16}
+"""Arrow's name of a float that Python would widen -> its type."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +96,54 @@ def expect_file(name: str, split: str) -> str:
     )
 
 
+def read_table(table: "pa.Table", where: object) -> Rows:
+    """Returns the rows of a table. A float of 16 or 32 bits is the number of fewest digits that it stands
+    for, 3.1 and not 3.0999999.
+
+    Raises:
+        ConfigError: two columns have one name.
+    """
+    check_columns(table.column_names, f"{where}: ")
+    rows = table.to_pylist()
+    kinds = {field.name: _find_kind(field.type) for field in table.schema}
+    narrow = {name: NARROW[kind] for name, kind in kinds.items() if kind in NARROW}
+    for row in rows if narrow else ():
+        row |= {name: _shortest(row[name], kind) for name, kind in narrow.items()}
+    return rows
+
+
+def check_columns(names: Sequence[str], where: str = "") -> None:
+    """Raises ConfigError where a column is there twice: nothing says which of them is meant."""
+    if twice := [name for place, name in enumerate(names) if name and name in names[:place]]:
+        raise ConfigError(f"{where}the column {twice[0]} stands there twice; expected one of each name")
+
+
+def _find_kind(kind: Any) -> str:
+    """Returns the name of an Arrow type, of lists and dictionaries that of what is in them."""
+    inner = getattr(kind, "value_type", None)
+    return str(kind) if inner is None else _find_kind(inner)
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    if isinstance(value, list):
+        return [_shortest(each, kind) for each in value]
+    return value if value is None else float(str(kind(value)))
+
+
 def read_parquet(file: Path) -> Rows:
-    """Reads a file; raises ConfigError if it is no parquet file."""
+    """Reads a file.
+
+    Raises:
+        ConfigError: it is no parquet file, or two columns have one name.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file).read().to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as failure:
+        return read_table(pq.ParquetFile(file).read(), file)
+    except ConfigError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as failure:
         reason = shorten(failure)
         raise ConfigError(f"got {file} ({reason}), expected a parquet file; change dataset.path") from failure
 
@@ -110,7 +158,10 @@ def read_hub(hub_id: str, *, config: str | None, split: str, revision: str | Non
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(hub_id, config, split=split, revision=revision).to_list()
+        found: Any = datasets.load_dataset(hub_id, config, split=split, revision=revision)
+        rows = read_table(found.with_format("arrow")[:], hub_id)
+    except ConfigError:
+        raise
     except (OSError, ValueError, DatasetsError) as failure:
         reason = shorten(failure)
         raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, NON_NEGATIVE, Rule
+from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, NON_NEGATIVE, PROJECT, TRACKER, Rule
 
 CHECKPOINT = Rule(lambda v: v in ("last", "all") or v.isdecimal(), "last, all or a step")
 SHARE_ABOVE_0 = Rule(lambda v: 0 < v <= 1, "a number above 0 up to 1")
@@ -47,6 +47,8 @@ class EvaluateCommand:
     problems_per_part: int = _ranged(AT_LEAST_1)
     output: str | None = MISSING
     overwrite: bool = MISSING
+    logger: str = _ranged(TRACKER)
+    project: str = _ranged(PROJECT)
     overrides: list[str] = MISSING
     config_dir: str | None = MISSING
     suites: dict[str, list[str]] = MISSING

@@ -28,6 +28,7 @@ from capo_exp.evaluation.benchmark import Benchmark, Told, evaluate_benchmark
 from capo_exp.evaluation.card import card_digest, make_card
 from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
 from capo_exp.evaluation.draw import draw_completions
+from capo_exp.evaluation.send import send_evaluation
 from capo_exp.evaluation.stored import read_rows
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
@@ -189,6 +190,9 @@ def _evaluate(
     failed = [f"{count} {reason}" for reason, count in scores["reasons"].items() if reason in FAILED]
     if failed:
         tell(f"{target.label} {name}: not judged and counted as wrong: {', '.join(failed)}")
+    if command.logger != "files":
+        run = f"{folder.parent.parent.parent.name}-{folder.parent.name}-{folder.name}"
+        tell(f"card: {send_evaluation(command.logger, command.project, folder, run, scores)}")
     rows = read_rows(folder / "problems.parquet")
     accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
     return BenchmarkScore(

@@ -19,7 +19,7 @@ from capo_exp.config.declare import declares
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.pool import Failed, Item, Workers, name_error
-from capo_exp.grading.verifier import RewardResult
+from capo_exp.grading.verifier import Golds, Questions, RewardResult, Texts
 
 REASONS = {
     "error": "reward/exceptions",
@@ -49,16 +49,16 @@ class FunctionVerifier:
         workers: Annotated[int, AT_LEAST_1],
         memory_limit_gib: Annotated[float, POSITIVE],
     ) -> None:
-        """Imports the function and starts nothing yet.
+        """Imports the function and starts nothing yet. The last three are the limits of Workers.
 
         Args:
             function: its dotted name, in a package that the command line allows.
             correct_from: reward from which on a completion counts as correct, in reward/accuracy and eval/.
             failure_reward: what a completion earns for which the function fails.
-            in_process: call it in this process, where nothing can end it; the limits below do not hold then.
-            timeout_seconds: limit for one call, in seconds of its worker's CPU.
-            workers: number of processes.
-            memory_limit_gib: address space of each worker.
+            in_process: call it in this process, where nothing can end it, and no limit holds.
+            timeout_seconds: its cpu_seconds, for one call.
+            workers: its count.
+            memory_limit_gib: of each worker.
 
         Raises:
             ConfigError: there is no such function, or it takes other arguments.
@@ -68,16 +68,10 @@ class FunctionVerifier:
         self._correct_from, self._failure_reward = correct_from, failure_reward
         limits = {"count": workers, "cpu_seconds": timeout_seconds, "memory_limit_gib": memory_limit_gib}
         warm_up = partial(_import, self._function.__module__)
-        self._workers = (
-            None if in_process else Workers(**limits, warm_up=warm_up, silent_seconds=SILENT_SECONDS)
-        )
+        pool = partial(Workers, **limits, warm_up=warm_up, silent_seconds=SILENT_SECONDS)
+        self._workers = None if in_process else pool()
 
-    def score(
-        self,
-        completions: list[list[str]],
-        golds: list[tuple[str, ...]],
-        problems: Sequence[str] | None = None,
-    ) -> RewardResult:
+    def score(self, completions: Texts, golds: Golds, problems: Questions = None) -> RewardResult:
         """Scores as Verifier.score, by the first gold answer of each problem.
 
         Raises:
@@ -132,7 +126,7 @@ class FunctionVerifier:
         correct = outcome >= self._correct_from
         return Grade(correct, "", "correct" if correct else "wrong")
 
-    def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
+    def gradable(self, golds: Golds) -> list[bool]:
         """Returns True for each: only the function knows what an answer has to be."""
         return [True] * len(golds)
 

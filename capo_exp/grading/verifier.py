@@ -23,8 +23,14 @@ from capo_exp.grading.compare import (
 )
 from capo_exp.grading.pool import Failed, Workers
 
+Texts = list[list[str]]
+"""[P][G] completions."""
+Golds = list[tuple[str, ...]]
+"""[P] gold answers, each in every way to write it."""
+Questions = Sequence[str] | None
+"""[P], where they are known; only a user's function looks at them."""
 Pair = tuple[str, tuple[str, ...]]
-"""A completion and its gold answer, in each way to write it."""
+"""A completion and its gold answer."""
 REMEMBERED = 65_536  # verdicts; some 100 MB at most
 LONGEST_ANSWER = 1_000  # characters of an extracted answer that is worth its memory
 UNCERTAIN = ("timeout", "crash", "error")
@@ -49,19 +55,11 @@ class RewardResult:
 class Verifier(Protocol):
     """What training and evaluation ask of a verifier."""
 
-    def score(
-        self,
-        completions: list[list[str]],
-        golds: list[tuple[str, ...]],
-        problems: Sequence[str] | None = None,
-    ) -> RewardResult:
-        """Scores P lists of G completions by P gold answers, each in every way to write it.
-
-        `problems` are the P questions, where they are known; only a user's function looks at them.
-        """
+    def score(self, completions: Texts, golds: Golds, problems: Questions = None) -> RewardResult:
+        """Scores P lists of G completions by P gold answers."""
         ...
 
-    def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
+    def gradable(self, golds: Golds) -> list[bool]:
         """Returns which problems can be trained on; False = leave it out of the data."""
         ...
 
@@ -76,21 +74,15 @@ class ExactVerifier:
     def __init__(self, match: Callable[[str, str], Grade] = exact_match) -> None:
         self._match = match
 
-    def score(
-        self,
-        completions: list[list[str]],
-        golds: list[tuple[str, ...]],
-        problems: Sequence[str] | None = None,
-    ) -> RewardResult:
+    def score(self, completions: Texts, golds: Golds, problems: Questions = None) -> RewardResult:
         """Scores as Verifier.score."""
-        del problems
         grades = {
             (text, accepted): choose_best(self._match(text, gold) for gold in accepted)
             for text, accepted in _unique_pairs(completions, golds)
         }
         return _to_result(completions, golds, grades)
 
-    def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
+    def gradable(self, golds: Golds) -> list[bool]:
         """Returns whether there is any text in each gold answer."""
         return [any(gold.strip() for gold in accepted) for accepted in golds]
 
@@ -125,38 +117,28 @@ class MathVerifier:
         style: Annotated[str, one_of(*STYLES)],
         unparsable_gold: Annotated[str, one_of("drop", "one")],
     ) -> None:
-        """Starts nothing yet.
+        """Starts nothing yet. The first three are the limits of Workers.
 
         Args:
-            timeout_seconds: limit for one answer, in seconds of its worker's CPU.
-            workers: number of processes.
-            memory_limit_gib: address space of each worker.
+            timeout_seconds: its cpu_seconds.
+            workers: its count.
+            memory_limit_gib: of each worker.
             style: see grade.
             unparsable_gold: what becomes of a problem whose gold answer cannot be read: drop = it leaves the
                 data; one = every completion earns 1, as in the authors' program.
         """
         self.grader: Callable[[str, tuple[str, ...]], Grade] = partial(grade_any, style=style)
         self._unparsable_gold = unparsable_gold
-        self._workers = Workers(
-            count=workers,
-            cpu_seconds=timeout_seconds,
-            memory_limit_gib=memory_limit_gib,
-            warm_up=_check_math_verify,
-        )
+        limits = {"count": workers, "cpu_seconds": timeout_seconds, "memory_limit_gib": memory_limit_gib}
+        self._workers = Workers(**limits, warm_up=_check_math_verify)
         self._known: dict[bytes, Grade] = {}
 
-    def score(
-        self,
-        completions: list[list[str]],
-        golds: list[tuple[str, ...]],
-        problems: Sequence[str] | None = None,
-    ) -> RewardResult:
+    def score(self, completions: Texts, golds: Golds, problems: Questions = None) -> RewardResult:
         """Scores as Verifier.score; equal pairs are graded once.
 
         Raises:
             GradingFailed: the workers cannot be started.
         """
-        del problems
         keys = {pair: _digest(pair) for pair in _unique_pairs(completions, golds)}
         grades = {pair: self._known[key] for pair, key in keys.items() if key in self._known}
         pending = [pair for pair in keys if pair not in grades]
@@ -169,7 +151,7 @@ class MathVerifier:
                 self._known[keys[pair]] = grades[pair]
         return _to_result(completions, golds, grades, 1.0 if self._unparsable_gold == "one" else 0.0)
 
-    def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
+    def gradable(self, golds: Golds) -> list[bool]:
         """Returns whether each gold answer can be read in any of its ways; with unparsable_gold=one always.
 
         Raises:
@@ -203,16 +185,13 @@ def _digest(pair: Pair) -> bytes:
     return hashlib.blake2b(repr(pair).encode(), digest_size=16).digest()
 
 
-def _unique_pairs(completions: list[list[str]], golds: list[tuple[str, ...]]) -> list[Pair]:
+def _unique_pairs(completions: Texts, golds: Golds) -> list[Pair]:
     asked = zip(completions, golds, strict=True)
     return list(dict.fromkeys((text, accepted) for group, accepted in asked for text in group))
 
 
 def _to_result(
-    completions: list[list[str]],
-    golds: list[tuple[str, ...]],
-    verdicts: dict[Pair, Grade],
-    unread: float = 0.0,
+    completions: Texts, golds: Golds, verdicts: dict[Pair, Grade], unread: float = 0.0
 ) -> RewardResult:
     """Puts verdicts in the completions' order; `unread` is the reward where no gold could be read."""
     asked = zip(completions, golds, strict=True)

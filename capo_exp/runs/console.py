@@ -46,6 +46,7 @@ class Progress:
         self._total, self._first, self._every = total_steps, first_step, every_seconds
         self._began = self._last_line = -float("inf")
         self._seen: list[LoggedRow] = list(past)
+        self._place = (first_step, "")
         live = Live(console=self._console, auto_refresh=False)
         self._live = live if self._console.is_terminal else None
 
@@ -55,21 +56,25 @@ class Progress:
         done, seconds = step - self._first, time.monotonic() - self._began
         left = format_duration(seconds / done * (self._total - step) if done > 0 else 0.0)
         if self._live is not None:
-            self._seen.append({**metrics})
-            self._show(step, f"{metrics.get(names.TOKENS_PER_SECOND, 0):,.0f} tok/s  left {left}")
+            self._place = (step, f"{metrics.get(names.TOKENS_PER_SECOND, 0):,.0f} tok/s  left {left}")
+            self._show(metrics)
         elif step == self._total or time.monotonic() - self._last_line >= self._every:
             self._last_line = time.monotonic()
             self.message(f"step {step}/{self._total}  {format_step(metrics)}  left {left}")
 
-    def _show(self, step: int, pace: str) -> None:
-        if self._live is not None:
-            plain = "utf" not in self._console.encoding.lower()
-            self._live.update(live_table(self._seen, step, self._total, pace, plain=plain), refresh=True)
+    def _show(self, *rows: Mapping[str, float]) -> None:
+        assert self._live is not None
+        self._seen += [{**row} for row in rows]
+        plain, (step, pace) = "utf" not in self._console.encoding.lower(), self._place
+        self._live.update(live_table(self._seen, step, self._total, pace, plain=plain), refresh=True)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Shows the score of an evaluation."""
-        self._seen.append({**metrics})
-        self.message(f"evaluation after step {metrics[names.STEP]:.0f}: {metrics[names.EVAL_ACCURACY]:.1%}")
+        """Shows the score of an evaluation, on a terminal in the table."""
+        if self._live is not None:
+            self._show(metrics)
+        else:
+            score = metrics[names.EVAL_ACCURACY]
+            self.message(f"evaluation after step {metrics[names.STEP]:.0f}: {score:.1%}")
 
     def message(self, text: str) -> None:
         """Prints a line of its own above the live line; what a console of few characters lacks is escaped."""
@@ -81,7 +86,7 @@ class Progress:
         self._began = time.monotonic()
         if self._live is not None:
             self._live.start()
-            self._show(self._first, "")
+            self._show()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -94,14 +94,14 @@ class TrackioSink:
             self._run.finish()
 
 
-def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
-    """Returns the completions of a sample as a table in Markdown, each in one line.
+def markdown_table(rows: Sequence[Sequence[Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """Returns completions as a table in Markdown, each in one line.
 
     What stands in it is text alone: a prompt or completion cannot make whoever looks at it fetch an image.
     """
-    cells = [map(_in_one_line, row) for row in (COLUMNS, *rows)]
+    cells = [map(_in_one_line, row) for row in (columns, *rows)]
     head, *body = (f"| {' | '.join(row)} |" for row in cells)
-    return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def _in_one_line(cell: Any) -> str:

@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.record import read_values
 
 LoggedRow = Mapping[str, Any]
 
@@ -57,15 +56,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It is damaged.
     """
-    try:  # a resolved config is plain YAML: libyaml reads it 20 times faster than OmegaConf.load
-        plain = yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.exists() else {}
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split()).replace(";", ",")
-        raise ConfigError(f"{path} is not YAML ({reason}); restore or remove it") from None
-    if isinstance(plain, dict):
-        return {str(key): value for key, value in plain.items()}
-    got = f"got {str(plain)[:40]!r}, expected the config of a run"
-    raise ConfigError(f"{path}: {got}; restore or remove it")
+    try:
+        return read_values(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); restore or remove it") from None
 
 
 def read_parquet(path: Path) -> list[LoggedRow]:

@@ -101,12 +101,19 @@ class RunRecord:
     (KeyboardInterrupt, SystemExit). A killed process leaves `running`; `run_status` tells it from a live one.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, *, device_name: str | None = None) -> None:
-        """Writes both files; a run.json that is there already makes this a resume."""
-        new = {"resumed": -1, "wall_seconds": 0.0, "started_at": _now(), "counters": {}}
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrainConfig,
+        *,
+        device_name: str | None = None,
+        counters: Mapping[str, float] | None = None,
+    ) -> None:
+        """Writes both files; a run.json that is there already makes this a resume, from `counters` on."""
+        new = {"resumed": -1, "wall_seconds": 0.0, "started_at": _now()}
         known = read_record(run_dir) or {}
         before = {key: known[key] if isinstance(known.get(key), type(new[key])) else new[key] for key in new}
-        self._path = run_dir / "run.json"
+        self._path, self._counters = run_dir / "run.json", _short(counters or {})
         self._began = time.monotonic() - before["wall_seconds"]
         self._fields: dict[str, Any] = {
             "run_id": run_id(config),
@@ -116,7 +123,7 @@ class RunRecord:
             "started_at": before["started_at"],
             "resumed": before["resumed"] + 1,
             "seeds": {"seed": config.seed},
-            "counters": before["counters"],
+            "counters": self._counters,
             "device": device_name,
             "cpu": _line("/proc/cpuinfo", "model name"),
             "cpu_count": os.cpu_count(),
@@ -136,10 +143,15 @@ class RunRecord:
         self._fields |= {**fields, **times}
         write_json(self._path, self._fields)
 
+    def forget(self) -> None:
+        """Takes the counters out of run.json until `update`: call it before a checkpoint is written, for a
+        kill between the two files must not leave a run.json that says other than the newest checkpoint."""
+        self.add({"counters": {}})
+
     def update(self, counters: Mapping[str, float]) -> None:
-        """Refreshes the counters (without their `counter/`); call it at each checkpoint."""
-        named = {key.removeprefix("counter/"): value for key, value in counters.items()}
-        self.add({"counters": self._fields["counters"] | named})
+        """Writes the counters, without their `counter/`, of a checkpoint that is on disk."""
+        self._counters = _short(counters)
+        self.add({"counters": self._counters})
 
     def __enter__(self) -> "RunRecord":
         return self
@@ -147,10 +159,11 @@ class RunRecord:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.add({"status": "finished"})
-        else:
-            status = "failed" if isinstance(error, Exception) else "interrupted"
-            with suppress(OSError):  # a full disk must not hide what went wrong
-                self.add({"status": status, "error": _without_folders(f"{type(error).__name__}: {error}")})
+            return
+        status = "failed" if isinstance(error, Exception) else "interrupted"
+        text = _without_folders(f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # a full disk must not hide what went wrong
+            self.add({"status": status, "error": text, "counters": self._counters})
 
 
 def _line(path: str, key: str) -> str | None:
@@ -159,6 +172,10 @@ def _line(path: str, key: str) -> str | None:
         found = re.search(rf"^{key}\s*:(.*)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
         return found[1].strip() if found else None
     return None
+
+
+def _short(counters: Mapping[str, float]) -> dict[str, float]:
+    return {key.removeprefix("counter/"): value for key, value in counters.items()}
 
 
 def _now() -> str:

@@ -160,18 +160,26 @@ def _init(run_dir: Path, mode: Any) -> Any:
         tags=[*config["logger"]["tags"], *_describe(config)],
         config=config,
         dir=run_dir,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # wrapped pipes have hung runs
-            init_timeout=30,
-            disable_code=True,
-            disable_git=True,  # run.json has the git state
-            host="",
-            x_disable_meta=True,
-            x_disable_stats=mode == "offline",  # the machine is watched while the run goes on or not at all
-            x_save_requirements=False,
-            x_stats_sampling_interval=MACHINE_SECONDS,
-        ),
+        settings=quiet_settings(stats=mode == "online"),  # the machine is watched as the run goes on or never
+    )
+
+
+def quiet_settings(*, stats: bool) -> Any:
+    """Returns settings with which W&B says nothing, and sends no more than it is given and, with `stats`, the
+    load of the machine."""
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        console="off",  # wrapped pipes have hung runs
+        init_timeout=30,
+        disable_code=True,
+        disable_git=True,  # run.json has the git state
+        host="",
+        x_disable_meta=True,
+        x_disable_stats=not stats,
+        x_save_requirements=False,
+        x_stats_sampling_interval=MACHINE_SECONDS,
     )
 
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import check_memory, learner_device
+from capo_exp.config.places import typed
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
 from capo_exp.config.schema import TrainConfig
@@ -88,8 +89,8 @@ def compare_with_shorter(config: TrainConfig) -> list[str]:
         why = f"it takes the same {steps} steps again, since a run has one length"
     lines = [f"{steps} steps of this are finished: {directory}", f"this run begins at step 0: {why}"]
     checkpoints = list(list_checkpoints(directory).values())
-    going_on = "to train on from its weights, with a schedule of their own: model.path="
-    return [*lines, *(f"{going_on}{checkpoint}" for checkpoint in checkpoints[-1:])]
+    going_on = "to train on from its weights, with a schedule of their own:"
+    return [*lines, *(f"{going_on} {typed('model.path', checkpoint)}" for checkpoint in checkpoints[-1:])]
 
 
 def show(directory: Path, draw: Draw) -> None:

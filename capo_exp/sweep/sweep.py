@@ -82,11 +82,13 @@ class Submission(Callback):
         os.environ[FOLDER] = str(folder)
         loader: Any = GlobalHydra.instance().config_loader()
         read_from_copies(loader, folder)
-        jobs = list_jobs(config, loader)
-        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        jobs: list[list[str]] = []
         wrong: dict[int, str] = {}
-        with suppress(HydraException, OmegaConfBaseException):  # the sweeper composes all next, and says so
+        # The sweeper reads and composes all next, and says what is wrong.
+        with suppress(HydraException, OmegaConfBaseException, ValueError):
+            jobs = list_jobs(config, loader)
             _find_wrong(loader, config, jobs, wrong)
+        shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
         about = {"count": len(jobs), "shared": sorted(shared), "wrong": wrong}
         write_atomic(folder / "jobs.json", json.dumps(about))
 

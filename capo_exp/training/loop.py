@@ -9,6 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from capo_exp.config.errors import RunFailed
+from capo_exp.config.places import typed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.seeds import EVALUATION, derive_seed
@@ -98,7 +99,11 @@ def _advise(session: Session) -> str:
     """
     regime, optimizer = session.config.regime, session.config.optimizer
     good = session.checkpointer.latest(before=session.step)
-    back = f"go on from before it with model.path={good}" if good else "begin again from the base model"
+    back = (
+        f"go on from before it with {typed('model.path', good)}"
+        if good
+        else "begin again from the base model"
+    )
     return (
         f"the same command would end here again: lower regime.learning_rate={regime.learning_rate:g} or "
         f"optimizer.max_grad_norm={optimizer.max_grad_norm:g}, and {back}"

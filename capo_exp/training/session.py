@@ -26,6 +26,7 @@ from capo_exp.grading.terms import build_terms
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
 from capo_exp.rollout.dealt import ReplicaRollout
+from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import Checkpointer, find_reference
 from capo_exp.runs.console import Progress
 from capo_exp.runs.identity import run_id
@@ -123,6 +124,7 @@ class Session:
         known = self.sampler.reference_rewards
         state = learner.state_dict() | {"counters": counters, "reference_rewards": dict(known)}
         reference = learner.reference if learner.reference_resets else None
+        self.record.forget()
         self.checkpointer.save(self.step, state, learner.model, self.inputs.tokenizer, reference)
         self.record.update(counters)
 
@@ -191,7 +193,7 @@ def open_session(
         )
     state = {} if latest is None else checkpointer.restore(latest, inputs.device, model)
     counters = state.get("counters", {})
-    step = counters.get("counter/rollout_step", 0)
+    step: int = counters.get(names.STEP, 0)
     if state:
         learner.load_state_dict(state)
     stack.callback(engine.close)
@@ -200,7 +202,7 @@ def open_session(
 
     def open_writers() -> None:
         nonlocal writers
-        writers = _open_writers(config, inputs, directory, step, stack, draw)
+        writers = _open_writers(config, inputs, directory, counters, stack, draw)
 
     world.first(open_writers)
     record, logger, progress = writers
@@ -217,21 +219,26 @@ def open_session(
         reference_rewards=state.get("reference_rewards", {}),
     )  # fmt: skip
     counts = {name: counters.get(name, 0) for name in COUNTS}
-    session = Session(
+    return Session(
         world, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts
     )
-    record.update(session.counters())  # a kill may have come between the checkpoint and run.json
-    return session
 
 
 def _open_writers(
-    config: TrainConfig, inputs: Inputs, directory: Path, step: int, stack: ExitStack, draw: Draw | None
+    config: TrainConfig,
+    inputs: Inputs,
+    directory: Path,
+    counters: dict[str, int],
+    stack: ExitStack,
+    draw: Draw | None,
 ) -> tuple[RunRecord, RunLogger, Progress]:
     closing = stack.enter_context(ExitStack())  # after the record, which says how the run ended
-    record = stack.enter_context(RunRecord(directory, config, device_name=policy.device_name(inputs.device)))
+    device, counters = policy.device_name(inputs.device), dict.fromkeys(COUNTS, 0) | counters
+    record = stack.enter_context(RunRecord(directory, config, device_name=device, counters=counters))
     origin = {"model_origin": policy.read_origin(config.model)}
     record.add(_describe_data(inputs) | origin)  # before the logger, whose tracker gets the record
     tracker, mode = config.logger.name, config.logger.wandb_mode
+    step = counters[names.STEP]
     logger = RunLogger(directory, resume_step=step, wandb_mode=mode, tracker=tracker, draw=draw)
     closing.enter_context(logger)
     record.add({"tracker": logger.tracker_location})
