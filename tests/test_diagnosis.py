@@ -59,23 +59,18 @@ def moments(learner: Learner) -> list[Tensor]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        CAPO,
         (*CAPO, "model.micro_batch_size=3", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.1"),
         (*CAPO, "model.micro_batch_size=3",
          "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept"),
-        (*CAPO, "curvature.optimizer_model=adam_live"),
         (*RANDOM, "curvature.optimizer_model=sgd", "curvature.calibrate_every=2"),
-        (*CAPO, "step_rule=measured", "algo.step_rule.policy_shift_max=1e-3"),
         (*CAPO, "step_rule=calibrated", "algo.step_rule.policy_shift_max=1e-3"),
         (*CAPO, "algo.selection.policy_shift_max=4e-3", "optimizer.schedule=linear",
          "optimizer.warmup_ratio=0.2"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("every", [1, 2])
-def test_training_does_not_notice(
-    learner: Make, random_batch: Batches, overrides: tuple[str, ...], every: int
-) -> None:
+def test_training_does_not_notice(learner: Make, random_batch: Batches, overrides: tuple[str, ...]) -> None:
     """Bit for bit: weights, moments, metrics, random numbers."""
+    every = 2
     plain, watched = learner(*overrides, every=0), learner(*overrides, every=every)
     rates = []
     for step in range(4):
@@ -121,9 +116,9 @@ def mean_kl(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> fl
     return torch.cat(kls).mean().item()
 
 
-@pytest.mark.parametrize("step_scale", [1.0, 0.3])
 @pytest.mark.parametrize(
-    ("size", "over_kept", "old_noise"), [(96, False, 0.0), (3, True, 0.0), (3, False, 0.3)]
+    ("step_scale", "size", "over_kept", "old_noise"),
+    [(1.0, 96, False, 0.0), (0.3, 3, True, 0.0), (0.3, 3, False, 0.3)],
 )
 def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
     learner: Make, random_batch: Batches, step_scale: float, size: int, over_kept: bool, old_noise: float
@@ -247,22 +242,10 @@ def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: 
     assert values["gain"] == 0.0
 
 
-@pytest.mark.parametrize(("model", "later"), [("sgd", False), ("adam", True), ("adam_live", True)])
-def test_without_moments_momentum_is_nan(
-    learner: Make, random_batch: Batches, model: str, later: bool
-) -> None:
-    ours = learner(*RANDOM, f"curvature.optimizer_model={model}")
-    for moments in (False, later):
-        values = found(take_step(ours, random_batch())[0])
-        assert all(
-            values[f"{name}/momentum"] > 0 if moments else isnan(values[f"{name}/momentum"])
-            for name in CLASSES
-        )
-
-
 def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch: Batches) -> None:
     ours, batch = learner("algo=grpo"), random_batch()
-    take_step(ours, random_batch(seed=1))
+    first, _ = take_step(ours, random_batch(seed=1))
+    assert isnan(first["diagnosis/kept/momentum"])  # there are none yet
     state, mask = ours.optimizer_model, batch.completion_mask
     metrics, record = take_step(ours, batch)
     out = record.output
