@@ -34,14 +34,9 @@ RUN = (
     "regime.group_size=4", "model.micro_batch_size=8", "dataset.max_completion_tokens=24",
     "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
 )  # fmt: skip
-ALGORITHMS = (
-    "capo", "cpgd", "dapo", "dash", "dppo", "gspo", "ppo_clip", "prorl", "reinforce_pp", "rloo", "sft",
-)  # fmt: skip
+ALGORITHMS = ("dash", "gspo", "prorl", "reinforce_pp", "rloo")
 """With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss."""
-SELECTIONS = (
-    "all_levels", "levels", "batch", "completion", "random_matched", "advantage_matched",
-    "top_policy_shift", "down_weight",
-)  # fmt: skip
+SELECTIONS = ("all_levels", "batch", "random_matched", "top_policy_shift", "down_weight")
 
 
 def small(composed: Compose, *overrides: str) -> TrainConfig:
@@ -51,7 +46,7 @@ def small(composed: Compose, *overrides: str) -> TrainConfig:
 
 
 def learners(composed: Compose) -> dict[str, TrainConfig]:
-    rules = ("measured", "predicted", "calibrated")
+    rules = ("measured", "calibrated")
     chosen = {name: (f"algo={name}",) for name in ALGORITHMS}
     chosen |= {f"selection {name}": ("algo=grpo", *partly(name)) for name in SELECTIONS}
     chosen |= {
@@ -69,7 +64,7 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
 def test_two_processes_give_the_numbers_of_one(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, tmp_path: Path
 ) -> None:
-    """Every algorithm, selection, step rule and optimiser model; a run that is stopped and goes on."""
+    """Each kind of algorithm, selection, step rule, optimiser model; a run that is stopped and goes on."""
     untied = type(small_model)(
         type(small_model.config)(**small_model.config.to_dict() | {"tie_word_embeddings": False})
     )
@@ -118,28 +113,16 @@ def workers_of(launcher: int) -> list[int]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [
-        ["model.micro_batch_size=96"],
-        ["rollout.chunking=per_step"],
-        ["curvature.diagnose_every=5"],
-        ["device=cuda:1"],
-        ["model.share_prompts=true"],
-        ["model.load_dtype=bfloat16"],
-        ["rollout=vllm", "rollout.server_url=start"],
-        ["rollout=vllm", "rollout.engine.visible_devices=1"],
-        ["rollout=vllm", "rollout.engine.weight_transfer=nccl"],
-        ["distributed=single", "distributed.processes=2"],
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(composed: Compose, overrides: list[str]) -> None:
+    ["model.micro_batch_size=96", "rollout.chunking=per_step", "curvature.diagnose_every=5", "device=cuda:1",
+     "rollout=vllm rollout.server_url=start", "rollout=vllm rollout.engine.weight_transfer=nccl"],
+)  # fmt: skip
+def test_what_several_processes_cannot_do_is_refused(composed: Compose, overrides: str) -> None:
     """In a line that begins with the key; without it the same passes."""
-    chosen = [each for each in overrides if each.startswith(("rollout=", "distributed="))]
+    *chosen, refused = overrides.split()
     common = ["distributed=fsdp2", "rollout.chunking=per_micro_batch", *chosen]
-    if "distributed=single" in common:
-        common.remove("distributed=fsdp2")
     check(composed(*common))
-    with pytest.raises(ConfigError, match=overrides[-1].partition("=")[0].replace(".", r"\.")):
-        check(composed(*common, *(each for each in overrides if each not in chosen)))
+    with pytest.raises(ConfigError, match=refused.partition("=")[0].replace(".", r"\.")):
+        check(composed(*common, refused))
 
 
 def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
@@ -162,7 +145,7 @@ def test_processes_share_what_is_sharded(composed: Compose) -> None:
     assert one.gathered == 0 < eight.gathered < one.weights
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size", [1, 3, 7])
 def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(random_batch: Batches, size: int) -> None:
     batch = random_batch(rows=10)
     shares = [deal_cuts(batch, 3, World(rank, size)) for rank in range(size)]
