@@ -21,7 +21,6 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.wandb_sink import resolve_mode
 from tests.conftest import ALGORITHMS, KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,6 +207,7 @@ def test_the_choice_of_a_nested_group_can_be_typed_like_a_key(run: Run, trained:
     assert (swept.status, swept.out.count("\njob 1/2: rollout/correction=sequence_mask\n")) == (0, 1)
 
 
+@pytest.mark.slow
 def test_looking_imports_nothing_heavy_and_writes_nothing(tmp_path: Path) -> None:
     training = [
         ["--help"],
@@ -286,18 +286,6 @@ def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tm
     assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr
 
 
-def test_who_set_the_mode_of_wandb_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    for mode, resolved in (("", "online"), ("offline", "offline")):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        assert resolve_mode("auto") == resolved
-    monkeypatch.setenv("WANDB_MODE", "dryrun")
-    with pytest.raises(
-        ConfigError, match=r"^the environment variable WANDB_MODE=dryrun: expected auto, online"
-    ):
-        resolve_mode("auto")
-
-
 def test_help_names_groups_and_commands(run: Run) -> None:
     text = run("--help").out
     for expected in ("plan_only=true", "--cfg job --resolve", "algo: capo, cispo, cpg,", "model: "):
@@ -307,6 +295,7 @@ def test_help_names_groups_and_commands(run: Run) -> None:
     assert len(listed) == len(set(listed)) == EXPERIMENTS and not [one for one in listed if "/_" in one]
 
 
+@pytest.mark.slow
 def test_completion_script_completes(tmp_path: Path) -> None:
     script = f"""
     export PATH={Path(sys.executable).parent}:$PATH

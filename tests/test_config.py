@@ -41,6 +41,7 @@ def made(composed: Composed, tmp_path: Path) -> Composed:
     return compose_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "group", ["algo", "model", "dataset", "regime", "rollout", "reward", "optimizer", "logger"]
 )
@@ -52,6 +53,7 @@ def test_every_choice_composes_and_passes(made: Composed, group: str) -> None:
         assert getattr(config, group).name == choice
 
 
+@pytest.mark.slow
 def test_every_choice_on_top_composes_and_passes(made: Composed) -> None:
     """Selections, step rules and experiments have tests of their own."""
     for choice in choices("prompt"):
@@ -168,14 +170,6 @@ def test_a_part_of_another_kind_is_refused(composed: Composed, key: str, target:
         ConfigError, match=rf"^{key}(\._target_=capo_exp\.{target}: expected a part that is|\.max_se)"
     ):
         check(config)
-
-
-def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -> None:
-    with pytest.raises(ConfigError, match=r"python scripts/pretrain\.py warm_start=format makes it"):
-        check(composed("model=format", "model.path=outputs/models/nowhere"))
-    with pytest.raises(ConfigError) as error:
-        check(composed("model.path=./nothing/here"))
-    assert "pretrain" not in str(error.value)
 
 
 @pytest.mark.parametrize(

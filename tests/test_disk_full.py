@@ -89,7 +89,7 @@ BIG = torch.zeros(500_000)
 SAVE: dict[str, Callable[[Path], object]] = {
     "torch": lambda path: torch.save(BIG, path.open("wb")),
     "a Rust library": lambda path: Tokenizer(
-        models.WordLevel({f"word {i}": i for i in range(20_000)}, "word 0")
+        models.WordLevel({f"word {i}": i for i in range(60_000)}, "word 0")
     ).save(str(path)),
     "safetensors": lambda path: save_file({"a": BIG}, path),
     "parquet": lambda path: pq.write_table(pa.table({"a": torch.rand(500_000).numpy()}), path),

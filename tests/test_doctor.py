@@ -101,18 +101,6 @@ def test_resume_can_be_checked_with_any_algorithm(
     assert not any(row.remedy for row in rows.values())
 
 
-def test_wandb_mode_and_why(composed: Callable[..., TrainConfig], monkeypatch: Patch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    for overrides, mode, seen in (
-        ("logger=wandb", "online", "online: logger.wandb_mode=auto and WANDB_MODE=online, a key"),
-        ("logger=wandb", "disabled", "disabled by logger.wandb_mode=auto and WANDB_MODE=disabled"),
-        ("logger.wandb_mode=online", "offline", "online: logger.wandb_mode=online, a key"),
-    ):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        found = doctor_checks.resolve_wandb(composed(overrides))
-        assert found.seen.startswith(seen) and found.applies == seen.startswith("online")
-
-
 # What can be wrong
 
 

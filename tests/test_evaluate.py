@@ -4,8 +4,8 @@ import copy
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -183,30 +183,24 @@ def test_who_comes_second_waits_and_reads(
     trained: Path, scored: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process holds the folder, and writes the scores before it lets go."""
-    scores = (scored / "scores.json").read_text()
+    scores, is_locked, seen = (scored / "scores.json").read_text(), benchmark.is_locked, list[bool]()
     (scored / "scores.json").unlink()
-    held, seen = threading.Event(), threading.Event()
-    is_locked = benchmark.is_locked
+    with ExitStack() as other:
+        other.enter_context(locked(scored))
 
-    def polled(folder: Path) -> bool:
-        seen.set()
-        return is_locked(folder)
-
-    def other() -> None:
-        with locked(scored):
-            held.set()
-            assert seen.wait(60)
+        def polled(folder: Path) -> bool:
+            if folder != scored:
+                return is_locked(folder)
+            seen.append(is_locked(folder))
             (scored / "scores.json").write_text(scores)
+            other.close()
+            return seen[-1]
 
-    monkeypatch.setattr(benchmark, "is_locked", polled)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    held.wait()
-    monkeypatch.setattr(evaluate_model, "draw_completions", None)
-    monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.05)
-    evaluated(f"run={trained}", *FEW)
-    thread.join()
+        monkeypatch.setattr(benchmark, "is_locked", polled)
+        monkeypatch.setattr(evaluate_model, "draw_completions", None)
+        monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.0)
+        evaluated(f"run={trained}", *FEW)
+    assert seen == [True, False]
 
 
 @pytest.mark.slow

@@ -444,15 +444,12 @@ SMALL = (
 FEATURES = (
     "algo=dapo",  # samples again
     "algo=rloo",  # a KL in the reward
-    "algo=grpo selection=levels",
     "algo=grpo step_rule=calibrated curvature.hidden_shift=1",
     "rollout/correction=token_mask curvature.optimizer_model=adam_live",
-    "experiment=paper/group_size_1 regime.prompts_per_step=8",
     "experiment=paper/calibration hydra.mode=RUN",  # measures
     "experiment=study/diagnosis curvature.diagnose_every=1",
     "experiment=paper/cpgd algo.num_minibatches=2",
     "experiment=paper/dash_baseline",  # one sampling call a micro-batch
-    "experiment=paper/dash_multi_update",  # three passes
     "experiment=paper/dash_sft_demonstrations regime.prompts_per_step=8",
     "experiment=paper/prorl algo.num_minibatches=2 algo.reference_reset_every=1",
     "setting=keywords algo=grpo model=keywords dataset=keywords",
