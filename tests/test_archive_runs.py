@@ -1,8 +1,6 @@
 """scripts/archive_runs.py: a small copy of runs that figures read like the runs themselves."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from capo_exp.runs.read import find_runs, load_completions, load_run
+from scripts.archive_runs import main
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {"counter/rollout_step": 1, "counter/completions": 96, "reward/accuracy": 0.1 + 0.2, "loss/total": None},
     {"counter/rollout_step": 2, "counter/completions": 192, "reward/accuracy": 1e-17, "policy/entropy": 0.5},
@@ -29,17 +27,14 @@ def make_run(folder: Path, algorithm: str) -> None:
     (folder / "checkpoints").mkdir()
 
 
-def archive(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "archive_runs.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_an_archived_run_is_read_like_the_run_itself(tmp_path: Path) -> None:
+def test_an_archived_run_is_read_like_the_run_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, algorithm in (("a", "capo"), ("b", "capo"), ("c", "grpo")):
         make_run(tmp_path / "outputs" / name, algorithm)
     for _ in range(2):  # a second time it takes the place of the first
-        done = archive(f"runs={tmp_path}/outputs", f"output={tmp_path}/kept")
-        assert done.returncode == 0 and done.stdout.startswith("3 runs, "), done.stderr
+        assert main([f"runs={tmp_path}/outputs", f"output={tmp_path}/kept"]) == 0
+        assert capsys.readouterr().out.startswith("3 runs, ")
     kept = [load_run(path) for path in find_runs([tmp_path / "kept"])]
     assert [run.name for run in kept] == ["a", "b", "c"]
     for run in kept:
@@ -50,10 +45,8 @@ def test_an_archived_run_is_read_like_the_run_itself(tmp_path: Path) -> None:
     assert not (tmp_path / "kept" / "a" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"), [(["runs=nowhere", "output=x"], "nowhere: no such"), (["run=x"], "'run'")]
-)
-def test_wrong_arguments_are_one_line(arguments: list[str], text: str) -> None:
-    done = archive(*arguments)
-    assert done.returncode == 2
-    assert text in done.stderr and done.stderr.count("\n") == 1
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, text in ((["runs=nowhere", "output=x"], "nowhere: no such"), (["run=x"], "'run'")):
+        assert main(arguments) == 2
+        line = capsys.readouterr().err
+        assert text in line and line.count("\n") == 1

@@ -52,33 +52,23 @@ def calculations(text):
 
 
 def test_imitations_box_the_share_that_is_asked_for():
-    numbers = {"slip_rate": 0.0, "families": NUMBERS["families"]}
-
-    def some(share, count=400):
-        drawn = list(itertools.islice(draw_imitations(3, boxed_share=share, **numbers), count))
-        assert all(text.strip() and question.strip() for question, text in drawn)
-        return drawn
+    def some(share, count=200):
+        numbers = {"slip_rate": 0.0, "families": NUMBERS["families"]}
+        return list(itertools.islice(draw_imitations(3, boxed_share=share, **numbers), count))
 
     assert all("\\boxed{" in text for _, text in some(1.0))
-    plain = [text for _, text in some(0.0)]
-    assert not any("boxed" in text for text in plain)
-    assert all(re.search(r" -?\d+\.$", text) for text in plain)
-    assert 0.3 < sum("\\boxed{" in text for _, text in some(0.4)) / 400 < 0.5
+    assert all(re.search(r" -?\d+\.$", text) and "boxed" not in text for _, text in some(0.0))
+    assert 0.3 < sum("\\boxed{" in text for _, text in some(0.4)) / 200 < 0.5
     [boxed], [bare] = some(1.0, 1), some(0.0, 1)
     assert bare == (boxed[0], boxed[1].replace("\\boxed{", "").replace("}", "."))
 
 
 def test_the_seed_decides_the_problems(train):
     """The same on every machine and in every process: a literal, not a second call. More keep the first."""
+    assert len({p.id for p in train}) == len({p.problem for p in train}) == NUMBERS["num_train"]
     assert (train[0].id, train[0].problem, train[0].answer) == FIRST_PROBLEM
     assert make("train", num_train=300) == train[:300]
     assert make("train", num_train=50, seed=1) != train[:50]
-
-
-def test_counts_and_distinct_ids(train, test):
-    assert (len(train), len(test)) == (NUMBERS["num_train"], NUMBERS["num_eval"])
-    assert max(len(p.problem) for p in train) < 140 and max(len(p.demonstration) for p in train) < 110
-    assert len({p.id for p in train + test}) == len({p.problem for p in train + test}) == len(train + test)
 
 
 def test_splits_share_no_problem_in_any_wording(train, test):
@@ -88,13 +78,9 @@ def test_splits_share_no_problem_in_any_wording(train, test):
     assert not steps[0] & steps[1]
 
 
-def test_every_family_and_level_appears(test):
+def test_demonstrations_are_right_and_end_in_the_answer(train, test):
     expected = {(family, str(level)) for family, levels in NUMBERS["families"].items() for level in levels}
     assert {(p.family, p.level) for p in test} == expected
-    assert len(NUMBERS["families"]) >= 5
-
-
-def test_demonstrations_are_right_and_end_in_the_answer(train, test):
     for p in train + test:
         steps = calculations(p.demonstration)
         assert steps and all(RIGHT[op](a, b) == c for op, a, b, c in steps), p
@@ -134,13 +120,8 @@ def test_slips_carry_on_to_a_wrong_answer():
         ({"path": "/somewhere"}, "dataset.path"),
         ({"families": {"geometry": [1]}}, "dataset.source.families"),
         ({"families": {"product": [1]}, "num_train": 1000}, "dataset.source.num_"),
-        (
-            {"families": {"missing": [1, 4]}},
-            r"dataset.source.families.missing=\[1, 4\]: expected levels from 1 to 3",
-        ),
-        ({"families": {"chain": [10**9]}}, "dataset.source.families.chain=.*: expected levels from 1 to 20"),
+        ({"families": {"missing": [1, 4]}}, r"families.missing=\[1, 4\]: expected levels from 1 to 3"),
         ({"families": {"chain": []}}, "dataset.source.families=.*: expected at least one level"),
-        ({"families": {}}, "dataset.source.families=.*: expected at least one level"),
     ],
 )
 def test_bad_input_names_the_key(changes, message):
@@ -149,23 +130,6 @@ def test_bad_input_names_the_key(changes, message):
         problems(arguments.pop("split"), **arguments)
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "dataset.source.num_train=1000000000000",  # which nothing could make
-        "dataset.source.num_eval=0",
-        "dataset.source.seed=-1",
-        "dataset.source.num_train=many",
-        "dataset.source.families.chain=[0]",
-    ],
-)
-def test_numbers_out_of_range_are_refused_before_anything_is_made(override, composed):
-    key = override.partition("=")[0]
-    with pytest.raises(ConfigError, match=re.escape(key) + r"(\[0\])?=.*: expected an integer"):
-        check(composed(override))
-
-
-def test_number_words():
-    assert len(arithmetic.SPELLED) == 100
-    chosen = {0: "zero", 13: "thirteen", 20: "twenty", 30: "thirty", 99: "ninety-nine"}
-    assert {n: arithmetic.SPELLED[n] for n in chosen} == chosen
+def test_numbers_out_of_range_are_refused_before_anything_is_made(composed):
+    with pytest.raises(ConfigError, match=r"num_train=1000000000000: expected an integer"):
+        check(composed("dataset.source.num_train=1000000000000"))

@@ -1,7 +1,7 @@
 """Every YAML composes and passes the checks; every impossible combination is refused in one line."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from capo_exp.config.build import find_parts, needs_reference
 from capo_exp.config.checks import check
 from capo_exp.config.declare import compares_group, needs_kl
-from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from tests.conftest import KEYS
@@ -41,6 +41,7 @@ def made(composed: Composed, tmp_path: Path) -> Composed:
     return compose_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "group", ["algo", "model", "dataset", "regime", "rollout", "reward", "optimizer", "logger"]
 )
@@ -52,21 +53,20 @@ def test_every_choice_composes_and_passes(made: Composed, group: str) -> None:
         assert getattr(config, group).name == choice
 
 
+@pytest.mark.slow
 def test_every_choice_on_top_composes_and_passes(made: Composed) -> None:
     """Selections, step rules and experiments have tests of their own."""
     for choice in choices("prompt"):
         check(config := made("dataset=math", f"prompt={choice}"))
         assert config.dataset.prompt_style == choice
-    assert made("dataset=math", "prompt=think").dataset == made("dataset=math").dataset
-    targets = set()
     for choice in choices("rollout/correction"):
-        check(config := made(f"rollout/correction={choice}"))
-        targets.add(config.rollout.correction["_target_"])
-    assert len(targets) == len(choices("rollout/correction"))
+        check(made(f"rollout/correction={choice}"))
     assert made("rollout/correction=none").rollout == made().rollout
+    regimes = [made(f"regime={regime}").regime for regime in choices("regime")]
     for model in choices("model"):  # whose micro-batches each regime divides into
-        for regime in choices("regime"):
-            check(made(f"model={model}", f"regime={regime}"))
+        config = made(f"model={model}")
+        for regime in regimes:
+            check(replace(config, regime=replace(regime, learning_rate=1e-6)))
 
 
 def test_defaults_are_capo_aggressive_without_download(composed: Composed) -> None:
@@ -98,14 +98,6 @@ def test_the_authors_recipes_differ_from_their_bases_by_the_selection(
     assert bounds == [policy_shift_max, -objective_shift, objective_shift]
 
 
-def test_paper_recipe(composed: Composed) -> None:
-    config = composed("experiment=paper/capo")
-    assert config.regime.learning_rate == pytest.approx(1.5e-5)
-    assert (config.rollout.temperature, config.rollout.top_k, config.num_steps) == (0.9, 50, 100)
-    assert config.dataset.name == "math"
-    assert composed("algo=dr_grpo", "dataset.max_completion_tokens=33").algo.aggregation["length"] == 33
-
-
 def change(config: TrainConfig, override: str) -> TrainConfig:
     """Sets one value as the command line would: composing anew for each costs a third of a second."""
     node: Any = config
@@ -123,105 +115,36 @@ def change(config: TrainConfig, override: str) -> TrainConfig:
 @pytest.mark.parametrize(
     "override",
     [
-        "num_steps=0",
-        "seed=-1",
-        "device=gpu",
-        "experiment_name=../x",
-        "output_dir=''",
-        "regime.learning_rate=-1e-4",
-        "regime.learning_rate=inf",
-        "regime.learning_rate=nan",
-        "regime.prompts_per_step=0",
-        "regime.group_size=0",
-        "regime.group_size=1",
-        "model.model_type=''",
-        "model.hidden_size=0",
-        "model.micro_batch_size=36",
-        "model.micro_batch_size=0",
+        "num_steps=0", "seed=-1", "device=gpu", "experiment_name=../x", "output_dir=''",
+        "regime.learning_rate=inf", "regime.learning_rate=nan", "regime.learning_rate=1e30",
+        "regime.group_size=1", "model.micro_batch_size=36", "model.compute_dtype=fp8",
+        "model.attn_implementation=flash", "model.attn_implementation=org/kernel",
+        "model.path=Qwen2.5-0.5B", "model.path=./nothing/here", "model.path=pkg://capo_exp/assets/nothing",
+        "model.revision=abc", "model.name=a/b", "dataset.template=x", "dataset.eval_split=../x",
+        "dataset.examples=[{problem: 1+1?}]", "dataset.source.num_train=0", "rollout.temperature=0",
+        "rollout.temperature=1e-30", "rollout.top_p=1.1", "rollout.top_k=1025", "rollout.server_url=start",
+        "rollout.engine.max_sequences_per_call=0", "curvature.top_k=1025", "curvature.optimizer_model=lion",
+        "optimizer.betas=[0.9]", "optimizer.betas=[0.9, 1.0]", "optimizer.eps=1e-300",
+        "optimizer.warmup_ratio=1", "evaluation.samples=2", "evaluation.num_problems=10000000000000",
+        "reward.format_weight=1", "logger.tags=['']", "logger.project=a/b", "algo.num_minibatches=97",
+        "algo.reference_reset_every=5", "algo.label='a\nb'", "algo.colour=red", "algo.marker=oo",
+        "algo.selection.policy_shift_max=-1", "algo.selection.policy_shift_max=nan",
+        "algo.selection.policy_shift_max=many", "algo.selection.objective_shift_min=1",
+        "algo.token_loss.clip_eps_low=-0.1", "algo.advantage.eps=0", "algo.selection._target_=os.system",
+        "reward.verifier._target_=os.system", "rollout.correction._target_=os.system",
         "model.max_tokens_per_micro_batch=100",
         "model.share_prompts=true | model.pack=true",
         "model.attn_implementation=eager | model.pack=true",
-        "model.compute_dtype=fp8",
-        "model.attn_implementation=flash",
-        "model.path=Qwen2.5-0.5B",
-        "model.path=./nothing/here",
-        "model.path=pkg://capo_exp/assets/nothing",
-        "model.revision=abc",
-        "dataset.template=x",
-        "dataset.max_completion_tokens=0",
-        "dataset.examples=[{problem: 1+1?}]",
-        "rollout.temperature=0",
-        "rollout.top_p=0",
-        "rollout.top_p=1.1",
-        "rollout.top_k=-1",
-        "rollout.top_k=1025",
-        "rollout.server_url=start",
-        "curvature.top_k=0",
-        "curvature.top_k=1025",
-        "curvature.optimizer_model=lion",
-        "optimizer.betas=[0.9]",
-        "optimizer.betas=[0.9, 1.0]",
-        "optimizer.schedule=cosin",
-        "optimizer.warmup_ratio=1",
-        "optimizer.weight_decay=-1",
-        "optimizer.max_grad_norm=0",
-        "reward.format_weight=1",
-        "logger.wandb_mode=on",
-        "logger.tags=['']",
-        "logger.tags=[" + "x" * 65 + "]",
-        "logger.project=a/b",
-        "optimizer.eps=1e-300",
-        "optimizer.eps=1e300",
-        "curvature.eps=1e-300",
-        "optimizer.weight_decay=1e30",
-        "regime.learning_rate=1e30",
-        "rollout.temperature=1e-30",
-        "evaluation.temperature=1e-30",
-        "evaluation.num_problems=10000000000000",
-        "model.name=a/b",
-        "dataset.eval_split=../x",
         "algo.step_rule.policy_shift_max=0 | algo=grpo step_rule=calibrated",
-        "model.attn_implementation=org/kernel",
-        "logger.completions_every=-1",
-        "evaluation.every=-1",
-        "evaluation.num_problems=0",
-        "evaluation.samples=2",
-        "checkpoint.every=0",
-        "checkpoint.keep=0",
-        "algo.kl_coefficient=-1",
-        "algo.num_iterations=0",
-        "algo.num_minibatches=97",
-        "algo.reference_reset_every=5",
-        "algo.label='a\nb'",
-        "algo.colour=red",
-        "algo.marker=oo",
-        "algo.selection.policy_shift_max=-1",
-        "algo.selection.policy_shift_max=nan",
-        "algo.selection.policy_shift_max=many",
-        "algo.selection.objective_shift_min=1",
-        "algo.token_loss.clip_eps_low=-0.1",
-        "algo.advantage.eps=0",
-        "algo.selection._target_=os.system",
-        "reward.verifier._target_=os.system",
-        "rollout.correction._target_=os.system",
-        # What no range covered when ranges went by a parameter's name.
         "algo.step_rule.completions=-3 | algo=grpo step_rule=calibrated",
         "algo.step_rule.max_looks=0 | algo=grpo step_rule=calibrated",
         "algo.step_rule.memory_share=7 | algo=grpo step_rule=calibrated",
         "algo.selection.token.policy_shift_max=-1 | algo=grpo selection=levels",
-        "rollout.correction.ratio_cap=0 | rollout/correction=token_truncation",
         "rollout.correction.ratio_cap=inf | rollout/correction=token_truncation",
-        "rollout.correction.ratio_low=0 | rollout/correction=token_mask",
-        "rollout.correction.ratio_low=1.1 | rollout/correction=token_mask",
         "rollout.correction.ratio_high=0.9 | rollout/correction=token_mask",
-        "rollout.correction.ratio_high=many | rollout/correction=token_mask",
-        "rollout.correction.ratio_cap=-1 | rollout/correction=sequence_mask",
-        "dataset.source.num_train=0",
-        "rollout.engine.max_sequences_per_call=0",
         "rollout.engine.gpu_memory_utilization=0 | rollout=vllm",
-        "rollout.engine.max_num_seqs=0 | rollout=vllm",
     ],
-)
+)  # fmt: skip
 def test_refused_in_one_line_that_names_the_key(composed: Composed, override: str) -> None:
     given, _, others = override.partition(" | ")
     with pytest.raises(ConfigError) as error:
@@ -236,16 +159,9 @@ def test_refused_in_one_line_that_names_the_key(composed: Composed, override: st
     ("key", "target"),
     [
         ("algo.aggregation", "algorithms.neutral.keep_all"),
-        ("algo.advantage", "algorithms.neutral.unshaped"),
-        ("algo.group_filter", "algorithms.reinforce.raw_reward"),
         ("algo.selection", "algorithms.neutral.full_step"),
-        ("algo.selection", "algorithms.neutral.all_completions"),
-        ("algo.completion_filter", "algorithms.neutral.keep_all"),
-        ("algo.kl_estimator", "algorithms.neutral.all_groups"),
         ("rollout.correction", "algorithms.kl.kl_k3"),
-        ("rollout.engine", "grading.verifier.ExactVerifier"),
         ("reward.verifier", "rollout.hf.HFRollout"),
-        ("reward.format", "grading.terms.no_length"),
         ("dataset.source", "algorithms.neutral.keep_all"),
     ],
 )
@@ -257,14 +173,6 @@ def test_a_part_of_another_kind_is_refused(composed: Composed, key: str, target:
         ConfigError, match=rf"^{key}(\._target_=capo_exp\.{target}: expected a part that is|\.max_se)"
     ):
         check(config)
-
-
-def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -> None:
-    with pytest.raises(ConfigError, match=r"python scripts/pretrain\.py warm_start=format makes it"):
-        check(composed("model=format", "model.path=outputs/models/nowhere"))
-    with pytest.raises(ConfigError) as error:
-        check(composed("model.path=./nothing/here"))
-    assert "pretrain" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -282,12 +190,9 @@ def test_a_model_that_is_made_here_but_is_not_yet_says_how(composed: Composed) -
             [*ZERO_BETA, "curvature.optimizer_model=adam_live"],
             "optimizer.betas=[0.0, 0.999]: expected two numbers inside",
         ),
-        *(
-            (
-                ["rollout=demonstrations", f"rollout/correction={choice}"],
-                "rollout.correction._target_=capo_exp.",
-            )
-            for choice in ("token_mask", "sequence_mask", "token_truncation")
+        (
+            ["rollout=demonstrations", "rollout/correction=token_mask"],
+            "rollout.correction._target_=capo_exp.",
         ),
     ],
 )
@@ -302,13 +207,8 @@ def test_combinations_that_cannot_work(composed: Composed, overrides: list[str],
     [
         ["regime.group_size=1", "algo=reinforce"],
         ["regime.prompts_per_step=1"],  # smaller than the micro-batch: one micro-batch
-        ["algo.selection.policy_shift_max=inf", "algo.selection.objective_shift_min=-inf"],
-        ["optimizer.max_grad_norm=inf"],
-        ["optimizer.schedule=constant"],
         ZERO_BETA,
         ["evaluation.samples=4", "evaluation.temperature=0.6"],
-        ["device=cuda:1"],
-        ["rollout=demonstrations"],
         ["algo.label='GRPO, mine'", "algo.colour='#00aaFF'", "algo.marker='*'"],
     ],
 )
@@ -320,9 +220,7 @@ def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
     ("overrides", "message"),
     [
         (["+foo=1"], f"foo=1: unknown key; expected one of {len(KEYS)} choices"),
-        (["+regime.group_sizes=1"], "regime.group_sizes=1: unknown key"),
         (["~seed"], "seed: no value; expected an integer"),
-        (["num_steps=???"], "num_steps: no value; expected an integer"),
         (["regime.learning_rate=${nope}"], "regime.learning_rate: Interpolation key 'nope' not found"),
     ],
 )
@@ -355,6 +253,7 @@ def test_every_number_has_its_range_beside_its_field() -> None:
 
 
 def test_what_changes_no_result_says_so() -> None:
+    """All else is part of a run's identity."""
     unimportant = {key for key, _, field in schema_fields() if not field.metadata.get("result", True)}
     assert unimportant == {
         "algo.label", "algo.colour", "algo.marker", "dataset.prompt_style", "rollout.server_url", "logger",
@@ -362,15 +261,6 @@ def test_what_changes_no_result_says_so() -> None:
         "plan_only", "plugins", "allow_overcommit", "curvature.kernel", "distributed.name",
         "distributed.nodes", "distributed.processes", "distributed.timeout_seconds",
     }  # fmt: skip
-
-
-def test_only_neutral_values_are_defaults() -> None:
-    """A key at its default is no part of a run's identity, so a key that a YAML has to give has none."""
-    given = {key: field.default for key, _, field in schema_fields() if field.default != MISSING}
-    neutral = {"evaluation.top_p": 1.0, "curvature.diagnose_every": 0, "dataset.eval_order": "file"}
-    assert neutral.items() <= given.items()
-    needed = {"seed", "num_steps", "regime.learning_rate", "curvature.top_k", "algo.advantage"}
-    assert needed.isdisjoint(given)
 
 
 @compares_group
@@ -401,17 +291,6 @@ def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: 
         check(config)
 
 
-def test_find_parts_sees_every_part(composed: Composed) -> None:
-    keys = {key for key, _ in find_parts(composed("algo=grpo", "selection=random"))}
-    algo = (
-        "group_filter", "states", "shaping", "advantage", "credit", "completion_filter", "kl_estimator",
-        "selection",
-        "selection.score", "token_loss", "aggregation", "step_rule",
-    )  # fmt: skip
-    others = {"rollout.engine", "rollout.correction", "reward.verifier", "reward.format", "reward.length"}
-    assert keys == {f"algo.{name}" for name in algo} | others | {"dataset.source"}
-
-
 def test_find_parts_sees_what_is_hidden(composed: Composed) -> None:
     """At any depth, in lists, and where no part is read; by any of the keys that Hydra would act on."""
     config = composed()
@@ -421,11 +300,3 @@ def test_find_parts_sees_what_is_hidden(composed: Composed) -> None:
     found = {key for key, _ in find_parts(config)} - before
     families = {"dataset.source.families.evil", "dataset.source.families.worse[0].x"}
     assert found == families | {"dataset.examples[0].solution[0].deep[0]"}
-
-
-def test_suggestions() -> None:
-    assert suggest("capoo", ["capo", "grpo"]) == "expected one of capo, grpo; nearest: capo"
-    assert suggest("zzz", ["capo", "grpo"]) == "expected one of capo, grpo"
-    many = [f"choice_{number}" for number in range(30)]
-    assert suggest("choice_7", many).startswith("expected one of 30 choices; nearest: choice_7, choice_")
-    assert suggest("zzz", many).count(",") == 4

@@ -2,13 +2,11 @@ import io
 import json
 import math
 import re
-import time
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from capo_exp.runs.console import Progress, format_duration, format_step, summary_lines
+from capo_exp.runs.console import Progress, summary_lines
 from capo_exp.runs.live import sparkline
 
 
@@ -29,29 +27,19 @@ def row(step: int) -> dict[str, float]:
     }
 
 
-def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter(range(0, 1000, 5))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
-    out, text = console(terminal=False)
-    with Progress(total_steps=3, every_seconds=0.0, console=out) as progress:
-        progress.evaluation({"counter/rollout_step": 0, "eval/accuracy": 0.25})
-        for step in (1, 2, 3):
-            progress.update(row(step))
-        progress.message("[not markup] done")
-    lines = text.getvalue().splitlines()
-    assert lines[0] == "evaluation after step 0: 25.0%"
-    assert lines[1].startswith("step 1/3  acc 10.0%  rejected 1.00%  shift 1.3e-06  1,234 tok/s  left 0:00:")
-    assert lines[3].endswith("left 0:00:00")
-    assert lines[4] == "[not markup] done"
-    assert "\x1b" not in text.getvalue() and "\r" not in text.getvalue()
-
-
-def test_a_log_is_not_flooded_and_has_the_last_step() -> None:
+def test_a_log_gets_plain_lines_is_not_flooded_and_has_the_last_step() -> None:
     out, text = console(terminal=False)
     with Progress(total_steps=500, first_step=100, every_seconds=3600, console=out) as progress:
+        progress.evaluation({"counter/rollout_step": 100, "eval/accuracy": 0.25})
         for step in range(101, 501):
             progress.update(row(step))
-    assert [line.split()[1] for line in text.getvalue().splitlines()] == ["101/500", "500/500"]
+        progress.message("[not markup] done")
+    evaluation, first, last, message = text.getvalue().splitlines()
+    assert evaluation == "evaluation after step 100: 25.0%" and message == "[not markup] done"
+    assert (
+        first.startswith("step 101/500  acc ") and "1,234 tok/s" in first and last.startswith("step 500/500")
+    )
+    assert "\x1b" not in text.getvalue() and "\r" not in text.getvalue()
 
 
 def test_a_terminal_gets_a_live_table_and_messages_above() -> None:
@@ -78,11 +66,6 @@ def test_a_sparkline_runs_from_the_lowest_to_the_highest() -> None:
     assert sparkline([1e-9, 2e-9], plain=True).isascii()
 
 
-def test_missing_metrics_are_left_out() -> None:
-    assert format_step({"counter/rollout_step": 1, "reward/accuracy": 0.5}) == "acc 50.0%"
-    assert format_duration(3723.4) == "1:02:03"
-
-
 def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     steps = [json.dumps(row(step)) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(steps) + "\n")
@@ -98,13 +81,5 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in words
     assert "checkpoints" not in words and "\x1b" not in words
-
-
-def test_the_summary_of_a_run_without_steps(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").touch()
-    name, files, directory = summary_lines(tmp_path)
-    assert (name, files.split(), directory.split()) == (
-        tmp_path.name,
-        ["files", "metrics.jsonl"],
-        ["directory", str(tmp_path)],
-    )
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert any("best 40.0%" in line for line in summary_lines(tmp_path))  # without steps

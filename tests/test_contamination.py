@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +16,6 @@ from capo_exp.core import policy
 from capo_exp.core.types import Problem
 from capo_exp.data.contamination import count_repeated, find_overlap, normalise
 from capo_exp.data.prepare import choose_problems, prepare, read_split
-from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.training import loop as train
 
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
@@ -56,13 +54,9 @@ def test_what_does_not_count(other: str) -> None:
 
 
 def test_what_counts() -> None:
-    for formula in ("$x + 1 = 3$.", "$x - 1 = 2$.", "$y + 1 = 2$.", "$x + 1 = 2$", "$x + 1 = 20$.",
-                    r"$x \\+ 1 = 2$.", r"$x + 1 = \quadratic 2$."):  # fmt: skip
+    """Among it a line break before a bracket, and a command whose name begins like a space."""
+    for formula in ("$x + 1 = 3$.", "$x - 1 = 2$.", "$x + 1 = 2$", "$x + 1 = 20$.", r"$x \\+ 1 = 2$."):
         assert normalise(f"Find $x$ if {formula}") != normalise("Find $x$ if $x + 1 = 2$.")
-
-
-def test_what_looks_like_a_space_or_a_mark_is_none() -> None:
-    """A line break before a bracket, and a command whose name begins like a space."""
     assert normalise(r"\\[2pt] \[a\]") == r"\\[2pt]a"
     assert normalise(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
 
@@ -77,29 +71,22 @@ def test_all_pairs_in_order() -> None:
 
 @pytest.mark.slow
 @needs_data
-def test_math_holds_three_pairs(composed: Composed) -> None:
+def test_no_benchmark_is_in_the_training_data_but_three_problems_of_math_are(composed: Composed) -> None:
     """2948 and 4656 differ in the end of a line, the others in white space and the place of a dollar sign."""
-    dataset = composed("dataset=math", f"dataset.path={SHARED}").dataset
-    train_set, evaluation = read_split(dataset, "train"), read_split(dataset, "test")
-    pairs = [(train_set[i].id, evaluation[j].id) for i, j in find_overlap(train_set, evaluation)]
-    assert pairs == [
-        ("math/train/750", "math/test/3023"),
-        ("math/train/1414", "math/test/1038"),
-        ("math/train/2948", "math/test/4656"),
-    ]
-    assert count_repeated(train_set) == 4 and count_repeated(evaluation) == 0
 
-
-@pytest.mark.slow
-@needs_data
-def test_no_benchmark_is_in_the_training_data(composed: Composed) -> None:
     def read(name: str, split: str) -> list[Problem]:
         return read_split(composed(f"dataset={name}", f"dataset.path={SHARED}").dataset, split)
 
-    assert len(find_overlap(read("math500", "test"), read("math", "test"))) == 500
-    train_set = read("math", "train") + read("gsm8k", "train")
+    train_set, evaluation = read("math", "train"), read("math", "test")
+    pairs = [(train_set[i].id, evaluation[j].id) for i, j in find_overlap(train_set, evaluation)]
+    assert pairs == [
+        ("math/train/750", "math/test/3023"), ("math/train/1414", "math/test/1038"),
+        ("math/train/2948", "math/test/4656"),
+    ]  # fmt: skip
+    assert count_repeated(train_set) == 4 and count_repeated(evaluation) == 0
+    assert len(find_overlap(read("math500", "test"), evaluation)) == 500
     for name in ("math500", "gsm8k", "aime24", "aime25", "amc23", "minerva", "olympiadbench"):
-        assert find_overlap(train_set, read(name, "test")) == []
+        assert find_overlap([*train_set, *read("gsm8k", "train")], read(name, "test")) == []
 
 
 # --- filters ---
@@ -118,12 +105,8 @@ SET = [
     [
         ([], [], "abcde"),
         (["5"], [], "bc"),
-        (["Level 5"], [], "bc"),
         (["level  5", "1"], [], "abc"),
-        (["1", "Level 1"], [], "a"),
-        (["?"], [], "d"),
         ([], ["algebra"], "ab"),
-        ([], ["Number Theory", "Geometry"], "cd"),
         (["5"], ["Algebra"], "b"),
     ],
 )
@@ -135,8 +118,6 @@ def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> Non
     ("levels", "types", "message"),
     [
         (["6"], [], "got dataset.levels=6, expected some of Level 1, Level 5, Level ?"),
-        (["5", "x", "6"], [], "got dataset.levels=6, x, expected some of"),
-        ([""], [], "got dataset.levels=, expected some of"),
         ([], ["Alg"], "got dataset.types=Alg, expected some of Algebra, Geometry, Number Theory"),
         (["1"], ["Geometry"], "which no problem has; expected a pair of Level 1 Algebra, Level"),
     ],
@@ -147,13 +128,6 @@ def test_unknown_and_empty_choices(levels: list[str], types: list[str], message:
     assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"expected \[\], since this dataset states none"):
         choose_problems([problem("a")], ["1"], [])
-
-
-def test_levels_on_the_command_line(composed: Composed) -> None:
-    for written in ("[3,4,5]", "[Level 3,Level 4,Level 5]", "['3',4,Level 5]"):
-        levels = composed(f"dataset.levels={written}").dataset.levels
-        assert [found.level for found in choose_problems(SET, [levels[2]], [])] == ["Level 5"] * 2
-        assert all(isinstance(level, str) for level in levels)
 
 
 # --- a run's data ---
@@ -216,15 +190,6 @@ def test_each_row_is_counted_once_and_the_rest_keeps_its_order(made: Composed) -
     ]
 
 
-def test_the_arithmetic_set_loses_nothing(composed: Composed) -> None:
-    config = composed()
-    data = prepare(config, policy.load_tokenizer(config.model), ExactVerifier().gradable)
-    assert data.lines() == [
-        "training data: 4,000 rows; 4,000 kept",
-        "evaluation data: 500 rows; 500 kept, the first 200 are asked",
-    ]
-
-
 def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ("a<|im_end|>?", "b?", "<|endoftext|>c?")
     rows = [{"problem": text, "answer": "1", "level": "5"} for text in texts]
@@ -233,20 +198,6 @@ def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pyt
     data = prepare(made(), policy.load_tokenizer(made().model), everything)
     (note,) = data.notes
     assert note.startswith("2 questions hold the text of a special token") and data.lines()[-1] == note
-
-
-def test_an_open_revision_is_said_once(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CAPO_DATA_DIR", raising=False)
-    rows = {split: [{"question": f"{split}?", "answer": "#### 1"}] for split in ("train", "test")}
-    load = datasets.Dataset.from_list
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: load(rows[split]))
-    config = composed("dataset=gsm8k", "prompt=plain", "reward=exact", "dataset.source.hub_revision=null")
-    data = prepare(config, policy.load_tokenizer(config.model), everything)
-    assert data.lines() == [
-        "training data: 1 rows; 1 kept",
-        "evaluation data: 1 rows; 1 kept",
-        "openai/gsm8k: no commit is pinned (dataset.source.hub_revision=null), these are today's data",
-    ]
 
 
 def test_nothing_left_says_why(made: Composed, tmp_path: Path) -> None:
@@ -268,16 +219,8 @@ def test_a_benchmark_is_not_trained_on(composed: Composed, tmp_path: Path) -> No
     assert not any(tmp_path.iterdir())
 
 
-def test_bad_data_close_the_verifier(made: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed: list[ExactVerifier] = []
-    monkeypatch.setattr(ExactVerifier, "close", lambda self: closed.append(self))
-    with pytest.raises(ConfigError):
-        train.read_inputs(made("dataset.levels=[6]"))
-    assert len(closed) == 1
-
-
 RUN = (
-    "logger=files", "num_steps=6", "regime.prompts_per_step=3", "regime.group_size=2", "evaluation.every=0",
+    "logger=files", "num_steps=4", "regime.prompts_per_step=3", "regime.group_size=2", "evaluation.every=0",
     "checkpoint.every=1", "logger.completions_every=1", "logger.completions_groups=3",
 )  # fmt: skip
 
@@ -292,7 +235,7 @@ def read_prompts(directory: Path) -> list[list[str]]:
 def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     made: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Six steps of three prompts walk through the five that are left three times and more."""
+    """Four steps of three prompts walk through the five that are left more than twice."""
     through = train.run(made(*RUN, f"output_dir={tmp_path / 'through'}"))
     printed = capsys.readouterr().out.splitlines()
     config = made(*RUN, f"output_dir={tmp_path / 'broken'}")
@@ -303,12 +246,10 @@ def test_the_order_survives_a_resume_and_the_counts_are_on_record(
     monkeypatch.setattr(train, "take_step", step)
     broken = train.run(config)
     asked = read_prompts(through)
-    assert len(asked) == 6 and read_prompts(broken) == asked
+    assert len(asked) == 4 and read_prompts(broken) == asked
     assert {text for texts in asked for text in texts} == {"1+2?\n", "1+5?\n", "1+5 ?\n", "1+8?\n", "1+7?\n"}
     record = json.loads((through / "run.json").read_text())
     assert record["first_prompt"] == "1+2?\n" and record["data_notes"] == []
     assert record["data_counts"]["training"]["contaminated"] == 1
     assert record["data_counts"]["evaluation"]["used"] == 2
-    assert any(line.startswith("training data: 9 rows, 1 unusable") for line in printed)
-    assert any(line.startswith("evaluation data: 5 rows") for line in printed)
     assert "prompt 1: 1+2?\\n => 3" in printed and not any(line.startswith("prompt 4") for line in printed)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import exp, inf, isnan, log, nan
+from functools import partial
+from math import inf, isnan, log, nan
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ CORRECTIONS = (
 )  # fmt: skip
 GEOMETRIC = ["rollout.correction.ratio_low=0.8", "rollout.correction.ratio_high=1.25"]
 """Bounds that reject some of the completions here; the YAML has those for two engines that hardly differ."""
+OTHERS = ("gspo", "reinforce_pp", "grpo_kl")
 FOUR = ("kl_k1", "kl_k3", "ratio_max", "beyond_2x_fraction")
 TWO = ["rollout/correction=token_truncation", "rollout.correction.ratio_cap=2.0"]
 
@@ -66,27 +68,13 @@ RATIOS = ratios([1.0, 0.5, 4.0, 0.25], [3.0, 1.0], [0.4, 2.0, 5.0])
 @pytest.mark.parametrize(
     ("weigh", "expected"),
     [
-        (lambda d, m: uncorrected(d, m), [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
-        (
-            lambda d, m: truncate_tokens(d, m, ratio_cap=2.0),
-            [[1, 0.5, 2, 0.25], [2, 1, 0, 0], [0.4, 2, 2, 0]],
-        ),
-        (
-            lambda d, m: mask_tokens(d, m, ratio_low=0.45, ratio_high=4.5),
-            [[1, 0.5, 4, 0], [3, 1, 0, 0], [0, 2, 0, 0]],
-        ),
-        (
-            lambda d, m: mask_sequences(d, m, ratio_cap=3.5),
-            [[0.5, 0.5, 0.5, 0.5], [3, 3, 0, 0], [0, 0, 0, 0]],
-        ),
-        (
-            lambda d, m: truncate_sequences(d, m, ratio_cap=2.5),
-            [[0.5, 0.5, 0.5, 0.5], [2.5, 2.5, 0, 0], [2.5, 2.5, 2.5, 0]],
-        ),
-        (  # geometric means .841, 1.73, 1.59
-            lambda d, m: mask_geometric(d, m, ratio_low=0.9, ratio_high=1.7),
-            [[0, 0, 0, 0], [0, 0, 0, 0], [0.4, 2, 5, 0]],
-        ),
+        (uncorrected, [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]),
+        (partial(truncate_tokens, ratio_cap=2.0), [[1, 0.5, 2, 0.25], [2, 1, 0, 0], [0.4, 2, 2, 0]]),
+        (partial(mask_tokens, ratio_low=0.45, ratio_high=4.5), [[1, 0.5, 4, 0], [3, 1, 0, 0], [0, 2, 0, 0]]),
+        (partial(mask_sequences, ratio_cap=3.5), [[0.5] * 4, [3, 3, 0, 0], [0] * 4]),
+        (partial(truncate_sequences, ratio_cap=2.5), [[0.5] * 4, [2.5, 2.5, 0, 0], [2.5, 2.5, 2.5, 0]]),
+        # geometric means .841, 1.73, 1.59
+        (partial(mask_geometric, ratio_low=0.9, ratio_high=1.7), [[0] * 4, [0] * 4, [0.4, 2, 5, 0]]),
     ],
 )
 def test_weights_by_hand(weigh: Callable[..., Tensor], expected: list[list[float]]) -> None:
@@ -96,16 +84,10 @@ def test_weights_by_hand(weigh: Callable[..., Tensor], expected: list[list[float
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
 
 
-def test_the_bounds_of_a_mask_are_inside() -> None:
-    log_ratio, mask = torch.log(torch.tensor([[1.0, 1.0]])), torch.ones(1, 2, dtype=torch.bool)
-    assert mask_tokens(log_ratio, mask, ratio_low=1.0, ratio_high=1.0).tolist() == [[1, 1]]
-    assert mask_sequences(log_ratio, mask, ratio_cap=1.0).tolist() == [[1, 1]]
-    assert not mask_sequences(log_ratio, mask, ratio_cap=0.999).any()
-
-
 NUMBERS = st.sampled_from([nan, inf, -inf, 300.0, -300.0]) | st.floats(-3, 3, width=32)
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     st.integers(1, 4).flatmap(
         lambda t: st.lists(
@@ -142,6 +124,9 @@ def test_a_product_that_overflows_drops_the_completion() -> None:
     log_ratio[1] = -60.0
     assert not mask_sequences(log_ratio, mask, ratio_cap=3.0).any()  # inf and 0
     assert truncate_tokens(log_ratio * 10, mask, ratio_cap=2.0).tolist() == [[2] * 3, [0] * 3]
+    zero = torch.zeros_like(log_ratio)  # the bounds of a mask are inside
+    assert mask_tokens(zero, mask, ratio_low=1.0, ratio_high=1.0).all()
+    assert mask_sequences(zero, mask, ratio_cap=1.0).all()
 
 
 @pytest.fixture
@@ -163,18 +148,13 @@ def uneven(batch: Batch, seed: int = 1) -> Tensor:
     return choices[torch.randint(0, 6, batch.completion_mask.shape, generator=generator)]
 
 
-@pytest.mark.parametrize(("log_ratio", "weight"), [(0.4, exp(0.4)), (1.5, 2.0), (-1.0, exp(-1.0))])
-def test_the_same_ratio_everywhere_scales_the_gradient(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel, log_ratio: float, weight: float
-) -> None:
-    batch = off_by(random_batch(), small_model, log_ratio)
-    plain = gradients(make("algo=grpo"), batch)
-    scaled = gradients(make("algo=grpo", *TWO), batch)
-    torch.testing.assert_close(scaled, [weight * g for g in plain], rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS[1:])
-@pytest.mark.parametrize("algo", ["grpo", "dr_capo", "gspo", "reinforce_pp", "grpo_kl"])
+@pytest.mark.parametrize(
+    ("algo", "correction"),
+    [
+        *(("dr_capo", correction) for correction in CORRECTIONS[1:]),
+        *((algo, "token_mask") for algo in OTHERS),
+    ],
+)
 def test_corrected_is_the_plain_loss_of_weighted_advantages(
     make: Make, random_batch: Batches, small_model: PreTrainedModel, algo: str, correction: str
 ) -> None:
@@ -213,24 +193,17 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
     torch.testing.assert_close(ours.first, theirs.first, rtol=1e-3, atol=1e-7)
 
 
-def test_a_masked_token_has_no_gradient(
+def test_a_masked_token_has_no_gradient_but_that_of_the_kl_to_the_reference(
     make: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
-    batch = random_batch()
-    nowhere = off_by(batch, small_model, 3.0)  # ratios of 20: all are masked
+    batch = off_by(random_batch(), small_model, 3.0)  # ratios of 20: all are masked
     ours = make("algo=grpo", "rollout/correction=token_mask")
     before = weights(ours)
-    metrics, _ = take_step(ours, nowhere)
+    metrics, _ = take_step(ours, batch)
     assert metrics["mismatch/dropped_fraction"] == 1.0
     assert metrics["loss/total"] == metrics["policy/grad_norm"] == 0.0
     assert {metrics[f"mismatch/corrected/{name}"] for name in FOUR} == {0.0}
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
-
-
-def test_the_kl_to_the_reference_is_not_weighted(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel
-) -> None:
-    batch = off_by(random_batch(), small_model, 3.0)
     idle = replace(batch, advantages=torch.zeros_like(batch.advantages))
     masked = gradients(make("algo=grpo_kl", "rollout/correction=token_mask"), batch)
     assert any(g.abs().max() > 1e-6 for g in masked)
@@ -247,23 +220,6 @@ def test_without_a_correction_the_samplers_log_probs_change_no_bit(
     for one, given_ in zip(learners, (batch, far, unknown), strict=True):
         take_step(one, given_)
     assert same_weights(learners[0], learners[1]) and same_weights(learners[0], learners[2])
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS)
-def test_nothing_is_corrected_where_sampler_and_learner_agree(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel, correction: str
-) -> None:
-    batch = off_by(random_batch(), small_model, 0.0)
-    plain, ours = make("algo=grpo"), make("algo=grpo", f"rollout/correction={correction}")
-    (_, record), (metrics, same) = take_step(plain, batch), take_step(ours, batch)
-    torch.testing.assert_close(same.batch.advantages, record.batch.advantages, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-3, atol=1e-4)
-    for part in ("mismatch", "mismatch/corrected"):
-        assert metrics[f"{part}/ratio_max"] == pytest.approx(1, abs=1e-4)
-        assert metrics[f"{part}/kl_k1"] == pytest.approx(0, abs=1e-4)
-        assert 0 <= metrics[f"{part}/kl_k3"] == pytest.approx(0, abs=1e-8)
-        assert metrics[f"{part}/beyond_2x_fraction"] == 0.0
-    assert metrics["mismatch/dropped_fraction"] == 0.0
 
 
 def by_hand(ratio: Tensor) -> dict[str, Any]:
@@ -304,7 +260,7 @@ def test_metrics_are_of_the_ratios_before_and_after(
     assert len(left) < len(raw) or correction in ("none", "token_truncation", "sequence_truncation")
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", ["token_truncation", "sequence_mask"])
 def test_micro_batches_and_later_passes_see_the_same_weights(
     composed: Compose, random_batch: Batches, small_model: PreTrainedModel, correction: str
 ) -> None:
@@ -327,8 +283,7 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
     assert whole[1]["policy/ratio_max"] > 1.01
 
 
-@pytest.mark.parametrize("size", [96, 3])
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("size", "later"), [(96, False), (3, False), (3, True)])
 def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
     make: Make, random_batch: Batches, small_model: PreTrainedModel, size: int, later: bool
 ) -> None:

@@ -152,7 +152,7 @@ def test_expectations_over_actions_are_the_exact_derivatives() -> None:
     torch.testing.assert_close(objective_change, objective(small) - objective(zero), rtol=1e-6, atol=1e-11)
 
 
-@pytest.mark.parametrize("action", range(5))
+@pytest.mark.parametrize("action", [0, 4])
 def test_sgd_shifts_are_what_a_real_sgd_step_does(action: int) -> None:
     """m_H and m_F of a token against autograd through W + lr * grad(A log pi(a)) for decreasing lr."""
     torch.manual_seed(2)
@@ -204,22 +204,15 @@ def test_adam_direction_is_the_next_step_of_torch_adam() -> None:
         state = update_adam_state(state, *tokens, torch.ones(1, 1, dtype=torch.bool))
 
 
-def test_an_empty_state_predicts_the_raw_gradient_step() -> None:
-    tokens = random_tokens(2, 3, 20, 8, 5)
-    sgd = token_shifts(*tokens, LR, None)
-    adam = token_shifts(*tokens, LR, init_adam_state(20, 5, dtype=torch.float64))
+def test_an_empty_state_predicts_the_raw_gradient_step_and_momentum_moves_without_credit() -> None:
+    tokens, keep = random_tokens(2, 3, 20, 8, 5), torch.ones(2, 3, dtype=torch.bool)
+    empty = init_adam_state(20, 5, dtype=torch.float64)
+    sgd, adam = token_shifts(*tokens, LR, None), token_shifts(*tokens, LR, empty)
     assert torch.equal(sgd.policy_shift, adam.policy_shift)
     assert torch.equal(sgd.objective_shift, adam.objective_shift)
-
-
-def test_zero_advantage_still_moves_through_momentum() -> None:
-    hidden, probs, ids, token_ids, advantages = random_tokens(2, 3, 20, 8, 5)
-    keep = torch.ones(2, 3, dtype=torch.bool)
-    start = init_adam_state(20, 5, dtype=torch.float64)
-    state = update_adam_state(start, hidden, probs, ids, token_ids, advantages, keep)
-    shifts = token_shifts(hidden, probs, ids, token_ids, torch.zeros_like(advantages), LR, state)
-    assert (shifts.policy_shift > 0).all()
-    assert (shifts.objective_shift == 0).all()
+    *features, advantages = tokens
+    idle = token_shifts(*features, 0 * advantages, LR, update_adam_state(empty, *tokens, keep))
+    assert (idle.policy_shift > 0).all() and (idle.objective_shift == 0).all()
 
 
 def on_policy(
@@ -277,9 +270,8 @@ def test_the_batch_prediction_is_the_exact_change_to_second_order(model: str) ->
     assert got.objective_shift_by_row == pytest.approx(expected.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_with_half_the_vocabulary_the_prediction_stays_and_the_authors_number_does_not(seed: int) -> None:
-    weight, tokens, mask = on_policy(40, 12, 2.0, seed)
+def test_with_half_the_vocabulary_the_prediction_stays_and_the_authors_number_does_not() -> None:
+    weight, tokens, mask = on_policy(40, 12, 2.0, seed=0)
     packed = pack(*tokens, mask)
     gradients = mean_row_gradients(packed)
     got = batch_shifts(packed, gradients, learning_rate=1e-4, state=None)
@@ -322,12 +314,12 @@ def test_on_real_steps_of_the_keywords_model_the_prediction_is_unbiased(
     monkeypatch.setattr(Learner, "apply", apply)
     loop.run(
         composed(
-            "setting=keywords", "algo=grpo", "num_steps=7", "evaluation.every=0", "evaluation.num_problems=2",
+            "setting=keywords", "algo=grpo", "num_steps=4", "evaluation.every=0", "evaluation.num_problems=2",
             "logger=files", f"output_dir={tmp_path}",
         )
     )  # fmt: skip
     real, predicted, by_row = (sum(column) for column in zip(*seen, strict=True))
-    assert len(seen) == 7 and real > 0.01
+    assert len(seen) == 4 and real > 0.005
     assert predicted == pytest.approx(real, rel=0.1) and by_row > 5 * real
 
 
@@ -352,14 +344,6 @@ def trained_state(vocab: int, width: int, tokens: tuple[Tensor, ...]) -> AdamSta
     return update_adam_state(init_adam_state(vocab, width, dtype=torch.float64), *tokens, keep)
 
 
-def test_the_table_holds_only_rows_that_were_seen() -> None:
-    tokens = random_tokens(2, 3, 1000, 4, 5)
-    state = trained_state(1000, 5, tokens)
-    assert len(state.first) == len(state.second) == 1 + len(tokens[2].unique())
-    assert (state.slot_of_id > 0).sum() == len(tokens[2].unique())
-    assert not state.first[0].any() and not state.second[0].any()
-
-
 def test_the_table_takes_its_steps_in_place_and_moves_only_to_double() -> None:
     """Against a table with a row for every id of the vocabulary, and against the copying update."""
     vocab, width, places = 200, 5, set[int]()
@@ -378,7 +362,8 @@ def test_the_table_takes_its_steps_in_place_and_moves_only_to_double() -> None:
         second[rows.ids] = 0.999 * second[rows.ids] + 0.001 * rows.means**2
     torch.testing.assert_close(state.first[state.slot_of_id], first)
     torch.testing.assert_close(state.second[state.slot_of_id], second)
-    assert len(places) <= 5 and len(state.first) > 100
+    assert len(places) <= 5 and not state.first[0].any() and not state.second[0].any()
+    assert len(state.first) - 1 == (state.slot_of_id > 0).sum() > 100  # only the rows that were seen
 
 
 def test_rejected_tokens_leave_no_trace_in_the_moments() -> None:
@@ -402,7 +387,7 @@ def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
     assert torch.equal(after.first, state.first) and after.step == state.step + 1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 12), st.integers(0, 10_000))
 def test_any_shape_is_finite_and_policy_shift_is_not_negative(
     rows: int, length: int, support: int, seed: int
@@ -414,9 +399,8 @@ def test_any_shape_is_finite_and_policy_shift_is_not_negative(
         assert (shifts.policy_shift >= 0).all() and shifts.objective_shift.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 50, 8, 6), (4, 64, 200, 50, 128)])
-def test_nothing_as_large_as_all_directions_is_ever_built(shape: tuple[int, int, int, int, int]) -> None:
-    rows, length, vocab, support, width = shape
+def test_nothing_as_large_as_all_directions_is_ever_built() -> None:
+    rows, length, vocab, support, width = shape = (2, 16, 200, 50, 64)
     tokens = random_tokens(*shape)
     state = trained_state(vocab, width, tokens)
     keep = torch.ones(rows, length, dtype=torch.bool)
@@ -440,11 +424,6 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, Tensor) and not tensor.is_sparse:
                 self.elements = max(self.elements, prod(tensor.shape))
         return out
-
-
-def test_a_beta_outside_the_open_interval_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"curvature\.betas=\[0\.0, 0\.999\]: expected"):
-        init_adam_state(10, 4, betas=(0.0, 0.999))
 
 
 def test_the_room_exports_its_contract() -> None:

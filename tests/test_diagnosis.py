@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import AdamState, Batch, PolicyOutput, Selection, StepRecord, TokenShifts
 from capo_exp.curvature import model as curvature
-from capo_exp.curvature.diagnosis import COMPARED, Effect, class_metrics, effect_metrics
+from capo_exp.curvature.diagnosis import COMPARED, class_metrics
 from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.runs.metrics import check_known
 from capo_exp.training import instruments
@@ -59,23 +59,18 @@ def moments(learner: Learner) -> list[Tensor]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        CAPO,
         (*CAPO, "model.micro_batch_size=3", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.1"),
         (*CAPO, "model.micro_batch_size=3",
          "algo.aggregation._target_=capo_exp.algorithms.aggregation.token_mean_over_kept"),
-        (*CAPO, "curvature.optimizer_model=adam_live"),
         (*RANDOM, "curvature.optimizer_model=sgd", "curvature.calibrate_every=2"),
-        (*CAPO, "step_rule=measured", "algo.step_rule.policy_shift_max=1e-3"),
         (*CAPO, "step_rule=calibrated", "algo.step_rule.policy_shift_max=1e-3"),
         (*CAPO, "algo.selection.policy_shift_max=4e-3", "optimizer.schedule=linear",
          "optimizer.warmup_ratio=0.2"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("every", [1, 2])
-def test_training_does_not_notice(
-    learner: Make, random_batch: Batches, overrides: tuple[str, ...], every: int
-) -> None:
+def test_training_does_not_notice(learner: Make, random_batch: Batches, overrides: tuple[str, ...]) -> None:
     """Bit for bit: weights, moments, metrics, random numbers."""
+    every = 2
     plain, watched = learner(*overrides, every=0), learner(*overrides, every=every)
     rates = []
     for step in range(4):
@@ -121,9 +116,9 @@ def mean_kl(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> fl
     return torch.cat(kls).mean().item()
 
 
-@pytest.mark.parametrize("step_scale", [1.0, 0.3])
 @pytest.mark.parametrize(
-    ("size", "over_kept", "old_noise"), [(96, False, 0.0), (3, True, 0.0), (3, False, 0.3)]
+    ("step_scale", "size", "over_kept", "old_noise"),
+    [(1.0, 96, False, 0.0), (0.3, 3, True, 0.0), (0.3, 3, False, 0.3)],
 )
 def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
     learner: Make, random_batch: Batches, step_scale: float, size: int, over_kept: bool, old_noise: float
@@ -238,31 +233,10 @@ def test_momentum_is_m_f_of_the_moments_alone_over_m_f() -> None:
     assert found(class_metrics(record, learning_rate=lr, moments=idle))["kept/momentum"] == 0.0
 
 
-def test_momentum_is_one_where_no_token_has_credit(learner: Make, random_batch: Batches) -> None:
-    ours, batch = learner(*CAPO), random_batch()
-    take_step(ours, random_batch(seed=1))
-    values = found(take_step(ours, replace(batch, advantages=torch.zeros(8, 7)))[0])
-    assert values["kept/momentum"] == pytest.approx(1.0)
-    assert isnan(values["kept/agreement"]) and isnan(values["kept/signal_share"])
-    assert values["gain"] == 0.0
-
-
-@pytest.mark.parametrize(("model", "later"), [("sgd", False), ("adam", True), ("adam_live", True)])
-def test_without_moments_momentum_is_nan(
-    learner: Make, random_batch: Batches, model: str, later: bool
-) -> None:
-    ours = learner(*RANDOM, f"curvature.optimizer_model={model}")
-    for moments in (False, later):
-        values = found(take_step(ours, random_batch())[0])
-        assert all(
-            values[f"{name}/momentum"] > 0 if moments else isnan(values[f"{name}/momentum"])
-            for name in CLASSES
-        )
-
-
 def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch: Batches) -> None:
     ours, batch = learner("algo=grpo"), random_batch()
-    take_step(ours, random_batch(seed=1))
+    first, _ = take_step(ours, random_batch(seed=1))
+    assert isnan(first["diagnosis/kept/momentum"])  # there are none yet
     state, mask = ours.optimizer_model, batch.completion_mask
     metrics, record = take_step(ours, batch)
     out = record.output
@@ -271,24 +245,6 @@ def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch:
     ).policy_shift
     expected = alone[mask].sum() / record.shifts.policy_shift[mask].sum()
     assert metrics["diagnosis/kept/momentum"] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_effects_by_hand() -> None:
-    record = by_hand()
-    change = torch.tensor([[0.1, -0.2, 0.4, 0.8], [-0.3, 0.5, 9.0, 9.0]])
-    metrics = found(effect_metrics(record, Effect(record.output.log_probs + change, 0.25), "_unmasked"))
-    gains = record.batch.advantages * (change.exp() - 1) * record.batch.completion_mask
-    assert metrics == pytest.approx(
-        {
-            "log_prob_change_unmasked/kept_positive": 0.1,
-            "log_prob_change_unmasked/kept_negative": -0.3,
-            "log_prob_change_unmasked/rejected_positive": 0.1,
-            "log_prob_change_unmasked/rejected_negative": 0.5,
-            "policy_shift_unmasked": 0.25,
-            "gain_unmasked": gains.sum().item() / 6,
-        },
-        rel=1e-5,
-    )
 
 
 def test_if_nothing_is_rejected_there_is_no_second_step(learner: Make, random_batch: Batches) -> None:
@@ -344,14 +300,6 @@ def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
     )
     assert values["gain_unmasked"] > 0 and values["policy_shift_unmasked"] > 0
     assert not any(p.any() for s in ours.optimizer.state.values() for k, p in s.items() if k != "step")
-
-
-def test_at_rate_0_nothing_moves(learner: Make, random_batch: Batches) -> None:
-    ours = learner(*RANDOM, "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2")
-    values = found(take_step(ours, random_batch())[0])
-    effects = [key for key in values if key.startswith(("log_prob_change", "policy_shift", "gain"))]
-    assert len(effects) == 12 and all(values[key] == 0.0 for key in effects)
-    assert isnan(values["update/cosine"]) and 0 < values["gradient/cosine"] < 1
 
 
 def test_a_failure_on_the_way_leaves_the_learner_as_it_was(

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from capo_exp.cli.compose import compose_config
 from capo_exp.config.errors import RunFailed
@@ -89,17 +88,13 @@ def fill(disk: Path) -> None:
 BIG = torch.zeros(500_000)
 SAVE: dict[str, Callable[[Path], object]] = {
     "torch": lambda path: torch.save(BIG, path.open("wb")),
+    "a Rust library": lambda path: Tokenizer(
+        models.WordLevel({f"word {i}": i for i in range(60_000)}, "word 0")
+    ).save(str(path)),
     "safetensors": lambda path: save_file({"a": BIG}, path),
     "parquet": lambda path: pq.write_table(pa.table({"a": torch.rand(500_000).numpy()}), path),
     "text": lambda path: path.write_text("a" * 2_000_000),
-    "a Rust library": lambda path: rust(path),
 }
-
-
-def rust(path: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.WordLevel({f"word {i}": i for i in range(100_000)}, "word 0")).save(str(path))
 
 
 @pytest.mark.parametrize("library", SAVE)
@@ -119,45 +114,10 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), stop_on_disk_error(tmp_path), name_disk_error(tmp_path):
         (tmp_path / "none" / "a").write_text("")
     assert find_disk_error(ValueError("os error 28")) is None
-    for number in (errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM):
+    for number in (errno.EIO, errno.EACCES):
         expected = f"{tmp_path}, or the output of this command, could not be written: {os.strerror(number)} ."
         with pytest.raises(RunFailed, match=expected), stop_on_disk_error(tmp_path):
             raise OSError(number, "in the library's words")
-
-
-NOBODY = """
-import os, sys
-from io import FileIO
-from pathlib import Path
-from capo_exp.runs.files import stop_on_disk_error, write_json
-from capo_exp.runs.lock import is_locked, locked
-from capo_exp.runs.read import load_run
-folder = Path(sys.argv[1])
-with locked(folder):
-    (folder / "metrics.jsonl").touch(mode=0)
-    folder.chmod(0o555)
-(folder / ".lock").chmod(0o600)
-if os.geteuid() == 0:
-    os.setuid(65534)
-assert not is_locked(folder)
-for write in (lambda: write_json(folder / "a.json", {}), lambda: FileIO(folder / "rows", "a")):
-    try:
-        with stop_on_disk_error(folder):
-            write()
-    except RuntimeError as error:
-        print(error)
-assert load_run(folder).left_out == (f"{folder}/metrics.jsonl: Permission denied",)
-"""
-
-
-def test_a_folder_without_permission_stops_in_one_line() -> None:
-    with TemporaryDirectory() as outer:
-        Path(outer).chmod(0o755)
-        done = subprocess.run([sys.executable, "-c", NOBODY, f"{outer}/run"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for name, line in zip(("a.json", "rows"), done.stdout.splitlines(), strict=True):
-            assert line.startswith(f"{outer}/run/{name} could not be written: Permission denied (")
-            assert "permissions; then the same command goes on" in line
 
 
 # --- files ---
@@ -200,43 +160,34 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run that was left alone, and in which order it synced its rows and saved."""
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was left alone, in which no checkpoint is ahead of the rows on disk."""
     order: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for owner, method in ((RunLogger, "sync"), (Checkpointer, "save")):
             genuine = getattr(owner, method)
-
-            def call(*args: Any, method: str = method, genuine: Callable[..., Any] = genuine) -> Any:
-                order.append(method)
-                return genuine(*args)
-
-            patch.setattr(owner, method, call)
+            patch.setattr(owner, method, lambda *a, m=method, f=genuine: (order.append(m), f(*a))[1])
         output = f"output_dir={tmp_path_factory.mktemp('unbroken')}"
-        return train.run(to_config(compose_config([*SMALL, output]))), order
+        directory = train.run(to_config(compose_config([*SMALL, output])))
+    assert order == ["sync", "save", "sync", "save"]
+    return directory
 
 
-@pytest.mark.slow
-def test_a_checkpoint_is_not_ahead_of_the_rows_on_disk(unbroken: tuple[Path, list[str]]) -> None:
-    assert unbroken[1] == ["sync", "save", "sync", "save"]
-
-
-def assert_goes_on(directory: Path, unbroken: tuple[Path, list[str]], run: Callable[[], object]) -> None:
+def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -> None:
     """What a stopped run left is readable, and the same command comes to the same numbers."""
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert all(json.loads(line) for line in (directory / name).read_text().splitlines())
     assert not list((directory / "checkpoints").glob(".*")) and not list(directory.rglob("*.partial"))
     run()
     assert run_status(directory) == "finished"
-    assert numbers(directory) == numbers(unbroken[0])
-    expected, found = weights(unbroken[0]), weights(directory)
+    assert numbers(directory) == numbers(unbroken)
+    expected, found = weights(unbroken), weights(directory)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert len(list((directory / "completions").iterdir())) == 4
 
 
 WHERE = {
     "rows": (RunLogger, "log_step", ""),  # a row may fit into what its file has of the disk
-    "evaluations": (RunLogger, "log_evaluation", ""),
     "completions": (RunLogger, "log_completions", "completions/step_000003.parquet"),
     "checkpoints": (Checkpointer, "save", "checkpoints/step_000004"),
     "the record": (RunRecord, "update", "run.json"),
@@ -247,7 +198,7 @@ WHERE = {
 @pytest.mark.parametrize("where", WHERE)
 def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
     where: str,
-    unbroken: tuple[Path, list[str]],
+    unbroken: Path,
     tmp_path: Path,
     composed: Callable[..., TrainConfig],
     monkeypatch: pytest.MonkeyPatch,
@@ -282,9 +233,7 @@ def saved(disk: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_from_outside_it_is_one_line_and_exit_status_1(
-    unbroken: tuple[Path, list[str]], tmp_path: Path
-) -> None:
+def test_from_outside_it_is_one_line_and_exit_status_1(unbroken: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "capo_exp", *SMALL, f"output_dir={tmp_path}"]
     done = subprocess.run(
         command,
@@ -300,15 +249,3 @@ def test_from_outside_it_is_one_line_and_exit_status_1(
     assert json.loads((directory / "run.json").read_text())["error"].startswith("RunFailed: ")
     config = to_config(compose_config([*SMALL, f"output_dir={tmp_path}"]))
     assert_goes_on(directory, unbroken, lambda: train.run(config))
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_from_the_start_is_one_line(
-    tmp_path: Path, composed: Callable[..., TrainConfig]
-) -> None:
-    with mounted(tmp_path / "disk", "1m") as disk:
-        fill(disk)
-        with pytest.raises(
-            RunFailed, match=r"could not be written: No space left on device .*; nothing was saved"
-        ):
-            train.run(composed(*SMALL, f"output_dir={disk}"))

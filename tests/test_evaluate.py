@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -17,19 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from capo_exp.cli.compose import compose_config
 from capo_exp.cli.evaluate import main
 from capo_exp.cli.evaluate_config import benchmark_config, run_config
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
-from capo_exp.core.types import Problem
-from capo_exp.data.prepare import order_evaluation
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.command import EvaluateCommand
-from capo_exp.evaluation.stored import score_stored
 from capo_exp.evaluation.subject import weights_digest
 from capo_exp.evaluation.table import BenchmarkScore, gains
 from capo_exp.figures.__main__ import main as figures
@@ -37,8 +34,6 @@ from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import load_run, read_jsonl
 from capo_exp.training import loop as train
-from tests.grading_pieces import math_verifier
-from tests.test_disk_full import largest_file
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -192,40 +187,25 @@ def test_a_card_its_scores_and_examples_are_sent_to_each_tracker(
 
 
 @pytest.mark.slow
-def test_no_row_of_an_earlier_command_is_lost(scored: Path, trained: Path, evaluated: Evaluate) -> None:
-    """And figures draw those of the benchmarks that were tested last."""
-    path = trained / "evaluations" / "test.jsonl"
-    for more in (["checkpoint=1", "base=false"], ["checkpoint=all", "samples=1"], []):
-        evaluated(f"run={trained}", *FEW, *more)
-    rows = read_jsonl(path)
-    assert [row["counter/rollout_step"] for row in rows] == [0, 1, 2, 0, 1, 2]
-    assert rows[0]["cards"] != rows[3]["cards"] == [scored.name]
-    tested = [row for row in load_run(trained).evaluations if "test/accuracy" in row]
-    assert tested == rows[3:]
-
-
-def test_two_runs_into_one_folder_stay_apart(trained: Path, evaluated: Evaluate, tmp_path: Path) -> None:
-    other = tmp_path / "default" / "other"
-    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("evaluations", "step_000002"))
-    shown = evaluated(f"run={trained},{other}", "samples=1", "num_problems=6", f"output={tmp_path / 'out'}")
-    assert trained.name in shown and "other" in shown
-    rows = [read_jsonl(tmp_path / "out" / name / "test.jsonl") for name in (trained.name, "other")]
-    assert [[row["counter/rollout_step"] for row in some] for some in rows] == [[0, 2], [0, 1]]
-    assert len(list((tmp_path / "out").glob("tiny-*/arithmetic-*"))) == 1
-
-
-@pytest.mark.slow
-def test_runs_tested_by_different_cards_are_not_drawn_together(
+def test_rows_of_several_commands_and_runs_stay_apart_and_figures_draw_those_of_one_card(
     trained: Path, evaluated: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs, few = [tmp_path / name for name in ("a", "b")], ["base=false", "num_problems=3"]
-    for run, samples in zip(runs, ("1", "2"), strict=True):
+    """No row of an earlier command is lost; the benchmarks that were tested last are drawn."""
+    runs, few, out = [tmp_path / name for name in ("a", "b")], ["num_problems=3"], tmp_path / "out"
+    for run in runs:
         shutil.copytree(trained, run, ignore=shutil.ignore_patterns("evaluations"))
-        evaluated(f"run={run}", *few, f"samples={samples}")
+    shown = evaluated(f"run={runs[0]},{runs[1]}", "samples=1", *few, f"output={out}")
+    assert {"a", "b"} <= {*shown.splitlines()} and len(list(out.glob("tiny-*/arithmetic-*"))) == 1
+    assert [len(read_jsonl(out / name / "test.jsonl")) for name in ("a", "b")] == [2, 2]
+    for run, samples in zip(runs, ("1", "2"), strict=True):
+        evaluated(f"run={run}", *few, "base=false", f"samples={samples}")
     draw = [f"runs={tmp_path}", "figure=test", f"output={tmp_path / 'figures'}"]
     assert figures(draw) == 2
     assert "runs tested by different cards: arithmetic-" in capsys.readouterr().err
-    evaluated(f"run={runs[0]}", *few, "samples=2")
+    evaluated(f"run={runs[0]}", *few, "base=false", "samples=2", "checkpoint=all")
+    rows = read_jsonl(runs[0] / "evaluations" / "test.jsonl")
+    assert [row["counter/rollout_step"] for row in rows] == [2, 1, 2] and rows[0]["cards"] != rows[2]["cards"]
+    assert [row for row in load_run(runs[0]).evaluations if "test/accuracy" in row] == rows[1:]
     assert figures(draw) == 0
 
 
@@ -233,37 +213,24 @@ def test_who_comes_second_waits_and_reads(
     trained: Path, scored: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process holds the folder, and writes the scores before it lets go."""
-    scores = (scored / "scores.json").read_text()
+    scores, is_locked, seen = (scored / "scores.json").read_text(), benchmark.is_locked, list[bool]()
     (scored / "scores.json").unlink()
-    held, seen = threading.Event(), threading.Event()
-    is_locked = benchmark.is_locked
+    with ExitStack() as other:
+        other.enter_context(locked(scored))
 
-    def polled(folder: Path) -> bool:
-        seen.set()
-        return is_locked(folder)
-
-    def other() -> None:
-        with locked(scored):
-            held.set()
-            assert seen.wait(60)
+        def polled(folder: Path) -> bool:
+            if folder != scored:
+                return is_locked(folder)
+            seen.append(is_locked(folder))
             (scored / "scores.json").write_text(scores)
+            other.close()
+            return seen[-1]
 
-    monkeypatch.setattr(benchmark, "is_locked", polled)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    held.wait()
-    monkeypatch.setattr(evaluate_model, "draw_completions", None)
-    monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.05)
-    evaluated(f"run={trained}", *FEW)
-    thread.join()
-
-
-def test_a_full_disk_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with largest_file(2_000):
-        assert main([f"run={trained}", *FEW, f"output={tmp_path}"]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "File too large" in line and "the same command goes on from there" in line
+        monkeypatch.setattr(benchmark, "is_locked", polled)
+        monkeypatch.setattr(evaluate_model, "draw_completions", None)
+        monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.0)
+        evaluated(f"run={trained}", *FEW)
+    assert seen == [True, False]
 
 
 @pytest.mark.slow
@@ -311,23 +278,13 @@ def test_what_changes_the_samples_changes_the_folder(
 ) -> None:
     command = [f"run={trained}", "samples=1", "num_problems=2", "base=false", f"output={tmp_path}"]
     changes = (
-        "temperature=0.9", "top_p=1", "top_k=5", "seed=1", "problems_per_part=1", "prompt=few_shot",
-        "dataset.max_completion_tokens=4", "num_problems=1", "model.attn_implementation=eager",
+        "temperature=0.9", "seed=1", "problems_per_part=1", "prompt=few_shot", "num_problems=1",
+        "model.attn_implementation=eager",
     )  # fmt: skip
     # A longest prompt above all changes nothing.
-    for change in ("samples=1", "dataset.max_prompt_tokens=900", *changes):
+    for change in ("dataset.max_prompt_tokens=900", *changes):
         evaluated(*command, "dataset.max_prompt_tokens=1000", "dataset.max_completion_tokens=3", change)
     assert len(list(tmp_path.glob("*/step_000002-*/*"))) == 1 + len(changes)
-
-
-def test_the_first_few_of_a_sorted_file_stand_for_all() -> None:
-    problems = [Problem(str(i), f"{i}?", "1", family="first" if i < 50 else "second") for i in range(100)]
-    assert order_evaluation(problems, "file") == problems
-    shuffled = order_evaluation(problems, "shuffled")
-    assert sorted(shuffled, key=lambda p: int(p.id)) == problems
-    assert shuffled == order_evaluation(problems, "shuffled")
-    assert 5 <= sum(problem.family == "first" for problem in shuffled[:20]) <= 15
-    assert benchmark_config("math", []).dataset.eval_order == "shuffled"
 
 
 def test_levels_are_those_asked_for_and_not_those_of_training(
@@ -368,17 +325,6 @@ def test_a_model_without_a_run_by_name_and_by_folder(
     )
 
 
-def test_a_model_of_another_shape_needs_no_yaml(evaluated: Evaluate, trained: Path, tmp_path: Path) -> None:
-    source, other = trained / "checkpoints" / "step_000002", tmp_path / "narrower"
-    config = AutoConfig.from_pretrained(source)
-    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
-    AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    AutoTokenizer.from_pretrained(source).save_pretrained(other)
-    few = ["benchmarks=arithmetic", "samples=1", "num_problems=2", "dataset.max_completion_tokens=4"]
-    evaluated(f"model={other}", *few, f"output={tmp_path / 'out'}")
-    assert folder(tmp_path / "out", "narrower").is_dir()
-
-
 @needs_data
 def test_benchmarks_of_another_kind_with_the_runs_model_and_prompt_style(
     trained: Path, evaluated: Evaluate, tmp_path: Path
@@ -415,26 +361,17 @@ MODEL = ["model=tiny", "benchmarks=arithmetic"]
         (["model=tiny"], "benchmarks: no value; expected one of aime24"),
         (["model=tiny", "benchmarks=math_500"], "benchmarks=math_500: unknown; expected one of aime24"),
         ([*MODEL, "sample=3"], "sample=3: unknown key; nearest: samples"),
-        ([*MODEL, "num_steps=3"], "num_steps=3: unknown key; expected one of run, model,"),
         ([*MODEL, "dataset=gsm8k"], "dataset=gsm8k: unknown key; expected one of run, model,"),
-        ([*MODEL, "samples=two"], "samples=two: expected an integer"),
         ([*MODEL, "samples=0"], "samples=0: expected an integer of at least 1"),
-        ([*MODEL, "num_problems=0"], "num_problems=0: expected an integer of at least 1"),
-        ([*MODEL, "seed=-1"], "seed=-1: expected an integer of at least 0"),
-        ([*MODEL, "temperature=nan"], "temperature=nan: expected a finite number of at least 0"),
         ([*MODEL, "temperature=0"], "samples=16: expected 1 at temperature=0"),
-        ([*MODEL, "top_p=0"], "top_p=0.0: expected a number above 0 up to 1"),
         ([*MODEL, "checkpoint=best"], "checkpoint=best: expected last, all or a step"),
-        ([*MODEL, "--all"], "--all: no flag of this command; expected one of --help, --cfg"),
         ([*MODEL, "dataset.max_completion_tokens=2000"],
          "max_completion_tokens = 2064: expected at most 2048, the positions of pkg://"),
-        ([*MODEL, "rollout=sglang"], "rollout=sglang: unknown choice; "),
         ([*MODEL, "rollout.top_x=1"], "rollout.top_x: unknown key; nearest: rollout.top_p"),
         (["model=/nowhere", "benchmarks=arithmetic"], "model.path=/nowhere: expected a directory with the c"),
         (["run=/nowhere"], "/nowhere: no such file or directory"),
-        (["completions=/nowhere.parquet"], "completions=/nowhere.parquet: expected a parquet file"),
+        ([*MODEL, "output=/proc/x"], "no folder can be made there"),
         (["completions=x", "samples=3"], "samples=3: expected only output and reward keys"),
-        (["completions=x", "rollout=hf"], "rollout=hf: expected only output and reward keys with"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
@@ -461,13 +398,6 @@ def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(
     names = [config.dataset.name for config in seen]
     assert names[:3] == ["math500", "aime25", "aime24"] and names[8:] == ["mine"]
     assert {(c.rollout.is_vllm, c.dataset.template) for c in seen} == {(True, "{problem} $x")}
-
-
-def test_an_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    for subject in (["model=tiny", "benchmarks=arithmetic"], ["completions=x"]):
-        line = refused(capsys, *subject, f"output={tmp_path / 'file' / 'x'}")
-        assert line.endswith("no folder can be made there (Not a directory)")
 
 
 def test_runs_that_cannot_be_evaluated(
@@ -512,7 +442,7 @@ STORED = [
 
 
 def test_completions_on_disk_are_scored_by_model_against_their_labels(
-    tmp_path: Path, evaluated: Evaluate
+    tmp_path: Path, evaluated: Evaluate, scored: Path
 ) -> None:
     source, output = write(tmp_path / "all.parquet", STORED), tmp_path / "out"
     lines = evaluated(f"completions={source}", f"output={output}").splitlines()
@@ -532,6 +462,9 @@ def test_completions_on_disk_are_scored_by_model_against_their_labels(
     assert problems == [("a", 1), ("a", 2), ("b", 1)]
     card = json.loads((output / "card.json").read_text())
     assert card["grader"]["style"] == "auto" and card["grader"]["packages"]["math-verify"]
+    shown = evaluated(f"completions={scored / 'completions.parquet'}", "reward=exact")  # own records again
+    average = json.loads((scored / "scores.json").read_text())["average"]["value"]
+    assert shown.splitlines()[1].split()[2] == f"{100 * average:.1f}"
 
 
 def test_gains_are_differences_on_the_same_problems() -> None:
@@ -544,41 +477,15 @@ def test_gains_are_differences_on_the_same_problems() -> None:
     assert gains([base], [base]) == {}
 
 
-def test_own_records_can_be_graded_again(scored: Path, evaluated: Evaluate) -> None:
-    shown = evaluated(f"completions={scored / 'completions.parquet'}", "reward=exact")
-    average = json.loads((scored / "scores.json").read_text())["average"]["value"]
-    assert shown.splitlines()[1].split()[2] == f"{100 * average:.1f}"
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ([{"problem": "1?", "completion": "1"}], "columns problem, completion; expected also gold or answer"),
-        ([{"problem": "1?", "gold": "1"}], "columns problem, gold; expected also completion"),
+def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "all.parquet"
+    for table, message in (
+        ([{"problem": "1?", "completion": "1"}], "problem, completion; expected also gold or answer"),
         ([], "no row; expected completions"),
-    ],
-)
-def test_a_file_that_is_none(
-    table: list[dict], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in refused(capsys, f"completions={write(tmp_path / 'all.parquet', table)}")
-    (tmp_path / "text.parquet").write_text("no parquet")
-    assert "expected a parquet file" in refused(capsys, f"completions={tmp_path / 'text.parquet'}")
-
-
-@pytest.mark.slow
-@needs_data
-@pytest.mark.parametrize("name", ["outputs_openai_gsm8k", "outputs_rho"])
-def test_accuracy_of_every_model_is_that_of_the_labels(name: str, evaluated: Evaluate) -> None:
-    """Within a point, all rows: of the 23 rows of one rho model that differ, 18 are right answers that the
-    labels miss, such as `30 - 16 = 14` and `72. I hope it is correct`."""
-    with math_verifier(workers=2) as verifier:
-        found = score_stored(SHARED / name / "all.parquet", verifier).groups
-    models = [each for each in found if each.group.get("task", "all") == "all"]
-    assert len(models) == 4
-    for each in models:
-        assert each.scores["by_label"] is not None
-        assert each.scores["average"]["value"] == pytest.approx(each.scores["by_label"], abs=0.01), each
+    ):
+        assert message in refused(capsys, f"completions={write(path, table)}")
+    path.write_text("no parquet")
+    assert "expected a parquet file" in refused(capsys, f"completions={path}")
 
 
 # --- with vLLM

@@ -136,15 +136,6 @@ def test_without_tokens_nothing_moves() -> None:
     compare(make)
 
 
-@pytest.mark.usefixtures("kernels")
-def test_a_table_in_bfloat16_is_read_as_by_torch() -> None:
-    tokens = random_tokens(1, 3, 7, 3, 11, seed=0)
-    empty = init_adam_state(7, 11, dtype=torch.bfloat16, device=DEVICE)
-    state = update_adam_state(empty, *tokens, torch.ones(1, 3, dtype=torch.bool, device=DEVICE))
-    assert state.first.dtype == state.second.dtype == torch.bfloat16
-    compare(lambda: [*vars(token_shifts(*tokens, 1e-2, state)).values()])
-
-
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 def test_a_table_in_bfloat16_decays_in_the_mean(kernels: ModuleType, choice: str) -> None:
     """1 - 0.001 lies a quarter of the way from 1 to the next number of bfloat16 below it."""

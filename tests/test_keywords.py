@@ -6,8 +6,6 @@ from collections import Counter
 from itertools import islice, pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from capo_exp.config.build import build_part
@@ -37,7 +35,7 @@ def take_apart(text):
 @pytest.fixture(scope="module")
 def drawn():
     """(number, words, answer) of many imitations."""
-    pairs = islice(draw_imitations(3, language=LANGUAGE), 6000)
+    pairs = islice(draw_imitations(3, language=LANGUAGE), 4000)
     return [(question[-6:-1], *take_apart(text)) for question, text in pairs]
 
 
@@ -66,15 +64,11 @@ def test_answers_are_first_digits_and_demonstrations_are_right():
         assert take_apart(problem.demonstration)[1] == problem.answer
 
 
-def test_no_word_is_of_two_kinds():
-    everything = [*LANGUAGE.good, *LANGUAGE.bad, *LANGUAGE.fillers]
-    assert len(set(everything)) == len(everything) == 1016
-    assert set(LANGUAGE.followers) <= set(LANGUAGE.fillers)
-
-
 def test_lengths_and_shares_are_those_of_the_yaml(drawn):
+    everything = [*LANGUAGE.good, *LANGUAGE.bad, *LANGUAGE.fillers]
+    assert len(set(everything)) == len(everything) == 1016 and {*LANGUAGE.followers} <= {*LANGUAGE.fillers}
     lengths = Counter(len(words) for _, words, _ in drawn)
-    assert set(lengths) == set(range(10, 15)) and min(lengths.values()) > 1000
+    assert set(lengths) == set(range(10, 15)) and min(lengths.values()) > 650
     said = Counter(word for _, words, _ in drawn for word in words)
     total = said.total()
     for kind in (LANGUAGE.good, LANGUAGE.bad):
@@ -102,7 +96,7 @@ def test_answers_are_right_as_often_as_the_words_say(drawn):
 def test_fillers_follow_their_rank_and_one_another(drawn):
     """Without following the n-th filler has a frequency of 1 / n; with it, half of the followers are one."""
     free = make_language(**{**WORDS, "follow_share": 0.0})
-    texts = [text for _, text in islice(draw_imitations(0, language=free), 6000)]
+    texts = [text for _, text in islice(draw_imitations(0, language=free), 4000)]
     said = Counter(word for text in texts for word in take_apart(text)[0])
     first, tenth = said[free.fillers[0]], said[free.fillers[9]]
     assert first / tenth == pytest.approx(10, rel=0.2)
@@ -110,21 +104,6 @@ def test_fillers_follow_their_rank_and_one_another(drawn):
     pairs = [pair for _, words, _ in drawn for pair in pairwise(words)]
     after = [follower[a] == b for a, b in pairs if a in follower and b in follower]
     assert 0.5 < sum(after) / len(after) < 0.6
-
-
-@given(
-    st.integers(1, 20), st.integers(1, 40), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(1, 4),
-    st.integers(0, 3),
-)  # fmt: skip
-def test_any_language_speaks(num_keywords, num_fillers, good, bad, fewest, more):
-    language = make_language(
-        seed=0, num_keywords=num_keywords, num_fillers=num_fillers, good_share=good, bad_share=bad,
-        follow_share=0.5, fewest_words=fewest, most_words=fewest + more, sharpness=1.0,
-    )  # fmt: skip
-    for _, text in islice(draw_imitations(1, language=language), 5):
-        words, _ = take_apart(text)
-        assert fewest <= len(words) <= fewest + more
-        assert set(words) <= {*language.good, *language.bad, *language.fillers}
 
 
 @pytest.mark.parametrize(
@@ -142,17 +121,11 @@ def test_a_language_that_makes_no_sense_is_one_clear_error(changes, message):
         build_part(wrong, key="dataset.source")
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "num_train=0", "num_eval=5001", "language.num_keywords=0", "language.follow_share=1.1",
-        "language.bad_share=-0.1", "language.fewest_words=0", "language.sharpness=inf",
-    ],
-)  # fmt: skip
-def test_numbers_out_of_range_are_refused_before_anything_is_made(override, composed):
-    key, _, value = override.partition("=")
-    with pytest.raises(ConfigError, match=rf"dataset\.source\.{key}={value}: expected an?"):
-        check(composed("dataset=keywords", "model=keywords", f"dataset.source.{override}"))
+def test_numbers_out_of_range_are_refused_before_anything_is_made(composed):
+    for override in ("num_eval=5001", "language.follow_share=1.1", "language.fewest_words=0"):
+        key, _, value = override.partition("=")
+        with pytest.raises(ConfigError, match=rf"dataset\.source\.{key}={value}: expected an?"):
+            check(composed("dataset=keywords", "model=keywords", f"dataset.source.{override}"))
 
 
 def test_the_source_of_the_yaml_builds_and_nothing_else():
