@@ -71,8 +71,8 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
 def test_two_processes_give_the_numbers_of_one(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, tmp_path: Path
 ) -> None:
-    """Each kind of algorithm, selection, step rule, optimiser model; a run that is stopped and goes on, also in
-    four processes."""
+    """Each kind of algorithm, selection, step rule, optimiser model; a run that is stopped and goes on, also
+    in four processes."""
     untied = type(small_model)(
         type(small_model.config)(**small_model.config.to_dict() | {"tie_word_embeddings": False})
     )
