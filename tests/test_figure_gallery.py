@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -77,7 +78,7 @@ def check_page(figure: Figure) -> None:
     """Nothing sticks out of the page, no text lies on another, no legend on the axes."""
     with rc_context(style.SETTINGS):  # how many ticks there are follows the size of their letters
         figure.draw_without_rendering()
-        renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+        renderer = FigureCanvasAgg(figure).get_renderer()
         everything, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
         assert min(everything.x0, everything.y0) > -0.01
         assert everything.x1 < width + 0.01 and everything.y1 < height + 0.01
