@@ -75,15 +75,17 @@ REWARDS = [1.0, 0.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
 def test_dpo_is_the_logistic_loss_of_differences_of_log_ratios(
     composed: Compose, small_model: PreTrainedModel, random_batch: Batches, size: int
 ) -> None:
-    """Loss, and gradient of the weights, by autograd on model and reference; micro-batches part the pairs."""
+    """Loss, and gradient of the weights, by autograd on model and reference; micro-batches part the pairs. A
+    KL to the reference on top is still each token's own."""
     batch = grouped(random_batch(), REWARDS, size)
-    config = composed(*SMALL, "algo=dpo", "algo.token_loss.beta=0.7", "model.micro_batch_size=3")
+    config = composed(
+        *SMALL, "algo=dpo", "algo.token_loss.beta=0.7", "algo.kl_coefficient=0.1", "model.micro_batch_size=3"
+    )
     ours = make_learner(config, small_model, distance=0.05)
     assert ours.reference is not None
-    expected = preference_loss(
-        (plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)).sum(1).view(-1, size),
-        torch.tensor(REWARDS).view(-1, size), 0.7,
-    )  # fmt: skip
+    log_ratio = plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)
+    expected = preference_loss(log_ratio.sum(1).view(-1, size), torch.tensor(REWARDS).view(-1, size), 0.7)
+    expected = expected + 0.1 * (log_ratio + (-log_ratio).expm1()).sum(1).mean()
     wanted = torch.autograd.grad(expected, list(ours.model.parameters()))
     again = make_learner(config, small_model, distance=0.05)
     torch.testing.assert_close(gradients(ours, batch), list(wanted), rtol=1e-5, atol=1e-6)
@@ -189,6 +191,16 @@ def test_pairs_of_three_levels_by_hand(composed: Compose, tmp_path: Path) -> Non
     assert got.pairs[2].completions[0].text == "8 "
     write_pairs(tmp_path / FILE, got)
     assert read_pairs(tmp_path / FILE) == got and read_pairs(tmp_path / "none") is None
+
+
+def test_a_solution_that_is_lost_in_its_first_step_gives_no_inference(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a step where both begin with the same one."""
+    lost = Scripted.script | {(2,): Scripted.script[2, 5]}
+    monkeypatch.setattr(Scripted, "script", lost)
+    built = build(composed("algo=mdpo", *PAIRED, EVERY_TOKEN))[2].build()
+    assert [pair.level for pair in built.pairs] == ["solution"]
 
 
 def test_pairs_are_handed_out_with_what_they_earned(composed: Compose) -> None:
