@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
 from capo_exp.config.checks import check
@@ -25,16 +24,15 @@ from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.pairs import FILE, Pair, PairRollout, read_pairs, write_pairs
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop, rollout_step
+from capo_exp.training.learner import Learner
 from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import sample_rollout
 from capo_exp.training.sampler import Sampler
 from tests.pieces import (
-    SMALL,
     Reader,
     completion,
     gradients,
     inputs_of,
-    make_learner,
     plain_log_probs,
     prompt,
     run_updates,
@@ -45,11 +43,6 @@ Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 PAIRED = ("rollout=pairs", "regime.group_size=2", "model.micro_batch_size=8")
 EVERY_TOKEN = "algo.states.pattern='(?<= )'"  # begins a step
-
-
-@pytest.fixture
-def built(composed: Compose) -> Callable[..., Algorithm]:
-    return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
 
 
 def grouped(batch: Batch, rewards: Sequence[float], size: int) -> Batch:
@@ -73,21 +66,18 @@ REWARDS = [1.0, 0.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_dpo_is_the_logistic_loss_of_differences_of_log_ratios(
-    composed: Compose, small_model: PreTrainedModel, random_batch: Batches, size: int
+    learner: Callable[..., Learner], random_batch: Batches, size: int
 ) -> None:
     """Loss, and gradient of the weights, by autograd on model and reference; micro-batches part the pairs. A
     KL to the reference on top is still each token's own."""
     batch = grouped(random_batch(), REWARDS, size)
-    config = composed(
-        *SMALL, "algo=dpo", "algo.token_loss.beta=0.7", "algo.kl_coefficient=0.1", "model.micro_batch_size=3"
-    )
-    ours = make_learner(config, small_model, distance=0.05)
+    numbers = ("algo.token_loss.beta=0.7", "algo.kl_coefficient=0.1", "model.micro_batch_size=3")
+    ours, again = (learner("algo=dpo", *numbers, distance=0.05) for _ in range(2))
     assert ours.reference is not None
     log_ratio = plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)
     expected = preference_loss(log_ratio.sum(1).view(-1, size), torch.tensor(REWARDS).view(-1, size), 0.7)
     expected = expected + 0.1 * (log_ratio + (-log_ratio).expm1()).sum(1).mean()
     wanted = torch.autograd.grad(expected, list(ours.model.parameters()))
-    again = make_learner(config, small_model, distance=0.05)
     torch.testing.assert_close(gradients(ours, batch), list(wanted), rtol=1e-5, atol=1e-6)
     assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(expected.item(), abs=1e-6)
 

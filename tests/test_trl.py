@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.opsm import mask_negative
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.surrogates import to_sampler
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch
-from tests.pieces import SMALL, gradients, inputs_of, make_learner, run_updates, with_step
+from capo_exp.training.learner import Learner
+from tests.pieces import gradients, inputs_of, run_updates, with_step
 from tests.test_methods import loss_and_gradient, off_policy
 
 pytest.importorskip("trl", minversion="1.16")
@@ -108,17 +108,14 @@ def test_the_off_policy_mask_is_trls(random_batch: Callable[..., Batch]) -> None
     assert torch.equal(got, mask & expected.bool()) and 0 < expected.sum() < 32
 
 
-def test_dpo_is_trls(
-    composed: Callable[..., TrainConfig], small_model: PreTrainedModel, random_batch: Callable[..., Batch]
-) -> None:
+def test_dpo_is_trls(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
     """Loss, and gradient of the weights; TRL's batch has the better ones first, and then the worse ones."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     batch = random_batch()
     better = torch.arange(8) % 2 == 0
     batch = replace(batch, advantages=better[:, None] * batch.completion_mask.float())
-    config = composed(*SMALL, "algo=dpo", "model.micro_batch_size=3")
-    ours, again = (make_learner(config, small_model, distance=0.05) for _ in range(2))
+    ours, again = (learner("algo=dpo", "model.micro_batch_size=3", distance=0.05) for _ in range(2))
     trainer = SimpleNamespace(
         model=ours.model, ref_model=ours.reference, accelerator=Alone(), _metrics={"train": Ignored()},
         args=SimpleNamespace(gradient_checkpointing_kwargs=None), beta=0.1, label_smoothing=0.0,
