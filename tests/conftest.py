@@ -52,6 +52,10 @@ SELECTING = {
     name for name in ALGORITHMS if "\nselection:" in (conf_dir() / "algo" / f"{name}.yaml").read_text()
 }
 """Those that bring a selection of their own."""
+OFFLINE = sorted(
+    name for name in ALGORITHMS if "\npair_levels:" in (conf_dir() / "algo" / f"{name}.yaml").read_text()
+)
+"""Those that learn from pairs alone."""
 
 
 @pytest.fixture

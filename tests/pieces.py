@@ -122,7 +122,10 @@ def with_step(inputs: TokenLossInput, group_ids: Tensor) -> TokenLossInput:
     output = PolicyOutput(
         log_probs, inputs.entropy, zeros[..., None], mask.long()[..., None], zeros[..., None]
     )
-    step = Scored(batch, output, TokenShifts(zeros, zeros), inputs.old_log_probs, 0.0, None, seed=0)
+    step = Scored(
+        batch, output, TokenShifts(zeros, zeros), inputs.old_log_probs, 0.0, None, seed=0,
+        ref_log_probs=inputs.ref_log_probs,
+    )  # fmt: skip
     return replace(inputs, step=step, rows=rows)
 
 

@@ -38,7 +38,7 @@ RUN = (
     "regime.group_size=4", "model.micro_batch_size=8", "dataset.max_completion_tokens=24",
     "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
 )  # fmt: skip
-ALGORITHMS = ("a_star_po", "c3po", "dash", "gspo", "prorl", "reinforce_pp", "rloo")
+ALGORITHMS = ("a_star_po", "c3po", "dash", "dpo", "gspo", "prorl", "reinforce_pp", "rloo")
 """With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss; what is
 sampled beside a step is dealt as the step's own (vineppo)."""
 SELECTIONS = ("all_levels", "batch", "random_matched", "top_policy_shift", "down_weight")

@@ -31,7 +31,10 @@ class Tokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
     def batch_decode(self, rows: Sequence[Sequence[int]], **_: object) -> list[str]:
-        return [" ".join(map(str, row)) for row in rows]
+        return [self.decode(row) for row in rows]
+
+    def decode(self, row: Sequence[int], **_: object) -> str:
+        return " ".join(map(str, row))
 
 
 def prompts(*rows: tuple[int, ...]) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """Loss and gradient of the methods that TRL has, too, against TRL's function (`pip install -e .[bench]`)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.surrogates import to_sampler
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Batch
-from tests.pieces import inputs_of, with_step
+from capo_exp.training.learner import Learner
+from tests.pieces import gradients, inputs_of, run_updates, with_step
 from tests.test_methods import loss_and_gradient, off_policy
 
 pytest.importorskip("trl", minversion="1.16")
@@ -66,10 +68,12 @@ def trl_loss(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
 class Alone:
     """An accelerator of one process."""
 
-    num_processes = 1
+    num_processes, device = 1, torch.device("cpu")
 
     def gather(self, values: Tensor) -> Tensor:
         return values
+
+    gather_for_metrics = gather
 
     def reduce(self, values: Tensor, reduction: str) -> Tensor:
         return values
@@ -102,3 +106,30 @@ def test_the_off_policy_mask_is_trls(random_batch: Callable[..., Batch]) -> None
     got = mask_negative(step, log_ratio=to_sampler, divergence_max=0.1).keep_mask
     expected = GRPOTrainer.get_off_policy_mask(advantages[:, :1], log_probs, old, mask.long(), 0.1)
     assert torch.equal(got, mask & expected.bool()) and 0 < expected.sum() < 32
+
+
+def test_dpo_is_trls(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
+    """Loss, and gradient of the weights; TRL's batch has the better ones first, and then the worse ones."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    batch = random_batch()
+    better = torch.arange(8) % 2 == 0
+    batch = replace(batch, advantages=better[:, None] * batch.completion_mask.float())
+    ours, again = (learner("algo=dpo", "model.micro_batch_size=3", distance=0.05) for _ in range(2))
+    trainer = SimpleNamespace(
+        model=ours.model, ref_model=ours.reference, accelerator=Alone(), _metrics={"train": Ignored()},
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), beta=0.1, label_smoothing=0.0,
+        ld_alpha=None, precompute_ref_logps=False, f_divergence_type="reverse_kl", loss_types=["sigmoid"],
+        loss_weights=[1.0], use_weighting=False, aux_loss_enabled=False, _total_train_tokens=0,
+    )  # fmt: skip
+    order = torch.cat([better.nonzero(), (~better).nonzero()]).squeeze(1)
+    prompts = batch.attention_mask.shape[1] - batch.completion_mask.shape[1]
+    inputs = {
+        "input_ids": batch.input_ids[order], "attention_mask": batch.attention_mask[order],
+        "completion_mask": torch.nn.functional.pad(batch.completion_mask.long(), (prompts, 0))[order],
+    }  # fmt: skip
+    ours.model.train()
+    loss = DPOTrainer._compute_loss(trainer, ours.model, inputs, False)  # pyright: ignore
+    expected = torch.autograd.grad(loss, list(ours.model.parameters()))
+    assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(loss.item(), abs=1e-6)
+    torch.testing.assert_close(gradients(ours, batch), list(expected), rtol=1e-5, atol=1e-6)

@@ -53,6 +53,7 @@ class Algorithm:
     reference_samples: int
     continuations: int
     states: States
+    pair_levels: list[str]
     shaping: Shaping
     advantage: Advantage
     credit: Credit

@@ -266,7 +266,7 @@ def round_trip(
     from capo_exp.training.session import choose_train_engine, load_reference
 
     train_engine = choose_train_engine(config, inputs, engine)
-    if train_engine is not engine:
+    if train_engine is not engine and not config.rollout.has_pairs:  # which only a run builds
         completions = _generate(config, train_engine, inputs, version=0)
     reference = load_reference(config, inputs, weights=None)
     rewards = torch.tensor([[1.0, 0.0]] * len(completions))  # made up: equal ones would teach nothing

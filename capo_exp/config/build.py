@@ -23,7 +23,7 @@ from capo_exp.config.signature import check_settings, is_like
 
 PART_MODULES = re.compile(
     r"capo_exp\.(algorithms\.(?!protocols)[a-z]\w*|data\.(arithmetic|keywords|math_problems|multiple_choice|own_rows|questions)"
-    r"|grading\.(function|terms|verifier)|rollout\.(demonstrations|hf|vllm_settings))"
+    r"|grading\.(function|terms|verifier)|rollout\.(demonstrations|hf|pairs|vllm_settings))"
 )
 """Where the parts of this package stand. What a module there imports is no part, nor is a private name."""
 MARKS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}

@@ -223,9 +223,14 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.regime.group_size == 1 and declares(advantage, "compares_group"):
         wanted = f"at least 2, since {advantage.__name__} compares the completions of a prompt"
         raise error("regime.group_size", 1, wanted)
+    compares = build.declares_inside(algo.token_loss, "algo.token_loss", "compares_group")
+    if algo.num_minibatches > 1 and compares:
+        wanted = f"1 with algo={algo.name}, whose loss compares the completions of a prompt"
+        raise error("algo.num_minibatches", algo.num_minibatches, wanted)
     if algo.reference_reset_every and not build.needs_reference(algo):
         raise error("algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference")
     _check_samples(config)
+    _check_pairs(config)
 
 
 def _check_samples(config: TrainConfig) -> None:
@@ -239,7 +244,8 @@ def _check_samples(config: TrainConfig) -> None:
     }
     for key, offer in (("reference_samples", "reference_rewards"), ("continuations", "state_values")):
         count = getattr(algo, key)
-        if offer in asking and not count:
+        paired = key == "reference_samples" and config.rollout.has_pairs  # which bring the rewards
+        if offer in asking and not (count or paired):
             raise error(f"algo.{key}", 0, f"at least 1, since {asking[offer]} asks for {offer}")
         if count and config.rollout.train_engine is not None:
             wanted = "0 with rollout.train_engine, whose completions nobody sampled"
@@ -247,6 +253,19 @@ def _check_samples(config: TrainConfig) -> None:
     if algo.reference_samples and algo.reference_reset_every:
         wanted = "0 with algo.reference_samples, which are those of the first reference"
         raise error("algo.reference_reset_every", algo.reference_reset_every, wanted)
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    algo, levels = config.algo, f"algo.pair_levels=[{','.join(config.algo.pair_levels)}]"
+    if not config.rollout.has_pairs:
+        if algo.pair_levels:
+            raise error("rollout", config.rollout.name, f"rollout=pairs with {levels}")
+        return
+    if config.regime.group_size != 2:
+        raise error("regime.group_size", config.regime.group_size, "2 with rollout=pairs")
+    if {"inference", "step"} & {*algo.pair_levels} and algo.states["_target_"].endswith(".prompt_alone"):
+        wanted = f"what says where a step begins, as capo_exp.algorithms.vineppo.step_starts, with {levels}"
+        raise error("algo.states._target_", algo.states["_target_"], wanted)
 
 
 def _check_distributed(config: TrainConfig) -> None:

@@ -18,7 +18,8 @@ which algo.continuations asks for."""
 
 
 def compares_group(function: Function) -> Function:
-    """Marks an advantage that compares the completions of a prompt: it needs a group_size of at least 2."""
+    """Marks an advantage or a token loss that compares the completions of a prompt: there have to be two, and
+    a loss has to find them in one optimiser step."""
     function.compares_group = True  # type: ignore[attr-defined]
     return function
 
@@ -31,8 +32,8 @@ def whole_step(function: Function) -> Function:
 
 
 def regresses(function: Function) -> Function:
-    """Marks a token loss in which the advantage is a target and no factor, so that the weight of a correction
-    would move the target: it takes none."""
+    """Marks a token loss in which the advantage is a target, or orders completions, and is no factor, so that
+    the weight of a correction would move it: it takes none."""
     function.regresses = True  # type: ignore[attr-defined]
     return function
 

@@ -53,6 +53,8 @@ def _compiles(pattern: str) -> bool:
     return False
 
 
+LEVELS = ("solution", "inference", "step")
+"""Of which rollout=pairs makes pairs."""
 OFF = "infinite = off: inf on the command line, .inf in YAML"
 AT_LEAST_0 = Rule(lambda v: v >= 0, "an integer of at least 0")
 AT_LEAST_1 = Rule(lambda v: v >= 1, "an integer of at least 1")
@@ -73,6 +75,7 @@ NUM_PROBLEMS = Rule(lambda v: 1 <= v <= 1_000_000, "an integer in [1, 1,000,000]
 TOP_P = Rule(lambda v: 0 < v <= 1, "a number in (0, 1] (1 = off)")
 BETAS = Rule(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
 OPEN_BETAS = Rule(lambda v: len(v) == 2 and all(0 < b < 1 for b in v), "two numbers inside (0, 1)")
+PAIR_LEVELS = Rule(lambda v: len(set(v)) == len(v) and set(v) <= {*LEVELS}, f"a list of {', '.join(LEVELS)}")
 COUNT = Rule(lambda v: 1 <= v <= 10**9, "an integer of at least 1, at most 1e9")
 COUNT_OR_0 = Rule(lambda v: 0 <= v <= 10**9, "an integer of at least 0, at most 1e9")
 LEARNING_RATE = Rule(lambda v: v == 0 or 1e-12 <= v <= 10, "0 or a number in [1e-12, 10]")

@@ -75,6 +75,8 @@ class AlgoConfig:
     # Completions sampled on from each state of a completion, to estimate its value; 0 = none.
     continuations: int = setting(ranges.COUNT_OR_0, default=0)
     states: Part = setting(default=_neutral("prompt_alone"))
+    # Of what rollout=pairs makes pairs: solution, inference, step; [] = solution.
+    pair_levels: list[str] = setting(ranges.PAIR_LEVELS, default=list)
     shaping: Part = setting(default=_neutral("unshaped"))
     advantage: Part = setting(like="algorithms.grpo.group_normalised")
     credit: Part = setting(default=_neutral("every_token"))
@@ -203,6 +205,11 @@ class RolloutConfig:
     top_p: float = setting(ranges.TOP_P)
     # Weights the credit where sampler and learner differ; rollout/correction=
     correction: Part = setting(like="algorithms.correction.uncorrected")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Is true where training completions are pairs that are built before the first step."""
+        return (self.train_engine or {}).get("_target_") == "capo_exp.rollout.pairs.PairRollout"
 
     @property
     def is_vllm(self) -> bool:

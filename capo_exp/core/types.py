@@ -71,6 +71,7 @@ class RolloutGroup:
     prompt: Prompt
     completions: tuple[Completion, ...]
     weight_version: int  # Number of optimiser steps that the sampling weights had seen
+    rewards: tuple[float, ...] | None = None  # What each has earned already; None = it is to be graded
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class Scored:
     seed: int  # A function of the run's seed and of the optimiser step
     world: World = SINGLE
     """The processes that hold the output of the other rows, where it is a whole step that is shared out."""
+    ref_log_probs: Float[Tensor, "B T"] | None = None
+    """Nats, of the reference, for a token loss that declares `whole_step` and `needs_reference`."""
 
 
 @dataclass(frozen=True)

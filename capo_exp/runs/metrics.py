@@ -35,7 +35,7 @@ METRICS: dict[str, str] = {
     "counter/generated_tokens": "Tokens sampled for training.",
     "counter/unrewarded_steps": "Rollout steps in a row, up to this one, without any reward.",
     "counter/reference_resets": "How often the reference has become the policy.",
-    "reward/accuracy": "Share of completions whose answer is right; correctness alone, whatever is rewarded.",
+    "reward/accuracy": "Share of completions whose answer is right; correctness alone; none of pairs.",
     "reward/format": "Mean format term before its weight, where reward.format is on.",
     "reward/length": "Mean length term before its weight, where reward.length is on.",
     "reward/mean": "Mean reward of the completions that train: correctness, terms and shaping.",

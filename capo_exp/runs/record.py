@@ -27,7 +27,7 @@ STATES = ("absent", "running", "finished", "failed", "interrupted")
 MEDIA = ("run.png", "report.html")
 LEFT = (
     "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
-    "completions", "checkpoints", "evaluations", "engines", "wandb", "tensorboard",
+    "pairs.json", "completions", "checkpoints", "evaluations", "engines", "wandb", "tensorboard",
 )  # fmt: skip
 OURS = re.compile(r"\.?step_\d+\S*|test\.jsonl|rank_\d+|offline-run-\S+|events\.out\.\S+|\S+-[0-9a-f]{8}")
 """Names that a run writes into those folders."""

@@ -92,6 +92,9 @@ class Learner:
             scored = self._score_whole_step(given)
             selection = self.algorithm.selection(scored)
         if declares_inside(self.algorithm.token_loss, "whole_step"):
+            if declares_inside(self.algorithm.token_loss, "needs_reference"):
+                reference = self.reference_log_probs(given.batch, scored.output.log_probs)
+                scored = replace(scored, ref_log_probs=reference)
             given = replace(given, scored=scored)
         return self.backward_selected(given, selection, watch)
 
@@ -174,13 +177,13 @@ class Learner:
         self.model.train(self.config.model.gradient_checkpointing)
         for rows, cut in self._deal(given.batch):
             if not len(rows):
-                outputs.append((rows, self._idle(cut)))
+                outputs.append((rows, self._idle(given, cut)))
                 continue
             inputs, weights, scored = self._score(given, rows, cut, moments, watch)
             with watch("curvature"):
                 selection = select(rows, scored)
             with watch("policy"):
-                reference = self._reference_of(cut, scored.output.log_probs)
+                reference = self._reference_of(given, rows, cut, scored.output.log_probs)
                 part = compute_loss(self.algorithm, inputs, reference, selection, scored.batch, given.totals)
                 part.value.backward()
             loss += part.value.item()
@@ -196,10 +199,10 @@ class Learner:
     def _deal(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
         return deal_cuts(batch, CutSize.of(self.config.model), self.world)
 
-    def _idle(self, cut: Batch) -> PolicyOutput:
+    def _idle(self, given: StepInput, cut: Batch) -> PolicyOutput:
         """Makes the passes of a micro-batch with an idle one, whose gradient is 0."""
         output = policy.forward(self.model, cut, self.settings, top_k=self.config.curvature.top_k)
-        self._reference_of(cut, output.log_probs)
+        self._reference_of(given, given.batch.group_ids[:0], cut, output.log_probs)
         output.log_probs.sum().backward()
         return output.detached()
 
@@ -207,8 +210,11 @@ class Learner:
         pieces = [(rows, policy.log_probs(model, cut, self.settings)) for rows, cut in self._deal(batch)]
         return join_dealt(pieces, batch.completion_mask, self.world)
 
-    def _reference_of(self, cut: Batch, own: Tensor) -> Tensor:
-        """Does as `reference_log_probs`, of a micro-batch that is this process's alone."""
+    def _reference_of(self, given: StepInput, rows: Tensor, cut: Batch, own: Tensor) -> Tensor:
+        """Does as `reference_log_probs`, of a micro-batch that is this process's alone; what the scoring pass
+        knows is not computed again."""
+        if given.scored is not None and given.scored.ref_log_probs is not None:
+            return given.scored.ref_log_probs[rows, : own.shape[1]]
         return own if self.reference is None else policy.log_probs(self.reference, cut, self.settings)
 
     def _score_whole_step(self, given: StepInput) -> Scored:

@@ -115,6 +115,8 @@ def _take_steps(session: Session, stopped: threading.Event) -> None:
     evaluated = session.world.first(lambda: session.logger.evaluated_step)
     if _evaluation_due(session) and evaluated < session.step:
         _evaluate(session)  # before the first step, or where the engine failed in one that was due
+    if config.rollout.has_pairs:
+        session.take_pairs()
     if session.learner.algorithm.reference_samples and not session.step:
         session.remember_reference()
     while not _ended(session):

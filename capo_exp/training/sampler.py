@@ -105,6 +105,9 @@ def draw(
     ]
     with watch("rollout"):
         groups = sample(sampler.engine, requests, sampler.world)
+    earned = [group.rewards for group in groups if group.rewards is not None]
+    if earned:
+        return Sample(groups, torch.tensor(earned), torch.tensor(earned), [], {})
     with watch("reward"):
         result = sampler.world.first(partial(_grade, sampler.verifier, groups))
         completions = [one for group in groups for one in group.completions]
@@ -148,19 +151,23 @@ def value_states(
     return values, drawn
 
 
+def list_visited(config: TrainConfig, algorithm: Algorithm, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the prompts that a run will visit, in their own order."""
+    count = config.num_steps * config.regime.prompts_per_step * algorithm.max_sampling_rounds
+    seed, total = derive_seed(config.seed, ORDER, 0), len(prompts)
+    visits = choose_visits(total, first=0, count=min(count, total), seed=seed)
+    return [prompts[i] for i in sorted(set(visits))]
+
+
 def remember_reference(
     config: TrainConfig, algorithm: Algorithm, sampler: Sampler
 ) -> tuple[Sampler, int, int]:
     """Samples algo.reference_samples completions of every prompt that the run will visit, while the policy is
     the reference still; returns a sampler that knows their rewards, and how many completions and tokens that
     took."""
-    count = config.num_steps * config.regime.prompts_per_step * algorithm.max_sampling_rounds
-    seed = derive_seed(config.seed, ORDER, 0)
-    total = len(sampler.prompts)
-    visited = sorted(set(choose_visits(total, first=0, count=min(count, total), seed=seed)))
     drawn = draw(
-        config, sampler, [sampler.prompts[i] for i in visited], group_size=algorithm.reference_samples,
-        seed=(REFERENCE, 0, 0), weight_version=0, watch=Stopwatch(),
+        config, sampler, list_visited(config, algorithm, sampler.prompts),
+        group_size=algorithm.reference_samples, seed=(REFERENCE, 0, 0), weight_version=0, watch=Stopwatch(),
     )  # fmt: skip
     pairs = zip(drawn.groups, drawn.rewards.tolist(), strict=True)
     known = {group.prompt.problem.id: rewards for group, rewards in pairs}

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
@@ -26,6 +26,7 @@ from capo_exp.grading.terms import build_terms
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine
 from capo_exp.rollout.dealt import ReplicaRollout
+from capo_exp.rollout.pairs import FILE, PairRollout, read_pairs, write_pairs
 from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import Checkpointer, find_reference
 from capo_exp.runs.console import Progress
@@ -35,6 +36,7 @@ from capo_exp.runs.record import RunRecord, read_record
 from capo_exp.runs.samples import read_logged
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
+from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import Rollout
 from capo_exp.training.sampler import Sampler, remember_reference
 
@@ -73,6 +75,7 @@ class Session:
     process."""
 
     world: World
+    directory: Path
     config: TrainConfig
     inputs: Inputs
     learner: Learner
@@ -102,8 +105,38 @@ class Session:
         samples = self.inputs.algorithm.reference_samples
         self.progress.message(f"sampling {samples} completions of each prompt by the reference")
         self.sampler, *sampled = remember_reference(self.config, self.inputs.algorithm, self.sampler)
-        for name, number in zip(("completions", "generated_tokens"), sampled, strict=True):
-            self.counts[f"counter/{name}"] += number
+        self._count_sampled(*sampled)
+
+    def take_pairs(self) -> None:
+        """Lets the sampler hand out the run's pairs, which it builds before the first step, and reads after.
+
+        Raises:
+            ConfigError: no two completions differ, or the file is gone from a run that has begun.
+        """
+        source, place = self.sampler.engine, self.directory / FILE
+        assert isinstance(source, PairRollout)
+        built = self.world.first(lambda: read_pairs(place))
+        if built is None and self.step:
+            raise ConfigError(f"{place}: expected the pairs that the run began with, or overwrite=true")
+        if built is None:
+            self.progress.message(f"building pairs of {source.samples} completions of each prompt")
+            asked = replace(self.sampler, engine=self.engine)
+            built = PairBuilder(self.config, self.inputs.algorithm, asked, source).build()
+            self.world.first(lambda: write_pairs(place, built))
+        if not built.pairs:
+            raise ConfigError(
+                f"rollout.train_engine.samples={source.samples} gave no pair: all completions of each prompt "
+                "earn the same; expected more, or problems that the model solves now and then"
+            )
+        known = source.hold(built.pairs, self.sampler.prompts)
+        self.sampler = replace(self.sampler, prompts=source.prompts, reference_rewards=known)
+        if not self.step:
+            self._count_sampled(built.completions, built.tokens)
+        self.progress.message(f"{len(built.pairs)} pairs, in {place}")
+
+    def _count_sampled(self, completions: int, tokens: int) -> None:
+        self.counts["counter/completions"] += completions
+        self.counts["counter/generated_tokens"] += tokens
 
     def counters(self) -> dict[str, int]:
         """Returns how far the run has got, under the names of its metrics."""
@@ -220,8 +253,9 @@ def open_session(
     )  # fmt: skip
     counts = {name: counters.get(name, 0) for name in COUNTS}
     return Session(
-        world, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress, counts
-    )
+        world, directory, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress,
+        counts,
+    )  # fmt: skip
 
 
 def _open_writers(
@@ -282,7 +316,7 @@ def build_engine(config: TrainConfig, inputs: Inputs, model: PreTrainedModel) ->
 
 
 def choose_train_engine(config: TrainConfig, inputs: Inputs, engine: RolloutEngine) -> RolloutEngine:
-    """Returns where training completions come from: the given engine, or one of demonstrations."""
+    """Returns where training completions come from: the given engine, or one that samples nothing."""
     if config.rollout.train_engine is None:
         return engine
     return build_part(config.rollout.train_engine, key="rollout.train_engine")(inputs.tokenizer)

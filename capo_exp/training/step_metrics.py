@@ -55,11 +55,12 @@ def merge_rounds(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
 def rollout_metrics(
     groups: Sequence[RolloutGroup], rewards: Tensor, grades: Sequence[Sequence[Grade]]
 ) -> dict[str, float]:
-    """Describes all completions that a rollout step sampled; rewards [P, G]."""
+    """Describes all completions that a rollout step sampled; rewards [P, G]. Pairs, which bring their rewards
+    and no grades, have no accuracy."""
     completions = [completion for group in groups for completion in group.completions]
     correct = torch.tensor([[grade.correct for grade in group] for group in grades])
     return {
-        "reward/accuracy": correct.float().mean().item(),
+        **({"reward/accuracy": correct.float().mean().item()} if grades else {}),
         "rollout/completion_length/mean": fmean(len(completion.token_ids) for completion in completions),
         "rollout/truncated_fraction": fmean(completion.truncated for completion in completions),
         "advantage/zero_group_fraction": (rewards == rewards[:, :1]).all(1).float().mean().item(),
