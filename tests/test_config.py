@@ -126,7 +126,7 @@ def change(config: TrainConfig, override: str) -> TrainConfig:
         "rollout.engine.max_sequences_per_call=0", "curvature.top_k=1025", "curvature.optimizer_model=lion",
         "optimizer.betas=[0.9]", "optimizer.betas=[0.9, 1.0]", "optimizer.eps=1e-300",
         "optimizer.warmup_ratio=1", "evaluation.samples=2", "evaluation.num_problems=10000000000000",
-        "reward.format_weight=1", "logger.tags=['']", "logger.project=a/b", "algo.num_minibatches=97",
+        "reward.format_weight=1", "logger.tags=['']", "logger.project=a/b", "algo.num_minibatches=97", "algo.num_minibatches=2 | algo=rebel",
         "algo.reference_reset_every=5", "algo.label='a\nb'", "algo.colour=red", "algo.marker=oo",
         "algo.selection.policy_shift_max=-1", "algo.selection.policy_shift_max=nan",
         "algo.selection.policy_shift_max=many", "algo.selection.objective_shift_min=1",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import PositiveOrInf
 from capo_exp.algorithms.surrogates import spread
-from capo_exp.config.declare import regresses, whole_step
+from capo_exp.config.declare import compares_group, regresses, whole_step
 from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Scored, TokenLoss, TokenLossInput
 
@@ -18,6 +18,7 @@ LONGEST = 20.0
 """Nats to which the log-ratio of a completion is held, beyond which its exponential says nothing more."""
 
 
+@compares_group
 @regresses
 @whole_step
 def lagrangian(inputs: TokenLossInput, *, divergence_max: PositiveOrInf) -> TokenLoss:

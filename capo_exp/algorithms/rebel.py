@@ -7,11 +7,12 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import Positive
 from capo_exp.algorithms.surrogates import spread
-from capo_exp.config.declare import regresses, whole_step
+from capo_exp.config.declare import compares_group, regresses, whole_step
 from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Scored, TokenLoss, TokenLossInput
 
 
+@compares_group
 @regresses
 @whole_step
 def relative_regression(inputs: TokenLossInput, *, eta: Positive) -> TokenLoss:
