@@ -18,7 +18,7 @@ from capo_exp.core.types import Batch, RolloutGroup, StepInput, StepRecord
 from capo_exp.data.prompts import choose_visits
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
-from capo_exp.training.sampler import Sample, Sampler, draw, value_states
+from capo_exp.training.sampler import Drawn, Sampler, draw, value_states
 from capo_exp.training.step_metrics import merge_rounds, rollout_metrics
 
 Offers = dict[str, Any]
@@ -96,7 +96,7 @@ def sample_rollout(
     seen: list[RolloutGroup] = []
     passed: list[RolloutGroup] = []
     passed_rewards: list[Tensor] = []
-    rounds: list[Sample] = []
+    rounds: list[Drawn] = []
     order = derive_seed(config.seed, ORDER, 0)
     for number in range(algorithm.max_sampling_rounds):
         start = first + number * wanted

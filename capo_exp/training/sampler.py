@@ -50,7 +50,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Drawn:
     """Groups of completions, graded."""
 
     groups: list[RolloutGroup]
@@ -81,7 +81,7 @@ def draw(
     weight_version: int,
     watch: Stopwatch,
     begun: Sequence[tuple[int, ...]] = (),
-) -> Sample:
+) -> Drawn:
     """Samples a group for each prompt, all in one call, or micro-batch by micro-batch, in whichever process,
     and grades it. `seed` is a stream, a step and which of its calls of that kind this is."""
     size = len(prompts)
@@ -107,7 +107,7 @@ def draw(
         groups = sample(sampler.engine, requests, sampler.world)
     earned = [group.rewards for group in groups if group.rewards is not None]
     if earned:
-        return Sample(groups, torch.tensor(earned), torch.tensor(earned), [], {})
+        return Drawn(groups, torch.tensor(earned), torch.tensor(earned), [], {})
     with watch("reward"):
         result = sampler.world.first(partial(_grade, sampler.verifier, groups))
         completions = [one for group in groups for one in group.completions]
@@ -115,7 +115,7 @@ def draw(
     verdicts = torch.tensor(result.rewards)
     rewards = total_reward(verdicts, measured, sampler.terms)
     metrics = result.metrics | {key: fmean(values) for key, values in measured.items()}
-    return Sample(groups, verdicts, rewards, result.grades, metrics, group_size * sum(map(len, begun)))
+    return Drawn(groups, verdicts, rewards, result.grades, metrics, group_size * sum(map(len, begun)))
 
 
 def value_states(
@@ -127,7 +127,7 @@ def value_states(
     step: int,
     weight_version: int,
     watch: Stopwatch,
-) -> tuple[Tensor, Sample]:
+) -> tuple[Tensor, Drawn]:
     """Estimates the value of the states that algo.states names, by the mean reward of completions that go on
     from each; those of a prompt that are equal, as the prompt itself, share them. All are sampled at once.
 
