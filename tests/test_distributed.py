@@ -121,9 +121,9 @@ def workers_of(launcher: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["own", "torchrun", "submitit"])
+@pytest.mark.parametrize("launcher", ["torchrun", "submitit"])
 def test_two_nodes_meet_whoever_starts_them(tmp_path: Path, launcher: str) -> None:
-    """On this machine, with a process each. The first writes, and the run is that of one node."""
+    """On this machine, with a process each. The first writes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

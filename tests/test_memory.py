@@ -220,9 +220,9 @@ def test_the_plan_is_five_short_lines(composed: Composed, tmp_path: Path) -> Non
     assert on_gpu[-1].endswith("; vLLM: weights of at most 3.7 MB, up to 30% of its GPU")
 
 
-SMALLER = LARGE_SHAPE | {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 4}
-"""30 M parameters."""
-FEW = ["model.micro_batch_size=4", "regime.group_size=4", "dataset.max_completion_tokens=32"]
+SMALLER = LARGE_SHAPE | {"hidden_size": 384, "num_attention_heads": 4, "num_hidden_layers": 2}
+"""14 M parameters."""
+FEW = ["model.micro_batch_size=2", "regime.group_size=2", "dataset.max_completion_tokens=16"]
 
 
 @pytest.mark.slow
