@@ -70,7 +70,7 @@ CONTRACT = [
 
 
 def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlogged()]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
     assert [row["counter/completions"] for row in rows] == [12, 24, 36]
     assert set(CONTRACT) <= set(rows[-1])
