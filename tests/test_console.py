@@ -1,9 +1,12 @@
 import io
 import json
 import math
+import os
+import pty
 import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from capo_exp.runs.console import Progress, summary_lines
@@ -83,3 +86,16 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     assert "checkpoints" not in words and "\x1b" not in words
     (tmp_path / "metrics.jsonl").write_text("")
     assert any("best 40.0%" in line for line in summary_lines(tmp_path))  # without steps
+
+
+def test_a_terminal_that_was_closed_ends_nothing() -> None:
+    """The signal that says so comes a moment after the first write has failed."""
+    master, slave = pty.openpty()
+    gone = os.fdopen(slave, "w")
+    with Progress(total_steps=9, console=Console(file=gone, force_terminal=True)) as progress:
+        os.close(master)
+        progress.update(row(1))
+        progress.evaluation({"counter/rollout_step": 1, "eval/accuracy": 0.5})
+        progress.message("more")
+    with pytest.raises(OSError):  # it was gone indeed
+        gone.close()

@@ -1,7 +1,9 @@
 """What a person sees of a run: a live table on a terminal, plain lines in a log, a table at the end."""
 
+import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -66,7 +68,8 @@ class Progress:
         assert self._live is not None
         self._seen += [{**row} for row in rows]
         plain, (step, pace) = "utf" not in self._console.encoding.lower(), self._place
-        self._live.update(live_table(self._seen, step, self._total, pace, plain=plain), refresh=True)
+        with _if_it_is_there():
+            self._live.update(live_table(self._seen, step, self._total, pace, plain=plain), refresh=True)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Shows the score of an evaluation, on a terminal in the table."""
@@ -80,7 +83,8 @@ class Progress:
         """Prints a line of its own above the live line; what a console of few characters lacks is escaped."""
         encoding = self._console.encoding
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-        self._console.print(text, markup=False, soft_wrap=True)
+        with _if_it_is_there():
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def __enter__(self) -> "Progress":
         self._began = time.monotonic()
@@ -91,7 +95,18 @@ class Progress:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with _if_it_is_there():
+                self._live.stop()
+
+
+@contextmanager
+def _if_it_is_there() -> Iterator[None]:
+    """Lets a terminal be gone that was closed just now: the signal that says so may come a moment later."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def format_step(metrics: Mapping[str, float]) -> str:
