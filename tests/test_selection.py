@@ -456,7 +456,9 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     sizes = replace(totals(batch), kept_tokens=int(keep.sum()))
     output = replace(record.output, log_probs=log_probs)
     reference = ours.reference_log_probs(batch, log_probs.detach())
-    step = Scored(batch, output.detached(), record.shifts, old, 0.0, None, seed=0)
+    step = Scored(
+        batch, output.detached(), record.shifts, old, 0.0, None, seed=0, ref_log_probs=reference
+    )  # fmt: skip
     inputs = TokenLossInput.of(replace(batch, sampler_log_probs=old), output, old)
     inputs = replace(inputs, step=step, rows=torch.arange(8))
     loss = compute_loss(ours.algorithm, inputs, reference, Selection(keep), batch, sizes)

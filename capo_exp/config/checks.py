@@ -246,7 +246,8 @@ def _check_samples(config: TrainConfig) -> None:
         count = getattr(algo, key)
         paired = key == "reference_samples" and config.rollout.has_pairs  # which bring the rewards
         if offer in asking and not (count or paired):
-            raise error(f"algo.{key}", 0, f"at least 1, since {asking[offer]} asks for {offer}")
+            choices = "at least 1, or rollout=pairs" if key == "reference_samples" else "at least 1"
+            raise error(f"algo.{key}", 0, f"{choices}, since {asking[offer]} asks for {offer}")
         if count and config.rollout.train_engine is not None:
             wanted = "0 with rollout.train_engine, whose completions nobody sampled"
             raise error(f"algo.{key}", count, wanted)
