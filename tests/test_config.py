@@ -47,7 +47,7 @@ def made(composed: Composed, tmp_path: Path) -> Composed:
 )
 def test_every_choice_composes_and_passes(made: Composed, group: str) -> None:
     two = ("regime.prompts_per_step=48", "regime.group_size=2")
-    pairs = {"pairs": two, "direct_advantage_po": ("rollout=pairs", *two)}
+    pairs = dict.fromkeys(("direct_advantage_po", "mdpo"), ("rollout=pairs", *two)) | {"pairs": two}
     for choice in choices(group):
         config = made(f"{group}={choice}", *pairs.get(choice, ()))
         if choice != "function":  # whose function only a user can name
