@@ -28,7 +28,7 @@ from capo_exp.runs.processes import stop_signal
 from capo_exp.training import loop as train
 from tests.pieces import NO_TOKENIZER, logged
 
-STEPS = 6
+STEPS = 10
 SMALL = [
     "algo=capo", "algo.kl_coefficient=0.05", "logger=files", f"num_steps={STEPS}",
     "regime.prompts_per_step=3", "regime.group_size=4", "evaluation.num_problems=4",
