@@ -76,7 +76,8 @@ def _to_wandb(what: _Evaluation) -> str:
         project=what.project, name=what.name, job_type="evaluate", config=what.card, dir=what.folder,
         mode=mode, reinit="create_new", settings=quiet_settings(stats=False),
     )  # fmt: skip
-    run.log(what.numbers | {"examples": wandb.Table(list(COLUMNS), what.examples, allow_mixed_types=True)})
+    rows: Any = what.examples
+    run.log(what.numbers | {"examples": wandb.Table(list(COLUMNS), rows, allow_mixed_types=True)})
     where = run.url or f"wandb sync {shlex.quote(str(what.folder / 'wandb'))}/offline-run-*"
     run.finish()
     return where
