@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,10 +33,13 @@ from capo_exp.core.types import (
 )
 from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.grading.compare import Grade
+from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult
+from capo_exp.training import loop, rollout_step
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
 from capo_exp.training.rollout_step import take_updates
+from capo_exp.training.sampler import Sampler
 
 SMALL = (
     "model.vocab_size=40", "curvature.top_k=8", "optimizer.schedule=constant", "num_steps=10",
@@ -215,3 +219,23 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def sampler_of(engine: Any, prompts: int) -> Sampler:
+    """Of an engine whose texts say what they earn; every token is a sentence."""
+    asked = [prompt(i) for i in range(prompts)]
+    return Sampler(engine, engine, Reader(), asked, RewardTerms(), spell=lambda ids: [" A."] * len(ids))
+
+
+def run_one_step(config: TrainConfig) -> None:
+    """Trains until the second step begins, where a Ctrl-C ends the run."""
+    genuine = rollout_step.sample_rollout
+
+    def ends(*given: Any, step: int, **more: Any) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return genuine(*given, step=step, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rollout_step, "sample_rollout", ends)
+        loop.run(config)

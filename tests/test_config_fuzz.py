@@ -75,7 +75,7 @@ def test_any_command_line_is_a_configuration_or_one_line(
     monkeypatch.chdir(tmp_path)
 
     @seed(0)
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(overrides(), min_size=1, max_size=4))
     def fuzz(words: list[str]) -> None:
         judge(words)

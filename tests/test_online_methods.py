@@ -19,24 +19,18 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, RolloutGroup
-from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop, rollout_step, session
 from capo_exp.training.rollout_step import assign_credit, sample_rollout
-from capo_exp.training.sampler import Sampler, remember_reference
-from tests.pieces import SMALL, Reader, completion, inputs_of, make_learner, prompt
+from capo_exp.training.sampler import remember_reference
+from tests.pieces import SMALL, completion, inputs_of, make_learner, run_one_step, sampler_of
 from tests.test_methods import off_policy
 from tests.test_rollout_hf import ROWS, sample
 
 Compose = Callable[..., TrainConfig]
 Built = Callable[..., Algorithm]
 Batches = Callable[..., Batch]
-
-
-@pytest.fixture
-def built(composed: Compose) -> Built:
-    return lambda name, *overrides: build_algorithm(composed(f"algo={name}", *overrides).algo)
 
 
 @dataclass
@@ -54,19 +48,6 @@ class Going:
             RolloutGroup(p, tuple(completion([*ids, 3], reward=len(ids) + g) for g in size), 0)
             for p, ids in pairs
         ]
-
-
-def sampler_of(engine: Going) -> Sampler:
-    """Of 9 prompts; every token is a sentence."""
-    prompts = [prompt(i) for i in range(9)]
-    return Sampler(
-        engine,  # pyright: ignore[reportArgumentType]
-        engine,  # pyright: ignore[reportArgumentType]
-        Reader(),
-        prompts,
-        RewardTerms(),
-        spell=lambda ids: [" A."] * len(ids),
-    )
 
 
 # Going on from what has begun
@@ -124,7 +105,7 @@ def test_vineppo_values_its_states_in_one_call_and_counts_them(
     numbers = ("regime.prompts_per_step=2", "regime.group_size=2", "algo.continuations=3")
     config = composed(*SMALL, "algo=vineppo", *numbers)
     ours, engine = make_learner(config, small_model), Going()
-    sampler = sampler_of(engine)
+    sampler = sampler_of(engine, 9)
     got = sample_rollout(
         config, ours.algorithm, sampler, step=1, first=0, weight_version=0, watch=Stopwatch()
     )
@@ -190,7 +171,7 @@ def test_the_reference_is_sampled_once_for_what_the_run_visits(composed: Compose
     for steps, count in ((3, 6), (30, 9)):
         config = composed("algo=a_star_po", "regime.prompts_per_step=2", f"num_steps={steps}")
         engine, algorithm = Going(), build_algorithm(config.algo)
-        known, completions, tokens = remember_reference(config, algorithm, sampler_of(engine))
+        known, completions, tokens = remember_reference(config, algorithm, sampler_of(engine, 9))
         assert len(engine.calls) == 1 and completions == tokens == 8 * count
         assert list(known.reference_rewards.values()) == [[float(g) for g in range(8)]] * count
         got = sample_rollout(config, algorithm, known, step=1, first=0, weight_version=0, watch=Stopwatch())
@@ -208,16 +189,8 @@ def test_a_checkpoint_keeps_what_the_reference_earned(
         "dataset.max_completion_tokens=8", "device=cpu",
     )  # fmt: skip
     whole = loop.run(composed(*numbers, f"output_dir={tmp_path / 'whole'}"))
-    config, genuine = composed(*numbers, f"output_dir={tmp_path / 'ended'}"), rollout_step.sample_rollout
-
-    def ends(*given: object, step: int, **more: object) -> object:
-        if step == 2:
-            raise KeyboardInterrupt
-        return genuine(*given, step=step, **more)  # pyright: ignore[reportArgumentType]
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rollout_step, "sample_rollout", ends)
-        loop.run(config)
+    config = composed(*numbers, f"output_dir={tmp_path / 'ended'}")
+    run_one_step(config)
     monkeypatch.setattr(session, "remember_reference", None)
     ended = loop.run(config)
     weights = [list_checkpoints(run)[2] / "model.safetensors" for run in (whole, ended)]

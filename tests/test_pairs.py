@@ -23,7 +23,7 @@ from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.pairs import FILE, Pair, PairRollout, read_pairs, write_pairs
 from capo_exp.runs.files import list_checkpoints
-from capo_exp.training import loop, rollout_step
+from capo_exp.training import loop
 from capo_exp.training.learner import Learner
 from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import sample_rollout
@@ -35,6 +35,7 @@ from tests.pieces import (
     inputs_of,
     plain_log_probs,
     prompt,
+    run_one_step,
     run_updates,
     with_step,
 )
@@ -224,16 +225,8 @@ def test_a_run_that_goes_on_reads_its_pairs(
         "dataset.max_completion_tokens=48", "model.micro_batch_size=6", "rollout.train_engine.samples=4",
     )  # fmt: skip
     whole = loop.run(composed(*numbers, f"output_dir={tmp_path / 'whole'}"))
-    config, genuine = composed(*numbers, f"output_dir={tmp_path / 'ended'}"), rollout_step.sample_rollout
-
-    def ends(*given: object, step: int, **more: object) -> object:
-        if step == 2:
-            raise KeyboardInterrupt
-        return genuine(*given, step=step, **more)  # pyright: ignore[reportArgumentType]
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rollout_step, "sample_rollout", ends)
-        loop.run(config)
+    config = composed(*numbers, f"output_dir={tmp_path / 'ended'}")
+    run_one_step(config)
     (ended,) = (tmp_path / "ended").glob("*/*")
     pairs = (ended / FILE).rename(tmp_path / FILE)
     with pytest.raises(ConfigError, match="expected the pairs that the run began with"):

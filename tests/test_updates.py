@@ -16,20 +16,18 @@ from transformers import PreTrainedModel, TrainingArguments
 from capo_exp.core.batch import minibatches
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, RolloutGroup
-from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.metrics import check_known
 from capo_exp.training.learner import Learner
 from capo_exp.training.rollout_step import Rollout, assign_credit, sample_rollout, take_updates
-from capo_exp.training.sampler import Sampler, remember_reference
+from capo_exp.training.sampler import remember_reference
 from tests.conftest import ALGORITHMS
 from tests.pieces import (
-    Reader,
     completion,
     groups_of,
-    prompt,
     run_updates,
     same_weights,
+    sampler_of,
     take_step,
     weights,
 )
@@ -195,16 +193,7 @@ def through(
         f"algo={algo}", "regime.prompts_per_step=3", "regime.group_size=4", "model.micro_batch_size=4",
         "regime.learning_rate=1e-3", *extra, distance=0.01,
     )  # fmt: skip
-    engine = Given(groups_of(rewards, lengths))
-    prompts = [prompt(i) for i in range(3)]
-    sampler = Sampler(
-        engine,  # pyright: ignore[reportArgumentType]
-        engine,  # pyright: ignore[reportArgumentType]
-        Reader(),
-        prompts,
-        RewardTerms(),
-        spell=lambda ids: [" A."] * len(ids),
-    )
+    sampler = sampler_of(Given(groups_of(rewards, lengths)), 3)
     if ours.algorithm.reference_samples:
         sampler, *_ = remember_reference(ours.config, ours.algorithm, sampler)
     drawn = sample_rollout(
