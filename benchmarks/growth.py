@@ -3,20 +3,22 @@
 Three parts of a step: token shifts, the optimiser model's update, and the policy (a forward and a backward
 pass of two random Qwen2 layers and their last layer). Each size of each part runs in a process of its own;
 the time is that process's CPU seconds, or what CUDA took, the smallest of its repeats; the memory is what it
-needs on top of its inputs. An exponent is the slope of log cost over log work, from the two largest sizes,
-where fixed costs weigh least. A layer's multiplications grow with the square of its width, so the policy's
+needs on top of its inputs. An exponent is the slope of log cost over log work, by least squares over the four
+sizes. A layer's multiplications grow with the square of its width, so the policy's
 work along that axis is counted in multiplications.
 
     python -m benchmarks.growth
 """
 
 import argparse
+import ctypes
 import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from statistics import linear_regression
 from typing import Any
 
 import torch
@@ -84,11 +86,12 @@ def measure(part: str, size: Sizes, device: torch.device, repeats: int) -> dict[
         run()  # compiles kernels, makes handles
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still has hides what is needed
         with open("/proc/self/clear_refs", "w") as peak:  # forget the peak that making the inputs left
             peak.write("5")
     before = torch.cuda.memory_allocated(device) / 2**20 if cuda else _status("VmRSS") / 1024
     seconds: list[float] = []
-    for _ in range(repeats):
+    while len(seconds) < repeats or sum(seconds) < 2:  # the smallest of many, where one takes milliseconds
         began = clock(cuda)
         run()
         seconds.append(clock(cuda) - began)
@@ -113,8 +116,9 @@ def work(part: str, size: Sizes) -> float:
 
 
 def exponents(part: str, sizes: list[Sizes], costs: list[dict[str, float]]) -> dict[str, float]:
-    grown = math.log(work(part, sizes[-1]) / work(part, sizes[-2]))
-    return {key: math.log(costs[-1][key] / costs[-2][key]) / grown for key in ("seconds", "mib")}
+    grown = [math.log(work(part, size)) for size in sizes]
+    found = {key: [math.log(max(cost[key], 1e-6)) for cost in costs] for key in ("seconds", "mib")}
+    return {key: linear_regression(grown, values).slope for key, values in found.items()}
 
 
 def main() -> None:
@@ -136,7 +140,7 @@ def main() -> None:
             cells = [f"{1000 * cost['seconds']:.0f} ms, {cost['mib']:.0f} MiB" for cost in costs]
             found = exponents(part, sizes, costs)
             table.add_row(part, axis, *cells, f"{found['seconds']:.2f}", f"{found['mib']:.2f}")
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 def child(part: str, size: Sizes, given: argparse.Namespace) -> dict[str, float]:
