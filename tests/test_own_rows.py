@@ -93,7 +93,8 @@ def test_answers_are_the_digits_that_are_written(composed: Composed, tmp_path: P
     lines = [f'{{"q": "Question {i}?", "a": {text}}}' for i, text in enumerate(WRITTEN)]
     (tmp_path / "n.jsonl").write_text("\n".join(lines))
     (tmp_path / "n.json").write_text(f"[{','.join(lines)}]")
-    found = {"n.jsonl": list(WRITTEN.values()), "n.json": list(WRITTEN.values())}
+    (tmp_path / "b.jsonl").write_text('{"q": "Is 2 even?", "a": true}\n{"q": "Is 3 even?", "a": false}')
+    found = {"n.jsonl": list(WRITTEN.values()), "n.json": list(WRITTEN.values()), "b.jsonl": ["true", "false"]}
     for bits, kind, texts in (
         (32, np.float32, ["3.1", "0.1", "27", "1e-07"]),
         (16, np.float16, ["3.1", "0.1"]),

@@ -159,7 +159,8 @@ def _is_usable(problem: Problem, has_answer: bool) -> bool:
 
 
 def as_text(value: object) -> str:
-    """Returns a cell as text: of several the texts, with commas; of a number its digits; empty without one.
+    """Returns a cell as text: of several the texts, with commas; of a number its digits; true and false as
+    JSON writes them; empty without one.
 
     Raises:
         ConfigError: it holds a mapping, bytes, or lists in a list.
@@ -174,7 +175,7 @@ def as_text(value: object) -> str:
     if isinstance(value, list | tuple | dict | bytes):
         wanted = "expected text, a number or a list of them; change dataset.source.columns"
         raise ConfigError(f"got a cell with {str(value)[:60]}, {wanted}")
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _texts(value: object) -> list[str]:
