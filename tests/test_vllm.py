@@ -30,7 +30,7 @@ from capo_exp.data.prompts import render_prompts
 from capo_exp.rollout import EngineFailed, SamplingRequest, vllm
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
-from capo_exp.rollout.vllm_process import EngineProcess, Request, explain_failure
+from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, EngineProcess, Request, explain_failure
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe
@@ -421,12 +421,24 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
-    setup = Setup(compose_vllm("rollout.engine.kv_cache_gib=100000", EAGER), tmp_path)
-    with pytest.raises(EngineFailed) as failed:
-        setup.__enter__()
+def test_out_of_memory_is_told_by_vllms_words() -> None:
+    """Each phrase stands in its sources; that of torch is none of them."""
+    (place,) = find_spec("vllm").submodule_search_locations  # pyright: ignore
+    sources = Path(place, "v1").rglob("*.py")
+    text = "\n".join(file.read_text() for file in sources if file.parent.name in ("core", "worker")).lower()
+    assert all(phrase in text for phrase in OUT_OF_MEMORY)
+
+
+def test_a_start_that_fails_names_the_keys(tmp_path: Path) -> None:
+    """And its process is gone. What stands in vLLM's place fails as it does."""
+    said = "allocation is less than requested memory for kv"
+    (tmp_path / "vllm.py").write_text(f"raise ValueError('{said}')")
+    environment, before = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, children_of(os.getpid(), "vllm_worker")
+    with pytest.raises(EngineFailed, match=f"vLLM: starting: ValueError: {said}; out of memory: ") as failed:
+        EngineProcess({}, environment=environment, limits=settings_of(), log_file=tmp_path / "vllm.log")
     for key in ("engine.gpu_memory_utilization", "engine.max_num_seqs", "model.micro_batch_size"):
         assert key in str(failed.value)
+    assert children_of(os.getpid(), "vllm_worker") == before
 
 
 def children_of(pid: int, name: str) -> list[int]:
