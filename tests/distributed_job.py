@@ -7,8 +7,9 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from capo_exp.cli import front
 from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts
@@ -214,7 +216,7 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
         yield "the step before the failure is not saved"
 
 
-def work(folder: Path, rank: int, size: int, *chosen: str) -> None:
+def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
     """One of `size` processes that meet at a file."""
     torch.set_num_threads(1)
     place, limit = f"file://{folder}/meet_{size}", timedelta(seconds=300)
@@ -238,3 +240,13 @@ def work(folder: Path, rank: int, size: int, *chosen: str) -> None:
         faults = {"error": [format_exc()]}
     (folder / f"rank_{rank}.json").write_text(json.dumps(faults))
     dist.destroy_process_group()
+
+
+def train_as_given(rank: int, folder: Path, port: int, command: Sequence[str]) -> None:
+    """One of two processes that a torchrun has started, which says so by these variables alone."""
+    numbers = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    place = {"TORCHELASTIC_RUN_ID": "given", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(place | {name: str(number) for name, number in numbers.items()})
+    sys.argv = ["capo_exp", *command]
+    with (folder / f"said_{rank}").open("w") as file, redirect_stdout(file):
+        sys.exit(front.run_training())

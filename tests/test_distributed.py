@@ -23,7 +23,7 @@ from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
-from tests.distributed_job import expect, work
+from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
 from tests.process_pieces import SERVER
 from tests.test_selection import partly
@@ -87,15 +87,20 @@ def test_two_processes_give_the_numbers_of_one(
     }
     torch.save(job | {"expected": expect(job)}, tmp_path / "job.pt")
     for size, parts in PARTS.items():
-        processes = [SERVER.Process(target=work, args=(tmp_path, i, size, *parts)) for i in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(300)  # those that lose another fail, too
-            process.kill()
+        together(size, work, tmp_path, size, *parts)
         for rank in range(size):
             faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
             assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
+
+
+def together(size: int, target: Callable[..., None], *args: object) -> None:
+    """Runs so many processes, each with its rank and the arguments, to their end."""
+    processes = [SERVER.Process(target=target, args=(rank, *args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)  # those that lose another fail, too
+        process.kill()
 
 
 @pytest.mark.slow
@@ -124,26 +129,35 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(child for child, variables in environments.items() if b"LOCAL_RANK=" in variables)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "submitit"])
-def test_processes_that_others_start_are_one_run(tmp_path: Path, launcher: str) -> None:
-    """Two of a torchrun; two tasks of submitit, each of them a node. The first writes."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    tasks = (
-        "-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=0",
-        "distributed.nodes=2", "distributed.processes=1",
-    )  # fmt: skip
-    before, after = {"torchrun": (torchrun, ()), "submitit": ((), tasks)}[launcher]
-    command = [sys.executable, *before, "-m", "capo_exp", *RUN, *after, f"output_dir={tmp_path}"]
-    where = os.environ | {"MASTER_PORT": port}
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_tasks_of_submitit_are_the_nodes_of_one_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "capo_exp", "-m", *RUN, "hydra/launcher=submitit_local", "seed=0",
+        "hydra.launcher.tasks_per_node=2", "distributed.nodes=2", "distributed.processes=1",
+        f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    where = os.environ | {"MASTER_PORT": str(free_port())}
     done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("*/*/run.json")
     assert run_status(record.parent) == "finished"
-    assert launcher == "submitit" or done.stdout.count("held-out accuracy") == 1, done.stdout
+
+
+@pytest.mark.slow
+def test_processes_of_a_given_torchrun_are_one_run(tmp_path: Path) -> None:
+    """The first writes."""
+    port, command = free_port(), [*RUN, f"output_dir={tmp_path}"]
+    together(2, train_as_given, tmp_path, port, command)
+    (record,) = tmp_path.glob("*/*/run.json")
+    assert run_status(record.parent) == "finished"
+    said = [(tmp_path / f"said_{rank}").read_text() for rank in range(2)]
+    assert ["held-out accuracy" in each for each in said] == [True, False], said
 
 
 def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
