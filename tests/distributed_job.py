@@ -1,5 +1,4 @@
-"""What tests/test_distributed.py has two processes do, all of it in one start, and four after them:
-`python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed_job FOLDER PARTS`.
+"""What tests/test_distributed.py has two processes do, all of it in one start, and four after them.
 
 Each process compares a sharded learner with a whole one of its own, and writes what differs to FOLDER/RANK.
 """
@@ -9,17 +8,21 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from traceback import format_exc
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from capo_exp.cli import front
 from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts
@@ -35,15 +38,39 @@ from tests.pieces import make_learner, run_updates
 EXACT = ("policy/grad_norm", "loss/total", "optim/step_scale", "selection/rejection_rate", "loss/kl")
 
 
+Seen = tuple[list[dict[str, float]], Tensor, list[Tensor]]
+"""The metrics of optimiser steps, which tokens the last of them kept, and the weights after it."""
+
+
+def take(learner: Learner, batch: Batch, step: int) -> Seen:
+    metrics, record = run_updates(learner, batch, step)
+    return metrics, record.selection.keep_mask, [full(p.detach()).clone() for p in learner.model.parameters()]
+
+
+def start(job: dict[str, Any], name: str) -> Learner:
+    model = job["untied" if "untied" in name else "tied"]
+    return make_learner(job["learners"][name], model, distance=0.05)
+
+
+def expect(job: dict[str, Any]) -> dict[str, list[Seen]]:
+    """What a whole learner of each configuration does with each batch."""
+    wholes = {name: start(job, name) for name in job["learners"]}
+    return {
+        name: [take(one, batch, i) for i, batch in enumerate(job["batches"])] for name, one in wholes.items()
+    }
+
+
 def compare_learners(job: dict[str, Any], world: World) -> Iterator[str]:
     """Two optimiser steps of each configuration, over batches of which one leaves the second process idle."""
     for name, config in job["learners"].items():
-        model = job["untied" if "untied" in name else "tied"]
-        whole = make_learner(config, model, distance=0.05)
-        shared = share(whole, config, world)
-        for number, batch in enumerate(job["batches"]):
-            for fault in compare_step(whole, shared, batch, number):
+        shared = share(start(job, name), config, world)
+        for number, (batch, expected) in enumerate(zip(job["batches"], job["expected"][name], strict=True)):
+            for fault in compare_step(expected, take(shared, batch, number)):
                 yield f"{name}, batch {number}: {fault}"
+            table = shared.optimizer_model
+            sums = world.together(lambda table=table: table and (table.first.sum(), table.second.sum()))
+            if sums[0] != sums[1]:
+                yield f"{name}, batch {number}: moments of the processes {sums}"
 
 
 def share(whole: Learner, config: TrainConfig, world: World) -> Learner:
@@ -57,9 +84,9 @@ def share(whole: Learner, config: TrainConfig, world: World) -> Learner:
     return Learner(model, reference, whole.algorithm, config, torch.float32, world)
 
 
-def compare_step(whole: Learner, shared: Learner, batch: Batch, step: int) -> Iterator[str]:
-    (metrics, record), (others, other) = (run_updates(one, batch, step) for one in (whole, shared))
-    if not torch.equal(record.selection.keep_mask, other.selection.keep_mask):
+def compare_step(expected: Seen, seen: Seen) -> Iterator[str]:
+    (metrics, mask, weights), (others, other_mask, other_weights) = expected, seen
+    if not torch.equal(mask, other_mask):
         yield "another mask"
     for one, two in zip(metrics, others, strict=True):
         for key in EXACT + tuple(
@@ -67,14 +94,10 @@ def compare_step(whole: Learner, shared: Learner, batch: Batch, step: int) -> It
         ):
             if not close(one[key], two[key], scale=1e-3 if key.startswith("step/") else 1e-4):
                 yield f"{key} {one[key]} {two[key]}"
-    for p, q in zip(whole.model.parameters(), shared.model.parameters(), strict=True):
-        if not torch.allclose(p, full(q.detach()), rtol=1e-5, atol=2e-6):
-            yield f"weights by {(p - full(q.detach())).abs().max().item()}"
+    for p, q in zip(weights, other_weights, strict=True):
+        if not torch.allclose(p, q, rtol=1e-5, atol=2e-6):
+            yield f"weights by {(p - q).abs().max().item()}"
             return
-    table = shared.optimizer_model
-    hashes = shared.world.together(lambda: table and (table.first.sum().item(), table.second.sum().item()))
-    if hashes[0] != hashes[1]:
-        yield f"moments of the processes {hashes}"
 
 
 def close(one: float, two: float, scale: float) -> bool:
@@ -193,9 +216,12 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
         yield "the step before the failure is not saved"
 
 
-def main(folder: Path, *chosen: str) -> None:
-    dist.init_process_group("gloo")
-    world = World(dist.get_rank(), dist.get_world_size())
+def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
+    """One of `size` processes that meet at a file."""
+    torch.set_num_threads(1)
+    place, limit = f"file://{folder}/meet_{size}", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size, timeout=limit)
+    world = World(rank, size)
     job = torch.load(folder / "job.pt", weights_only=False)
     parts: dict[str, Callable[[], Iterator[str]]] = {
         "learners": lambda: compare_learners(job, world),
@@ -208,10 +234,19 @@ def main(folder: Path, *chosen: str) -> None:
     session.prepare = cache_of(session.prepare)
     loop.open_world = lambda config, _: nullcontext(world if config.name == "fsdp2" else World(0, 1))
     os.environ[FOLDER] = str(folder)
-    faults = {name: list(parts[name]()) for name in chosen}
-    (folder / f"rank_{world.rank}.json").write_text(json.dumps(faults))
+    try:
+        faults = {name: list(parts[name]()) for name in chosen}
+    except Exception:
+        faults = {"error": [format_exc()]}
+    (folder / f"rank_{rank}.json").write_text(json.dumps(faults))
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+def train_as_given(rank: int, folder: Path, port: int, command: Sequence[str]) -> None:
+    """One of two processes that a torchrun has started, which says so by these variables alone."""
+    numbers = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    place = {"TORCHELASTIC_RUN_ID": "given", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(place | {name: str(number) for name, number in numbers.items()})
+    sys.argv = ["capo_exp", *command]
+    with (folder / f"said_{rank}").open("w") as file, redirect_stdout(file):
+        sys.exit(front.run_training())

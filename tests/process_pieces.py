@@ -1,11 +1,16 @@
 """Processes that tests start and end. Imports no torch: workers import what the tests import."""
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks processes that train: torch is imported once for all of them."""
+SERVER.set_forkserver_preload(["capo_exp.training.loop"])
 
 
 def alive(pid: int) -> bool:

@@ -173,11 +173,15 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -> None:
-    """What a stopped run left is readable, and the same command comes to the same numbers."""
+def assert_readable(directory: Path) -> None:
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert all(json.loads(line) for line in (directory / name).read_text().splitlines())
     assert not list((directory / "checkpoints").glob(".*")) and not list(directory.rglob("*.partial"))
+
+
+def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -> None:
+    """What a stopped run left is readable, and the same command comes to the same numbers."""
+    assert_readable(directory)
     run()
     assert run_status(directory) == "finished"
     assert numbers(directory) == numbers(unbroken)
@@ -186,44 +190,44 @@ def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -
     assert len(list((directory / "completions").iterdir())) == 4
 
 
-WHERE = {
-    "rows": (RunLogger, "log_step", ""),  # a row may fit into what its file has of the disk
-    "completions": (RunLogger, "log_completions", "completions/step_000003.parquet"),
-    "checkpoints": (Checkpointer, "save", "checkpoints/step_000004"),
-    "the record": (RunRecord, "update", "run.json"),
-}
+WHERE = (
+    (RunRecord, "update", "run.json"),
+    (RunLogger, "log_step", ""),  # a row may fit into what its file has of the disk
+    (RunLogger, "log_completions", "completions/step_000003.parquet"),
+    (Checkpointer, "save", "checkpoints/step_000004"),
+)
+"""What is written when the disk is full, in the order in which a run that goes on comes to it."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", WHERE)
 def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
-    where: str,
-    unbroken: Path,
-    tmp_path: Path,
-    composed: Callable[..., TrainConfig],
-    monkeypatch: pytest.MonkeyPatch,
+    unbroken: Path, tmp_path: Path, composed: Callable[..., TrainConfig]
 ) -> None:
-    owner, method, name = WHERE[where]
-    genuine = getattr(owner, method)
     with mounted(tmp_path / "disk", "64m") as disk:
         config = composed(*SMALL, f"output_dir={disk}")
-
-        def on_a_full_disk(self: object, *args: object, **kwargs: object) -> object:
-            if saved(disk) and not (disk / "filler").exists():
-                fill(disk)
-            return genuine(self, *args, **kwargs)
-
-        monkeypatch.setattr(owner, method, on_a_full_disk)
-        with pytest.raises(RunFailed, match="No space left on device") as failed:
-            train.run(config)
-        monkeypatch.undo()
-        last = max(path.name for path in saved(disk))
-        assert str(failed.value).startswith(f"{disk}/default/") and "\n" not in str(failed.value)
-        assert f"{name} could not be written" in str(failed.value)
-        assert f"(0.0 MB free); step {int(last[-6:])} is saved. " in str(failed.value)
-        (directory,) = (disk / "default").glob("*")
-        (disk / "filler").unlink()
+        for owner, method, name in WHERE:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, method, filling(disk, getattr(owner, method)))
+                with pytest.raises(RunFailed, match="No space left on device") as failed:
+                    train.run(config)
+            assert str(failed.value).startswith(f"{disk}/default/") and "\n" not in str(failed.value)
+            assert f"{name} could not be written" in str(failed.value)
+            assert "(0.0 MB free); step 2 is saved. " in str(failed.value)
+            (directory,) = (disk / "default").glob("*")
+            (disk / "filler").unlink()
+            assert_readable(directory)
         assert_goes_on(directory, unbroken, lambda: train.run(config))
+
+
+def filling(disk: Path, genuine: Callable[..., object]) -> Callable[..., object]:
+    """A method that fills the disk before the first thing that it does after a checkpoint."""
+
+    def on_a_full_disk(*args: object, **kwargs: object) -> object:
+        if saved(disk) and not (disk / "filler").exists():
+            fill(disk)
+        return genuine(*args, **kwargs)
+
+    return on_a_full_disk
 
 
 def saved(disk: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,19 +23,21 @@ from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
+from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
+from tests.process_pieces import SERVER
 from tests.test_selection import partly
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-PARTS = {2: os.environ.get("CAPO_DISTRIBUTED_PARTS", "learners sums runs").split(), 4: ["four"]}
+PARTS = {2: ["learners", "sums", "runs"], 4: ["four"]}
 """Number of processes -> what they do; four go on from what `runs` left."""
 RUN = (
     "distributed=fsdp2", "device=cpu", "logger=files", "num_steps=2", "regime.prompts_per_step=4",
     "regime.group_size=4", "model.micro_batch_size=8", "dataset.max_completion_tokens=24",
     "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
+    "dataset.source.num_train=64", "dataset.source.num_eval=8",
 )  # fmt: skip
 ALGORITHMS = ("a_star_po", "c3po", "dash", "dpo", "gspo", "prorl", "reinforce_pp", "rloo")
 """With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss; what is
@@ -84,14 +85,22 @@ def test_two_processes_give_the_numbers_of_one(
         "untied": untied.eval(),
         "batches": [random_batch(rows=10), random_batch(rows=2, seed=2)],
     }
-    torch.save(job, tmp_path / "job.pt")
+    torch.save(job | {"expected": expect(job)}, tmp_path / "job.pt")
     for size, parts in PARTS.items():
-        command = [sys.executable, *TORCHRUN, str(size), "-m", "tests.distributed_job", str(tmp_path), *parts]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        together(size, work, tmp_path, size, *parts)
         for rank in range(size):
             faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
             assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
+
+
+def together(size: int, target: Callable[..., None], *args: object) -> None:
+    """Runs so many processes, each with its rank and the arguments, to their end."""
+    processes = [SERVER.Process(target=target, args=(rank, *args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)  # those that lose another fail, too
+        process.kill()
 
 
 @pytest.mark.slow
@@ -120,33 +129,35 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(child for child, variables in environments.items() if b"LOCAL_RANK=" in variables)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "submitit"])
-def test_two_nodes_meet_whoever_starts_them(tmp_path: Path, launcher: str) -> None:
-    """On this machine, with a process each. The first writes."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    own = [sys.executable, "-m", "capo_exp"]
-    meet = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=static", f"--master-port={port}")
-    start = {"own": own, "torchrun": [*own[:2], "torch.distributed.run", *meet, "--node-rank={}", *own[1:]]}
-    size = ("distributed.nodes=2", "distributed.processes=1") if launcher != "torchrun" else ()
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if launcher == "submitit":  # a task is a node
-        size = ("-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=0", *size)
-        where.pop("MASTER_ADDR")
-    command = [*start.get(launcher, own), *RUN, *size, f"output_dir={tmp_path}"]
-    number = [{}] if launcher == "submitit" else [{"NODE_RANK": "0"}, {"NODE_RANK": "1"}]
-    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    nodes = [
-        subprocess.Popen([word.format(i) for word in command], env=os.environ | where | each, **pipes)
-        for i, each in enumerate(number)
-    ]
-    said = [node.communicate(timeout=300) for node in nodes]
-    assert not any(node.returncode for node in nodes), said
-    (record,) = tmp_path.glob("*/*/run.json")  # the first's
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_tasks_of_submitit_are_the_nodes_of_one_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "capo_exp", "-m", *RUN, "hydra/launcher=submitit_local", "seed=0",
+        "hydra.launcher.tasks_per_node=2", "distributed.nodes=2", "distributed.processes=1",
+        f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    where = os.environ | {"MASTER_PORT": str(free_port())}
+    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("*/*/run.json")
     assert run_status(record.parent) == "finished"
-    assert launcher == "submitit" or ["held-out accuracy" in out for out, _ in said] == [True, False], said
+
+
+@pytest.mark.slow
+def test_processes_of_a_given_torchrun_are_one_run(tmp_path: Path) -> None:
+    """The first writes."""
+    port, command = free_port(), [*RUN, f"output_dir={tmp_path}"]
+    together(2, train_as_given, tmp_path, port, command)
+    (record,) = tmp_path.glob("*/*/run.json")
+    assert run_status(record.parent) == "finished"
+    said = [(tmp_path / f"said_{rank}").read_text() for rank in range(2)]
+    assert ["held-out accuracy" in each for each in said] == [True, False], said
 
 
 def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """However a run was ended, and whatever became of its checkpoints, the same command ends in the same bits."""
 
 import json
-import multiprocessing
 import os
 import pty
 import shutil
@@ -27,6 +26,7 @@ from capo_exp.runs.identity import run_dir
 from capo_exp.runs.processes import stop_signal
 from capo_exp.training import loop as train
 from tests.pieces import NO_TOKENIZER, logged
+from tests.process_pieces import SERVER
 
 STEPS = 10
 SMALL = [
@@ -36,9 +36,6 @@ SMALL = [
     "regime.learning_rate=5e-4", "logger.completions_every=1",
     "dataset.source.num_train=50", "dataset.source.num_eval=10",
 ]  # fmt: skip
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["capo_exp.training.loop"])  # imports torch once for all processes
 
 
 def train_on(terminal: str, config: TrainConfig) -> None:
@@ -223,9 +220,9 @@ class Killed(BaseException):
     """Ends a run where a kill would: nothing is written any more."""
 
 
-def kill_at(count: int, run: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    """Compares run.json with the newest checkpoint before each write of a run, of which the one number
-    `count` and all later ones fail; returns what is written, one after another."""
+def kill_at(step: int, distance: int, run: Path, patch: pytest.MonkeyPatch) -> None:
+    """Compares run.json with the newest checkpoint before each write of a run, of which one and all later
+    ones fail: the first, second, ... from that on which lets the checkpoint of a step count."""
     written: list[str] = []
 
     def watch(owner: Any, name: str) -> None:
@@ -234,42 +231,32 @@ def kill_at(count: int, run: Path, patch: pytest.MonkeyPatch) -> list[str]:
         def watched(place: Any, *rest: Any) -> Any:
             if counters := record(run)["counters"] if (run / "run.json").exists() else {}:
                 assert counters["rollout_step"] == max(list_checkpoints(run), default=0), written
-            if len(written) >= count:
-                raise Killed
             written.append(f"{name} {Path(getattr(place, 'name', place)).name}")
+            if f"rename .step_{step:06d}" in written[: len(written) - distance + 1]:
+                raise Killed
             return write(place, *rest)
 
         patch.setattr(owner, name, watched)
 
     for owner, name in ((Path, "replace"), (Path, "rename"), (logger, "append_line")):
         watch(owner, name)
-    return written
 
 
 @pytest.mark.slow
 def test_run_json_agrees_with_the_newest_checkpoint_wherever_a_kill_comes(
     undisturbed: Path, config: TrainConfig
 ) -> None:
+    """Before a checkpoint counts, right after it does, and before the last word that the run has ended."""
     run = run_dir(config)
-    with pytest.MonkeyPatch.context() as patch:
-        written = kill_at(10**9, run, patch)
-        train.run(config)
-    saved = [place for place, what in enumerate(written) if what.startswith("rename .step_")]
-    assert len(saved) == STEPS // 2
-    for place in (
-        saved[0],
-        saved[1] + 1,
-        saved[2] + 1,
-        len(written) - 1,
-    ):  # before, after a checkpoint counts
-        shutil.rmtree(run)
+    for step, distance in ((2, 1), (4, 2), (6, 2), (STEPS, 3)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            kill_at(place, run, patch)
+            kill_at(step, distance, run, patch)
             train.run(config)
         assert record(run)["status"] == "running"
-        train.run(config)
-        assert outcome(run) == outcome(undisturbed)
-        assert record(run)["counters"] == record(undisturbed)["counters"]
+        assert max(list_checkpoints(run), default=0) == (step if distance > 1 else 0)
+    train.run(config)
+    assert outcome(run) == outcome(undisturbed)
+    assert record(run)["counters"] == record(undisturbed)["counters"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from capo_exp.data.prompts import render_prompts
 from capo_exp.rollout import EngineFailed, SamplingRequest, vllm
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
-from capo_exp.rollout.vllm_process import EngineProcess, Request, explain_failure
+from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, EngineProcess, Request, explain_failure
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe
@@ -379,14 +379,12 @@ socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).se
 """
 
 
-@pytest.mark.parametrize("deep", [False, True])
-def test_a_server_of_the_run_answers_its_user_alone(
-    deep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At a socket in a folder that nobody else can enter; it opens no port, and its folder goes with it."""
+def test_a_server_of_the_run_answers_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a socket in a folder that nobody else can enter, and not where the path would be too long; it opens
+    no port, and its folder goes with it."""
     long = tmp_path / ("x" * 120)
     long.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(long) if deep else None)
+    monkeypatch.setattr("tempfile.tempdir", str(long))
     (tmp_path / "stub_server.py").write_text(STUB)
     monkeypatch.setattr("capo_exp.rollout.vllm_server.API_SERVER", "stub_server")
     environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
@@ -421,12 +419,24 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_out_of_memory_names_the_keys(tmp_path: Path) -> None:
-    setup = Setup(compose_vllm("rollout.engine.kv_cache_gib=100000", EAGER), tmp_path)
-    with pytest.raises(EngineFailed) as failed:
-        setup.__enter__()
+def test_out_of_memory_is_told_by_vllms_words() -> None:
+    """Each phrase stands in its sources; that of torch is none of them."""
+    (place,) = find_spec("vllm").submodule_search_locations  # pyright: ignore
+    sources = Path(place, "v1").rglob("*.py")
+    text = "\n".join(file.read_text() for file in sources if file.parent.name in ("core", "worker")).lower()
+    assert all(phrase in text for phrase in OUT_OF_MEMORY)
+
+
+def test_a_start_that_fails_names_the_keys(tmp_path: Path) -> None:
+    """And its process is gone. What stands in vLLM's place fails as it does."""
+    said = "allocation is less than requested memory for kv"
+    (tmp_path / "vllm.py").write_text(f"raise ValueError('{said}')")
+    environment, before = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, children_of(os.getpid(), "vllm_worker")
+    with pytest.raises(EngineFailed, match=f"vLLM: starting: ValueError: {said}; out of memory: ") as failed:
+        EngineProcess({}, environment=environment, limits=settings_of(), log_file=tmp_path / "vllm.log")
     for key in ("engine.gpu_memory_utilization", "engine.max_num_seqs", "model.micro_batch_size"):
         assert key in str(failed.value)
+    assert children_of(os.getpid(), "vllm_worker") == before
 
 
 def children_of(pid: int, name: str) -> list[int]:
