@@ -29,6 +29,9 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from capo_exp.config.architecture import fill_architecture
 from capo_exp.config.schema import TrainConfig, conf_dir, register
+from tests.composing import compose_once
+
+compose_once()
 
 # The shapes in signatures are checked in tests only; the hook has to come before these modules are imported.
 # Protocols have no bodies, and what Triton compiles must not be wrapped.

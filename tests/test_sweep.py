@@ -1,6 +1,7 @@
 """Sweeps: each job in a process of its own, with the configuration as it was, its log, its GPU; one bad job
 leaves the others going."""
 
+import io
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.record import run_status
-from capo_exp.sweep import processes, sweep
+from capo_exp.sweep import job, processes, sweep
 from capo_exp.training import loop as train
 from tests.pieces import logged
 from tests.process_pieces import wait_for
@@ -31,15 +32,12 @@ CHILD = """
 import json, os, pathlib, signal, sys, time, yaml
 c = yaml.safe_load(sys.stdin)
 print("seed", c["seed"], "rate", c["regime"]["learning_rate"], flush=True)
-from capo_exp.config.record import read_config
-from capo_exp.runs.identity import run_dir
-from capo_exp.runs.lock import locked
-folder = run_dir(read_config(yaml.safe_dump(c), sys.argv[1:]))
+folder = pathlib.Path(os.readlink("/proc/self/fd/1")).parent
 def record(status):
     (folder / "run.json").write_text(json.dumps({"status": status, "error": None}))
 pathlib.Path("jobs.txt").open("a").write(f"{os.getpid()} {c['seed']} {c['regime']['learning_rate']}\\n")
 """
-"""A job that stands in for training: says its seed, does what the test adds."""
+"""A job that stands in for training: says its seed, does what the test adds; its log lies in its folder."""
 ENDS = "record('finished')\n"
 
 
@@ -224,23 +222,23 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_training_in_a_sweep_is_the_same_as_alone(
-    work_dir: Path, composed: Callable[..., TrainConfig]
-) -> None:
+    work_dir: Path, composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     small = [
         "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4",
         "evaluation.num_problems=4", "dataset.max_completion_tokens=16", "logger=files",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "capo_exp", *small, "-m", "seed=3", "experiment_name=sweep"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["capo_exp", *small, "-m", "seed=3", "experiment_name=sweep"])
+    assert front.run_training() == 0
     alone = train.run(composed(*small, "seed=3", "experiment_name=alone"))
     swept = Path("outputs/sweep") / alone.name
     assert logged(alone / "metrics.jsonl") == logged(swept / "metrics.jsonl")
     assert "evaluation after step 2" in (swept / "log.txt").read_text()
-    with (swept / "config.yaml").open() as file:  # a recorded configuration runs again, by itself
-        command = [sys.executable, "-m", "capo_exp.sweep.job"]
-        again = subprocess.run(command, stdin=file, capture_output=True, text=True, timeout=120, check=False)
-    assert again.returncode == 0 and "this run is finished" in again.stdout
+    monkeypatch.setattr(sys, "argv", ["job", "own=true"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO((swept / "config.yaml").read_text()))
+    assert job.main(lambda _: []) == 0  # a recorded configuration runs again, by itself
+    assert "this run is finished" in capfd.readouterr().out
 
 
 def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
