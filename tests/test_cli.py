@@ -293,7 +293,7 @@ def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tm
 
 def test_help_names_groups_and_commands(run: Run) -> None:
     text = run("--help").out
-    for expected in ("plan_only=true", "--cfg job --resolve", "algo: a_star_po, c3po, capo,", "model: "):
+    for expected in ("plan_only=true", "--cfg job --resolve", "algo: a_star_po, c3po, c3po_pp,", "model: "):
         assert expected in text
     assert max(map(len, text.splitlines())) <= 80
     listed = re.findall(r"[\w/]+(?=[,\n])", text[text.index("experiment:") : text.index("hparams_search:")])

@@ -50,6 +50,8 @@ class Algorithm:
     name: str
     group_filter: GroupFilter
     max_sampling_rounds: int
+    rollout_tokens: int | None
+    max_age: int
     reference_samples: int
     continuations: int
     states: States

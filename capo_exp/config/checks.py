@@ -230,6 +230,7 @@ def _check_algorithm(config: TrainConfig) -> None:
     if algo.reference_reset_every and not build.needs_reference(algo):
         raise error("algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference")
     _check_samples(config)
+    _check_budget(config)
     _check_pairs(config)
 
 
@@ -254,6 +255,22 @@ def _check_samples(config: TrainConfig) -> None:
     if algo.reference_samples and algo.reference_reset_every:
         wanted = "0 with algo.reference_samples, which are those of the first reference"
         raise error("algo.reference_reset_every", algo.reference_reset_every, wanted)
+
+
+def _check_budget(config: TrainConfig) -> None:
+    """Refuses a budget of tokens that is too small for any step, or that nothing could keep to."""
+    tokens, rounds = config.algo.rollout_tokens, config.algo.max_sampling_rounds
+    batch = config.regime.prompts_per_step * config.regime.group_size
+    if tokens is None:
+        return
+    if tokens < batch:
+        product = "regime.prompts_per_step x regime.group_size"
+        raise error("algo.rollout_tokens", tokens, f"null, or at least {product} = {batch}, a token each")
+    if rounds > 1:
+        raise error("algo.max_sampling_rounds", rounds, "1 with algo.rollout_tokens, which ends the sampling")
+    if config.rollout.train_engine is not None:
+        wanted = "null with rollout.train_engine, whose completions nobody sampled"
+        raise error("algo.rollout_tokens", tokens, wanted)
 
 
 def _check_pairs(config: TrainConfig) -> None:

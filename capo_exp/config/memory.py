@@ -139,7 +139,8 @@ def sequences_at_once(config: TrainConfig) -> int:
     batch, samples = config.regime.prompts_per_step * config.regime.group_size, config.evaluation.samples
     rows = batch if config.rollout.chunking == "per_step" else min(batch, config.model.micro_batch_size)
     limit = config.rollout.engine.get("max_sequences_per_call", batch)
-    calls = ((rows, config.regime.group_size), (config.evaluation.num_problems * samples, samples))
+    calls = [(rows, config.regime.group_size), (config.evaluation.num_problems * samples, samples)]
+    calls += [] if config.algo.rollout_tokens is None else [(rows, 1)]  # what goes on does so one by one
     return max(min(total, max(1, limit // group) * group) for total, group in calls)
 
 

@@ -22,13 +22,17 @@ def plan(config: TrainConfig) -> list[str]:
         iterations += f" x {algo.num_minibatches:,} minibatches"
     evaluations = _count(count_evaluations(steps, config.evaluation.every), "evaluation")
     problems = config.evaluation.num_problems * config.evaluation.samples
+    sampled, most = f"{batch * steps:,} completions", ""
+    if algo.rollout_tokens is not None:
+        sampled, most = f"{algo.rollout_tokens * steps:,} tokens in completions", "at most "
     return [
         f"{algo.full_name} on {config.dataset.name} with {config.model.name}, {regime.name}, "
         f"seed {config.seed}",
-        f"{regime.prompts_per_step} prompts x {regime.group_size} = {batch:,} completions a step = {cuts}",
+        f"{regime.prompts_per_step} prompts x {regime.group_size} = {most}{batch:,} completions a step"
+        f" = {cuts}",
         f"{_count(steps, 'step')} x {iterations} = {_count(updates, 'optimiser step')}"
         f", lr {regime.learning_rate:g}",
-        f"{batch * steps:,} completions of at most {config.dataset.max_completion_tokens:,} tokens;"
+        f"{sampled} of at most {config.dataset.max_completion_tokens:,} tokens;"
         f" {evaluations} of {problems:,}",
         _join(_memory(config)),
     ]

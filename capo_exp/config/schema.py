@@ -70,6 +70,9 @@ class AlgoConfig:
     marker: str = setting(ranges.MARKER, default="", result=False)
     group_filter: Part = setting(default=_neutral("all_groups"))
     max_sampling_rounds: int = setting(ranges.COUNT, default=1)  # until enough groups pass
+    # Tokens sampled in a rollout step; what has not ended by then goes on in the next one; null = no limit.
+    rollout_tokens: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
+    max_age: int = setting(ranges.COUNT, default=1)  # rollout steps that what has not ended is kept for
     # Completions of each prompt of the run by the reference, before the first step; 0 = none.
     reference_samples: int = setting(ranges.COUNT_OR_0, default=0)
     # Completions sampled on from each state of a completion, to estimate its value; 0 = none.

@@ -3,7 +3,7 @@
 import numpy as np
 
 ORDER, ROLLOUT, EVALUATION, SELECTION, MINIBATCH, CALIBRATION, STEP_RULE, DIAGNOSIS = range(8)
-REFERENCE, CONTINUATION, PAIRS = range(8, 11)
+REFERENCE, CONTINUATION, PAIRS, RESUMED = range(8, 12)
 """Streams that never share numbers."""
 
 

@@ -66,12 +66,25 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """G completions of one prompt, all sampled with the same weights."""
+    """G completions of one prompt, all sampled with the same weights, or begun with them
+    (algo.rollout_tokens)."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     weight_version: int  # Number of optimiser steps that the sampling weights had seen
     rewards: tuple[float, ...] | None = None  # What each has earned already; None = it is to be graded
+
+
+@dataclass(frozen=True)
+class UnfinishedGroup:
+    """A group of which a completion has not ended, so that it goes on in the next rollout step."""
+
+    visit: int  # Place of its prompt among those of training
+    step: int  # Rollout step in which it began
+    weight_version: int  # Of the weights that began it
+    completions: tuple[Completion, ...]
+    """Those that are truncated go on unless they have reached the length limit; each token has the log-prob
+    of the weights that sampled it."""
 
 
 @dataclass(frozen=True)

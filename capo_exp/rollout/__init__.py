@@ -40,10 +40,17 @@ class SamplingRequest:
     begun: Sequence[tuple[int, ...]] = ()
     """Tokens with which each prompt's completions begin, fewer than max_tokens, which counts them, too; () =
     none. The completions returned are whole."""
+    new_tokens: int | None = None
+    """Limit of what is sampled beyond what has begun, where that is less; None = max_tokens alone."""
 
     def beginnings(self) -> Sequence[tuple[int, ...]]:
         """Returns what has begun of each prompt's completions."""
         return self.begun or [()] * len(self.prompts)
+
+    def room(self) -> list[int]:
+        """Returns how many tokens may be sampled of each prompt's completions."""
+        rest = [self.max_tokens - len(begun) for begun in self.beginnings()]
+        return rest if self.new_tokens is None else [min(each, self.new_tokens) for each in rest]
 
 
 class RolloutEngine(Protocol):

@@ -82,11 +82,13 @@ class HFRollout:
             tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
         lengths = ((ended == 0).sum(1) + 1).tolist()
-        begun = [ids for ids in request.beginnings() for _ in range(request.group_size)]
+        known = zip(request.beginnings(), request.room(), strict=True)
+        begun = [each for each in known for _ in range(request.group_size)]
         rows: list[list[int]] = []
         scores: list[list[float]] = []
-        for ids, new, own, length in zip(begun, tokens.tolist(), log_probs.tolist(), lengths, strict=True):
-            count = min(length, request.max_tokens - len(ids))
+        sampled = zip(begun, tokens.tolist(), log_probs.tolist(), lengths, strict=True)
+        for (ids, room), new, own, length in sampled:
+            count = min(length, room)
             rows.append([*ids, *new[:count]])
             scores.append([*[nan] * len(ids), *own[:count]])
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -122,7 +124,7 @@ def decode(
     """
     input_ids, mask, size = prompts["input_ids"], prompts["attention_mask"], request.group_size
     rows = input_ids.shape[0] * size
-    room = input_ids.new_tensor([request.max_tokens - len(ids) for ids in request.beginnings()])
+    room = input_ids.new_tensor(request.room())
     limit, room = int(room.max()), room.repeat_interleave(size)
     tokens = input_ids.new_zeros(rows, limit)
     log_probs = torch.zeros(rows, limit, device=input_ids.device)

@@ -153,9 +153,10 @@ class VLLMRollout:
             "ignore_eos": True,  # _ends has it
         }
         requests: list[Request] = []
-        for i, (prompt, begun) in enumerate(zip(request.prompts, request.beginnings(), strict=True)):
+        known = zip(request.prompts, request.beginnings(), request.room(), strict=True)
+        for i, (prompt, begun, room) in enumerate(known):
             seed = int(np.random.SeedSequence([request.seed, i]).generate_state(1)[0])
-            own = {"max_tokens": request.max_tokens - len(begun), "seed": seed}
+            own = {"max_tokens": room, "seed": seed}
             requests.append(Request((*prompt.token_ids, *begun), params | own))
         responses = self.running().generate(requests)
         triples = zip(request.prompts, request.beginnings(), responses, strict=True)

@@ -14,8 +14,9 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import collate, join, minibatches, take, totals
 from capo_exp.core.seeds import MINIBATCH, ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, RolloutGroup, StepInput, StepRecord
+from capo_exp.core.types import Batch, RolloutGroup, StepInput, StepRecord, UnfinishedGroup
 from capo_exp.data.prompts import choose_visits
+from capo_exp.training.budget import draw_within_budget
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
 from capo_exp.training.sampler import Drawn, Sampler, draw, value_states
@@ -36,6 +37,7 @@ class Rollout:
     tokens: int  # Tokens sampled
     metrics: dict[str, float]
     offers: Offers = field(default_factory=dict[str, Any])  # What parts may ask for: config.declare.OFFERS
+    unfinished: Sequence[UnfinishedGroup] = ()  # What the next step goes on with
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def sample_rollout(
     watch: Stopwatch,
 ) -> Rollout:
     """Samples and scores prompts_per_step groups; again, up to max_sampling_rounds times, while too few pass
-    the group filter. If fewer pass to the end the step trains on those; if none, on the last round's.
+    the group filter. If fewer pass to the end the step trains on those; if none, on the last round's. With
+    algo.rollout_tokens there are as many groups as a budget of tokens ends.
     """
     wanted = config.regime.prompts_per_step
     seen: list[RolloutGroup] = []
@@ -100,11 +103,16 @@ def sample_rollout(
     order = derive_seed(config.seed, ORDER, 0)
     for number in range(algorithm.max_sampling_rounds):
         start = first + number * wanted
-        visits = choose_visits(len(sampler.prompts), first=start, count=wanted, seed=order)
-        drawn = draw(
-            config, sampler, [sampler.prompts[i] for i in visits], group_size=config.regime.group_size,
-            seed=(ROLLOUT, step, number), weight_version=weight_version, watch=watch,
-        )  # fmt: skip
+        if algorithm.rollout_tokens is not None:
+            drawn = draw_within_budget(
+                config, algorithm, sampler, step=step, first=start, weight_version=weight_version, watch=watch
+            )
+        else:
+            visits = choose_visits(len(sampler.prompts), first=start, count=wanted, seed=order)
+            drawn = draw(
+                config, sampler, [sampler.prompts[i] for i in visits], group_size=config.regime.group_size,
+                seed=(ROLLOUT, step, number), weight_version=weight_version, watch=watch,
+            )  # fmt: skip
         offers = asked(algorithm.group_filter, _offer(drawn.groups, sampler))
         keep = algorithm.group_filter(drawn.verdicts, **offers)
         rounds.append(drawn)
@@ -122,6 +130,7 @@ def sample_rollout(
     grades = [row for drawn in rounds for row in drawn.grades]
     metrics = rollout_metrics(seen, every, grades) | merge_rounds([drawn.metrics for drawn in rounds])
     metrics |= {"rollout/sampling_rounds": float(len(rounds)), "rollout/filtered_group_fraction": filtered}
+    prompts, unfinished = sum(drawn.prompts for drawn in rounds), rounds[-1].unfinished
     values = None
     if algorithm.continuations:
         values, drawn = value_states(
@@ -134,11 +143,12 @@ def sample_rollout(
         groups=used,
         rewards=used_rewards,
         rewarded=bool(every.any()),
-        prompts=len(seen),
+        prompts=prompts,
         completions=sum(drawn.completions for drawn in rounds),
         tokens=sum(drawn.tokens for drawn in rounds),
         metrics=metrics,
         offers=_offer(used, sampler, values),
+        unfinished=unfinished,
     )
 
 

@@ -13,7 +13,7 @@ from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.seeds import CONTINUATION, ORDER, REFERENCE, derive_seed
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Prompt, RolloutGroup
+from capo_exp.core.types import Prompt, RolloutGroup, UnfinishedGroup
 from capo_exp.data.prompts import choose_visits
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.grading.compare import Grade
@@ -41,6 +41,8 @@ class Sampler:
     reference_rewards: Mapping[str, list[float]] = field(default_factory=dict[str, list[float]])
     """Problem id -> the rewards of the reference's completions, which checkpoints keep; of no problem without
     algo.reference_samples."""
+    unfinished: Sequence[UnfinishedGroup] = ()
+    """What earlier steps have begun, which checkpoints keep; none without algo.rollout_tokens."""
 
     def recall(self, groups: Sequence[RolloutGroup]) -> Tensor | None:
         """Returns the reference's rewards [P, N] of the prompts of groups; None without any."""
@@ -51,24 +53,21 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Groups of completions, graded."""
+    """Groups of completions, graded, and what sampling them took."""
 
     groups: list[RolloutGroup]
     verdicts: Tensor  # [P, G] the verifier's rewards
     rewards: Tensor  # [P, G] total: the verifier's and the terms'
     grades: list[list[Grade]]
     metrics: dict[str, float]
-    begun: int = 0  # Tokens of the completions that the request had begun with
+    prompts: int  # Those that began
+    tokens: int  # Those sampled
+    unfinished: Sequence[UnfinishedGroup] = ()  # What is not graded yet
 
     @property
     def completions(self) -> int:
-        """The completions sampled."""
+        """The completions graded."""
         return self.rewards.numel()
-
-    @property
-    def tokens(self) -> int:
-        """The tokens sampled."""
-        return sum(len(one.token_ids) for group in self.groups for one in group.completions) - self.begun
 
 
 def draw(
@@ -84,12 +83,33 @@ def draw(
 ) -> Drawn:
     """Samples a group for each prompt, all in one call, or micro-batch by micro-batch, in whichever process,
     and grades it. `seed` is a stream, a step and which of its calls of that kind this is."""
+    requests = make_requests(
+        config, prompts, group_size=group_size, seed=seed, weight_version=weight_version, begun=begun
+    )
+    with watch("rollout"):
+        groups = sample(sampler.engine, requests, sampler.world)
+    tokens = sum(len(one.token_ids) for group in groups for one in group.completions)
+    known = group_size * sum(map(len, begun))
+    return grade(sampler, groups, prompts=len(prompts), tokens=tokens - known, watch=watch)
+
+
+def make_requests(
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    seed: tuple[int, ...],
+    weight_version: int,
+    begun: Sequence[tuple[int, ...]] = (),
+    new_tokens: int | None = None,
+) -> list[SamplingRequest]:
+    """Cuts what `draw` samples into calls; the last number of `seed` counts the calls of its kind."""
     size = len(prompts)
     if config.rollout.chunking == "per_micro_batch":
         size = max(1, config.model.micro_batch_size // group_size)
-    starts = range(0, len(prompts), size)
-    stream, step, number = seed
-    requests = [
+    starts = range(0, len(prompts), max(1, size))
+    *stream, number = seed
+    return [
         SamplingRequest(
             prompts[start : start + size],
             group_size=group_size,
@@ -97,17 +117,22 @@ def draw(
             temperature=config.rollout.temperature,
             top_k=config.rollout.top_k,
             top_p=config.rollout.top_p,
-            seed=derive_seed(config.seed, stream, step, number * len(starts) + position),
+            seed=derive_seed(config.seed, *stream, number * len(starts) + position),
             weight_version=weight_version,
             begun=begun[start : start + size],
+            new_tokens=new_tokens,
         )
         for position, start in enumerate(starts)
     ]
-    with watch("rollout"):
-        groups = sample(sampler.engine, requests, sampler.world)
+
+
+def grade(
+    sampler: Sampler, groups: list[RolloutGroup], *, prompts: int, tokens: int, watch: Stopwatch
+) -> Drawn:
+    """Grades groups, of which sampling took so many new prompts and tokens."""
     earned = [group.rewards for group in groups if group.rewards is not None]
     if earned:
-        return Drawn(groups, torch.tensor(earned), torch.tensor(earned), [], {})
+        return Drawn(groups, torch.tensor(earned), torch.tensor(earned), [], {}, prompts, tokens)
     with watch("reward"):
         result = sampler.world.first(partial(_grade, sampler.verifier, groups))
         completions = [one for group in groups for one in group.completions]
@@ -115,7 +140,7 @@ def draw(
     verdicts = torch.tensor(result.rewards)
     rewards = total_reward(verdicts, measured, sampler.terms)
     metrics = result.metrics | {key: fmean(values) for key, values in measured.items()}
-    return Drawn(groups, verdicts, rewards, result.grades, metrics, group_size * sum(map(len, begun)))
+    return Drawn(groups, verdicts, rewards, result.grades, metrics, prompts, tokens)
 
 
 def value_states(

@@ -34,6 +34,7 @@ from capo_exp.runs.identity import run_id
 from capo_exp.runs.logger import Draw, RunLogger
 from capo_exp.runs.record import RunRecord, read_record
 from capo_exp.runs.samples import read_logged
+from capo_exp.training.budget import read_unfinished
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.pairs import PairBuilder
@@ -93,7 +94,8 @@ class Session:
         return self.counts["counter/rollout_step"]
 
     def count(self, rollout: Rollout) -> None:
-        """Counts a rollout step that is done."""
+        """Counts a rollout step that is done, and keeps what the next one goes on with."""
+        self.sampler = replace(self.sampler, unfinished=rollout.unfinished)
         done = (1, rollout.prompts, rollout.completions, rollout.tokens, 1)
         for name, number in zip(COUNTS, done, strict=True):
             self.counts[name] += number
@@ -154,8 +156,11 @@ class Session:
         if self.world.any(not all(local(weight).isfinite().all() for weight in learner.model.parameters())):
             raise TrainingDiverged(f"the weights after step {self.step} are not finite")
         self.logger.sync()
-        known = self.sampler.reference_rewards
-        state = learner.state_dict() | {"counters": counters, "reference_rewards": dict(known)}
+        state = learner.state_dict() | {
+            "counters": counters,
+            "reference_rewards": dict(self.sampler.reference_rewards),
+            "unfinished": [asdict(group) for group in self.sampler.unfinished],
+        }
         reference = learner.reference if learner.reference_resets else None
         self.record.forget()
         self.checkpointer.save(self.step, state, learner.model, self.inputs.tokenizer, reference)
@@ -250,6 +255,7 @@ def open_session(
         train_engine, engine, inputs.verifier, inputs.data.train, terms, world,
         spell=lambda ids: inputs.tokenizer.batch_decode([[token] for token in ids]),
         reference_rewards=state.get("reference_rewards", {}),
+        unfinished=read_unfinished(state.get("unfinished", ())),
     )  # fmt: skip
     counts = {name: counters.get(name, 0) for name in COUNTS}
     return Session(
