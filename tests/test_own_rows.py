@@ -94,7 +94,7 @@ def test_answers_are_the_digits_that_are_written(composed: Composed, tmp_path: P
     (tmp_path / "n.jsonl").write_text("\n".join(lines))
     (tmp_path / "n.json").write_text(f"[{','.join(lines)}]")
     (tmp_path / "b.jsonl").write_text('{"q": "Is 2 even?", "a": true}\n{"q": "Is 3 even?", "a": false}')
-    found = {"n.jsonl": list(WRITTEN.values()), "n.json": list(WRITTEN.values()), "b.jsonl": ["true", "false"]}
+    found = {key: [*WRITTEN.values()] for key in ("n.jsonl", "n.json")} | {"b.jsonl": ["true", "false"]}
     for bits, kind, texts in (
         (32, np.float32, ["3.1", "0.1", "27", "1e-07"]),
         (16, np.float16, ["3.1", "0.1"]),
