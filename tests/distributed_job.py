@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.cli import front
+from capo_exp.config.errors import RunFailed
 from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts
@@ -33,6 +34,7 @@ from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.training import loop, session
 from capo_exp.training.learner import Learner
+from capo_exp.training.probe import probe
 from tests.pieces import make_learner, run_updates
 
 EXACT = ("policy/grad_norm", "loss/total", "optim/step_scale", "selection/rejection_rate", "loss/kl")
@@ -216,6 +218,23 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
         yield "the step before the failure is not saved"
 
 
+def doubt_engines(job: dict[str, Any], world: World) -> Iterator[str]:
+    """What the doctor says of engines that take new weights, and of a second one that does not."""
+    said = probe(job["run"], world, torch.device("cpu"))
+    if not said.startswith("2 processes on cpu; ") or "each one's engine takes new weights" not in said:
+        yield f"said {said}"
+    plain = session.copy_weights
+    if world.rank == 1:  # gathers them, for the first waits for that, and keeps its own
+        session.copy_weights = lambda model, _: [full(weight) for weight in model.parameters()]
+    try:
+        yield f"said {probe(job['run'], world, torch.device('cpu'))}"
+    except RunFailed as failure:
+        if "the engine of process 1 samples with other weights: largest difference" not in str(failure):
+            yield f"said {failure}"
+    finally:
+        session.copy_weights = plain
+
+
 def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
     """One of `size` processes that meet at a file."""
     torch.set_num_threads(1)
@@ -226,6 +245,7 @@ def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
     parts: dict[str, Callable[[], Iterator[str]]] = {
         "learners": lambda: compare_learners(job, world),
         "sums": lambda: compare_sums(job, world),
+        "engines": lambda: doubt_engines(job, world),
         "runs": lambda: compare_runs(job, world, folder),
         "four": lambda: differ(
             "2 -> 4", read_back(folder / "whole"), train(job, folder / "four"), exact=False

@@ -31,7 +31,7 @@ from tests.test_selection import partly
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
-PARTS = {2: ["learners", "sums", "runs"], 4: ["four"]}
+PARTS = {2: ["learners", "sums", "engines", "runs"], 4: ["four"]}
 """Number of processes -> what they do; four go on from what `runs` left."""
 RUN = (
     "distributed=fsdp2", "device=cpu", "logger=files", "num_steps=2", "regime.prompts_per_step=4",

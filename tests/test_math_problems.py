@@ -176,7 +176,7 @@ def test_other_ways_of_writing_the_answer(tmp_path):
         ([27.0, float("nan"), None, 0.5], ["27", "0.5"]),
         ([1e16, -3.0, float("inf")], ["10000000000000000", "-3"]),
         ([["1", "2"], ["3"], [], None], ["1, 2", "3"]),
-        ([True], ["True"]),
+        ([True], ["true"]),
         ([{"value": "1"}, {"value": "2"}], None),
         ([b"1", b"2"], None),
         ([None, None], None),

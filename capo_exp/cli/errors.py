@@ -25,8 +25,9 @@ def in_one_line(schema: type = TrainConfig) -> Iterator[None]:
     """Turns an error in composing a configuration into a ConfigError, unless the user wants all of it."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        if full_error() or isinstance(error, ConfigError):
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AttributeError) as error:
+        ours = not isinstance(error, AttributeError) or "full_key:" in str(error)  # OmegaConf names the key
+        if full_error() or isinstance(error, ConfigError) or not ours:
             raise
         raise ConfigError(_Composing(schema).condense(error).replace("\n", "\\n")) from None
 
@@ -42,6 +43,10 @@ class _Composing:
             return _missing_choice(error)
         if isinstance(error, OverrideParseException):
             return f"{error.override}: expected key=value; {' '.join(text.splitlines()[0].split())}"
+        if match := re.search(r"(?:full_key: |override '?[~+]*)([\w.]+)", text):
+            above = (f"~{match[1][:dot.start()]}" for dot in re.finditer(r"\.", match[1]))
+            if gone := next((each for each in above if each in sys.argv), ""):
+                return f"{match[1]}: {gone} leaves nothing that holds it; expected one of the two"
         if match := re.match(r"Could not override '([^']+)'", text):
             return self._unknown_key(match[1])
         if text.startswith("Config group override"):  # algo=null: Hydra does not name it
