@@ -4,8 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
-pyright
 lint-imports
+pyright &
+types=$!
 site=$(mktemp -d)
 NO_MKDOCS_2_WARNING=1 PYTHONPATH=. mkdocs build --quiet --strict --site-dir "$site"
 rm -rf "$site"
+wait "$types"

@@ -60,7 +60,7 @@ def needs_vllm(test: T) -> T:
 SMALL_KV = "rollout.engine.kv_cache_gib=0.25"
 SHORT = "rollout.engine.max_model_len=400"
 EAGER = "rollout.engine.enforce_eager=true"
-"""Starts in two thirds of the time; for what does not depend on how the numbers are computed."""
+"""Starts in a third of the time; tests/test_doctor.py compares what is compiled."""
 
 
 class Setup:
@@ -124,7 +124,7 @@ def compose_vllm(*overrides: str) -> TrainConfig:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     """An engine process that all tests share which leave it alive; closed, it is gone."""
-    config = compose_vllm(SHORT)
+    config = compose_vllm(SHORT, EAGER)
     with Setup(config, tmp_path_factory.mktemp("vllm")) as setup:
         engine = setup.engine.running()
         assert isinstance(engine, EngineProcess) and engine.process.poll() is None
@@ -469,7 +469,7 @@ def engines(running: Setup) -> Iterator[list[EngineProcess]]:
 
 
 RUN = [
-    "rollout=vllm", SMALL_KV, SHORT, "num_steps=4", "regime.prompts_per_step=4", "regime.group_size=4",
+    "rollout=vllm", SMALL_KV, SHORT, EAGER, "num_steps=4", "regime.prompts_per_step=4", "regime.group_size=4",
     "evaluation.num_problems=4", "checkpoint.every=100", "logger=files", "dataset.max_completion_tokens=24",
     "dataset.source.num_train=64", "dataset.source.num_eval=8",
 ]  # fmt: skip
