@@ -44,7 +44,7 @@ class _Composing:
         if isinstance(error, OverrideParseException):
             return f"{error.override}: expected key=value; {' '.join(text.splitlines()[0].split())}"
         if match := re.search(r"(?:full_key: |override '?[~+]*)([\w.]+)", text):
-            above = (f"~{match[1][:dot.start()]}" for dot in re.finditer(r"\.", match[1]))
+            above = (f"~{match[1][: dot.start()]}" for dot in re.finditer(r"\.", match[1]))
             if gone := next((each for each in above if each in sys.argv), ""):
                 return f"{match[1]}: {gone} leaves nothing that holds it; expected one of the two"
         if match := re.match(r"Could not override '([^']+)'", text):
