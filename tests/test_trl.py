@@ -110,17 +110,19 @@ def test_the_off_policy_mask_is_trls(random_batch: Callable[..., Batch]) -> None
 
 def test_dpo_is_trls(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
     """Loss, and gradient of the weights; TRL's batch has the better ones first, and then the worse ones."""
-    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer, add_fused_lm_head
 
     batch = random_batch()
     better = torch.arange(8) % 2 == 0
     batch = replace(batch, advantages=better[:, None] * batch.completion_mask.float())
     ours, again = (learner("algo=dpo", "model.micro_batch_size=3", distance=0.05) for _ in range(2))
+    for model in (ours.model, ours.reference):  # as its trainer does
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     trainer = SimpleNamespace(
         model=ours.model, ref_model=ours.reference, accelerator=Alone(), _metrics={"train": Ignored()},
         args=SimpleNamespace(gradient_checkpointing_kwargs=None), beta=0.1, label_smoothing=0.0,
         ld_alpha=None, precompute_ref_logps=False, f_divergence_type="reverse_kl", loss_types=["sigmoid"],
-        loss_weights=[1.0], use_weighting=False, aux_loss_enabled=False, _total_train_tokens=0,
+        loss_weights=[1.0], use_weighting=False, aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
     order = torch.cat([better.nonzero(), (~better).nonzero()]).squeeze(1)
     prompts = batch.attention_mask.shape[1] - batch.completion_mask.shape[1]
