@@ -140,6 +140,7 @@ def subprocess_run(
         ("algo.label=модель", "algo.label=модель: expected quotes around such text, as in algo.label='\"мод"),
         ("~algo.selection", "~algo.selection: a key that cannot be left out; expected algo.selection=, a"),
         ("~algo ~algo.advantage", "algo.advantage: ~algo leaves nothing that holds it; expected one"),
+        ("~algo=capo algo.label=x", "algo.label: ~algo=capo leaves nothing that holds it; expected one"),
         ("algo.name.x.y=1", "algo.name.x.y=1: expected algo.name=, text, with no keys in it"),
         ("reward=[exact]", "reward=[exact]: expected a choice of reward; expected one of exact"),
         ("hydra.run.dir=X", "hydra.run.dir=X: expected output_dir=..., below which each run makes"),

@@ -44,8 +44,9 @@ class _Composing:
         if isinstance(error, OverrideParseException):
             return f"{error.override}: expected key=value; {' '.join(text.splitlines()[0].split())}"
         if match := re.search(r"(?:full_key: |override '?[~+]*)([\w.]+)", text):
-            above = (f"~{match[1][: dot.start()]}" for dot in re.finditer(r"\.", match[1]))
-            if gone := next((each for each in above if each in sys.argv), ""):
+            taken = (each for each in sys.argv[1:] if each.startswith("~"))
+            above = (each for each in taken if match[1].startswith(f"{each[1:].split('=')[0]}."))
+            if gone := next(above, ""):
                 return f"{match[1]}: {gone} leaves nothing that holds it; expected one of the two"
         if match := re.match(r"Could not override '([^']+)'", text):
             return self._unknown_key(match[1])
