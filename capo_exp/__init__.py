@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from capo_exp.config.declare import takes_lists as takes_lists
     from capo_exp.config.declare import whole_step as whole_step
     from capo_exp.config.errors import ConfigError as ConfigError
+    from capo_exp.core.step import StepDecision as StepDecision
+    from capo_exp.core.step import StepTrial as StepTrial
     from capo_exp.core.types import Batch as Batch
     from capo_exp.core.types import BatchTotals as BatchTotals
     from capo_exp.core.types import Completion as Completion
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from capo_exp.core.types import TokenLoss as TokenLoss
     from capo_exp.core.types import TokenLossInput as TokenLossInput
     from capo_exp.core.types import TokenShifts as TokenShifts
-    from capo_exp.curvature.step_trial import StepDecision as StepDecision
-    from capo_exp.curvature.step_trial import StepTrial as StepTrial
     from capo_exp.evaluation.table import BenchmarkScore as BenchmarkScore
     from capo_exp.grading.compare import Grade as Grade
     from capo_exp.grading.verifier import RewardResult as RewardResult
@@ -56,7 +56,7 @@ _PUBLIC = {
         "Batch", "BatchTotals", "Completion", "PolicyOutput", "Problem", "Prompt", "RolloutGroup",
         "Scored", "Selection", "TokenLoss", "TokenLossInput", "TokenShifts",
     ),
-    "curvature.step_trial": ("StepDecision", "StepTrial"),
+    "core.step": ("StepDecision", "StepTrial"),
     "evaluation.table": ("BenchmarkScore",),
     "grading.compare": ("Grade",),
     "grading.verifier": ("RewardResult", "Verifier"),

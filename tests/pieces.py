@@ -18,6 +18,7 @@ from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing
 from capo_exp.core.batch import totals
+from capo_exp.core.step import StepDecision
 from capo_exp.core.types import (
     Batch,
     Completion,
@@ -31,7 +32,6 @@ from capo_exp.core.types import (
     TokenLossInput,
     TokenShifts,
 )
-from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult

@@ -38,8 +38,9 @@ from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.masked import masked_max, masked_mean, masked_quantile
+from capo_exp.core.step import StepDecision
 from capo_exp.core.types import Batch
-from capo_exp.curvature.step_trial import StepDecision, StepTrial
+from capo_exp.curvature.step_trial import ModelStepTrial
 from tests.pieces import inputs_of
 
 CENTRED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -225,7 +226,7 @@ def test_neutral_parts_do_nothing(random_batch: Callable[..., Batch]) -> None:
     credit = every_token(torch.tensor([1.0, -2.0, 3.0]), MASK, torch.rand(3, 4))
     assert credit.tolist() == [[1.0] * 4, [-2.0, -2.0, 0.0, 0.0], [3.0, 3.0, 3.0, 0.0]]
     assert all_completions(random_batch()).tolist() == [True] * 8
-    untouchable = object.__new__(StepTrial)  # any look at it would fail
+    untouchable = object.__new__(ModelStepTrial)  # any look at it would fail
     assert full_step(untouchable) == StepDecision(1.0)
 
 

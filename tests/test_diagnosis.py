@@ -12,10 +12,10 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from capo_exp.config.schema import TrainConfig
+from capo_exp.core.step import StepDecision
 from capo_exp.core.types import AdamState, Batch, PolicyOutput, Selection, StepRecord, TokenShifts
 from capo_exp.curvature import model as curvature
 from capo_exp.curvature.diagnosis import COMPARED, class_metrics
-from capo_exp.curvature.step_trial import StepDecision
 from capo_exp.runs.metrics import check_known
 from capo_exp.training import instruments
 from capo_exp.training.learner import Learner

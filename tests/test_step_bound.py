@@ -13,15 +13,13 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms import step_bound
 from capo_exp.core import policy
+from capo_exp.core.step import StepDecision, StepTrial
 from capo_exp.core.types import Batch
-from capo_exp.curvature.calibration import SampleSize
-from capo_exp.curvature.step_trial import StepDecision, StepTrial
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.pieces import NO_TOKENIZER, same_weights, take_step, weights
 
-ALL = SampleSize(completions=99, tokens=9999)
 LARGE = {"completions": 99, "tokens": 9999}
 FREE = {"policy_shift_max": float("inf"), **LARGE}
 Make, Batches = Callable[..., Learner], Callable[..., Batch]
@@ -75,7 +73,7 @@ def looking(
     seen: list[StepTrial], *, measurable: bool = True, step_scale: float = 1.0
 ) -> Callable[[StepTrial], StepDecision]:
     def rule(trial: StepTrial) -> StepDecision:
-        trial.take(ALL, measurable=measurable)
+        trial.take(completions=99, tokens=9999, measurable=measurable)
         seen.append(trial)
         return StepDecision(step_scale)
 

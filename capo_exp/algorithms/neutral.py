@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from capo_exp.core.step import StepDecision, StepTrial
 from capo_exp.core.types import Batch, Scored, Selection
-from capo_exp.curvature.step_trial import StepDecision, StepTrial
 
 
 def all_groups(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:

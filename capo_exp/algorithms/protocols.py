@@ -14,8 +14,8 @@ from torch import Tensor
 from capo_exp.config.build import build_part
 from capo_exp.config.declare import declares
 from capo_exp.config.schema import AlgoConfig
+from capo_exp.core.step import StepDecision, StepTrial
 from capo_exp.core.types import Batch, BatchTotals, Scored, Selection, TokenLoss, TokenLossInput
-from capo_exp.curvature.step_trial import StepDecision, StepTrial
 
 GroupFilter = Callable[..., Tensor]
 """The verifier's rewards [P, G] -> [P] bool: which groups count as sampled."""

@@ -9,8 +9,7 @@ sqrt(1 / k).
 from math import sqrt
 
 from capo_exp.algorithms.kinds import Count, PositiveOrInf, Share
-from capo_exp.curvature.calibration import SampleSize
-from capo_exp.curvature.step_trial import StepDecision, StepTrial
+from capo_exp.core.step import StepDecision, StepTrial
 
 SHORT_OF = 0.95
 """Share of the way to the bound that a search aims at, so that the next look need not find it just above."""
@@ -21,7 +20,7 @@ def measured(
 ) -> StepDecision:
     """Shortens the step until the measured shift [nats a token] is within the bound. Each look, of max_looks
     at most, is a forward pass over the completions; after the last one its scale is taken all the same."""
-    trial.take(SampleSize(completions, tokens), measurable=True)
+    trial.take(completions=completions, tokens=tokens, measurable=True)
     step_scale, shift = _search(trial, 1.0, policy_shift_max, max_looks)
     return StepDecision(step_scale, metrics={"step/policy_shift_measured": shift})
 
@@ -31,7 +30,7 @@ def predicted(
 ) -> StepDecision:
     """Shortens the step until the shift [nats a token] that the last layer alone would make, a small share of
     the whole, is within the bound; no forward pass."""
-    trial.take(SampleSize(completions, tokens), measurable=False)
+    trial.take(completions=completions, tokens=tokens, measurable=False)
     whole = trial.last_layer(1.0)
     step_scale = _shorten(whole, policy_shift_max)
     return StepDecision(step_scale, metrics={"step/policy_shift_predicted": whole * step_scale**2})
@@ -53,7 +52,7 @@ def calibrated(
     memory = trial.proposed.memory
     since, ratio = memory.get("since", 0.0), memory.get("ratio")
     due = ratio is None or since >= every
-    trial.take(SampleSize(completions, tokens), measurable=due)
+    trial.take(completions=completions, tokens=tokens, measurable=due)
     whole = trial.last_layer(1.0)
     step_scale = 1.0 if ratio is None else _shorten(ratio * whole, policy_shift_max)
     metrics: dict[str, float] = {}

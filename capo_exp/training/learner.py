@@ -15,6 +15,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts, join_dealt, join_shared
 from capo_exp.core.seeds import SELECTION, STEP_RULE, derive_seed
+from capo_exp.core.step import ProposedStep
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import (
     AdamState,
@@ -29,7 +30,7 @@ from capo_exp.core.types import (
     TokenLossInput,
 )
 from capo_exp.curvature.model import copy_moments
-from capo_exp.curvature.step_trial import ProposedStep, StepTrial
+from capo_exp.curvature.step_trial import ModelStepTrial
 from capo_exp.distributed.sharding import full
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.training.loss import compute_loss
@@ -113,8 +114,9 @@ class Learner:
         with watch("update"):
             seed = derive_seed(self.config.seed, STEP_RULE, self.optimizer_step)
             on_record = self.config.curvature.hidden_shift == 0
-            step = ProposedStep(record, predicted, rate, self.settings, on_record, self.step_memory, seed)
-            trial = StepTrial(self.model, self.optimizer, step, self.world)
+            step = ProposedStep(record, predicted, rate, self.step_memory)
+            where = self.model, self.optimizer, step, self.settings, self.world
+            trial = ModelStepTrial(*where, states_on_record=on_record, seed=seed)
             decision = self.algorithm.step_rule(trial)
             trial.settle(decision.step_scale)
             self.optimizer.zero_grad(set_to_none=True)
