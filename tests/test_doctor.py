@@ -324,7 +324,7 @@ def test_the_engine_is_closed_whatever_happens(
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_passes(examine: Examine) -> None:
-    rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25")
+    rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25", "rollout.engine.enforce_eager=true")
     assert results(rows) == {}, json.dumps([vars(row) for row in rows.values()], indent=1)
     assert "vllm 0.3" in rows["versions"].seen
     assert rows["engine"].seen.startswith("VLLMRollout started in")

@@ -76,6 +76,8 @@ class _Composing:
     def _unknown_key(self, key: str) -> str:
         given = next((a for a in sys.argv[1:] if a.partition("=")[0] == key), key)
         known = self._known_keys()
+        if key in known and given.startswith(f"{key}={{"):
+            return f"{given}: brings keys that are not there yet; expected +{given}"
         if key in known:  # a sweep whose jobs have different keys
             return (
                 f"{given}: expected a key of every job of the sweep; sweep it with the choices that have it"

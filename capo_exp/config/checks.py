@@ -252,6 +252,11 @@ def _check_samples(config: TrainConfig) -> None:
         if count and config.rollout.train_engine is not None:
             wanted = "0 with rollout.train_engine, whose completions nobody sampled"
             raise error(f"algo.{key}", count, wanted)
+    if algo.continuations and not algo.shaping["_target_"].endswith(".unshaped"):
+        wanted = (
+            "capo_exp.algorithms.neutral.unshaped with algo.continuations, whose rewards stay as they are"
+        )
+        raise error("algo.shaping._target_", algo.shaping["_target_"], wanted)
     if algo.reference_samples and algo.reference_reset_every:
         wanted = "0 with algo.reference_samples, which are those of the first reference"
         raise error("algo.reference_reset_every", algo.reference_reset_every, wanted)
