@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -182,6 +183,26 @@ def test_completions_end_at_the_end_token_or_the_limit(running: Setup) -> None:
         assert completion.text == running.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     assert [group.prompt for group in groups] == running.prompts
     assert {group.weight_version for group in groups} == {running.version}
+
+
+@needs_vllm
+def test_completions_go_on_from_where_they_were_cut(running: Setup) -> None:
+    """As budgets and values of states ask; what had begun has no log-probs of this call."""
+    ask = {"temperature": 0.0, "group_size": 1}
+    whole = tokens(running.sample(**ask))
+    begun = [row[: i % 6] for i, row in enumerate(whole)]
+    (rest,) = zip(*(group.completions for group in running.sample(**ask, begun=begun)), strict=True)
+    assert nearly_the_same(whole, [completion.token_ids for completion in rest])
+    cut = running.sample(begun=begun, new_tokens=7, temperature=1.0)
+    for first, group in zip(begun, cut, strict=True):
+        for completion in group.completions:
+            ids, known = completion.token_ids, len(first)
+            assert ids[:known] == first and known < len(ids) <= known + 7
+            assert completion.truncated == (ids[-1] != running.tokenizer.eos_token_id)
+            unknown = [isnan(value) for value in completion.sampler_log_probs]
+            assert unknown == [place < known for place in range(len(ids))]
+    difference = differences(running, cut)
+    assert difference.isnan().any() and difference.nan_to_num().max() < 1e-4
 
 
 @needs_vllm
