@@ -46,6 +46,10 @@ for module, *arguments in json.loads(sys.argv[1]):
     assert wrong or out.getvalue(), sys.argv
     loaded = [name for name in {HEAVY!r} if name in sys.modules]
     assert not loaded, (sys.argv, loaded)
+sys.argv = ["capo_exp", "plan_only=true"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+    runpy.run_module("capo_exp", run_name="__main__")
+assert "completions a step" in out.getvalue() and "transformers" not in sys.modules
 """
 
 

@@ -2,13 +2,16 @@
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
 import torch
 
+from capo_exp.algorithms.kinds import Positive
 from capo_exp.config.build import build_part, check_target
 from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
@@ -193,3 +196,23 @@ def test_every_number_that_conf_can_set_has_a_range() -> None:
         bare += [f"{target}.{s.name}" for s in settings.values() if list(numbers_without_range(s.annotation))]
     assert not bare
     assert list(numbers_without_range(Bounds)) == [float]  # this test can fail
+
+
+LAZY = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from capo_exp.algorithms.kinds import Positive
+if TYPE_CHECKING:
+    from elsewhere import Model
+
+def part(given: Model, *, share: Positive, model: Model) -> Model: ...
+"""
+
+
+def test_annotations_that_are_text_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a user's module that imports a name for type checkers alone."""
+    module = ModuleType("lazy_parts")
+    exec(LAZY, vars(module))
+    monkeypatch.setitem(sys.modules, "lazy_parts", module)
+    settings = read_settings(module.part)
+    assert {name: each.annotation for name, each in settings.items()} == {"share": Positive, "model": Any}

@@ -11,7 +11,7 @@ from transformers import AddedToken, PreTrainedModel
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Problem, Prompt, RolloutGroup
-from capo_exp.rollout import SamplingRequest, hf
+from capo_exp.rollout import SamplingRequest, decode
 from capo_exp.rollout.hf import HFRollout
 
 
@@ -144,8 +144,8 @@ def test_the_engine_samples_with_the_learners_current_weights(small_model: PreTr
 
 @pytest.mark.parametrize("vocabulary", [40, 5000])
 def test_logits_that_are_not_finite_are_left_to_the_learner(vocabulary: int) -> None:
-    drawn = hf.draw_tokens(torch.full((3, vocabulary), torch.nan), torch.Generator())
-    assert drawn.shape == (3,) and (drawn < -(-vocabulary // hf.BLOCK) * hf.BLOCK).all()
+    drawn = decode.draw_tokens(torch.full((3, vocabulary), torch.nan), torch.Generator())
+    assert drawn.shape == (3,) and (drawn < -(-vocabulary // decode.BLOCK) * decode.BLOCK).all()
 
 
 @pytest.mark.parametrize("vocabulary", [40, 4097, 10_000])
@@ -156,9 +156,9 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(vocabulary: int) -> None
     probs[2] = 0
     rows = (probs / probs.sum()).log().expand(2_000, -1)
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.cat([hf.draw_tokens(rows, generator) for _ in range(10)])
+    drawn = torch.cat([decode.draw_tokens(rows, generator) for _ in range(10)])
     counts, expected = torch.bincount(drawn, minlength=vocabulary), 20_000 * probs / probs.sum()
     assert counts.sum() == 20_000 and counts[2] == 0 and len(counts) == vocabulary
     assert ((counts - expected).abs() <= 4 * expected.sqrt() + 1)[probable].all()
-    again = hf.draw_tokens(rows, torch.Generator().manual_seed(1))
+    again = decode.draw_tokens(rows, torch.Generator().manual_seed(1))
     assert torch.equal(again, drawn[:2_000])

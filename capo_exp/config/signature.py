@@ -5,6 +5,7 @@ A parameter that a YAML sets is keyword-only, and its annotation says what it ma
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import NoneType, UnionType
@@ -75,8 +76,20 @@ def check_settings(function: Callable[..., Any], part: Mapping[str, Any], key: s
 
 def read_settings(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Returns what a YAML may set of a function or class: its keyword-only parameters, with their ranges."""
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    return {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+    parameters = inspect.signature(function).parameters.values()
+    settings = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    return {each.name: each.replace(annotation=_evaluate(each.annotation, function)) for each in settings}
+
+
+def _evaluate(annotation: Any, function: Callable[..., Any]) -> Any:
+    """Returns what an annotation means that a module with `from __future__ import annotations` holds as text;
+    Any where its names exist for type checkers alone."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, vars(sys.modules[function.__module__]))
+    except NameError:
+        return Any
 
 
 def find_faults(kind: Any, key: str, value: Any) -> Iterator[ConfigError]:
