@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.identity import as_dict, run_id
+from capo_exp.runs.identity import run_id
 from capo_exp.sweep import sweep
 from capo_exp.training import loop as train
 from tests.conftest import is_value, with_values
@@ -191,7 +191,7 @@ def compare_tiny(name: str, line: tuple[str, ...]) -> None:
     ours = composed(f"experiment={name}", "scale=tiny", *line).config
     studied = name == "paper/figure_1"
     where = f"{name} scale=tiny {' '.join(line)}"
-    mine, other = dict(flat(as_dict(ours))), dict(flat(as_dict(theirs)))
+    mine, other = dict(flat(asdict(ours))), dict(flat(asdict(theirs)))
     different = {key for key in {*mine, *other} if mine.get(key) != other.get(key)}
     allowed = TINY_CHANGES + (STUDY_CHANGES if studied else ()) + LENGTHS
     expect_checked(where, ours)
@@ -299,7 +299,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 
 def test_the_numbers_of_each_papers_setting() -> None:
     for override, numbers in SETTINGS.items():
-        values = dict(flat(as_dict(composed(override).config)))
+        values = dict(flat(asdict(composed(override).config)))
         for k, v in numbers.items():
             expect(f"{override} {k}", values[k], v)
 
@@ -399,7 +399,7 @@ def test_the_numbers_of_single_runs() -> None:
         expect(name, standardised, (1.0, 1e-4) if algo in ("grpo", "capo") else (None, None))
     for name, (size, steps, numbers) in RUNS.items():
         config = composed(f"experiment=paper/{name}").config
-        values = dict(flat(as_dict(config)))
+        values = dict(flat(asdict(config)))
         expect(f"{name} size", (batch(config), updates(config)), (size, steps))
         for k, v in numbers.items():
             expect(f"{name} {k}", values[k], v)
@@ -408,7 +408,7 @@ def test_the_numbers_of_single_runs() -> None:
 @pytest.mark.slow
 def test_the_numbers_of_sweeps() -> None:
     for name, (count, numbers) in SWEEPS.items():
-        configs = [dict(flat(as_dict(config))) for _, config in jobs(f"experiment=paper/{name}")]
+        configs = [dict(flat(asdict(config))) for _, config in jobs(f"experiment=paper/{name}")]
         expect(f"{name} jobs", len(grid(f"experiment=paper/{name}")), count)
         for key, values_or_words in numbers.items():
             wanted = values_or_words.split() if isinstance(values_or_words, str) else values_or_words

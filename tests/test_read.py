@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.identity import as_dict
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import (
     LoggedRun,
@@ -122,7 +122,7 @@ def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable
     with locked(tmp_path), RunRecord(tmp_path, config):
         pass
     run = load_run(tmp_path)
-    assert run.config == as_dict(config)
+    assert run.config == asdict(config)
     assert run.config == OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
     assert run.setting("regime.learning_rate") == 1e-5 and run.setting("dataset.path") == "1e-5"
     assert run.setting("no.such", "else") == "else" and run.setting("algo.name.more") is None
