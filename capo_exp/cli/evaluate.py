@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
@@ -21,6 +19,7 @@ from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
 from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
+from capo_exp.sweep.table import console
 
 if TYPE_CHECKING:
     from capo_exp.evaluation.table import BenchmarkScore
@@ -40,8 +39,6 @@ Exit status: 0, 1 = the engine or the disk failed, 2 = wrong input, 130 = interr
 OTHERS = ("model.", "dataset.", "prompt", "device", "rollout", "reward", "plugins")
 """Beginnings of the keys of the training configuration that an evaluation depends on."""
 KEPT = "parts that are done are kept, and the same command goes on from there"
-WIDTH = 160
-"""Columns where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -228,8 +225,3 @@ def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
         tell(f"left out: {text}")
     rows = test_rows(results, before)
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def console() -> Console:
-    """A terminal's width, or room enough in a log file."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)

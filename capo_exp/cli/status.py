@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,7 @@ from capo_exp.runs.files import remove
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import find_runs
 from capo_exp.runs.record import run_status
-from capo_exp.sweep.table import WIDTH, runs_table, summarise_run
+from capo_exp.sweep.table import console, runs_table, summarise_run
 
 USAGE = """\
 python -m capo_exp.status [DIR ...] [--disk | --clean [--final-model] [--yes]]
@@ -65,15 +64,14 @@ def show_status(command: StatusCommand) -> int:
         return clean(paths, command)
     if command.final_model or not command.ask:
         raise ConfigError("--final-model, --yes: expected --clean beside them")
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if command.disk:
-        console.print(disk_table(paths))
+        console().print(disk_table(paths))
         return 0
     runs = [summarise_run(path) for path in paths]
-    console.print(runs_table(runs))
+    console().print(runs_table(runs))
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    console.print(f"{len(runs)} runs: {counts}")
+    console().print(f"{len(runs)} runs: {counts}")
     return 0
 
 
