@@ -144,11 +144,15 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
     good |= {"run.json": '{"status": "finished", "error": null}'}
     for name, damaged, said in (
         ("run.json", "{", "run.json is not JSON"),
+        ("run.json", "[" * 100_000, "run.json is not JSON"),
+        ("run.json", "\xff", "run.json is not JSON"),
         ("run.json", "[1]", r"got \[1\], expected a JSON object"),
         ("run.json", '{"status": "finished", "counters": null}', "run.json: counters is null"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
         ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
+        ("metrics.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", r"metrics\.jsonl, line 2: "),
+        ("metrics.jsonl", '{"a": 1}\n\0\0\n', r"metrics\.jsonl, line 2: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n{"counter/completions": null}\n', "line 2: counter/completions is null"),
         ("eval.jsonl", '{"a": 2}\n{"a": "b"}\n', r'eval\.jsonl, line 2: a is "b", expected a number'),
         ("evaluations/test.jsonl", "[1]\n", r"test\.jsonl, line 1: got \[1\], expected a JSON object"),
@@ -157,7 +161,7 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
     ):
         for known, text in (good | {name: damaged}).items():
             (tmp_path / known).parent.mkdir(exist_ok=True)
-            (tmp_path / known).write_text(text)
+            (tmp_path / known).write_text(text, encoding="latin-1")
         if name == "metrics.parquet":
             (tmp_path / "metrics.jsonl").unlink()
         run = load_run(tmp_path)
