@@ -3,9 +3,7 @@ every kind of step that an experiment takes runs."""
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
@@ -18,7 +16,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from capo_exp.cli import front
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
@@ -28,6 +25,7 @@ from capo_exp.runs.identity import run_id
 from capo_exp.sweep import sweep
 from capo_exp.training import loop as train
 from tests.conftest import is_value, with_values
+from tests.pieces import run_training
 
 
 def names_in(group: str) -> list[str]:
@@ -471,12 +469,6 @@ def test_every_kind_of_step_runs(overrides: str, tmp_path: Path) -> None:
 # The command line.
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments])
-    with suppress(SystemExit):  # Hydra's --help
-        front.run_training()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected", "folder"),
@@ -496,7 +488,7 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
     seen = []
     monkeypatch.setattr(sweep, "run_dir", lambda config: seen.append(config.experiment_name))
     monkeypatch.chdir(tmp_path)
-    run_command(monkeypatch, "experiment=paper/figure_5", "plan_only=true", *arguments)
+    run_training("experiment=paper/figure_5", "plan_only=true", *arguments)
     out = capsys.readouterr().out
     assert out.count("job ") == expected == len(seen)
     assert out.count("completions a step") == max(1, expected)
@@ -505,9 +497,7 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
     assert written == ([f"outputs/{folder}/multirun.yaml"] if expected else [])
 
 
-def test_parts_of_others_are_not_offered(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_command(monkeypatch, "experiment=paper/figure_9")
+def test_parts_of_others_are_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    run_training("experiment=paper/figure_9")
     error = capsys.readouterr().err
     assert "nearest: paper/figure_" in error and "/_" not in error
