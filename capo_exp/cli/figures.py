@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError, RunFailed, suggest
-from capo_exp.config.ranges import Rule, one_of
+from capo_exp.config.ranges import Rule, one_of, or_null
 from capo_exp.config.schema import setting
 from capo_exp.core.intervals import Interval, Statistic
 from capo_exp.figures.curves import curves, families
@@ -56,7 +56,7 @@ class FigureCommand:
     smoothing: str = setting(Rule(_is_weight, "paper, off or a number above 0 up to 1"))
     statistic: str = setting(one_of(*get_args(Statistic)))
     interval: str = setting(one_of(*get_args(Interval)))
-    x: str | None = setting(one_of(*X_LABELS))
+    x: str | None = setting(or_null(one_of(*X_LABELS)))
     keys: list[str] = MISSING
     mix: bool = MISSING
     report: str = setting(one_of("html", "none"))

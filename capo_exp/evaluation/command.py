@@ -6,7 +6,16 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, NON_NEGATIVE, PROJECT, TOP_P, TRACKER, Rule
+from capo_exp.config.ranges import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    NON_NEGATIVE,
+    PROJECT,
+    TOP_P,
+    TRACKER,
+    Rule,
+    or_null,
+)
 from capo_exp.config.schema import setting
 
 CHECKPOINT = Rule(lambda v: v in ("last", "all") or v.isdecimal(), "last, all or a step")
@@ -38,7 +47,7 @@ class EvaluateCommand:
     top_k: int = setting(AT_LEAST_0)
     top_p: float = setting(TOP_P)
     seed: int = setting(AT_LEAST_0)
-    num_problems: int | None = setting(AT_LEAST_1)
+    num_problems: int | None = setting(or_null(AT_LEAST_1))
     problems_per_part: int = setting(AT_LEAST_1)
     output: str | None = MISSING
     overwrite: bool = MISSING
