@@ -97,7 +97,7 @@ def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wron
     began = time.monotonic()
     for number, overrides in enumerate(jobs):
         try:
-            check(to_config(_composed(loader, config, overrides)))
+            check(to_config(without_hydra(loader.load_sweep_config(config, overrides))))
         except ConfigError as error:
             wrong[number] = str(error)
             sys.stderr.write(f"job {number} cannot run: {error}\n")
@@ -135,10 +135,6 @@ def list_jobs(config: DictConfig, loader: Any) -> list[list[str]]:
         values = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
         choices[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
     return list(map(list, product(*choices.values())))
-
-
-def _composed(loader: Any, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    return without_hydra(loader.load_sweep_config(config, list(overrides)))
 
 
 def run_job(cfg: DictConfig) -> float | None:
