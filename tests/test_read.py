@@ -218,14 +218,19 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert re.search(r"left out: .*step_000040\.parquet cannot be read", caplog.text)
 
 
-def test_reading_needs_neither_torch_nor_a_display(tmp_path: Path) -> None:
-    make(tmp_path / "run", mark="run.json")
+def test_logging_and_reading_need_neither_torch_nor_a_display(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     code = """
 import sys
+from pathlib import Path
+import capo_exp.runs.checkpoint, capo_exp.runs.console, capo_exp.runs.record
 from capo_exp.figures import curves, stats
+from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import find_runs, load_run
+with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
+    logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
 curves.curves([load_run(path) for path in find_runs(sys.argv[1:])], mix=False)
 assert not {"torch", "wandb", "transformers", "datasets", "pandas", "matplotlib.pyplot"} & set(sys.modules)
 """
     environment = {**os.environ, "MPLBACKEND": ""}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, env=environment)
