@@ -179,7 +179,8 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     """
     from capo_exp.runs.read import load_run
 
-    found, owner = list_checkpoints(directory), load_run(directory).record.get("run_id")
+    logged = load_run(directory)
+    found, owner = list_checkpoints(directory), logged.record.get("run_id")
     while command.checkpoint == "last" and found and (damage := find_damage(found[max(found)], owner)):
         tell(f"{found.pop(max(found))} is not used: {damage}")
     if not found:
@@ -201,16 +202,9 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
         raise ConfigError(f"{root} is a link, which is not followed; expected output=DIR beside it")
     shared = Path(command.output) if command.output else here.parents[1] / "evaluations"
     base = [WeightSet(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
-    drawn = _completions(directory)
+    rows = [row for row in logged.metrics if {names.STEP, names.COMPLETIONS} <= row.keys()]
+    drawn = {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows}
     return [*(WeightSet(found[step].name, found[step], step, drawn.get(step), root) for step in steps), *base]
-
-
-def _completions(directory: Path) -> dict[int, float]:
-    """Rollout step -> completions that training had sampled."""
-    from capo_exp.runs.read import load_run
-
-    rows = [row for row in load_run(directory).metrics if names.COMPLETIONS in row]
-    return {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows if names.STEP in row}
 
 
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError, printable
 from capo_exp.config.memory import human
-from capo_exp.runs.disk import find_removable, measure, measure_run
+from capo_exp.runs.disk import DiskUse, find_removable, measure, measure_run
 from capo_exp.runs.files import remove
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import find_runs
@@ -81,14 +81,11 @@ def disk_table(paths: Sequence[Path]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for column in ("checkpoints", "completions", "rest", "total"):
+    for column in DiskUse._fields:
         table.add_column(column, justify="right", no_wrap=True)
     for path, use in sorted(used.items(), key=lambda pair: -pair[1].total):
-        sizes = (use.checkpoints, use.completions, use.rest, use.total)
-        table.add_row(Text(printable(path.name)), run_status(path), *map(human, sizes))
-    uses = used.values()
-    parts = [[use.checkpoints for use in uses], [use.completions for use in uses], [use.rest for use in uses]]
-    table.add_row(f"{len(used)} runs", "", *map(human, map(sum, [*parts, [use.total for use in uses]])))
+        table.add_row(Text(printable(path.name)), run_status(path), *map(human, use))
+    table.add_row(f"{len(used)} runs", "", *(human(sum(sizes)) for sizes in zip(*used.values(), strict=True)))
     return table
 
 
