@@ -180,10 +180,10 @@ def test_nothing_is_loaded_for_a_run_that_does_not_fit(
     monkeypatch.setattr("capo_exp.training.loop.run", lambda config, _: started.append(config))
     monkeypatch.setattr("capo_exp.sweep.job.show", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"^estimated peak 180 MB; free 100 MB on cpu"):
-        execute(composed("device=cpu", f"output_dir={tmp_path}"))
-    execute(composed("device=cpu", f"output_dir={tmp_path}", "plan_only=true"))
+        execute(composed("device=cpu", f"output_dir={tmp_path}"), lambda _: [])
+    execute(composed("device=cpu", f"output_dir={tmp_path}", "plan_only=true"), lambda _: [])
     assert not started
-    execute(composed("device=cpu", f"output_dir={tmp_path}", "allow_overcommit=true"))
+    execute(composed("device=cpu", f"output_dir={tmp_path}", "allow_overcommit=true"), lambda _: [])
     assert len(started) == 1
 
 

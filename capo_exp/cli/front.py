@@ -114,10 +114,17 @@ def task(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.run_job(cfg)
     try:
-        execute(to_config(cfg))
+        execute(to_config(cfg), draw_run)
     except Exception as raised:
         raise SystemExit(report(raised)) from None
     return None
+
+
+def draw_run(directory: Path) -> list[Path]:
+    """Draws the picture of a run and its report; matplotlib is imported when it is needed."""
+    from capo_exp.cli.figures import draw_one
+
+    return draw_one(directory)
 
 
 def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:

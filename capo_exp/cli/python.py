@@ -10,7 +10,7 @@ from capo_exp.cli.compose import compose_run, guard
 from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.evaluate import LINE, evaluate_job, find_jobs
 from capo_exp.cli.evaluate_config import read_command
-from capo_exp.cli.front import compose_command
+from capo_exp.cli.front import compose_command, draw_run
 from capo_exp.cli.words import as_overrides
 from capo_exp.config.errors import error
 from capo_exp.config.schema import to_config
@@ -41,7 +41,7 @@ def train(*overrides: str, config_dir: str | None = None) -> LoggedRun:
     guard(overrides, [config_dir] if config_dir else [])
     with in_one_line():
         config = to_config(compose_run(as_overrides(overrides, config_dir), config_dir=config_dir))
-    execute(config)
+    execute(config, draw_run)
     return load_run(run_dir(config))
 
 

@@ -23,7 +23,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.distributed.world import is_worker, torchrun_size
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
-from capo_exp.runs.read import load_run
+from capo_exp.runs.logger import Draw
 from capo_exp.runs.record import find_shorter, run_status
 from capo_exp.sweep.launch import launch, node_number
 
@@ -32,8 +32,8 @@ SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
 the user had not set the first; a sweep's processes inherit both."""
 
 
-def execute(config: TrainConfig) -> None:
-    """Checks, shows the plan, trains, and shows what came out.
+def execute(config: TrainConfig, draw: Draw) -> None:
+    """Checks, shows the plan, trains; `draw` makes the pictures of a run directory.
 
     Raises:
         ConfigError: The configuration is wrong; nothing was written.
@@ -44,7 +44,7 @@ def execute(config: TrainConfig) -> None:
     check(config)
     check_trains(config)
     if given:
-        _train_as_worker(config)
+        _train_as_worker(config, draw)
         return
     sys.stdout.write("".join(f"{line}\n" for line in plan(config)))
     sys.stdout.flush()
@@ -52,7 +52,7 @@ def execute(config: TrainConfig) -> None:
         return
     if run_status(run_dir(config)) == "finished" and not config.overwrite:
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
-        show(run_dir(config))
+        show(run_dir(config), draw)
         return
     _ = config.model.architecture  # refuses a model that cannot be read
     if not config.allow_overcommit:
@@ -62,19 +62,19 @@ def execute(config: TrainConfig) -> None:
     if config.distributed.name != "single":
         directory = launch(config)
         if node_number() in (None, 0) or config.distributed.nodes == 1:
-            show(directory)
+            show(directory, draw)
         return
     from capo_exp.training.loop import run  # torch, so only now
 
-    show(run(config, draw_run))
+    show(run(config, draw), draw)
 
 
-def _train_as_worker(config: TrainConfig) -> None:
+def _train_as_worker(config: TrainConfig, draw: Draw) -> None:
     from capo_exp.training.loop import run
 
-    directory = run(config, draw_run)
+    directory = run(config, draw)
     if os.environ["RANK"] == "0":
-        show(directory)
+        show(directory, draw)
 
 
 def compare_with_shorter(config: TrainConfig) -> list[str]:
@@ -93,23 +93,13 @@ def compare_with_shorter(config: TrainConfig) -> list[str]:
     return [*lines, *(f"{going_on} {typed('model.path', checkpoint)}" for checkpoint in checkpoints[-1:])]
 
 
-def show(directory: Path) -> None:
+def show(directory: Path, draw: Draw) -> None:
     """Says what came out of a run and where it is; draws it if that is lacking."""
     from capo_exp.runs.console import summary_lines
 
     if not (directory / "run.png").exists():
-        draw_run(directory)
+        draw(directory)
     sys.stdout.write("".join(f"{line}\n" for line in summary_lines(directory)))
-
-
-def draw_run(directory: Path) -> list[Path]:
-    """Draws the picture of a run and its report; matplotlib is imported when it is needed."""
-    from capo_exp.figures.curves import curves
-    from capo_exp.figures.plots import plot_run
-    from capo_exp.figures.report.page import write_report
-
-    run = load_run(directory)
-    return [plot_run(directory), write_report([run], list(curves([run], mix=True)), (), directory)]
 
 
 def full_error() -> bool:
@@ -132,10 +122,10 @@ def describe(error: Exception) -> tuple[str, int]:
     return text, 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def main() -> int:
+def main(draw: Draw) -> int:
     """Runs the configuration on standard input."""
     try:
-        execute(read_config(sys.stdin.read(), sys.argv[1:]))
+        execute(read_config(sys.stdin.read(), sys.argv[1:]), draw)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -144,4 +134,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from capo_exp.cli.front import draw_run
+
+    raise SystemExit(main(draw_run))
