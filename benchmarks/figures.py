@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from capo_exp.figures.output import write_figure
 from capo_exp.figures.page import compose as compose_figure
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs import metrics as names
-from capo_exp.runs.identity import as_dict
 from capo_exp.runs.read import find_runs, load_run
 
 JOBS = ("grpo_conservative", "grpo_aggressive", "capo", "dr_capo", "reinforce_aggressive", "capo_sgd")
@@ -45,7 +45,7 @@ def make_runs(root: Path, seeds: int, steps: int) -> None:
     register()
     for job in JOBS:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            config = as_dict(to_config(compose("config", [f"experiment=paper/{job}", "scale=tiny"])))
+            config = asdict(to_config(compose("config", [f"experiment=paper/{job}", "scale=tiny"])))
         for seed in range(seeds):
             folder = root / f"{job}-s{seed}"
             folder.mkdir(parents=True)

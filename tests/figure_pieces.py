@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.figures.curves import curves
 from capo_exp.figures.study import Study
 from capo_exp.runs import metrics as names
-from capo_exp.runs.identity import as_dict, run_id, run_name
+from capo_exp.runs.identity import run_id, run_name
 from capo_exp.runs.read import load_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -72,7 +72,7 @@ def write_run(
     config = replace(config_of(job), seed=seed)
     folder = root / run_name(config)
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.dump(as_dict(config)))
+    (folder / "config.yaml").write_text(yaml.dump(asdict(config)))
     git = {"commit": COMMIT, "dirty": False}
     record = {"run_id": run_id(config), "status": "finished", "git": git, "data": "d0"}
     (folder / "run.json").write_text(json.dumps(record))

@@ -3,6 +3,7 @@ sampled."""
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
+from capo_exp.cli import front
 from capo_exp.config.build import needs_reference
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing
@@ -239,3 +241,13 @@ def run_one_step(config: TrainConfig) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rollout_step, "sample_rollout", ends)
         loop.run(config)
+
+
+def run_training(*arguments: str) -> int:
+    """The exit status of `python -m capo_exp ARGUMENTS`, which is run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["capo_exp", *arguments])
+        try:
+            return front.run_training()
+        except SystemExit as end:
+            return int(end.code or 0)

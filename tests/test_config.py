@@ -10,9 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING
 
-from capo_exp.config.build import find_parts, needs_reference
+from capo_exp.config.build import find_parts
 from capo_exp.config.checks import check
-from capo_exp.config.declare import compares_group, needs_kl
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import Rule
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
@@ -264,34 +263,6 @@ def test_what_changes_no_result_says_so() -> None:
         "plan_only", "plugins", "allow_overcommit", "curvature.kernel", "distributed.name",
         "distributed.nodes", "distributed.processes", "distributed.timeout_seconds",
     }  # fmt: skip
-
-
-@compares_group
-def halved(rewards: float) -> float:
-    return rewards / 2
-
-
-@needs_kl(unless_zero="beta")
-def charged(rewards: float, lengths: float, kl: float, *, beta: float) -> float:
-    return rewards - beta * kl + 0 * lengths
-
-
-def test_the_checks_ask_what_functions_declare(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAPO_EXP_PLUGINS", "tests")
-    config = composed("algo=reinforce", "regime.group_size=1", "algo.reference_reset_every=5")
-    algo = config.algo
-    algo.shaping = {"_target_": f"{__name__}.charged", "_partial_": True, "beta": 0}
-    with pytest.raises(ConfigError, match=r"algo\.reference_reset_every=5: expected 0 without a KL"):
-        check(config)
-    assert not needs_reference(algo)
-    algo.shaping["beta"] = 0.1
-    assert needs_reference(algo)
-    check(config)
-    algo.advantage = {"_target_": f"{__name__}.halved", "_partial_": True}
-    with pytest.raises(
-        ConfigError, match=r"regime\.group_size=1: expected at least 2, since halved compares"
-    ):
-        check(config)
 
 
 def test_find_parts_sees_what_is_hidden(composed: Composed) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.figures import labels, style
 from capo_exp.figures.curves import Curve, curves, families, reference_of, start_value
 from capo_exp.figures.report.overview import differences
-from capo_exp.runs.identity import as_dict, run_id, run_name
+from capo_exp.runs.identity import run_id, run_name
 from capo_exp.runs.read import LoggedRow, LoggedRun
 from tests.conftest import ALGORITHMS
 
@@ -28,7 +28,7 @@ def make(composed: Callable[..., TrainConfig]) -> Make:
     def run(*overrides: str, record: Any = None, metrics: list[LoggedRow] | None = None) -> LoggedRun:
         config = composed(*overrides)
         base = {"run_id": run_id(config), "device": "cpu", "data": "d1"} | (record or {})
-        return LoggedRun(Path("outputs") / run_name(config), as_dict(config), base, metrics or [], [])
+        return LoggedRun(Path("outputs") / run_name(config), asdict(config), base, metrics or [], [])
 
     return run
 

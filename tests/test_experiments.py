@@ -3,10 +3,8 @@ every kind of step that an experiment takes runs."""
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -18,16 +16,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from capo_exp.cli import front
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
-from capo_exp.runs.identity import as_dict, run_id
+from capo_exp.runs.identity import run_id
 from capo_exp.sweep import sweep
 from capo_exp.training import loop as train
 from tests.conftest import is_value, with_values
+from tests.pieces import run_training
 
 
 def names_in(group: str) -> list[str]:
@@ -191,7 +189,7 @@ def compare_tiny(name: str, line: tuple[str, ...]) -> None:
     ours = composed(f"experiment={name}", "scale=tiny", *line).config
     studied = name == "paper/figure_1"
     where = f"{name} scale=tiny {' '.join(line)}"
-    mine, other = dict(flat(as_dict(ours))), dict(flat(as_dict(theirs)))
+    mine, other = dict(flat(asdict(ours))), dict(flat(asdict(theirs)))
     different = {key for key in {*mine, *other} if mine.get(key) != other.get(key)}
     allowed = TINY_CHANGES + (STUDY_CHANGES if studied else ()) + LENGTHS
     expect_checked(where, ours)
@@ -299,7 +297,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 
 def test_the_numbers_of_each_papers_setting() -> None:
     for override, numbers in SETTINGS.items():
-        values = dict(flat(as_dict(composed(override).config)))
+        values = dict(flat(asdict(composed(override).config)))
         for k, v in numbers.items():
             expect(f"{override} {k}", values[k], v)
 
@@ -399,7 +397,7 @@ def test_the_numbers_of_single_runs() -> None:
         expect(name, standardised, (1.0, 1e-4) if algo in ("grpo", "capo") else (None, None))
     for name, (size, steps, numbers) in RUNS.items():
         config = composed(f"experiment=paper/{name}").config
-        values = dict(flat(as_dict(config)))
+        values = dict(flat(asdict(config)))
         expect(f"{name} size", (batch(config), updates(config)), (size, steps))
         for k, v in numbers.items():
             expect(f"{name} {k}", values[k], v)
@@ -408,7 +406,7 @@ def test_the_numbers_of_single_runs() -> None:
 @pytest.mark.slow
 def test_the_numbers_of_sweeps() -> None:
     for name, (count, numbers) in SWEEPS.items():
-        configs = [dict(flat(as_dict(config))) for _, config in jobs(f"experiment=paper/{name}")]
+        configs = [dict(flat(asdict(config))) for _, config in jobs(f"experiment=paper/{name}")]
         expect(f"{name} jobs", len(grid(f"experiment=paper/{name}")), count)
         for key, values_or_words in numbers.items():
             wanted = values_or_words.split() if isinstance(values_or_words, str) else values_or_words
@@ -471,12 +469,6 @@ def test_every_kind_of_step_runs(overrides: str, tmp_path: Path) -> None:
 # The command line.
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments])
-    with suppress(SystemExit):  # Hydra's --help
-        front.run_training()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected", "folder"),
@@ -496,7 +488,7 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
     seen = []
     monkeypatch.setattr(sweep, "run_dir", lambda config: seen.append(config.experiment_name))
     monkeypatch.chdir(tmp_path)
-    run_command(monkeypatch, "experiment=paper/figure_5", "plan_only=true", *arguments)
+    run_training("experiment=paper/figure_5", "plan_only=true", *arguments)
     out = capsys.readouterr().out
     assert out.count("job ") == expected == len(seen)
     assert out.count("completions a step") == max(1, expected)
@@ -505,9 +497,7 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
     assert written == ([f"outputs/{folder}/multirun.yaml"] if expected else [])
 
 
-def test_parts_of_others_are_not_offered(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_command(monkeypatch, "experiment=paper/figure_9")
+def test_parts_of_others_are_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    run_training("experiment=paper/figure_9")
     error = capsys.readouterr().err
     assert "nearest: paper/figure_" in error and "/_" not in error

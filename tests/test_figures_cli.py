@@ -59,7 +59,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["runs=x", "figure=stabilty"], "figure=stabilty: no such figure; .*nearest: stability"),
         (["runs=x", "statistic=median"], "statistic=median: expected one of mean, iqm"),
         (["runs=x", "smoothing=papr"], "smoothing=papr: expected paper, off or a number"),
-        (["runs=x", "x=counter/completion"], "x=counter/completion: expected one of counter/completions"),
+        (["runs=x", "x=counter/completion"], "x=counter/completion: expected null, or one of counter/compl"),
         (["runs=x", "keys=policy/entropi"], "keys=policy/entropi: .*; nearest: policy/entropy"),
         (["runs=/nowhere/at/all"], "/nowhere/at/all: no such file or directory"),
     ],

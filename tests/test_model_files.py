@@ -95,10 +95,11 @@ def test_floats_of_any_size_are_weights(dtype: torch.dtype, config: ModelConfig)
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        *(("config.json", text) for text in ("{", "[]", "{}", '{"model_type": "nosuch"}')),
-        *(("tokenizer.json", text) for text in ("{", "[]", "")),
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "nosuch"}'),
+        ("tokenizer.json", "{"),
         ("tokenizer_config.json", "[]"),
-        ("model.safetensors", ""),
         ("model.safetensors", "version https://git-lfs"),
     ],
 )
@@ -111,11 +112,8 @@ def test_damaged_files_are_one_line(file: str, content: str, config: ModelConfig
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("num_hidden_layers", "four"), ("max_position_embeddings", None), ("hidden_act", "nosuch"),
-        ("rope_scaling", {"type": "nosuch"}), ("dtype", "nosuch"), ("eos_token_id", "x"),
-    ],
-)  # fmt: skip
+    [("max_position_embeddings", None), ("hidden_act", "nosuch"), ("dtype", "nosuch")],
+)
 def test_a_config_that_makes_no_sense_is_one_line(key: str, value: object, config: ModelConfig) -> None:
     file = Path(config.path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))

@@ -80,9 +80,6 @@ def test_nested_values_stay_plain() -> None:
         ({"hihg": 1}, ".hihg: unknown parameter of {t}.select; known: low, high, looks, score"),
         ({"scored": 1}, ".scored: unknown parameter of {t}.select; "),  # what the caller passes is no setting
         ({"high": None}, ".high=null: expected a positive finite number"),
-        ({"high": "abc"}, ".high=abc: expected a positive finite number"),
-        ({"high": [1.0]}, ".high=[1.0]: expected a positive finite number"),
-        ({"high": True}, ".high=true: expected a positive finite number"),
         ({"high": 0}, ".high=0: expected a positive finite number"),
         ({"high": float("nan")}, ".high=nan: expected a positive finite number"),
         ({"looks": 0}, ".looks=0: expected an integer of at least 1"),
@@ -90,9 +87,6 @@ def test_nested_values_stay_plain() -> None:
         ({"low": 3}, ".low=3: expected at most high=2.0"),
         ({"score": PART | {"high": -2}}, ".score.high=-2: expected a positive finite number"),  # at any depth
         ({"_target_": "os.system"}, "._target_=os.system: expected a function of capo_exp, as in"),
-        ({"_target_": "capo_exp"}, "._target_=capo_exp: expected a function of"),
-        ({"_target_": "capo_expo.x"}, "._target_=capo_expo.x: expected a function of"),
-        ({"_target_": ""}, "._target_=: expected a function of"),
         ({"_target_": "{t}.selec"}, "._target_={t}.selec: unknown function; expected one of "),
         (
             {"_target_": "tests.nowhere.select"},
@@ -119,6 +113,11 @@ def test_a_number_without_a_value() -> None:
         (float, [1, 0.5], {"": "a number", True: "a number"}),
         (bool, [True], {1: "true or false"}),
         (str, [""], {1: "text", None: "text"}),
+        (
+            Annotated[float, POSITIVE],
+            [1],
+            {"abc": "a positive finite number", True: "a positive finite number"},
+        ),
         (Annotated[float, POSITIVE] | None, [None, 1], {0: "a positive finite number"}),
         (Annotated[float | None, POSITIVE], [None, 1], {0: "a positive finite number"}),
         (str | int | None, [None, "0,1", 2], {0.5: "text"}),

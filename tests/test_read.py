@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.identity import as_dict
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import (
     LoggedRun,
@@ -122,7 +122,7 @@ def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable
     with locked(tmp_path), RunRecord(tmp_path, config):
         pass
     run = load_run(tmp_path)
-    assert run.config == as_dict(config)
+    assert run.config == asdict(config)
     assert run.config == OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
     assert run.setting("regime.learning_rate") == 1e-5 and run.setting("dataset.path") == "1e-5"
     assert run.setting("no.such", "else") == "else" and run.setting("algo.name.more") is None
@@ -144,11 +144,15 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
     good |= {"run.json": '{"status": "finished", "error": null}'}
     for name, damaged, said in (
         ("run.json", "{", "run.json is not JSON"),
+        ("run.json", "[" * 100_000, "run.json is not JSON"),
+        ("run.json", "\xff", "run.json is not JSON"),
         ("run.json", "[1]", r"got \[1\], expected a JSON object"),
         ("run.json", '{"status": "finished", "counters": null}', "run.json: counters is null"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
         ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
+        ("metrics.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", r"metrics\.jsonl, line 2: "),
+        ("metrics.jsonl", '{"a": 1}\n\0\0\n', r"metrics\.jsonl, line 2: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n{"counter/completions": null}\n', "line 2: counter/completions is null"),
         ("eval.jsonl", '{"a": 2}\n{"a": "b"}\n', r'eval\.jsonl, line 2: a is "b", expected a number'),
         ("evaluations/test.jsonl", "[1]\n", r"test\.jsonl, line 1: got \[1\], expected a JSON object"),
@@ -157,7 +161,7 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
     ):
         for known, text in (good | {name: damaged}).items():
             (tmp_path / known).parent.mkdir(exist_ok=True)
-            (tmp_path / known).write_text(text)
+            (tmp_path / known).write_text(text, encoding="latin-1")
         if name == "metrics.parquet":
             (tmp_path / "metrics.jsonl").unlink()
         run = load_run(tmp_path)
@@ -214,14 +218,19 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert re.search(r"left out: .*step_000040\.parquet cannot be read", caplog.text)
 
 
-def test_reading_needs_neither_torch_nor_a_display(tmp_path: Path) -> None:
-    make(tmp_path / "run", mark="run.json")
+def test_logging_and_reading_need_neither_torch_nor_a_display(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     code = """
 import sys
+from pathlib import Path
+import capo_exp.runs.checkpoint, capo_exp.runs.console, capo_exp.runs.record
 from capo_exp.figures import curves, stats
+from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import find_runs, load_run
+with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
+    logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
 curves.curves([load_run(path) for path in find_runs(sys.argv[1:])], mix=False)
 assert not {"torch", "wandb", "transformers", "datasets", "pandas", "matplotlib.pyplot"} & set(sys.modules)
 """
     environment = {**os.environ, "MPLBACKEND": ""}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, env=environment)

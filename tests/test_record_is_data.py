@@ -36,23 +36,17 @@ from capo_exp.runs.lock import is_locked, locked
 from capo_exp.sweep import job
 from capo_exp.sweep.table import runs_table, summarise_run
 from tests.figure_pieces import write_run
+from tests.pieces import run_training
 
 Values = dict[str, Any]
 LISTED = """
-os.system os.execv os.remove posix.system nt.system subprocess.run subprocess.Popen subprocess.check_output
-distutils.spawn.spawn builtins.exec builtins.eval builtins.open builtins.__import__ builtins.print
-pickle.loads marshal.loads joblib.load numpy.load pandas.read_pickle torch.load torch.hub.load
-yaml.unsafe_load shutil.rmtree shutil.copyfile urllib.request.urlretrieve urllib.request.urlopen
-sympy.sympify importlib.import_module runpy.run_path code.interact pty.spawn webbrowser.open ctypes.CDLL
-socket.create_connection pathlib.Path.write_text pathlib.Path.touch logging.FileHandler
-logging.config.dictConfig hydra.utils.call hydra.utils.instantiate hydra_plugins.evil.Sweeper
-omegaconf.OmegaConf.load timeit.timeit multiprocessing.Process transformers.AutoModel.from_pretrained
-huggingface_hub.snapshot_download datasets.load_dataset evil.run capo_exp capo_exp_evil.run
-tests.pieces.prompt capo_exp.runs.files.write_atomic capo_exp.config.build.os.system
-capo_exp.algorithms.protocols.build_part capo_exp.algorithms.grpo.os.system
+os.system posix.system builtins.exec builtins.__import__ pickle.loads torch.hub.load importlib.import_module
+logging.FileHandler hydra.utils.instantiate hydra_plugins.evil.Sweeper transformers.AutoModel.from_pretrained
+evil.run capo_exp capo_exp_evil.run tests.pieces.prompt capo_exp.runs.files.write_atomic
+capo_exp.config.build.os.system capo_exp.algorithms.protocols.build_part capo_exp.algorithms.grpo.os.system
 capo_exp.grading.verifier.partial capo_exp.grading.verifier._grade_pair
 capo_exp.rollout.vllm_server.start_server capo_exp.rollout.guard.main
-capo_exp.rollout.vllm_process.subprocess.Popen capo_exp.sweep.sweep.Submission capo_exp.data.rows.read_hub
+capo_exp.rollout.vllm_process.subprocess.Popen capo_exp.sweep.sweep.Submission
 capo_exp.data.math_problems.read_hub capo_exp.data.math_problems.ProblemSet.__call__
 capo_exp.algorithms.neutral.keep_all.__globals__ capo_exp..os.system . capo_exp/algorithms/neutral.keep_all
 capo_exp.algorithms.neutral.keep_all( ${oc.env:EVIL}
@@ -142,15 +136,6 @@ def run_job(text: str, *arguments: str) -> int:
         patch.setattr(sys, "stdin", io.StringIO(text))
         patch.setattr(sys, "argv", ["job", *arguments])
         return job.main(lambda _: None)
-
-
-def run_training(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["capo_exp", *arguments])
-        try:
-            return front.run_training()
-        except SystemExit as end:
-            return int(end.code or 0)
 
 
 def test_only_parts_of_the_package_are_built() -> None:

@@ -15,57 +15,43 @@ from capo_exp.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "outputs" / "reference" / "default"  # a real run
-STEPS, SCALE = 50, 20
+STEPS, SCALE, TOKENS = 50, 20, 500
 LIMIT = 22_000_000
 
 
-@pytest.fixture(scope="module")
-def text() -> list[str]:
+def read_prose() -> list[str]:
     """Words and signs of this repository's prose, about as long as a language model's tokens."""
-    prose = "\n".join(
-        path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
-    )
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    prose = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     return re.findall(r"\s?[A-Za-z]{1,7}|\d|\s?[^\sA-Za-z\d]+|\s", prose)
 
 
-def completions(text: list[str], tokens: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+def completions(text: list[str], rng: np.random.Generator) -> list[dict[str, Any]]:
     """4 prompts x 8 completions; those of a prompt share phrases as answers to one question do, no numbers.
 
-    With 500 tokens it is as large, column by column, as Qwen2.5-Math's answers to 4 problems of MATH.
+    They are as large, column by column, as Qwen2.5-Math's answers to 4 problems of MATH.
     """
     ids = {token: int(i) for token, i in zip(sorted(set(text)), rng.permutation(150_000), strict=False)}
     rows = []
-    for start in rng.integers(len(text) - 2 * tokens, size=4):
-        passage = text[start : start + 2 * tokens]
-        rows += [_row(passage[:60], _phrases(passage, tokens, rng), ids, rng) for _ in range(8)]
+    for start in rng.integers(len(text) - 2 * TOKENS, size=4).repeat(8):
+        phrases = start + rng.integers(2 * TOKENS - 12, size=TOKENS // 10)
+        words = [word for place in phrases for word in text[place : place + 12]][:TOKENS]
+        signs = rng.choice([-1, 1], TOKENS)
+        rows.append({
+            "prompt": "".join(text[start : start + 60]), "completion": "".join(words), "answer": "42",
+            "family": "algebra", "reward": 1.0, "advantage": 0.35, "truncated": False, "weight_version": 9,
+            "token_ids": [ids[word] for word in words], "tokens": words,
+            "log_prob": (-np.exp(rng.normal(-4, 3, TOKENS))).tolist(),
+            "policy_shift": np.exp(rng.normal(-18, 3, TOKENS)).tolist(),
+            "objective_shift": (np.exp(rng.normal(-12, 2, TOKENS)) * signs).tolist(),
+            "keep": (rng.random(TOKENS) > 0.01).tolist(),
+        })  # fmt: skip
     return rows
 
 
-def _phrases(text: list[str], tokens: int, rng: np.random.Generator) -> list[str]:
-    starts = rng.integers(len(text) - 12, size=tokens // 10)
-    return [word for start in starts for word in text[start : start + 12]][:tokens]
-
-
-def _row(
-    prompt: list[str], words: list[str], ids: dict[str, int], rng: np.random.Generator
-) -> dict[str, Any]:
-    n = len(words)
-    return {
-        "prompt": "".join(prompt), "completion": "".join(words), "answer": "42", "family": "algebra",
-        "reward": 1.0, "advantage": 0.35, "truncated": False, "weight_version": 9,
-        "token_ids": [ids[word] for word in words], "tokens": words,
-        "log_prob": (-np.exp(rng.normal(-4, 3, n))).tolist(),
-        "policy_shift": np.exp(rng.normal(-18, 3, n)).tolist(),
-        "objective_shift": (np.exp(rng.normal(-12, 2, n)) * rng.choice([-1, 1], n)).tolist(),
-        "keep": (rng.random(n) > 0.01).tolist(),
-    }  # fmt: skip
-
-
 @pytest.mark.slow
-def test_a_thousand_steps_take_less_than_22_mb(
-    text: list[str], composed: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    config = composed("algo=capo", "logger=wandb")
+def test_a_thousand_steps_take_less_than_22_mb(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config, text = composed("algo=capo", "logger=wandb"), read_prose()
     row, evaluation = (read_jsonl(REFERENCE / name)[-1] for name in ("metrics.jsonl", "eval.jsonl"))
     rng = np.random.default_rng(0)
 
@@ -81,7 +67,7 @@ def test_a_thousand_steps_take_less_than_22_mb(
             if step % config.evaluation.every == 0:
                 logger.log_evaluation({key: noisy(value) for key, value in evaluation.items()} | counters)
             if step % config.logger.completions_every == 0:
-                logger.log_completions(step, completions(text, 500, rng))
+                logger.log_completions(step, completions(text, rng))
     size = {place.name: _bytes(place) for place in tmp_path.iterdir()}
     assert size.keys() >= {"metrics.jsonl", "eval.jsonl", "completions", "wandb"}
     assert size["wandb"] > 50_000

@@ -188,19 +188,6 @@ def test_git_state_and_diff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, con
     assert "+fresh: 1" in diff
 
 
-def test_logging_without_wandb_imports_neither_it_nor_torch(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-import capo_exp.runs.checkpoint, capo_exp.runs.console, capo_exp.runs.record
-from capo_exp.runs.logger import RunLogger
-with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
-    logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
-assert not {"wandb", "torch", "transformers", "matplotlib"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-
-
 def test_a_longer_run_is_told_of_the_shorter_that_is_finished(
     composed: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

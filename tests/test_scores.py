@@ -113,15 +113,6 @@ def test_interval_of_a_mean_over_benchmarks_adds_their_variances():
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.06)
 
 
-def test_interval_holds_the_truth_in_95_of_100_experiments():
-    draws = np.random.default_rng(2)
-    held = [
-        (found := estimate((draws.random(60) < 0.3).astype(float))).low <= 0.3 <= found.high  # pyright: ignore
-        for _ in range(200)
-    ]
-    assert 0.9 <= np.mean(held) <= 0.99
-
-
 def test_summary_is_plain_numbers():
     found = summarise_scores([solved("1100", "aabc"), solved("0000", "abcd")])
     assert found["average"] == {"value": 0.25, "low": 0.0, "high": 0.5}

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
@@ -21,6 +19,7 @@ from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
 from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
+from capo_exp.sweep.table import console
 
 if TYPE_CHECKING:
     from capo_exp.evaluation.table import BenchmarkScore
@@ -40,8 +39,6 @@ Exit status: 0, 1 = the engine or the disk failed, 2 = wrong input, 130 = interr
 OTHERS = ("model.", "dataset.", "prompt", "device", "rollout", "reward", "plugins")
 """Beginnings of the keys of the training configuration that an evaluation depends on."""
 KEPT = "parts that are done are kept, and the same command goes on from there"
-WIDTH = 160
-"""Columns where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,8 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     """
     from capo_exp.runs.read import load_run
 
-    found, owner = list_checkpoints(directory), load_run(directory).record.get("run_id")
+    logged = load_run(directory)
+    found, owner = list_checkpoints(directory), logged.record.get("run_id")
     while command.checkpoint == "last" and found and (damage := find_damage(found[max(found)], owner)):
         tell(f"{found.pop(max(found))} is not used: {damage}")
     if not found:
@@ -204,16 +202,9 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
         raise ConfigError(f"{root} is a link, which is not followed; expected output=DIR beside it")
     shared = Path(command.output) if command.output else here.parents[1] / "evaluations"
     base = [WeightSet(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
-    drawn = _completions(directory)
+    rows = [row for row in logged.metrics if {names.STEP, names.COMPLETIONS} <= row.keys()]
+    drawn = {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows}
     return [*(WeightSet(found[step].name, found[step], step, drawn.get(step), root) for step in steps), *base]
-
-
-def _completions(directory: Path) -> dict[int, float]:
-    """Rollout step -> completions that training had sampled."""
-    from capo_exp.runs.read import load_run
-
-    rows = [row for row in load_run(directory).metrics if names.COMPLETIONS in row]
-    return {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows if names.STEP in row}
 
 
 def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
@@ -228,8 +219,3 @@ def _write_test_rows(root: Path, results: Sequence[Any]) -> None:
         tell(f"left out: {text}")
     rows = test_rows(results, before)
     write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def console() -> Console:
-    """A terminal's width, or room enough in a log file."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)

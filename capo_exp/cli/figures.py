@@ -1,6 +1,5 @@
 """`python -m capo_exp.figures`: figures and tables from logged runs. Imports no torch."""
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from typing import Any, get_args
 from omegaconf import MISSING
 
 from capo_exp.cli import front
-from capo_exp.config.errors import ConfigError, RunFailed, error
-from capo_exp.config.ranges import Rule, one_of
+from capo_exp.config.errors import ConfigError, RunFailed, suggest
+from capo_exp.config.ranges import Rule, one_of, or_null
 from capo_exp.config.schema import setting
 from capo_exp.core.intervals import Interval, Statistic
 from capo_exp.figures.curves import curves, families
@@ -57,7 +56,7 @@ class FigureCommand:
     smoothing: str = setting(Rule(_is_weight, "paper, off or a number above 0 up to 1"))
     statistic: str = setting(one_of(*get_args(Statistic)))
     interval: str = setting(one_of(*get_args(Interval)))
-    x: str | None = setting(one_of(*X_LABELS))
+    x: str | None = setting(or_null(one_of(*X_LABELS)))
     keys: list[str] = MISSING
     mix: bool = MISSING
     report: str = setting(one_of("html", "none"))
@@ -99,7 +98,7 @@ def draw_figures(command: FigureCommand, typed: str) -> int:
     wanted = list(FIGURES) if every else [find_figure(name) for name in asked]
     for key in command.keys:
         if names.meaning(key) is None:
-            raise error("keys", key, _nearest(key))
+            raise ConfigError(f"keys={key}: no such metric; {suggest(key, names.METRICS)}")
     try:
         paths = find_runs(command.runs)
         runs = [load_run(path) for path in paths]
@@ -126,13 +125,6 @@ def _folders(groups: Sequence[Sequence[LoggedRun]], output: Path) -> list[Path]:
         output / (name if found.index(name) == place else f"{name}-{place + 1}")
         for place, name in enumerate(found)
     ]
-
-
-def _nearest(name: str) -> str:
-    """Says the few known metrics nearest to a wrong one: a list of all would be too long."""
-    choices, last = list(names.METRICS), name.rsplit("/", 1)[-1]
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5) or [c for c in choices if last in c][:3]
-    return f"a metric; nearest: {', '.join(close)}" if close else "a metric of capo_exp/runs/metrics.py"
 
 
 def common_parent(paths: Sequence[Path]) -> Path:

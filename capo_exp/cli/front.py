@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -32,7 +32,8 @@ from capo_exp.cli.words import (
     split_flags,
     write_value,
 )
-from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.checks import check_ranges
+from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import quoted
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.sweep import sweep
@@ -166,10 +167,8 @@ def compose_command(line: CommandLine, arguments: Sequence[str]) -> Any:
     refuse_sweep(swept, arguments)
     with in_one_line(line.schema):
         typed = to_config(config) if line.schema is TrainConfig else OmegaConf.to_object(config)
-    for key in fields(line.schema):
-        rule, value = key.metadata.get("range"), getattr(typed, key.name)
-        if line.schema is not TrainConfig and rule and value is not None and not rule.holds(value):
-            raise error(key.name, value, rule.expected)
+    if line.schema is not TrainConfig:
+        check_ranges(typed)
     return typed
 
 

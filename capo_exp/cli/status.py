@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from capo_exp.cli import front
 from capo_exp.config.errors import ConfigError, printable
 from capo_exp.config.memory import human
-from capo_exp.runs.disk import find_removable, measure, measure_run
+from capo_exp.runs.disk import DiskUse, find_removable, measure, measure_run
 from capo_exp.runs.files import remove
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import find_runs
 from capo_exp.runs.record import run_status
-from capo_exp.sweep.table import WIDTH, runs_table, summarise_run
+from capo_exp.sweep.table import console, runs_table, summarise_run
 
 USAGE = """\
 python -m capo_exp.status [DIR ...] [--disk | --clean [--final-model] [--yes]]
@@ -65,15 +64,14 @@ def show_status(command: StatusCommand) -> int:
         return clean(paths, command)
     if command.final_model or not command.ask:
         raise ConfigError("--final-model, --yes: expected --clean beside them")
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if command.disk:
-        console.print(disk_table(paths))
+        console().print(disk_table(paths))
         return 0
     runs = [summarise_run(path) for path in paths]
-    console.print(runs_table(runs))
+    console().print(runs_table(runs))
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    console.print(f"{len(runs)} runs: {counts}")
+    console().print(f"{len(runs)} runs: {counts}")
     return 0
 
 
@@ -83,14 +81,11 @@ def disk_table(paths: Sequence[Path]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for column in ("checkpoints", "completions", "rest", "total"):
+    for column in DiskUse._fields:
         table.add_column(column, justify="right", no_wrap=True)
     for path, use in sorted(used.items(), key=lambda pair: -pair[1].total):
-        sizes = (use.checkpoints, use.completions, use.rest, use.total)
-        table.add_row(Text(printable(path.name)), run_status(path), *map(human, sizes))
-    uses = used.values()
-    parts = [[use.checkpoints for use in uses], [use.completions for use in uses], [use.rest for use in uses]]
-    table.add_row(f"{len(used)} runs", "", *map(human, map(sum, [*parts, [use.total for use in uses]])))
+        table.add_row(Text(printable(path.name)), run_status(path), *map(human, use))
+    table.add_row(f"{len(used)} runs", "", *(human(sum(sizes)) for sizes in zip(*used.values(), strict=True)))
     return table
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from capo_exp.config.architecture import Architecture
 from capo_exp.config.build import needs_reference
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import CurvatureConfig, TrainConfig
+from capo_exp.config.schema import TrainConfig
 
 FLOAT, HALF = 4, 2
 """Bytes of a float32 and a bfloat16."""
@@ -41,7 +41,7 @@ class Memory:
     adam: int
     reference: int
     moments: int
-    """Of the optimiser model that predicts shifts."""
+    """Of the optimiser model that predicts shifts; 0 where it has no table of its own."""
     records: int
     """What a step remembers of each token."""
     activations: int
@@ -65,6 +65,7 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         ConfigError: the model's config.json cannot be read.
     """
     model, dataset, shape = config.model, config.dataset, config.model.architecture
+    moment = HALF if config.curvature.moments_dtype == "bfloat16" else FLOAT
     kept = HALF if model.load_dtype == "bfloat16" else FLOAT
     half = model.compute_dtype == "bfloat16" or (model.compute_dtype == "auto" and (gpu or kept == HALF))
     number, width = HALF if half else FLOAT, shape.hidden_size
@@ -91,7 +92,7 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         gradients=kept * parameters,
         adam=(2 * FLOAT + FLOAT - kept) * parameters,  # bfloat16 weights have the rest of their bits there
         reference=kept * parameters if needs_reference(config.algo) else 0,
-        moments=2 * _moment_bytes(config.curvature) * entries,
+        moments=2 * moment * entries if config.curvature.optimizer_model == "adam" else 0,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
         activations=positions * layers + (HALF * parameters if copies else 0),
@@ -121,12 +122,6 @@ def count_parameters(shape: Architecture) -> int:
     layer += more.get(shape.model_type, 0)
     embeddings = shape.vocab_size * width * (1 if shape.tie_word_embeddings else 2)
     return embeddings + shape.num_hidden_layers * layer + width
-
-
-def _moment_bytes(curvature: CurvatureConfig) -> int:
-    """Returns the bytes of one entry of a moment; 0 where the optimiser model has no table of its own."""
-    size = HALF if curvature.moments_dtype == "bfloat16" else FLOAT
-    return size if curvature.optimizer_model == "adam" else 0
 
 
 def kv_width(shape: Architecture) -> int:

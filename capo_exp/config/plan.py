@@ -6,6 +6,7 @@ from capo_exp.config.memory import KINDS, count_parameters, estimate, human, lea
 from capo_exp.config.schema import TrainConfig
 
 NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
+WIDTH = 80
 
 
 def plan(config: TrainConfig) -> list[str]:
@@ -34,18 +35,8 @@ def plan(config: TrainConfig) -> list[str]:
         f", lr {regime.learning_rate:g}",
         f"{sampled} of at most {config.dataset.max_completion_tokens:,} tokens;"
         f" {evaluations} of {problems:,}",
-        _join(_memory(config)),
+        _memory(config),
     ]
-
-
-def _join(lines: list[str], width: int = 80) -> str:
-    """Makes one line of the learner's memory and the engine's; of the learner's parts those that fit."""
-    total, named, parts = lines[0].partition("; the most: ")
-    if lines[1:]:
-        return "; ".join([total, *lines[1:]])
-    while len(total + named + parts) > width and "," in parts:
-        parts = parts.rpartition(", ")[0]
-    return total + named + parts
 
 
 def count_evaluations(num_steps: int, every: int) -> int:
@@ -57,27 +48,28 @@ def _count(number: int, unit: str, plural: str = "s") -> str:
     return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}{plural}"
 
 
-def _memory(config: TrainConfig) -> list[str]:
-    """Returns the learner's memory with its three largest parts, and vLLM's; or why they are not known."""
+def _memory(config: TrainConfig) -> str:
+    """Returns the learner's memory with vLLM's, or with its largest parts as far as the line has room for
+    them; or why it is not known."""
     try:
         shape = config.model.architecture
     except ConfigError:  # which says more, to a run
-        return [f"memory: config.json cannot be read; needs {NEEDS}"]
+        return f"memory: config.json cannot be read; needs {NEEDS}"
     device = learner_device(config)
     memory = estimate(config, gpu=device != "cpu")
-    largest = sorted(vars(memory).items(), key=lambda part: -part[1])[:3]
-    parts = ", ".join(f"{NAMES.get(name, name)} {human(size)}" for name, size in largest)
     kind = "" if shape.model_type in KINDS else f" ({shape.model_type} counted as {KINDS[0]})"
     shared = config.distributed
     where = device if shared.name == "single" else f"each of {shared.world_size} processes ({device})"
-    lines = [f"about {human(memory.total)} on {where}{kind}; the most: {parts}"]
+    total = f"about {human(memory.total)} on {where}{kind}"
     engine, url = config.rollout.engine, config.rollout.server_url
-    if config.rollout.is_vllm and url in (None, "start"):
-        cache = f"KV cache {engine['kv_cache_gib'] or 1:g} GiB"
-        if engine["kv_cache_gib"] is None and device != "cpu":
-            cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU"
-        weights = human(4 * count_parameters(shape))
-        lines.append(f"vLLM: weights of at most {weights}, {cache}")
-    elif config.rollout.is_vllm:
-        lines.append(f"vLLM at {url}")
-    return lines
+    if not config.rollout.is_vllm:
+        largest = sorted(vars(memory).items(), key=lambda part: -part[1])
+        parts = [f"{NAMES.get(name, name)} {human(size)}" for name, size in largest]
+        lines = [f"{total}; the most: {', '.join(parts[:count])}" for count in (3, 2, 1)]
+        return next((line for line in lines if len(line) <= WIDTH), lines[-1])
+    if url not in (None, "start"):
+        return f"{total}; vLLM at {url}"
+    cache = f"KV cache {engine['kv_cache_gib'] or 1:g} GiB"
+    if engine["kv_cache_gib"] is None and device != "cpu":
+        cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU"
+    return f"{total}; vLLM: weights of at most {human(4 * count_parameters(shape))}, {cache}"

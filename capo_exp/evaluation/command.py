@@ -1,20 +1,24 @@
 """What to evaluate: the keys of the command, and the sets of weights that it names."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
-from capo_exp.config.ranges import AT_LEAST_0, AT_LEAST_1, NON_NEGATIVE, PROJECT, TRACKER, Rule
+from capo_exp.config.ranges import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    NON_NEGATIVE,
+    PROJECT,
+    TOP_P,
+    TRACKER,
+    Rule,
+    or_null,
+)
+from capo_exp.config.schema import setting
 
 CHECKPOINT = Rule(lambda v: v in ("last", "all") or v.isdecimal(), "last, all or a step")
-SHARE_ABOVE_0 = Rule(lambda v: 0 < v <= 1, "a number above 0 up to 1")
-
-
-def _ranged(rule: Rule) -> Any:
-    return field(default=MISSING, metadata={"range": rule})
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,19 @@ class EvaluateCommand:
     model: str | None = MISSING
     completions: str | None = MISSING
     benchmarks: list[str] = MISSING
-    checkpoint: str = _ranged(CHECKPOINT)
+    checkpoint: str = setting(CHECKPOINT)
     base: bool = MISSING
-    samples: int = _ranged(AT_LEAST_1)
-    temperature: float = _ranged(NON_NEGATIVE)
-    top_k: int = _ranged(AT_LEAST_0)
-    top_p: float = _ranged(SHARE_ABOVE_0)
-    seed: int = _ranged(AT_LEAST_0)
-    num_problems: int | None = _ranged(AT_LEAST_1)
-    problems_per_part: int = _ranged(AT_LEAST_1)
+    samples: int = setting(AT_LEAST_1)
+    temperature: float = setting(NON_NEGATIVE)
+    top_k: int = setting(AT_LEAST_0)
+    top_p: float = setting(TOP_P)
+    seed: int = setting(AT_LEAST_0)
+    num_problems: int | None = setting(or_null(AT_LEAST_1))
+    problems_per_part: int = setting(AT_LEAST_1)
     output: str | None = MISSING
     overwrite: bool = MISSING
-    logger: str = _ranged(TRACKER)
-    project: str = _ranged(PROJECT)
+    logger: str = setting(TRACKER)
+    project: str = setting(PROJECT)
     overrides: list[str] = MISSING
     config_dir: str | None = MISSING
     suites: dict[str, list[str]] = MISSING

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from capo_exp.config.errors import RunFailed
-from capo_exp.evaluation.stored import read_rows
 from capo_exp.runs.files import remove
 from capo_exp.runs.local_sinks import markdown_table
+from capo_exp.runs.parse import read_parquet
 from capo_exp.runs.wandb_sink import quiet_settings, resolve_mode
 
 EXAMPLES = 64
@@ -34,7 +34,7 @@ def send_evaluation(tracker: str, project: str, folder: Path, name: str, scores:
         RunFailed: the tracker does not take them.
     """
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    answers = read_rows(folder / "completions.parquet")
+    answers = read_parquet(folder / "completions.parquet")
     shown = answers[:: max(1, len(answers) // EXAMPLES)][:EXAMPLES]
     rows = [[" | ".join(row[key]) if key == "gold" else row[key] for key in COLUMNS] for row in shown]
     step = card["model"]["step"] or 0

@@ -13,6 +13,7 @@ from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.grading.verifier import Verifier
 from capo_exp.runs.files import replace_file, write_json
+from capo_exp.runs.parse import is_parquet, read_parquet
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""
@@ -80,20 +81,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows)), partial, compression="zstd")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Returns all rows of a parquet file."""
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(path).read().to_pylist()
-
-
 def _read(path: Path) -> list[Row]:
-    try:
-        rows = read_rows(path)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"completions={path}: expected a parquet file ({reason})") from error
-    if not rows:
+    if not is_parquet(path):
+        raise ConfigError(f"completions={path}: expected a parquet file")
+    if not (rows := read_parquet(path)):
         raise ConfigError(f"completions={path}: no row; expected completions")
     for names in COLUMNS.values():
         if not set(names) & set(rows[0]):

@@ -1,12 +1,11 @@
 """The settings of rollout=vllm, each with its range. Imports no torch, so that they are checked at once."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from capo_exp.config.places import resolve_model_path
-from capo_exp.config.ranges import ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, POSITIVE, Rule, one_of
+from capo_exp.config.ranges import ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, POSITIVE, Rule, not_empty, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,20 +16,13 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-GIB_OR_NULL = Rule(lambda v: v is None or _is_positive(v), "null or a positive number")
-GPUS_OR_NULL = Rule(
-    lambda v: v is None or re.fullmatch(r"[\w-]+(,[\w-]+)*", str(v)) is not None,
+GIB_OR_NULL = POSITIVE._replace(expected="null or a positive number")
+GPUS = Rule(
+    lambda v: re.fullmatch(r"[\w-]+(,[\w-]+)*", str(v)) is not None,
     "null, or GPUs as CUDA_VISIBLE_DEVICES names them",
 )
-MODEL_PATH = Rule(lambda v: isinstance(v, str) and v != "", "a directory or a hub id")
-NATS_BY_DTYPE = Rule(
-    lambda v: isinstance(v, dict) and set(v) >= set(DTYPES) and all(map(_is_positive, v.values())),
-    f"a positive number for each of {', '.join(DTYPES)}",
-)
+MODEL_PATH = not_empty("a directory or a hub id")
+EACH_DTYPE = Rule(lambda v: set(v) >= set(DTYPES), f"a positive number for each of {', '.join(DTYPES)}")
 SLEEP_LEVEL = Rule(lambda v: v in (0, 1, 2), "0, 1 or 2")
 NO_RESULT: Any = {"result": False}
 """Marks a setting that changes a run's numbers by rounding at most, hence not its identity: a run whose
@@ -48,7 +40,7 @@ class VLLMSettings:
     """Of model_path on the hub."""
     server_url: str | None = field(metadata=NO_RESULT)
     """null = an engine process of this run; start = a server of it; else a server's URL."""
-    visible_devices: Annotated[str | int | None, GPUS_OR_NULL] = field(metadata=NO_RESULT)
+    visible_devices: Annotated[str | int | None, GPUS] = field(metadata=NO_RESULT)
     """CUDA_VISIBLE_DEVICES of an engine of this run; null = the learner's GPU."""
     dtype: Annotated[str, one_of("auto", *DTYPES)]
     """auto = as the learner computes."""
@@ -78,7 +70,9 @@ class VLLMSettings:
     generate_seconds: Annotated[float, POSITIVE] = field(metadata=NO_RESULT)
     transfer_seconds: Annotated[float, POSITIVE] = field(metadata=NO_RESULT)
     """Limits of the start, of one call that samples, and of each step of a weight transfer."""
-    max_probe_difference: Annotated[dict[str, float], NATS_BY_DTYPE] = field(metadata=NO_RESULT)
+    max_probe_difference: Annotated[dict[str, Annotated[float, POSITIVE]], EACH_DTYPE] = field(
+        metadata=NO_RESULT
+    )
     """dtype -> mean difference [nats] of a probe's log-probs above which weights count as stale."""
 
     def __call__(

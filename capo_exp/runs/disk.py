@@ -2,32 +2,28 @@
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import list_checkpoints
 
 
-@dataclass(frozen=True)
-class DiskUse:
+class DiskUse(NamedTuple):
     """Bytes of one run directory."""
 
     checkpoints: int
     completions: int
     rest: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.checkpoints + self.completions + self.rest
+    total: int
 
 
 def measure_run(run_dir: Path) -> DiskUse:
     """Measures a run directory; a folder of it that is a link to another disk counts, too."""
     sizes = {path.name: measure(path) for path in run_dir.iterdir()}
     checkpoints, completions = sizes.pop("checkpoints", 0), sizes.pop("completions", 0)
-    return DiskUse(checkpoints, completions, sum(sizes.values()))
+    rest = sum(sizes.values())
+    return DiskUse(checkpoints, completions, rest, checkpoints + completions + rest)
 
 
 def measure(place: Path) -> int:

@@ -19,11 +19,6 @@ from capo_exp.config.places import slug
 from capo_exp.config.schema import TrainConfig
 
 
-def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the config as plain dicts, lists and numbers; a text in it stays as it is."""
-    return asdict(config)
-
-
 @cache
 def read_schema(schema: type = TrainConfig, prefix: str = "") -> tuple[frozenset[str], dict[str, Any]]:
     """Returns the dotted keys, and groups of keys, that change no result; and dotted key -> neutral value."""
@@ -68,7 +63,7 @@ def select_results(config: TrainConfig) -> dict[str, Any]:
                 found |= {} if inner == {} and value else {key: inner}  # a group of which nothing counts
         return found
 
-    return counted(as_dict(config))
+    return counted(asdict(config))
 
 
 def run_name(config: TrainConfig) -> str:

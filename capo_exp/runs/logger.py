@@ -71,9 +71,7 @@ class RunLogger:
         if last < resume_step:
             log.warning("%s: rows of steps %s to %s are missing", run_dir, last + 1, resume_step)
         self._tracker: Tracker | None = None
-        if tracker not in ("files", "wandb") or (
-            tracker == "wandb" and resolve_mode(wandb_mode) != "disabled"
-        ):
+        if tracker != "files" and not (tracker == "wandb" and resolve_mode(wandb_mode) == "disabled"):
             self._tracker = Tracker(run_dir, tracker, wandb_mode)
         self._metrics = FileIO(run_dir / "metrics.jsonl", "a")
         self._evaluations = FileIO(run_dir / "eval.jsonl", "a")

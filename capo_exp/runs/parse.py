@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error}); restore or remove it") from None
 
 
-def read_parquet(path: Path) -> list[LoggedRow]:
+def read_parquet(path: Path) -> list[dict[str, Any]]:
     """Returns all rows of a parquet file.
 
     Raises:

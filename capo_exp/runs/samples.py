@@ -37,13 +37,12 @@ def read_sample(run_dir: Path, step: int, *, histograms: bool) -> Sample | None:
     kept = read_parquet(path) if is_parquet(path) else []
     if not kept:
         return None
-    shown = [{**row, "completion": mark_rejected(row), "rejected": _count_rejected(row)} for row in kept]
+    shown = [
+        {**row, "completion": mark_rejected(row), "rejected": list(row.get("keep") or []).count(False)}
+        for row in kept
+    ]
     rows = [[row.get(key) for key in COLUMNS] for row in shown]
     return Sample(rows, gather_values(kept) if histograms else {})
-
-
-def _count_rejected(row: Mapping[str, Any]) -> int:
-    return list(row.get("keep") or []).count(False)
 
 
 def mark_rejected(row: Mapping[str, Any]) -> str:

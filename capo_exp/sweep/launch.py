@@ -21,6 +21,7 @@ from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.distributed.world import FOLDER, STOP
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.processes import end_with_parent, stop_signal
+from capo_exp.sweep.processes import share_cores
 
 ARGUMENTS = ("-m", "capo_exp.sweep.launch")
 CONFIG, FAILURE, SEEN = "config.yaml", "failure", "seen"
@@ -72,7 +73,7 @@ def _start(config: TrainConfig, task: str) -> str:
     try:
         (folder / CONFIG).write_text(to_yaml(config), encoding="utf-8")
         os.environ[FOLDER] = str(folder)
-        _share_cores(config.distributed.processes)
+        os.environ.setdefault("OMP_NUM_THREADS", share_cores(config.distributed.processes))
         with stop_signal(stop):
             elastic_launch(_meeting(config.distributed), sys.executable)(*ARGUMENTS, task)
         said = folder / SEEN
@@ -132,11 +133,6 @@ def _first_host() -> str | None:
     from submitit import JobEnvironment
 
     return JobEnvironment().hostnames[0]
-
-
-def _share_cores(processes: int) -> None:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
 def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:

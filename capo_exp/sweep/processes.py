@@ -86,9 +86,14 @@ def environment(device: str | None, parallel: int) -> dict[str, str]:
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = device
     if parallel != 1:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel) if parallel > 0 else 1))
+        env.setdefault("OMP_NUM_THREADS", share_cores(parallel))
     return env
+
+
+def share_cores(processes: int) -> str:
+    """Returns the threads of each of so many processes at a time; one where their number is not known, -1."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return str(max(1, cores // processes))
 
 
 def read_tail(log_file: Path) -> list[str]:

@@ -23,7 +23,6 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
@@ -37,7 +36,7 @@ from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import run_status
 from capo_exp.sweep.job import report
 from capo_exp.sweep.processes import environment, read_tail, say, take_device, wait_for_job
-from capo_exp.sweep.table import WIDTH, RunSummary, runs_table, summarise_run
+from capo_exp.sweep.table import RunSummary, console, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
 """Environment variable: what the processes of one sweep share; a launcher hands it on to its workers."""
@@ -98,7 +97,7 @@ def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wron
     began = time.monotonic()
     for number, overrides in enumerate(jobs):
         try:
-            check(to_config(_composed(loader, config, overrides)))
+            check(to_config(without_hydra(loader.load_sweep_config(config, overrides))))
         except ConfigError as error:
             wrong[number] = str(error)
             sys.stderr.write(f"job {number} cannot run: {error}\n")
@@ -136,10 +135,6 @@ def list_jobs(config: DictConfig, loader: Any) -> list[list[str]]:
         values = override.sweep_string_iterator() if several else [override.get_value_element_as_str()]
         choices[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
     return list(map(list, product(*choices.values())))
-
-
-def _composed(loader: Any, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    return without_hydra(loader.load_sweep_config(config, list(overrides)))
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -224,7 +219,7 @@ def conclude() -> bool:
         results = [EndedJob(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
         shutil.rmtree(folder, ignore_errors=True)
         if shown := [result for result in results if result.state != "planned"]:
-            Console(width=None if sys.stdout.isatty() else WIDTH).print(runs_table(list(map(_line, shown))))
+            console().print(runs_table(list(map(_line, shown))))
             if not count and (best := find_best(shown)):  # a search, of which Hydra says no number of jobs
                 say(f"best {best.objective}: {best.score:.4g}, job {best.number}: {best.title}")
                 say(f"its directory: {best.directory}")

@@ -1,20 +1,19 @@
 """The table of runs: what they are, and how far. Reads files, not torch."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from capo_exp.config.errors import printable
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import RECENT, load_run, values
-
-WIDTH = 160
-"""Columns where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,11 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
             _percent(run.train_accuracy), _percent(run.eval_accuracy), _percent(run.rejection_rate), left,
         )  # fmt: skip
     return result
+
+
+def console() -> Console:
+    """Returns standard output, as wide as a terminal, or with room enough in a log file."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _mean(found: Sequence[float]) -> float | None:
