@@ -57,7 +57,8 @@ class Tracker:
             ConfigError: W&B refuses or cannot be reached, and the mode is online; `auto` goes on offline.
         """
         self._run_dir, self._name = run_dir, name
-        self._histograms_every: int = read_yaml(run_dir / "config.yaml")["logger"]["histograms_every"]
+        settings = read_yaml(run_dir / "config.yaml").get("logger", {})
+        self._histograms_every: int = settings.get("histograms_every", 1)  # older runs have none
         self._sink: Sink | None = None
         if name != "wandb" or resolve_mode(wandb_mode) == "online":
             try:

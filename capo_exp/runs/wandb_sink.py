@@ -186,7 +186,7 @@ def quiet_settings(*, stats: bool) -> Any:
 def _describe(config: dict[str, Any]) -> list[str]:
     """Returns the tags that every run has: method, model, dataset, regime, seed."""
     parts = [config[group]["name"] for group in ("algo", "model", "dataset", "regime")]
-    put_on = [config["algo"][key] for key in ("variant", "step_rule_name")]
+    put_on = [config["algo"].get(key) for key in ("variant", "step_rule_name")]  # older runs have neither
     tags = ["-".join(filter(None, [parts[0], *put_on])), *parts[1:], f"seed {config['seed']}"]
     return [tag[:TAG_LENGTH] for tag in tags]
 
