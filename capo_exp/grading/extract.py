@@ -16,7 +16,7 @@ _VERDICTS = ("right", "correct", "wrong", "incorrect")  # a completion that says
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _ASSIGNMENT = re.compile(r"\s*[A-Za-z]\w*\s*=")
 _MINUS = re.compile(r"(?:=|\$|\\\()\s*-\s*\\+f?box(?:ed)?\s*$")  # a = -\boxed{256}
-_LETTER = re.compile(r"\(?([A-J])(?:\)|[.:,](?=\s|$)|$|(?= (?:because|since)\b))")
+_LETTER = re.compile(r"(?:option |choice )?\(?([A-J])(?:\)|[.:,](?=\s|$)|$|(?= (?:because|since)\b))")
 
 
 def read_answer(text: str, style: str) -> Answer | None:
@@ -33,7 +33,7 @@ def read_answer(text: str, style: str) -> Answer | None:
     if style == "boxed":
         return _announced(text, style)
     text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\w(])|`+", "", text)  # bold, not 2**3
-    if choice := re.fullmatch(r"\s*\(?([A-J])\)?\.?\s*", text):
+    if choice := re.fullmatch(r"\s*\(?([A-J])(?:\)[^\n]*|\.)?\s*", text):
         return read_formula(choice[1])
     return _announced(text, style) or _after_answer_is(text) or _anywhere(text)
 

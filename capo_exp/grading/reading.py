@@ -12,7 +12,7 @@ LONGEST_REMEMBERED = 200  # characters of a formula whose value is kept: complet
 PLAIN_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\\[dt]?frac\{-?\d+\}\{\d+\})")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{([1-9]\d*)\}", re.ASCII)
 _DECIMAL = re.compile(r"(?=.*\d)[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?", re.ASCII)
-_REPEATING = re.compile(r"(-?\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", re.ASCII)
+_REPEATING = re.compile(r"(-?\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", re.ASCII)
 _LESS = r"(?:[<>]|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|neq?)\b)"
 _JOINT = r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\b(?:or|and)\b|\\(?:cup|lor|vee)\b|[,;]"
 _BUILDER = re.compile(

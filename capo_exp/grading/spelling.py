@@ -48,8 +48,10 @@ RULES = (
     *(
         Swap(rf"(?<=\d)\s*(\\text\s*\{{)?\s*{word}\b", rf" \\cdot 10^{{{power}}}\1",
              f"3 {word}", rf"3 \cdot 10^{{{power}}}")
-        for word, power in (("thousand", 3), ("million", 6), ("billion", 9))
+        for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9))
     ),
+    Swap(r"(\d)\1\1+\s*(?:\.\.\.|\\[cl]?dots)$", r"\\overline{\1}", "0.333...", r"0.\overline{3}"),
+    Swap(r"^(\d+)\s*:\s*(\d+)\s*:\s*(\d+)$", r"(\1, \2, \3)", "1:2:3", "(1, 2, 3)"),
     Swap(r"\\varnothing", r"\\emptyset", r"\varnothing", r"\emptyset"),
     Swap(r"^\\text\s*\{\s*([A-Z](?:,\s*[A-Z])+)\s*\}$", r"\1", r"\text{C, F}", "C, F"),
     Swap(r"(?<!\\)\{(\d{1,3}),(\d{3})\}", r"{\1\2}", r"\frac{1}{2,000}", r"\frac{1}{2000}"),
@@ -58,7 +60,7 @@ RULES = (
          "1.5e-7", r"1.5 \cdot 10^{-7}"),
     Swap(rf"(?<=.){_UPRIGHT}", r" \1\2", r"4\mathrm{i}", "4 i"),
     Swap(rf"{_UPRIGHT}(?=.)", r"\1\2 ", r"\mathrm{e}^2", "e ^2"),
-    Swap(r"(?s)^((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*?)\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*$",
+    Swap(r"(?s)^((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*?)\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*[CF]?$",
          r"\1 \\text{degrees}",
          r"60^\circ", r"60 \text{degrees}"),
     Swap(r"^\\(?:text|textbf|mbox)\s*\{\s*(-?\d[\d.,/]*)\s+([^{}\d:]+)\}$", r"\1 \\text{\2}",
