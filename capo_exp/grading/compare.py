@@ -148,12 +148,13 @@ def _equal_values(gold: Answer, answer: Answer) -> bool:
 
     from capo_exp.grading.equal import equal, exact
 
-    if equal(gold.value, answer.value):
-        return True
     if gold.percent == answer.percent or not (
         isinstance(gold.value, Expr) and isinstance(answer.value, Expr)
     ):
-        return False
+        return equal(gold.value, answer.value)
+    share = answer.percent and gold.value.is_number and abs(gold.value) < 1  # 0.25 is not 0.25 percent
+    if not share and equal(gold.value, answer.value):
+        return True
     if gold.percent:
         return equal(exact(gold.value) / 100, answer.value)
     return equal(gold.value, exact(answer.value) / 100)

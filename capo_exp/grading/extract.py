@@ -7,7 +7,8 @@ from typing import Any
 from capo_exp.grading.reading import Answer, read_formula
 
 _ANSWER_IS = re.compile(
-    r"(?i)\banswer\b(?:[^.\n:=]{0,60}?\b(?:is|are)\b\s*:?|[*_]*\s*[:=])[*_\s]*|^#+[^\n]{0,40}\banswer\b[^\n]*\n+",
+    r"(?i)\b(?:answer|correct (?:option|choice))\b(?:[^.\n:=]{0,60}?\b(?:is|are)\b\s*:?|[*_]*\s*[:=])"
+    r"[*_\s]*|^(?:#+[^\n]{0,40}\banswer\b[^\n]*|[*_]*(?:final )?answer[*_]*)\n+",
     re.MULTILINE,
 )
 _WORDS = re.compile(r"(?!(?:and|or)\b)\b[A-Za-z]{2,}")
@@ -15,7 +16,7 @@ _VERDICTS = ("right", "correct", "wrong", "incorrect")  # a completion that says
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _ASSIGNMENT = re.compile(r"\s*[A-Za-z]\w*\s*=")
 _MINUS = re.compile(r"(?:=|\$|\\\()\s*-\s*\\+f?box(?:ed)?\s*$")  # a = -\boxed{256}
-_LETTER = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s|$)|$)")
+_LETTER = re.compile(r"(?:option |choice )?\(?([A-J])(?:\)|[.:,](?=\s|$)|$|(?= (?:because|since)\b))")
 
 
 def read_answer(text: str, style: str) -> Answer | None:
@@ -32,6 +33,8 @@ def read_answer(text: str, style: str) -> Answer | None:
     if style == "boxed":
         return _announced(text, style)
     text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\w(])|`+", "", text)  # bold, not 2**3
+    if choice := re.fullmatch(r"\s*\(?([A-J])(?:\)[^\n]*|\.)?\s*", text):
+        return read_formula(choice[1])
     return _announced(text, style) or _after_answer_is(text) or _anywhere(text)
 
 
@@ -60,7 +63,7 @@ def _after_answer_is(text: str) -> Answer | None:
 def _declared(text: str) -> Answer | None:
     """Reads one formula without dollar signs, a choice, or a sentence that begins with the answer."""
     text = re.split(r"\n\s*\n|\.(?!\S)", text)[0].strip(" \t\r\n*_`")
-    text = text.replace("$", "") if text.count("$") == 1 else text  # a currency
+    text = re.sub(r"\\?\$", "", text) if text.count("$") == 1 else text  # a currency
     text = re.sub(r"^[\d\s+*/().,-]+=\s*", "", text)  # 80 + 150 = 230 miles
     delimited = any(mark in text for mark in ("$", r"\(", r"\["))
     words = _WORDS.findall(_COMMANDS.sub(" ", text))

@@ -3,7 +3,7 @@ sympy and math-verify's parser when the first answer is read."""
 
 import re
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from capo_exp.grading.spelling import spell, split_labels, split_unit
@@ -12,6 +12,7 @@ LONGEST_REMEMBERED = 200  # characters of a formula whose value is kept: complet
 PLAIN_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\\[dt]?frac\{-?\d+\}\{\d+\})")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{([1-9]\d*)\}", re.ASCII)
 _DECIMAL = re.compile(r"(?=.*\d)[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?", re.ASCII)
+_REPEATING = re.compile(r"(-?\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", re.ASCII)
 _LESS = r"(?:[<>]|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|neq?)\b)"
 _JOINT = r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\b(?:or|and)\b|\\(?:cup|lor|vee)\b|[,;]"
 _BUILDER = re.compile(
@@ -57,13 +58,15 @@ def read_gold(gold: str) -> Answer | None:
 
 @lru_cache(maxsize=16_384)
 def _read_value(body: str, malformed: bool) -> Any:
-    from sympy import Float, Integer, Rational
+    from sympy import Float, Integer, Rational, parse_expr
 
     if found := _FRACTION.fullmatch(body):
         return Rational(int(found[1] + "1") * int(found[2]), int(found[3]))
     if _DECIMAL.fullmatch(body):
         digits = body.replace(",", "")
         return Float(digits) if "." in digits else Integer(digits)
+    if found := _REPEATING.fullmatch(body):
+        return parse_expr("{}.{}[{}]".format(*found.groups()))
     if found := _BUILDER.fullmatch(body):
         body = re.sub(rf"(?<![A-Za-z\\]){found[1]}(?![A-Za-z])", r"\\zeta ", found[2])
     return _read_union(body, malformed) if re.search(_LESS, body) else _parse(body, malformed)
@@ -88,22 +91,33 @@ def _read_union(body: str, malformed: bool) -> Any:
 
 def _parse(text: str, malformed: bool) -> Any:
     """Reads LaTeX; in a chain of equations that cannot be read, what stands last. None if neither can be."""
-    from latex2sympy2_extended.latex2sympy2 import latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
     from math_verify.parser import get_last_eq
 
     text = normalize_latex(text, _normalization(malformed))
+    trigonometry = re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text) is not None
+    read = partial(
+        latex2sympy,
+        is_real=True,
+        convert_degrees=trigonometry,
+        normalization_config=None,
+        conversion_config=ConversionConfig(lowercase_symbols=False),  # R/r is not 1
+    )
     for each in dict.fromkeys((text, get_last_eq(text))):
         try:
-            return _settle(latex2sympy(each, is_real=True, normalization_config=None))
+            return _settle(read(each))
         except Exception:  # the grammar's errors are bare Exceptions
             continue
     return None
 
 
 def _settle(value: Any) -> Any:
-    """Returns a = c of a = b = c, and i as the imaginary unit, at any place but on its own."""
-    from sympy import Eq, FiniteSet, I, Symbol
+    """Returns a = c of a = b = c, dv/dt as a symbol since it would evaluate to 0, and i as the imaginary
+    unit, at any place but on its own."""
+    from sympy import Derivative, Eq, FiniteSet, I, Symbol
 
+    slopes = [each for each in value.atoms(Derivative) if isinstance(each.expr, Symbol)]
+    value = value.xreplace({each: Symbol(str(each), real=True) for each in slopes}) if slopes else value
     parts, i = getattr(value, "_unsorted_args", ()), Symbol("i", real=True)
     if parts and not isinstance(value, FiniteSet) and all(isinstance(part, Eq) for part in parts):
         value = Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
