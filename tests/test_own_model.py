@@ -91,6 +91,8 @@ def test_what_else_is_said_of_model_stays(home: Path, monkeypatch: pytest.Monkey
         (["model=/nothing/tinny"], r"model\.path=/nothing/tinny: expected a directory .*; nearest: tiny"),
         (["model=tinny"], r"model=tinny: no directory, no hub id org/name .*; nearest: tiny"),
         (["model=auto"], r"model\.path: no value; expected a directory or a hub id"),
+        (["model=" + "x" * 300], "model=x+: no directory, no hub id org/name"),
+        (["model=/" + "x" * 300], "model.path=/x+: expected a directory"),
         (["model=HERE", RATE, "model.hidden_size=7"], r"model\.hidden_size=7: expected 16, as the config"),
         (["model=HERE", RATE, "curvature.top_k=2000"], r"curvature\.top_k=2000: expected at most model\.voc"),
         (["model.load_dtype=bfloat16", "step_rule=measured"], r"algo\.step_rule\._target_=.*full_step with"),

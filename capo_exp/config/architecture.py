@@ -2,6 +2,7 @@
 all of it."""
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
@@ -86,7 +87,7 @@ def _find_config(path: str, revision: str | None) -> Path:
         return Path(__file__).parents[1] / "assets" / f"{path.removeprefix(MADE_HERE)}.json"
     if is_local_path(path):
         file = Path(resolve_model_path(path)) / "config.json"
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ConfigError(no_model(path, "expected a directory with the config.json of a model"))
         return file
     found = _find_on_hub(path, revision)
