@@ -110,7 +110,11 @@ def test_transformers_adds_what_a_file_leaves_to_its_class(tmp_path: Path) -> No
     shape = read_architecture(str(tmp_path), None)
     assert (shape["hidden_size"], shape["num_key_value_heads"], shape["intermediate_size"]) == (48, 4, 192)
     assert shape["tie_word_embeddings"] is True and shape["head_dim"] is None
-    for text, said in (("{", "a readable config.json"), ("[]", "transformers knows")):
+    whole = json.loads(Path(resolve_model_path("pkg://capo_exp/assets/tiny"), "config.json").read_text())
+    wrong = {"hidden_size": "128", "num_hidden_layers": 0, "tie_word_embeddings": 1, "model_type": {"a": 1}}
+    faults = [("{", "a readable config.json"), ("[]", "transformers knows")]
+    faults += [(json.dumps(whole | {name: value}), f"whose {name} is") for name, value in wrong.items()]
+    for text, said in faults:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"^model\.path={tmp_path}: expected .*{said}"):
             read_architecture(str(tmp_path), None)

@@ -150,6 +150,12 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         ("config.yaml", "just text", "expected the config of a run"),
         ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n{"counter/completions": null}\n', "line 2: counter/completions is null"),
+        (
+            "metrics.jsonl",
+            f'{{"a": 1}}\n{{"counter/completions": {10**400}}}\n',
+            "line 2: counter/completions is 1",
+        ),
+        ("metrics.jsonl", f'{{"a": 1}}\n{{"a": {10**400}}}\n', "line 2: a is 1"),
         ("eval.jsonl", '{"a": 2}\n{"a": "b"}\n', r'eval\.jsonl, line 2: a is "b", expected a number'),
         ("evaluations/test.jsonl", "[1]\n", r"test\.jsonl, line 1: got \[1\], expected a JSON object"),
         ("completions/step_000002.parquet", "PAR1 cut", "step_000002.parquet is not a parquet file"),
@@ -181,7 +187,7 @@ def test_not_a_run(tmp_path: Path) -> None:
 
 def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
     x_axis = "counter/completions"
-    infinite = {x_axis: 5, "a": float("inf")}
+    infinite = {x_axis: 5, "a": 1e300}
     rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, infinite]
     x, y = read_series(rows, "a")
     np.testing.assert_array_equal(x, [1, 3, 5])

@@ -20,7 +20,6 @@ from capo_exp.config.errors import error as wrong_value
 from capo_exp.config.schema import TrainConfig, conf_dir, expected_type
 from capo_exp.sweep.job import full_error
 
-
 SAID = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 """What Hydra means to raise."""
 LONGEST = 1000

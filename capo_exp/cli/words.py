@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 

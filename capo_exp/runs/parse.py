@@ -42,12 +42,17 @@ def _row(line: bytes) -> LoggedRow:
     if not isinstance(row, dict):
         raise ValueError(f"got {str(row)[:40]}, expected a JSON object")
     for key, value in row.items():
-        fits = value is None or isinstance(value, int | float) or (key == "cards" and isinstance(value, list))
+        fits = value is None or _is_number(value) or (key == "cards" and isinstance(value, list))
         if key.startswith("counter/"):
-            fits = isinstance(value, int | float) and math.isfinite(value)
+            fits = _is_number(value) and math.isfinite(value)
         if not fits:
             raise ValueError(f"{key} is {json.dumps(value)[:40]}, expected a number")
     return row
+
+
+def _is_number(value: object) -> bool:
+    """Returns whether a value can be computed with; an integer of any length, which JSON may hold, cannot."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

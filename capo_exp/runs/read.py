@@ -35,6 +35,9 @@ RECORD_TYPES = {
 }  # fmt: skip
 """What is relied on of run.json; other values count as missing."""
 
+LARGEST = 1e100
+"""What is beyond is drawn as what is not finite: an axis of 1e308 has no ticks."""
+
 RECENT = 10
 """Steps that a run's last training accuracy is the mean of."""
 
@@ -251,5 +254,5 @@ def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIO
     """Returns x and a metric, [n] each, of rows that have both; null (not finite) becomes NaN."""
     pairs = [(row[x], row[key]) for row in rows if key in row and x in row]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None and "NaN" become NaN
-    table[~np.isfinite(table)] = np.nan
+    table[~(np.abs(table) < LARGEST)] = np.nan
     return table[:, 0], table[:, 1]
