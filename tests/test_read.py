@@ -148,6 +148,7 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         ("run.json", '{"status": "finished", "counters": null}', "run.json: counters is null"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
+        ("config.yaml", "seed: x\n", 'config.yaml: seed is "x"'),
         ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n{"counter/completions": null}\n', "line 2: counter/completions is null"),
         (
@@ -174,6 +175,9 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         assert name == "run.json" or run.state == "finished"
         assert name == "metrics.parquet" or run.metrics[0] == {"a": 1}
         (tmp_path / name).unlink()
+    pq.write_table(pa.table({"counter/completions": ["a"]}), tmp_path / "metrics.parquet")
+    (told,) = load_run(tmp_path).left_out
+    assert told.endswith('metrics.parquet: counter/completions is "a", expected a number')
     path = tmp_path / "strict.jsonl"  # who writes a file anew loses none of its lines
     path.write_bytes(b'{"a": 1}\n\n\xff\0\n')
     with pytest.raises(ConfigError, match=r"strict\.jsonl, line 3: not JSON .*; remove the line, or the run"):
@@ -218,6 +222,10 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "completions" / "step_000040.parquet").write_bytes(b"PAR1 no PAR1")
     assert load_completions(run) == found and sorted(list_samples(tmp_path)) == [20, 40, 1_000_000]
     assert re.search(r"left out: .*step_000040\.parquet cannot be read", caplog.text)
+    for foreign in ([[1], [2]], ["a", "b"], [1.0, 2.0]):
+        completions(tmp_path, 20, 2, tokens=foreign)
+        assert load_completions(run) == found[2:]
+    assert "(tokens is double, expected a list of text); remove the file" in caplog.text
 
 
 def test_reading_needs_neither_torch_nor_a_display(tmp_path: Path) -> None:
