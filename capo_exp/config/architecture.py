@@ -64,8 +64,8 @@ def read_architecture(path: str, revision: str | None) -> dict[str, Any]:
         shape = _ask_transformers(path, file.parent)
     for name, kind in get_type_hints(Architecture).items():
         value = shape[name]
-        is_flag, is_count = type(value) is bool, type(value) is int
-        if not isinstance(value, kind) or is_flag != (kind is bool) or (is_count and value < 1):
+        is_flag, too_small = isinstance(value, bool), isinstance(value, int) and value < 1
+        if not isinstance(value, kind) or is_flag != (kind is bool) or (too_small and not is_flag):
             wanted = f"the config.json of a model, got one whose {name} is {json.dumps(value)[:40]}"
             raise error("model.path", path, wanted)
     if shape["head_dim"] and shape["head_dim"] * shape["num_attention_heads"] == shape["hidden_size"]:

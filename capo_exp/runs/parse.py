@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import read_values
@@ -55,7 +55,7 @@ def check_row(row: LoggedRow) -> None:
             raise ValueError(f"{key} is {json.dumps(value, default=str)[:40]}, expected a number")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Returns whether a value can be computed with; an integer of any length, which JSON may hold, cannot."""
     return isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
 
