@@ -163,6 +163,18 @@ def subprocess_run(
         ("seed=15", "model.vocab_size=1: expected 2"),
         ("-m rollout/correction=none,mask",
          "rollout/correction=mask: unknown choice; expected one of geometric_mask, none, sequence_mask"),
+        ("-m reward=1,x", "reward=1,x: expected one of exact, function"),
+        ("~regime=[1,[2]]", "~regime=[1,[2]]: expected one of aggressive, conservative"),
+        ("curvature.top_k=1;2", "curvature.top_k=1;2: expected key=value, in quotes where"),
+        ("model.tie_word_embeddings=nan", "model.tie_word_embeddings=nan: expected true, false or null"),
+        ("+seed=" + "x" * 2000, "Could not append to config. An item is already at 'seed'"),
+        ("hydra.job.env_copy=[X]", "hydra.job.env_copy=[X] model.path="),
+        ("-m seed=range(nan)", "-m seed=range(nan) model.path="),
+        ("-m seed=range(3),4", "seed=range(3),4 model.path="),
+        ("-m seed=range(0,inf)", "seed=range(0,inf): expected a sweep of fewer than 1,000,000 jobs"),
+        ("--info nope", "--info nope: expected all, config, defaults"),
+        ("--multirun=1", "--multirun=1: expected --multirun, which takes no value"),
+        ("--config-dir " + "x" * 300, "--config-dir xxx"),
     ],
 )  # fmt: skip
 def test_wrong_configuration_is_one_line_and_status_2(
@@ -170,7 +182,7 @@ def test_wrong_configuration_is_one_line_and_status_2(
 ) -> None:
     result = run(*arguments.split())
     assert result.err.startswith(line), result.err
-    assert result.err.count("\n") == 1 and result.err.endswith("\n")
+    assert result.err.count("\n") == 1 and result.err.endswith("\n") and len(result.err) < 1500
     assert result.status == 2
     assert [config.seed for config in trained] == ([15] if "seed=15" in arguments else [])
 

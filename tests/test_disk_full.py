@@ -114,7 +114,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), stop_on_disk_error(tmp_path), name_disk_error(tmp_path):
         (tmp_path / "none" / "a").write_text("")
     assert find_disk_error(ValueError("os error 28")) is None
-    for number in (errno.EIO, errno.EACCES):
+    for number in (errno.EIO, errno.EACCES, errno.EISDIR, errno.EEXIST):
         expected = f"{tmp_path}, or the output of this command, could not be written: {os.strerror(number)} ."
         with pytest.raises(RunFailed, match=expected), stop_on_disk_error(tmp_path):
             raise OSError(number, "in the library's words")

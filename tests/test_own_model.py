@@ -91,6 +91,8 @@ def test_what_else_is_said_of_model_stays(home: Path, monkeypatch: pytest.Monkey
         (["model=/nothing/tinny"], r"model\.path=/nothing/tinny: expected a directory .*; nearest: tiny"),
         (["model=tinny"], r"model=tinny: no directory, no hub id org/name .*; nearest: tiny"),
         (["model=auto"], r"model\.path: no value; expected a directory or a hub id"),
+        (["model=" + "x" * 300], "model=x+: no directory, no hub id org/name"),
+        (["model=/" + "x" * 300], "model.path=/x+: expected a directory"),
         (["model=HERE", RATE, "model.hidden_size=7"], r"model\.hidden_size=7: expected 16, as the config"),
         (["model=HERE", RATE, "curvature.top_k=2000"], r"curvature\.top_k=2000: expected at most model\.voc"),
         (["model.load_dtype=bfloat16", "step_rule=measured"], r"algo\.step_rule\._target_=.*full_step with"),
@@ -108,7 +110,11 @@ def test_transformers_adds_what_a_file_leaves_to_its_class(tmp_path: Path) -> No
     shape = read_architecture(str(tmp_path), None)
     assert (shape["hidden_size"], shape["num_key_value_heads"], shape["intermediate_size"]) == (48, 4, 192)
     assert shape["tie_word_embeddings"] is True and shape["head_dim"] is None
-    for text, said in (("{", "a readable config.json"), ("[]", "transformers knows")):
+    whole = json.loads(Path(resolve_model_path("pkg://capo_exp/assets/tiny"), "config.json").read_text())
+    wrong = {"hidden_size": "128", "num_hidden_layers": 0, "tie_word_embeddings": 1, "model_type": {"a": 1}}
+    faults = [("{", "a readable config.json"), ("[]", "transformers knows")]
+    faults += [(json.dumps(whole | {name: value}), f"whose {name} is") for name, value in wrong.items()]
+    for text, said in faults:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"^model\.path={tmp_path}: expected .*{said}"):
             read_architecture(str(tmp_path), None)

@@ -182,6 +182,7 @@ def test_every_style_sets_every_key_so_that_none_is_left_from_the_dataset():
         ("{{ messages[0].nothing.at_all }}", "no attribute 'nothing'"),
         ("{% if %}", "Expected an expression"),
         ("{{ messages | sum }}", "unsupported operand"),
+        ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
 def test_a_chat_template_that_raises(template, reason):

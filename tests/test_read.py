@@ -150,10 +150,17 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         ("run.json", '{"status": "finished", "counters": null}', "run.json: counters is null"),
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
+        ("config.yaml", "seed: x\n", 'config.yaml: seed is "x"'),
         ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", r"metrics\.jsonl, line 2: "),
         ("metrics.jsonl", '{"a": 1}\n\0\0\n', r"metrics\.jsonl, line 2: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n{"counter/completions": null}\n', "line 2: counter/completions is null"),
+        (
+            "metrics.jsonl",
+            f'{{"a": 1}}\n{{"counter/completions": {10**400}}}\n',
+            "line 2: counter/completions is 1",
+        ),
+        ("metrics.jsonl", f'{{"a": 1}}\n{{"a": {10**400}}}\n', "line 2: a is 1"),
         ("eval.jsonl", '{"a": 2}\n{"a": "b"}\n', r'eval\.jsonl, line 2: a is "b", expected a number'),
         ("evaluations/test.jsonl", "[1]\n", r"test\.jsonl, line 1: got \[1\], expected a JSON object"),
         ("completions/step_000002.parquet", "PAR1 cut", "step_000002.parquet is not a parquet file"),
@@ -172,6 +179,9 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         assert name == "run.json" or run.state == "finished"
         assert name == "metrics.parquet" or run.metrics[0] == {"a": 1}
         (tmp_path / name).unlink()
+    pq.write_table(pa.table({"counter/completions": ["a"]}), tmp_path / "metrics.parquet")
+    (told,) = load_run(tmp_path).left_out
+    assert told.endswith('metrics.parquet: counter/completions is "a", expected a number')
     path = tmp_path / "strict.jsonl"  # who writes a file anew loses none of its lines
     path.write_bytes(b'{"a": 1}\n\n\xff\0\n')
     with pytest.raises(ConfigError, match=r"strict\.jsonl, line 3: not JSON .*; remove the line, or the run"):
@@ -185,7 +195,7 @@ def test_not_a_run(tmp_path: Path) -> None:
 
 def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
     x_axis = "counter/completions"
-    infinite = {x_axis: 5, "a": float("inf")}
+    infinite = {x_axis: 5, "a": 1e300}
     rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, infinite]
     x, y = read_series(rows, "a")
     np.testing.assert_array_equal(x, [1, 3, 5])
@@ -216,6 +226,10 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "completions" / "step_000040.parquet").write_bytes(b"PAR1 no PAR1")
     assert load_completions(run) == found and sorted(list_samples(tmp_path)) == [20, 40, 1_000_000]
     assert re.search(r"left out: .*step_000040\.parquet cannot be read", caplog.text)
+    for foreign in ([[1], [2]], ["a", "b"], [1.0, 2.0]):
+        completions(tmp_path, 20, 2, tokens=foreign)
+        assert load_completions(run) == found[2:]
+    assert "(tokens is double, expected a list of text); remove the file" in caplog.text
 
 
 def test_logging_and_reading_need_neither_torch_nor_a_display(tmp_path: Path) -> None:

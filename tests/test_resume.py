@@ -135,8 +135,8 @@ def spoil(checkpoint: Path, how: str) -> None:
         path.unlink()
     elif change == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif change == "garbage":
-        path.write_bytes(b"garbage")
+    elif change in ("garbage", "deep"):
+        path.write_bytes({"garbage": b"garbage", "deep": b"[" * 100_000}[change])
     else:
         data = bytearray(path.read_bytes())
         data[len(data) * 3 // 4] ^= 1
@@ -155,6 +155,7 @@ DAMAGES = {
     "reference/model.safetensors bit": "reference/model.safetensors is not what was written",
     "checkpoint.json cut": "checkpoint.json cannot be read",
     "checkpoint.json garbage": "checkpoint.json cannot be read",
+    "checkpoint.json deep": "checkpoint.json cannot be read",
 }
 
 

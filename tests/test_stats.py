@@ -169,6 +169,9 @@ def test_where_seeds_end() -> None:
         {"num_steps": 8, "regime": {"prompts_per_step": 5, "group_size": 2}},
     )
     stopped = to_its_end(replace(planned, metrics=metrics, record=record, config=config))
+    for plan in ({}, {"num_steps": 8}, config | {"num_steps": 10**12}, config | {"regime": {}}):
+        damaged = replace(planned, metrics=metrics, record=record, config=plan)
+        assert to_its_end(damaged) is damaged
     found = drawn([stopped, run([0.5] * 8)])
     assert found.losses == [(60, 1)] and found.values[0, -1] == 0
 

@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -13,11 +14,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from capo_exp.cli.compose import compose_config, find_choices, is_group
-from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.cli.compose import compose_config, entries, find_choices, is_group
+from capo_exp.config.errors import ConfigError, printable, suggest
 from capo_exp.config.errors import error as wrong_value
 from capo_exp.config.schema import TrainConfig, conf_dir, expected_type
 from capo_exp.sweep.job import full_error
+
+SAID = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+"""What Hydra means to raise."""
+LONGEST = 1000
+"""Characters of a message: one can hold a value of any length."""
 
 
 @contextmanager
@@ -25,11 +31,23 @@ def in_one_line(schema: type = TrainConfig) -> Iterator[None]:
     """Turns an error in composing a configuration into a ConfigError, unless the user wants all of it."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, AttributeError) as error:
-        ours = not isinstance(error, AttributeError) or "full_key:" in str(error)  # OmegaConf names the key
-        if full_error() or isinstance(error, ConfigError) or not ours:
+    except Exception as error:
+        if (
+            full_error()
+            or isinstance(error, ConfigError)
+            or not (isinstance(error, SAID) or _is_hydras(error))
+        ):
             raise
-        raise ConfigError(_Composing(schema).condense(error).replace("\n", "\\n")) from None
+        text = _Composing(schema).condense(error).replace("\n", "\\n")
+        raise ConfigError(printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")) from None
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Returns whether Hydra or OmegaConf failed, not a disk, and no function of ours that they called."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in modules]
+    last = next(name for name in reversed(packages) if name in ("hydra", "omegaconf", "capo_exp"))
+    return last != "capo_exp" and not isinstance(error, OSError)
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,10 @@ class _Composing:
         if isinstance(error, MissingConfigException):
             return _missing_choice(error)
         if isinstance(error, OverrideParseException):
-            return f"{error.override}: expected key=value; {' '.join(text.splitlines()[0].split())}"
+            said, wanted = " ".join(text.splitlines()[0].split()), "key=value"
+            if re.match(r"[^=]+=[^'\"]*$", str(error.override)):  # a character that Hydra's grammar has not
+                wanted += ", in quotes where the value has more than words, as in key='\"a; b\"'"
+            return f"{error.override}: expected {wanted}; {said}"
         if match := re.search(r"(?:full_key: |override '?[~+]*)([\w.]+)", text):
             taken = (each for each in sys.argv[1:] if each.startswith("~"))
             above = (each for each in taken if match[1].startswith(f"{each[1:].split('=')[0]}."))
@@ -51,8 +72,9 @@ class _Composing:
         if match := re.match(r"Could not override '([^']+)'", text):
             return self._unknown_key(match[1])
         if text.startswith("Config group override"):  # algo=null: Hydra does not name it
-            given = next((a for a in sys.argv[1:] if a.endswith("=null")), "")
-            return f"{given}: {suggest('', find_choices(given.partition('=')[0]))}"
+            said = (re.fullmatch(r"[~+]*([\w/]+)[^=]*=(.*)", a) for a in sys.argv[1:])
+            groups = [m for m in said if m and is_group(m[1]) and set(entries(m[2])) - {*find_choices(m[1])}]
+            return "; ".join(f"{m[0]}: {suggest('', find_choices(m[1]))}" for m in groups[:1])
         if match := re.match(r"Error merging override ~([^=]+)", text):
             return f"~{match[1]}: a key that cannot be left out; expected {match[1]}=, {self._type(match[1])}"
         if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text, re.DOTALL):
@@ -63,11 +85,15 @@ class _Composing:
             if expected := self._type(key) or (inside if parent else ""):
                 return str(wrong_value(key, match[3], expected))
             return f"{key}={match[3]}: {_first_line(error.__cause__ or error)}"
-        if match := re.search(r"full_key: (\S+)", text):
+        match = re.search(r"full_key: (\S+)", text)
+        if match and self._type(match[1].partition(".")[0]):
             if re.search(r"Key '\S+' not in '", text):
                 return f"{self._unknown_key(match[1])} ({text.partition(':')[0]})"  # In 'experiment/x'
             kind = self._type(match[1])
             return f"{match[1]}: {_first_line(error)}" + (f"; expected {kind}" if kind else "")
+        if match or not isinstance(error, SAID):
+            kind, words = type(error).__name__, " ".join(sys.argv[1:])
+            return f"{words}: expected overrides that Hydra can read, got {kind}: {_first_line(error)}"
         return _first_line(error)
 
     def _type(self, key: str) -> str:

@@ -29,6 +29,7 @@ from capo_exp.cli.words import (
     as_overrides,
     choose_by_slash,
     find_folders,
+    refuse_endless,
     split_flags,
     write_value,
 )
@@ -89,6 +90,9 @@ def run_training() -> int:
         register()
         try:
             overrides = as_overrides(words, *find_folders(flags)[-1:])
+            if "--multirun" in flags:
+                with in_one_line():
+                    refuse_endless(overrides)
             _call_hydra(task, "config", TrainConfig, [*overrides, *flags])
         except OSError as failed:
             if failed.filename is None or "--multirun" not in flags:

@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import islice
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capo_exp.cli.compose import entries, find_choices, guard, is_group
 from capo_exp.config.errors import ConfigError, suggest
@@ -18,6 +20,11 @@ FLAGS = ("--help", "--cfg", "--resolve", "--config-dir", "--package", "--info", 
 SWEEP_FLAGS = (*FLAGS, "--multirun", "--run", "--shell-completion", "--version")
 VALUES = {"--cfg": "job, hydra or all", "--config-dir": "a folder", "--package": "a key"}
 """Flags that take a value -> what is expected."""
+CHOICES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+MOST_JOBS = 1_000_000
 
 
 def as_overrides(words: Sequence[str], config_dir: str | None = None) -> list[str]:
@@ -55,7 +62,7 @@ def choose_model(argument: str, config_dir: str | None = None) -> list[str]:
 
 
 def _is_place(text: str) -> bool:
-    return "/" in text or text[:1] in ("~", ".") or Path(text).is_dir()
+    return "/" in text or text[:1] in ("~", ".") or os.path.isdir(text)
 
 
 def _whole(place: str) -> str:
@@ -102,13 +109,30 @@ def split_flags(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[st
             raise ConfigError(f"{argument}: no flag of this command; {suggest(name, flags)}")
         if not equals and rest and (flag in VALUES or (flag == "--info" and "=" not in rest[0])):
             value = rest.pop(0)
-        if flag in VALUES and (not value or (flag == "--cfg" and value not in ("job", "hydra", "all"))):
-            raise ConfigError(f"{name} {value}".strip() + f": expected {VALUES[flag]}")
-        if flag == "--config-dir" and not Path(value).is_dir():
+        if (flag in VALUES and not value) or value not in CHOICES.get(flag, [value]):
+            wanted = VALUES.get(flag) or ", ".join(CHOICES[flag][1:])
+            raise ConfigError(f"{name} {value}".strip() + f": expected {wanted}")
+        if equals and flag not in {*VALUES, *CHOICES}:
+            raise ConfigError(f"{argument}: expected {name}, which takes no value")
+        if flag == "--config-dir" and not os.path.isdir(value):
             raise ConfigError(f"{name} {value}: no such folder; expected one with YAML files as in conf/")
         found.append(f"{flag}={value}" if value else flag)
     guard(others, find_folders(found))
     return found, others
+
+
+def refuse_endless(overrides: Sequence[str]) -> None:
+    """Refuses ranges of more jobs than any sweep has, such as range(0,inf): Hydra lists all before the first.
+
+    Raises:
+        ConfigError: such a range.
+    """
+    count = 1
+    for each in OverridesParser.create().parse_overrides(list(overrides)):
+        if each.is_range_sweep():
+            count *= max(1, sum(1 for _ in islice(each.sweep_string_iterator(), MOST_JOBS)))
+        if count >= MOST_JOBS:
+            raise ConfigError(f"{each.input_line}: expected a sweep of fewer than {MOST_JOBS:,} jobs")
 
 
 def find_folders(flags: Sequence[str]) -> list[str]:

@@ -2,11 +2,12 @@
 all of it."""
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from capo_exp.config.errors import ConfigError, error, suggest
 from capo_exp.config.places import MADE_HERE, conf_dir, is_local_path, resolve_model_path, slug
@@ -61,6 +62,12 @@ def read_architecture(path: str, revision: str | None) -> dict[str, Any]:
     shape = {name: stated.get(name) if isinstance(stated, dict) else None for name in ARCHITECTURE}
     if None in [value for name, value in shape.items() if name != "head_dim"]:
         shape = _ask_transformers(path, file.parent)
+    for name, kind in get_type_hints(Architecture).items():
+        value = shape[name]
+        is_flag, too_small = isinstance(value, bool), isinstance(value, int) and value < 1
+        if not isinstance(value, kind) or is_flag != (kind is bool) or (too_small and not is_flag):
+            wanted = f"the config.json of a model, got one whose {name} is {json.dumps(value)[:40]}"
+            raise error("model.path", path, wanted)
     if shape["head_dim"] and shape["head_dim"] * shape["num_attention_heads"] == shape["hidden_size"]:
         shape["head_dim"] = None
     return shape
@@ -86,7 +93,7 @@ def _find_config(path: str, revision: str | None) -> Path:
         return Path(__file__).parents[1] / "assets" / f"{path.removeprefix(MADE_HERE)}.json"
     if is_local_path(path):
         file = Path(resolve_model_path(path)) / "config.json"
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ConfigError(no_model(path, "expected a directory with the config.json of a model"))
         return file
     found = _find_on_hub(path, revision)

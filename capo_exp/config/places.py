@@ -44,7 +44,7 @@ def slug(name: str, longest: int = 60) -> str:
 
 def is_local_path(path: str) -> bool:
     """Returns whether a model path means this machine's disk and not a hub id."""
-    return path.startswith(("pkg://", MADE_HERE, "/", "./", "../", "~")) or Path(path).is_dir()
+    return path.startswith(("pkg://", MADE_HERE, "/", "./", "../", "~")) or os.path.isdir(path)
 
 
 def resolve_model_path(path: str) -> str:

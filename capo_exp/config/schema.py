@@ -445,6 +445,7 @@ _WORDS: dict[Any, str] = {
     int | None: "an integer or null",
     float: "a number",
     bool: "true or false",
+    bool | None: "true, false or null",
     str: "text",
     str | None: "text or null",
     list[float]: "a list of numbers",

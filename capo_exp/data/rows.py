@@ -79,12 +79,12 @@ def find_file(split: str, path: str | None, name: str) -> Path | None:
     if not value:
         return None
     root = Path(os.path.expanduser(value))
-    if root.is_file():
+    if os.path.isfile(root):
         return root
     for file in (root / name / f"{split}.parquet", root / f"{split}.parquet"):
-        if file.is_file():
+        if os.path.isfile(file):
             return file
-    state = "without such a file" if root.is_dir() else "which does not exist"
+    state = "without such a file" if os.path.isdir(root) else "which does not exist"
     raise ConfigError(f"got {key}={value} {state}, {expect_file(name, split)}")
 
 

@@ -50,7 +50,7 @@ def find_damage(checkpoint: Path, run_id: str | None) -> str | None:
         return f"{os.path.relpath(error.filename, checkpoint)} is missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{_MANIFEST} cannot be read"
     if changed:
         return f"{changed[0]} is not what was written"

@@ -15,9 +15,10 @@ from capo_exp.config.errors import ConfigError, RunFailed
 
 STOPS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
 }  # fmt: skip
 """A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's); a
-file or folder may not be written (permissions, an immutable file)."""
+file or folder may not be written (permissions, an immutable file), or stands where the other belongs."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import read_values
@@ -34,20 +34,30 @@ def scan_jsonl(path: Path) -> tuple[list[LoggedRow], list[str]]:
 
 
 def _row(line: bytes) -> LoggedRow:
-    """Reads a JSON object whose values are numbers or null, and whose counters are numbers."""
+    """Reads a JSON object whose values are as check_row wants them."""
     try:
         row = json.loads(line)
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"got {str(row)[:40]}, expected a JSON object")
-    for key, value in row.items():
-        fits = value is None or isinstance(value, int | float) or (key == "cards" and isinstance(value, list))
-        if key.startswith("counter/"):
-            fits = isinstance(value, int | float) and math.isfinite(value)
-        if not fits:
-            raise ValueError(f"{key} is {json.dumps(value)[:40]}, expected a number")
+    check_row(row)
     return row
+
+
+def check_row(row: LoggedRow) -> None:
+    """Raises ValueError for a value that is neither number nor null, or a counter that is not finite."""
+    for key, value in row.items():
+        fits = value is None or _is_number(value) or (key == "cards" and isinstance(value, list))
+        if key.startswith("counter/"):
+            fits = _is_number(value) and math.isfinite(value)
+        if not fits:
+            raise ValueError(f"{key} is {json.dumps(value, default=str)[:40]}, expected a number")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Returns whether a value can be computed with; an integer of any length, which JSON may hold, cannot."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -62,19 +72,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error}); restore or remove it") from None
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
+def read_parquet(path: Path, kinds: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Returns all rows of a parquet file.
 
+    Args:
+        path: of the file.
+        kinds: what columns have to hold where they are there: number, text, or list of one of these.
+
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: It cannot be read, or a column holds something else.
     """
     import pyarrow.parquet as pq  # here, so that whoever reads no completions does not wait for it
 
     try:
-        return pq.ParquetFile(path).read().to_pylist()  # read_table would import pandas
+        table = pq.ParquetFile(path).read()  # read_table would import pandas
+        for column in table.schema:
+            wanted = (kinds or {}).get(column.name)
+            if wanted and not _holds(column.type, wanted):
+                raise ValueError(f"{column.name} is {column.type}, expected a {wanted}")
+        return table.to_pylist()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} cannot be read as parquet ({reason}); remove the file") from None
+
+
+def _holds(kind: Any, wanted: str) -> bool:
+    """Returns whether a type of pyarrow is what `kinds` of read_parquet says; that of nulls alone is."""
+    from pyarrow import types
+
+    if types.is_null(kind):
+        return True
+    if wanted.startswith("list of "):
+        return types.is_list(kind) and _holds(kind.value_type, wanted.removeprefix("list of "))
+    if wanted == "text":
+        return types.is_string(kind) or types.is_large_string(kind)
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
 
 def is_parquet(path: Path) -> bool:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.parse import LoggedRow, is_parquet, read_parquet, read_yaml, scan_jsonl
+from capo_exp.runs.parse import LoggedRow, check_row, is_parquet, read_parquet, read_yaml, scan_jsonl
 from capo_exp.runs.record import read_record, run_status
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,24 @@ RECORD_TYPES = {
     "counters": dict, "git": dict | None, "wandb": str | None, "tracker": str | None,
 }  # fmt: skip
 """What is relied on of run.json; other values count as missing."""
+
+LARGEST = 1e100
+"""What is beyond is drawn as what is not finite: an axis of 1e308 has no ticks."""
+
+SETTING_TYPES = {
+    "num_steps": int, "seed": int, "regime.prompts_per_step": int, "regime.group_size": int,
+    "regime.learning_rate": int | float, "algo.kl_coefficient": int | float, "algo.selection": dict,
+}  # fmt: skip
+"""What is relied on of config.yaml; one with other values is damaged."""
+
+COMPLETION_KINDS = {
+    "reward": "number", "advantage": "number", "tokens": "list of text",
+    **dict.fromkeys(("token_ids", "log_prob", "policy_shift", "objective_shift", "keep"), "list of number"),
+}  # fmt: skip
+"""Columns of completions/ that are computed with."""
+
+MOST_STEPS = 1_000_000
+"""What is more in a config is no number of steps that could be drawn."""
 
 RECENT = 10
 """Steps that a run's last training accuracy is the mean of."""
@@ -153,7 +171,12 @@ def load_run(run_dir: Path | str) -> LoggedRun:
     evaluations = [*rows("eval.jsonl"), *tests]
     broken = sorted(set(_samples(path).values()) - set(list_samples(path).values()))
     left_out += [f"{sample} is not a parquet file" for sample in broken]
-    return LoggedRun(path, config, record, metrics or [], evaluations, tuple(left_out))
+    run = LoggedRun(path, config, record, metrics or [], evaluations)
+    found = {key: run.setting(key) for key in SETTING_TYPES}
+    strange = [key for key, kind in SETTING_TYPES.items() if not isinstance(found[key], kind | None)]
+    told = {key: json.dumps(found[key], default=str)[:40] for key in strange}
+    left_out += [f"{path}/config.yaml: {key} is {value}" for key, value in told.items()]
+    return replace(run, config={} if strange else config, left_out=tuple(left_out))
 
 
 def _or_empty(read: Callable[[], Any], left_out: list[str]) -> Any:
@@ -182,15 +205,16 @@ def _left_out(run: LoggedRun) -> list[LoggedRow]:
         return []
     last = run.metrics[-1]
     counted = last.keys() >= {names.STEP, names.COMPLETIONS} and last.get(names.UNREWARDED_STEPS)
-    if not counted or not run.config:
+    planned = [run.setting(key) for key in ("num_steps", "regime.prompts_per_step", "regime.group_size")]
+    if not counted or not all(type(count) is int and 0 < count <= MOST_STEPS for count in planned):
         return []
     step, completions = int(last[names.STEP]), last[names.COMPLETIONS]
-    batch = run.setting("regime.prompts_per_step") * run.setting("regime.group_size")
-    batch *= last.get("rollout/sampling_rounds", 1)  # as often as it sampled in vain
+    num_steps, batch = planned[0], planned[1] * planned[2]
+    batch *= last.get("rollout/sampling_rounds") or 1  # as often as it sampled in vain
     zero = {names.TRAIN_ACCURACY: 0.0, names.TRAIN_REWARD: 0.0}
     return [
         {names.STEP: at, names.COMPLETIONS: completions + (at - step) * batch, **zero}
-        for at in range(step + 1, run.setting("num_steps") + 1)
+        for at in range(step + 1, num_steps + 1)
     ]
 
 
@@ -215,7 +239,7 @@ def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]
     for number, path in sorted(list_samples(run.path).items()):
         if step in (None, number):
             try:
-                found += [{**row, "step": number} for row in read_parquet(path)]
+                found += [{**row, "step": number} for row in read_parquet(path, COMPLETION_KINDS)]
             except ConfigError as error:
                 log.warning("left out: %s", error)
     return found
@@ -239,6 +263,11 @@ def _archived(path: Path) -> list[LoggedRow]:
     """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
     rows = read_parquet(path) if os.path.exists(path) else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    try:
+        for row in known:
+            check_row(row)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return [{key: None if value != value else value for key, value in row.items()} for row in known]
 
 
@@ -251,5 +280,5 @@ def read_series(rows: Sequence[LoggedRow], key: str, *, x: str = names.COMPLETIO
     """Returns x and a metric, [n] each, of rows that have both; null (not finite) becomes NaN."""
     pairs = [(row[x], row[key]) for row in rows if key in row and x in row]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)  # None and "NaN" become NaN
-    table[~np.isfinite(table)] = np.nan
+    table[~(np.abs(table) < LARGEST)] = np.nan
     return table[:, 0], table[:, 1]
