@@ -120,6 +120,7 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
         )
         model, found = loaded
         model_files.check_weights(model, found, source, revision, subject)
+        DynamicCache(config=model.config)  # which a config of wrong layers would stop when sampling begins
     if last_layer(model).bias is not None:
         raise ConfigError(f"{subject}: its last layer has a bias; expected logits W h without one")
     if config.gradient_checkpointing:
