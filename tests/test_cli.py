@@ -153,6 +153,8 @@ def subprocess_run(
         ("-m algo=grpo,capoo", "algo=capoo: unknown choice"),
         ("-m algo=grpo,capo algo.selection.policy_shift_max=1",
          "algo.selection.policy_shift_max=1: expected a key of every job"),
+        ("scale=tiny ~experiment", "~experiment: expected the name of a choice"),
+        ("-m setting=${seed},keywords", "setting=${seed},keywords: expected the name of a choice"),
         ("algo.shaping={cache:9}",
          "algo.shaping={cache:9}: brings keys that are not there yet; expected +algo.shaping={cache:9}"),
         ("algo=vineppo +algo.shaping={_target_:capo_exp.algorithms.rloo.kl_in_reward,kl_coefficient:1}",

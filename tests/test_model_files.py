@@ -117,7 +117,7 @@ def test_damaged_files_are_one_line(file: str, content: str, config: ModelConfig
         ("hidden_act", "nosuch"),
         ("dtype", "nosuch"),
         ("layer_types", ["sliding_attention"] * 4),
-    ],  # fmt: skip
+    ],
 )
 def test_a_config_that_makes_no_sense_is_one_line(key: str, value: object, config: ModelConfig) -> None:
     file = Path(config.path) / "config.json"

@@ -69,6 +69,12 @@ class _Composing:
             above = (each for each in taken if match[1].startswith(f"{each[1:].split('=')[0]}."))
             if gone := next(above, ""):
                 return f"{match[1]}: {gone} leaves nothing that holds it; expected one of the two"
+        if match := re.match(
+            r"Error resolving interpolation '([^']+)'", text
+        ):  # of a group that is not there
+            group = "|".join(re.findall(r"\w+", match[1]))
+            given = next((a for a in sys.argv[1:] if re.match(rf"~({group})\b|({group})=.*\$", a)), match[1])
+            return f"{given}: expected the name of a choice, for other choices are named after it"
         if match := re.match(r"Could not override '([^']+)'", text):
             return self._unknown_key(match[1])
         if text.startswith("Config group override"):  # algo=null: Hydra does not name it
