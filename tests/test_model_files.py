@@ -68,6 +68,10 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "one int64": (lambda w: w | {NORM: torch.ones(128).long()}, f"floating-point numbers in {NORM}$"),
     "float8": (lambda w: w | {NORM: torch.ones(128).to(torch.float8_e4m3fn)}, f"numbers in {NORM}$"),
+    "two last layers": (
+        lambda w: w | {"lm_head.weight": torch.ones(w["model.embed_tokens.weight"].shape)},
+        "files whose last layer is not the embedding, though tie_word_embeddings is true$",
+    ),
     "NaN": (lambda w: w | {NORM: torch.full((128,), torch.nan)}, f"with NaN or infinity in {NORM}$"),
 }
 
@@ -78,7 +82,7 @@ def test_weights_that_are_not_the_models_are_named(fault: str, config: ModelConf
     change(config, how)
     with pytest.raises(ConfigError, match=message) as raised:
         load(config)
-    start = f"model.path={config.path}: expected the weights of a qwen2 model, got files with"
+    start = f"model.path={config.path}: expected the weights of a qwen2 model, got files w"
     assert str(raised.value).startswith(start) and "\n" not in str(raised.value)
     if fault == "missing":
         with pytest.raises(ConfigError) as raised:  # as a run's own checkpoint: does not blame model.path

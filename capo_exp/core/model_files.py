@@ -121,7 +121,8 @@ def check_weights(
         subject: begins the message.
 
     Raises:
-        ConfigError: for a tensor that is absent, unknown, of another shape, no float, or not finite.
+        ConfigError: for a tensor that is absent, unknown, of another shape, no float, or not finite, and for
+            two where one is tied to the other.
     """
     whole = model.named_parameters()
     faults = {
@@ -132,6 +133,10 @@ def check_weights(
         "with NaN or infinity in": [name for name, tensor in whole if not tensor.sum().isfinite()],
     }
     said = [f"{what} {_name(names)}" for what, names in faults.items() if names]
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = (getattr(layer, "weight", None) for layer in layers)
+    if model.config.tie_word_embeddings and head is not embedding:  # as transformers does with two values
+        said.append("whose last layer is not the embedding, though tie_word_embeddings is true")
     if said:
         kind = model.config.model_type
         raise ConfigError(f"{subject}: expected the weights of a {kind} model, got files {'; '.join(said)}")
