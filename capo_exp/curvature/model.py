@@ -33,6 +33,8 @@ from capo_exp.distributed.world import SINGLE, World
 # Elements of one [tokens, K, H] working block: a CPU core's second-level cache holds two; a GPU wants few
 # launches.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+# Vocabulary rows for each of a token's K, up to which the product with all rows costs less than with its own.
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -299,13 +301,14 @@ def _adam_logit_change(tokens: Tokens, state: AdamState) -> Float[Tensor, "N K"]
         change = kernels.along_adam(tokens.hidden, slots, moments, coefficients, in_first, in_second, eps)
         return change.mul_(sign * scale)
     blocks: list[Tensor] = []
+    rooms = [table.new_empty(0) for table in (state.first, state.second)]
     for block in _blocks(tokens):
         hidden, a = tokens.hidden[block], coefficients[block, :, None]
-        direction = _rows(state.first, slots[block]).to(hidden.dtype)
+        direction = _rows(state.first, slots[block], rooms[0]).to(hidden.dtype)
         direction.addcmul_(a, hidden[:, None, :], value=in_first)
-        spread = _rows(state.second, slots[block]).to(hidden.dtype)
+        spread = _rows(state.second, slots[block], rooms[1]).to(hidden.dtype)
         spread.addcmul_(a.square(), hidden.square()[:, None, :], value=in_second).sqrt_().add_(eps)
-        blocks.append(torch.bmm(direction.div_(spread), hidden[:, :, None]).squeeze(2))
+        blocks.append(direction.div_(spread).mul_(hidden[:, None, :]).sum(2))
     return torch.cat(blocks).mul_(sign * scale) if blocks else coefficients
 
 
@@ -316,7 +319,14 @@ def _row_logit_change(
     places = torch.searchsorted(ids, tokens.ids)
     if kernels := find_kernels(tokens.hidden):
         return kernels.along_rows(tokens.hidden, places, step)
-    blocks = [torch.bmm(step[places[b]], tokens.hidden[b, :, None]).squeeze(2) for b in _blocks(tokens)]
+    if len(ids) <= _FEW_ROWS * places.shape[1]:  # of all rows at once, a product that is faster than few rows
+        size = max(1, _BLOCK_ELEMENTS["cpu"] // max(1, len(ids)))
+        parts = zip(tokens.hidden.split(size), places.split(size), strict=True)
+        blocks = [(hidden @ step.T).gather(1, own) for hidden, own in parts]
+    else:
+        room = step.new_empty(0)
+        pairs = ((_rows(step, places[b], room), tokens.hidden[b, None, :]) for b in _blocks(tokens))
+        blocks = [rows.mul_(hidden).sum(2) for rows, hidden in pairs]
     return torch.cat(blocks) if blocks else tokens.probs
 
 
@@ -344,9 +354,11 @@ def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"
     return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
 
 
-def _rows(table: Tensor, slots: Tensor) -> Tensor:
-    """Returns a fresh [tokens, K, H] copy of table rows, faster than by indexing."""
-    return table.index_select(0, slots.reshape(-1)).view(*slots.shape, table.shape[1])
+def _rows(table: Tensor, slots: Tensor, room: Tensor) -> Tensor:
+    """Returns [tokens, K, H] rows of a table, a copy in `room`: to find memory for each block would take
+    longer than to fill it."""
+    room.resize_(slots.numel(), table.shape[1])
+    return torch.index_select(table, 0, slots.reshape(-1), out=room).view(*slots.shape, table.shape[1])
 
 
 def _moments(state: AdamState | None) -> AdamState | None:
