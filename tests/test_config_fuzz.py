@@ -1,5 +1,6 @@
 """Random overrides of random keys with random values: a configuration, or one line that names the fault."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def list_keys() -> list[str]:
     return sorted(found)
 
 
+@cache
 def overrides() -> st.SearchStrategy[str]:
     signs, keys = st.sampled_from(["", "", "", "", "+", "++", "~"]), st.sampled_from(list_keys())
     values = st.one_of(
@@ -69,13 +71,14 @@ def judge(words: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))  # of 300: files of few tests are begun last
 def test_any_command_line_is_a_configuration_or_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    @seed(0)
-    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @seed(part)
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(overrides(), min_size=1, max_size=4))
     def fuzz(words: list[str]) -> None:
         judge(words)
