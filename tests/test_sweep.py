@@ -166,10 +166,12 @@ def test_two_sweeps_over_one_grid_share_the_work(
 def test_a_failed_job_is_one_line(run: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     """Hydra's variable, set for its own sake, does not make the jobs print tracebacks."""
     fails = "from capo_exp.config.errors import RunFailed\nfrom capo_exp.sweep.job import report\n"
+    fails += "print('said before', flush=True)\n"
     assert run(fails + "raise SystemExit(report(RunFailed('no luck')))\n", "seed=0,1") == 1
     captured = capfd.readouterr()
     assert "Traceback" not in captured.out + captured.err
     assert captured.out.count("no luck") == 4  # of each as it ends, and in the table
+    assert captured.out.count("said before") == 2  # as it ends alone
 
 
 def test_plan_only_shows_each_jobs_plan_and_starts_none(

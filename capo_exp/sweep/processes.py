@@ -20,7 +20,6 @@ from capo_exp.runs.processes import end_with_parent, forwarded_to
 
 COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
 POLL_SECONDS = 0.2
-TAIL_LINES = 8
 
 
 def wait_for_job(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> int:
@@ -96,11 +95,11 @@ def share_cores(processes: int) -> str:
     return str(max(1, cores // processes))
 
 
-def read_tail(log_file: Path) -> list[str]:
-    """Returns the last lines of a log; none if there is no log."""
+def read_last_line(log_file: Path) -> str:
+    """Returns the last line of a log that is not blank, where an error stands; empty if there is no log."""
     with suppress(OSError):
-        return log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return []
+        return next((x for x in reversed(log_file.read_text(errors="replace").splitlines()) if x.strip()), "")
+    return ""
 
 
 def say(text: str) -> None:

@@ -35,7 +35,7 @@ from capo_exp.runs.lock import is_locked
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import run_status
 from capo_exp.sweep.job import report
-from capo_exp.sweep.processes import environment, read_tail, say, take_device, wait_for_job
+from capo_exp.sweep.processes import environment, read_last_line, say, take_device, wait_for_job
 from capo_exp.sweep.table import RunSummary, console, runs_table, summarise_run
 
 FOLDER = "CAPO_EXP_SWEEP"
@@ -61,7 +61,7 @@ class EndedJob:
     directory: str  # Empty if the configuration gave none
     state: str  # finished | failed | interrupted | planned
     details: str = ""
-    """For a failed one, the error or the end of its log."""
+    """For a failed one, the error or the last line of its log."""
     score: float | None = None
     """What a search maximises, config.sweep.objective at the end; None if it has not finished."""
     objective: str = ""
@@ -164,7 +164,7 @@ def run_job(cfg: DictConfig) -> float | None:
         _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
         raise
     failed = state not in ("finished", "planned", "running")
-    details = "\n".join(read_tail(Path(directory) / "log.txt")) if failed else ""
+    details = read_last_line(Path(directory) / "log.txt") if failed else ""
     score = 0.0 if config.plan_only else objective(config)
     ended = EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details)
     _record(replace(ended, score=None if failed else score, objective=config.sweep.objective))
@@ -192,8 +192,8 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
     elif code == 2 and is_locked(directory):  # another began it in this moment
         return _leave(directory)
     else:
-        tail = "" if parallel == 1 else "\n".join(["", *read_tail(directory / "log.txt")])
-        say(f"job {number} failed with exit status {code}: {directory}/log.txt{tail}")
+        said = "" if parallel == 1 else f": {read_last_line(directory / 'log.txt')}"
+        say(f"job {number} failed with exit status {code}: {directory}/log.txt{said}")
     return {0: "finished", 2: "refused"}.get(code, "failed")
 
 
