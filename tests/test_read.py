@@ -229,7 +229,7 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for foreign in ([[1], [2]], ["a", "b"], [1.0, 2.0]):
         completions(tmp_path, 20, 2, tokens=foreign)
         assert load_completions(run) == found[2:]
-    assert "(tokens is double, expected a list of text); remove the file" in caplog.text
+    assert "(tokens is double, expected a list of text); restore or remove it" in caplog.text
 
 
 def test_logging_and_reading_need_neither_torch_nor_a_display(tmp_path: Path) -> None:

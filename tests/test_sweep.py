@@ -172,6 +172,7 @@ def test_a_failed_job_is_one_line(run: Callable[..., int], capfd: pytest.Capture
     assert "Traceback" not in captured.out + captured.err
     assert captured.out.count("no luck") == 4  # of each as it ends, and in the table
     assert captured.out.count("said before") == 2  # as it ends alone
+    assert captured.err == ""  # of Hydra's, too
 
 
 def test_plan_only_shows_each_jobs_plan_and_starts_none(

@@ -9,10 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import TextIOBase
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TextIO, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -93,7 +94,8 @@ def run_training() -> int:
             if "--multirun" in flags:
                 with in_one_line():
                     refuse_endless(overrides)
-            _call_hydra(task, "config", TrainConfig, [*overrides, *flags])
+            with redirect_stderr(_Told(sys.stderr)) if "--multirun" in flags else nullcontext():
+                _call_hydra(task, "config", TrainConfig, [*overrides, *flags])
         except OSError as failed:
             if failed.filename is None or "--multirun" not in flags:
                 raise
@@ -111,6 +113,17 @@ def run_training() -> int:
         "no job: expected values to sweep over, which range(0) or a glob without a match has not\n"
     )
     return 2
+
+
+class _Told(TextIOBase):
+    """A stream without Hydra's line on the first job that failed, which is told already."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.fileno, self.isatty, self.flush = stream.fileno, stream.isatty, stream.flush
+
+    def write(self, text: str) -> int:
+        return len(text) if text.startswith("Error executing job with") else self._stream.write(text)
 
 
 def task(cfg: DictConfig) -> float | None:

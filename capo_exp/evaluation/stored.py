@@ -13,7 +13,7 @@ from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.grading.verifier import Verifier
 from capo_exp.runs.files import replace_file, write_json
-from capo_exp.runs.parse import is_parquet, read_parquet
+from capo_exp.runs.parse import read_parquet
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""
@@ -82,9 +82,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _read(path: Path) -> list[Row]:
-    if not is_parquet(path):
-        raise ConfigError(f"completions={path}: expected a parquet file")
-    if not (rows := read_parquet(path)):
+    try:
+        rows = read_parquet(path)
+    except ConfigError as error:
+        raise ConfigError(f"completions={path}: expected a parquet file ({error})") from error
+    if not rows:
         raise ConfigError(f"completions={path}: no row; expected completions")
     for names in COLUMNS.values():
         if not set(names) & set(rows[0]):

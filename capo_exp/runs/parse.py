@@ -93,7 +93,7 @@ def read_parquet(path: Path, kinds: Mapping[str, str] | None = None) -> list[dic
         return table.to_pylist()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read as parquet ({reason}); remove the file") from None
+        raise ConfigError(f"{path} cannot be read as parquet ({reason}); restore or remove it") from None
 
 
 def _holds(kind: Any, wanted: str) -> bool:
