@@ -1,6 +1,7 @@
 """DPO, MDPO and direct advantage optimisation, and the pairs of completions that rollout=pairs makes for
 them."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
@@ -51,14 +52,14 @@ def grouped(batch: Batch, rewards: Sequence[float], size: int) -> Batch:
     return replace(batch, advantages=advantages, group_ids=torch.arange(len(rewards)) // size)
 
 
-def preference_loss(log_ratio: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """The mean over prompts of the mean over pairs, pair by pair; log_ratio and rewards [P, G]."""
+def preference_loss(scores: Tensor, rewards: Tensor, beta: float, gamma: float = 0) -> Tensor:
+    """The mean over prompts of the mean over pairs, pair by pair; scores and rewards [P, G]."""
     losses = []
-    for ratio, earned in zip(log_ratio, rewards, strict=True):
+    for score, earned in zip(scores, rewards, strict=True):
         size = range(len(earned))
         pairs = [(w, r) for w in size for r in size if earned[w] > earned[r]]
-        each = [-logsigmoid(beta * (ratio[w] - ratio[r])) for w, r in pairs]
-        losses.append(torch.stack(each).mean() if each else 0 * ratio.sum())
+        each = [-logsigmoid(beta * (score[w] - score[r]) - gamma) for w, r in pairs]
+        losses.append(torch.stack(each).mean() if each else 0 * score.sum())
     return torch.stack(losses).mean()
 
 
@@ -101,6 +102,20 @@ def test_dpo_begins_at_log_2_and_stays_finite(
     assert 2 * loss.item() == pytest.approx(value, rel=1e-6)  # one of two prompts has a pair
     assert log_probs.grad is not None
     torch.testing.assert_close(2 * log_probs.grad, torch.tensor([-slope, slope, 0, 0])[:, None] * mask)
+
+
+def test_simpo_is_the_logistic_loss_of_differences_of_mean_log_probs(
+    learner: Callable[..., Learner], random_batch: Batches
+) -> None:
+    """Gradient of the weights, by autograd without a reference; micro-batches part the pairs."""
+    numbers = ("algo.token_loss.beta=2.0", "+algo.token_loss.gamma=0.8", "model.micro_batch_size=3")
+    ours = learner("algo=mdpo", "algo.token_loss._target_=capo_exp.algorithms.dpo.simpo", *numbers)
+    batch = grouped(random_batch(), REWARDS, 4)
+    mean = plain_log_probs(ours.model, batch).sum(1) / batch.completion_mask.sum(1)
+    wanted = preference_loss(mean.view(-1, 4), torch.tensor(REWARDS).view(-1, 4), 2.0, 0.8)
+    grads = torch.autograd.grad(wanted, list(ours.model.parameters()))
+    torch.testing.assert_close(gradients(ours, batch), list(grads), rtol=1e-5, atol=1e-6)
+    assert ours.reference is None
 
 
 def test_direct_advantage_po_by_hand(built: Callable[..., Algorithm]) -> None:
@@ -217,8 +232,8 @@ def test_pairs_are_handed_out_with_what_they_earned(composed: Compose) -> None:
 def test_a_run_that_goes_on_reads_its_pairs(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same pairs from the same seed, and the same weights after an end in between; without its pairs a
-    run that has begun is refused."""
+    """The same pairs from the same seed, and the same weights after an end in between; without its pairs, or
+    with others, a run that has begun is refused."""
     numbers = (
         "algo=mdpo", *PAIRED, "logger=files", "num_steps=2", "regime.prompts_per_step=3", "device=cpu",
         "evaluation.num_problems=1", "evaluation.every=0", "checkpoint.every=1",
@@ -229,9 +244,13 @@ def test_a_run_that_goes_on_reads_its_pairs(
     run_one_step(config)
     (ended,) = (tmp_path / "ended").glob("*/*")
     pairs = (ended / FILE).rename(tmp_path / FILE)
-    with pytest.raises(ConfigError, match="expected the pairs that the run began with"):
-        loop.run(config)
-    pairs.rename(ended / FILE)
+    for other in (None, re.sub(r'"rewards": \[1.0', '"rewards": [0.9', pairs.read_text(), count=1)):
+        if other is not None:
+            assert other != pairs.read_text()
+            (ended / FILE).write_text(other)
+        with pytest.raises(ConfigError, match="expected the pairs that the run began with"):
+            loop.run(config)
+    pairs.replace(ended / FILE)
     monkeypatch.setattr(PairBuilder, "build", None)
     loop.run(config)
     assert (ended / FILE).read_bytes() == (whole / FILE).read_bytes()

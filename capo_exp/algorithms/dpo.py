@@ -1,16 +1,20 @@
-"""DPO: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+"""DPO: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), and SimPO's loss."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from capo_exp.algorithms.kinds import Positive
+from capo_exp.algorithms.kinds import NonNegative, Positive
 from capo_exp.algorithms.surrogates import spread
 from capo_exp.config.declare import compares_group, needs_reference, regresses, whole_step
-from capo_exp.core.masked import masked_sum
+from capo_exp.core.masked import masked_mean, masked_sum
 from capo_exp.core.types import Scored, TokenLoss, TokenLossInput
+
+Score = Callable[[Scored], Tensor]
+"""[B] what decides which completion of a pair is ahead: a function of their log-probs."""
 
 
 @compares_group
@@ -26,30 +30,55 @@ def preference(inputs: TokenLossInput, *, beta: Positive) -> TokenLoss:
     pi = pi_ref. A prompt whose advantages are equal has no pair, and 0. Source: arXiv 2305.18290, eq. 7, with
     every pair of the group in place of one.
     """
-    value, slope = (inputs.of_step(partial(part, beta=beta)) for part in (_losses, _slopes))
+    value, pull = _logistic(inputs, lambda step: beta * _log_ratio(step), margin=0.0)
+    values = spread(value, beta * pull, inputs.log_probs, inputs.completion_mask)
+    return TokenLoss(values=values, clipped=torch.zeros_like(inputs.completion_mask))
+
+
+@compares_group
+@regresses
+@whole_step
+def simpo(inputs: TokenLossInput, *, beta: Positive, gamma: NonNegative) -> TokenLoss:
+    """Returns what `preference` does, of -ln sigmoid(beta (M_w - M_l) - gamma); M is the mean log-prob of
+    a completion's tokens, so there is no reference. Source: SimPO, arXiv 2405.14734, eq. 6."""
+    value, pull = _logistic(inputs, lambda step: beta * _mean_log_prob(step), margin=gamma)
+    slope = beta * pull / inputs.completion_mask.sum(1).clamp(min=1)
     values = spread(value, slope, inputs.log_probs, inputs.completion_mask)
     return TokenLoss(values=values, clipped=torch.zeros_like(inputs.completion_mask))
 
 
-def _losses(step: Scored, beta: float) -> Tensor:
-    margin, weight = _pairs(step, beta)
-    loss = weight * softplus(-margin)
+def _log_ratio(step: Scored) -> Tensor:
+    assert step.ref_log_probs is not None, "needs_reference has it computed"
+    return masked_sum(step.output.log_probs - step.ref_log_probs, step.batch.completion_mask, 1)
+
+
+def _mean_log_prob(step: Scored) -> Tensor:
+    return masked_mean(step.output.log_probs, step.batch.completion_mask, 1)
+
+
+def _logistic(inputs: TokenLossInput, score: Score, margin: float) -> tuple[Tensor, Tensor]:
+    """Returns a completion's halves of its pairs' losses, and their derivative by its score, [B] each."""
+    value, pull = (inputs.of_step(partial(part, score=score, margin=margin)) for part in (_losses, _pulls))
+    return value, pull
+
+
+def _losses(step: Scored, score: Score, margin: float) -> Tensor:
+    lead, weight = _pairs(step, score)
+    loss = weight * softplus(margin - lead)
     return (loss.sum(1) + loss.sum(0)) / 2
 
 
-def _slopes(step: Scored, beta: float) -> Tensor:
-    margin, weight = _pairs(step, beta)
-    pull = beta * weight * (-margin).sigmoid()
+def _pulls(step: Scored, score: Score, margin: float) -> Tensor:
+    lead, weight = _pairs(step, score)
+    pull = weight * (margin - lead).sigmoid()
     return pull.sum(0) - pull.sum(1)
 
 
-def _pairs(step: Scored, beta: float) -> tuple[Tensor, Tensor]:
-    """Returns beta (D_i - D_j) and the weight of the pair [B, B], 0 where i is not preferred to j."""
-    assert step.ref_log_probs is not None, "needs_reference has it computed"
-    advantage, groups = step.batch.advantages[:, 0], step.batch.group_ids
-    log_ratio = masked_sum(step.output.log_probs - step.ref_log_probs, step.batch.completion_mask, 1)
+def _pairs(step: Scored, score: Score) -> tuple[Tensor, Tensor]:
+    """Returns score_i - score_j and the weight of the pair [B, B], 0 where i is not preferred to j."""
+    advantage, groups, scores = step.batch.advantages[:, 0], step.batch.group_ids, score(step)
     same = groups[:, None] == groups
     preferred = same & (advantage[:, None] > advantage)
     pairs = same.float() @ preferred.float().sum(1)
     weight = preferred * (same.sum(1) / pairs.clamp(min=1))[:, None]
-    return beta * (log_ratio[:, None] - log_ratio), weight.to(log_ratio.dtype)
+    return scores[:, None] - scores, weight.to(scores.dtype)

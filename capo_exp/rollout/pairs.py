@@ -1,5 +1,6 @@
 """Pairs of completions whose rewards are known: what they are, how a run keeps them, and their engine."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,10 +38,20 @@ class Pairs:
     completions: int
     tokens: int
 
+    @property
+    def text(self) -> str:
+        """Is all of it as JSON; numbers come back to the last bit."""
+        return json.dumps(asdict(self)) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """Is 16 hex digits over all of it."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
 
 def write_pairs(path: Path, built: Pairs) -> None:
-    """Writes JSON, the whole of it or nothing; numbers come back to the last bit."""
-    write_atomic(path, json.dumps(asdict(built)) + "\n")
+    """Writes the whole of it or nothing."""
+    write_atomic(path, built.text)
 
 
 def read_pairs(path: Path) -> Pairs | None:

@@ -87,6 +87,7 @@ class Session:
     record: RunRecord
     progress: Progress
     counts: dict[str, int]  # The COUNTS
+    pairs: str | None  # Digest of the pairs that it learns from, which checkpoints keep
 
     @property
     def step(self) -> int:
@@ -113,12 +114,12 @@ class Session:
         """Lets the sampler hand out the run's pairs, which it builds before the first step, and reads after.
 
         Raises:
-            ConfigError: no two completions differ, or the file is gone from a run that has begun.
+            ConfigError: no two completions differ, or a run that has begun no longer has its pairs.
         """
         source, place = self.sampler.engine, self.directory / FILE
         assert isinstance(source, PairRollout)
         built = self.world.first(lambda: read_pairs(place))
-        if built is None and self.step:
+        if self.step and (built is None or built.digest != self.pairs):
             raise ConfigError(f"{place}: expected the pairs that the run began with, or overwrite=true")
         if built is None:
             self.progress.message(f"building pairs of {source.samples} completions of each prompt")
@@ -134,6 +135,7 @@ class Session:
         self.sampler = replace(self.sampler, prompts=source.prompts, reference_rewards=known)
         if not self.step:
             self._count_sampled(built.completions, built.tokens)
+        self.pairs = built.digest
         self.progress.message(f"{len(built.pairs)} pairs, in {place}")
 
     def _count_sampled(self, completions: int, tokens: int) -> None:
@@ -160,6 +162,7 @@ class Session:
             "counters": counters,
             "reference_rewards": dict(self.sampler.reference_rewards),
             "unfinished": [asdict(group) for group in self.sampler.unfinished],
+            "pairs": self.pairs,
         }
         reference = learner.reference if learner.reference_resets else None
         self.record.forget()
@@ -260,7 +263,7 @@ def open_session(
     counts = {name: counters.get(name, 0) for name in COUNTS}
     return Session(
         world, directory, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress,
-        counts,
+        counts, state.get("pairs"),
     )  # fmt: skip
 
 
