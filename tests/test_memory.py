@@ -116,9 +116,23 @@ def test_kv_cache_of_a_call(composed: Composed) -> None:
         (["regime=conservative"], 512),
         ([one_problem, limit], 16),  # whole groups of 8
         ([one_problem, "rollout.chunking=per_micro_batch"], 16),
+        ([one_problem, limit, "algo=vineppo"], 18),  # 9 go on from each state
+        (["algo=a_star_po", "regime.group_size=1"], 512),  # of the reference, 8 a prompt
     ):
         assert estimate(composed(*overrides), gpu=False).kv_cache == rows * row
     assert estimate(composed("rollout=vllm"), gpu=False).kv_cache == 0
+
+
+def test_rows_of_parts_of_solutions_are_as_long_as_both(composed: Composed) -> None:
+    """A prompt, what its solution begins with, and a whole solution in the same micro-batch: 64 + 2 x 96."""
+    pairs = (
+        "rollout=pairs",
+        "regime.group_size=2",
+        "model.micro_batch_size=2",
+        "model.attn_implementation=none",
+    )
+    whole, parts = (estimate(composed(f"algo={name}", *pairs), gpu=False) for name in ("dpo", "mdpo"))
+    assert parts.activations * (64 + 96) == whole.activations * (64 + 2 * 96)
 
 
 def test_sampling_and_differentiating_never_meet() -> None:

@@ -71,6 +71,8 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
     number, width = HALF if half else FLOAT, shape.hidden_size
     batch = config.regime.prompts_per_step * config.regime.group_size
     longest, tokens = dataset.longest_row, model.max_tokens_per_micro_batch
+    if set(config.algo.pair_levels) - {"solution"}:  # what a part goes on from stands beside whole solutions
+        longest += dataset.max_completion_tokens
     positions = min(tokens or model.micro_batch_size * longest, batch * longest)
     completions = positions if tokens else positions // longest * dataset.max_completion_tokens
     parameters, entries = count_parameters(shape), shape.vocab_size * width
@@ -130,12 +132,15 @@ def kv_width(shape: Architecture) -> int:
 
 
 def sequences_at_once(config: TrainConfig) -> int:
-    """Counts the sequences of the larger of a training and an evaluation call, which holds whole groups."""
+    """Counts the sequences of the largest call: of training, of evaluation, which holds whole groups, or of
+    what parts ask for beside a step, as many as an engine takes."""
     batch, samples = config.regime.prompts_per_step * config.regime.group_size, config.evaluation.samples
     rows = batch if config.rollout.chunking == "per_step" else min(batch, config.model.micro_batch_size)
     limit = config.rollout.engine.get("max_sequences_per_call", batch)
     calls = [(rows, config.regime.group_size), (config.evaluation.num_problems * samples, samples)]
     calls += [] if config.algo.rollout_tokens is None else [(rows, 1)]  # what goes on does so one by one
+    pairs = (config.rollout.train_engine or {}).get("samples", 0)
+    calls += [(limit, n) for n in (config.algo.continuations, config.algo.reference_samples, pairs) if n]
     return max(min(total, max(1, limit // group) * group) for total, group in calls)
 
 
