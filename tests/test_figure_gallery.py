@@ -336,3 +336,14 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
     assert found["GRPO"].value == pytest.approx((0.3 + 0.2) / 2)  # conservative: no rival
     assert sorted(cell for cell in found.values() if isinstance(cell, str)) == ["the best rival"]
     assert [text.get_text() for text in drawn(picture).axes[-1].texts] == ["the best rival"]
+
+
+def test_a_method_is_good_where_each_of_its_seeds_is(tmp_path: Path) -> None:
+    """Seeds rise by a tenth or a twentieth a step of 96 from 0.5, so they are at 0.9 in steps 4 and 8."""
+    for seed in range(2):
+        write_run(tmp_path, "capo", seed, steps=10, accuracy=lambda x, s: 0.5 + x / 96 / (10 + 10 * s))
+        write_run(tmp_path, "grpo_aggressive", seed, steps=10, accuracy=lambda _, s: 0.9 - 0.1 * s)
+    panels = compose("methods", study_in(tmp_path)).panels
+    (column,) = [c for panel in panels for c in panel.columns if panel.title == "Completions to 90 %"]
+    assert column.cells["CAPO (A)"].value == 6 * 96
+    assert column.cells["GRPO (A)"] == "1 of 2 seeds"

@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize, to_rgb
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import style
+from capo_exp.figures.bands import Band
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
@@ -20,9 +21,12 @@ from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
 
 Measure = Literal[
-    "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead"
-]
-"""How a curve becomes one number; stats.Stability has those that reduced and _lead do not know."""
+    "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead",
+    "until_good",
+]  # fmt: skip
+"""How a curve becomes one number; stats.Stability has those that the functions here do not know."""
+GOOD = 0.9
+"""Accuracy."""
 
 
 def bars(
@@ -52,6 +56,8 @@ def _one_number(study: Study, metric: Metric, curve: Curve, measure: Measure) ->
         return reduced(study, found, measure)
     if measure == "lead":
         return _lead(study, metric, curve)
+    if measure == "until_good":
+        return _until_good(study, found)
     start = study.start_of(curve, metric)
     first = float(found.centre[np.isfinite(found.centre)][0])
     stable = stability(found, start=first if start is None else start, kind=study.interval)
@@ -78,6 +84,14 @@ def _lead(study: Study, metric: Metric, curve: Curve) -> Estimate | str:
     if not shared:
         return "no seed in common"
     return study.over_seeds(np.array([own[seed] - theirs[seed] for seed in shared]))
+
+
+def _until_good(study: Study, found: Band) -> Estimate | str:
+    """Returns the first x at which a seed's curve is GOOD, over seeds; how many are, if some never are."""
+    reached = [found.x[hit.argmax()] for hit in found.values >= GOOD if hit.any()]
+    if len(reached) < found.seeds:
+        return f"{len(reached)} of {found.seeds} seeds"
+    return study.over_seeds(np.array(reached))
 
 
 def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, float]:

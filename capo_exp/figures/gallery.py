@@ -20,6 +20,7 @@ from capo_exp.runs.read import LoggedRun
 
 BENCHMARKS = Metric("test/accuracy", "accuracy on benchmarks", "percent")
 SHARE = replace(TRAINING, label="share of seeds", limits=(-0.05, 1.05))
+UNTIL = replace(TRAINING, label="training completions", unit="completions", limits=(0, None))
 AREA = replace(TRAINING, label="mean training accuracy")
 LABELS = {
     **{metric.key: metric.label for metric in (TRAINING, HELD_OUT, BENCHMARKS, REJECTED)},
@@ -99,14 +100,24 @@ def figure_criterion(study: Study) -> list[Panel]:
 def figure_stability(study: Study) -> list[Panel]:
     """Draws the share of seeds that collapsed, when, worst and final accuracy, area under the curve."""
     bar = partial(bars, study, study.choose(trains, TRAINS))
-    when = replace(TRAINING, label="training completions", unit="completions", limits=(0, None))
     return [
         bar(SHARE, "Collapsed seeds", "collapsed"),
-        bar(when, "First collapse", "first_collapse"),
+        bar(UNTIL, "First collapse", "first_collapse"),
         bar(AREA, "Area under the curve", "auc"),
         bar(TRAINING, "Peak", "peak"),
         bar(TRAINING, "Worst after the peak", "worst"),
         bar(TRAINING, "Final", "final"),
+    ]
+
+
+def figure_methods(study: Study) -> list[Panel]:
+    """Draws what each method ends with, how soon it is at 90 %, and whether it keeps it."""
+    bar = partial(bars, study, study.choose(trains, TRAINS))
+    return [
+        bar(HELD_OUT, "Held-out, final", "final"),
+        bar(TRAINING, "Training, final", "final"),
+        bar(UNTIL, "Completions to 90 %", "until_good"),
+        bar(SHARE, "Collapsed seeds", "collapsed"),
     ]
 
 
@@ -187,6 +198,7 @@ SHIFTS = """What the last-layer model predicts: m_F, half the square of the chan
 log-prob, and m_H, the change of the objective, in runs before 2026-11-26 by the authors' formula."""
 RANKS = """Rank correlation over the tokens of one step. \
 The last layer's shift is what the step would have done alone there."""
+WILSON = "the interval of the share is Wilson's."
 KEPT = """and has kept its peak when it ends with nine tenths of that accuracy; \
 intervals of shares are Wilson's."""
 LEAD = """The lead is a curve's area less that of plain GRPO at its best learning rate outside the \
@@ -209,13 +221,14 @@ FIGURES = {
     "calibration": FigureSpec("Predicted against measured shifts", figure_calibration, 3, RANKS),
     "constraint": FigureSpec("Which bound", figure_constraint),
     "criterion": FigureSpec("Criterion", figure_criterion, 4, f"{COLLAPSE}, {KEPT} {HEIGHT} {LEAD}"),
+    "methods": FigureSpec(
+        "Methods", figure_methods, 4, f"{COLLAPSE}; the interval of the share is Wilson's."
+    ),
     "metrics": FigureSpec("Health of training", figure_metrics, 3),
     "regimes": FigureSpec("Regimes", figure_regimes, caption=WORST),
     "rejected_tokens": FigureSpec("Rejected tokens", figure_rejected_tokens, 3, TOKENS, "tokens"),
     "settings": FigureSpec("Settings", figure_settings, caption=BOUNDS),
-    "stability": FigureSpec(
-        "Stability", figure_stability, 3, f"{COLLAPSE}; the interval of the share is Wilson's. {HEIGHT}"
-    ),
+    "stability": FigureSpec("Stability", figure_stability, 3, f"{COLLAPSE}; {WILSON} {HEIGHT}"),
     "test": FigureSpec("Accuracy on benchmarks", figure_test, 1, alias="TEST"),
     "time": FigureSpec("Time of a step", figure_time, 1, SHARES),
 }
