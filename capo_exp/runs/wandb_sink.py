@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.record import read_values
 from capo_exp.runs import metrics as names
+from capo_exp.runs.parse import read_yaml
 from capo_exp.runs.record import read_record
 from capo_exp.runs.samples import Sample
 
@@ -139,7 +139,7 @@ class WandbSink:
 
 def open_training(run_dir: Path, mode: str) -> WandbSink:
     """Opens the W&B run of a run directory."""
-    config = read_values((run_dir / "config.yaml").read_text(encoding="utf-8"), str(run_dir))
+    config = read_yaml(run_dir / "config.yaml")
     record = read_record(run_dir) or {}
     sink = WandbSink(
         run_dir,
