@@ -38,8 +38,9 @@ def send_evaluation(tracker: str, project: str, folder: Path, name: str, scores:
     try:
         sink = _open(tracker, project, folder, name, card, step)
         sink.log(0, step, dict(_flatten(scores)), Sample(rows, {}, "examples", COLUMNS))
+        where = sink.location
         sink.finish(0, ())
-        return sink.location
+        return where
     except Exception as failure:  # whatever a tracker raises, the scores are on disk
         said = " ".join(str(failure).split())[:160] or type(failure).__name__
         raise RunFailed(f"{tracker} did not take the card of {folder} ({said})") from failure

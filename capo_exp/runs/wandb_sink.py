@@ -97,7 +97,8 @@ class WandbSink:
     @property
     def location(self) -> str:
         """The run's URL, or the command that uploads it."""
-        return self.run.url or sync_command(self._folder)
+        url = self.run.url if self._mode == "online" else ""  # asked offline, W&B prints a warning
+        return url or sync_command(self._folder)
 
     def log(self, number: int, x: int, row: Mapping[str, float], sample: Sample | None) -> None:
         """Sends a row, with a table of completions and histograms beside its numbers."""
