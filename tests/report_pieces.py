@@ -132,5 +132,5 @@ def drawn(folder: Path) -> DrawnFigure:
     table = TextTable(["curve", "x | y"], [["<i>a</i>", "1"]])
     return DrawnFigure(
         name="one", title="Figure <1>", caption="Mean & 95 % interval", png=folder / "one.png",
-        pdf=folder / "one.pdf", csv=folder / "one.csv", table=table,
+        csv=folder / "one.csv", table=table,
     )  # fmt: skip

@@ -37,6 +37,7 @@ from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe
 from capo_exp.rollout.weight_transfer import (
     EngineWeights,
+    WeightClient,
     choose_backend,
     make_weight_source,
     run_within,
@@ -220,7 +221,7 @@ def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> N
 
 def lose_weights(patch: pytest.MonkeyPatch, setup: Setup) -> None:
     for call in ("start_weight_update", "update_weights", "finish_weight_update"):
-        patch.setattr(setup.engine.running(), call, lambda *_: None)
+        patch.setattr(WeightClient, call, lambda *_: None)
 
 
 @needs_vllm
@@ -297,7 +298,7 @@ def test_stale_last_layers_stop_the_run(running: Setup, monkeypatch: pytest.Monk
 @needs_vllm
 def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
     running.sample()
-    running.engine.running().update_weight_version("999")
+    running.engine.running().call("update_weight_version", new_version="999")
     with pytest.raises(EngineFailed, match=r"sampled with weights \['999'\]: expected"):
         running.sample()
     running.version += 1  # which is sent, and so is its name
@@ -343,7 +344,7 @@ def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
     with Setup(config, tmp_path) as guest:
         guest.learn()
         assert differences(guest, guest.sample(temperature=1.0)).max() < 1e-4
-    assert server.reset_prefix_cache()  # it is still there
+    assert server.call("reset_prefix_cache")  # it is still there
     # Without top_k the learner's temperature has to be in the log-probs.
     with pytest.raises(ConfigError, match="--logprobs-mode raw_logprobs: expected processed_logprobs"):
         Setup(compose_vllm(f"rollout.server_url={server.url}"), tmp_path).__enter__()

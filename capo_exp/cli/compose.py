@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from filecmp import cmp
 from glob import iglob
@@ -19,6 +19,7 @@ from capo_exp.config.build import check_target, find_parts
 from capo_exp.config.choices import without_hydra
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.plugins import allow_plugins
+from capo_exp.config.record import walk
 from capo_exp.config.schema import conf_dir, expected_type, register
 
 HYDRAS = r"hydra\._internal\.core_plugins\.[\w.]+|hydra_plugins\.[\w.]+|optuna\.samplers\.\w+"
@@ -85,33 +86,19 @@ def _check_folder(folder: str) -> None:
             if ".." in str(entry) or "//" in str(entry):
                 raise error(f"{path}: defaults", entry, "a file of conf/ or of this folder")
     for path, (text, values) in files.items() if "hydra" in repr(files) else ():
-        for said in (text, *_list_texts(values)):
+        tree = list(walk(values))
+        for said in (text, *(said for _, *pair in tree for said in pair if isinstance(said, str))):
             if strange := re.search(MAKES_NODES, said):
                 wanted = "${key}, or one of mul, add, div, now, oc.env, hydra"
                 raise error(path, said[strange.start() :][:40], wanted)
         for key, part in find_parts(values, "", part=False):
             if "_target_" in part and not re.fullmatch(HYDRAS, str(part["_target_"])):
                 check_target({"_target_": part["_target_"]}, key=f"{path}: {key.lstrip('.')}")
-        for name, value in _list_keys(values):
+        for _, name, value in tree:
             if name.lstrip("+~").startswith(("hydra.", "hydra/")) or name in ("()", "env_set"):
                 raise error(f"{path}: {name}", value, "no such key in a file: the command line can set it")
             if name == "class" and value not in ("logging.StreamHandler", "logging.NullHandler"):
                 raise error(f"{path}: {name}", value, "logging.StreamHandler")
-
-
-def _list_texts(node: Any) -> Iterator[str]:
-    """Yields every text of a node, keys too, as YAML's escapes leave it."""
-    children = (*node, *node.values()) if isinstance(node, dict) else node if isinstance(node, list) else ()
-    for child in children:
-        yield from [child] if isinstance(child, str) else _list_texts(child)
-
-
-def _list_keys(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the key and value of every mapping, at any depth."""
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _list_keys(child)
-    if isinstance(node, dict):
-        yield from ((str(key), value) for key, value in node.items())
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: str | None = None) -> DictConfig:

@@ -17,58 +17,48 @@ algo.reference_samples asks for; the value [B, T] of each state, NaN at a token 
 which algo.continuations asks for."""
 
 
+def _mark(function: Function, name: str, value: object = True) -> Function:
+    setattr(function, name, value)
+    return function
+
+
 def compares_group(function: Function) -> Function:
     """Marks an advantage or a token loss that compares the completions of a prompt: there have to be two, and
     a loss has to find them in one optimiser step."""
-    function.compares_group = True  # type: ignore[attr-defined]
-    return function
+    return _mark(function, "compares_group")
 
 
 def whole_step(function: Function) -> Function:
     """Marks a selection, token loss or aggregation that has to see all tokens of an optimiser step at once,
     after a scoring pass."""
-    function.whole_step = True  # type: ignore[attr-defined]
-    return function
+    return _mark(function, "whole_step")
 
 
 def regresses(function: Function) -> Function:
     """Marks a token loss in which the advantage is a target, or orders completions, and is no factor, so that
     the weight of a correction would move it: it takes none."""
-    function.regresses = True  # type: ignore[attr-defined]
-    return function
+    return _mark(function, "regresses")
 
 
 def needs_reference(function: Function) -> Function:
     """Marks a token loss that holds the policy against the reference: it gets `ref_log_probs`."""
-    function.needs_reference = True  # type: ignore[attr-defined]
-    return function
+    return _mark(function, "needs_reference")
 
 
 def takes_lists(function: Function) -> Function:
     """Marks a reward function that takes all completions of a step at once: (completions, answers, problems),
     lists of equal length -> a list of rewards."""
-    function.takes_lists = True  # type: ignore[attr-defined]
-    return function
+    return _mark(function, "takes_lists")
 
 
 def needs_kl(*, unless_zero: str) -> Callable[[Function], Function]:
     """Marks a shaping or a credit that uses the KL to the reference unless its number `unless_zero` is 0."""
-
-    def mark(function: Function) -> Function:
-        function.needs_kl = unless_zero  # type: ignore[attr-defined]
-        return function
-
-    return mark
+    return lambda function: _mark(function, "needs_kl", unless_zero)
 
 
 def ordered(low: str, high: str) -> Callable[[Function], Function]:
     """Marks a function whose number `low` must not be above its number `high`."""
-
-    def mark(function: Function) -> Function:
-        function.ordered = (low, high)  # type: ignore[attr-defined]
-        return function
-
-    return mark
+    return lambda function: _mark(function, "ordered", (low, high))
 
 
 def asked(function: Callable[..., Any], offers: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,15 @@ def _check_tree(node: Any, seen: set[int]) -> None:
             _check_tree(child, seen)
 
 
+def walk(node: Any, key: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yields the dotted key, its last name and the value of all that is in a tree of mappings and lists."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        where = f"{key}.{name}".lstrip(".")
+        yield where, str(name), child
+        yield from walk(child, where)
+
+
 def find_unnamed(
     values: Any, arguments: Sequence[str], key: str = "", *, replaced: bool = True
 ) -> Iterator[tuple[str, str]]:
@@ -99,14 +108,9 @@ def find_unnamed(
     """
     given = _read_words(arguments)
     named = {text.strip("'\"") for text in given.values()}
-    children = values.items() if isinstance(values, dict) else enumerate(values)
-    for name, value in children:
-        where = f"{key}.{name}".lstrip(".")
-        if isinstance(value, dict | list):
-            yield from find_unnamed(value, arguments, where, replaced=replaced)
-            continue
+    for where, name, value in walk(values, key):
         is_named = (replaced and where in given) or str(value) in named
-        if name in PLACES and not is_named and not _is_own(value):
+        if name in PLACES and not (isinstance(value, dict | list) or is_named or _is_own(value)):
             yield where, str(value)
 
 

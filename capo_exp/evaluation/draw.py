@@ -7,7 +7,7 @@ from statistics import fmean
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.distributed.world import SINGLE, World
-from capo_exp.grading.verifier import Verifier
+from capo_exp.grading.verifier import RewardResult, Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.rollout.dealt import sample
 
@@ -23,6 +23,13 @@ def draw_completions(
     starts = range(0, len(request.prompts), size)
     cut = [replace(request, prompts=request.prompts[start : start + size]) for start in starts]
     return sample(engine, cut, world)
+
+
+def grade_groups(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
+    """Returns the verdicts on the completions of each prompt."""
+    texts = [[completion.text for completion in group.completions] for group in groups]
+    asked = [group.prompt.problem for group in groups]
+    return verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked])
 
 
 def evaluate(
@@ -43,10 +50,7 @@ def evaluate(
         top_k=0, top_p=numbers.top_p, seed=seed, weight_version=weight_version,
     )  # fmt: skip
     groups = draw_completions(engine, request, world)
-    texts = [[completion.text for completion in group.completions] for group in groups]
-    asked = [prompt.problem for prompt in prompts]
-    golds = [problem.golds for problem in asked]
-    graded = world.first(lambda: verifier.score(texts, golds, [each.problem for each in asked]).grades)
+    graded = world.first(lambda: grade_groups(verifier, groups)).grades
     completions = [completion for group in groups for completion in group.completions]
     grades = [grade for row in graded for grade in row]
     return {

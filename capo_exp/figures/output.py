@@ -30,7 +30,6 @@ class DrawnFigure:
     title: str
     caption: str
     png: Path
-    pdf: Path
     csv: Path  # The plotted numbers
     table: tables.TextTable
 
@@ -70,7 +69,7 @@ def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
         partial = {suffix: stack.enter_context(replace_file(path)) for suffix, path in paths.items()}
         for suffix, content in files.items():
             partial[suffix].write_bytes(content)
-    return DrawnFigure(picture.name, picture.title, says, paths[".png"], paths[".pdf"], paths[".csv"], table)
+    return DrawnFigure(picture.name, picture.title, says, paths[".png"], paths[".csv"], table)
 
 
 def provenance(picture: Picture, command: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from math import nan
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,14 +34,11 @@ MOVED = 0.1
 """Share of max_probe_difference by which the learner's log-probs have moved for certain, rounding apart."""
 
 
-class Engine(WeightClient, Protocol):
+class Engine(Protocol):
     """A running vLLM: EngineProcess or Server."""
 
     def generate(self, requests: Sequence[Request]) -> list[Response]: ...
-    def update_weight_version(self, new_version: str) -> None: ...
-    def reset_prefix_cache(self) -> bool: ...
-    def sleep(self, level: int) -> None: ...
-    def wake_up(self, tags: list[str]) -> None: ...
+    def call(self, method: str, **arguments: Any) -> Any: ...
     def close(self) -> None: ...
 
 
@@ -128,7 +125,7 @@ class VLLMRollout:
             )
         self._send = make_sender(
             self._backend,
-            self._engine,
+            WeightClient(self._engine.call),
             EngineWeights(self._model, getattr(torch, self._dtype)),
             address=settings.weight_transfer_address,
             world_size=world_size,
@@ -166,7 +163,7 @@ class VLLMRollout:
         """Puts the engine to sleep, if it may; generate wakes it."""
         level = self.settings.sleep_level
         if level and not self._asleep:
-            self.running().sleep(level)
+            self.running().call("sleep", level=level)
             self._asleep = True
             self._version = self._version if level == 1 else None
 
@@ -215,16 +212,16 @@ class VLLMRollout:
         stale = self._version != version
         if self._asleep:  # the documented order: weights first, the KV cache when they are in place
             torch.cuda.empty_cache()  # what the learner's last step left, and another process cannot use
-            engine.wake_up(["weights"])
+            engine.call("wake_up", tags=["weights"])
         if stale:
             self._send()
-            engine.update_weight_version(self._label(version))
+            engine.call("update_weight_version", new_version=self._label(version))
         if self._asleep:
-            engine.wake_up(["kv_cache"])
+            engine.call("wake_up", tags=["kv_cache"])
             self._asleep = False
         if not stale:
             return
-        if not engine.reset_prefix_cache():
+        if not engine.call("reset_prefix_cache"):
             raise EngineFailed("vLLM: its prefix cache could not be reset after new weights")
         self._prove(version)
         self._version = version

@@ -23,6 +23,8 @@ from typing import Any
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.vllm_settings import VLLMSettings
 
+REQUESTS = ("init_weight_transfer_engine", "update_weights")
+"""Methods of vLLM's `LLM` that take their arguments as one dict."""
 LAST_LINES = 12
 OUT_OF_MEMORY = {
     "no available memory for the cache blocks": "raise rollout.engine.gpu_memory_utilization, or lower "
@@ -79,7 +81,7 @@ def explain_failure(what: str, reason: str, log_file: Path) -> EngineFailed:
 
 
 class EngineProcess:
-    """vLLM's `LLM`, call by call. Method names and arguments are those of `LLM`.
+    """vLLM's `LLM` in a process of its own.
 
     Every call raises EngineFailed if vLLM reports an error, dies, or does not answer within its limit; the
     process is gone then.
@@ -117,7 +119,7 @@ class EngineProcess:
             )
         theirs.close()
         try:
-            self._call("start", "starting", "start_seconds", dict(arguments))
+            self._call("start", (dict(arguments),), "start_seconds", "starting")
         except BaseException:  # a Ctrl-C as well: nobody has this object yet, so nobody could close it
             self.close()
             raise
@@ -125,31 +127,12 @@ class EngineProcess:
     def generate(self, requests: Sequence[Request]) -> list[Response]:
         """Returns all completions of all requests, in order."""
         what = f"sampling for {len(requests)} prompts"
-        return self._call("generate", what, "generate_seconds", list(requests))
+        return self._call("generate", (list(requests),), "generate_seconds", what)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._transfer("init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self._transfer("start_weight_update")
-
-    def update_weights(self, update_info: Any) -> None:
-        self._transfer("update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._transfer("finish_weight_update", weight_version)
-
-    def update_weight_version(self, new_version: str) -> None:
-        self._transfer("update_weight_version", new_version)
-
-    def reset_prefix_cache(self) -> bool:
-        return self._transfer("reset_prefix_cache")
-
-    def sleep(self, level: int) -> None:
-        self._transfer("sleep", level)
-
-    def wake_up(self, tags: list[str]) -> None:
-        self._transfer("wake_up", tags)
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Calls any other method of `LLM`, and returns its result."""
+        args = (arguments,) if method in REQUESTS else tuple(arguments.values())
+        return self._call(method, args, "transfer_seconds", method)
 
     def close(self) -> None:
         """Ends the process and whatever it started; its memory is free afterwards. Twice does no harm."""
@@ -159,11 +142,8 @@ class EngineProcess:
         self._kill()
         self.process.wait()
 
-    def _transfer(self, method: str, *args: Any) -> Any:
-        return self._call(method, method, "transfer_seconds", *args)
-
-    def _call(self, method: str, what: str, limit: str, *args: Any) -> Any:
-        """Calls a method of the child; `limit` names the setting with its seconds."""
+    def _call(self, method: str, args: tuple[Any, ...], limit: str, what: str) -> Any:
+        """Calls a method of the child; `limit` names the setting with its seconds, `what` is for people."""
         seconds, expired = getattr(self.limits, limit), threading.Event()
 
         def give_up() -> None:

@@ -26,6 +26,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlencode
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -47,7 +48,7 @@ API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
 class Server:
-    """A server's HTTP routes, under the names of vLLM's `LLM` methods.
+    """A server's HTTP routes, which are called as the methods of vLLM's `LLM`.
 
     Every call raises EngineFailed if the server reports an error, is gone, or does not answer in time.
     """
@@ -99,31 +100,15 @@ class Server:
         """Returns the number of the server's workers."""
         return self._ask("GET", "get_world_size")["world_size"]
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._ask("POST", "init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self._ask("POST", "start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        if isinstance(update_info.get("data"), bytes):  # safetensors
-            update_info = {"data": base64.b64encode(update_info["data"]).decode()}
-        self._ask("POST", "update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._ask("POST", "finish_weight_update", weight_version and {"weight_version": weight_version})
-
-    def update_weight_version(self, new_version: str) -> None:
-        self._ask("POST", "update_weight_version", {"new_version": new_version})
-
-    def reset_prefix_cache(self) -> bool:
-        return self._ask("POST", "reset_prefix_cache")["success"]
-
-    def sleep(self, level: int) -> None:
-        self._ask("POST", f"sleep?level={level}")
-
-    def wake_up(self, tags: list[str]) -> None:
-        self._ask("POST", "wake_up?" + "&".join(f"tags={tag}" for tag in tags))
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Calls any other method of `LLM`, and returns whether it succeeded if the server says so."""
+        data = arguments.get("update_info", {}).get("data")
+        if isinstance(data, bytes):  # safetensors
+            arguments = {"update_info": {"data": base64.b64encode(data).decode()}}
+        if method in ("sleep", "wake_up"):  # such as sleep?level=1
+            method, arguments = f"{method}?{urlencode(arguments, doseq=True)}", {}
+        answer = self._ask("POST", method, arguments or None)
+        return answer.get("success") if isinstance(answer, dict) else None
 
     def close(self) -> None:
         """Ends a server that belongs to the run."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -24,13 +24,35 @@ CHUNK_BYTES = 64 * 2**20
 POLL_SECONDS = 0.1
 
 
-class WeightClient(Protocol):
-    """The engine's side of the conversation: vLLM's VLLMWeightSyncClient."""
+class WeightClient:
+    """The engine's side of the conversation: vLLM's VLLMWeightSyncClient.
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
-    def start_weight_update(self) -> None: ...
-    def update_weights(self, update_info: Any) -> None: ...
-    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+    It remembers how it failed: vLLM's senders call it from a thread, and wait for the GPU.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        """Takes what calls a method of the engine: its name, and arguments by theirs."""
+        self._call = call
+        self.failure: EngineFailed | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._ask("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        self._ask("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._ask("update_weights", update_info=update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._ask("finish_weight_update", weight_version=weight_version)
+
+    def _ask(self, method: str, **arguments: Any) -> None:
+        try:
+            self._call(method, **arguments)
+        except EngineFailed as error:
+            self.failure = error
+            raise
 
 
 @dataclass(frozen=True)
@@ -102,11 +124,10 @@ def make_sender(
 
         info = NCCLTrainerInitInfo(address, get_open_port(), 1 + world_size, rank=0)
 
-    watched: Any = _Watched(client)
-
     def join() -> Any:
+        theirs: Any = client
         source = make_weight_source(weights)
-        return WeightTransferTrainerFactory.trainer_init(info, client=watched, source=source)
+        return WeightTransferTrainerFactory.trainer_init(info, client=theirs, source=source)
 
     def limited(what: str, action: Callable[[], Any]) -> Any:
         def on_its_gpu() -> Any:
@@ -114,28 +135,10 @@ def make_sender(
                 torch.cuda.synchronize()  # vLLM copies on streams of its own: the update has to be done
                 return action()
 
-        return run_within(seconds, what, on_its_gpu, failed=lambda: watched.failure)
+        return run_within(seconds, what, on_its_gpu, failed=lambda: client.failure)
 
     sender = limited(f"joining the engine for {backend} transfers", join)
     return lambda: limited(f"sending weights by {backend}", sender.send_weights)
-
-
-class _Watched:
-    """A client that remembers how it failed: vLLM's senders call it from a thread, and wait for the GPU."""
-
-    def __init__(self, client: WeightClient) -> None:
-        self._client = client
-        self.failure: EngineFailed | None = None
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return getattr(self._client, name)(*args, **kwargs)
-            except EngineFailed as error:
-                self.failure = error
-                raise
-
-        return call
 
 
 def make_weight_source(weights: EngineWeights) -> Any:

@@ -1,46 +1,41 @@
-"""Trackers on this machine: TensorBoard in the run directory, Trackio in its local database.
+"""Trackers on this machine: TensorBoard in a folder of its own, Trackio in its local database.
 
-Both are written anew from the files when a run goes on, so `there` is 0. The x of both is completions.
+Both are written anew from the files when a run goes on, so `there` is 0.
 """
 
 import io
-import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from capo_exp.runs import metrics as names
 from capo_exp.runs.files import remove
-from capo_exp.runs.parse import read_yaml
-from capo_exp.runs.read import LoggedRow
-from capo_exp.runs.samples import COLUMNS, Sample
+from capo_exp.runs.samples import Sample
 
 
 class TensorBoardSink:
-    """Owns RUN/tensorboard: scalars, histograms, completions as text, and run.png."""
+    """Owns FOLDER/tensorboard: scalars, histograms, completions as text, and run.png."""
 
     there = 0
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, folder: Path, heading: str, text: str, x: int = 0) -> None:
+        """Opens it with a text, such as the configuration."""
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = run_dir / "tensorboard"
-        remove(folder)
-        self.location = f"tensorboard --logdir {shlex.quote(str(run_dir.parent))}"
-        self._writer, self._x = SummaryWriter(str(folder)), 0
-        config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-        self._writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
+        remove(folder / "tensorboard")
+        self.location = f"tensorboard --logdir {shlex.quote(str(folder.parent))}"
+        self._writer, self._x = SummaryWriter(str(folder / "tensorboard")), x
+        self._writer.add_text(heading, "".join(f"    {line}\n" for line in text.splitlines()), x)
 
-    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
+    def log(self, number: int, x: int, row: Mapping[str, float], sample: Sample | None) -> None:
         """Writes a row, whose completions become a table in Markdown."""
-        self._x = int(row[names.COMPLETIONS] or 0)
+        self._x = x
         for key, value in row.items():
-            self._writer.add_scalar(key, math.nan if value is None else value, self._x)
+            self._writer.add_scalar(key, value, self._x)
         if sample is not None:
-            self._writer.add_text("completions", markdown_table(sample.rows), self._x)
+            self._writer.add_text(sample.name, markdown_table(sample.rows, sample.columns), self._x)
             for key, values in sample.histograms.items():
                 self._writer.add_histogram(key, values, self._x)
         self._writer.flush()  # a kill loses nothing, and a full disk says so here
@@ -60,28 +55,24 @@ class TrackioSink:
 
     there = 0
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, project: str, name: str, group: str, config: dict[str, Any]) -> None:
         from trackio.run import Run
         from trackio.sqlite_storage import SQLiteStorage
 
-        config = read_yaml(run_dir / "config.yaml")
-        project, self._x = config["logger"]["project"], 0
-        self.location = f"trackio show --project {shlex.quote(project)}"
-        SQLiteStorage.delete_run(project, run_dir.name)
-        group = config["experiment_name"]
+        self.location, self._x = f"trackio show --project {shlex.quote(project)}", 0
+        SQLiteStorage.delete_run(project, name)
         # trackio.init would follow TRACKIO_SPACE_ID to a Space.
-        self._run = Run(None, project, None, name=run_dir.name, group=group, config=config)
+        self._run = Run(None, project, None, name=name, group=group, config=config)
 
-    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
+    def log(self, number: int, x: int, row: Mapping[str, float], sample: Sample | None) -> None:
         """Sends a row with its completions and histograms to Trackio's thread, which writes it."""
-        self._x = int(row[names.COMPLETIONS] or 0)
-        numbers: dict[str, Any] = {key: math.nan if value is None else value for key, value in row.items()}
+        self._x, shown = x, dict[str, Any](row)
         if sample is not None:
             from trackio import Histogram, Table
 
-            numbers["completions"] = Table(list(COLUMNS), sample.rows)
-            numbers |= {key: Histogram(values) for key, values in sample.histograms.items()}
-        self._run.log(numbers, step=self._x)
+            shown[sample.name] = Table(list(sample.columns), sample.rows)
+            shown |= {key: Histogram(values) for key, values in sample.histograms.items()}
+        self._run.log(shown, step=self._x)
 
     def finish(self, exit_code: int, media: Sequence[Path]) -> None:
         """Sends the pictures, and waits until all is written."""
@@ -94,7 +85,7 @@ class TrackioSink:
             self._run.finish()
 
 
-def markdown_table(rows: Sequence[Sequence[Any]], columns: Sequence[str] = COLUMNS) -> str:
+def markdown_table(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:
     """Returns completions as a table in Markdown, each in one line.
 
     What stands in it is text alone: a prompt or completion cannot make whoever looks at it fetch an image.

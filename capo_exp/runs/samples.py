@@ -17,12 +17,14 @@ COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "truncated",
 
 @dataclass(frozen=True)
 class Sample:
-    """The completions that were kept at a step."""
+    """A table of completions: those that were kept at a step, or the examples of an evaluation."""
 
     rows: list[list[Any]]
-    """Each with COLUMNS; rejected tokens stand between [- and -] in the completion."""
+    """Each with `columns`; rejected tokens stand between [- and -] in the completion."""
     histograms: dict[str, Array]
     """Finite values of all their tokens (advantages: of all completions); empty where none are due."""
+    name: str = "completions"
+    columns: tuple[str, ...] = COLUMNS
 
 
 def read_logged(run_dir: Path) -> list[LoggedRow]:

@@ -7,8 +7,9 @@ here can stop a training run. `python scripts/write_wandb.py DIR` writes the W&B
 """
 
 import logging
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from capo_exp.runs.local_sinks import TensorBoardSink, TrackioSink
 from capo_exp.runs.parse import read_yaml
 from capo_exp.runs.read import LoggedRow
 from capo_exp.runs.samples import Sample, read_logged, read_sample
-from capo_exp.runs.wandb_sink import WandbSink, resolve_mode
+from capo_exp.runs.wandb_sink import open_training, resolve_mode, sync_command
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class Sink(Protocol):
         """A URL, or the command that shows it."""
         ...
 
-    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
-        """Takes row `number`, in which null stands for what was not finite."""
+    def log(self, number: int, x: int, row: Mapping[str, float], sample: Sample | None) -> None:
+        """Takes row `number`, which stands at x; NaN is what was not finite."""
         ...
 
     def finish(self, exit_code: int, media: Sequence[Path]) -> None:
@@ -84,7 +85,7 @@ class Tracker:
         if self._sink is not None:
             return self._sink.location
         if self._name == "wandb":
-            return f"wandb sync {shlex.quote(str(self._run_dir / 'wandb'))}/offline-run-*"
+            return sync_command(self._run_dir)
         return f"{TITLES[self._name]}, once the run has ended"
 
     def finish(self, exit_code: int, media: Sequence[Path] = ()) -> None:
@@ -115,7 +116,8 @@ class Tracker:
             every = self._histograms_every
             if number >= sink.there:
                 sample = read_sample(self._run_dir, step, histograms=every > 0 and step % every == 0)
-        sink.log(number, row, sample)
+        numbers = {key: math.nan if value is None else value for key, value in row.items()}
+        sink.log(number, int(row[names.COMPLETIONS] or 0), numbers, sample)
 
     def _give_up(self, error: object) -> None:
         said = str(error).splitlines()[:1] or [type(error).__name__]
@@ -132,7 +134,10 @@ class Tracker:
 
 
 def open_sink(run_dir: Path, name: str, mode: str) -> Sink:
-    """Opens a tracker's run; `mode` is for W&B."""
+    """Opens the tracker's run of a run directory; `mode` is for W&B."""
     if name == "wandb":
-        return WandbSink(run_dir, mode)
-    return {"tensorboard": TensorBoardSink, "trackio": TrackioSink}[name](run_dir)
+        return open_training(run_dir, mode)
+    if name == "tensorboard":
+        return TensorBoardSink(run_dir, "config", (run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(run_dir / "config.yaml")
+    return TrackioSink(config["logger"]["project"], run_dir.name, config["experiment_name"], config)

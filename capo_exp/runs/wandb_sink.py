@@ -4,8 +4,9 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.record import read_values
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import LoggedRow
+from capo_exp.runs.parse import read_yaml
 from capo_exp.runs.record import read_record
-from capo_exp.runs.samples import COLUMNS, Sample
+from capo_exp.runs.samples import Sample
 
 BEST = "eval/best_accuracy"
 """Key of W&B's summary: the largest eval/accuracy. W&B's own maximum forgets what was before a resume."""
@@ -72,33 +72,41 @@ def has_key() -> bool:
 class WandbSink:
     """Owns an open W&B run, online or offline."""
 
-    def __init__(self, run_dir: Path, mode: str) -> None:
-        """Opens it; an offline one takes the place of those that an earlier process wrote."""
-        if not (run_dir / "wandb").is_symlink():  # else they may be another's
-            for old in (run_dir / "wandb").glob("offline-run-*"):  # a part of what is sent now
+    def __init__(self, folder: Path, mode: Any, *, stats: bool, table_rows: int, **about: Any) -> None:
+        """Opens it; an offline one takes the place of those that an earlier process wrote.
+
+        Args:
+            folder: takes `wandb`.
+            mode: online | offline | disabled.
+            stats: whether the load of the machine is sent.
+            table_rows: about how many rows of a table are sent, spread over all.
+            about: further arguments of wandb.init.
+        """
+        import wandb
+
+        if not (folder / "wandb").is_symlink():  # else they may be another's
+            for old in (folder / "wandb").glob("offline-run-*"):  # a part of what is sent now
                 shutil.rmtree(old)
-        self._run_dir, self._mode = run_dir, mode
-        self._run = _init(run_dir, mode)
-        self._run.define_metric(names.COMPLETIONS)
-        self._run.define_metric("*", step_metric=names.COMPLETIONS)
-        self._run.summary[RECORD] = read_record(run_dir)
-        self.there = self._run.starting_step if self._run.resumed else 0
+        self._folder, self._mode, self._table_rows = folder, mode, table_rows
+        settings = _quiet_settings(stats=stats)
+        # "create_new": two runs in one process never share
+        self.run = wandb.init(mode=mode, dir=folder, reinit="create_new", settings=settings, **about)
+        self.there = self.run.starting_step if self.run.resumed else 0
         self._rows, self._best = 0, -math.inf
 
     @property
     def location(self) -> str:
-        """The run's URL; empty while it is offline."""
-        return self._run.url or ""
+        """The run's URL, or the command that uploads it."""
+        url = self.run.url if self._mode == "online" else ""  # asked offline, W&B prints a warning
+        return url or sync_command(self._folder)
 
-    def log(self, number: int, row: LoggedRow, sample: Sample | None) -> None:
+    def log(self, number: int, x: int, row: Mapping[str, float], sample: Sample | None) -> None:
         """Sends a row, with a table of completions and histograms beside its numbers."""
         self._rows = number + 1
         if number >= self.there:
-            numbers = {key: math.nan if value is None else value for key, value in row.items()}
-            self._run.log(numbers | self._media(number, sample), step=number, commit=True)
-        accuracy = row.get(names.EVAL_ACCURACY)
-        if accuracy is not None and accuracy > self._best:
-            self._best = self._run.summary[BEST] = accuracy
+            self.run.log({**row, **self._media(number, sample)}, step=number, commit=True)
+        if (accuracy := row.get(names.EVAL_ACCURACY, -math.inf)) > self._best:
+            self._best = self.run.summary[BEST] = accuracy
 
     def finish(self, exit_code: int, media: Sequence[Path]) -> None:
         """Sends pictures and pages as a row of their own, the last, and ends the run."""
@@ -108,9 +116,9 @@ class WandbSink:
         for key, path in shown.items():  # a page as it is, since its policy forbids what W&B would put in
             shown[key] = wandb.Html(path, inject=False) if path.endswith(".html") else wandb.Image(path)
         if shown:
-            self._run.log(shown, step=self._rows, commit=True)
-        self._run.finish(exit_code=exit_code)
-        free = shutil.disk_usage(self._run_dir).free
+            self.run.log(shown, step=self._rows, commit=True)
+        self.run.finish(exit_code=exit_code)
+        free = shutil.disk_usage(self._folder).free
         if self._mode == "offline" and free < MARGIN:  # where W&B writes what fits, and is silent
             raise OSError(f"{free / 1e6:.1f} MB are free, so that it may have been cut short")
 
@@ -119,39 +127,47 @@ class WandbSink:
             return {}
         import wandb
 
-        rows: Any = sample.rows[:: max(1, len(sample.rows) // TABLE_ROWS)]
-        table = wandb.Table(list(COLUMNS), rows, allow_mixed_types=True)
+        rows: Any = sample.rows[:: max(1, len(sample.rows) // self._table_rows)]
+        table = wandb.Table(list(sample.columns), rows, allow_mixed_types=True)
         # Bound now, it is a file of the run; else W&B would make an artifact of it, in the user's home.
-        table.bind_to_run(self._run, "completions", number)
-        shown: dict[str, Any] = {"completions": table}
+        table.bind_to_run(self.run, sample.name, number)
+        shown: dict[str, Any] = {sample.name: table}
         for key, values in sample.histograms.items():
             counts, edges = np.histogram(values, HISTOGRAM_BINS)
             shown[key] = wandb.Histogram(np_histogram=(counts, np.round(edges, 6)))
         return shown
 
 
-def _init(run_dir: Path, mode: Any) -> Any:
-    import wandb
-
-    config = read_values((run_dir / "config.yaml").read_text(encoding="utf-8"), str(run_dir))
+def open_training(run_dir: Path, mode: str) -> WandbSink:
+    """Opens the W&B run of a run directory."""
+    config = read_yaml(run_dir / "config.yaml")
     record = read_record(run_dir) or {}
-    return wandb.init(
+    sink = WandbSink(
+        run_dir,
+        mode,
+        stats=mode == "online",  # the machine is watched as the run goes on or never
+        table_rows=TABLE_ROWS,
         id=_wandb_id(run_dir, record["run_id"], mode),
         resume="allow" if mode == "online" else None,  # offline W&B would only warn
-        reinit="create_new",  # two runs in one process never share
-        mode=mode,
         project=config["logger"]["project"],
         group=config["experiment_name"],
         job_type="train",
         name=record["name"],
         tags=[*config["logger"]["tags"], *_describe(config)],
         config=config,
-        dir=run_dir,
-        settings=quiet_settings(stats=mode == "online"),  # the machine is watched as the run goes on or never
     )
+    sink.run.define_metric(names.COMPLETIONS)
+    sink.run.define_metric("*", step_metric=names.COMPLETIONS)
+    sink.run.summary[RECORD] = record
+    return sink
 
 
-def quiet_settings(*, stats: bool) -> Any:
+def sync_command(folder: Path) -> str:
+    """Returns the command that uploads what was written offline."""
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+
+
+def _quiet_settings(*, stats: bool) -> Any:
     """Returns settings with which W&B says nothing, and sends no more than it is given and, with `stats`, the
     load of the machine."""
     import wandb

@@ -16,9 +16,10 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Prompt, RolloutGroup, UnfinishedGroup
 from capo_exp.data.prompts import choose_visits
 from capo_exp.distributed.world import SINGLE, World
+from capo_exp.evaluation.draw import grade_groups
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms, measure_terms
-from capo_exp.grading.verifier import RewardResult, Verifier
+from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.rollout.dealt import sample
 
@@ -134,7 +135,7 @@ def grade(
     if earned:
         return Drawn(groups, torch.tensor(earned), torch.tensor(earned), [], {}, prompts, tokens)
     with watch("reward"):
-        result = sampler.world.first(partial(_grade, sampler.verifier, groups))
+        result = sampler.world.first(partial(grade_groups, sampler.verifier, groups))
         completions = [one for group in groups for one in group.completions]
         measured = measure_terms(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
     verdicts = torch.tensor(result.rewards)
@@ -207,9 +208,3 @@ def total_reward(rewards: Tensor, measured: Mapping[str, Sequence[float]], terms
         if weights[key]:  # else not even a rounding
             rewards = rewards + weights[key] * torch.tensor(values).view(rewards.shape)
     return rewards
-
-
-def _grade(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardResult:
-    texts = [[completion.text for completion in group.completions] for group in groups]
-    asked = [group.prompt.problem for group in groups]
-    return verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked])
