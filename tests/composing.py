@@ -2,8 +2,8 @@
 
 Composing takes a third of a second, nearly all of it to read the YAML files of the chosen groups and to merge
 them, and the tests compose some thousand times. What was read and merged is remembered for as long as the
-files are the same, a new choice goes on from what it has in common with an earlier one, and Hydra parses every
-command line, and sets its values on a copy, as ever.
+files are the same, and a new choice goes on from what it has in common with an earlier one; Hydra parses
+every command line, and sets its values on a copy, as ever.
 """
 
 import os
@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from glob import iglob
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def compose_once() -> None:
     def go_on(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
         """Merges what follows the longest beginning that another choice has, too."""
         names = tuple(f"{id(repo.cache)} {each.config_path}@{each.package}" for each in defaults)
-        shared = max(len(commonprefix([names, other])) for other in begun)
+        shared = max(len(_common(names, other)) for other in begun)
         done = next(count for count in range(shared, -1, -1) if begun.get(names[:count]) is not None)
         config = deepcopy(begun[names[:done]])
         begun.setdefault(names)
@@ -82,6 +82,10 @@ def compose_once() -> None:
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once
     base.parse = _utils.parse = cache(base.parse)
     _utils.get_yaml_loader = basecontainer.get_yaml_loader = cache(_make_loader)
+
+
+def _common(one: tuple[str, ...], other: tuple[str, ...]) -> list[bool]:
+    return [*takewhile(bool, map(str.__eq__, one, other))]
 
 
 def _state(source: Any) -> Any:
