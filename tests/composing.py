@@ -1,8 +1,9 @@
-"""Hydra that merges a choice of groups once in a process.
+"""Hydra that reads a file once and merges a choice of groups once in a process.
 
 Composing takes a third of a second, nearly all of it to read the YAML files of the chosen groups and to merge
-them, and the tests compose some thousand times. What was merged is remembered for as long as the files are
-the same; Hydra parses every command line, and sets its values on a copy, as ever.
+them, and the tests compose some thousand times. What was read and merged is remembered for as long as the
+files are the same, and a new choice goes on from what it has in common with an earlier one; Hydra parses
+every command line, and sets its values on a copy, as ever.
 """
 
 import os
@@ -10,13 +11,15 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from glob import iglob
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from omegaconf import DictConfig, _utils, basecontainer
+from omegaconf import DictConfig, OmegaConf, _utils, base, basecontainer, flag_override
+from omegaconf.errors import OmegaConfBaseException
 
 REMEMBERED = ("config", "evaluate_command", "figures_command", "status_command")
 """Configurations whose schema in Hydra's store is always the same."""
@@ -25,15 +28,20 @@ REMEMBERED = ("config", "evaluate_command", "figures_command", "status_command")
 def compose_once() -> None:
     """Makes Hydra remember, and read YAML with libyaml, which gives the same values."""
     find, merge = defaults_list.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
+    choices = defaults_list._create_interpolation_map
     lists: dict[Any, defaults_list.DefaultsList] = {}
+    read: dict[Any, dict[str, Any]] = {}
     merged: dict[int, DictConfig | None] = {}
+    begun: dict[tuple[str, ...], DictConfig | None] = {(): OmegaConf.create()}
 
     def find_once(repo: Any, config_name: str, overrides_list: list[Any], **more: Any) -> Any:
         given = defaults_list.Overrides(repo, overrides_list).config_overrides
         chosen = [each.input_line for each in overrides_list if not any(each is value for value in given)]
         if config_name not in REMEMBERED:
             return find(repo, config_name, overrides_list, **more)
-        key = (config_name, *chosen, *more.items(), *map(_state, repo.get_sources()))
+        state = tuple(map(_state, repo.get_sources()))
+        repo.cache = read.setdefault(state, {})
+        key = (config_name, *chosen, *more.items(), *state)
         if key not in lists:
             lists[key] = find(repo, config_name, overrides_list, **more)
             merged[id(lists[key].defaults)] = None
@@ -42,12 +50,42 @@ def compose_once() -> None:
     def merge_once(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
         if id(defaults) not in merged:
             return merge(self, defaults, repo)
-        known = merged[id(defaults)] = merged[id(defaults)] or merge(self, defaults, repo)
+        try:
+            known = merged[id(defaults)] = merged[id(defaults)] or go_on(self, defaults, repo)
+        except OmegaConfBaseException:
+            repo.cache = {}
+            return merge(self, defaults, repo)  # Hydra's own message
         return deepcopy(known)
 
+    def go_on(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
+        """Merges what follows the longest beginning that another choice has, too."""
+        names = tuple(f"{id(repo.cache)} {each.config_path}@{each.package}" for each in defaults)
+        shared = max(len(_common(names, other)) for other in begun)
+        done = next(count for count in range(shared, -1, -1) if begun.get(names[:count]) is not None)
+        config = deepcopy(begun[names[:done]])
+        begun.setdefault(names)
+        for place, default in enumerate(defaults[done:], done):
+            if place == shared:
+                begun[names[:place]] = deepcopy(config)
+            loaded = self._load_single_config(default, repo).config
+            with flag_override(config, "no_deepcopy_set_nodes", True):
+                config.merge_with(loaded if default.package else deepcopy(loaded))
+        config._set_flag("HYDRA_REMOVE_TOP_LEVEL_DEFAULTS", None)
+        return config
+
+    def choices_if_needed(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+        needed = any(default.is_interpolation() for default in defaults)
+        return choices(overrides, defaults, self_added) if needed else None
+
+    defaults_list._create_interpolation_map = choices_if_needed
     config_loader_impl.create_defaults_list = find_once
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once
+    base.parse = _utils.parse = cache(base.parse)
     _utils.get_yaml_loader = basecontainer.get_yaml_loader = cache(_make_loader)
+
+
+def _common(one: tuple[str, ...], other: tuple[str, ...]) -> list[bool]:
+    return [*takewhile(bool, map(str.__eq__, one, other))]
 
 
 def _state(source: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 
+import jaxtyping
 import pytest
 
 from capo_exp.core.timing import Stopwatch
@@ -24,11 +25,9 @@ NUMBERS = (
     "model.micro_batch_size=64", "dataset.max_completion_tokens=2", "optimizer.max_grad_norm=1.0",
 )  # fmt: skip
 BINDING = (
-    "regime.prompts_per_step=32",
-    "regime.group_size=2",
-    "dataset.max_completion_tokens=12",
+    "regime.prompts_per_step=32", "regime.group_size=2", "dataset.max_completion_tokens=12",
     "algo.rollout_tokens=256",
-)
+)  # fmt: skip
 # The papers' bounds go with their learning rates, some hundred times smaller than this one.
 WIDE = ["policy_shift_max=3e-3", "objective_shift_min=-0.1", "objective_shift_max=0.1"]
 
@@ -40,9 +39,11 @@ def even_first(text: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", [name for name in ALGORITHMS if name not in OFFLINE])
-def test_every_algorithm_learns_a_trivial_reward(algo: str, learner: Callable[..., Learner]) -> None:
-    """About half of the first tokens are even before, at least nine in ten within 60 steps of 64
-    completions."""
+def test_every_algorithm_learns_a_trivial_reward(
+    algo: str, learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About half of the first tokens are even before, at least nine in ten within 60 steps of 64 completions.
+    The shapes of all but the first step are not checked, which takes a fifth of its time."""
     bounds = [f"algo.selection.{bound}" for bound in WIDE] if "capo" in algo else []
     ours = learner(f"algo={algo}", *NUMBERS, *bounds, *(BINDING if algo == "c3po_pp" else ()))
     questions = prompts(*((5 + i, 6, 7) for i in range(8)))
@@ -65,6 +66,7 @@ def test_every_algorithm_learns_a_trivial_reward(algo: str, learner: Callable[..
         sampler = replace(sampler, unfinished=got.unfinished)
         batch, _ = assign_credit(got, ours, pad_token_id=0)
         metrics, _ = run_updates(ours, batch, step)
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         accuracy.append(got.metrics["reward/accuracy"])
         rejected += [line["selection/rejection_rate"] for line in metrics]
         if step > 9 and fmean(accuracy[-5:]) >= 0.9:
@@ -76,9 +78,11 @@ def test_every_algorithm_learns_a_trivial_reward(algo: str, learner: Callable[..
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["dpo", *OFFLINE])
-def test_pairs_teach_a_trivial_reward(algo: str, learner: Callable[..., Learner]) -> None:
-    """Seven in ten from a pair or two of each prompt, sampled before the first step: they order what was
-    sampled, and say nothing of other tokens."""
+def test_pairs_teach_a_trivial_reward(
+    algo: str, learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven in ten within 60 steps from a pair or two of each prompt, sampled before the first step: they
+    order what was sampled, and say nothing of other tokens."""
     steps = ["algo.states.pattern='(?<= )'"] if algo in OFFLINE else []
     paired = ("rollout=pairs", *NUMBERS, "regime.group_size=2", "dataset.max_completion_tokens=3")
     ours = learner(f"algo={algo}", *paired, *steps)
@@ -90,23 +94,21 @@ def test_pairs_teach_a_trivial_reward(algo: str, learner: Callable[..., Learner]
     built = PairBuilder(ours.config, ours.algorithm, sampler, source).build()
     known = source.hold(built.pairs, questions)
     given = replace(sampler, engine=source, prompts=source.prompts, reference_rewards=known)  # pyright: ignore
-    before = measure(ours, sampler)
+    before = reached = measure(ours, sampler)
     for step in range(1, STEPS + 1):
         got = sample_rollout(
             ours.config, ours.algorithm, given, step=step, first=8 * step, weight_version=0, watch=Stopwatch()
         )
         run_updates(ours, assign_credit(got, ours, pad_token_id=0)[0], step)
-    assert before < 0.5 and measure(ours, sampler) >= 0.7
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        if step % 10 == 0 and (reached := measure(ours, sampler)) >= 0.7:
+            break
+    assert before < 0.5 and reached >= 0.7
 
 
 def measure(ours: Learner, sampler: Sampler) -> float:
     drawn = draw(
-        ours.config,
-        sampler,
-        sampler.prompts,
-        group_size=64,
-        seed=(0, 0, 0),
-        weight_version=0,
-        watch=Stopwatch(),
-    )
+        ours.config, sampler, sampler.prompts,
+        group_size=64, seed=(0, 0, 0), weight_version=0, watch=Stopwatch(),
+    )  # fmt: skip
     return drawn.rewards.mean().item()
