@@ -1,8 +1,8 @@
 """Hydra that merges a choice of groups once in a process.
 
 Composing takes a third of a second, nearly all of it to read the YAML files of the chosen groups and to merge
-them, and the tests compose some thousand times. What was merged is remembered for as long as the files are
-the same; Hydra parses every command line, and sets its values on a copy, as ever.
+them, and the tests compose some thousand times. What was read and merged is remembered for as long as the files
+are the same; Hydra parses every command line, and sets its values on a copy, as ever.
 """
 
 import os
@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, _utils, basecontainer
 
 REMEMBERED = ("config", "evaluate_command", "figures_command", "status_command")
@@ -25,8 +27,22 @@ REMEMBERED = ("config", "evaluate_command", "figures_command", "status_command")
 def compose_once() -> None:
     """Makes Hydra remember, and read YAML with libyaml, which gives the same values."""
     find, merge = defaults_list.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
+    read = ConfigRepository.load_config
+    files: dict[Any, Any] = {}
     lists: dict[Any, defaults_list.DefaultsList] = {}
     merged: dict[int, DictConfig | None] = {}
+
+    def read_once(self: ConfigRepository, config_path: str) -> Any:
+        source: Any = self._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or source.scheme() not in ("file", "pkg"):
+            return read(self, config_path)
+        key = (str(source), config_path)
+        if source.scheme() == "file":
+            stat = os.stat(Path(source.path, source._normalize_file_name(config_path)))
+            key += (stat.st_mtime_ns, stat.st_size)
+        if key not in files:
+            files[key] = read(self, config_path)
+        return deepcopy(files[key])
 
     def find_once(repo: Any, config_name: str, overrides_list: list[Any], **more: Any) -> Any:
         given = defaults_list.Overrides(repo, overrides_list).config_overrides
@@ -45,6 +61,7 @@ def compose_once() -> None:
         known = merged[id(defaults)] = merged[id(defaults)] or merge(self, defaults, repo)
         return deepcopy(known)
 
+    ConfigRepository.load_config = read_once
     config_loader_impl.create_defaults_list = find_once
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once
     _utils.get_yaml_loader = basecontainer.get_yaml_loader = cache(_make_loader)
