@@ -1,8 +1,8 @@
 """Hydra that merges a choice of groups once in a process.
 
 Composing takes a third of a second, nearly all of it to read the YAML files of the chosen groups and to merge
-them, and the tests compose some thousand times. What was read and merged is remembered for as long as the files
-are the same; Hydra parses every command line, and sets its values on a copy, as ever.
+them, and the tests compose some thousand times. What was read and merged is remembered for as long as the
+files are the same; Hydra parses every command line, and sets its values on a copy, as ever.
 """
 
 import os
