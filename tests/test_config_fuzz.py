@@ -71,7 +71,7 @@ def judge(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))  # of 150: files of few tests are begun last
+@pytest.mark.parametrize("part", range(20))  # of 300: files of few tests are begun last
 def test_any_command_line_is_a_configuration_or_one_line(
     part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
