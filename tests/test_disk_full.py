@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -37,6 +36,7 @@ from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, run_status
 from capo_exp.training import loop as train
+from tests.pieces import run_training
 
 SMALL = [
     "algo=grpo", "num_steps=4", "regime.prompts_per_step=2", "regime.group_size=2",
@@ -237,19 +237,15 @@ def saved(disk: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_from_outside_it_is_one_line_and_exit_status_1(unbroken: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "capo_exp", *SMALL, f"output_dir={tmp_path}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000,) * 2),  # the weights fit
-    )
-    assert done.returncode == 1, done.stderr
+def test_from_outside_it_is_one_line_and_exit_status_1(
+    unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [*SMALL, f"output_dir={tmp_path}"]
+    with largest_file(5_000_000):  # the weights fit
+        assert run_training(*command) == 1
     (directory,) = (tmp_path / "default").glob("*")
-    [line] = done.stderr.splitlines()
+    [line] = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{directory}/checkpoints/step_000002 could not be written: File too large (")
     assert "; nothing was saved yet. Make room" in line
     assert json.loads((directory / "run.json").read_text())["error"].startswith("RunFailed: ")
-    config = to_config(compose_config([*SMALL, f"output_dir={tmp_path}"]))
-    assert_goes_on(directory, unbroken, lambda: train.run(config))
+    assert_goes_on(directory, unbroken, lambda: run_training(*command))

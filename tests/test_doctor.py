@@ -169,7 +169,6 @@ def full_disk(patch: Patch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "break_it", "check", "seen", "remedy", "not_run"),
     [
-        ([], little_memory, "memory", "peak 180 MB; free 179 MB", "model.micro_batch_size or", []),
         (["model.path=model"], half_a_model, "model", "could not be loaded", "model.path",
          ["engine", "weight transfer", "log-probs", "resume"]),
         (["model.path=model"], model_of_nan, "model", "NaN or infinity in model.", "model.path with whole",
@@ -178,12 +177,6 @@ def full_disk(patch: Patch) -> None:
          ["engine", "weight transfer", "log-probs", "reward", "resume"]),
         ([], engine_without_completions, "engine", "0 completions", "rollout=hf",
          ["weight transfer", "log-probs", "resume"]),
-        ([], sampler_off_by(2e-4), "log-probs", "difference 0.0002 nats", "rollout.engine.dtype", []),
-        ([], always(True), "reward", f"earns 1 and {WRONG} earns 1; expected 1 and 0", "reward=exact", []),
-        ([], full_disk, "disk space", "3 checkpoints of 12 MB; free 30 MB", "checkpoint.keep; output_dir",
-         ["resume"]),
-        (["logger.wandb_mode=online"], None, "W&B", "online, no key", "wandb login", []),
-        ([], forgetful_restore, "resume", "the step after a resume is off by", "output_dir", []),
     ],
 )  # fmt: skip
 def test_each_failure_is_one_row_with_its_remedy(
@@ -204,6 +197,27 @@ def test_each_failure_is_one_row_with_its_remedy(
     assert found.pop("not run", []) == not_run
     assert seen in rows[check].seen and remedy in rows[check].remedy
     assert all(rows[name].seen.startswith("needs: ") for name in not_run)
+
+
+ALONE = {
+    "memory": (little_memory, "peak 180 MB; free 179 MB", "model.micro_batch_size or"),
+    "log-probs": (sampler_off_by(2e-4), "difference 0.0002 nats", "rollout.engine.dtype"),
+    "reward": (always(True), f"earns 1 and {WRONG} earns 1; expected 1 and 0", "reward=exact"),
+    "W&B": (lambda patch: None, "online, no key", "wandb login"),  # by the override below
+    "resume": (forgetful_restore, "the step after a resume is off by", "output_dir"),
+}
+"""Failures that keep no other check from being run: how each comes about, what is seen, its remedy."""
+
+
+def test_failures_that_have_nothing_to_do_with_each_other_are_a_row_each(
+    examine: Examine, monkeypatch: Patch
+) -> None:
+    for break_it, _, _ in ALONE.values():
+        break_it(monkeypatch)
+    rows = examine("logger.wandb_mode=online")
+    assert results(rows) == {"FAIL": list(ALONE), "n.a.": ["weight transfer"]}
+    for check, (_, seen, remedy) in ALONE.items():
+        assert seen in rows[check].seen and remedy in rows[check].remedy, check
 
 
 def test_a_gpu_that_is_not_there(examine: Examine) -> None:
@@ -293,7 +307,8 @@ def test_a_failure_is_shown_and_status_1(
     out, err = capsys.readouterr()
     words = " ".join(out.replace("│", " ").split())
     assert "FAIL 3 checkpoints of 12 MB; free 30 MB" in words
-    assert "lower checkpoint.keep" in words and "resume not run needs: disk space" in words
+    assert "lower checkpoint.keep; output_dir" in words and "resume not run needs: disk space" in words
+    assert words.count(" FAIL ") == words.count(" not run ") == 1
     assert err.splitlines() == [f"checking {name}" for name in NAMES if name != "resume"]
     assert list(elsewhere.iterdir()) == []
 

@@ -87,6 +87,11 @@ def jobs(*overrides: str) -> list[tuple[tuple[str, ...], TrainConfig]]:
     return found
 
 
+def figures_of_runs() -> list[str]:
+    """Whose jobs are single runs of the paper."""
+    return [name for name in PAPERS if "experiment/paper" in composed(f"experiment={name}").sweep]
+
+
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict) and value:
@@ -125,7 +130,7 @@ def expect_checked(where: str, config: TrainConfig) -> None:
 
 @pytest.mark.slow
 def test_every_experiment_passes_the_checks_and_jobs_are_runs_of_their_own() -> None:
-    """Jobs of every fourth."""
+    """Jobs of every fourth study, and of the papers' sweeps that other tests here look at."""
     for name in EXPERIMENTS:
         config, dash = composed(f"experiment={name}").config, "dash" in name
         expect_checked(name, config)
@@ -138,7 +143,7 @@ def test_every_experiment_passes_the_checks_and_jobs_are_runs_of_their_own() -> 
             own = {"paper/extension_grid": "range(2)", "study/real_rates": "10,11,12,13,14"}
             seeds = own.get(name, None if dash else "range(5)")
             expect(f"{name}: swept seeds", sweep.get("seed"), seeds)
-    for name in EXPERIMENTS[::4]:
+    for name in (*STUDIES[::4], *(f"paper/{sweep}" for sweep in SWEEPS), *figures_of_runs()):
         configs = jobs(f"experiment={name}")
         for line, config in configs:
             expect_checked(f"{name} {' '.join(line)}", config)
@@ -420,14 +425,12 @@ def test_the_numbers_of_sweeps() -> None:
 @pytest.mark.slow
 def test_a_figures_jobs_are_the_single_runs() -> None:
     """Whether it is run by its own command or in a figure, a run has one identity."""
-    figures = 0
-    for name in (name for name in PAPERS if "experiment/paper" in composed(f"experiment={name}").sweep):
-        figures += 1
+    assert len(figures_of_runs()) > 8
+    for name in figures_of_runs():
         raw = ["curvature.optimizer_model=sgd"] if name == "paper/figure_3_raw_gradient" else []
         for line, config in jobs(f"experiment={name}")[-1:]:
             alone = [text.replace("experiment/paper=", "experiment=paper/") for text in line]
             expect(f"{name} {' '.join(line)}", run_id(config), run_id(composed(*alone, *raw).config))
-    assert figures > 8
 
 
 # Every distinct kind of step runs.

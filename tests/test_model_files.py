@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.prompts import render_prompts
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout, find_end_token_ids
+from tests.pieces import run_training
 
 Tensors = dict[str, Tensor]
 ASSETS = Path(capo_exp.__file__).parent / "assets" / "tiny"
@@ -203,12 +202,11 @@ def test_attention_that_cannot_run_blames_its_own_key(name: str, config: ModelCo
             policy.load_model(wanted, torch.device("cuda"))
 
 
-@pytest.mark.slow
-def test_a_run_ends_with_one_line_and_2(config: ModelConfig, tmp_path: Path) -> None:
+def test_a_run_ends_with_one_line_and_2(
+    config: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     change(config, lambda w: without(w, UP))
-    arguments = [f"model.path={config.path}", f"output_dir={tmp_path / 'out'}"]
-    command = [sys.executable, "-m", "capo_exp", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if "Loading weights" not in line]
-    assert done.returncode == 2 and len(said) == 1 and said[0].endswith(f"got files without {UP}")
+    assert run_training(f"model.path={config.path}", f"output_dir={tmp_path / 'out'}") == 2
+    [said] = [line for line in capfd.readouterr().err.splitlines() if "Loading weights" not in line]
+    assert said.endswith(f"got files without {UP}")
     assert not list(tmp_path.glob("out/**/metrics.jsonl"))

@@ -2,22 +2,19 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
+from capo_exp.cli.compose import compose_config
 from capo_exp.config.build import build_part, needs_reference
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
-from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.data.prepare import read_split
 from capo_exp.runs.identity import run_id, run_name
 from capo_exp.training.loop import run
-from tests.conftest import is_value, with_values
 from tests.pieces import run_training
 
 Bold = Callable[..., TrainConfig]
@@ -164,13 +161,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@cache
-def compose_in(home: Path, groups: tuple[str, ...]) -> DictConfig:
-    register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return compose("config", [f"hydra.searchpath=[file://{home}/conf]", "algo=bold", *groups])
-
-
 @pytest.fixture
 def bold(home: Path, monkeypatch: pytest.MonkeyPatch) -> Bold:
     """Composes `algo=bold` from a user's folders; the package is allowed, as a command line would."""
@@ -178,11 +168,10 @@ def bold(home: Path, monkeypatch: pytest.MonkeyPatch) -> Bold:
         monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("CAPO_EXP_PLUGINS", "bold_methods,my_method,my_reward")
 
-    def compose_config(*overrides: str) -> TrainConfig:
-        groups = tuple(override for override in overrides if not is_value(override))
-        return to_config(with_values(compose_in(home, groups), [o for o in overrides if o not in groups]))
+    def compose(*overrides: str) -> TrainConfig:
+        return to_config(compose_config(["algo=bold", *overrides], config_dir=str(home / "conf")))
 
-    return compose_config
+    return compose
 
 
 def test_it_passes_the_checks_and_has_its_names(bold: Bold) -> None:

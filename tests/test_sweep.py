@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from capo_exp.cli import front
 from capo_exp.config.schema import TrainConfig, conf_dir
@@ -23,7 +24,7 @@ from capo_exp.runs.lock import locked
 from capo_exp.runs.record import run_status
 from capo_exp.sweep import job, processes, sweep
 from capo_exp.training import loop as train
-from tests.pieces import logged
+from tests.pieces import logged, run_training
 from tests.process_pieces import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,14 +185,17 @@ def test_plan_only_shows_each_jobs_plan_and_starts_none(
 
 
 @pytest.mark.slow
-def test_with_joblib_jobs_run_at_a_time(work_dir: Path) -> None:
+def test_with_joblib_jobs_run_at_a_time(
+    work_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In two processes of joblib's, of which each says its job."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["seed=0,1", "plan_only=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    command = [sys.executable, "-m", "capo_exp", "-m", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("completions a step") == 2
-    assert {"job 0/2: seed=0", "job 1/2: seed=1"} <= set(done.stdout.splitlines())
+    assert run_training("-m", *arguments) == 0
+    get_reusable_executor().shutdown()
+    out = capfd.readouterr().out
+    assert out.count("completions a step") == 2
+    assert {"job 0/2: seed=0", "job 1/2: seed=1"} <= set(out.splitlines())
 
 
 def test_a_gpu_has_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
