@@ -59,6 +59,12 @@ OFFLINE = sorted(
     name for name in ALGORITHMS if "\npair_levels:" in (conf_dir() / "algo" / f"{name}.yaml").read_text()
 )
 """Those that learn from pairs alone."""
+DISTINCT = (
+    "a_star_po", "c3po", "cpgd", "dapo", "dash", "dpo", "grpo_kl", "gspo", "kl_cov", "prorl", "quatro",
+    "rebel", "reinforce_pp", "rloo", "vineppo",
+)  # fmt: skip
+"""Algorithms that differ in what they do beside a sum over tokens: passes, filters, minibatches, references,
+ratios of sequences, losses over pairs or over a whole step."""
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_every_number_of_a_part_has_one_range() -> None:
 def test_parts_declare_what_they_need() -> None:
     """Those that compare a group, and no other; the KL in a reward goes by the number that a part names."""
     compares = {name.partition(".")[2] for name, f in parts().items() if declares(f, "compares_group")}
-    losses = {"preference", "relative_regression", "lagrangian"}
+    losses = {"preference", "simpo", "relative_regression", "lagrangian"}
     assert compares == {*CENTRED, "batch_normalised", "first_of_group", *losses}
     kl = {name: number for name, f in parts().items() if (number := declares(f, "needs_kl"))}
     assert kl == dict.fromkeys(("rloo.kl_in_reward", "reinforce_pp.whitened_return"), "kl_coefficient")

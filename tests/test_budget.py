@@ -248,6 +248,7 @@ def test_two_processes_sample_what_one_does_and_the_budget_is_kept(
     assert kept > 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_it_had_begun(composed: Compose, tmp_path: Path) -> None:
     """Ended after its first step, which left completions, it ends in the bits of the whole run."""
     numbers = (

@@ -306,6 +306,7 @@ def test_paths_lists_and_flags_need_no_quotes(
     assert shown(*arguments, "cuont=1") == shown(*arguments, "-m") == 2
 
 
+@pytest.mark.slow
 def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path: Path) -> None:
     done = subprocess_run("algo=capoo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -315,6 +316,7 @@ def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tm
     assert done.stderr.startswith("Traceback") and "MissingConfigException" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_names_groups_and_commands(run: Run) -> None:
     text = run("--help").out
     for expected in ("plan_only=true", "--cfg job --resolve", "algo: a_star_po, c3po, c3po_pp,", "model: "):
@@ -352,6 +354,7 @@ def test_a_printed_key_gives_the_same_value_back(some: str, more: str) -> None:
     assert typed("model.path", "outputs/a-1/step_000002") == "model.path=outputs/a-1/step_000002"
 
 
+@pytest.mark.slow
 def test_a_users_file_comes_before_the_packaged_one_and_is_told(
     work_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ def overrides_of(command: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_documents_composes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(COMMANDS) > 15
     monkeypatch.setenv(PLUGINS, "")

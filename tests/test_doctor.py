@@ -86,6 +86,7 @@ def test_a_healthy_machine_passes_and_nothing_is_left(elsewhere: Path) -> None:
         assert seen in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [("algo=prorl",), ("algo=sft", "rollout=demonstrations", "regime.group_size=1")],
@@ -166,6 +167,7 @@ def full_disk(patch: Patch) -> None:
     patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000_000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "break_it", "check", "seen", "remedy", "not_run"),
     [
@@ -209,6 +211,7 @@ ALONE = {
 """Failures that keep no other check from being run: how each comes about, what is seen, its remedy."""
 
 
+@pytest.mark.slow
 def test_failures_that_have_nothing_to_do_with_each_other_are_a_row_each(
     examine: Examine, monkeypatch: Patch
 ) -> None:
@@ -299,6 +302,7 @@ def test_a_wrong_configuration_is_one_line_and_status_2(
     assert out == "" and list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failure_is_shown_and_status_1(
     monkeypatch: Patch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
@@ -313,6 +317,7 @@ def test_a_failure_is_shown_and_status_1(
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [SystemExit(143), RuntimeError("boom")])
 def test_the_engine_is_closed_whatever_happens(
     examine: Examine, monkeypatch: Patch, ending: BaseException

@@ -89,6 +89,7 @@ def scored(trained: Path) -> Path:
     return folder(trained / "evaluations", "step_000002")
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_completions_on_record(scored: Path) -> None:
     completions, problems = rows(scored / "completions.parquet"), rows(scored / "problems.parquet")
     scores = json.loads((scored / "scores.json").read_text())
@@ -158,6 +159,7 @@ def test_the_same_command_samples_nothing_and_shows_the_same(
     assert steps[2]["test/accuracy"] == steps[2]["test/accuracy/arithmetic"] == pytest.approx(average)
 
 
+@pytest.mark.slow
 def test_a_card_its_scores_and_examples_are_sent_to_each_tracker(
     scored: Path, trained: Path, evaluated: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +311,7 @@ def test_greedy_accuracy_is_what_training_logged(trained: Path, evaluated: Evalu
     assert tested == pytest.approx([first, last]) and first != last
 
 
+@pytest.mark.slow
 def test_a_model_without_a_run_by_name_and_by_folder(
     evaluated: Evaluate, trained: Path, scored: Path, tmp_path: Path
 ) -> None:
@@ -325,6 +328,7 @@ def test_a_model_without_a_run_by_name_and_by_folder(
     )
 
 
+@pytest.mark.slow
 @needs_data
 def test_benchmarks_of_another_kind_with_the_runs_model_and_prompt_style(
     trained: Path, evaluated: Evaluate, tmp_path: Path
@@ -380,6 +384,7 @@ def test_bad_input_is_one_line(
     assert message in refused(capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -441,6 +446,7 @@ STORED = [
 ]
 
 
+@pytest.mark.slow
 def test_completions_on_disk_are_scored_by_model_against_their_labels(
     tmp_path: Path, evaluated: Evaluate, scored: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_fetched_run_is_what_was_trained(
     assert (run_status(there), run.setting("algo.name"), len(run.metrics)) == ("finished", "capo", 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(
     logged: str, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,6 +252,7 @@ def test_time_is_shared_out(tmp_path: Path) -> None:
     assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
 
 
+@pytest.mark.slow
 def test_the_largest_gradient_norm(everything: Study) -> None:
     found = rows(compose("8", everything).panels)
     norms = [row for row in found if row["x"] == "max"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.image
 import numpy as np
+import pytest
 import yaml
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,6 +47,7 @@ def write_run(path: Path, steps: int, config: dict[str, Any] = CONFIG, **more: A
     return load_run(path)
 
 
+@pytest.mark.slow
 @NO_WARNINGS
 def test_a_picture_of_a_run_without_steps_of_one_and_of_an_old_one_without_most_of_it(tmp_path: Path) -> None:
     short = {"counter/completions": 96, "reward/accuracy": 0.5}

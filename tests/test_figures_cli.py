@@ -71,6 +71,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, run) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_all_goes_on_without_what_it_lacks(
     study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_all_goes_on_without_what_it_lacks(
     assert (asked.status, asked.out, asked.err) == (2, "", f"figure 8: {lack}\n")
 
 
+@pytest.mark.slow
 def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(
     tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +169,7 @@ def test_the_same_again_is_the_same_bytes_and_starts_without_torch(study: Path, 
     assert all(f'id="figure-{name}"' in after["report.html"].decode() for name in ("1", "rejected_tokens"))
 
 
+@pytest.mark.slow
 def test_default_output_and_table(study: Path, run) -> None:
     assert run(f"runs={study}", "figure=1").status == 0
     folder = study / "figures"
@@ -182,6 +185,7 @@ def test_default_output_and_table(study: Path, run) -> None:
     assert panels == {"loss/total", "eval/accuracy"}
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_old_files(
     study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

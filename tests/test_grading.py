@@ -54,6 +54,7 @@ def pairs(half: int, style: str) -> Iterator[tuple[str, str, bool]]:
                 yield answer.replace("⏎", "\n") if whole else boxed, gold, mark == "~"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("half", "style", "count", "least"),
     [
@@ -126,6 +127,7 @@ def test_what_the_library_raises_is_a_verdict(monkeypatch: pytest.MonkeyPatch, e
     assert not can_read_gold("x")
 
 
+@pytest.mark.slow
 def test_last_boxed_takes_one_pass_and_only_the_end_of_a_very_long_text_is_read() -> None:
     """Two million boxes that never close, and backslashes without end."""
     assert find_last_box("\\boxed{" * 2_000_000) is None
@@ -192,6 +194,7 @@ def test_agreement_with_labels(
 # --- what the verifier does with golds, and what it remembers ---
 
 
+@pytest.mark.slow
 def test_golds_that_cannot_be_read_leave_the_data_or_earn_one() -> None:
     golds = [("7",), (" ",), ("", "1/2"), (r"\text{Evelyn}",), ()]
     texts = [[r"\boxed{7}", "none"]] * len(golds)
@@ -218,6 +221,7 @@ def logged(completion: str, golds: tuple[str, ...]) -> Grade:
     return Grade(reason == "correct", "x" * (2_000 if reason == "wrong" else 1), reason)
 
 
+@pytest.mark.slow
 def test_verdicts_are_remembered_until_close_but_not_what_may_be_the_machines_fault(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     texts = [[f"{reason} {calls}" for reason in ("correct", "no_answer", "timeout", "raise", "wrong")]]

@@ -147,6 +147,7 @@ def sample(config: ModelConfig) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in engine.generate(request)[0].completions]
 
 
+@pytest.mark.slow
 def test_a_generation_config_changes_no_sample_and_stops_nothing(config: ModelConfig) -> None:
     """Nor does the saved model hold what stood there."""
     plain, file = sample(config), Path(config.path) / "generation_config.json"

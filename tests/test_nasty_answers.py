@@ -145,6 +145,7 @@ HARMFUL = (texts((*PIECES, "^", "^{", "!", "9"), (*SHAPES, *EXPLOSIVE)), formula
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.slow
 @QUICK
 @given(text=texts(PIECES, SHAPES), gold=formulas(SHAPES), style=st.sampled_from(STYLES))
 def test_grade_never_raises_and_says_the_same_twice(text, gold, style):

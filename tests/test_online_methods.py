@@ -179,6 +179,7 @@ def test_the_reference_is_sampled_once_for_what_the_run_visits(composed: Compose
         assert [p.problem.id for p in got.offers["prompts"]] == [g.prompt.problem.id for g in got.groups]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_what_the_reference_earned(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

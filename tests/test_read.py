@@ -232,6 +232,7 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "(tokens is double, expected a list of text); restore or remove it" in caplog.text
 
 
+@pytest.mark.slow
 def test_logging_and_reading_need_neither_torch_nor_a_display(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     code = """

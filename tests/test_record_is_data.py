@@ -146,6 +146,7 @@ def test_only_parts_of_the_package_are_built() -> None:
     assert not Path("PWNED").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @each_depth
 def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(

@@ -212,6 +212,7 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert labels == ["CAPO (A) · seed 0", "CAPO (A) · seed 1", "GRPO (A) · seed 0"]
 
 
+@pytest.mark.slow
 def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     for step in range(10, 40, 10):

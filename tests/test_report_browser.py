@@ -251,6 +251,7 @@ def test_nothing_is_cut_and_every_number_has_its_column(page: Page, width: int) 
     assert page.one("figcaption").size["width"] > 300 or width == 1280
 
 
+@pytest.mark.slow
 def test_without_javascript_tables_and_figures_are_there(page: Page) -> None:
     page.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:

@@ -173,6 +173,7 @@ def test_an_end_from_outside_is_not_the_answers_fault(rough, tmp_path):
     assert result.metrics["reward/crashes"] == 1
 
 
+@pytest.mark.slow
 def test_idle_worker_that_was_killed_is_replaced(rough):
     rough.score([["here"]], [("1",)])  # texts of its own: what is remembered needs no worker
     for pid in workers():
@@ -244,6 +245,7 @@ def test_bad_numbers_and_choices_name_their_key(bad: str, composed: Callable) ->
         check(composed("reward=math_verify", f"reward.verifier.{bad}"))
 
 
+@pytest.mark.slow
 def test_the_room_is_imported_without_torch_or_math_verify() -> None:
     code = "import sys; from capo_exp.grading import Grade, grade, verifier; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -40,7 +40,7 @@ from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selectio
 from capo_exp.curvature import model as curvature
 from capo_exp.training.learner import Learner
 from capo_exp.training.loss import compute_loss
-from tests.conftest import ALGORITHMS, SELECTING
+from tests.conftest import ALGORITHMS, DISTINCT, SELECTING
 from tests.pieces import (
     BOUNDS,
     SMALL,
@@ -466,13 +466,7 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     assert torch.equal(gradient != 0, keep)
 
 
-KINDS = (
-    "a_star_po", "c3po", "cpgd", "dapo", "dash", "dpo", "grpo_kl", "gspo", "kl_cov", "prorl", "quatro",
-    "rebel", "reinforce_pp", "rloo", "vineppo",
-)  # fmt: skip
-"""Algorithms that differ in what they do beside a sum over tokens: passes, filters, minibatches, references,
-ratios of sequences, losses over pairs or over a whole step."""
-BOUNDED = [((f"algo={name}", "selection=capo"), name) for name in KINDS]
+BOUNDED = [((f"algo={name}", "selection=capo"), name) for name in DISTINCT]
 BOUNDED += [(("algo=capo",), "grpo"), (("algo=dr_capo",), "dr_grpo"), (("algo=rein_capo",), "reinforce")]
 
 

@@ -102,11 +102,13 @@ def test_size_dtype_and_origin_of_the_files(model):
     assert not any("/" in str(value) for value in config.values())
 
 
+@pytest.mark.slow
 def test_greedy_accuracy_leaves_room(model, test_problems):
     chosen = test_problems[:120]
     assert 0.3 <= accuracy(complete(model, chosen, do_sample=False), chosen) <= 0.6
 
 
+@pytest.mark.slow
 def test_samples_end(model, test_problems):
     torch.manual_seed(0)
     chosen = test_problems[120:300]

@@ -69,6 +69,7 @@ CONTRACT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
@@ -88,6 +89,7 @@ def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
         assert all(value <= 0 for value in row["log_prob"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(whole: Path, small: Compose) -> None:
     """Also off the main thread."""
     done: list[Path] = []
@@ -118,6 +120,7 @@ def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose
         train.run(small())
 
 
+@pytest.mark.slow
 def test_inner_iterations_are_one_line_each(small: Compose) -> None:
     config = small("algo=grpo", "algo.num_iterations=3", "dataset.max_completion_tokens=64")
     rows = logged(train.run(config) / "metrics.jsonl")
@@ -224,6 +227,7 @@ def test_gpu_memory_that_runs_out_names_the_keys(small: Compose, monkeypatch: py
     assert "gpu_memory_utilization" in str(failed.value) and "more" not in str(failed.value).split()[:12]
 
 
+@pytest.mark.slow
 def test_divergence_names_the_step_and_a_checkpoint_from_before_the_trouble(
     small: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ from math import nan
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -161,6 +160,8 @@ def spearman(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
     not vary."""
     if len(first) < 3 or (first == first[0]).all() or (second == second[0]).all():
         return nan
+    from scipy.stats import spearmanr  # half a second, which every start of a run would wait for
+
     result = spearmanr(first.cpu().numpy(), second.cpu().numpy())
     return float(result.statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
