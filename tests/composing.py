@@ -21,6 +21,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf, _utils, base, basecontainer, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+MARK = "HYDRA_REMOVE_TOP_LEVEL_DEFAULTS"
 REMEMBERED = ("config", "evaluate_command", "figures_command", "status_command")
 """Configurations whose schema in Hydra's store is always the same."""
 
@@ -70,7 +71,7 @@ def compose_once() -> None:
             loaded = self._load_single_config(default, repo).config
             with flag_override(config, "no_deepcopy_set_nodes", True):
                 config.merge_with(loaded if default.package else deepcopy(loaded))
-        config._set_flag("HYDRA_REMOVE_TOP_LEVEL_DEFAULTS", None)
+        _drop_defaults(config)
         return config
 
     def choices_if_needed(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
@@ -82,6 +83,18 @@ def compose_once() -> None:
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once
     base.parse = _utils.parse = cache(base.parse)
     _utils.get_yaml_loader = basecontainer.get_yaml_loader = cache(_make_loader)
+
+
+def _drop_defaults(node: Any) -> None:
+    """Removes the defaults lists that structured configs brought with them, which Hydra has marked."""
+    if not isinstance(node, DictConfig) or node._is_missing() or node._is_none():
+        return
+    if node._get_flag(MARK):
+        node._set_flag(MARK, None)
+        with flag_override(node, ["readonly", "struct"], False):
+            node.pop("defaults", None)
+    for _, child in node.items_ex(resolve=False):
+        _drop_defaults(child)
 
 
 def _common(one: tuple[str, ...], other: tuple[str, ...]) -> list[bool]:
