@@ -28,7 +28,7 @@ from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import render_prompts
-from capo_exp.rollout import EngineFailed, SamplingRequest, vllm
+from capo_exp.rollout import EngineFailed, SamplingRequest, vllm, weight_transfer
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
 from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, EngineProcess, Request, explain_failure
@@ -39,6 +39,7 @@ from capo_exp.rollout.weight_transfer import (
     EngineWeights,
     WeightClient,
     choose_backend,
+    describe_ipc,
     make_weight_source,
     run_within,
 )
@@ -607,6 +608,21 @@ def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel)
     assert "lm_head.weight" in sent
     small_model.get_input_embeddings().weight.data.fill_(7)  # pyright: ignore[reportArgumentType]
     assert (dict(source)["lm_head.weight"] == 7).all()  # the weights as they are, not as they were
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_sharded_model_goes_through_one_buffer_that_its_largest_tensor_fits(
+    small_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two bytes a number; a model of one tensor stands for one of 152,064 x 8,192."""
+    weights = EngineWeights(small_model, torch.bfloat16)
+    plain = describe_ipc(weights)
+    assert (plain.rank, plain.packed) == (0, False)
+    large = torch.nn.ParameterList([torch.empty(152_064, 8_192, device="meta")])
+    monkeypatch.setattr(weight_transfer, "is_sharded", lambda model: model is large)
+    info = describe_ipc(EngineWeights(large, torch.bfloat16))  # pyright: ignore[reportArgumentType]
+    assert info.packed and info.packed_buffer_size_bytes == 2 * 152_064 * 8_192 > 2**30
 
 
 def test_backends() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.distributed.sharding import full
+from capo_exp.distributed.sharding import full, is_sharded
 from capo_exp.rollout import EngineFailed
 
 CHUNK_BYTES = 64 * 2**20
@@ -115,9 +115,7 @@ def make_sender(
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
     if backend == "ipc":
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-
-        info: Any = IPCTrainerInitInfo(rank=0)  # not packed: its buffer would have to hold the largest tensor
+        info = describe_ipc(weights)
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
@@ -139,6 +137,17 @@ def make_sender(
 
     sender = limited(f"joining the engine for {backend} transfers", join)
     return lambda: limited(f"sending weights by {backend}", sender.send_weights)
+
+
+def describe_ipc(weights: EngineWeights) -> Any:
+    """Describes transfers to vLLM: tensor by tensor, or of a sharded model packed into one buffer, which the
+    largest tensor has to fit; each gathered one would else stay until all are sent."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    info = IPCTrainerInitInfo(rank=0, packed=is_sharded(weights.model))
+    largest = weights.dtype.itemsize * max(weight.numel() for weight in weights.model.parameters())
+    info.packed_buffer_size_bytes = max(info.packed_buffer_size_bytes, largest)
+    return info
 
 
 def make_weight_source(weights: EngineWeights) -> Any:
