@@ -237,7 +237,7 @@ def saved(disk: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_from_outside_it_is_one_line_and_exit_status_1(
+def test_the_command_says_it_in_one_line_and_exit_status_1(
     unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = [*SMALL, f"output_dir={tmp_path}"]

@@ -116,10 +116,11 @@ def test_kv_cache_of_a_call(composed: Composed) -> None:
         (["regime=conservative"], 512),
         ([one_problem, limit], 16),  # whole groups of 8
         ([one_problem, "rollout.chunking=per_micro_batch"], 16),
-        ([one_problem, limit, "algo=vineppo"], 18),  # 9 go on from each state
         (["algo=a_star_po", "regime.group_size=1"], 512),  # of the reference, 8 a prompt
     ):
         assert estimate(composed(*overrides), gpu=False).kv_cache == rows * row
+    longer = 2 * 4 * (160 + 96) * (256 + 128) + 5 * 4 * 1024  # a state's tokens, and a completion of another
+    assert estimate(composed("algo=vineppo", one_problem, limit), gpu=False).kv_cache == 18 * longer
     assert estimate(composed("rollout=vllm"), gpu=False).kv_cache == 0
 
 

@@ -94,16 +94,18 @@ def test_pairs_teach_a_trivial_reward(
     built = PairBuilder(ours.config, ours.algorithm, sampler, source).build()
     known = source.hold(built.pairs, questions)
     given = replace(sampler, engine=source, prompts=source.prompts, reference_rewards=known)  # pyright: ignore
-    before = reached = measure(ours, sampler)
+    looks = [measure(ours, sampler)]
     for step in range(1, STEPS + 1):
         got = sample_rollout(
             ours.config, ours.algorithm, given, step=step, first=8 * step, weight_version=0, watch=Stopwatch()
         )
         run_updates(ours, assign_credit(got, ours, pad_token_id=0)[0], step)
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        if step % 10 == 0 and (reached := measure(ours, sampler)) >= 0.7:
+        if step % 10 == 0:
+            looks.append(measure(ours, sampler))
+        if min(looks[-2:]) >= 0.7:
             break
-    assert before < 0.5 and reached >= 0.7
+    assert looks[0] < 0.5 and looks[-1] >= 0.7
 
 
 def measure(ours: Learner, sampler: Sampler) -> float:

@@ -109,13 +109,15 @@ def test_simpo_is_the_logistic_loss_of_differences_of_mean_log_probs(
 ) -> None:
     """Gradient of the weights, by autograd without a reference; micro-batches part the pairs."""
     numbers = ("algo.token_loss.beta=2.0", "+algo.token_loss.gamma=0.8", "model.micro_batch_size=3")
-    ours = learner("algo=mdpo", "algo.token_loss._target_=capo_exp.algorithms.dpo.simpo", *numbers)
+    numbers = ("algo=mdpo", "algo.token_loss._target_=capo_exp.algorithms.dpo.simpo", *numbers)
+    ours, again = (learner(*numbers) for _ in range(2))
     batch = grouped(random_batch(), REWARDS, 4)
     mean = plain_log_probs(ours.model, batch).sum(1) / batch.completion_mask.sum(1)
     wanted = preference_loss(mean.view(-1, 4), torch.tensor(REWARDS).view(-1, 4), 2.0, 0.8)
     grads = torch.autograd.grad(wanted, list(ours.model.parameters()))
     torch.testing.assert_close(gradients(ours, batch), list(grads), rtol=1e-5, atol=1e-6)
     assert ours.reference is None
+    assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(wanted.item(), abs=1e-6)
 
 
 def test_direct_advantage_po_by_hand(built: Callable[..., Algorithm]) -> None:

@@ -86,7 +86,10 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
     if model.gradient_checkpointing:
         layers = shape.num_hidden_layers * FLOAT * width + layer
     # Keys are float32 after the rotation; one layer's keys and values are repeated for every head.
-    cached = (FLOAT + number) * (shape.num_hidden_layers * kv_width(shape) + width) * longest
+    row = dataset.longest_row  # and what a state or an unfinished completion begins with, beside a new one
+    if config.algo.continuations or config.algo.rollout_tokens is not None or config.algo.pair_levels:
+        row += dataset.max_completion_tokens
+    cached = (FLOAT + number) * (shape.num_hidden_layers * kv_width(shape) + width) * row
     drawing = LOGITS_COPIES * FLOAT * shape.vocab_size
     copies = half and kept == FLOAT and config.distributed.name == "single"  # autocast's
     memory = Memory(
@@ -140,7 +143,9 @@ def sequences_at_once(config: TrainConfig) -> int:
     calls = [(rows, config.regime.group_size), (config.evaluation.num_problems * samples, samples)]
     calls += [] if config.algo.rollout_tokens is None else [(rows, 1)]  # what goes on does so one by one
     pairs = (config.rollout.train_engine or {}).get("samples", 0)
-    calls += [(limit, n) for n in (config.algo.continuations, config.algo.reference_samples, pairs) if n]
+    calls += [
+        (max(limit, n), n) for n in (config.algo.continuations, config.algo.reference_samples, pairs) if n
+    ]
     return max(min(total, max(1, limit // group) * group) for total, group in calls)
 
 

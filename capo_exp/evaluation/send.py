@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capo_exp.config.errors import RunFailed
+from capo_exp.runs.files import remove
 from capo_exp.runs.local_sinks import TensorBoardSink, TrackioSink
 from capo_exp.runs.parse import read_parquet
 from capo_exp.runs.samples import Sample
@@ -48,6 +49,7 @@ def send_evaluation(tracker: str, project: str, folder: Path, name: str, scores:
 
 def _open(tracker: str, project: str, folder: Path, name: str, card: dict[str, Any], step: int) -> Sink:
     if tracker == "wandb":
+        remove(folder / "wandb")
         about = {"project": project, "name": name, "job_type": "evaluate", "config": card}
         return WandbSink(folder, resolve_mode("auto"), stats=False, table_rows=EXAMPLES, **about)
     if tracker == "tensorboard":

@@ -57,7 +57,7 @@ def _one_number(study: Study, metric: Metric, curve: Curve, measure: Measure) ->
     if measure == "lead":
         return _lead(study, metric, curve)
     if measure == "until_good":
-        return _until_good(study, found)
+        return _until_good(study, found, len(curve.runs))
     start = study.start_of(curve, metric)
     first = float(found.centre[np.isfinite(found.centre)][0])
     stable = stability(found, start=first if start is None else start, kind=study.interval)
@@ -86,11 +86,11 @@ def _lead(study: Study, metric: Metric, curve: Curve) -> Estimate | str:
     return study.over_seeds(np.array([own[seed] - theirs[seed] for seed in shared]))
 
 
-def _until_good(study: Study, found: Band) -> Estimate | str:
+def _until_good(study: Study, found: Band, seeds: int) -> Estimate | str:
     """Returns the first x at which a seed's curve is GOOD, over seeds; how many are, if some never are."""
     reached = [found.x[hit.argmax()] for hit in found.values >= GOOD if hit.any()]
-    if len(reached) < found.seeds:
-        return f"{len(reached)} of {found.seeds} seeds"
+    if len(reached) < seeds:
+        return f"{len(reached)} of {seeds} seeds"
     return study.over_seeds(np.array(reached))
 
 

@@ -111,7 +111,7 @@ def figure_stability(study: Study) -> list[Panel]:
 
 
 def figure_methods(study: Study) -> list[Panel]:
-    """Draws what each method ends with, how soon it is at 90 %, and whether it keeps it."""
+    """Draws what each method ends with, how soon it is at 90 %, and whether it collapses."""
     bar = partial(bars, study, study.choose(trains, TRAINS))
     return [
         bar(HELD_OUT, "Held-out, final", "final"),
@@ -199,6 +199,8 @@ log-prob, and m_H, the change of the objective, in runs before 2026-11-26 by the
 RANKS = """Rank correlation over the tokens of one step. \
 The last layer's shift is what the step would have done alone there."""
 WILSON = "the interval of the share is Wilson's."
+UNTIL_GOOD = """Completions to 90 % are those until smoothed training accuracy is there; where not every \
+seed gets there, how many do."""
 KEPT = """and has kept its peak when it ends with nine tenths of that accuracy; \
 intervals of shares are Wilson's."""
 LEAD = """The lead is a curve's area less that of plain GRPO at its best learning rate outside the \
@@ -221,9 +223,7 @@ FIGURES = {
     "calibration": FigureSpec("Predicted against measured shifts", figure_calibration, 3, RANKS),
     "constraint": FigureSpec("Which bound", figure_constraint),
     "criterion": FigureSpec("Criterion", figure_criterion, 4, f"{COLLAPSE}, {KEPT} {HEIGHT} {LEAD}"),
-    "methods": FigureSpec(
-        "Methods", figure_methods, 4, f"{COLLAPSE}; the interval of the share is Wilson's."
-    ),
+    "methods": FigureSpec("Methods", figure_methods, 4, f"{UNTIL_GOOD} {COLLAPSE}; {WILSON}"),
     "metrics": FigureSpec("Health of training", figure_metrics, 3),
     "regimes": FigureSpec("Regimes", figure_regimes, caption=WORST),
     "rejected_tokens": FigureSpec("Rejected tokens", figure_rejected_tokens, 3, TOKENS, "tokens"),

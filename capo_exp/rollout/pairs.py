@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ class Pairs:
     @property
     def text(self) -> str:
         """Is all of it as JSON; numbers come back to the last bit."""
-        return json.dumps(asdict(self)) + "\n"
+        return json.dumps(self, default=vars) + "\n"
 
     @property
     def digest(self) -> str:

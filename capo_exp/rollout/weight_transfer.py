@@ -140,8 +140,8 @@ def make_sender(
 
 
 def describe_ipc(weights: EngineWeights) -> Any:
-    """Describes transfers to vLLM: tensor by tensor, or of a sharded model packed into one buffer, which the
-    largest tensor has to fit; each gathered one would else stay until all are sent."""
+    """Describes transfers to vLLM: in place, where a copy in another dtype stays until all are sent; or of a
+    sharded model, whose gathered tensors would all stay, packed into one buffer that the largest fits."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
     info = IPCTrainerInitInfo(rank=0, packed=is_sharded(weights.model))

@@ -87,7 +87,7 @@ class Session:
     record: RunRecord
     progress: Progress
     counts: dict[str, int]  # The COUNTS
-    pairs: str | None  # Digest of the pairs that it learns from, which checkpoints keep
+    pairs: str | None  # Digest of the pairs that it learns from, which checkpoints keep; older ones did not
 
     @property
     def step(self) -> int:
@@ -119,12 +119,14 @@ class Session:
         source, place = self.sampler.engine, self.directory / FILE
         assert isinstance(source, PairRollout)
         built = self.world.first(lambda: read_pairs(place))
-        if self.step and (built is None or built.digest != self.pairs):
+        digest = built.digest if built else None
+        if self.step and (digest is None or self.pairs not in (None, digest)):
             raise ConfigError(f"{place}: expected the pairs that the run began with, or overwrite=true")
         if built is None:
             self.progress.message(f"building pairs of {source.samples} completions of each prompt")
             asked = replace(self.sampler, engine=self.engine)
             built = PairBuilder(self.config, self.inputs.algorithm, asked, source).build()
+            digest = built.digest
             self.world.first(lambda: write_pairs(place, built))
         if not built.pairs:
             raise ConfigError(
@@ -135,7 +137,7 @@ class Session:
         self.sampler = replace(self.sampler, prompts=source.prompts, reference_rewards=known)
         if not self.step:
             self._count_sampled(built.completions, built.tokens)
-        self.pairs = built.digest
+        self.pairs = digest
         self.progress.message(f"{len(built.pairs)} pairs, in {place}")
 
     def _count_sampled(self, completions: int, tokens: int) -> None:
