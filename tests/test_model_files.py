@@ -207,7 +207,7 @@ def test_a_run_ends_with_one_line_and_2(
     config: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     change(config, lambda w: without(w, UP))
-    assert run_training(f"model.path={config.path}", f"output_dir={tmp_path / 'out'}") == 2
+    assert run_training(f"model.path={config.path}", f"output_dir={tmp_path / 'out'}", "num_steps=1") == 2
     [said] = [line for line in capfd.readouterr().err.splitlines() if "Loading weights" not in line]
     assert said.endswith(f"got files without {UP}")
     assert not list(tmp_path.glob("out/**/metrics.jsonl"))

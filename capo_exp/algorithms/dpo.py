@@ -30,9 +30,7 @@ def preference(inputs: TokenLossInput, *, beta: Positive) -> TokenLoss:
     pi = pi_ref. A prompt whose advantages are equal has no pair, and 0. Source: arXiv 2305.18290, eq. 7, with
     every pair of the group in place of one.
     """
-    value, pull = _logistic(inputs, lambda step: beta * _log_ratio(step), margin=0.0)
-    values = spread(value, beta * pull, inputs.log_probs, inputs.completion_mask)
-    return TokenLoss(values=values, clipped=torch.zeros_like(inputs.completion_mask))
+    return _logistic(inputs, lambda step: beta * _log_ratio(step), margin=0.0, slope=beta)
 
 
 @compares_group
@@ -41,10 +39,8 @@ def preference(inputs: TokenLossInput, *, beta: Positive) -> TokenLoss:
 def simpo(inputs: TokenLossInput, *, beta: Positive, gamma: NonNegative) -> TokenLoss:
     """Returns what `preference` does, of -ln sigmoid(beta (M_w - M_l) - gamma); M is the mean log-prob of
     a completion's tokens, so there is no reference. Source: SimPO, arXiv 2405.14734, eq. 6."""
-    value, pull = _logistic(inputs, lambda step: beta * _mean_log_prob(step), margin=gamma)
-    slope = beta * pull / inputs.completion_mask.sum(1).clamp(min=1)
-    values = spread(value, slope, inputs.log_probs, inputs.completion_mask)
-    return TokenLoss(values=values, clipped=torch.zeros_like(inputs.completion_mask))
+    slope = beta / inputs.completion_mask.sum(1).clamp(min=1)
+    return _logistic(inputs, lambda step: beta * _mean_log_prob(step), margin=gamma, slope=slope)
 
 
 def _log_ratio(step: Scored) -> Tensor:
@@ -56,10 +52,12 @@ def _mean_log_prob(step: Scored) -> Tensor:
     return masked_mean(step.output.log_probs, step.batch.completion_mask, 1)
 
 
-def _logistic(inputs: TokenLossInput, score: Score, margin: float) -> tuple[Tensor, Tensor]:
-    """Returns a completion's halves of its pairs' losses, and their derivative by its score, [B] each."""
+def _logistic(inputs: TokenLossInput, score: Score, margin: float, slope: float | Tensor) -> TokenLoss:
+    """Returns a completion's halves of its pairs' losses; `slope`, [B] or one for all, is the derivative of
+    its score by the log-prob of each of its tokens."""
     value, pull = (inputs.of_step(partial(part, score=score, margin=margin)) for part in (_losses, _pulls))
-    return value, pull
+    values = spread(value, slope * pull, inputs.log_probs, inputs.completion_mask)
+    return TokenLoss(values=values, clipped=torch.zeros_like(inputs.completion_mask))
 
 
 def _losses(step: Scored, score: Score, margin: float) -> Tensor:
