@@ -339,6 +339,17 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
     assert [text.get_text() for text in drawn(picture).axes[-1].texts] == ["the best rival"]
 
 
+def test_a_method_ends_with_what_each_of_its_seeds_ends_with(tmp_path: Path) -> None:
+    """Wherever they end: of 20 and 30 steps, all but the last evaluation of the longer seed is 0."""
+    for seed, steps in enumerate((20, 30)):
+        write_run(
+            tmp_path, "capo", seed, steps=steps, accuracy=lambda x, s: 0.8 if x == 30 * 96 else 0.4 * (1 - s)
+        )
+    panels = compose("methods", study_in(tmp_path)).panels
+    (column,) = [c for panel in panels for c in panel.columns if panel.title == "Held-out, final"]
+    assert column.cells["CAPO (A)"].value == pytest.approx(0.6)
+
+
 def test_a_method_is_good_where_each_of_its_seeds_is(tmp_path: Path) -> None:
     """Seeds rise by a tenth or a twentieth a step of 96 from 0.5, so they are at 0.9 in steps 4 and 8."""
     for seed in range(2):

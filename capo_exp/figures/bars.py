@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize, to_rgb
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import style
-from capo_exp.figures.bands import Band
+from capo_exp.figures.bands import Band, in_evaluations
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
@@ -19,10 +19,11 @@ from capo_exp.figures.panel import NAN, Column, Panel, format_values, list_rows,
 from capo_exp.figures.stats import areas, stability
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
+from capo_exp.runs.read import read_series
 
 Measure = Literal[
     "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead",
-    "until_good",
+    "until_good", "last",
 ]  # fmt: skip
 """How a curve becomes one number; stats.Stability has those that the functions here do not know."""
 GOOD = 0.9
@@ -56,6 +57,8 @@ def _one_number(study: Study, metric: Metric, curve: Curve, measure: Measure) ->
         return reduced(study, found, measure)
     if measure == "lead":
         return _lead(study, metric, curve)
+    if measure == "last":
+        return _last(study, metric, curve)
     if measure == "until_good":
         return _until_good(study, found, len(curve.runs))
     start = study.start_of(curve, metric)
@@ -84,6 +87,13 @@ def _lead(study: Study, metric: Metric, curve: Curve) -> Estimate | str:
     if not shared:
         return "no seed in common"
     return study.over_seeds(np.array([own[seed] - theirs[seed] for seed in shared]))
+
+
+def _last(study: Study, metric: Metric, curve: Curve) -> Estimate:
+    """Returns what each seed ends with, wherever that is: seeds may draw different numbers of completions."""
+    rows = [run.evaluations if in_evaluations(metric.key) else run.metrics for run in curve.runs]
+    found = [values for some in rows if (values := read_series(some, metric.key)[1]).size]
+    return study.over_seeds(np.array([values[-1] for values in found]))
 
 
 def _until_good(study: Study, found: Band, seeds: int) -> Estimate | str:

@@ -114,7 +114,7 @@ def figure_methods(study: Study) -> list[Panel]:
     """Draws what each method ends with, how soon it is at 90 %, and whether it collapses."""
     bar = partial(bars, study, study.choose(trains, TRAINS))
     return [
-        bar(HELD_OUT, "Held-out, final", "final"),
+        bar(HELD_OUT, "Held-out, final", "last"),
         bar(TRAINING, "Training, final", "final"),
         bar(UNTIL, "Completions to 90 %", "until_good"),
         bar(SHARE, "Collapsed seeds", "collapsed"),

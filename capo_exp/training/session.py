@@ -119,14 +119,12 @@ class Session:
         source, place = self.sampler.engine, self.directory / FILE
         assert isinstance(source, PairRollout)
         built = self.world.first(lambda: read_pairs(place))
-        digest = built.digest if built else None
-        if self.step and (digest is None or self.pairs not in (None, digest)):
+        if self.step and (built is None or built.digest != self.pairs):
             raise ConfigError(f"{place}: expected the pairs that the run began with, or overwrite=true")
         if built is None:
             self.progress.message(f"building pairs of {source.samples} completions of each prompt")
             asked = replace(self.sampler, engine=self.engine)
             built = PairBuilder(self.config, self.inputs.algorithm, asked, source).build()
-            digest = built.digest
             self.world.first(lambda: write_pairs(place, built))
         if not built.pairs:
             raise ConfigError(
@@ -137,7 +135,7 @@ class Session:
         self.sampler = replace(self.sampler, prompts=source.prompts, reference_rewards=known)
         if not self.step:
             self._count_sampled(built.completions, built.tokens)
-        self.pairs = digest
+        self.pairs = built.digest
         self.progress.message(f"{len(built.pairs)} pairs, in {place}")
 
     def _count_sampled(self, completions: int, tokens: int) -> None:
