@@ -87,7 +87,7 @@ class Session:
     record: RunRecord
     progress: Progress
     counts: dict[str, int]  # The COUNTS
-    pairs: str | None  # Digest of the pairs that it learns from, which checkpoints keep; older ones did not
+    pairs: str | None  # Digest of the pairs that it learns from
 
     @property
     def step(self) -> int:
