@@ -325,7 +325,9 @@ def _check_distributed(config: TrainConfig) -> None:
         )
     processes = config.distributed.processes
     if config.rollout.is_vllm and processes % engine["tensor_parallel_size"]:
-        wanted = f"a divisor of distributed.processes={processes}: consecutive processes of a node share an engine"
+        wanted = (
+            f"a divisor of distributed.processes={processes}: consecutive processes of a node share an engine"
+        )
         raise error("rollout.engine.tensor_parallel_size", engine["tensor_parallel_size"], wanted)
     if config.rollout.is_vllm and engine["weight_transfer"] == "nccl":
         wanted = "auto, ipc or safetensors with distributed=fsdp2: each engine is on its processes' own GPUs"

@@ -157,8 +157,14 @@ def estimate_engine(config: TrainConfig, *, gpu: bool, total: int) -> int:
         return 0
     if gpu and engine["kv_cache_gib"] is None:
         return int(engine["gpu_memory_utilization"] * total)
-    weights = FLOAT * count_parameters(config.model.architecture) // engine["tensor_parallel_size"]
-    return weights + int(2**30 * (engine["kv_cache_gib"] or 1))
+    return engine_weights(config) + int(2**30 * (engine["kv_cache_gib"] or 1))
+
+
+def engine_weights(config: TrainConfig) -> int:
+    """Counts the bytes of vLLM's weights on each of its devices, in float32."""
+    return (
+        FLOAT * count_parameters(config.model.architecture) // config.rollout.engine["tensor_parallel_size"]
+    )
 
 
 def learner_device(config: TrainConfig) -> str:

@@ -292,10 +292,14 @@ def engine_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
+    if count > 1:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else its CPU build wants a NUMA node for each part
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
     if device.type != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         here = device.index or 0
         own = (visible if visible != [""] else list(map(str, range(here + count))))[here : here + count]
-        environment["CUDA_VISIBLE_DEVICES"] = str(visible_devices) if visible_devices is not None else ",".join(own)
+        environment["CUDA_VISIBLE_DEVICES"] = (
+            str(visible_devices) if visible_devices is not None else ",".join(own)
+        )
     return environment

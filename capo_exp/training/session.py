@@ -293,9 +293,10 @@ def _open_writers(
 
 
 def _engine_folder(directory: Path, world: World) -> Path:
-    """Returns where an engine writes its log: each process has one of its own."""
+    """Returns where an engine writes its log: each has a folder of its own."""
     folder = directory if world.is_first else directory / ENGINES / f"rank_{world.rank}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if world.leads:
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
