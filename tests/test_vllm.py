@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
@@ -224,7 +225,9 @@ def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> N
 def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> None:
     """One of two processes with a sharded model and an engine of the first one's, which shares it."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    limit = timedelta(seconds=200)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=limit)
     world = World(rank, 2, block=2)
     setup = Setup(config, folder, world)
     setup.model.load_state_dict(weights)
