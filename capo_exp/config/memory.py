@@ -162,9 +162,8 @@ def estimate_engine(config: TrainConfig, *, gpu: bool, total: int) -> int:
 
 def engine_weights(config: TrainConfig) -> int:
     """Counts the bytes of vLLM's weights on each of its devices, in float32."""
-    return (
-        FLOAT * count_parameters(config.model.architecture) // config.rollout.engine["tensor_parallel_size"]
-    )
+    size: int = config.rollout.engine["tensor_parallel_size"]
+    return FLOAT * count_parameters(config.model.architecture) // size
 
 
 def learner_device(config: TrainConfig) -> str:

@@ -22,7 +22,7 @@ from capo_exp.core.types import Completion, Prompt, RolloutGroup
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.rollout import EngineFailed, SamplingRequest
 from capo_exp.rollout.hf import find_end_token_ids
-from capo_exp.rollout.vllm_process import EngineProcess, Request, Response
+from capo_exp.rollout.vllm_process import Elsewhere, EngineProcess, Request, Response
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe, choose_probe_prompts, probe_weights
@@ -41,20 +41,6 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Response]: ...
     def call(self, method: str, **arguments: Any) -> Any: ...
     def close(self) -> None: ...
-
-
-class Elsewhere:
-    """Stands for an engine that another process of the block owns: knows no log-prob, agrees to all else."""
-
-    def generate(self, requests: Sequence[Request]) -> list[Response]:
-        return [Response([], [nan] * (len(request.token_ids) - 1)) for request in requests]
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        del method, arguments
-        return True
-
-    def close(self) -> None:
-        pass
 
 
 class VLLMRollout:
@@ -298,8 +284,7 @@ def engine_environment(
     if device.type != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         here = device.index or 0
-        own = (visible if visible != [""] else list(map(str, range(here + count))))[here : here + count]
-        environment["CUDA_VISIBLE_DEVICES"] = (
-            str(visible_devices) if visible_devices is not None else ",".join(own)
-        )
+        known = list(map(str, range(here + count))) if visible == [""] else visible
+        own = ",".join(known[here : here + count])
+        environment["CUDA_VISIBLE_DEVICES"] = str(own if visible_devices is None else visible_devices)
     return environment
