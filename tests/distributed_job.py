@@ -29,12 +29,14 @@ from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts
 from capo_exp.core.types import Batch
 from capo_exp.distributed.sharding import full, shard
-from capo_exp.distributed.world import FOLDER, STOP, World
+from capo_exp.distributed.world import FOLDER, SINGLE, STOP, World
 from capo_exp.rollout import EngineFailed
+from capo_exp.rollout.dealt import sample
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.training import loop, session
 from capo_exp.training.learner import Learner
 from capo_exp.training.probe import probe
+from capo_exp.training.sampler import make_requests
 from tests.pieces import make_learner, run_updates
 
 EXACT = ("policy/grad_norm", "loss/total", "optim/step_scale", "selection/rejection_rate", "loss/kl")
@@ -218,6 +220,21 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
         yield "the step before the failure is not saved"
 
 
+def compare_blocks(job: dict[str, Any], world: World) -> Iterator[str]:
+    """Three calls, dealt to an engine a process, or one for every two, give what a process alone samples."""
+    config = job["run"]
+    with (inputs := session.read_inputs(config, world)).verifier:
+        model = policy.load_model(config.model, inputs.device)
+        engine = session.build_engine(config, inputs, model, world)
+        session.share_out(config, world, model, None)
+        asked = {"group_size": 2, "seed": (0, 0, 0), "weight_version": 0}
+        requests = make_requests(config, inputs.data.train[:9], **asked)
+        wanted = sample(engine, requests, SINGLE)
+        for block in (1, 2):
+            if len(requests) != 3 or sample(engine, requests, replace(world, block=block)) != wanted:
+                yield f"{len(requests)} calls, {block} processes an engine: other completions"
+
+
 def doubt_engines(job: dict[str, Any], world: World) -> Iterator[str]:
     """What the doctor says of engines that take new weights, and of a second one that does not."""
     said = probe(job["run"], world, torch.device("cpu"))
@@ -246,13 +263,16 @@ def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
         "learners": lambda: compare_learners(job, world),
         "sums": lambda: compare_sums(job, world),
         "engines": lambda: doubt_engines(job, world),
+        "blocks": lambda: compare_blocks(job, world),
         "runs": lambda: compare_runs(job, world, folder),
         "four": lambda: differ(
             "2 -> 4", read_back(folder / "whole"), train(job, folder / "four"), exact=False
         ),
     }
     session.prepare = cache_of(session.prepare)
-    loop.open_world = lambda config, _: nullcontext(world if config.name == "fsdp2" else World(0, 1))
+    loop.open_world = lambda config, _: nullcontext(
+        world if config.distributed.name == "fsdp2" else World(0, 1)
+    )
     os.environ[FOLDER] = str(folder)
     try:
         faults = {name: list(parts[name]()) for name in chosen}

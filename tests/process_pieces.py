@@ -13,6 +13,16 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["capo_exp.training.loop"])
 
 
+def together(size: int, target: Callable[..., None], *args: object) -> None:
+    """Runs so many processes, each with its rank and the arguments, to their end."""
+    processes = [SERVER.Process(target=target, args=(rank, *args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)  # those that lose another fail, too
+        process.kill()
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that nobody has collected yet does not."""
     try:

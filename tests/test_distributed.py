@@ -25,13 +25,13 @@ from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
 from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
-from tests.process_pieces import SERVER
+from tests.process_pieces import together
 from tests.test_selection import partly
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
 
-PARTS = {2: ["learners", "sums", "engines", "runs"], 4: ["four"]}
+PARTS = {2: ["learners", "sums", "engines", "blocks", "runs"], 4: ["four", "blocks"]}
 """Number of processes -> what they do; four go on from what `runs` left."""
 RUN = (
     "distributed=fsdp2", "device=cpu", "logger=files", "num_steps=2", "regime.prompts_per_step=4",
@@ -91,16 +91,6 @@ def test_two_processes_give_the_numbers_of_one(
         for rank in range(size):
             faults = json.loads((tmp_path / f"rank_{rank}.json").read_text())
             assert not any(faults.values()), json.dumps(faults, indent=1)[:6000]
-
-
-def together(size: int, target: Callable[..., None], *args: object) -> None:
-    """Runs so many processes, each with its rank and the arguments, to their end."""
-    processes = [SERVER.Process(target=target, args=(rank, *args)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)  # those that lose another fail, too
-        process.kill()
 
 
 @pytest.mark.slow
@@ -175,7 +165,9 @@ def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch
 @pytest.mark.parametrize(
     "overrides",
     ["model.micro_batch_size=96", "rollout.chunking=per_step", "curvature.diagnose_every=5", "device=cuda:1",
-     "rollout=vllm rollout.server_url=start", "rollout=vllm rollout.engine.weight_transfer=nccl"],
+     "rollout=vllm rollout.server_url=start", "rollout=vllm rollout.engine.weight_transfer=nccl",
+     "rollout=vllm rollout.engine.tensor_parallel_size=3",
+     "rollout=vllm distributed.nodes=2 rollout.engine.tensor_parallel_size=4"],
 )  # fmt: skip
 def test_what_several_processes_cannot_do_is_refused(composed: Compose, overrides: str) -> None:
     """In a line that begins with the key; without it the same passes."""
@@ -187,11 +179,17 @@ def test_what_several_processes_cannot_do_is_refused(composed: Compose, override
 
 
 def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
-    """Only what layers are gathered in does."""
+    """Nor how many share an engine; only what layers are gathered in does."""
     one = composed("rollout.chunking=per_micro_batch")
     several = [composed("distributed=fsdp2", f"distributed.processes={n}") for n in (2, 8)]
     assert {run_id(config) for config in several} == {run_id(one)}
     assert run_id(composed("distributed=fsdp2", "distributed.gather=bfloat16")) != run_id(one)
+    own, shared = (
+        composed("distributed=fsdp2", "rollout=vllm", f"rollout.engine.tensor_parallel_size={n}")
+        for n in (1, 2)
+    )
+    check(shared)
+    assert run_id(own) == run_id(shared)
 
 
 def test_processes_share_what_is_sharded(composed: Compose) -> None:

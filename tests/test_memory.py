@@ -185,6 +185,11 @@ def test_a_gpu_is_shared_with_vllm(composed: Composed, monkeypatch: pytest.Monke
     for elsewhere in ("rollout.server_url=http://a:1", "rollout.engine.visible_devices='1'"):
         assert "engine" not in check_memory(composed("rollout=vllm", elsewhere), "cuda")
     assert "engine" not in check_memory(composed("rollout=vllm", "rollout.engine.sleep_level=1"), "cuda")
+    with_memory(monkeypatch, 1e15)
+    known = ["rollout=vllm", "distributed=fsdp2", "rollout.engine.kv_cache_gib=0.001"]
+    for size, engine in ((1, "4.8 MB"), (2, "2.9 MB")):  # 3.7 MB of weights, and a KV cache on each GPU
+        shared = composed(*known, f"rollout.engine.tensor_parallel_size={size}")
+        assert f"engine {engine} for each of 2" in check_memory(shared, "cuda")
 
 
 def test_nothing_is_loaded_for_a_run_that_does_not_fit(

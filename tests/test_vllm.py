@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +30,10 @@ from capo_exp.core import policy
 from capo_exp.core.batch import collate
 from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import render_prompts
+from capo_exp.distributed.sharding import local, shard
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.rollout import EngineFailed, SamplingRequest, vllm, weight_transfer
+from capo_exp.rollout.dealt import sample
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
 from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, EngineProcess, Request, explain_failure
@@ -47,7 +52,7 @@ from capo_exp.runs.identity import run_id
 from capo_exp.training import rollout_step
 from tests.conftest import compose_config
 from tests.pieces import logged
-from tests.process_pieces import alive, wait_for
+from tests.process_pieces import alive, together, wait_for
 
 ROOT = Path(__file__).parents[1]
 Composed = Callable[..., TrainConfig]
@@ -69,7 +74,7 @@ EAGER = "rollout.engine.enforce_eager=true"
 class Setup:
     """The tiny model, its prompts, and a running engine."""
 
-    def __init__(self, config: TrainConfig, directory: Path) -> None:
+    def __init__(self, config: TrainConfig, directory: Path, world: World = SINGLE) -> None:
         self.config = config
         self.directory = directory
         self.tokenizer = policy.load_tokenizer(config.model)
@@ -77,7 +82,7 @@ class Setup:
         source = build_part(config.dataset.source, key="dataset.source")
         self.prompts = render_prompts(source("train", path=None), self.tokenizer, config.dataset)[0][:12]
         build = build_part(config.rollout.engine, key="rollout.engine")
-        self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32)
+        self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32, world)
         self.version = 0
 
     def __enter__(self) -> "Setup":
@@ -215,6 +220,42 @@ def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> N
     assert sum(len(prompt.token_ids) for prompt in many) > 2 * 4096
     groups = running.sample(many, group_size=1, max_tokens=4)
     assert [group.prompt for group in groups] == many
+
+
+def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> None:
+    """One of two processes with a sharded model and an engine of the first one's, which shares it."""
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=200)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=limit)
+    world = World(rank, 2, block=2)
+    setup = Setup(config, folder, world)
+    setup.model.load_state_dict(weights)
+    shard(setup.model, world, gather="float32", body=policy.score_tokens)
+    with setup, torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        assert isinstance(setup.engine.running(), EngineProcess) == world.is_first
+        requests = [setup.request(seed=seed) for seed in (3, 4)]
+        groups = sample(setup.engine, requests, world)
+        assert bool(setup.engine.generate(requests[0])) == world.is_first
+        setup.version += 1
+        for weight in setup.model.parameters():
+            local(weight).mul_(1.1)
+        lose_weights(patch, setup)
+        with pytest.raises(EngineFailed, match=r"its weights are not the learner's"):
+            sample(setup.engine, [setup.request()], world)
+    torch.save(groups, folder / f"groups_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@needs_vllm
+def test_two_processes_share_an_engine(running: Setup, tmp_path: Path) -> None:
+    """It holds the weights that both have gathered, and samples what an engine of one part does; both learn
+    that a transfer is lost."""
+    shared = compose_vllm(SHORT, EAGER, "rollout.engine.tensor_parallel_size=2")
+    together(2, share_engine, tmp_path, shared, running.model.state_dict())
+    first, second = (torch.load(tmp_path / f"groups_{rank}.pt", weights_only=False) for rank in range(2))
+    assert first == second and differences(running, first, temperature=0.7).max() < 1e-4
+    assert nearly_the_same(tokens([*running.sample(), *running.sample(seed=4)]), tokens(first))
 
 
 # Whose weights
@@ -619,6 +660,8 @@ def test_a_sharded_model_goes_through_one_buffer_that_its_largest_tensor_fits(
     weights = EngineWeights(small_model, torch.bfloat16)
     plain = describe_ipc(weights)
     assert (plain.rank, plain.packed) == (0, False)
+    # Each process adds what it exports of its own GPU; the first of those that share an engine tells it.
+    assert [describe_ipc(weights, rank).is_sender for rank in range(3)] == [True, False, False]
     large = torch.nn.ParameterList([torch.empty(152_064, 8_192, device="meta")])
     monkeypatch.setattr(weight_transfer, "is_sharded", lambda model: model is large)
     info = describe_ipc(EngineWeights(large, torch.bfloat16))  # pyright: ignore[reportArgumentType]
@@ -717,4 +760,5 @@ def test_an_engine_sees_its_own_gpu_or_the_learners(monkeypatch: pytest.MonkeyPa
     for index, visible, expected in ((0, 0, "0"), (0, "3,4", "3,4"), (0, None, "5"), (1, None, "6")):
         seen = engine_environment(torch.device("cuda", index), visible)
         assert seen["CUDA_VISIBLE_DEVICES"] == expected
+    assert engine_environment(torch.device("cuda", 0), None, 2)["CUDA_VISIBLE_DEVICES"] == "5,6"
     assert "CUDA_VISIBLE_DEVICES" not in engine_environment(torch.device("cpu"), None)

@@ -323,8 +323,14 @@ def _check_distributed(config: TrainConfig) -> None:
         raise error(
             f"rollout.{key}", "set", "null with distributed=fsdp2: each process has an engine of its own"
         )
+    processes = config.distributed.processes
+    if config.rollout.is_vllm and processes % engine["tensor_parallel_size"]:
+        wanted = (
+            f"a divisor of distributed.processes={processes}: consecutive processes of a node share an engine"
+        )
+        raise error("rollout.engine.tensor_parallel_size", engine["tensor_parallel_size"], wanted)
     if config.rollout.is_vllm and engine["weight_transfer"] == "nccl":
-        wanted = "auto, ipc or safetensors with distributed=fsdp2: each engine is on its process's own GPU"
+        wanted = "auto, ipc or safetensors with distributed=fsdp2: each engine is on its processes' own GPUs"
         raise error("rollout.engine.weight_transfer", engine["weight_transfer"], wanted)
 
 
@@ -344,7 +350,8 @@ def _check_vllm(config: TrainConfig) -> None:
         )
         raise error("rollout.temperature", rollout.temperature, wanted)
     size, devices = engine["tensor_parallel_size"], engine["visible_devices"]
-    if size > 1 and devices is None and rollout.server_url in (None, "start"):
+    alone = config.distributed.name == "single"
+    if alone and size > 1 and devices is None and rollout.server_url in (None, "start"):
         wanted = "1, or rollout.engine.visible_devices, since the learner has one GPU"
         raise error("rollout.engine.tensor_parallel_size", size, wanted)
     for name, temperature in (

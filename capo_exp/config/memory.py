@@ -150,14 +150,20 @@ def sequences_at_once(config: TrainConfig) -> int:
 
 
 def estimate_engine(config: TrainConfig, *, gpu: bool, total: int) -> int:
-    """Estimates what vLLM holds while the learner trains, on its device that has `total` bytes."""
+    """Estimates what vLLM holds while the learner trains, on each device of it, which has `total` bytes."""
     engine, url = config.rollout.engine, config.rollout.server_url
     elsewhere = url not in (None, "start") or engine.get("visible_devices") is not None
     if not config.rollout.is_vllm or elsewhere or engine["sleep_level"]:
         return 0
     if gpu and engine["kv_cache_gib"] is None:
         return int(engine["gpu_memory_utilization"] * total)
-    return FLOAT * count_parameters(config.model.architecture) + int(2**30 * (engine["kv_cache_gib"] or 1))
+    return engine_weights(config) + int(2**30 * (engine["kv_cache_gib"] or 1))
+
+
+def engine_weights(config: TrainConfig) -> int:
+    """Counts the bytes of vLLM's weights on each of its devices, in float32."""
+    size: int = config.rollout.engine["tensor_parallel_size"]
+    return FLOAT * count_parameters(config.model.architecture) // size
 
 
 def learner_device(config: TrainConfig) -> str:

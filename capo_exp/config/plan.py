@@ -2,7 +2,7 @@
 
 from capo_exp.config.architecture import NEEDS
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.memory import KINDS, count_parameters, estimate, human, learner_device
+from capo_exp.config.memory import KINDS, engine_weights, estimate, human, learner_device
 from capo_exp.config.schema import TrainConfig
 
 NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
@@ -72,4 +72,4 @@ def _memory(config: TrainConfig) -> str:
     cache = f"KV cache {engine['kv_cache_gib'] or 1:g} GiB"
     if engine["kv_cache_gib"] is None and device != "cpu":
         cache = f"up to {engine['gpu_memory_utilization']:.0%} of its GPU"
-    return f"{total}; vLLM: weights of at most {human(4 * count_parameters(shape))}, {cache}"
+    return f"{total}; vLLM: weights of at most {human(engine_weights(config))}, {cache}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from capo_exp.config.errors import error
-from capo_exp.config.schema import DistributedConfig
+from capo_exp.config.schema import DistributedConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +31,22 @@ class World:
 
     rank: int  # From 0; the first writes the files
     size: int
+    block: int = 1  # So many consecutive ones of a node share an engine that samples
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process owns its block's engine."""
+        return self.rank % self.block == 0
+
+    @property
+    def blocks(self) -> "World":
+        """The blocks, as if each were one process, and which of them this process is in."""
+        return World(self.rank // self.block, self.size // self.block)
 
     def deal(self, items: Sequence[Value]) -> list[Value]:
         """Returns this process's share: item i goes to rank i mod size."""
@@ -93,16 +104,17 @@ SINGLE = World(0, 1)
 
 
 @contextmanager
-def open_world(config: DistributedConfig, device: "torch.device") -> Iterator[World]:
+def open_world(config: TrainConfig, device: "torch.device") -> Iterator[World]:
     """Joins the processes that torchrun started; the world of one process needs no torchrun."""
-    if config.name == "single":
+    if config.distributed.name == "single":
         yield SINGLE
         return
     import torch.distributed as dist
 
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
-    yield World(dist.get_rank(), dist.get_world_size())
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.distributed.timeout_seconds))
+    block = config.rollout.engine.get("tensor_parallel_size", 1)
+    yield World(dist.get_rank(), dist.get_world_size(), block)
     dist.destroy_process_group()  # not after an error: the others may wait in a collective
 
 

@@ -19,7 +19,8 @@ def draw_completions(
     out: greedy prompts are dealt, others stay in one call, for they share a generator."""
     if world.size == 1:
         return engine.generate(request)
-    size = -(-len(request.prompts) // world.size) if request.temperature == 0 else len(request.prompts)
+    engines = world.blocks.size
+    size = -(-len(request.prompts) // engines) if request.temperature == 0 else len(request.prompts)
     starts = range(0, len(request.prompts), size)
     cut = [replace(request, prompts=request.prompts[start : start + size]) for start in starts]
     return sample(engine, cut, world)

@@ -9,19 +9,20 @@ from capo_exp.rollout import RolloutEngine, SamplingRequest
 
 
 def sample(engine: RolloutEngine, requests: Sequence[SamplingRequest], world: World) -> list[RolloutGroup]:
-    """Samples request i in process i mod size, and returns the groups of all of them in order.
+    """Samples request i with engine i mod their number, and returns the groups of all of them in order.
 
     Every process asks its engine equally often, for nothing if need be: engines take the learner's weights
     when they are asked, and sharded weights are gathered by all at once.
     """
-    rounds = -(-len(requests) // world.size)
+    blocks = world.blocks
+    rounds = -(-len(requests) // blocks.size)
 
     def own() -> list[list[RolloutGroup]]:
-        share = world.deal(requests)
+        share = blocks.deal(requests)
         nothing = [replace(requests[0], prompts=(), begun=())] * (rounds - len(share))
         return [engine.generate(request) for request in (*share, *nothing)][: len(share)]
 
-    return [group for groups in world.collect(world.together(own)) for group in groups]
+    return [group for groups in blocks.collect(world.together(own)[:: world.block]) for group in groups]
 
 
 class ReplicaRollout:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.core.types import Completion, Prompt, RolloutGroup
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.rollout import EngineFailed, SamplingRequest
 from capo_exp.rollout.hf import find_end_token_ids
-from capo_exp.rollout.vllm_process import EngineProcess, Request, Response
+from capo_exp.rollout.vllm_process import Elsewhere, EngineProcess, Request, Response
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe, choose_probe_prompts, probe_weights
@@ -43,7 +44,11 @@ class Engine(Protocol):
 
 
 class VLLMRollout:
-    """Samples completions with vLLM, on the learner's device or another."""
+    """Samples completions with vLLM, on the learner's device or another.
+
+    Where several processes share an engine, on the GPUs of all of them, it is their first one's. The others
+    make the same calls, in which sharded weights are gathered, and get no groups.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class VLLMRollout:
         tokenizer: PreTrainedTokenizerBase,
         compute_dtype: torch.dtype,
         settings: VLLMSettings,
+        world: World = SINGLE,
     ) -> None:
         """Checks the settings against the learner's device; nothing runs until start().
 
@@ -59,11 +65,13 @@ class VLLMRollout:
             tokenizer: decodes completions; the engine sees token ids only.
             compute_dtype: the learner's.
             settings: see VLLMSettings.
+            world: the processes of the run, all of which make each call.
 
         Raises:
             ConfigError: for a sleep level or a weight transfer that is impossible here.
         """
         self.settings = settings
+        self._world = world
         self._model = model
         self._tokenizer = tokenizer
         self._compute_dtype = compute_dtype
@@ -78,7 +86,9 @@ class VLLMRollout:
         self._backend = choose_backend(
             settings.weight_transfer,
             model.device,
-            shares_memory=settings.server_url is None and settings.visible_devices is None,
+            shares_memory=settings.server_url is None
+            and settings.visible_devices is None
+            and settings.tensor_parallel_size == world.block,
             other_gpu=settings.is_remote or settings.visible_devices is not None,
         )
         address, url = settings.weight_transfer_address, str(settings.server_url)
@@ -105,7 +115,9 @@ class VLLMRollout:
         settings, log = self.settings, directory / LOG_FILE
         self._probe_prompts = choose_probe_prompts(prompts)
         world_size = settings.tensor_parallel_size
-        if settings.is_remote:
+        if not self._world.leads:
+            self._engine = Elsewhere()
+        elif settings.is_remote:
             self._engine = Server(str(settings.server_url), limits=settings, log_file=log)
             world_size = self._engine.world_size()
             found, wanted = self._engine.log_probs_mode(), self._arguments["logprobs_mode"]
@@ -119,7 +131,7 @@ class VLLMRollout:
             self._model.generation_config.save_pretrained(own)  # pyright: ignore[reportOptionalMemberAccess]
             self._arguments["generation_config"] = str(own)
             start_engine = EngineProcess if settings.server_url is None else start_server
-            environment = engine_environment(self._model.device, settings.visible_devices)
+            environment = engine_environment(self._model.device, settings.visible_devices, world_size)
             self._engine = start_engine(
                 self._arguments, environment=environment, limits=settings, log_file=log
             )
@@ -129,11 +141,12 @@ class VLLMRollout:
             EngineWeights(self._model, getattr(torch, self._dtype)),
             address=settings.weight_transfer_address,
             world_size=world_size,
+            rank=self._world.rank % self._world.block,
             seconds=settings.transfer_seconds,
         )
 
     def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
-        """Returns one group per prompt.
+        """Returns one group per prompt; none where another process owns the engine.
 
         Each prompt has a seed of its own, from the request's and its place; its completions share its prefix.
 
@@ -141,6 +154,8 @@ class VLLMRollout:
             EngineFailed: if the engine fails, or is not proven to hold the learner's weights.
         """
         self._synchronise(request.weight_version)
+        if not self._world.leads:
+            return []
         params = {
             "n": 1 if request.temperature == 0 else request.group_size,  # greedy ones are all the same
             "temperature": request.temperature,
@@ -162,8 +177,8 @@ class VLLMRollout:
     def rest(self) -> None:
         """Puts the engine to sleep, if it may; generate wakes it."""
         level = self.settings.sleep_level
-        if level and not self._asleep:
-            self.running().call("sleep", level=level)
+        if level and not self._asleep:  # nobody needs the memory before it is free on all GPUs of the engine
+            self._world.together(lambda: self.running().call("sleep", level=level))
             self._asleep = True
             self._version = self._version if level == 1 else None
 
@@ -211,7 +226,8 @@ class VLLMRollout:
         engine, start = self.running(), time.perf_counter()
         stale = self._version != version
         if self._asleep:  # the documented order: weights first, the KV cache when they are in place
-            torch.cuda.empty_cache()  # what the learner's last step left, and another process cannot use
+            # What the learner's last step left, and another process cannot use; an engine has several GPUs.
+            self._world.together(torch.cuda.empty_cache)
             engine.call("wake_up", tags=["weights"])
         if stale:
             self._send()
@@ -230,6 +246,8 @@ class VLLMRollout:
     def _prove(self, version: int) -> None:
         """Raises EngineFailed, with step and size of the difference, if weights are not the learner's."""
         probe = probe_weights(self.running().generate, self._model, self._compute_dtype, self._probe_prompts)
+        if not self._world.leads:
+            return  # it has forwarded its part
         before, self._last_probe = self._last_probe, probe
         mean, largest = probe.difference.mean().item(), probe.difference.max().item()
         self._metrics["mismatch/probe_difference"] = mean
@@ -245,22 +263,28 @@ class VLLMRollout:
         )
 
 
-def engine_environment(device: torch.device, visible_devices: str | int | None) -> dict[str, str]:
+def engine_environment(
+    device: torch.device, visible_devices: str | int | None, count: int = 1
+) -> dict[str, str]:
     """Returns the variables of an engine that belongs to the run; what the user has set stays.
 
     Args:
         device: the learner's.
-        visible_devices: GPUs of the engine; None = the learner's.
+        visible_devices: GPUs of the engine; None = the learner's, and those behind it.
+        count: how many the engine takes.
     """
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
+    if count > 1:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else its CPU build wants a NUMA node for each part
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
     if device.type != "cpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         here = device.index or 0
-        own = visible[here] if visible != [""] else here
+        known = list(map(str, range(here + count))) if visible == [""] else visible
+        own = ",".join(known[here : here + count])
         environment["CUDA_VISIBLE_DEVICES"] = str(own if visible_devices is None else visible_devices)
     return environment

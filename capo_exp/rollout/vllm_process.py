@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def explain_failure(what: str, reason: str, log_file: Path) -> EngineFailed:
         reason += f"; out of memory: {remedy}"
     log = f"; the last lines of {log_file}:" if lines else ""
     return EngineFailed("\n    ".join([f"vLLM: {what}: {reason}{log}", *lines]))
+
+
+class Elsewhere:
+    """Stands for an engine that another process of the block owns: knows no log-prob, agrees to all else."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        return [Response([], [nan] * (len(request.token_ids) - 1)) for request in requests]
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        del method, arguments
+        return True
+
+    def close(self) -> None:
+        pass
 
 
 class EngineProcess:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.ranges import ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, POSITIVE, Rule, not_empty, one_of
+from capo_exp.distributed.world import SINGLE, World
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,8 @@ class VLLMSettings:
     """Share of the GPU's memory that the engine may take."""
     kv_cache_gib: Annotated[float | None, GIB_OR_NULL] = field(metadata=NO_RESULT)
     """Size of the KV cache; null = what that share leaves, on a CPU 1."""
-    tensor_parallel_size: Annotated[int, AT_LEAST_1]
-    """GPUs of the engine."""
+    tensor_parallel_size: Annotated[int, AT_LEAST_1] = field(metadata=NO_RESULT)
+    """GPUs of the engine; with distributed=fsdp2 those of as many processes, which share it."""
     enforce_eager: bool
     """No CUDA graphs: a faster start, slower sampling."""
     sleep_level: Annotated[int, SLEEP_LEVEL] = field(metadata=NO_RESULT)
@@ -76,12 +77,16 @@ class VLLMSettings:
     """dtype -> mean difference [nats] of a probe's log-probs above which weights count as stale."""
 
     def __call__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", compute_dtype: "torch.dtype"
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        compute_dtype: "torch.dtype",
+        world: World = SINGLE,
     ) -> "VLLMRollout":
-        """Returns an engine with these settings for the learner's model, tokenizer and dtype."""
+        """Returns an engine with these settings for the learner's model, tokenizer, dtype and processes."""
         from capo_exp.rollout.vllm import VLLMRollout
 
-        return VLLMRollout(model, tokenizer, compute_dtype, self)
+        return VLLMRollout(model, tokenizer, compute_dtype, self, world)
 
     @property
     def is_remote(self) -> bool:

@@ -5,7 +5,7 @@ import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any
 
 from capo_exp.rollout.vllm_process import Request, Response, Sampled, complete_params
 
@@ -35,8 +35,8 @@ class Worker:
         return getattr(self._llm, method)
 
 
-def serve(connection: Connection) -> NoReturn:
-    """Answers calls until the parent closes the pipe or dies."""
+def serve(connection: Connection) -> None:
+    """Answers calls until the parent closes the pipe or dies, and then ends its process group."""
     # Schedulers signal all processes of a job; the parent ends its step first, and then this one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker = None
@@ -54,7 +54,7 @@ def serve(connection: Connection) -> NoReturn:
                 connection.send((False, f"{type(error).__name__}: {error}"))
     except (EOFError, OSError):
         pass
-    os._exit(0)  # vLLM's own shutdown can hang
+    os.killpg(0, signal.SIGKILL)  # vLLM's own shutdown can hang, and its workers can outlive it
 
 
 def _response(output: Any) -> Response:

@@ -97,6 +97,7 @@ def make_sender(
     *,
     address: str,
     world_size: int,
+    rank: int,
     seconds: float,
 ) -> Callable[[], None]:
     """Makes a function that sends all weights as they are when it is called.
@@ -107,6 +108,7 @@ def make_sender(
         weights: the learner's.
         address: nccl only: this machine's name or address for the engine's workers.
         world_size: nccl only: number of the engine's workers.
+        rank: ipc only: which of the processes that share the engine this is.
         seconds: ipc and nccl only: limit of the handshake and of each transfer, whatever the client's are.
     """
     if backend == "safetensors":
@@ -115,7 +117,7 @@ def make_sender(
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
     if backend == "ipc":
-        info = describe_ipc(weights)
+        info = describe_ipc(weights, rank)
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
@@ -139,12 +141,15 @@ def make_sender(
     return lambda: limited(f"sending weights by {backend}", sender.send_weights)
 
 
-def describe_ipc(weights: EngineWeights) -> Any:
+def describe_ipc(weights: EngineWeights, rank: int = 0) -> Any:
     """Describes transfers to vLLM: in place, where a copy in another dtype stays until all are sent; or of a
-    sharded model, whose gathered tensors would all stay, packed into one buffer that the largest fits."""
+    sharded model, whose gathered tensors would all stay, packed into one buffer that the largest fits.
+
+    Each process exports memory of its own GPU. The engine's first one, rank 0, tells it of all exports of all
+    processes, of which each worker takes that of its GPU."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    info = IPCTrainerInitInfo(rank=0, packed=is_sharded(weights.model))
+    info = IPCTrainerInitInfo(rank=rank, packed=is_sharded(weights.model))
     largest = weights.dtype.itemsize * max(weight.numel() for weight in weights.model.parameters())
     info.packed_buffer_size_bytes = max(info.packed_buffer_size_bytes, largest)
     return info

@@ -51,7 +51,7 @@ def run(config: TrainConfig, draw: Draw | None = None) -> Path:
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
     device = own_device(config.distributed, policy.choose_device(config.device))
-    with open_world(config.distributed, device) as world:
+    with open_world(config, device) as world:
         inputs = read_inputs(config, world, device)
         with stop_on_disk_error(directory), ExitStack() as stack:
             stack.enter_context(inputs.verifier)

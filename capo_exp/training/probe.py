@@ -71,7 +71,7 @@ def probe_processes(config: TrainConfig) -> str:
     """Joins the processes that torchrun started, and returns what `probe` does."""
     disable_progress_bar()
     device = own_device(config.distributed, policy.choose_device(config.device))
-    with open_world(config.distributed, device) as world:
+    with open_world(config, device) as world:
         return probe(config, world, device)
 
 
@@ -87,7 +87,7 @@ def probe(config: TrainConfig, world: World, device: torch.device) -> str:
         stack.callback(inputs.verifier.close)
         model = policy.load_model(config.model, device)
         batch, whole = _make_batch(config.model.architecture.vocab_size, device), copy.deepcopy(model)
-        engine = build_engine(config, inputs, model)
+        engine = build_engine(config, inputs, model, world)
         stack.callback(engine.close)
         shard(model, world, gather=config.distributed.gather, body=policy.score_tokens)
         settings = policy.ForwardSettings.of(config, inputs.compute_dtype)
@@ -99,7 +99,8 @@ def probe(config: TrainConfig, world: World, device: torch.device) -> str:
         with torch.no_grad():
             for weight in model.parameters():
                 local(weight).mul_(MOVED)
-        groups = world.together(lambda: sample_few(config, engine, inputs, version=1))[world.rank]
+        sampled = world.together(lambda: sample_few(config, engine, inputs, version=1))
+        groups = sampled[world.rank - world.rank % world.block]
         judged = judge_differences(config, inputs, sampler_differences(config, model, inputs, groups))
         seen = world.together(lambda: (policy.device_name(device), difference, judged))
     largest = max(each for _, each, _ in seen)
@@ -111,7 +112,8 @@ def probe(config: TrainConfig, world: World, device: torch.device) -> str:
     for rank, (_, _, (said, close)) in enumerate(seen):
         if not close:
             raise RunFailed(f"{text}; the engine of process {rank} samples with other weights: {said}")
-    return f"{text}; each one's engine takes new weights"
+    whose = "each one's engine" if world.block == 1 else f"the engine of every {world.block}"
+    return f"{text}; {whose} takes new weights"
 
 
 def _make_batch(vocabulary: int, device: torch.device) -> Batch:

@@ -224,7 +224,7 @@ def open_session(
     latest = checkpointer.latest()
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = load_reference(config, inputs, find_reference(latest))
-    engine = build_engine(config, inputs, model)
+    engine = build_engine(config, inputs, model, world)
     share_out(config, world, model, reference)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype, world)
     before = world.first(lambda: (read_record(directory) or {}).get("data", inputs.fingerprint))
@@ -291,9 +291,10 @@ def _open_writers(
 
 
 def _engine_folder(directory: Path, world: World) -> Path:
-    """Returns where an engine writes its log: each process has one of its own."""
+    """Returns where an engine writes its log: each has a folder of its own."""
     folder = directory if world.is_first else directory / ENGINES / f"rank_{world.rank}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if world.leads:
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -313,11 +314,15 @@ def load_reference(config: TrainConfig, inputs: Inputs, weights: Path | None) ->
     return policy.load_model(config.model, inputs.device, weights=weights).requires_grad_(False)
 
 
-def build_engine(config: TrainConfig, inputs: Inputs, model: PreTrainedModel) -> RolloutEngine:
+def build_engine(
+    config: TrainConfig, inputs: Inputs, model: PreTrainedModel, world: World = SINGLE
+) -> RolloutEngine:
     """Builds the engine that samples; it is not started. Where a model will be sharded, an engine that
     forwards the learner's own modules gets a whole copy."""
     build = build_part(config.rollout.engine, key="rollout.engine")
-    if config.distributed.name == "single" or config.rollout.is_vllm:
+    if config.rollout.is_vllm:
+        return build(model, inputs.tokenizer, inputs.compute_dtype, world)
+    if config.distributed.name == "single":
         return build(model, inputs.tokenizer, inputs.compute_dtype)
     replica = copy.deepcopy(model).requires_grad_(False)
     engine = build(replica, inputs.tokenizer, inputs.compute_dtype)
