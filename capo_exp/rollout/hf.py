@@ -1,4 +1,5 @@
-"""Rollouts with transformers and the learner's own weights.
+"""Rollouts with transformers and the learner's own weights: for CPUs, and on GPUs for debugging, where every
+token is a pass of its own without graphs.
 
 Nothing here imports transformers before it samples: that takes seconds, and a plan needs none of it.
 """
