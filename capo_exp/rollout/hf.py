@@ -74,8 +74,11 @@ class HFRollout:
         known = [[*prompt.token_ids, *begun] for prompt, begun in pairs]
         padded = self._tokenizer.pad({"input_ids": known}, return_tensors="pt", padding_side="left")
         encoded = padded.to(self._model.device)
-        eager = torch.compiler.set_stance("force_eager")  # a graph for each length of the cache pays for none
-        with torch.no_grad(), policy.autocast(self._model.device, self._compute_dtype), eager:
+        with (
+            torch.no_grad(),
+            policy.autocast(self._model.device, self._compute_dtype),
+            torch.compiler.set_stance("force_eager"),  # model.compile is for the learner's passes
+        ):
             tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
         lengths = ((ended == 0).sum(1) + 1).tolist()
