@@ -3,7 +3,9 @@
 The size is the paper's, 24 x 1024 tokens, K 50, H 3584, V 152,064, once with ids that are all as frequent and
 once with Zipf's frequencies, whose table is smaller and whose rows are of very different length. Peak memory
 is what a call needs on top of its inputs. The kernels' results are compared with torch's, and their bits with
-those of a second call. One command, at most three minutes; without a GPU it says what it would run.
+those of a second call. Last the log-probs of the last layer with their gradient, ours beside the fused
+losses of liger-kernel and cut-cross-entropy where they are installed; ours also has entropy and top K. One
+command, at most three minutes; without a GPU it says what it would run.
 
     python benchmarks/gpu_curvature.py
     TRITON_INTERPRET=1 python benchmarks/gpu_curvature.py --device cpu --tokens 6 --support 3 --width 40
@@ -13,12 +15,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from capo_exp.core import policy
 from capo_exp.core.types import AdamState
 from capo_exp.curvature import backend
 from capo_exp.curvature.model import (
@@ -150,6 +154,45 @@ def tune(tokens: tuple[Tensor, ...], state: AdamState, sizes: argparse.Namespace
     return table
 
 
+def last_layer(sizes: argparse.Namespace, console: Console) -> None:
+    """Measures the sum of log-probs and its gradient, and how far a fused one's are from ours."""
+    torch.manual_seed(0)
+    kind = {"device": sizes.device, "dtype": torch.bfloat16 if sizes.device == "cuda" else torch.float32}
+    head = torch.nn.Linear(sizes.width, sizes.vocab, bias=False, **kind)
+    hidden = torch.randn(sizes.tokens, sizes.width, **kind, requires_grad=True)
+    ids = torch.randint(sizes.vocab, (sizes.tokens,), device=sizes.device)
+    ways = {"ours": lambda: policy._last_layer(head, hidden, ids, sizes.support, 1024)[0].sum()}
+    if find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        ways["liger-kernel"] = lambda: (
+            -liger_fused_linear_cross_entropy(hidden, head.weight, ids, reduction="sum")
+        )
+    if find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        ways["cut-cross-entropy"] = lambda: -linear_cross_entropy(hidden, head.weight, ids, reduction="sum")
+    if len(ways) < 3:
+        console.print("pip install liger-kernel cut-cross-entropy: both fused losses beside ours")
+    table, seen = (
+        Table("last layer", "ms", "peak MiB", "log-prob", "gradients beside ours"),
+        list[list[Tensor]](),
+    )
+    for name, way in ways.items():
+        value = way()
+        value.backward()
+        seen.append([hidden.grad, head.weight.grad])
+        hidden.grad = head.weight.grad = None
+        pairs = zip(seen[-1], seen[0], strict=True)
+        far = [f"{((one - our).float().norm() / our.float().norm()).item():.1e}" for one, our in pairs]
+        spent, peak = measure(lambda way=way: way().backward(), sizes.device, sizes.repeats)
+        hidden.grad = head.weight.grad = None
+        table.add_row(
+            name, f"{spent:.2f}", f"{peak:.0f}", f"{value.item() / sizes.tokens:.5f}", ", ".join(far)
+        )
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -167,13 +210,14 @@ def main() -> None:
     if sizes.device == "cuda" and not torch.cuda.is_available():
         size = f"{sizes.tokens:,} tokens, K {sizes.support}, H {sizes.width:,}, V {sizes.vocab:,}"
         ways = f"uniform and Zipf ids, torch and triton, float32 and bfloat16, {len(BLOCKS)} sizes of blocks"
-        console.print(f"no GPU: would run {size}; {ways}")
+        console.print(f"no GPU: would run {size}; {ways}; the last layer beside fused losses")
         return
     if sizes.device == "cuda":
         console.print(torch.cuda.get_device_name())
     with torch.inference_mode():
         for frequencies in ("uniform", "zipf"):
             report(sizes, frequencies, console)
+    last_layer(sizes, console)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Sampling speed of the engines, and what a weight transfer costs: taking turns in one run, on any device.
 
 Temperature 2, so that completions rarely end early, the same for both; tokens that were really sampled are
-counted. One round for each shape is not counted. Transfers are of new weights, with cache reset and proof.
+counted. One round for each shape is not counted. After each call the engine rests, as it does in training,
+where rollout.engine.sleep_level says how; waking it and sending it weights is counted apart. Transfers are
+of new weights to an engine that rests, with waking, cache reset and proof.
 
     python benchmarks/rollout.py --rounds 3
-    python benchmarks/rollout.py --rounds 3 model=qwen2_5_0_5b rollout.engine.sleep_level=2
+    python benchmarks/rollout.py --device cuda --batches 96,1152 model=DIR rollout.engine.sleep_level=2
 """
 
 import argparse
@@ -20,6 +22,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from capo_exp.cli.words import as_overrides
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig, conf_dir, register
 from capo_exp.core import policy
@@ -42,19 +45,42 @@ def config_of(rollout: str, overrides: list[str], longest: int) -> TrainConfig:
 
 
 def tokens_per_second(engine: RolloutEngine, prompts: list[Prompt], tokens: int, seed: int) -> float:
+    """Samples with an engine that is awake and has the weights; afterwards it rests."""
+    ask(engine, prompts[:1], 1, 1, seed=0)
     start = time.perf_counter()
-    groups = engine.generate(SamplingRequest(prompts, GROUP, tokens, 2.0, 0, 1.0, seed, weight_version=0))
-    sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-    return sampled / (time.perf_counter() - start)
+    sampled = ask(engine, prompts, GROUP, tokens, seed)
+    seconds = time.perf_counter() - start
+    engine.rest()
+    return sampled / seconds
+
+
+def ask(
+    engine: RolloutEngine, prompts: list[Prompt], size: int, tokens: int, seed: int, version: int = 0
+) -> int:
+    """Samples, and returns how many tokens."""
+    groups = engine.generate(
+        SamplingRequest(prompts, size, tokens, 2.0, 0, 1.0, seed, weight_version=version)
+    )
+    return sum(len(completion.token_ids) for group in groups for completion in group.completions)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, nargs="*", default=[96, 1152])
-    parser.add_argument("--lengths", type=int, nargs="*", default=[16, 64, 256])
-    arguments, overrides = parser.parse_known_args()
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--batches", type=numbers, default=[96, 1152], help="with commas")
+    parser.add_argument("--lengths", type=numbers, default=[16, 64, 256], help="with commas")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides")
+    arguments = parser.parse_intermixed_args()
+    overrides = as_overrides([*arguments.overrides, f"device={arguments.device}"])
     longest = max(arguments.lengths)
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"no GPU: would run hf and vllm, {arguments.batches} completions of {arguments.lengths} tokens")
+        return
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines: dict[str, RolloutEngine] = {}
@@ -83,18 +109,24 @@ def main() -> None:
 
 
 def transfer(engine: RolloutEngine, model: torch.nn.Module, prompts: list[Prompt]) -> str:
-    """Median seconds of TRANSFERS transfers, with the largest probe difference seen."""
-    seconds, differences = [], []
+    """Median seconds of TRANSFERS transfers and rests, with the largest probe difference seen."""
+    seconds, rests, differences = [], [], []
     engine.metrics()
     for version in range(1, TRANSFERS + 1):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.0001)
-        engine.generate(SamplingRequest(prompts, 1, 1, 1.0, 0, 1.0, seed=0, weight_version=version))
+        start = time.perf_counter()
+        engine.rest()
+        rests.append(time.perf_counter() - start)
+        ask(engine, prompts, 1, 1, seed=0, version=version)
         metrics = engine.metrics()
         seconds.append(metrics["time/transfer_seconds"])
         differences.append(metrics["mismatch/probe_difference"])
-    return f"median {statistics.median(seconds):.3f} s, probe difference at most {max(differences):.2g} nats"
+    return (
+        f"median {statistics.median(seconds):.3f} s, and {statistics.median(rests):.3f} s to rest before it; "
+        f"probe difference at most {max(differences):.2g} nats"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Seconds a step by number of processes: the same run in 1, 2 and 4, on CPU with gloo unless there are GPUs.
 
-    python benchmarks/scaling.py --processes 1 2 4 --steps 6 [key=value ...]
+    python benchmarks/scaling.py --processes 1,2,4 --steps 6 [key=value ...]
 
 The whole is the mean of the steps after the first; of it the learner's stages and sampling; ratios are to
 the run in one process without sharding. One thread a process, so that a core is worth the same in each row.
@@ -79,17 +79,17 @@ def simulate() -> None:
 def main() -> None:
     """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", default="1,2,4", help="with commas")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.simulate:
         return simulate()
     print("| processes | " + " | ".join(f"{stage} s" for stage in STAGES) + " | ratio | largest so far MB |")
     print("|---" * (len(STAGES) + 3) + "|")
     base = 0.0
-    for processes in (0, *given.processes):
+    for processes in (0, *map(int, given.processes.split(","))):
         seen = measure(processes, given.steps, given.overrides)
         base = base or seen["total"]
         cells = [f"{seen[stage]:.2f}" for stage in STAGES]

@@ -53,12 +53,14 @@ def main() -> None:
     parser.add_argument(
         "variants", nargs="*", default=VARIANTS, help="override lists; the first is the reference"
     )
-    arguments = parser.parse_args()
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    arguments = parser.parse_intermixed_args()
     with ExitStack() as stack:
         output_dir = stack.enter_context(tempfile.TemporaryDirectory())
         sessions = []
         for number, variant in enumerate(arguments.variants):
-            config = config_of(variant, f"{output_dir}/{number}", arguments.steps)
+            own = f"device={arguments.device} {variant}"
+            config = config_of(own, f"{output_dir}/{number}", arguments.steps)
             directory = run_dir(config)
             Path(directory).mkdir(parents=True)
             sessions.append(train.open_session(config, train.read_inputs(config), directory, stack))

@@ -203,6 +203,7 @@ class Reader:
 
     read: Callable[[str], float] = float
     calls: list[int] = field(default_factory=list)
+    beside_sampling: bool = False
 
     def score(
         self, completions: list[list[str]], golds: list[tuple[str, ...]], problems: object = None

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from omegaconf import MISSING, OmegaConf
 
 from capo_exp.cli import front
 from capo_exp.cli.compose import compose_config, find_choices
+from capo_exp.cli.evaluate import LINE as EVALUATE
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import quoted, resolve_model_path, typed
 from capo_exp.config.ranges import AT_LEAST_1
@@ -234,6 +237,29 @@ def test_the_choice_of_a_nested_group_can_be_typed_like_a_key(run: Run, trained:
     assert trained[0].rollout.correction["ratio_high"] == 4
     swept = run("-m", "rollout.correction=none,sequence_mask", "plan_only=true")
     assert (swept.status, swept.out.count("\njob 1/2: rollout/correction=sequence_mask\n")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "vllm", "words", "engine"),
+    [(True, True, (), "vllm"), (True, False, (), "hf"), (False, True, (), "hf"),
+     (True, True, ("device=cpu",), "hf"), (True, True, ("device=cpu", "device=cuda:1"), "vllm")],
+)  # fmt: skip
+def test_rollout_auto_is_an_engine_before_anything_is_composed(
+    gpu: bool, vllm: bool, words: tuple[str, ...], engine: str, run: Run, trained: list[TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    installed = ModuleType("vllm")
+    installed.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", installed if vllm else None)  # pyright: ignore
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: gpu if str(path) == "/dev/nvidia0" else exists(path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("capo_exp.sweep.job.check_memory", lambda *_: "")
+    monkeypatch.setattr("capo_exp.sweep.job.plan", lambda _: [])  # both ask a GPU
+    done = run("rollout=auto", *words)
+    assert (done.status, done.err) == (0, "") and [c.rollout.name for c in trained] == [engine]
+    line = ["run=somewhere", "rollout=auto", *words]  # evaluation composes later, for each benchmark
+    assert front.compose_command(EVALUATE, line).overrides == [f"rollout={engine}", *words]
 
 
 @pytest.mark.slow

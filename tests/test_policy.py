@@ -13,7 +13,9 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing, policy
 from capo_exp.core.batch import CutSize, join, padding_share, split, take
-from capo_exp.core.types import Batch, PolicyOutput
+from capo_exp.core.types import Batch, PolicyOutput, Problem, Prompt
+from capo_exp.rollout import SamplingRequest
+from capo_exp.rollout.hf import HFRollout
 
 Batches = Callable[..., Batch]
 
@@ -101,6 +103,39 @@ def test_shared_prompts_and_packed_rows_change_neither_values_nor_gradients(
         torch.testing.assert_close(results[0], result, rtol=1e-4, atol=1e-5)
     columns = length - 1 + hidden_shift
     assert computed == [5 * (5 + columns), 3 * 5, *([5 * columns] if columns else []), tokens]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_have_the_same_gradients_at_every_length_and_leave_sampling_alone(
+    composed: Callable[..., TrainConfig], random_batch: Batches, checkpointing: bool
+) -> None:
+    words = f"model.gradient_checkpointing={str(checkpointing).lower()}"
+    configs = [composed(words, f"model.compile={each}").model for each in ("false", "true")]
+    eager, compiled = (policy.load_model(each, torch.device("cpu")).train(checkpointing) for each in configs)
+    batches = [random_batch(rows=rows, length=length) for rows, length in ((8, 7), (8, 7), (6, 10), (4, 21))]
+    for number, batch in enumerate(batches):
+        gradients: list[Tensor] = []
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            for model in (eager, compiled):
+                model.zero_grad()
+                (run(model, batch).log_probs * batch.advantages).sum().backward()
+                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # pyright: ignore
+        assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    settings = policy.ForwardSettings(1.0, 1000, torch.float32)
+    scored = [policy.log_probs(model, batches[0], settings) for model in (eager, compiled)]
+    torch.testing.assert_close(*scored, rtol=1e-4, atol=1e-5)
+
+    tokenizer = policy.load_tokenizer(configs[0])
+    prompt = Prompt(Problem("0", "1 + 1?", "2"), "1 + 1 =", tuple(tokenizer("1 + 1 =")["input_ids"]))
+    request = SamplingRequest([prompt], 4, 12, 1.0, 0, 1.0, seed=0, weight_version=0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        engines = [
+            HFRollout(each.eval(), tokenizer, torch.float32, max_sequences_per_call=8)
+            for each in (eager, compiled)
+        ]
+        first, second = (engine.generate(request) for engine in engines)
+    assert first == second
 
 
 def test_no_tensor_of_all_logits_exists_in_forward_or_backward(

@@ -21,7 +21,7 @@ from capo_exp.config.errors import RunFailed
 from capo_exp.grading.compare import Grade, exact_match
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import GradingFailed, Workers
-from capo_exp.grading.verifier import ExactVerifier, MathVerifier
+from capo_exp.grading.verifier import ExactVerifier, MathVerifier, join_results
 from tests.grading_pieces import math_verifier
 from tests.process_pieces import alive, wait_for
 
@@ -57,6 +57,18 @@ def test_last_boxed(text, content):
 def test_last_boxed_finds_balanced_content(content):
     content = content.replace("\\", "")
     assert find_last_box(rf"\boxed{{7}} so \boxed{{{content}}} }} {{") == content
+
+
+@pytest.mark.slow
+def test_a_step_in_parts_has_the_result_of_the_whole():
+    texts = [[RIGHT, "no number"], [r"\boxed{2}", RIGHT], [r"\boxed{0.5}", "none either"]]
+    golds = [("1/2",), ("2",), ("0.5",)]
+    with math_verifier(style="boxed") as verifier:
+        parts = [verifier.score(texts[:1], golds[:1]), verifier.score(texts[1:], golds[1:])]
+    with math_verifier(style="boxed") as verifier:
+        whole = verifier.score(texts, golds)
+    assert join_results(parts) == whole and whole.metrics["reward/no_answer_fraction"] == 1 / 3
+    assert whole.rewards == [[1, 0], [1, 0], [1, 0]]
 
 
 def test_exact_match():

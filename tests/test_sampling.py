@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Problem, Prompt, RolloutGroup
 from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.terms import RewardTerms
+from capo_exp.grading.verifier import RewardResult
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.demonstrations import DemonstrationRollout
 from capo_exp.training import loop as train
@@ -28,6 +31,10 @@ from tests.pieces import SMALL, Reader, completion, logged, make_learner, prompt
 
 Compose = Callable[..., TrainConfig]
 SIZE = ("regime.prompts_per_step=4", "regime.group_size=2")
+
+
+def even(number: int) -> bool:
+    return number % 2 == 0
 
 
 @dataclass
@@ -178,6 +185,41 @@ def test_chunks(composed: Compose, chunking: str, micro: int, sizes: list[int]) 
     other = draw(config, lambda i: True, step=2)[1]
     seeds = [call["seed"] for calls in (engine.calls, other.calls) for call in calls]
     assert len(set(seeds)) == 2 * len(sizes)
+
+
+def test_a_call_is_graded_while_the_next_one_samples(composed: Compose) -> None:
+    """The second call waits until the grading of the first has begun, which waits until the second has."""
+    config = composed(
+        "algo=grpo", "regime.prompts_per_step=6", "regime.group_size=2", "rollout.chunking=per_micro_batch",
+        "model.micro_batch_size=8",
+    )  # fmt: skip
+    grading, begun = Event(), Event()
+
+    class Engine(Scripted):
+        def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+            if self.calls:
+                assert grading.wait(60)
+                begun.set()
+            return super().generate(request)
+
+    class Patient(Reader):
+        def score(self, *given: Any, **more: Any) -> RewardResult:
+            grading.set()
+            assert begun.wait(60)
+            return super().score(*given, **more)
+
+    rollouts: list[Rollout] = []
+    for engine, verifier in ((Engine(even), Patient(beside_sampling=True)), (Scripted(even), Reader())):
+        sampler = Sampler(engine, engine, verifier, [prompt(i) for i in range(9)], RewardTerms())
+        rollouts.append(
+            sample_rollout(
+                config, build_algorithm(config.algo), sampler, step=1, first=0, weight_version=0,
+                watch=Stopwatch(),
+            )
+        )  # fmt: skip
+    one, other = rollouts
+    assert one.groups == other.groups and torch.equal(one.rewards, other.rewards)
+    assert one.metrics["reward/accuracy"] == other.metrics["reward/accuracy"] > 0
 
 
 def test_chunks_of_several_rounds_have_seeds_of_their_own(composed: Compose) -> None:

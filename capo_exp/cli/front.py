@@ -29,6 +29,7 @@ from capo_exp.cli.words import (
     SWEEP_FLAGS,
     as_overrides,
     choose_by_slash,
+    choose_engine,
     find_folders,
     refuse_endless,
     split_flags,
@@ -268,7 +269,7 @@ def _as_hydra(flags: Sequence[str], words: Sequence[str], line: CommandLine) -> 
         if equals and key in kinds:
             yield f"{key}={write_value(kinds[key], value)}"
         elif key.lstrip("+").startswith(line.others or ("=",)):
-            lists["overrides"].append(choose_by_slash(word))
+            lists["overrides"].append(choose_by_slash(choose_engine(word, words)))
         elif line.words and not equals and word.strip():
             lists[line.words].append(word)
         else:

@@ -3,12 +3,14 @@
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import islice
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from capo_exp.cli.compose import entries, find_choices, guard, is_group
 from capo_exp.config.errors import ConfigError, suggest
+from capo_exp.config.memory import find_device
 from capo_exp.config.places import MADE_HERE, is_local_path, quoted
 
 SHORT = {
@@ -33,7 +35,18 @@ def as_overrides(words: Sequence[str], config_dir: str | None = None) -> list[st
     Raises:
         ConfigError: as choose_by_slash and choose_model.
     """
-    return [choose_by_slash(each) for word in words for each in choose_model(word, config_dir)]
+    chosen = [choose_engine(word, words) for word in words]
+    return [choose_by_slash(each) for word in chosen for each in choose_model(word, config_dir)]
+
+
+def choose_engine(argument: str, words: Sequence[str]) -> str:
+    """Writes `rollout=auto` as the engine that it is here, so that a run's record names it: vllm where the
+    learner has a GPU, of which `device=` among the words decides, and vLLM is installed; else hf."""
+    if argument != "rollout=auto":
+        return argument
+    device = [word.removeprefix("device=") for word in words if word.startswith("device=")]
+    gpu = find_device((device or ["auto"])[-1]).startswith("cuda")
+    return f"rollout={'vllm' if gpu and find_spec('vllm') else 'hf'}"
 
 
 def choose_model(argument: str, config_dir: str | None = None) -> list[str]:

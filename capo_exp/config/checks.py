@@ -182,6 +182,9 @@ def _check_model(config: TrainConfig) -> None:
             True,
             "false with model.gradient_checkpointing=true, which keeps no keys and values",
         )
+    if model.compile and (model.pack or model.share_prompts):
+        key = "model.pack" if model.pack else "model.share_prompts"
+        raise error(key, True, "false with model.compile=true, which would compile every layer on its own")
     if model.pack and model.share_prompts:
         wanted = "false with model.pack=true, whose rows each have their prompt before them"
         raise error("model.share_prompts", True, wanted)
@@ -308,6 +311,8 @@ def _check_distributed(config: TrainConfig) -> None:
     if config.model.load_dtype != "float32":
         wanted = "float32 with distributed=fsdp2; distributed.gather=bfloat16 saves traffic"
         raise error("model.load_dtype", config.model.load_dtype, wanted)
+    if config.model.compile:
+        raise error("model.compile", True, "false with distributed=fsdp2, whose layers are sharded")
     if config.model.share_prompts:
         wanted = "false with distributed=fsdp2, whose sharded layers make one pass a micro-batch"
         raise error("model.share_prompts", True, wanted)

@@ -167,9 +167,14 @@ def engine_weights(config: TrainConfig) -> int:
 
 
 def learner_device(config: TrainConfig) -> str:
-    """Returns where the learner will compute: cpu, cuda or cuda:N. Imports torch only where a GPU may be."""
-    if config.device != "auto" or not Path("/dev/nvidia0").exists():
-        return config.device.replace("auto", "cpu")
+    """Returns where the learner will compute: cpu, cuda or cuda:N."""
+    return find_device(config.device)
+
+
+def find_device(name: str) -> str:
+    """Resolves `auto`: cpu or cuda. Imports torch only where a GPU may be."""
+    if name != "auto" or not Path("/dev/nvidia0").exists():
+        return name.replace("auto", "cpu")
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

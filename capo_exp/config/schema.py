@@ -131,6 +131,8 @@ class ModelConfig:
     # The conservative regime's rate for this model; null = not known: regime.learning_rate has to be given
     reference_learning_rate: float | None = setting(ranges.or_null(ranges.POSITIVE))
     pack: bool = setting(default=False)  # rows of a pass behind each other, without padding
+    # The decoder's layers, by torch.compile, in the learner's passes
+    compile: bool = setting(default=False)
     micro_batch_size: int = setting(ranges.COUNT)  # completions per forward and backward pass
     # Instead: positions per pass, those of padding too; null = micro_batch_size, which in any case says how
     # large the sampler's calls are (rollout.chunking=per_micro_batch).

@@ -27,7 +27,7 @@ from capo_exp.config.schema import ModelConfig, TrainConfig
 from capo_exp.core import model_files, packing, smollm2
 from capo_exp.core.masked import unpack
 from capo_exp.core.types import Batch, PolicyOutput
-from capo_exp.distributed.sharding import SCORE, full, is_sharded
+from capo_exp.distributed.sharding import SCORE, decoder_layers, full, is_sharded
 
 
 def read_origin(config: ModelConfig) -> dict[str, str] | None:
@@ -127,6 +127,8 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.pack:
         packing.prepare(model)
+    for layer in decoder_layers(model) if config.compile else ():
+        layer.compile(dynamic=True)  # one graph for all layers and lengths
     return model.to(device=device).eval()
 
 

@@ -39,10 +39,8 @@ def shard(model: PreTrainedModel, world: World, *, gather: str, body: Callable[.
     mesh = init_device_mesh(model.device.type, (world.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     precision = half if gather == "bfloat16" else MixedPrecisionPolicy()
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
     for unit in (
-        *layers,
+        *decoder_layers(model),
         model,
     ):  # the root, too, is shared out again, or a pass without gradients leaves it whole
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
@@ -53,6 +51,12 @@ def shard(model: PreTrainedModel, world: World, *, gather: str, body: Callable[.
     setattr(model, SCORE, MethodType(body, model))
     register_fsdp_forward_method(model, SCORE)
     return model
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Returns the layers between the embedding and the last norm."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

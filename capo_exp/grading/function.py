@@ -84,6 +84,11 @@ class FunctionVerifier:
         return self._to_result(found)
 
     @property
+    def beside_sampling(self) -> bool:
+        """Whether it runs in other processes, and does not see a whole step at once."""
+        return self._workers is not None and not self._takes_lists
+
+    @property
     def _takes_lists(self) -> bool:
         return bool(declares(self._function, "takes_lists"))
 

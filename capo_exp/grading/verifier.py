@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Annotated, Protocol, Self
 
 from capo_exp.config.ranges import AT_LEAST_1, POSITIVE, Rule, one_of
@@ -52,8 +53,23 @@ class RewardResult:
     """[P][G], what the rewards were made from."""
 
 
+def join_results(parts: Sequence[RewardResult]) -> RewardResult:
+    """Puts the results of a step's parts behind each other, as if they were scored at once."""
+    rewards = [row for part in parts for row in part.rewards]
+    grades = [row for part in parts for row in part.grades]
+    metrics = {key: sum(part.metrics[key] for part in parts) for key in parts[0].metrics}
+    metrics["reward/no_answer_fraction"] = fmean(one.reason == "no_answer" for row in grades for one in row)
+    return RewardResult(rewards, metrics, grades)
+
+
 class Verifier(Protocol):
     """What training and evaluation ask of a verifier."""
+
+    @property
+    def beside_sampling(self) -> bool:
+        """Whether parts of a step can be scored while others are sampled: in other processes, and each
+        completion on its own."""
+        ...
 
     def score(self, completions: Texts, golds: Golds, problems: Questions = None) -> RewardResult:
         """Scores P lists of G completions by P gold answers."""
@@ -70,6 +86,8 @@ class Verifier(Protocol):
 
 class ExactVerifier:
     """Scores in this process by comparing texts: the last box, or what another `match` looks at."""
+
+    beside_sampling = False
 
     def __init__(self, match: Callable[[str, str], Grade] = exact_match) -> None:
         self._match = match
@@ -107,6 +125,8 @@ class MathVerifier:
     An answer that outlives its limit or kills its worker earns 0 and is counted; the others are not affected.
     Verdicts are remembered by content until close, but for those that may be the machine's fault.
     """
+
+    beside_sampling = True
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Rollouts with transformers and the learner's own weights.
+"""Rollouts with transformers and the learner's own weights: for CPUs, and on GPUs for debugging, where every
+token is a pass of its own without graphs.
 
 Nothing here imports transformers before it samples: that takes seconds, and a plan needs none of it.
 """
@@ -73,7 +74,11 @@ class HFRollout:
         known = [[*prompt.token_ids, *begun] for prompt, begun in pairs]
         padded = self._tokenizer.pad({"input_ids": known}, return_tensors="pt", padding_side="left")
         encoded = padded.to(self._model.device)
-        with torch.no_grad(), policy.autocast(self._model.device, self._compute_dtype):
+        with (
+            torch.no_grad(),
+            policy.autocast(self._model.device, self._compute_dtype),
+            torch.compiler.set_stance("force_eager"),  # model.compile is for the learner's passes
+        ):
             tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
         lengths = ((ended == 0).sum(1) + 1).tolist()

@@ -175,7 +175,8 @@ class Learner:
         """Adds up the micro-batches' gradients and clips them; `select` gets the rows, too."""
         pieces: list[tuple[Tensor, StepRecord]] = []
         outputs: list[tuple[Tensor, PolicyOutput]] = []
-        loss, moments = 0.0, self.moments(given.totals)
+        moments = self.moments(given.totals)
+        loss = torch.zeros((), dtype=torch.float64, device=given.batch.input_ids.device)
         self.model.train(self.config.model.gradient_checkpointing)
         for rows, cut in self._deal(given.batch):
             if not len(rows):
@@ -188,15 +189,15 @@ class Learner:
                 reference = self._reference_of(given, rows, cut, scored.output.log_probs)
                 part = compute_loss(self.algorithm, inputs, reference, selection, scored.batch, given.totals)
                 part.value.backward()
-            loss += part.value.item()
+            loss += part.value.detach()  # no number yet: a GPU would wait for it
             seen = (scored.batch, scored.output, inputs.old_log_probs, weights, part.kl, scored.shifts)
             outputs.append((rows, scored.output))
             pieces.append((rows, StepRecord(*seen, selection, part.clipped)))
         self.model.eval()
         with watch("update"):
             norm = full(clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)).item()
-        loss = self.world.sum(torch.tensor(loss, dtype=torch.float64)).item()
-        return Gradient(given, join_shared(pieces, outputs, given.batch, self.world), loss, norm)
+        record = join_shared(pieces, outputs, given.batch, self.world)
+        return Gradient(given, record, self.world.sum(loss).item(), norm)
 
     def _deal(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
         return deal_cuts(batch, CutSize.of(self.config.model), self.world)

@@ -1,6 +1,7 @@
 """Where completions and their rewards come from: a step's own, and what parts ask for beside them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import nan
@@ -19,7 +20,7 @@ from capo_exp.distributed.world import SINGLE, World
 from capo_exp.evaluation.draw import grade_groups
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms, measure_terms
-from capo_exp.grading.verifier import Verifier
+from capo_exp.grading.verifier import RewardResult, Verifier, join_results
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.rollout.dealt import sample
 
@@ -87,11 +88,30 @@ def draw(
     requests = make_requests(
         config, prompts, group_size=group_size, seed=seed, weight_version=weight_version, begun=begun
     )
-    with watch("rollout"):
-        groups = sample(sampler.engine, requests, sampler.world)
+    groups, scored = sample_scored(sampler, requests, watch)
     tokens = sum(len(one.token_ids) for group in groups for one in group.completions)
     known = group_size * sum(map(len, begun))
-    return grade(sampler, groups, prompts=len(prompts), tokens=tokens - known, watch=watch)
+    return grade(sampler, groups, scored, prompts=len(prompts), tokens=tokens - known, watch=watch)
+
+
+def sample_scored(
+    sampler: Sampler, requests: Sequence[SamplingRequest], watch: Stopwatch
+) -> tuple[list[RolloutGroup], RewardResult | None]:
+    """Samples, and scores each call's completions while the next call samples; None where the verifier cannot
+    do that, or the completions come from elsewhere or are spread over processes."""
+    own = sampler.engine is sampler.resting and sampler.world.size == 1
+    if not own or len(requests) < 2 or not sampler.verifier.beside_sampling:
+        with watch("rollout"):
+            return sample(sampler.engine, requests, sampler.world), None
+    groups, scored = list[RolloutGroup](), list[Future[RewardResult]]()
+    with ThreadPoolExecutor(1) as thread:
+        for request in requests:
+            with watch("rollout"):
+                part = sampler.engine.generate(request)
+            groups += part
+            scored.append(thread.submit(grade_groups, sampler.verifier, part))
+        with watch("reward"):
+            return groups, join_results([each.result() for each in scored])
 
 
 def make_requests(
@@ -128,14 +148,20 @@ def make_requests(
 
 
 def grade(
-    sampler: Sampler, groups: list[RolloutGroup], *, prompts: int, tokens: int, watch: Stopwatch
+    sampler: Sampler,
+    groups: list[RolloutGroup],
+    scored: RewardResult | None = None,
+    *,
+    prompts: int,
+    tokens: int,
+    watch: Stopwatch,
 ) -> Drawn:
-    """Grades groups, of which sampling took so many new prompts and tokens."""
+    """Grades groups, unless they are scored, of which sampling took so many new prompts and tokens."""
     earned = [group.rewards for group in groups if group.rewards is not None]
     if earned:
         return Drawn(groups, torch.tensor(earned), torch.tensor(earned), [], {}, prompts, tokens)
     with watch("reward"):
-        result = sampler.world.first(partial(grade_groups, sampler.verifier, groups))
+        result = scored or sampler.world.first(partial(grade_groups, sampler.verifier, groups))
         completions = [one for group in groups for one in group.completions]
         measured = measure_terms(sampler.terms, [(one.text, len(one.token_ids)) for one in completions])
     verdicts = torch.tensor(result.rewards)
