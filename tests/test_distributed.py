@@ -20,7 +20,7 @@ from capo_exp.config.memory import estimate
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.core.types import Batch
-from capo_exp.distributed.world import SINGLE, World, torchrun_size
+from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
 from tests.distributed_job import expect, train_as_given, work
@@ -166,7 +166,7 @@ def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch
     "overrides",
     ["model.micro_batch_size=96", "rollout.chunking=per_step", "curvature.diagnose_every=5", "device=cuda:1",
      "rollout=vllm rollout.server_url=start", "rollout=vllm rollout.engine.weight_transfer=nccl",
-     "rollout=vllm rollout.engine.tensor_parallel_size=3",
+     "rollout=vllm rollout.engine.visible_devices=1", "rollout=vllm rollout.engine.tensor_parallel_size=3",
      "rollout=vllm distributed.nodes=2 rollout.engine.tensor_parallel_size=4"],
 )  # fmt: skip
 def test_what_several_processes_cannot_do_is_refused(composed: Compose, overrides: str) -> None:
@@ -176,6 +176,17 @@ def test_what_several_processes_cannot_do_is_refused(composed: Compose, override
     check(composed(*common))
     with pytest.raises(ConfigError, match=refused.partition("=")[0].replace(".", r"\.")):
         check(composed(*common, refused))
+
+
+def test_engines_are_shared_by_the_gpus_they_take_and_a_server_by_all(composed: Compose) -> None:
+    eight = ("distributed=fsdp2", "distributed.processes=8", "model.micro_batch_size=12", "rollout=vllm",
+             "rollout.chunking=per_micro_batch")  # fmt: skip
+    for chosen, count in (((), 1), (("rollout.engine.tensor_parallel_size=2",), 2),
+                          (("rollout.server_url=http://node7:8000",), 8)):  # fmt: skip
+        config = composed(*eight, *chosen)
+        check(config)
+        assert count_sharing(config.rollout, 8) == count
+    assert count_sharing(composed().rollout, 8) == 1
 
 
 def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:

@@ -36,7 +36,7 @@ from capo_exp.rollout import EngineFailed, SamplingRequest, vllm, weight_transfe
 from capo_exp.rollout.dealt import sample
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.rollout.vllm import VLLMRollout, engine_environment
-from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, EngineProcess, Request, explain_failure
+from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, Elsewhere, EngineProcess, Request, explain_failure
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe
@@ -233,7 +233,7 @@ def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str
     setup.model.load_state_dict(weights)
     shard(setup.model, world, gather="float32", body=policy.score_tokens)
     with setup, torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        assert isinstance(setup.engine.running(), EngineProcess) == world.is_first
+        assert isinstance(setup.engine.running(), Elsewhere) != world.is_first
         requests = [setup.request(seed=seed) for seed in (3, 4)]
         groups = sample(setup.engine, requests, world)
         assert bool(setup.engine.generate(requests[0])) == world.is_first
@@ -393,8 +393,23 @@ def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
 
 
 @needs_vllm
+def test_two_processes_share_a_server(served: Setup, tmp_path: Path) -> None:
+    """As they share an engine of their own: the first one sends what both have gathered."""
+    served.learn()
+    expected = tokens([*served.sample(), *served.sample(seed=4)])
+    server = served.engine.running()
+    assert isinstance(server, Server)
+    config = compose_vllm(f"rollout.server_url={server.url}", "rollout.top_k=5")
+    together(2, share_engine, tmp_path, config, served.model.state_dict())
+    first, second = (torch.load(tmp_path / f"groups_{rank}.pt", weights_only=False) for rank in range(2))
+    assert first == second and differences(served, first).max() < 1e-4
+    assert nearly_the_same(expected, tokens(first))
+
+
+@needs_vllm
 def test_a_server_that_dies_is_named(served: Setup) -> None:
     """The last test of this server."""
+    served.learn()  # others have sent theirs
     served.sample()
     server = served.engine.running()
     assert isinstance(server, Server) and server.process is not None

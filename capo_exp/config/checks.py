@@ -322,20 +322,24 @@ def _check_distributed(config: TrainConfig) -> None:
     if config.device not in ("auto", "cpu", "cuda"):
         wanted = "auto, cpu or cuda: process i takes GPU i of CUDA_VISIBLE_DEVICES"
         raise error("device", config.device, wanted)
-    engine = config.rollout.engine
-    if config.rollout.is_vllm and (config.rollout.server_url or engine["visible_devices"] is not None):
-        key = "server_url" if config.rollout.server_url else "engine.visible_devices"
-        raise error(
-            f"rollout.{key}", "set", "null with distributed=fsdp2: each process has an engine of its own"
-        )
-    processes = config.distributed.processes
-    if config.rollout.is_vllm and processes % engine["tensor_parallel_size"]:
+    if config.rollout.is_vllm:
+        _check_shared_engines(config)
+
+
+def _check_shared_engines(config: TrainConfig) -> None:
+    engine, server, processes = config.rollout.engine, config.rollout.server_url, config.distributed.processes
+    if server == "start":
+        raise error("rollout.server_url", server, "null or the URL of a server with distributed=fsdp2")
+    if engine["visible_devices"] is not None:
+        wanted = "null with distributed=fsdp2: engines are on their processes' own GPUs"
+        raise error("rollout.engine.visible_devices", engine["visible_devices"], wanted)
+    if server is None and processes % engine["tensor_parallel_size"]:
         wanted = (
             f"a divisor of distributed.processes={processes}: consecutive processes of a node share an engine"
         )
         raise error("rollout.engine.tensor_parallel_size", engine["tensor_parallel_size"], wanted)
-    if config.rollout.is_vllm and engine["weight_transfer"] == "nccl":
-        wanted = "auto, ipc or safetensors with distributed=fsdp2: each engine is on its processes' own GPUs"
+    if server is None and engine["weight_transfer"] == "nccl":
+        wanted = "auto, ipc or safetensors with distributed=fsdp2 and engines of its own"
         raise error("rollout.engine.weight_transfer", engine["weight_transfer"], wanted)
 
 

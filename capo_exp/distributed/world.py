@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from capo_exp.config.errors import error
-from capo_exp.config.schema import DistributedConfig, TrainConfig
+from capo_exp.config.schema import DistributedConfig, RolloutConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class World:
 
     rank: int  # From 0; the first writes the files
     size: int
-    block: int = 1  # So many consecutive ones of a node share an engine that samples
+    block: int = 1  # So many consecutive ones share an engine that samples
 
     @property
     def is_first(self) -> bool:
@@ -113,9 +113,14 @@ def open_world(config: TrainConfig, device: "torch.device") -> Iterator[World]:
 
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.distributed.timeout_seconds))
-    block = config.rollout.engine.get("tensor_parallel_size", 1)
-    yield World(dist.get_rank(), dist.get_world_size(), block)
+    size = dist.get_world_size()
+    yield World(dist.get_rank(), size, count_sharing(config.rollout, size))
     dist.destroy_process_group()  # not after an error: the others may wait in a collective
+
+
+def count_sharing(rollout: RolloutConfig, size: int) -> int:
+    """Returns how many of the processes share an engine: all of them a server elsewhere."""
+    return size if rollout.server_url else rollout.engine.get("tensor_parallel_size", 1)
 
 
 def is_worker() -> bool:

@@ -63,13 +63,8 @@ def join_results(parts: Sequence[RewardResult]) -> RewardResult:
 
 
 class Verifier(Protocol):
-    """What training and evaluation ask of a verifier."""
-
-    @property
-    def beside_sampling(self) -> bool:
-        """Whether parts of a step can be scored while others are sampled: in other processes, and each
-        completion on its own."""
-        ...
+    """What training and evaluation ask of a verifier. One that scores in other processes, and each completion
+    on its own, may say `beside_sampling = True`: parts of a step are then scored while others are sampled."""
 
     def score(self, completions: Texts, golds: Golds, problems: Questions = None) -> RewardResult:
         """Scores P lists of G completions by P gold answers."""
@@ -86,8 +81,6 @@ class Verifier(Protocol):
 
 class ExactVerifier:
     """Scores in this process by comparing texts: the last box, or what another `match` looks at."""
-
-    beside_sampling = False
 
     def __init__(self, match: Callable[[str, str], Grade] = exact_match) -> None:
         self._match = match

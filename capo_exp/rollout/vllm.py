@@ -46,8 +46,8 @@ class Engine(Protocol):
 class VLLMRollout:
     """Samples completions with vLLM, on the learner's device or another.
 
-    Where several processes share an engine, on the GPUs of all of them, it is their first one's. The others
-    make the same calls, in which sharded weights are gathered, and get no groups.
+    Where several processes share an engine, on the GPUs of all of them or elsewhere, it is their first one's.
+    The others make the same calls, in which sharded weights are gathered, and get no groups.
     """
 
     def __init__(

@@ -108,7 +108,7 @@ def make_sender(
         weights: the learner's.
         address: nccl only: this machine's name or address for the engine's workers.
         world_size: nccl only: number of the engine's workers.
-        rank: ipc only: which of the processes that share the engine this is.
+        rank: ipc and nccl only: which of the processes that share the engine this is; the first one sends.
         seconds: ipc and nccl only: limit of the handshake and of each transfer, whatever the client's are.
     """
     if backend == "safetensors":
@@ -122,7 +122,7 @@ def make_sender(
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
-        info = NCCLTrainerInitInfo(address, get_open_port(), 1 + world_size, rank=0)
+        info = NCCLTrainerInitInfo(address, get_open_port(), 1 + world_size, rank=rank)
 
     def join() -> Any:
         theirs: Any = client

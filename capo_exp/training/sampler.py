@@ -100,7 +100,7 @@ def sample_scored(
     """Samples, and scores each call's completions while the next call samples; None where the verifier cannot
     do that, or the completions come from elsewhere or are spread over processes."""
     own = sampler.engine is sampler.resting and sampler.world.size == 1
-    if not own or len(requests) < 2 or not sampler.verifier.beside_sampling:
+    if not own or len(requests) < 2 or not getattr(sampler.verifier, "beside_sampling", False):
         with watch("rollout"):
             return sample(sampler.engine, requests, sampler.world), None
     groups, scored = list[RolloutGroup](), list[Future[RewardResult]]()
