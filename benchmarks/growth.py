@@ -1,11 +1,11 @@
 """How time and memory grow with the work: 1, 2, 4 and 8 times the tokens, the vocabulary and the width.
 
 Three parts of a step: token shifts, the optimiser model's update, and the policy (a forward and a backward
-pass of two random Qwen2 layers and their last layer). On a CPU each size of each part runs in a process of its
-own, on a GPU, whose allocator knows the peak of each, all in one. The time is the process's CPU seconds, or
-what CUDA took, the smallest of its repeats; the memory is what it needs on top of its inputs. An exponent is
-the slope of log cost over log work, by least squares over the four sizes. A layer's multiplications grow with
-the square of its width, so the policy's work along that axis is counted in multiplications.
+pass of two random Qwen2 layers and their last layer). On a CPU each size of each part runs in a process of
+its own, on a GPU, whose allocator knows the peak of each, all in one. The time is the process's CPU seconds,
+or what CUDA took, the smallest of its repeats; the memory is what it needs on top of its inputs. An exponent
+is the slope of log cost over log work, by least squares over the four sizes. A layer's multiplications grow
+with the square of its width, so the policy's work along that axis is counted in multiplications.
 
     python -m benchmarks.growth
 """
