@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from capo_exp.core.types import RolloutGroup
     from capo_exp.rollout import RolloutEngine
-    from capo_exp.training.session import Inputs
+    from capo_exp.training.inputs import Inputs
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "math-verify")
 GET_VLLM = 'pip install -e ".[vllm]", or without a GPU bash scripts/install_vllm_cpu.sh'
@@ -120,7 +120,7 @@ def read_model(config: TrainConfig, device: "torch.device") -> Result:
 
 def read_data(config: TrainConfig) -> Result:
     """Problems of both splits, rendered for the model."""
-    from capo_exp.training.session import read_inputs
+    from capo_exp.training.inputs import read_inputs
 
     inputs = read_inputs(config)
     inputs.verifier.close()  # its workers may have read the golds; grade_answers starts its own
@@ -132,8 +132,8 @@ def read_data(config: TrainConfig) -> Result:
 
 def start_engine(config: TrainConfig, stack: ExitStack, model: "PreTrainedModel", inputs: "Inputs") -> Result:
     """What samples for training and evaluation starts, and samples."""
+    from capo_exp.training.inputs import build_engine
     from capo_exp.training.probe import GROUP_SIZE, PROMPTS, sample_few
-    from capo_exp.training.session import build_engine
 
     folder = stack.enter_context(TemporaryDirectory(prefix="capo_doctor_"))
     engine = build_engine(config, inputs, model)
@@ -258,11 +258,11 @@ def round_trip(
 
     from capo_exp.core import policy
     from capo_exp.runs.checkpoint import Checkpointer
+    from capo_exp.training.inputs import choose_train_engine, load_reference
     from capo_exp.training.learner import Learner
     from capo_exp.training.optimizer_step import step_once
     from capo_exp.training.probe import sample_few
     from capo_exp.training.rollout_step import Rollout, assign_credit
-    from capo_exp.training.session import choose_train_engine, load_reference
 
     train_engine = choose_train_engine(config, inputs, engine)
     if train_engine is not engine and not config.rollout.has_pairs:  # which only a run builds

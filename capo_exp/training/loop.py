@@ -24,9 +24,10 @@ from capo_exp.runs.logger import Draw
 from capo_exp.runs.processes import stop_signal
 from capo_exp.runs.record import clear, run_status
 from capo_exp.training.completions import tabulate_completions
+from capo_exp.training.inputs import read_inputs
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import take_rollout_step
-from capo_exp.training.session import Session, open_session, read_inputs
+from capo_exp.training.session import Session, open_session
 
 
 def run(config: TrainConfig, draw: Draw | None = None) -> Path:

@@ -20,7 +20,7 @@ from capo_exp.core.types import Batch, RolloutGroup
 from capo_exp.distributed.sharding import local, shard
 from capo_exp.distributed.world import World, open_world, own_device
 from capo_exp.rollout import RolloutEngine, SamplingRequest
-from capo_exp.training.session import Inputs, build_engine, read_inputs
+from capo_exp.training.inputs import Inputs, build_engine, read_inputs
 
 PROMPTS, GROUP_SIZE, MAX_TOKENS = 2, 2, 32
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
