@@ -165,6 +165,7 @@ def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch
 @pytest.mark.parametrize(
     "overrides",
     ["model.micro_batch_size=96", "rollout.chunking=per_step", "curvature.diagnose_every=5", "device=cuda:1",
+     "model.compile=true",
      "rollout=vllm rollout.server_url=start", "rollout=vllm rollout.engine.weight_transfer=nccl",
      "rollout=vllm rollout.engine.visible_devices=1", "rollout=vllm rollout.engine.tensor_parallel_size=3",
      "rollout=vllm distributed.nodes=2 rollout.engine.tensor_parallel_size=4"],
