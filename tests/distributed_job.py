@@ -33,7 +33,8 @@ from capo_exp.distributed.world import FOLDER, SINGLE, STOP, World
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.dealt import sample
 from capo_exp.rollout.hf import HFRollout
-from capo_exp.training import loop, session
+from capo_exp.training import inputs as reading
+from capo_exp.training import loop
 from capo_exp.training.learner import Learner
 from capo_exp.training.probe import probe
 from capo_exp.training.sampler import make_requests
@@ -223,10 +224,10 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
 def compare_blocks(job: dict[str, Any], world: World) -> Iterator[str]:
     """Three calls, dealt to an engine a process, or one for every two, give what a process alone samples."""
     config = job["run"]
-    with (inputs := session.read_inputs(config, world)).verifier:
+    with (inputs := reading.read_inputs(config, world)).verifier:
         model = policy.load_model(config.model, inputs.device)
-        engine = session.build_engine(config, inputs, model, world)
-        session.share_out(config, world, model, None)
+        engine = reading.build_engine(config, inputs, model, world)
+        reading.share_out(config, world, model, None)
         asked = {"group_size": 2, "seed": (0, 0, 0), "weight_version": 0}
         requests = make_requests(config, inputs.data.train[:9], **asked)
         wanted = sample(engine, requests, SINGLE)
@@ -240,16 +241,16 @@ def doubt_engines(job: dict[str, Any], world: World) -> Iterator[str]:
     said = probe(job["run"], world, torch.device("cpu"))
     if not said.startswith("2 processes on cpu; ") or "each one's engine takes new weights" not in said:
         yield f"said {said}"
-    plain = session.copy_weights
+    plain = reading.copy_weights
     if world.rank == 1:  # gathers them, for the first waits for that, and keeps its own
-        session.copy_weights = lambda model, _: [full(weight) for weight in model.parameters()]
+        reading.copy_weights = lambda model, _: [full(weight) for weight in model.parameters()]
     try:
         yield f"said {probe(job['run'], world, torch.device('cpu'))}"
     except RunFailed as failure:
         if "the engine of process 1 samples with other weights: largest difference" not in str(failure):
             yield f"said {failure}"
     finally:
-        session.copy_weights = plain
+        reading.copy_weights = plain
 
 
 def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
@@ -269,7 +270,7 @@ def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
             "2 -> 4", read_back(folder / "whole"), train(job, folder / "four"), exact=False
         ),
     }
-    session.prepare = cache_of(session.prepare)
+    reading.prepare = cache_of(reading.prepare)
     loop.open_world = lambda config, _: nullcontext(
         world if config.distributed.name == "fsdp2" else World(0, 1)
     )

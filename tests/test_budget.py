@@ -23,7 +23,7 @@ from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Completion, RolloutGroup
 from capo_exp.data.prompts import choose_visits
-from capo_exp.distributed.world import World
+from capo_exp.distributed.world import SINGLE, World
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.vllm import VLLMRollout
@@ -278,7 +278,7 @@ def test_an_engine_of_vllm_is_given_the_share(small_model: PreTrainedModel) -> N
 
     fake: Any = SimpleNamespace(
         _synchronise=lambda version: None, _ends=[1], running=lambda: SimpleNamespace(generate=generate),
-        _label=lambda version: f"me:{version}", _tokenizer=Tokenizer(),
+        _label=lambda version: f"me:{version}", _tokenizer=Tokenizer(), _world=SINGLE,
     )  # fmt: skip
     fake._to_group = lambda *given: VLLMRollout._to_group(fake, *given)
     request = SamplingRequest(

@@ -46,7 +46,7 @@ class World:
     @property
     def blocks(self) -> "World":
         """The blocks, as if each were one process, and which of them this process is in."""
-        return World(self.rank // self.block, self.size // self.block)
+        return replace(self, rank=self.rank // self.block, size=self.size // self.block, block=1)
 
     def deal(self, items: Sequence[Value]) -> list[Value]:
         """Returns this process's share: item i goes to rank i mod size."""

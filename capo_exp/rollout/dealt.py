@@ -14,15 +14,15 @@ def sample(engine: RolloutEngine, requests: Sequence[SamplingRequest], world: Wo
     Every process asks its engine equally often, for nothing if need be: engines take the learner's weights
     when they are asked, and sharded weights are gathered by all at once.
     """
-    blocks = world.blocks
-    rounds = -(-len(requests) // blocks.size)
+    rounds = -(-len(requests) // world.blocks.size)
 
     def own() -> list[list[RolloutGroup]]:
-        share = blocks.deal(requests)
+        share = world.blocks.deal(requests)
         nothing = [replace(requests[0], prompts=(), begun=())] * (rounds - len(share))
         return [engine.generate(request) for request in (*share, *nothing)][: len(share)]
 
-    return [group for groups in blocks.collect(world.together(own)[:: world.block]) for group in groups]
+    shares = world.together(own)[:: world.block]  # of those that own an engine
+    return [group for groups in world.blocks.collect(shares) for group in groups]
 
 
 class ReplicaRollout:
