@@ -23,6 +23,7 @@ from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
+from tests.conftest import ALGORITHMS
 from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
 from tests.process_pieces import together
@@ -39,9 +40,6 @@ RUN = (
     "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
     "dataset.source.num_train=64", "dataset.source.num_eval=8",
 )  # fmt: skip
-ALGORITHMS = ("a_star_po", "c3po", "dash", "dpo", "gspo", "prorl", "reinforce_pp", "rloo")
-"""With passes of their own: references, minibatches, filters, whitening, a KL in reward or loss; what is
-sampled beside a step is dealt as the step's own (vineppo)."""
 SELECTIONS = ("all_levels", "batch", "random_matched", "top_policy_shift", "down_weight")
 
 

@@ -189,16 +189,17 @@ def test_models_that_mix_neighbours_are_not_packed(small_model: PreTrainedModel)
 
 
 @pytest.mark.parametrize(
-    ("model", "amx", "expected"),
+    ("model", "able", "expected"),
     [
-        ("smollm2_135m", True, torch.bfloat16),
-        ("smollm2_135m", False, torch.float32),
-        ("tiny", True, torch.float32),
+        ("smollm2_135m", "amx_bf16", torch.bfloat16),
+        ("smollm2_135m", "avx512_bf16", torch.bfloat16),
+        ("smollm2_135m", "avx512_f", torch.float32),
+        ("tiny", "amx_bf16", torch.float32),
     ],
 )
 def test_auto_is_bfloat16_where_a_cpu_gains_by_it(
     composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch,
-    model: str, amx: bool, expected: torch.dtype,
+    model: str, able: str, expected: torch.dtype,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
     assert policy.choose_dtype(composed(f"model={model}").model, torch.device("cpu")) == expected

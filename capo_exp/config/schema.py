@@ -122,8 +122,8 @@ class ModelConfig:
     head_dim: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
     # What the weights are kept in; the optimiser has float32 moments, and the other 16 bits of bfloat16 ones
     load_dtype: str = setting(ranges.one_of("float32", "bfloat16"), default="float32")
-    # auto = bfloat16 autocast on a GPU, on a CPU with AMX from a hidden size of 512 on, and wherever the
-    # weights are bfloat16; else float32
+    # auto = bfloat16 autocast on a GPU, on a CPU that multiplies it (AMX, AVX-512) from a hidden size of 512
+    # on, and wherever the weights are bfloat16; else float32
     compute_dtype: str = setting(ranges.one_of("auto", "float32", "bfloat16"))
     attn_implementation: str = setting(ranges.ATTENTION)
     gradient_checkpointing: bool = MISSING

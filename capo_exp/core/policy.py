@@ -320,7 +320,10 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def _gains_on_cpu(config: ModelConfig) -> bool:
-    """Returns whether this CPU multiplies bfloat16 in hardware (AMX), and the model is wide enough to gain by
-    it; the shipped ones are not, so their numbers are the same on every CPU."""
-    able = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return able and (config.hidden_size or 0) >= 512
+    """Returns whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512), and the model is wide enough
+    to gain by it; the shipped ones are not, so their numbers are the same on every CPU."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        any(able.get(f"{unit}_bf16", False) for unit in ("amx", "avx512"))
+        and (config.hidden_size or 0) >= 512
+    )
