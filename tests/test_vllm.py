@@ -222,6 +222,12 @@ def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> N
     assert [group.prompt for group in groups] == many
 
 
+def fail_to_take(engine: Any, method: str, **_: Any) -> Any:
+    if not isinstance(engine, Elsewhere) and method == "start_weight_update":
+        raise EngineFailed("no weights today")
+    return True
+
+
 def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> None:
     """One of two processes with a sharded model and an engine of the first one's, which shares it."""
     torch.set_num_threads(1)
@@ -240,6 +246,11 @@ def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str
         setup.version += 1
         for weight in setup.model.parameters():
             local(weight).mul_(1.1)
+        with patch.context() as broken:  # before the first weight is gathered, in one of the two
+            broken.setattr(type(setup.engine.running()), "call", fail_to_take)
+            with pytest.raises(EngineFailed, match="no weights today"):
+                sample(setup.engine, [setup.request()], world)
+        setup.version += 1
         lose_weights(patch, setup)
         with pytest.raises(EngineFailed, match=r"its weights are not the learner's"):
             sample(setup.engine, [setup.request()], world)
@@ -250,7 +261,7 @@ def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str
 @needs_vllm
 def test_two_processes_share_an_engine(running: Setup, tmp_path: Path) -> None:
     """It holds the weights that both have gathered, and samples what an engine of one part does; both learn
-    that a transfer is lost."""
+    that it takes no weights, or that a transfer is lost."""
     shared = compose_vllm(SHORT, EAGER, "rollout.engine.tensor_parallel_size=2")
     together(2, share_engine, tmp_path, shared, running.model.state_dict())
     first, second = (torch.load(tmp_path / f"groups_{rank}.pt", weights_only=False) for rank in range(2))

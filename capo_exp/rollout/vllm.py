@@ -8,7 +8,8 @@ but the learner's can pass.
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import nan
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from capo_exp.core.types import Completion, Prompt, RolloutGroup
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.rollout import EngineFailed, SamplingRequest
 from capo_exp.rollout.hf import find_end_token_ids
-from capo_exp.rollout.vllm_process import Elsewhere, EngineProcess, Request, Response
+from capo_exp.rollout.vllm_process import Elsewhere, Enduring, EngineProcess, Request, Response
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
 from capo_exp.rollout.weight_proof import WeightProbe, choose_probe_prompts, probe_weights
@@ -137,7 +138,7 @@ class VLLMRollout:
             )
         self._send = make_sender(
             self._backend,
-            WeightClient(self._engine.call),
+            WeightClient(lambda method, **arguments: self.running().call(method, **arguments)),
             EngineWeights(self._model, getattr(torch, self._dtype)),
             address=settings.weight_transfer_address,
             world_size=world_size,
@@ -221,10 +222,35 @@ class VLLMRollout:
         copies = request.group_size // len(completions)
         return RolloutGroup(prompt, tuple(completions * copies), request.weight_version)
 
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        """Raises what the engine fails with only at the end, where other processes gather weights with this
+        one until then: they would wait for it."""
+        if self._world.size == 1:
+            yield
+            return
+        kept = Enduring(self.running())
+        self._engine = kept
+        try:
+            yield
+        except EngineFailed as error:
+            raise kept.failure or error from None
+        finally:
+            self._engine = kept.engine
+        if kept.failure is not None:
+            raise kept.failure
+
     def _synchronise(self, version: int) -> None:
         """Sends the learner's weights if the engine has not got them, and proves that it has."""
-        engine, start = self.running(), time.perf_counter()
-        stale = self._version != version
+        start, stale = time.perf_counter(), self._version != version
+        with self._enduring():
+            self._wake_and_send(version, stale=stale)
+        if stale:
+            self._version = version
+            self._metrics["time/transfer_seconds"] += time.perf_counter() - start
+
+    def _wake_and_send(self, version: int, *, stale: bool) -> None:
+        engine = self.running()
         if self._asleep:  # the documented order: weights first, the KV cache when they are in place
             # What the learner's last step left, and another process cannot use; an engine has several GPUs.
             self._world.together(torch.cuda.empty_cache)
@@ -235,13 +261,11 @@ class VLLMRollout:
         if self._asleep:
             engine.call("wake_up", tags=["kv_cache"])
             self._asleep = False
-        if not stale:
-            return
-        if not engine.call("reset_prefix_cache"):
-            raise EngineFailed("vLLM: its prefix cache could not be reset after new weights")
-        self._prove(version)
-        self._version = version
-        self._metrics["time/transfer_seconds"] += time.perf_counter() - start
+        if stale:
+            cleared = engine.call("reset_prefix_cache")
+            self._prove(version)
+            if not cleared:
+                raise EngineFailed("vLLM: its prefix cache could not be reset after new weights")
 
     def _prove(self, version: int) -> None:
         """Raises EngineFailed, with step and size of the difference, if weights are not the learner's."""

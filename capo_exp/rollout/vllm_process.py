@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
@@ -93,6 +93,28 @@ class Elsewhere:
 
     def close(self) -> None:
         pass
+
+
+class Enduring(Elsewhere):
+    """Asks an engine until it fails, and keeps the error: from then on it is as if it were elsewhere."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.failure: EngineFailed | None = None
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        found = self._ask(lambda: self.engine.generate(requests))
+        return super().generate(requests) if found is None else found
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        found = self._ask(lambda: self.engine.call(method, **arguments))
+        return found if self.failure is None else super().call(method, **arguments)
+
+    def _ask(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action() if self.failure is None else None
+        except EngineFailed as error:
+            self.failure = error
 
 
 class EngineProcess:
