@@ -44,7 +44,7 @@ def choose_engine(argument: str, words: Sequence[str]) -> str:
     learner has a GPU, of which `device=` among the words decides, and vLLM is installed; else hf."""
     if argument != "rollout=auto":
         return argument
-    device = [word.removeprefix("device=") for word in words if word.startswith("device=")]
+    device = [word.removeprefix("device=").strip("'\"") for word in words if word.startswith("device=")]
     gpu = find_device((device or ["auto"])[-1]).startswith("cuda")
     return f"rollout={'vllm' if gpu and find_spec('vllm') else 'hf'}"
 

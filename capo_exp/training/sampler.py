@@ -104,7 +104,8 @@ def sample_scored(
         with watch("rollout"):
             return sample(sampler.engine, requests, sampler.world), None
     groups, scored = list[RolloutGroup](), list[Future[RewardResult]]()
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         for request in requests:
             with watch("rollout"):
                 part = sampler.engine.generate(request)
@@ -112,6 +113,11 @@ def sample_scored(
             scored.append(thread.submit(grade_groups, sampler.verifier, part))
         with watch("reward"):
             return groups, join_results([each.result() for each in scored])
+    except BaseException:
+        sampler.verifier.close()  # or the thread would go on grading for nobody
+        raise
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def make_requests(

@@ -226,7 +226,8 @@ def _open_writers(
     closing = stack.enter_context(ExitStack())  # after the record, which says how the run ended
     device, counters = policy.device_name(inputs.device), dict.fromkeys(COUNTS, 0) | counters
     record = stack.enter_context(RunRecord(directory, config, device_name=device, counters=counters))
-    origin = {"model_origin": policy.read_origin(config.model)}
+    dtype = str(inputs.compute_dtype).removeprefix("torch.")  # what `auto` became
+    origin = {"model_origin": policy.read_origin(config.model), "compute_dtype": dtype}
     record.add(_describe_data(inputs) | origin)  # before the logger, whose tracker gets the record
     tracker, mode = config.logger.name, config.logger.wandb_mode
     step = counters[names.STEP]
