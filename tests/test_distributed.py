@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from capo_exp.cli.compose import find_choices
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.memory import estimate
@@ -27,7 +28,7 @@ from tests.conftest import ALGORITHMS
 from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
 from tests.process_pieces import together
-from tests.test_selection import partly
+from tests.test_selection import SELECTIONS, partly
 
 Compose = Callable[..., TrainConfig]
 Batches = Callable[..., Batch]
@@ -40,7 +41,7 @@ RUN = (
     "checkpoint.every=1", "evaluation.num_problems=3", "evaluation.every=0",
     "dataset.source.num_train=64", "dataset.source.num_eval=8",
 )  # fmt: skip
-SELECTIONS = ("all_levels", "batch", "random_matched", "top_policy_shift", "down_weight")
+CORRECTIONS, RULES = find_choices("rollout/correction"), find_choices("step_rule")
 
 
 def small(composed: Compose, *overrides: str) -> TrainConfig:
@@ -50,13 +51,13 @@ def small(composed: Compose, *overrides: str) -> TrainConfig:
 
 
 def learners(composed: Compose) -> dict[str, TrainConfig]:
-    rules = ("measured", "calibrated")
     chosen = {name: (f"algo={name}",) for name in ALGORITHMS}
     chosen |= {f"selection {name}": ("algo=grpo", *partly(name)) for name in SELECTIONS}
     chosen |= {
         f"step rule {name}": ("algo=capo", f"step_rule={name}", "algo.step_rule.policy_shift_max=1e-5")
-        for name in rules
+        for name in RULES
     }
+    chosen |= {f"correction {name}": ("algo=grpo", f"rollout/correction={name}") for name in CORRECTIONS}
     for name in ("adam_live", "sgd"):
         chosen[name] = ("algo=capo", f"curvature.optimizer_model={name}")
     budget = "model.max_tokens_per_micro_batch=30"  # four micro-batches, then three that are packed
