@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from capo_exp.core import policy
+from capo_exp.core.token_scores import score_hidden
 from capo_exp.core.types import AdamState
 from capo_exp.curvature import backend
 from capo_exp.curvature.model import (
@@ -35,8 +35,11 @@ from capo_exp.curvature.model import (
 )
 
 LR, MIB = 1e-6, 2**20
-BLOCKS = ((16, 128), (8, 128), (16, 64), (32, 64), (32, 128), (16, 256))
-"""Pairs and columns of a block, the first of which the package uses; the table says which is the fastest."""
+BLOCKS = (
+    (4, 512, 256), (4, 512, 64), (4, 512, 1024), (2, 512, 256), (2, 1024, 256), (4, 1024, 256), (4, 256, 256),
+    (8, 256, 256), (8, 128, 256),
+)  # fmt: skip
+"""Pairs and columns of a block, pairs of a row that are summed at once; the package uses the first."""
 
 
 def inputs(sizes: argparse.Namespace, frequencies: str) -> tuple[Tensor, ...]:
@@ -144,13 +147,13 @@ def tune(tokens: tuple[Tensor, ...], state: AdamState, sizes: argparse.Namespace
     """Returns a table of the blocks."""
     from capo_exp.curvature import kernels
 
-    table, first = Table("pairs x columns", "token_shifts ms", "mean_row_gradients ms"), BLOCKS[0]
-    for pairs, columns in BLOCKS:
-        kernels.PAIRS, kernels.SLICE = pairs, columns
+    table, first = Table("block", "token_shifts ms", "mean_row_gradients ms"), BLOCKS[0]
+    for block in BLOCKS:
+        kernels.PAIRS, kernels.SLICE, kernels.PIECE = block
         now = calls(tokens, state)
         spent = [measure(now[name], sizes.device, sizes.repeats)[0] for name in list(now)[:2]]
-        table.add_row(f"{pairs} x {columns}", *(f"{each:.2f}" for each in spent))
-    kernels.PAIRS, kernels.SLICE = first
+        table.add_row(", ".join(map(str, block)), *(f"{each:.2f}" for each in spent))
+    kernels.PAIRS, kernels.SLICE, kernels.PIECE = first
     return table
 
 
@@ -161,7 +164,7 @@ def last_layer(sizes: argparse.Namespace, console: Console) -> None:
     head = torch.nn.Linear(sizes.width, sizes.vocab, bias=False, **kind)
     hidden = torch.randn(sizes.tokens, sizes.width, **kind, requires_grad=True)
     ids = torch.randint(sizes.vocab, (sizes.tokens,), device=sizes.device)
-    ways = {"ours": lambda: policy._last_layer(head, hidden, ids, sizes.support, 1024)[0].sum()}
+    ways = {"ours": lambda: score_hidden(head, hidden, ids, sizes.support, 1024)[0].sum()}
     if find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 

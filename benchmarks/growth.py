@@ -40,6 +40,8 @@ from capo_exp.curvature.model import (
 
 Sizes = dict[str, int]
 BASE: Sizes = {"tokens": 1024, "vocabulary": 4096, "width": 128}
+BASE_CUDA: Sizes = {"tokens": 8192, "vocabulary": 32_768, "width": 1024}
+"""What fills a GPU: with less, all sizes take what starting the kernels takes."""
 LENGTH, SUPPORT, FACTORS = 64, 50, (1, 2, 4, 8)
 PARTS = ("shifts", "update", "policy")
 
@@ -133,12 +135,15 @@ def main() -> None:
         sys.stdout.write(json.dumps(found))
         return
     if given.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"no GPU: would run {', '.join(PARTS)}, each at {', '.join(map(str, FACTORS))} times {BASE}")
+        print(
+            f"no GPU: would run {', '.join(PARTS)}, each at {', '.join(map(str, FACTORS))} times {BASE_CUDA}"
+        )
         return
+    base = BASE_CUDA if given.device.startswith("cuda") else BASE
     table = Table("part", "grows", *(f"{factor} x" for factor in FACTORS), "exponents: time", "memory")
     for part in PARTS:
-        for axis in BASE:
-            sizes = [BASE | {axis: factor * BASE[axis]} for factor in FACTORS]
+        for axis in base:
+            sizes = [base | {axis: factor * base[axis]} for factor in FACTORS]
             costs = [child(part, size, given) for size in track(sizes, f"{part}, {axis}", transient=True)]
             cells = [f"{1000 * cost['seconds']:.0f} ms, {cost['mib']:.0f} MiB" for cost in costs]
             found = exponents(part, sizes, costs)

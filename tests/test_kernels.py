@@ -26,7 +26,7 @@ from capo_exp.curvature.table import decay
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Found = list[Tensor]
-SHAPES = {  # B, T, V, K, H; blocks are of 4 pairs and 8 columns
+SHAPES = {  # B, T, V, K, H; blocks are of 4 pairs and 8 columns, sums of 8 pairs
     "nothing divides": (1, 3, 7, 3, 11),
     "one pair a row": (1, 1, 9, 9, 5),
     "one row for all pairs": (2, 3, 1, 1, 8),
@@ -43,7 +43,7 @@ def kernels() -> Iterator[ModuleType]:
         if DEVICE.type == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
         _reload(language.standard, language.random, language, module)
-        module.PAIRS, module.SLICE = 4, 8
+        module.PAIRS, module.SLICE, module.PIECE = 4, 8, 8
         yield module
     _reload(language.standard, language.random, language, module)
 
@@ -167,3 +167,16 @@ def test_triton_on_a_cpu_is_one_clear_error(kernels: ModuleType, monkeypatch: py
     monkeypatch.setenv("CAPO_KERNEL", "fast")
     with pytest.raises(ConfigError, match=r"^CAPO_KERNEL=fast: expected one of auto, torch, triton$"):
         backend.choose_kernel("auto", CPU)
+
+
+@pytest.mark.parametrize("lengths", [(1, 30, 1, 0, 9), (8, 8, 16), (3, 0, 0, 37), (5,)])
+def test_sums_of_rows_that_are_cut(kernels: ModuleType, lengths: tuple[int, ...]):
+    """Rows without pairs, rows of several pieces, rows that start or end where a piece does."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    hidden, weights = torch.randn(7, 11, generator=generator), torch.randn(len(rows), generator=generator)
+    tokens = torch.randint(7, (len(rows),), generator=generator)
+    wanted = torch.zeros(len(lengths), 11).index_add_(0, rows, weights[:, None] * hidden[tokens])
+    found = kernels.sum_rows(*(values.to(DEVICE) for values in (hidden, tokens, weights, starts)))
+    torch.testing.assert_close(found.cpu(), wanted)

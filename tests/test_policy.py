@@ -13,6 +13,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing, policy
 from capo_exp.core.batch import CutSize, join, padding_share, split, take
+from capo_exp.core.token_scores import score_hidden, top_ids
 from capo_exp.core.types import Batch, PolicyOutput, Problem, Prompt
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
@@ -74,6 +75,27 @@ def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
             (output.log_probs.detach(), output.entropy, [p.grad.clone() for p in small_model.parameters()])
         )
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [5, 640, 1000])
+def test_scores_of_a_wide_last_layer_are_those_of_its_whole_logits(vocab: int) -> None:
+    """640 and 1000 ids are ten and fifteen blocks, with a rest or without; the gradient is autograd's."""
+    generator = torch.Generator().manual_seed(vocab)
+    head = torch.nn.Linear(6, vocab, bias=False)
+    hidden, weights = torch.randn(2, 40, 6, generator=generator)[0], torch.randn(40, generator=generator)
+    ids = torch.randint(vocab, (40,), generator=generator)
+    gradients = []
+    for fused in (True, False):
+        states = hidden.clone().requires_grad_()
+        log_probs = (
+            score_hidden(head, states, ids, 4, 16)[0]
+            if fused
+            else head(states).log_softmax(1).gather(1, ids[:, None]).squeeze(1)
+        )
+        gradients.append(torch.autograd.grad((weights * log_probs).sum(), (states, head.weight)))
+    torch.testing.assert_close(*gradients)
+    logits = head(hidden)
+    assert torch.equal(top_ids(logits, 4), logits.topk(4).indices)
 
 
 @pytest.mark.parametrize("hidden_shift", [0, 1])

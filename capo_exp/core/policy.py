@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +25,7 @@ from capo_exp.config.places import MADE_HERE
 from capo_exp.config.schema import ModelConfig, TrainConfig
 from capo_exp.core import model_files, packing, smollm2
 from capo_exp.core.masked import unpack
+from capo_exp.core.token_scores import score_hidden
 from capo_exp.core.types import Batch, PolicyOutput
 from capo_exp.distributed.sharding import SCORE, decoder_layers, full, is_sharded
 
@@ -196,7 +196,7 @@ def score_tokens(
         else:
             states = _states(model, batch, extra=hidden_shift, pack=settings.pack)
         hidden = states[:, : mask.shape[1]][mask] / settings.temperature
-        scored = _last_layer(last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens)
+        scored = score_hidden(last_layer(model), hidden, batch.token_ids[mask], top_k, settings.chunk_tokens)
     late = states[:, hidden_shift:][mask] / settings.temperature if hidden_shift else hidden
     return (*scored, late.detach().float())
 
@@ -253,33 +253,6 @@ def _decode_packed(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     return unpack(
         model.base_model(input_ids=ids[mask][None], use_cache=False, **given).last_hidden_state[0], mask
     )
-
-
-def _last_layer(
-    head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int, chunk_tokens: int
-) -> tuple[Tensor, ...]:
-    """Computes log_probs [N], entropy [N], topk_probs [N, K], topk_ids [N, K]."""
-    chunks = zip(hidden.split(chunk_tokens), token_ids.split(chunk_tokens), strict=True)
-    if len(hidden) <= chunk_tokens:
-        return _score(head, hidden, token_ids, top_k)
-    scored = [checkpoint(_score, head, h, ids, top_k, use_reentrant=False) for h, ids in chunks]
-    return tuple(torch.cat(columns) for columns in zip(*scored, strict=True))  # pyright: ignore[reportArgumentType]
-
-
-def _score(head: torch.nn.Module, hidden: Tensor, token_ids: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    """A sampled token outside the top K takes the last place: else its update, the largest of all, would look
-    small."""
-    logits = head(hidden).float()
-    log_normaliser = logits.logsumexp(1)
-    log_probs = logits.gather(1, token_ids[:, None]).squeeze(1) - log_normaliser
-    # After what the gradient needs: a checkpoint's second run stops before it gets here.
-    with torch.no_grad():
-        probs = (logits - log_normaliser[:, None]).exp_()
-        entropy = log_normaliser - probs.mul_(logits).sum(1)
-        ids = logits.topk(top_k, dim=1).indices
-        outside = (ids != token_ids[:, None]).all(1)
-        ids[:, -1] = torch.where(outside, token_ids, ids[:, -1])
-        return log_probs, entropy, logits.gather(1, ids).softmax(1), ids
 
 
 def autocast(

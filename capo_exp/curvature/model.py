@@ -196,7 +196,7 @@ def mean_row_gradients(tokens: Tokens, world: World = SINGLE) -> RowGradients:
     weights = (tokens.advantages[:, None] * tokens.logit_error).reshape(-1)[order]
     starts = pad(own[ids].cumsum(0), (1, 0))
     sums = world.sum(_sum_rows(tokens.hidden, order // support, weights, starts))
-    return RowGradients(ids, sums / counts[ids].to(sums.dtype)[:, None], counts[ids])
+    return RowGradients(ids, sums.div_(counts[ids].to(sums.dtype)[:, None]), counts[ids])
 
 
 def apply_row_gradients(state: AdamState, gradients: RowGradients) -> AdamState:
