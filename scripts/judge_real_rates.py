@@ -33,6 +33,7 @@ FLAT = 2
 LOOKS = {
     "grpo": ("GRPO", "conf", "-"),
     "grpo_large_eps": ("GRPO, Adam's eps 1e-3", SPARE[3], "-"),
+    "evidence": ("GRPO, step by evidence", OTHER, "-"),
     "measured": ("GRPO, measured step", SPARE[4], "-"),
     "calibrated": ("GRPO, calibrated step", SPARE[0], "-"),
     "predicted": ("GRPO, predicted step", OTHER, DASHES[2]),

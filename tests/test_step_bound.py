@@ -1,6 +1,7 @@
 """The policy shift of the whole optimiser step, bounded: by measuring it, by predicting it, by both."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -70,10 +71,10 @@ def moved(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> floa
 
 
 def looking(
-    seen: list[StepTrial], *, measurable: bool = True, step_scale: float = 1.0
+    seen: list[StepTrial], *, step_scale: float = 1.0
 ) -> Callable[[StepTrial], StepDecision]:
     def rule(trial: StepTrial) -> StepDecision:
-        trial.take(completions=99, tokens=9999, measurable=measurable)
+        trial.take(completions=99, tokens=9999)
         seen.append(trial)
         return StepDecision(step_scale)
 
@@ -117,6 +118,7 @@ def test_a_part_of_the_step_is_the_step_at_that_part_of_the_rate(ruled: Make, ra
         partial(step_bound.measured, max_looks=3, **FREE),
         partial(step_bound.predicted, **FREE),
         partial(step_bound.calibrated, every=2, memory_share=0.5, max_looks=3, **FREE),
+        partial(step_bound.evidence, share=float("inf"), memory_share=0.5, **LARGE),
     ],
 )
 def test_without_a_bound_it_is_the_whole_step_bit_for_bit(rule, ruled: Make, random_batch: Batches) -> None:
@@ -247,3 +249,49 @@ def test_a_step_that_moves_nothing_is_taken_whole(ruled: Make, random_batch: Bat
         metrics, _ = take_step(ours, idle)
         assert metrics["optim/step_scale"] == 1.0
         assert "step/ratio" not in metrics
+
+
+EVIDENCE = partial(step_bound.evidence, memory_share=0.5, **LARGE)
+
+
+@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-4])
+def test_evidence_keeps_the_real_shift_within_what_the_rewards_say(
+    share: float, ruled: Make, random_batch: Batches
+) -> None:
+    """Shortened by a ratio of the steps before and once more by a look, so within a factor, not exactly."""
+    ours = ruled(partial(EVIDENCE, share=share))
+    shortened = 0
+    for seed in range(6):
+        before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
+        metrics, record = take_step(ours, batch)
+        bound = share * step_bound.reward_evidence(record)
+        assert metrics["step/policy_shift_bound"] == pytest.approx(bound)
+        assert 0 < moved(before, ours.model, batch) < 1.5 * bound
+        shortened += metrics["optim/step_scale"] < 0.9
+    assert shortened >= 4
+
+
+def test_where_no_reward_differs_momentum_takes_no_step(ruled: Make, random_batch: Batches) -> None:
+    ours, batch = ruled(partial(EVIDENCE, share=1.0)), random_batch()
+    take_step(ours, batch)
+    before, same = weights(ours), replace(batch, advantages=torch.zeros_like(batch.advantages))
+    metrics, _ = take_step(ours, same)
+    assert metrics["optim/step_scale"] == 0 and ours.optimizer_step == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
+    assert "ratio" in ours.step_memory  # of the step before
+
+
+def test_evidence_is_the_entropy_of_rewards_within_a_prompt(ruled: Make, random_batch: Batches) -> None:
+    """Two of four, all alike, one of two: ln 2 for six of ten completions; a correction changes nothing."""
+    _, record = take_step(ruled(), random_batch(rows=10, length=3))
+    credits = torch.tensor([1, -1, 1, -1, 0, 0, 0, 0, 2, 1.0])
+    mask = record.batch.completion_mask
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    for weights_ in (record.weights, record.weights * (0.5 + torch.rand(mask.shape))):
+        batch = replace(record.batch, advantages=credits[:, None] * weights_, group_ids=groups)
+        found = step_bound.reward_evidence(replace(record, batch=batch, weights=weights_))
+        assert found == pytest.approx(6 * math.log(2) / mask.sum().item(), rel=1e-5)
+    alone = replace(record.batch, advantages=credits[:, None] * mask, group_ids=torch.arange(10))
+    kinds = torch.tensor([3, 2, 4, 1]) / 10  # without groups: of all ten, three are 1, two -1, four 0, one 2
+    wanted = -(kinds * kinds.log()).sum().item() * 10 / mask.sum().item()
+    assert step_bound.reward_evidence(replace(record, batch=alone)) == pytest.approx(wanted, rel=1e-5)

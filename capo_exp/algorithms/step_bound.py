@@ -8,8 +8,12 @@ sqrt(1 / k).
 
 from math import sqrt
 
+import torch
+from torch import Tensor
+
 from capo_exp.algorithms.kinds import Count, PositiveOrInf, Share
 from capo_exp.core.step import StepDecision, StepTrial
+from capo_exp.core.types import StepRecord
 
 SHORT_OF = 0.95
 """Share of the way to the bound that a search aims at, so that the next look need not find it just above."""
@@ -20,7 +24,7 @@ def measured(
 ) -> StepDecision:
     """Shortens the step until the measured shift [nats a token] is within the bound. Each look, of max_looks
     at most, is a forward pass over the completions; after the last one its scale is taken all the same."""
-    trial.take(completions=completions, tokens=tokens, measurable=True)
+    trial.take(completions=completions, tokens=tokens)
     step_scale, shift = _search(trial, 1.0, policy_shift_max, max_looks)
     return StepDecision(step_scale, metrics={"step/policy_shift_measured": shift})
 
@@ -30,7 +34,7 @@ def predicted(
 ) -> StepDecision:
     """Shortens the step until the shift [nats a token] that the last layer alone would make, a small share of
     the whole, is within the bound; no forward pass."""
-    trial.take(completions=completions, tokens=tokens, measurable=False)
+    trial.take(completions=completions, tokens=tokens)
     whole = trial.last_layer(1.0)
     step_scale = _shorten(whole, policy_shift_max)
     return StepDecision(step_scale, metrics={"step/policy_shift_predicted": whole * step_scale**2})
@@ -52,7 +56,7 @@ def calibrated(
     memory = trial.proposed.memory
     since, ratio = memory.get("since", 0.0), memory.get("ratio")
     due = ratio is None or since >= every
-    trial.take(completions=completions, tokens=tokens, measurable=due)
+    trial.take(completions=completions, tokens=tokens)
     whole = trial.last_layer(1.0)
     step_scale = 1.0 if ratio is None else _shorten(ratio * whole, policy_shift_max)
     metrics: dict[str, float] = {}
@@ -66,6 +70,61 @@ def calibrated(
         metrics |= {"step/ratio": ratio, "step/policy_shift_predicted": ratio * whole * step_scale**2}
     kept = {} if ratio is None else {"ratio": ratio}
     return StepDecision(step_scale, {**kept, "since": 1.0 if due else since + 1.0}, metrics)
+
+
+def evidence(
+    trial: StepTrial, *, share: PositiveOrInf, completions: Count, tokens: Count, memory_share: Share
+) -> StepDecision:
+    """Shortens the step until it moves the policy by no more nats than `share` times what the step's rewards
+    say (`reward_evidence`); where all rewards of every prompt are alike, no step is taken.
+
+    The last layer's prediction for all tokens, times how much more the model has moved so far, says how short;
+    one forward pass over a few completions shortens the step further where it finds more than that.
+    memory_share is the weight of the old ratio in the geometric mean with the new; 0 = the last one alone.
+    """
+    bound, memory = share * reward_evidence(trial.proposed.record), dict(trial.proposed.memory)
+    if bound == 0:
+        return StepDecision(0.0, memory, {"step/policy_shift_bound": 0.0})
+    predicted, ratio = trial.proposed.predicted.policy_shift, memory.get("ratio")
+    trial.take(completions=completions, tokens=tokens)
+    if ratio is None:  # a first look at the whole step, so that the second is at one that may be taken
+        step_scale = _shorten(trial.measured(1.0), bound)
+    else:
+        step_scale = _shorten(ratio * predicted, bound)
+    seen = trial.measured(step_scale)
+    metrics = {"step/policy_shift_bound": bound}
+    if seen > 0 and predicted > 0:
+        now = seen / (predicted * step_scale**2)
+        ratio = now if ratio is None else ratio**memory_share * now ** (1 - memory_share)
+        memory["ratio"] = metrics["step/ratio"] = ratio
+    shorter = _shorten(seen, bound)
+    metrics["step/policy_shift_measured"] = seen * shorter**2
+    return StepDecision(step_scale * shorter, memory, metrics)
+
+
+def reward_evidence(record: StepRecord) -> float:
+    """Returns what the rewards of a step say about its completions, in nats a token: the entropy of the
+    credits within a completion's group, a mean over completions, by the mean length of a completion. Without
+    groups of two or more, all completions are one."""
+    batch = record.batch
+    totals = (batch.advantages.double().sum(1), record.weights.double().sum(1).clamp(min=1e-9))
+    credits = (totals[0] / totals[1]).float()  # without the correction's weights
+    _, group, sizes = batch.group_ids.unique(return_inverse=True, return_counts=True)
+    if sizes.max() == 1:
+        group = torch.zeros_like(group)
+    pairs = torch.stack([group, _ranked(credits)], 1)
+    _, kind, alike = pairs.unique(dim=0, return_inverse=True, return_counts=True)
+    shares = alike[kind] / torch.bincount(group)[group]
+    return (-shares.log().sum() / batch.completion_mask.sum()).item()
+
+
+def _ranked(values: Tensor) -> Tensor:
+    """Returns ranks [n], the same for values that differ by rounding alone."""
+    order = values.argsort()
+    apart = values[order].diff() > 1e-4 * values.abs().max()
+    ranks = torch.zeros_like(order)
+    ranks[order[1:]] = apart.cumsum(0)
+    return ranks
 
 
 def _search(trial: StepTrial, step_scale: float, bound: float, max_looks: int) -> tuple[float, float]:

@@ -23,9 +23,9 @@ class StepTrial(ABC):
     proposed: ProposedStep
 
     @abstractmethod
-    def take(self, *, completions: int, tokens: int, measurable: bool) -> None:
+    def take(self, *, completions: int, tokens: int) -> None:
         """Draws the tokens that a shift is the mean over, of `completions` rows at most, and takes the whole
-        step; at most once. `measured` may be asked later if `measurable`, which takes a forward pass."""
+        step; at most once."""
 
     @abstractmethod
     def last_layer(self, step_scale: float) -> float:

@@ -82,13 +82,14 @@ def sum_rows(
     begins, last = torch.cat([starts[:-1], cuts]), (starts[1:] + PIECE - 1) // PIECE
     hidden, sums = hidden.contiguous(), hidden.new_empty(len(begins), width)
     constants: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE}
+    slices = triton.cdiv(width, SLICE)
     if rows:
         with torch.cuda.device_of(hidden):
-            _sums_kernel[len(begins), triton.cdiv(width, SLICE)](
-                tokens, weights, begins, ends, hidden, sums, width, **constants, CUTS=False
+            _sums_kernel[len(begins), slices](
+                tokens, weights, begins, ends, hidden, sums, width, **constants | dict[str, Any](CUTS=False)
             )
-            _sums_kernel[rows, triton.cdiv(width, SLICE)](
-                tokens, weights, next_cut, last, sums[rows:], sums, width, **constants, CUTS=True
+            _sums_kernel[rows, slices](
+                tokens, weights, next_cut, last, sums[rows:], sums, width, **constants | dict[str, Any](CUTS=True)
             )
     return sums[:rows]
 

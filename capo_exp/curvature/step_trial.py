@@ -46,14 +46,14 @@ class ModelStepTrial(StepTrial):
         self._before: list[Tensor] = []
         self._step_scale = 0.0
 
-    def take(self, *, completions: int, tokens: int, measurable: bool) -> None:
+    def take(self, *, completions: int, tokens: int) -> None:
         """Draws the sample, keeps a copy of the weights, and takes the whole step."""
         assert not self._before, "a step is taken once"
-        record, size, self._measurable = self.proposed.record, SampleSize(completions, tokens), measurable
-        if measurable or not self._states_on_record:
-            self._sample = sample_tokens(self._model, record, size, self._settings, seed=self._seed)
-        else:
+        record, size = self.proposed.record, SampleSize(completions, tokens)
+        if self._states_on_record:
             self._sample = sample_recorded_tokens(self._model, record, size, self._world, seed=self._seed)
+        else:
+            self._sample = sample_tokens(self._model, record, size, self._settings, seed=self._seed)
         self._before = [parameter.detach().clone() for parameter in self._model.parameters()]
         self._optimizer.step()
         self._step_scale = 1.0
@@ -72,7 +72,6 @@ class ModelStepTrial(StepTrial):
     @torch.no_grad()
     def measured(self, step_scale: float) -> float:
         """Measures the mean KL after a part of the step."""
-        assert self._measurable
         self.settle(step_scale)
         move = policy_move(self._model, self._sample, self._settings)
         return self._world.first(lambda: move)

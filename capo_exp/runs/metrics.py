@@ -131,6 +131,7 @@ METRICS: dict[str, str] = {
     "optim/learning_rate": "Learning rate of the update.",
     "step/policy_shift_measured": "Mean KL of the step taken, where a step rule measured it.",
     "step/policy_shift_predicted": "Mean KL of the step taken, as the step rule predicted it.",
+    "step/policy_shift_bound": "What the step rule let the step's mean KL be, where it sets that itself.",
     "step/ratio": "What the step rule multiplies the last layer's KL by.",
     "optim/step_scale": "Share of the proposed step that the step rule took; 1 = all.",
     "time/rollout_seconds": "Sampling.",
