@@ -6,6 +6,7 @@ stops goes on by the same command. Weights of runs that have ended are removed.
 
     python benchmarks/many_runs.py experiment=study/real_rates --parallel 14 --seconds 420
     python benchmarks/many_runs.py algo=grpo,capo num_steps=2 --device cpu --parallel 2
+    python benchmarks/many_runs.py algo=grpo seed=0,1 and algo=capo seed=0     # one sweep after the other
 
 Writes under --folder: a run directory a job, runs.parquet (run, overrides, state, then the metric keys; a row
 an optimiser step), evaluations.parquet and jobs.json.
@@ -90,6 +91,17 @@ def list_jobs(overrides: Sequence[str], folder: Path) -> list[Job]:
     names = ["-".join([*(_value(job, key) for key in swept), _digest(job)]) for job in grid]
     names = [re.sub(r"[^\w.,-]+", "_", name) for name in names]
     return [Job(i, job, folder / name) for i, (job, name) in enumerate(zip(grid, names, strict=True))]
+
+
+def _sweeps(words: Sequence[str]) -> list[list[str]]:
+    """Splits the words at every `and`."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "and":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
 
 
 def _digest(job: Sequence[str]) -> str:
@@ -263,7 +275,9 @@ def main() -> int:
     began = time.monotonic()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = list_jobs(overrides, folder)
+    jobs = [job for sweep in _sweeps(overrides) for job in list_jobs(sweep, folder)]
+    for number, job in enumerate(jobs):
+        job.number = number
     if arguments.list:
         say("\n".join(f"{job.number} {' '.join(job.overrides)}" for job in jobs))
         return 0
