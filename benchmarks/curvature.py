@@ -36,12 +36,15 @@ SIZES = {
 LR = 1e-4
 
 
-def inputs(rows: int, length: int, vocab: int, support: int, width: int) -> tuple[Tensor, ...]:
+def inputs(
+    rows: int, length: int, vocab: int, support: int, width: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    hidden = torch.randn(rows, length, width)
-    logits = 3 * torch.randn(rows, length, vocab)
+    hidden = torch.randn(rows, length, width, device=device)
+    logits = 3 * torch.randn(rows, length, vocab, device=device)
     probs, ids = logits.softmax(-1).topk(support)
-    return hidden, probs / probs.sum(-1, keepdim=True), ids, ids[..., 0].clone(), torch.randn(rows)
+    advantages = torch.randn(rows, device=device)
+    return hidden, probs / probs.sum(-1, keepdim=True), ids, ids[..., 0].clone(), advantages
 
 
 def ours(tokens: tuple[Tensor, ...], state: AdamState, keep: Tensor) -> tuple[Tensor, AdamState]:

@@ -14,8 +14,8 @@ part() {
 }
 
 export VLLM_USE_FLASHINFER_SAMPLER=0  # its kernels would be compiled first
-part 140 curvature python benchmarks/gpu_curvature.py
 part 80 sharded python -m capo_exp distributed=fsdp2 distributed.processes=1 rollout=vllm num_steps=3 logger=files overwrite=true output_dir="$folder/runs"
 part 130 step python benchmarks/gpu_step.py --device cuda --steps 5 --model smollm2_135m rollout.engine.enforce_eager=true
-part 40 growth python -m benchmarks.growth --repeats 3 --device cuda
 part 65 rollout python benchmarks/rollout.py --device cuda --rounds 2 --batches 96 --lengths 64 rollout.engine.enforce_eager=true
+part 60 growth python -m benchmarks.growth --repeats 3 --device cuda
+part 80 curvature python benchmarks/gpu_curvature.py

@@ -51,7 +51,7 @@ def prepare(part: str, size: Sizes, device: torch.device) -> Callable[[], Any]:
     rows, vocabulary, width = size["tokens"] // LENGTH, size["vocabulary"], size["width"]
     if part == "policy":
         return prepare_policy(rows, vocabulary, width, device)
-    tokens = tuple(column.to(device) for column in inputs(rows, LENGTH, vocabulary, SUPPORT, width))
+    tokens = inputs(rows, LENGTH, vocabulary, SUPPORT, width, device=device)
     packed = pack(*tokens, torch.ones(rows, LENGTH, dtype=torch.bool, device=device))
     empty = init_adam_state(vocabulary, width, device=device)
     state = apply_row_gradients(empty, mean_row_gradients(packed))

@@ -1,9 +1,11 @@
 """The measures of docs/study/real_weights.md, from the runs.parquet that benchmarks/many_runs.py writes.
 
-One file a task; --picture draws their curves, as docs/study_real_weights.png shows them:
+A task is a folder, with one file or more; --picture draws the curves, those of docs/study_real_weights.png
+and of docs/study_evidence.png:
 
 cd outputs/reference/smollm2
 python ../../../scripts/judge_real_rates.py sums/runs.parquet max_of_three/runs.parquet --picture curves.png
+python ../../../scripts/judge_real_rates.py {sums,max_of_three}/{runs,evidence}.parquet --picture curves.png
 """
 
 import argparse
@@ -33,7 +35,7 @@ FLAT = 2
 LOOKS = {
     "grpo": ("GRPO", "conf", "-"),
     "grpo_large_eps": ("GRPO, Adam's eps 1e-3", SPARE[3], "-"),
-    "evidence": ("GRPO, step by evidence", OTHER, "-"),
+    "evidence": ("GRPO, step by evidence", SPARE[7], "-"),
     "measured": ("GRPO, measured step", SPARE[4], "-"),
     "calibrated": ("GRPO, calibrated step", SPARE[0], "-"),
     "predicted": ("GRPO, predicted step", OTHER, DASHES[2]),
@@ -150,6 +152,7 @@ def draw(tasks: Mapping[str, Curves], target: Path) -> None:
         said: list[str] = []
         for panel, (task, curves) in zip(panels, tasks.items(), strict=True):
             of = {name: [c for key, c in curves.items() if key[:2] == (name, PICTURE_RATE)] for name in LOOKS}
+            of = {name: mine for name, mine in of.items() if mine}
             flat = [LOOKS[name][0] for name, mine in of.items() if _draw_method(panel, name, mine) < FLAT]
             said += [f"In {task} these lie on each other at 0: {'; '.join(flat)}."] if flat else []
             panel.set(title=f"{task}, learning rate {short(PICTURE_RATE)}", xlabel="training completions")
@@ -187,7 +190,9 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
     arguments = parser.parse_args()
-    tasks = {path.parent.name: read_curves(path) for path in arguments.runs}
+    tasks: dict[str, Curves] = defaultdict(dict)
+    for path in arguments.runs:
+        tasks[path.resolve().parent.name] |= read_curves(path)
     for task, curves in tasks.items():
         sys.stdout.write("\n".join([f"{task}:", *judge(curves)]) + "\n")
     if arguments.picture:

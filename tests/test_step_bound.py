@@ -70,9 +70,7 @@ def moved(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> floa
     return mean_kl(log_probs(before, batch), log_probs(after, batch))
 
 
-def looking(
-    seen: list[StepTrial], *, step_scale: float = 1.0
-) -> Callable[[StepTrial], StepDecision]:
+def looking(seen: list[StepTrial], *, step_scale: float = 1.0) -> Callable[[StepTrial], StepDecision]:
     def rule(trial: StepTrial) -> StepDecision:
         trial.take(completions=99, tokens=9999)
         seen.append(trial)

@@ -78,8 +78,8 @@ def evidence(
     """Shortens the step until it moves the policy by no more nats than `share` times what the step's rewards
     say (`reward_evidence`); where all rewards of every prompt are alike, no step is taken.
 
-    The last layer's prediction for all tokens, times how much more the model has moved so far, says how short;
-    one forward pass over a few completions shortens the step further where it finds more than that.
+    The last layer's prediction for all tokens, times how much more the model has moved so far, says how
+    short; one forward pass over a few completions shortens the step further where it finds more than that.
     memory_share is the weight of the old ratio in the geometric mean with the new; 0 = the last one alone.
     """
     bound, memory = share * reward_evidence(trial.proposed.record), dict(trial.proposed.memory)
@@ -87,10 +87,8 @@ def evidence(
         return StepDecision(0.0, memory, {"step/policy_shift_bound": 0.0})
     predicted, ratio = trial.proposed.predicted.policy_shift, memory.get("ratio")
     trial.take(completions=completions, tokens=tokens)
-    if ratio is None:  # a first look at the whole step, so that the second is at one that may be taken
-        step_scale = _shorten(trial.measured(1.0), bound)
-    else:
-        step_scale = _shorten(ratio * predicted, bound)
+    # Without a ratio a first look at the whole step, so that the second is at one that may be taken.
+    step_scale = _shorten(trial.measured(1.0) if ratio is None else ratio * predicted, bound)
     seen = trial.measured(step_scale)
     metrics = {"step/policy_shift_bound": bound}
     if seen > 0 and predicted > 0:

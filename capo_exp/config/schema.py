@@ -261,7 +261,7 @@ class CurvatureConfig:
     # of adam's own table; bfloat16 halves it and rounds
     moments_dtype: str = setting(ranges.one_of("float32", "bfloat16"), default="float32")
     # auto = triton on a GPU, torch elsewhere; they differ by rounding alone
-    kernel: str = setting(ranges.one_of("auto", "torch", "triton"), default="torch", result=False)
+    kernel: str = setting(ranges.one_of("auto", "torch", "triton"), default="auto", result=False)
     calibrate_every: int = setting(ranges.COUNT_OR_0)  # optimiser steps between measurements; 0 = never
     calibrate_completions: int = setting(ranges.COUNT)  # completions of a measurement
     calibrate_tokens: int = setting(ranges.COUNT)  # tokens of a measurement, drawn from them

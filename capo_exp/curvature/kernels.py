@@ -81,16 +81,14 @@ def sum_rows(
     ends = torch.cat([starts[1:].minimum(next_cut[:-1] * PIECE), cut_ends])
     begins, last = torch.cat([starts[:-1], cuts]), (starts[1:] + PIECE - 1) // PIECE
     hidden, sums = hidden.contiguous(), hidden.new_empty(len(begins), width)
-    constants: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE}
     slices = triton.cdiv(width, SLICE)
+    pieces: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE, "CUTS": False}
+    cut_rows: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE, "CUTS": True}
     if rows:
         with torch.cuda.device_of(hidden):
-            _sums_kernel[len(begins), slices](
-                tokens, weights, begins, ends, hidden, sums, width, **constants | dict[str, Any](CUTS=False)
-            )
-            _sums_kernel[rows, slices](
-                tokens, weights, next_cut, last, sums[rows:], sums, width, **constants | dict[str, Any](CUTS=True)
-            )
+            _sums_kernel[len(begins), slices](tokens, weights, begins, ends, hidden, sums, width, **pieces)
+            between = next_cut, last, sums[rows:]
+            _sums_kernel[rows, slices](tokens, weights, *between, sums, width, **cut_rows)
     return sums[:rows]
 
 

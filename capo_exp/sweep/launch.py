@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def _meeting(config: DistributedConfig) -> Any:
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "signals_to_handle": "SIGQUIT",  # the others let the step end
-        "shutdown_timeout": PATIENCE,
     }
+    if "shutdown_timeout" in signature(LaunchConfig).parameters:  # not yet in torch 2.11
+        shared["shutdown_timeout"] = PATIENCE
     if config.nodes == 1:
         local: dict[str, Any] = {
             "rdzv_backend": "c10d",
