@@ -53,8 +53,9 @@ def small(composed: Compose, *overrides: str) -> TrainConfig:
 def learners(composed: Compose) -> dict[str, TrainConfig]:
     chosen = {name: (f"algo={name}",) for name in ALGORITHMS}
     chosen |= {f"selection {name}": ("algo=grpo", *partly(name)) for name in SELECTIONS}
+    bounds = dict.fromkeys(RULES, "policy_shift_max=1e-5") | {"evidence": "share=1e-3"}
     chosen |= {
-        f"step rule {name}": ("algo=capo", f"step_rule={name}", "algo.step_rule.policy_shift_max=1e-5")
+        f"step rule {name}": ("algo=capo", f"step_rule={name}", f"algo.step_rule.{bounds[name]}")
         for name in RULES
     }
     chosen |= {f"correction {name}": ("algo=grpo", f"rollout/correction={name}") for name in CORRECTIONS}

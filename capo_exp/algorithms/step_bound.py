@@ -86,10 +86,12 @@ def evidence(
     if bound == 0:
         return StepDecision(0.0, memory, {"step/policy_shift_bound": 0.0})
     predicted, ratio = trial.proposed.predicted.policy_shift, memory.get("ratio")
-    trial.take(completions=completions, tokens=tokens)
-    # Without a ratio a first look at the whole step, so that the second is at one that may be taken.
-    step_scale = _shorten(trial.measured(1.0) if ratio is None else ratio * predicted, bound)
+    step_scale = 1.0 if ratio is None else _shorten(ratio * predicted, bound)
+    trial.take(completions=completions, tokens=tokens, step_scale=step_scale)
     seen = trial.measured(step_scale)
+    if ratio is None:  # that was the whole step, and the ratio is wanted at one that may be taken
+        step_scale = _shorten(seen, bound)
+        seen = trial.measured(step_scale)
     metrics = {"step/policy_shift_bound": bound}
     if seen > 0 and predicted > 0:
         now = seen / (predicted * step_scale**2)

@@ -23,9 +23,9 @@ class StepTrial(ABC):
     proposed: ProposedStep
 
     @abstractmethod
-    def take(self, *, completions: int, tokens: int) -> None:
-        """Draws the tokens that a shift is the mean over, of `completions` rows at most, and takes the whole
-        step; at most once."""
+    def take(self, *, completions: int, tokens: int, step_scale: float = 1.0) -> None:
+        """Draws the tokens that a shift is the mean over, of `completions` rows at most, and takes a part of
+        the step, above 0; at most once. Looks at that part cost least."""
 
     @abstractmethod
     def last_layer(self, step_scale: float) -> float:

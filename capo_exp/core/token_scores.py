@@ -46,7 +46,7 @@ class _LogProb(torch.autograd.Function):
         ctx.save_for_backward(logits, token_ids[:, None])
         every = log_softmax(logits, 1, dtype=torch.float32)
         ctx.mark_non_differentiable(every)
-        return every.gather(1, token_ids[:, None]).squeeze(1), every
+        return every.gather(1, token_ids[:, None]).squeeze(1).clone(), every
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -62,7 +62,7 @@ def top_ids(logits: Tensor, top_k: int) -> Tensor:
     whole = vocabulary // _BLOCK * _BLOCK
     if whole <= 2 * top_k * _BLOCK:
         return logits.topk(top_k, dim=1).indices
-    blocks = logits[:, :whole].view(rows, -1, _BLOCK)
+    blocks = logits[:, :whole].unflatten(1, (whole // _BLOCK, _BLOCK))
     chosen = blocks.amax(2).topk(top_k, dim=1, sorted=False).indices[:, :, None]
     ids = (chosen * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
     rest = torch.arange(whole, vocabulary, device=logits.device).expand(rows, -1)

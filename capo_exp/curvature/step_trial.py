@@ -46,8 +46,8 @@ class ModelStepTrial(StepTrial):
         self._before: list[Tensor] = []
         self._step_scale = 0.0
 
-    def take(self, *, completions: int, tokens: int) -> None:
-        """Draws the sample, keeps a copy of the weights, and takes the whole step."""
+    def take(self, *, completions: int, tokens: int, step_scale: float = 1.0) -> None:
+        """Draws the sample, keeps a copy of the weights, and takes the part of the step."""
         assert not self._before, "a step is taken once"
         record, size = self.proposed.record, SampleSize(completions, tokens)
         if self._states_on_record:
@@ -55,8 +55,8 @@ class ModelStepTrial(StepTrial):
         else:
             self._sample = sample_tokens(self._model, record, size, self._settings, seed=self._seed)
         self._before = [parameter.detach().clone() for parameter in self._model.parameters()]
-        self._optimizer.step()
-        self._step_scale = 1.0
+        self._step(step_scale)
+        self._step_scale = self._taken = step_scale
         self._head = policy.last_layer(self._model).weight.detach().clone()
 
     @torch.no_grad()
@@ -66,7 +66,8 @@ class ModelStepTrial(StepTrial):
         (before,) = (
             old for old, now in zip(self._before, self._model.parameters(), strict=True) if now is head
         )
-        move = last_layer_move(full(torch.lerp(before, self._head, step_scale)), self._sample)
+        moved = torch.lerp(before, self._head, step_scale / self._taken)
+        move = last_layer_move(full(moved), self._sample)
         return self._world.first(lambda: move)  # so that all decide alike, whatever their GPUs round
 
     @torch.no_grad()
@@ -81,14 +82,17 @@ class ModelStepTrial(StepTrial):
         """Gives the model the weights after a part of the step, of one not taken yet, too; a part of 0
         forgets the step."""
         if not self._before:
-            for group in self._optimizer.param_groups:
-                group["lr"] = step_scale * self.proposed.learning_rate
-            self._optimizer.step()
+            self._step(step_scale)
             return
         if step_scale == self._step_scale:
             return
         assert self._step_scale > 0
+        part = step_scale / self._step_scale
         for parameter, before in zip(self._model.parameters(), self._before, strict=True):
-            part = step_scale / self._step_scale
-            parameter.copy_(torch.lerp(before, parameter, part) if part else before)
+            parameter.lerp_(before, 1 - part) if part else parameter.copy_(before)
         self._step_scale = step_scale
+
+    def _step(self, step_scale: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = step_scale * self.proposed.learning_rate
+        self._optimizer.step()
