@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from inspect import Signature, signature
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 from transformers import PreTrainedModel
 
 from capo_exp.cli.compose import find_choices
@@ -24,6 +27,7 @@ from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
+from capo_exp.sweep import launch
 from tests.conftest import ALGORITHMS
 from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
@@ -148,6 +152,19 @@ def test_processes_of_a_given_torchrun_are_one_run(tmp_path: Path) -> None:
     assert run_status(record.parent) == "finished"
     said = [(tmp_path / f"said_{rank}").read_text() for rank in range(2)]
     assert ["held-out accuracy" in each for each in said] == [True, False], said
+
+
+def test_the_oldest_torchrun_gets_no_settings_that_came_later(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11's LaunchConfig has no shutdown_timeout."""
+    older, taken = create_autospec(LaunchConfig), dict(signature(LaunchConfig).parameters)
+    del taken["shutdown_timeout"]
+    older.__signature__ = Signature(list(taken.values()))
+    monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", older)
+    config = composed("distributed=fsdp2", "distributed.processes=2").distributed
+    assert launch._meeting(config) is older.return_value
+    assert older.call_args.kwargs["nproc_per_node"] == 2 and set(older.call_args.kwargs) <= set(taken)
 
 
 def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:

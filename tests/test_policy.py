@@ -96,7 +96,7 @@ def test_scores_of_a_wide_last_layer_are_those_of_its_whole_logits(vocab: int) -
     torch.testing.assert_close(*gradients)
     logits = head(hidden)
     assert torch.equal(top_ids(logits, 4), logits.topk(4).indices)
-    assert top_ids(logits[:0], 4).shape == (0, 4)  # of a process that makes a micro-batch's passes without rows
+    assert top_ids(logits[:0], 4).shape == (0, 4)  # of a process that makes the passes of others' rows
 
 
 @pytest.mark.parametrize("hidden_shift", [0, 1])
