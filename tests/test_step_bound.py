@@ -38,7 +38,8 @@ def ruled(learner: Callable[..., Learner]) -> Make:
 
 
 @pytest.mark.parametrize(
-    ("rule", "rate"), [("predicted", "1e38"), ("measured", "3e37"), ("calibrated", "3e37")]
+    ("rule", "rate"),
+    [("predicted", "1e38"), ("measured", "3e37"), ("calibrated", "3e37"), ("evidence", "3e37")],
 )
 def test_a_rate_beyond_float32_ends_as_any_divergence(
     learner: Callable[..., Learner], random_batch: Batches, rule: str, rate: str
@@ -270,7 +271,7 @@ def test_evidence_keeps_the_real_shift_within_what_the_rewards_say(
 
 
 def test_where_no_reward_differs_momentum_takes_no_step(ruled: Make, random_batch: Batches) -> None:
-    ours, batch = ruled(partial(EVIDENCE, share=1.0)), random_batch()
+    ours, batch = ruled(partial(EVIDENCE, share=float("inf"))), random_batch()
     take_step(ours, batch)
     before, same = weights(ours), replace(batch, advantages=torch.zeros_like(batch.advantages))
     metrics, _ = take_step(ours, same)

@@ -82,9 +82,10 @@ def evidence(
     short; one forward pass over a few completions shortens the step further where it finds more than that.
     memory_share is the weight of the old ratio in the geometric mean with the new; 0 = the last one alone.
     """
-    bound, memory = share * reward_evidence(trial.proposed.record), dict(trial.proposed.memory)
-    if bound == 0:
+    said, memory = reward_evidence(trial.proposed.record), dict(trial.proposed.memory)
+    if said == 0:
         return StepDecision(0.0, memory, {"step/policy_shift_bound": 0.0})
+    bound = share * said
     predicted, ratio = trial.proposed.predicted.policy_shift, memory.get("ratio")
     step_scale = 1.0 if ratio is None else _shorten(ratio * predicted, bound)
     trial.take(completions=completions, tokens=tokens, step_scale=step_scale)
@@ -93,8 +94,9 @@ def evidence(
         step_scale = _shorten(seen, bound)
         seen = trial.measured(step_scale)
     metrics = {"step/policy_shift_bound": bound}
-    if seen > 0 and predicted > 0:
-        now = seen / (predicted * step_scale**2)
+    expected = predicted * step_scale**2
+    if seen > 0 and expected > 0:
+        now = seen / expected
         ratio = now if ratio is None else ratio**memory_share * now ** (1 - memory_share)
         memory["ratio"] = metrics["step/ratio"] = ratio
     shorter = _shorten(seen, bound)
@@ -139,4 +141,5 @@ def _search(trial: StepTrial, step_scale: float, bound: float, max_looks: int) -
 
 
 def _shorten(shift: float, bound: float) -> float:
-    return 1.0 if shift <= bound else sqrt(bound / shift)
+    """One that is not a number shortens nothing; it ends the run by itself."""
+    return sqrt(bound / shift) if shift > bound else 1.0
