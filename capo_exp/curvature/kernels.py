@@ -56,13 +56,19 @@ def _change(
     hidden, slots, weights = hidden.contiguous(), slots.contiguous(), weights.contiguous()
     order, change = slots.view(-1).argsort(), hidden.new_empty(slots.shape)
     pairs, width = order.numel(), hidden.shape[1]
-    constants: dict[str, Any] = {"SUPPORT": slots.shape[1], "ADAM": adam, "PAIRS": PAIRS, "SLICE": SLICE}
+    constants = _block(width, SUPPORT=slots.shape[1], ADAM=adam, PAIRS=PAIRS)
     if pairs:
         with torch.cuda.device_of(hidden):
             _change_kernel[triton.cdiv(pairs, PAIRS),](
                 order, slots, weights, hidden, *tables, change, pairs, width, *numbers, **constants
             )
     return change
+
+
+def _block(width: int, **constants: Any) -> dict[str, Any]:
+    """Returns a kernel's constants with the columns of a block, none of which is wholly beyond a narrow
+    row."""
+    return {"SLICE": min(SLICE, triton.next_power_of_2(width)), **constants}
 
 
 def sum_rows(
@@ -81,9 +87,8 @@ def sum_rows(
     ends = torch.cat([starts[1:].minimum(next_cut[:-1] * PIECE), cut_ends])
     begins, last = torch.cat([starts[:-1], cuts]), (starts[1:] + PIECE - 1) // PIECE
     hidden, sums = hidden.contiguous(), hidden.new_empty(len(begins), width)
-    slices = triton.cdiv(width, SLICE)
-    pieces: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE, "CUTS": False}
-    cut_rows: dict[str, Any] = {"PAIRS": PAIRS, "SLICE": SLICE, "CUTS": True}
+    pieces, cut_rows = (_block(width, PAIRS=PAIRS, CUTS=cut) for cut in (False, True))
+    slices = triton.cdiv(width, pieces["SLICE"])
     if rows:
         with torch.cuda.device_of(hidden):
             _sums_kernel[len(begins), slices](tokens, weights, begins, ends, hidden, sums, width, **pieces)
@@ -104,10 +109,10 @@ def decay(
     bfloat16 is rounded at random, which the seed decides."""
     rows, width = means.shape
     numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], seed)
-    constants: dict[str, Any] = {"ROUND": first.dtype == torch.bfloat16, "SLICE": SLICE}
+    constants = _block(width, ROUND=first.dtype == torch.bfloat16)
     if rows:
         with torch.cuda.device_of(means):
-            _decay_kernel[rows, triton.cdiv(width, SLICE)](
+            _decay_kernel[rows, triton.cdiv(width, constants["SLICE"])](
                 slots, means.contiguous(), first, second, width, *numbers, **constants
             )
 

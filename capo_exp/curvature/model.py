@@ -238,7 +238,9 @@ def batch_shifts(
     policy = 0.5 * learning_rate**2 * (s.square() * per_token).sum()
     gain = (learning_rate * tokens.advantages * s + curvature).sum()
     policy, gain, second_order = world.sum(torch.stack([policy, gain, (curvature * per_token).sum()]))
-    by_row = learning_rate * (gradients.means * step).sum() + second_order
+    size = _rows_of_block(step)
+    inner = sum((a * b).sum() for a, b in zip(gradients.means.split(size), step.split(size), strict=True))
+    by_row = learning_rate * inner + second_order
     return BatchShifts(policy.item(), (gain / number).item(), by_row.item())
 
 
@@ -346,12 +348,23 @@ def _adam_rows(state: AdamState, gradients: RowGradients) -> Float[Tensor, "R H"
     """Returns Ghat [R, H], the direction of each row if its mean gradient came next, or its part of the
     loss's gradient where the moments are of that."""
     (beta1, beta2), sign, (scale, eps) = state.betas, state.sign, _bias_correction(state)
-    slots, means = state.slot_of_id[gradients.ids], gradients.means
-    if state.token_weight is not None:
-        means = means * (state.token_weight * gradients.counts)[:, None]
-    direction = state.first[slots].to(means.dtype).add_(means, alpha=sign * (1 - beta1) / beta1)
-    spread = state.second[slots].to(means.dtype).add_(means.square(), alpha=(1 - beta2) / beta2)
-    return direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
+    slots, weight = state.slot_of_id[gradients.ids], state.token_weight
+    step = torch.empty_like(gradients.means)
+    size = _rows_of_block(step)
+    for start in range(0, len(step), size):
+        block = slice(start, start + size)
+        means = gradients.means[block]
+        if weight is not None:
+            means = means * (weight * gradients.counts[block])[:, None]
+        direction = state.first[slots[block]].to(means.dtype).add_(means, alpha=sign * (1 - beta1) / beta1)
+        spread = state.second[slots[block]].to(means.dtype).add_(means.square(), alpha=(1 - beta2) / beta2)
+        step[block] = direction.div_(spread.sqrt_().add_(eps)).mul_(sign * scale)
+    return step
+
+
+def _rows_of_block(table: Tensor) -> int:
+    """Returns how many rows are worked on at once, so that no copy of the whole table is needed."""
+    return max(1, _BLOCK_ELEMENTS["cuda"] // table.shape[1])
 
 
 def _rows(table: Tensor, slots: Tensor, room: Tensor) -> Tensor:
