@@ -18,7 +18,7 @@ class ProposedStep:
 
 
 class StepTrial(ABC):
-    """The proposed step, which a rule may take whole and look at parts of."""
+    """The proposed step, of which a rule may take a part and look at others."""
 
     proposed: ProposedStep
 

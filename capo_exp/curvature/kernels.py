@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import knobs
 
 PAIRS, SLICE, PIECE = 4, 512, 256
-"""Pairs and columns of a block, the fastest of twelve on an H200; pairs of a row that are summed at once."""
+"""Pairs and columns of a block, pairs of a row that are summed at once; docs/BENCHMARKS.md has others."""
 INTERPRETED = knobs.runtime.interpret
 """Whether the kernels run as Python on a CPU (TRITON_INTERPRET=1 before this module is imported)."""
 

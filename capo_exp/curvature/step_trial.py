@@ -23,7 +23,7 @@ from capo_exp.distributed.world import World
 
 
 class ModelStepTrial(StepTrial):
-    """The step on the model: a rule may `take` it whole and look at parts of it; `settle` ends with the part
+    """The step on the model: a rule may `take` a part and look at others; `settle` ends with the part
     that is wanted. A step that no rule takes costs no copy of the weights."""
 
     def __init__(
