@@ -140,7 +140,8 @@ def test_every_experiment_passes_the_checks_and_jobs_are_runs_of_their_own() -> 
         runs = {one.removeprefix("experiment/").replace("=", "/") for one in texts if "experiment/" in one}
         expect(f"{name}: unknown runs", runs - set(EXPERIMENTS), set())
         if sweep := composed(f"experiment={name}").sweep:
-            judging = dict.fromkeys(("study/real_rates", "study/real_rule"), "10,11,12,13,14")
+            real = ("study/real_rates", "study/real_rule", "study/real_why")
+            judging = dict.fromkeys(real, "10,11,12,13,14")
             own = {"paper/extension_grid": "range(2)"} | judging
             seeds = own.get(name, None if dash else "range(5)")
             expect(f"{name}: swept seeds", sweep.get("seed"), seeds)
