@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from capo_exp.core.policy import last_layer
 from capo_exp.core.types import Batch, StepRecord, TokenLoss, TokenLossInput
 from capo_exp.curvature import model as curvature
 from capo_exp.training.learner import Learner
@@ -58,6 +59,26 @@ def test_no_padding_is_the_padded_gradient(
     error = sum((a - b).square().sum() for a, b in zip(one, other, strict=True))
     assert error.sqrt() < 1e-6 * sum(each.square().sum() for each in one).sqrt()
     assert left == 0 if "pack=true" in cut else 0 < left < padding
+
+
+@pytest.mark.parametrize(("kl", "passes"), [(0.0, 2), (0.1, 4)])  # a penalty has a gradient everywhere
+def test_micro_batches_that_move_no_weight_take_no_backward_pass(
+    learner: Make, random_batch: Batches, kl: float, passes: int
+) -> None:
+    chosen, counted = ["algo=grpo", f"algo.kl_coefficient={kl}"], []
+    whole, cut = (learner(*chosen, f"model.micro_batch_size={n}", distance=0.1) for n in (96, 2))
+    last_layer(cut.model).register_full_backward_hook(lambda *_: counted.append(1))
+    batch = random_batch()
+    batch.advantages[[0, 1, 4, 5]] = 0.0
+    for one, other in zip(gradients(whole, batch), gradients(cut, batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert len(counted) == passes
+    before = weights(cut)
+    for each in (whole, cut):
+        take_step(each, replace(batch, advantages=torch.zeros_like(batch.advantages)))
+    torch.testing.assert_close(weights(whole), weights(cut), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(before[0], weights(cut)[0])  # without any gradient, the momentum goes on
+    assert len(counted) == (3 if kl == 0 else 8)
 
 
 def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(

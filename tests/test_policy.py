@@ -203,6 +203,19 @@ def test_micro_batches_by_tokens_are_as_full_as_they_may_be(
     assert padding_share(batch, size) == pytest.approx(1 - int(batch.attention_mask.sum()) / held)
 
 
+@pytest.mark.parametrize(("prompt", "length", "together"), [(40, 4, True), (2, 40, False)])
+def test_a_group_stays_together_where_its_shared_prompt_saves_more_than_padding_takes(
+    random_batch: Batches, prompt: int, length: int, together: bool
+) -> None:
+    batch = random_batch(rows=16, prompt=prompt, length=length)
+    batch.advantages[batch.group_ids % 2 == 1] = 0.0
+    cuts = split(batch, CutSize(2, share_prompts=True))
+    assert all(len(cut.group_ids.unique()) == 1 for _, cut in cuts) == together
+    assert [bool(cut.advantages.any()) for _, cut in cuts] == 4 * [True] + 4 * [False]
+    apart = split(batch, CutSize(2))
+    assert any(len(cut.group_ids.unique()) > 1 for _, cut in apart)
+
+
 def test_models_that_mix_neighbours_are_not_packed(small_model: PreTrainedModel) -> None:
     for name, value in (("sliding_window", 4096), ("model_type", "mamba")):
         model = copy.deepcopy(small_model)

@@ -31,7 +31,7 @@ from capo_exp.core.types import (
 )
 from capo_exp.curvature.model import copy_moments
 from capo_exp.curvature.step_trial import ModelStepTrial
-from capo_exp.distributed.sharding import full
+from capo_exp.distributed.sharding import full, is_sharded
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.training.loss import compute_loss
 from capo_exp.training.optimizer import (
@@ -178,26 +178,39 @@ class Learner:
         moments = self.moments(given.totals)
         loss = torch.zeros((), dtype=torch.float64, device=given.batch.input_ids.device)
         self.model.train(self.config.model.gradient_checkpointing)
-        for rows, cut in self._deal(given.batch):
+        cuts = self._deal(given.batch)
+        silent = [not is_sharded(self.model) and not cut.advantages.any() for _, cut in cuts]
+        for (rows, cut), spare in zip(cuts, silent, strict=True):
             if not len(rows):
                 outputs.append((rows, self._idle(given, cut)))
                 continue
-            inputs, weights, scored = self._score(given, rows, cut, moments, watch)
-            with watch("curvature"):
-                selection = select(rows, scored)
-            with watch("policy"):
-                reference = self._reference_of(given, rows, cut, scored.output.log_probs)
-                part = compute_loss(self.algorithm, inputs, reference, selection, scored.batch, given.totals)
-                part.value.backward()
-            loss += part.value.detach()  # no number yet: a GPU would wait for it
-            seen = (scored.batch, scored.output, inputs.old_log_probs, weights, part.kl, scored.shifts)
-            outputs.append((rows, scored.output))
-            pieces.append((rows, StepRecord(*seen, selection, part.clipped)))
+            part, record = self._learn(given, rows, cut, moments, select, watch, spare=spare and bool(pieces))
+            loss += part  # no number yet: a GPU would wait for it
+            outputs.append((rows, record.output))
+            pieces.append((rows, record))
         self.model.eval()
         with watch("update"):
             norm = full(clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)).item()
         record = join_shared(pieces, outputs, given.batch, self.world)
         return Gradient(given, record, self.world.sum(loss).item(), norm)
+
+    def _learn(
+        self, given: StepInput, rows: Tensor, cut: Batch, moments: AdamState | None,
+        select: Callable[[Tensor, Scored], Selection], watch: Stopwatch, *, spare: bool,
+    ) -> tuple[Tensor, StepRecord]:  # fmt: skip
+        """Adds a micro-batch's gradient to that of the weights and returns its loss; `spare` does without the
+        pass if no log-prob moves the loss."""
+        inputs, weights, scored = self._score(given, rows, cut, moments, watch)
+        with watch("curvature"):
+            selection = select(rows, scored)
+        with watch("policy"):
+            reference = self._reference_of(given, rows, cut, scored.output.log_probs)
+            part = compute_loss(self.algorithm, inputs, reference, selection, scored.batch, given.totals)
+            (slope,) = torch.autograd.grad(part.value, inputs.log_probs)
+            if not spare or slope.any():
+                inputs.log_probs.backward(slope)
+        seen = (scored.batch, scored.output, inputs.old_log_probs, weights, part.kl, scored.shifts)
+        return part.value.detach(), StepRecord(*seen, selection, part.clipped)
 
     def _deal(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
         return deal_cuts(batch, CutSize.of(self.config.model), self.world)
