@@ -190,7 +190,10 @@ PADDING = {
     "tokens, packed": ["model.max_tokens_per_micro_batch={tokens}", "model.pack=true"],
     "packed by transformers' mask": ["model.max_tokens_per_micro_batch={tokens}", "model.pack=true"],
     "rows, shared prompts": ["model.share_prompts=true"],
+    "rows, half of the prompts silent": [],
+    "rows, shared prompts, half of them silent": ["model.share_prompts=true"],
 }
+"""Variant -> its settings. A silent prompt gives no completion any credit."""
 
 
 def make_batch(groups: list[list[tuple[int, int]]]) -> Batch:
@@ -248,8 +251,12 @@ def take_turns(learners: dict[str, Learner], batch: Batch, rounds: int) -> dict[
         for name, learner in learners.items():
             gc.collect()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+            credit = (
+                batch.advantages * (batch.group_ids % 2)[:, None] if "silent" in name else batch.advantages
+            )
+            given = replace(batch, advantages=credit)
             before, began = resident("VmRSS"), time.process_time()
-            learner.backward(StepInput(batch, totals(batch)), Stopwatch())
+            learner.backward(StepInput(given, totals(given)), Stopwatch())
             seen[name].append((time.process_time() - began, resident("VmHWM") - before))
             learner.optimizer.zero_grad(set_to_none=True)
     return {name: values[1:] for name, values in seen.items()}

@@ -6,6 +6,8 @@ and of docs/study_evidence.png:
 cd outputs/reference/smollm2
 python ../../../scripts/judge_real_rates.py sums/runs.parquet max_of_three/runs.parquet --picture curves.png
 python ../../../scripts/judge_real_rates.py {sums,max_of_three}/{runs,evidence}.parquet --picture curves.png
+
+--shifts prints how well the last layer's prediction and the rate alone say how far a step moved the policy.
 """
 
 import argparse
@@ -14,9 +16,10 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, log10
+from itertools import pairwise
+from math import exp, inf, isfinite, log, log10
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 
 import pyarrow.parquet as pq
 from matplotlib import rc_context
@@ -111,6 +114,37 @@ def read_curves(path: Path) -> Curves:
     return {key: [steps[t] for t in sorted(steps)] for key, steps in found.items()}
 
 
+def judge_shifts(path: Path) -> list[str]:
+    """Returns, for each method that measured its steps, by which factor the ratio of the measured shift to a
+    prediction changes: from step to step (median and 90 % of the steps of a run), and from the first ten
+    steps to the last fifteen; medians over the runs with half of their steps measured. Predicted are the last
+    layer's shift and the squared rate, each by what was taken of the step."""
+    names = ("optim/step_scale", "step/policy_shift_measured", "curvature/batch/policy_shift")
+    columns = ["run", "overrides", "state", "optim/learning_rate", *names]
+    ratios: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in pq.read_table(path, columns=columns).to_pylist():
+        scale, measured, predicted = (row[name] for name in names)
+        if row["state"] == "finished" and scale and measured and predicted:
+            method = next(part for part in row["overrides"].split() if "study/real=" in part).split("=")[1]
+            logs = log(predicted * scale**2), 2 * log(row["optim/learning_rate"] * scale)
+            ratios[method][row["run"]].append((log(measured) - logs[0], log(measured) - logs[1]))
+    lines = []
+    for method, found in ratios.items():
+        runs = [run for run in found.values() if len(run) >= STEPS / 2]
+        for name, place in (("the last layer", 0), ("the squared rate", 1)):
+            said: list[tuple[float, float, float]] = []
+            for run in runs:
+                each = [pair[place] for pair in run]
+                changes = [abs(b - a) for a, b in pairwise(each)]
+                drift = median(each[-15:]) - median(each[:10])
+                said.append((median(changes), quantiles(changes, n=10)[-1], drift))
+            if not said:
+                continue
+            factors = [exp(median(column)) for column in zip(*said, strict=True)]
+            lines.append(f"{method}, {len(runs)} runs, {name}: {', '.join(f'{x:.3g}' for x in factors)}")
+    return lines
+
+
 def judge(curves: Curves) -> list[str]:
     """Returns the table of one task, a line a cell, then where each method learns."""
     base = fmean(value for curve in curves.values() for value in curve[:2])
@@ -189,7 +223,12 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
+    parser.add_argument("--shifts", action="store_true", help="judge predictions of a step's shift instead")
     arguments = parser.parse_args()
+    if arguments.shifts:
+        for path in arguments.runs:
+            sys.stdout.write("\n".join([f"{path}:", *judge_shifts(path)]) + "\n")
+        return
     tasks: dict[str, Curves] = defaultdict(dict)
     for path in arguments.runs:
         tasks[path.resolve().parent.name] |= read_curves(path)

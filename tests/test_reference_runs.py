@@ -9,7 +9,7 @@ import pytest
 
 from capo_exp.figures.__main__ import main
 from capo_exp.runs.read import find_runs, load_run
-from scripts.judge_real_rates import judge, read_curves
+from scripts.judge_real_rates import judge, judge_shifts, read_curves
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 FIGURES = sorted(path.stem for path in (REFERENCE / "paper_figure_1-tiny" / "figures").glob("*.csv"))
@@ -68,3 +68,15 @@ def test_the_page_on_real_weights_says_what_the_kept_runs_say(place: int, task: 
             assert row[name] == one[name], (row, name)
         assert [f"{row[name]}/3" for name in ("collapsed", "held")] == [one["collapsed"], one["held"]]
         assert (row["learns"] == "yes") == (one["learns"] == "True")
+
+
+def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer() -> None:
+    page = (REFERENCE.parents[1] / "docs" / "study" / "evidence.md").read_text()
+    said = re.findall(r"^\|.*\| the (?:last layer|squared rate) \| (.*) \|$", page, re.MULTILINE)
+    told = [
+        line.rpartition(": ")[2]
+        for task in ("sums", "max_of_three")
+        for name, method in (("runs", "measured"), ("evidence", "evidence"))
+        for line in judge_shifts(REFERENCE / "smollm2" / task / f"{name}.parquet") if line.startswith(method)
+    ]  # fmt: skip
+    assert len(told) == 8 and [cells.replace(" | ", ", ") for cells in said] == told
