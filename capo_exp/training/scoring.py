@@ -1,5 +1,7 @@
 """What is predicted of tokens and of a step before it is taken; pure functions that the learner calls."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from capo_exp.core.masked import unpack
@@ -14,21 +16,23 @@ from capo_exp.curvature.model import (
 from capo_exp.distributed.world import World
 
 
-def score(
-    batch: Batch,
-    output: PolicyOutput,
-    old: Tensor,
-    learning_rate: float,
-    moments: AdamState | None,
-    seed: int,
-) -> Scored:
+@dataclass(frozen=True)
+class StepModel:
+    """What the shifts of an optimiser step are predicted with."""
+
+    learning_rate: float
+    moments: AdamState | None  # None is SGD
+    seed: int  # Of a selection that draws
+
+
+def score(batch: Batch, output: PolicyOutput, old: Tensor, step: StepModel) -> Scored:
     """Predicts the shifts [B, T] of a micro-batch, for completion tokens only; `old` are its old log-probs
     [B, T]."""
     mask = batch.completion_mask
     tokens = pack_batch(output, batch, batch.advantages, mask)
-    packed = predict_shifts(tokens, learning_rate=learning_rate, state=moments)
+    packed = predict_shifts(tokens, learning_rate=step.learning_rate, state=step.moments)
     shifts = TokenShifts(*(unpack(values, mask) for values in packed))
-    return Scored(batch, output, shifts, old, learning_rate, moments, seed)
+    return Scored(batch, output, shifts, old, step.learning_rate, step.moments, step.seed)
 
 
 def predict_step(
