@@ -85,13 +85,14 @@ def split(batch: Batch, size: CutSize) -> list[tuple[Tensor, Batch]]:
     those of a group, if that saves more of its shared prompt. None of this changes a result. A row that is
     longer than `size.tokens` is a micro-batch of its own.
     """
-    lengths, groups = batch.attention_mask.sum(1), batch.group_ids
-    longest = lengths.new_zeros(int(groups.max()) + 1).scatter_reduce(0, groups, lengths, "amax")[groups]
+    lengths = batch.attention_mask.sum(1)
     silent = ~batch.advantages.any(1)
-    ways = [_cut(batch, _order(silent, lengths), size)]
-    if size.share_prompts:
-        ways.append(_cut(batch, _order(silent, longest, groups), size))
-    return min(ways, key=_positions)
+    by_length = _cut(batch, _order(silent, lengths), size)
+    if not size.share_prompts:
+        return by_length
+    groups = batch.group_ids.unique(return_inverse=True)[1]
+    longest = torch.zeros_like(lengths).scatter_reduce(0, groups, lengths, "amax")[groups]
+    return min(by_length, _cut(batch, _order(silent, longest, groups), size), key=_positions)
 
 
 def _cut(batch: Batch, order: Tensor, size: CutSize) -> list[tuple[Tensor, Batch]]:
