@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from capo_exp.runs.processes import end_with_parent
 from capo_exp.runs.read import read_jsonl
 
 MPS = "nvidia-cuda-mps-control"
-GRACE_SECONDS = 15.0
+GRACE_SECONDS = {"cuda": 15.0, "cpu": 120.0}
 """What a job that is stopped has to end its step."""
 REPORT_SECONDS = 20.0
 PROBE = "import torch; assert torch.zeros(8, device='cuda').sum().item() == 0"
@@ -74,6 +74,7 @@ class Machine:
     """How jobs are started."""
 
     common: Sequence[str]
+    grace: float
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -143,9 +144,9 @@ def close(job: Job, state: str) -> None:
         say(f"job {job.number} failed: {' '.join(job.overrides)}: {' | '.join(lines)}")
 
 
-def stop(jobs: Sequence[Job]) -> None:
+def stop(jobs: Sequence[Job], grace: float) -> None:
     """Asks running jobs to end, then ends them and what they started."""
-    for number, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 5.0)):
+    for number, wait in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
         for job in jobs:
             assert job.process is not None
             if number == signal.SIGKILL or job.process.poll() is None:
@@ -185,7 +186,7 @@ def run_all(jobs: Sequence[Job], machine: Machine, *, parallel: int, seconds: fl
                 say(f"{spent:5.0f} s: {done} finished, {len(running)} run, {steps} steps; {_gpu()}")
             time.sleep(0.2)
     finally:
-        stop(running)
+        stop(running, machine.grace)
 
 
 def _gpu() -> str:
@@ -284,15 +285,12 @@ def main() -> int:
     common = ["hydra.mode=RUN", "logger=files", f"device={arguments.device}"]
     cores = len(os.sched_getaffinity(0)) // arguments.parallel
     threads = {"OMP_NUM_THREADS": str(max(1, cores) if arguments.device == "cpu" else 1)}
-    with suppress(KeyboardInterrupt):
+    machine = Machine(common, GRACE_SECONDS[arguments.device], threads)
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
         if arguments.device == "cuda" and arguments.seconds:
-            with shared_gpu() as environment:
-                left = arguments.seconds - (time.monotonic() - began)
-                run_all(
-                    jobs, Machine(common, threads | environment), parallel=arguments.parallel, seconds=left
-                )
-        else:
-            run_all(jobs, Machine(common, threads), parallel=arguments.parallel, seconds=arguments.seconds)
+            machine = replace(machine, environment=threads | stack.enter_context(shared_gpu()))
+        left = arguments.seconds - (time.monotonic() - began)
+        run_all(jobs, machine, parallel=arguments.parallel, seconds=left)
     collect(jobs, folder)
     states = [job.state for job in jobs]
     say(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
