@@ -121,6 +121,21 @@ def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_in_the_precision_that_it_began_with(finished: Path, small: Compose) -> None:
+    """Whatever `auto` is on this machine."""
+    record, row = (finished / "run.json").read_text(), logged(finished / "metrics.jsonl")[-1]
+    for dtype, same in (("float16 is none", True), ("bfloat16", False)):
+        shutil.rmtree(finished / "checkpoints" / "step_000003")
+        changed = {"status": "interrupted", "compute_dtype": dtype}
+        (finished / "run.json").write_text(json.dumps(json.loads(record) | changed))
+        train.run(small())
+        assert json.loads((finished / "run.json").read_text())["compute_dtype"] == (
+            "float32" if same else dtype
+        )
+        assert (logged(finished / "metrics.jsonl")[-1] == row) == same
+
+
+@pytest.mark.slow
 def test_inner_iterations_are_one_line_each(small: Compose) -> None:
     config = small("algo=grpo", "algo.num_iterations=3", "dataset.max_completion_tokens=64")
     rows = logged(train.run(config) / "metrics.jsonl")

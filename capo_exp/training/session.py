@@ -7,6 +7,8 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
+import torch
+
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
@@ -170,16 +172,13 @@ def open_session(
     """
     checkpointer = Checkpointer(directory, keep=config.checkpoint.keep, run_id=run_id(config), world=world)
     latest = checkpointer.latest()
+    if latest is not None:
+        inputs = _as_begun(inputs, directory, world)
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = load_reference(config, inputs, find_reference(latest))
     engine = build_engine(config, inputs, model, world)
     share_out(config, world, model, reference)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype, world)
-    before = world.first(lambda: (read_record(directory) or {}).get("data", inputs.fingerprint))
-    if latest is not None and before != inputs.fingerprint:
-        raise ConfigError(
-            f"{directory} began with other problems ({before}): expected those, or overwrite=true"
-        )
     state = {} if latest is None else checkpointer.restore(latest, inputs.device, model)
     counters = state.get("counters", {})
     step: int = counters.get(names.STEP, 0)
@@ -213,6 +212,18 @@ def open_session(
         world, directory, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress,
         counts, state.get("pairs"),
     )  # fmt: skip
+
+
+def _as_begun(inputs: Inputs, directory: Path, world: World) -> Inputs:
+    """Returns the inputs with what `auto` became for model.compute_dtype where the run began: this machine
+    might choose another."""
+    known = world.first(lambda: read_record(directory) or {})
+    if (before := known.get("data", inputs.fingerprint)) != inputs.fingerprint:
+        raise ConfigError(
+            f"{directory} began with other problems ({before}): expected those, or overwrite=true"
+        )
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return replace(inputs, compute_dtype=dtypes.get(str(known.get("compute_dtype")), inputs.compute_dtype))
 
 
 def _open_writers(
