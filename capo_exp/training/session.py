@@ -173,7 +173,7 @@ def open_session(
     checkpointer = Checkpointer(directory, keep=config.checkpoint.keep, run_id=run_id(config), world=world)
     latest = checkpointer.latest()
     if latest is not None:
-        inputs = _as_begun(inputs, directory, world)
+        inputs = _as_begun(config, inputs, directory, world)
     model = policy.load_model(config.model, inputs.device, weights=latest)
     reference = load_reference(config, inputs, find_reference(latest))
     engine = build_engine(config, inputs, model, world)
@@ -214,16 +214,17 @@ def open_session(
     )  # fmt: skip
 
 
-def _as_begun(inputs: Inputs, directory: Path, world: World) -> Inputs:
-    """Returns the inputs with what `auto` became for model.compute_dtype where the run began: this machine
-    might choose another."""
+def _as_begun(config: TrainConfig, inputs: Inputs, directory: Path, world: World) -> Inputs:
+    """Returns the inputs for a run that goes on: what `auto` became for model.compute_dtype when it began
+    stays, whatever it is on this machine."""
     known = world.first(lambda: read_record(directory) or {})
     if (before := known.get("data", inputs.fingerprint)) != inputs.fingerprint:
         raise ConfigError(
             f"{directory} began with other problems ({before}): expected those, or overwrite=true"
         )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return replace(inputs, compute_dtype=dtypes.get(str(known.get("compute_dtype")), inputs.compute_dtype))
+    began = dtypes.get(str(known.get("compute_dtype")))
+    return replace(inputs, compute_dtype=began) if began and config.model.compute_dtype == "auto" else inputs
 
 
 def _open_writers(
