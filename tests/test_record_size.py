@@ -10,7 +10,7 @@ import pytest
 
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.read import read_jsonl
+from capo_exp.runs.read import load_run
 from capo_exp.runs.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,8 @@ def completions(text: list[str], rng: np.random.Generator) -> list[dict[str, Any
 @pytest.mark.slow
 def test_a_thousand_steps_take_less_than_22_mb(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
     config, text = composed("algo=capo", "logger=wandb"), read_prose()
-    row, evaluation = (read_jsonl(REFERENCE / name)[-1] for name in ("metrics.jsonl", "eval.jsonl"))
+    run = load_run(REFERENCE)
+    row, evaluation = run.metrics[-1], run.evaluations[-1]
     rng = np.random.default_rng(0)
 
     def noisy(value: Any) -> Any:
