@@ -10,6 +10,7 @@ import pytest
 from capo_exp.figures.__main__ import main
 from capo_exp.runs.read import find_runs, load_run
 from scripts.judge_real_rates import judge, judge_shifts, read_curves
+from scripts.judge_why import read, table
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 FIGURES = sorted(path.stem for path in (REFERENCE / "paper_figure_1-tiny" / "figures").glob("*.csv"))
@@ -80,3 +81,8 @@ def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer() -> None
         for line in judge_shifts(REFERENCE / "smollm2" / task / f"{name}.parquet") if line.startswith(method)
     ]  # fmt: skip
     assert len(told) == 8 and [cells.replace(" | ", ", ") for cells in said] == told
+
+
+def test_the_page_on_the_reasons_has_the_table_of_its_runs() -> None:
+    page = (REFERENCE.parents[1] / "docs" / "study" / "real_why.md").read_text()
+    assert "\n".join(table(read(REFERENCE / "smollm2" / "sums" / "why.parquet"))) in page
