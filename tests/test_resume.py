@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -287,3 +288,25 @@ def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others() -> None:
             assert signal.getsignal(signal.SIGHUP) == action
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_in_the_middle_of_a_line_is_a_signal_like_others() -> None:
+    reader, writer = os.pipe()
+
+    def press() -> None:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        while os.read(reader, 65_536):
+            pass
+
+    with (
+        open(writer, "wb") as screen,
+        stop_signal(lambda text: (screen.write(text.encode()), None)[1]) as stopped,
+    ):
+        thread = threading.Thread(target=press)
+        thread.start()
+        screen.write(b"a line longer than the pipe " * 10_000)
+        assert stopped.is_set()
+    thread.join()
+    os.close(reader)

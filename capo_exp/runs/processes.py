@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PR_SET_PDEATHSIG = 1
 ONE_PRESS = 1.0
@@ -32,9 +32,11 @@ def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
         if not stopped.is_set():
             first = time.monotonic()
             stopped.set()
-            message(
-                "stopping after this step; once more stops now and loses what came after the last checkpoint"
-            )
+            with suppress(RuntimeError):  # it came in the middle of a line: Python writes no other inside it
+                message(
+                    "stopping after this step; once more stops now and loses what came after the last "
+                    "checkpoint"
+                )
 
     with _handled_by(handle):
         yield stopped
