@@ -29,7 +29,7 @@ from capo_exp.training import loop as train
 from tests.pieces import NO_TOKENIZER, logged
 from tests.process_pieces import SERVER
 
-STEPS = 16  # each ending lets one checkpoint more be written, on a busy machine two
+STEPS = 48  # each ending lets one checkpoint more be written, on a busy machine many
 SMALL = [
     "algo=capo", "algo.kl_coefficient=0.05", "logger=files", f"num_steps={STEPS}",
     "regime.prompts_per_step=3", "regime.group_size=4", "evaluation.num_problems=4",
