@@ -7,7 +7,12 @@ cd outputs/reference/smollm2
 python ../../../scripts/judge_real_rates.py sums/runs.parquet max_of_three/runs.parquet --picture curves.png
 python ../../../scripts/judge_real_rates.py {sums,max_of_three}/{runs,evidence}.parquet --picture curves.png
 
---shifts prints how well the last layer's prediction and the rate alone say how far a step moved the policy.
+--rates draws how wrong the rate may be, one task, docs/study_rates.png:
+
+python ../../../scripts/judge_real_rates.py sums/{runs,evidence,plain}.parquet --rates rates.png
+
+--reach 0.6 prints how many completions each run needs to that accuracy, --shifts how well the last layer's
+prediction and the rate alone say how far a step moved the policy.
 """
 
 import argparse
@@ -20,6 +25,7 @@ from itertools import pairwise
 from math import exp, inf, isfinite, log, log10
 from pathlib import Path
 from statistics import fmean, median, quantiles
+from typing import Any
 
 import pyarrow.parquet as pq
 from matplotlib import rc_context
@@ -81,18 +87,25 @@ def measure(accuracies: Sequence[float], base: float) -> Measures:
     a = [*accuracies, *[0.0] * (STEPS - len(accuracies))]
     m = means(a)
     final, end, peak = fmean(a[-12:]), fmean(a[-8:]), max(m.values())
-    first_80 = next((t for t, value in m.items() if value >= 0.8), inf)
     first_90 = next((t for t, value in m.items() if value >= 0.9), STEPS)
     rose = peak >= 2 * base
     return Measures(
         final=final,
         peak=peak,
         end=end,
-        to_80=COMPLETIONS * first_80,
+        to_80=reach(a, 0.8),
         dips=sum(value < 0.8 for value in a[first_90:]),
         collapsed=end <= peak / 2 or (not rose and final < base / 2),
         held=rose and end >= 0.9 * peak,
     )
+
+
+def reach(accuracies: Sequence[float], level: float, batch: int = COMPLETIONS) -> float:
+    """Returns the completions until the mean over at least 384 of them is `level` for the first time;
+    infinite if it never is."""
+    window = -(-4 * COMPLETIONS // batch)
+    ends = range(window, len(accuracies) + 1)
+    return next((float(batch * t) for t in ends if fmean(accuracies[t - window : t]) >= level), inf)
 
 
 def width(learning: Sequence[bool], rates: Sequence[float]) -> float:
@@ -199,12 +212,39 @@ def draw(tasks: Mapping[str, Curves], target: Path) -> None:
         target.write_bytes(as_bytes(figure, "png", {"Software": "matplotlib"}))
 
 
-def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) -> float:
-    """Draws means of four steps up to a run's last, which a cross marks if the run was ended early; returns
-    the largest median."""
+def draw_rates(task: str, curves: Curves, target: Path) -> None:
+    """Draws final accuracies over the rates: every seed a point, the median of a cell's seeds on the line."""
+    cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (method, rate, _), curve in sorted(curves.items()):
+        cells[method][rate].append(100 * measure(curve, base=0.0).final)
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        panel: Axes = figure.subplots()
+        for method in (name for name in LOOKS if name in cells):
+            label, colour, dashes = _look(method)
+            found = cells[method]
+            points = [(rate, final) for rate, finals in found.items() for final in finals]
+            panel.plot(*zip(*points, strict=True), "o", color=colour, markersize=3, alpha=0.5)
+            middle = [median(finals) for finals in found.values()]
+            panel.plot(list(found), middle, color=colour, linestyle=dashes, linewidth=2, label=label)
+        panel.set(xscale="log", xlabel="learning rate", ylabel="training accuracy, last 12 of 50 steps, %")
+        panel.set(title=task, ylim=(-3, 103))
+        figure.legend(loc="outside upper left", ncols=3, handlelength=2.4)
+        target.write_bytes(as_bytes(figure, "png", {"Software": "matplotlib"}))
+
+
+def _look(method: str) -> tuple[str, str, Any]:
+    """Returns a method's label, colour and dashes."""
     label, colour, dashes = LOOKS[method]
     if colour == "conf":
         colour = OmegaConf.select(OmegaConf.load(conf_dir() / "algo" / f"{method}.yaml"), "colour")
+    return label, colour, dashes
+
+
+def _draw_method(panel: Axes, method: str, curves: Sequence[Sequence[float]]) -> float:
+    """Draws means of four steps up to a run's last, which a cross marks if the run was ended early; returns
+    the largest median."""
+    label, colour, dashes = _look(method)
     for curve in curves:
         m = {COMPLETIONS * t: 100 * value for t, value in means(curve).items()}
         panel.plot(list(m), list(m.values()), color=colour, linestyle=dashes, linewidth=0.7, alpha=0.45)
@@ -223,11 +263,20 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
+    parser.add_argument("--rates", type=Path, help="where to draw final accuracies over the rates of a task")
+    parser.add_argument("--reach", type=float, help="print completions to this accuracy instead")
+    parser.add_argument("--batch", type=int, default=COMPLETIONS, help="completions of a step, for --reach")
     parser.add_argument("--shifts", action="store_true", help="judge predictions of a step's shift instead")
     arguments = parser.parse_args()
     if arguments.shifts:
         for path in arguments.runs:
             sys.stdout.write("\n".join([f"{path}:", *judge_shifts(path)]) + "\n")
+        return
+    if arguments.reach:
+        for path in arguments.runs:
+            for (method, rate, seed), curve in sorted(read_curves(path).items()):
+                needed = reach(curve, arguments.reach, arguments.batch)
+                sys.stdout.write(f"{method}, {rate:g}, {seed}: {needed:g}\n")
         return
     tasks: dict[str, Curves] = defaultdict(dict)
     for path in arguments.runs:
@@ -236,6 +285,9 @@ def main() -> None:
         sys.stdout.write("\n".join([f"{task}:", *judge(curves)]) + "\n")
     if arguments.picture:
         draw(tasks, arguments.picture)
+    if arguments.rates:
+        ((task, curves),) = tasks.items()
+        draw_rates(task, curves, arguments.rates)
 
 
 if __name__ == "__main__":

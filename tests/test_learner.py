@@ -3,18 +3,30 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from capo_exp.core.batch import collate
 from capo_exp.core.policy import last_layer
 from capo_exp.core.types import Batch, StepRecord, TokenLoss, TokenLossInput
 from capo_exp.curvature import model as curvature
+from capo_exp.training.completions import tabulate_completions
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
+from capo_exp.training.rollout_step import Rollout, Update
 from tests.conftest import DISTINCT
-from tests.pieces import gradients, plain_log_probs, same_weights, take_step, weights, without_clock
+from tests.pieces import (
+    gradients,
+    groups_of,
+    plain_log_probs,
+    same_weights,
+    take_step,
+    weights,
+    without_clock,
+)
 
 Make = Callable[..., Learner]
 Batches = Callable[..., Batch]
@@ -273,3 +285,18 @@ def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
     ):  # fmt: skip
         found = torch.cat([getattr(inputs, name)[inputs.completion_mask] for inputs in seen]).sort().values
         torch.testing.assert_close(found, whole[batch.completion_mask].sort().values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kept_completion_has_the_mean_advantage_of_its_tokens(learner: Make) -> None:
+    groups = groups_of([[1.0, 0.0]], [[3, 2]])
+    batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
+    batch = replace(batch, advantages=torch.tensor([[1.0, 2.0, 6.0], [-4.0, 0.0, 0.0]]))
+    _, record = take_step(learner(), batch)
+
+    class Numbers:
+        decode = str
+
+    tokenizer: Any = Numbers()
+    rollout = Rollout(groups, torch.tensor([[1.0, 0.0]]), True, 1, 2, 5, {})
+    rows = tabulate_completions(rollout, batch, [Update(torch.arange(2), {}, record)], 1, tokenizer)
+    assert [row["advantage"] for row in rows] == [3.0, -2.0]

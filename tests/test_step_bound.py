@@ -280,6 +280,24 @@ def test_where_no_reward_differs_momentum_takes_no_step(ruled: Make, random_batc
     assert "ratio" in ours.step_memory  # of the step before
 
 
+def test_what_a_correction_drops_is_no_other_reward(ruled: Make, random_batch: Batches) -> None:
+    _, record = take_step(ruled(), random_batch(rows=8))
+    for alone in (True, False):
+        weights_ = record.weights * (torch.arange(8) % 4 > 0)[:, None]
+        batch = replace(
+            record.batch, advantages=weights_.clone(), group_ids=torch.arange(8) // (1 if alone else 4)
+        )
+        assert step_bound.reward_evidence(replace(record, batch=batch, weights=weights_)) == 0
+
+
+def test_a_prompt_says_what_it_says_beside_one_of_larger_rewards(ruled: Make, random_batch: Batches) -> None:
+    _, record = take_step(ruled(), random_batch(rows=4))
+    credits = torch.tensor([5000.0, -5000.0, 0.2, -0.2])
+    batch = replace(record.batch, advantages=credits[:, None] * record.weights)
+    wanted = 4 * math.log(2) / batch.completion_mask.sum().item()
+    assert step_bound.reward_evidence(replace(record, batch=batch)) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_evidence_is_the_entropy_of_rewards_within_a_prompt(ruled: Make, random_batch: Batches) -> None:
     """Two of four, all alike, one of two: ln 2 for six of ten completions; a correction changes nothing."""
     _, record = take_step(ruled(), random_batch(rows=10, length=3))
@@ -290,6 +308,12 @@ def test_evidence_is_the_entropy_of_rewards_within_a_prompt(ruled: Make, random_
         batch = replace(record.batch, advantages=credits[:, None] * weights_, group_ids=groups)
         found = step_bound.reward_evidence(replace(record, batch=batch, weights=weights_))
         assert found == pytest.approx(6 * math.log(2) / mask.sum().item(), rel=1e-5)
+    dropped = record.weights * (torch.arange(10) >= 4)[:, None]  # one group whole: what is left says less
+    batch = replace(record.batch, advantages=credits[:, None] * dropped, group_ids=groups)
+    found = step_bound.reward_evidence(replace(record, batch=batch, weights=dropped))
+    assert found == pytest.approx(2 * math.log(2) / mask[4:].sum().item(), rel=1e-5)
+    nothing = replace(record, batch=batch, weights=0 * dropped)
+    assert step_bound.reward_evidence(nothing) == 0
     alone = replace(record.batch, advantages=credits[:, None] * mask, group_ids=torch.arange(10))
     kinds = torch.tensor([3, 2, 4, 1]) / 10  # without groups: of all ten, three are 1, two -1, four 0, one 2
     wanted = -(kinds * kinds.log()).sum().item() * 10 / mask.sum().item()

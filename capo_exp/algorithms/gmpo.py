@@ -22,4 +22,5 @@ def geometric_mean_surrogate(
     upper, lower = log_ratio.clamp(max=log_ratio_high), log_ratio.clamp(min=-log_ratio_low)
     held = torch.where(advantages > 0, upper, torch.where(advantages < 0, lower, 0 * log_ratio))
     mean = masked_mean(held, inputs.completion_mask, 1)
-    return TokenLoss(values=-completion_ratio(mean, held) * advantages, clipped=held != log_ratio)
+    clipped = (held != log_ratio) & (advantages != 0)
+    return TokenLoss(values=-completion_ratio(mean, held) * advantages, clipped=clipped)

@@ -107,26 +107,29 @@ def evidence(
 def reward_evidence(record: StepRecord) -> float:
     """Returns what the rewards of a step say about its completions, in nats a token: the entropy of the
     credits within a completion's group, a mean over completions, by the mean length of a completion. Without
-    groups of two or more, all completions are one."""
-    batch = record.batch
-    totals = (batch.advantages.double().sum(1), record.weights.double().sum(1).clamp(min=1e-9))
-    credits = (totals[0] / totals[1]).float()  # without the correction's weights
-    _, group, sizes = batch.group_ids.unique(return_inverse=True, return_counts=True)
-    if sizes.max() == 1:
+    groups of two or more, all completions are one. What the correction dropped whole says nothing."""
+    batch, kept = record.batch, record.weights.any(1)
+    if not kept.any():
+        return 0.0
+    credits = batch.advantages[kept].double().sum(1) / record.weights[kept].double().sum(1)  # without weights
+    group = batch.group_ids[kept]
+    if batch.group_ids.bincount().max() == 1:
         group = torch.zeros_like(group)
-    pairs = torch.stack([group, _ranked(credits)], 1)
-    _, kind, alike = pairs.unique(dim=0, return_inverse=True, return_counts=True)
-    shares = alike[kind] / torch.bincount(group)[group]
-    return (-shares.log().sum() / batch.completion_mask.sum()).item()
+    shares = torch.bincount(kinds := _kinds(credits, group))[kinds] / torch.bincount(group)[group]
+    return (-shares.log().sum() / batch.completion_mask[kept].sum()).item()
 
 
-def _ranked(values: Tensor) -> Tensor:
-    """Returns ranks [n], the same for values that differ by rounding alone."""
-    order = values.argsort()
-    apart = values[order].diff() > 1e-4 * values.abs().max()
-    ranks = torch.zeros_like(order)
-    ranks[order[1:]] = apart.cumsum(0)
-    return ranks
+def _kinds(credits: Tensor, group: Tensor) -> Tensor:
+    """Numbers the kinds [n] of credit, the same within a group for what differs by rounding alone."""
+    size = credits.abs()
+    largest = size.new_zeros(int(group.max()) + 1).scatter_reduce(0, group, size, "amax")
+    order = credits.argsort()
+    order = order[group[order].argsort(stable=True)]
+    rounding = torch.maximum(1e-4 * largest[group], 1e-6 * size.max())[order[1:]]
+    new = (credits[order].diff() > rounding) | (group[order].diff() > 0)
+    kinds = torch.zeros_like(order)
+    kinds[order[1:]] = new.cumsum(0)
+    return kinds
 
 
 def _search(trial: StepTrial, step_scale: float, bound: float, max_looks: int) -> tuple[float, float]:

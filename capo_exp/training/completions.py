@@ -14,7 +14,8 @@ def tabulate_completions(
     rollout: Rollout, batch: Batch, updates: Sequence[Update], count: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, object]]:
     """Makes a row of each completion of the first `count` groups, with the shifts of the last pass; a
-    completion that the filter took out keeps none of its tokens. Advantages are those before a correction."""
+    completion that the filter took out keeps none of its tokens. An advantage is the mean over a completion's
+    tokens, before a correction."""
 
     def join_last(get: Callable[[StepRecord], Tensor]) -> Tensor:
         last = [(update.rows, get(update.record)) for update in updates if update.record is not None]
@@ -37,7 +38,7 @@ def tabulate_completions(
                     "answer": group.prompt.problem.answer,
                     "family": group.prompt.problem.family,
                     "reward": rollout.rewards[p, g].item(),
-                    "advantage": batch.advantages[row, 0].item(),
+                    "advantage": batch.advantages[row, tokens].double().mean().item(),
                     "truncated": completion.truncated,
                     "weight_version": group.weight_version,
                     "token_ids": list(completion.token_ids),

@@ -16,7 +16,7 @@ DECIDED = ("optim/step_scale", "step/policy_shift_measured", "step/policy_shift_
 
 
 class TrainingDiverged(RunFailed):
-    """A loss or gradient that is not finite; the weights are those before the step."""
+    """A loss, a gradient or a decided shift that is not finite; of that step nothing is saved."""
 
 
 def take_optimizer_step(learner: Learner, given: StepInput) -> tuple[dict[str, float], StepRecord]:
