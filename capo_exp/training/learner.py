@@ -13,9 +13,9 @@ from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.seeds import SELECTION, STEP_RULE, derive_seed
-from capo_exp.core.step import ProposedStep
+from capo_exp.core.step import ProposedStep, StepDecision
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import AdamState, Batch, BatchTotals, Gradient, Selection, StepInput
+from capo_exp.core.types import AdamState, Batch, BatchTotals, Gradient, Scored, Selection, StepInput
 from capo_exp.curvature.model import copy_moments
 from capo_exp.curvature.step_trial import ModelStepTrial
 from capo_exp.distributed.world import SINGLE, World
@@ -27,6 +27,7 @@ from capo_exp.training.optimizer import (
     reset_moments,
 )
 from capo_exp.training.passes import Passes, Select
+from capo_exp.training.returned import as_kind, as_selection
 from capo_exp.training.scoring import StepModel, predict_step
 
 PLAIN_STATE = ("optimizer_step", "reference_resets", "step_memory")
@@ -74,10 +75,10 @@ class Learner:
     def backward(self, given: StepInput, watch: Stopwatch) -> Gradient:
         """Makes the gradient of the tokens that the algorithm selects; the optimiser has not stepped then."""
         if not self.algorithm.scoring_pass:
-            return self._gradient(given, lambda _, scored: self.algorithm.selection(scored), watch)
+            return self._gradient(given, lambda _, scored: self._select(scored), watch)
         with watch("scoring"):
             scored = self._passes.score(given, self._step_model(given.totals))
-            selection = self.algorithm.selection(scored)
+            selection = self._select(scored)
         if declares_inside(self.algorithm.token_loss, "whole_step"):
             if declares_inside(self.algorithm.token_loss, "needs_reference"):
                 reference = self.reference_log_probs(given.batch, scored.output.log_probs)
@@ -103,7 +104,8 @@ class Learner:
             step = ProposedStep(record, predicted, rate, self.step_memory)
             where = self.model, self.optimizer, step, self.settings, self.world
             trial = ModelStepTrial(*where, states_on_record=on_record, seed=seed)
-            decision = self.algorithm.step_rule(trial)
+            rule = self.algorithm.step_rule
+            decision = as_kind(rule(trial), StepDecision, "algo.step_rule", rule)
             trial.settle(decision.step_scale)
             self.optimizer.zero_grad(set_to_none=True)
             self.schedule.step()
@@ -159,6 +161,10 @@ class Learner:
     def _passes(self) -> Passes:
         how = self.config, self.settings, self.world
         return Passes(self.model, self.reference, self.algorithm, self._correction, *how)
+
+    def _select(self, scored: Scored) -> Selection:
+        part = self.algorithm.selection
+        return as_selection(part(scored), scored.batch.completion_mask, "algo.selection", part)
 
     def _gradient(self, given: StepInput, select: Select, watch: Stopwatch) -> Gradient:
         return self._passes.gradient(given, self._step_model(given.totals), select, watch)

@@ -7,6 +7,7 @@ from torch import Tensor
 from capo_exp.algorithms.kl import kl_k3
 from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.core.types import Batch, BatchTotals, Selection, TokenLossInput
+from capo_exp.training.returned import as_tensor, as_token_loss
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,14 @@ def compute_loss(
 ) -> Loss:
     """Computes the loss of a micro-batch; ref_log_probs [B, T] nats are the policy's own where there is no
     reference, totals those of the whole optimiser step."""
-    token_loss = algorithm.token_loss(replace(inputs, ref_log_probs=ref_log_probs))
+    mask = batch.completion_mask
+    got = algorithm.token_loss(replace(inputs, ref_log_probs=ref_log_probs))
+    token_loss = as_token_loss(got, mask, "algo.token_loss", algorithm.token_loss)
     values = token_loss.values
     if algorithm.kl_coefficient:  # 0 times an infinite estimate would be NaN
-        values = values + algorithm.kl_coefficient * algorithm.kl_estimator(inputs.log_probs, ref_log_probs)
+        kl = algorithm.kl_estimator(inputs.log_probs, ref_log_probs)
+        as_tensor(kl, "B T", mask.shape, "algo.kl_estimator", algorithm.kl_estimator)
+        values = values + algorithm.kl_coefficient * kl
     value = algorithm.aggregation(selection.weighed(values), selection.keep_mask, batch, totals)
+    as_tensor(value, "", (), "algo.aggregation", algorithm.aggregation)
     return Loss(value, kl_k3(inputs.log_probs.detach(), ref_log_probs), token_loss.clipped)

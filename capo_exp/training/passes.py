@@ -26,6 +26,7 @@ from capo_exp.core.types import (
 from capo_exp.distributed.sharding import full, is_sharded
 from capo_exp.distributed.world import World
 from capo_exp.training.loss import compute_loss
+from capo_exp.training.returned import as_tensor
 from capo_exp.training.scoring import StepModel, score
 
 Select = Callable[[Tensor, Scored], Selection]
@@ -119,6 +120,7 @@ class Passes:
         seen = output.detached()
         old = given.old_log_probs(seen.log_probs, rows)
         weights = self.correction(old - cut.sampler_log_probs, cut.completion_mask)
+        as_tensor(weights, "B T", cut.completion_mask.shape, "rollout.correction", self.correction)
         cut = replace(cut, advantages=cut.advantages * weights)
         with watch("curvature"):
             scored = score(cut, seen, old, step)

@@ -19,6 +19,7 @@ from capo_exp.data.prompts import choose_visits
 from capo_exp.training.budget import draw_within_budget
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
+from capo_exp.training.returned import as_tensor, check_finite
 from capo_exp.training.sampler import Drawn, Sampler, draw, value_states
 from capo_exp.training.step_metrics import merge_rounds, rollout_metrics
 
@@ -115,6 +116,8 @@ def sample_rollout(
             )  # fmt: skip
         offers = asked(algorithm.group_filter, _offer(drawn.groups, sampler))
         keep = algorithm.group_filter(drawn.verdicts, **offers)
+        groups = [len(drawn.groups)]
+        as_tensor(keep, "P", groups, "algo.group_filter", algorithm.group_filter, dtype=torch.bool)
         rounds.append(drawn)
         seen += drawn.groups
         passed += [group for group, kept in zip(drawn.groups, keep.tolist(), strict=True) if kept]
@@ -167,10 +170,17 @@ def assign_credit(rollout: Rollout, learner: Learner, *, pad_token_id: int) -> t
         own = learner.log_probs(batch)
         kl = kl_k1(own, learner.reference_log_probs(batch, own))
     sums = [values.sum(1).float().view(shape) for values in (mask, kl)]
-    shaped = algorithm.shaping(rollout.rewards.to(mask.device), *sums)
+    rewards = rollout.rewards.to(mask.device)
+    shaped = algorithm.shaping(rewards, *sums)
+    as_tensor(shaped, "P G", shape, "algo.shaping", algorithm.shaping)
     offers = {k: v.to(mask.device) if isinstance(v, Tensor) else v for k, v in rollout.offers.items()}
     advantages = algorithm.advantage(shaped, **asked(algorithm.advantage, offers))
+    as_tensor(advantages, "P G", shape, "algo.advantage", algorithm.advantage)
     credit = algorithm.credit(advantages.reshape(-1), mask, kl, **asked(algorithm.credit, offers))
+    as_tensor(credit, "B T", mask.shape, "algo.credit", algorithm.credit)
+    check_finite(shaped, "algo.shaping", algorithm.shaping, rewards, *sums)
+    check_finite(advantages, "algo.advantage", algorithm.advantage, shaped)
+    check_finite(credit, "algo.credit", algorithm.credit, advantages, kl)
     batch = replace(batch, advantages=credit)
     return batch, {"reward/mean": shaped.mean().item()}
 
@@ -183,7 +193,8 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
     `step`, the rollout step, decides how minibatches are drawn.
     """
     algorithm = learner.algorithm
-    kept = algorithm.completion_filter(batch)
+    kept, rows = algorithm.completion_filter(batch), [len(batch.input_ids)]
+    as_tensor(kept, "B", rows, "algo.completion_filter", algorithm.completion_filter, dtype=torch.bool)
     filtered = 1 - kept.float().mean().item()
     assert kept.any(), "a completion filter has to leave something"
     stored: Tensor | None = None
