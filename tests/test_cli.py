@@ -24,6 +24,7 @@ from omegaconf import MISSING, OmegaConf
 from capo_exp.cli import front
 from capo_exp.cli.compose import compose_config, find_choices
 from capo_exp.cli.evaluate import LINE as EVALUATE
+from capo_exp.cli.words import as_overrides
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import quoted, resolve_model_path, typed
 from capo_exp.config.ranges import AT_LEAST_1
@@ -137,6 +138,8 @@ def subprocess_run(
     [
         ("foo=1", f"foo=1: unknown key; expected one of {len(KEYS)} choices; nearest: "),
         ("learning_rate=1", "learning_rate=1: unknown key; nearest: regime.learning_rate"),
+        ("temperature=1", "temperature=1: unknown key; nearest: rollout.temperature"),
+        ("dataset=x/y.csv", "dataset=x/y.csv: unknown choice; a file is dataset=file dataset.path=x/y.csv; "),
         ("+algo.selection.bound=1", "algo.selection.bound: unknown parameter of capo_exp.algorithms.capo"),
         ("regime.group_size=null", "regime.group_size=null: expected an integer"),
         ("algo=capoo", NO_CAPOO),
@@ -406,3 +409,8 @@ def test_a_users_file_comes_before_the_packaged_one_and_is_told(
     monkeypatch.setattr(sys, "argv", ["capo_exp", f"hydra.searchpath=[file://{work_dir}/own]"])
     assert front.run_training() == 2
     assert "expected --config-dir, for conf/ has regime/aggressive.yaml" in capsys.readouterr().err
+
+
+def test_a_key_that_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_overrides(["seed=0,1", "algo=capo", "seed=5"]) == ["seed=0,1", "algo=capo", "seed=5"]
+    assert capsys.readouterr().err == "seed= is given 2 times; the last one counts\n"

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs.console import summary_lines
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import (
     LoggedRun,
@@ -230,6 +231,24 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         completions(tmp_path, 20, 2, tokens=foreign)
         assert load_completions(run) == found[2:]
     assert "(tokens is double, expected a list of text); restore or remove it" in caplog.text
+
+
+def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path: Path) -> None:
+    for status, steps, said in (
+        ("finished", (1, 2, 3, 3, 4), []),
+        ("finished", (1, 4), [f"{tmp_path}/metrics.jsonl: 2 of 4 steps have no row, of 2 to 3"]),
+        ("finished", (1, 2, 3), [f"{tmp_path}/metrics.jsonl: 1 of 4 steps have no row, of 4"]),
+        ("interrupted", (1, 2), []),
+    ):
+        record = {"status": status, "counters": {"rollout_step": 4}}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        rows = [json.dumps({"counter/rollout_step": step}) + "\n" for step in steps]
+        (tmp_path / "metrics.jsonl").write_text("".join(rows))
+        assert list(load_run(tmp_path).left_out) == said
+    shown = summary_lines(tmp_path)
+    assert not any("left out" in line for line in shown)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"status": "finished"}))
+    assert any(line.startswith("left out ") and "have no row" in line for line in summary_lines(tmp_path))
 
 
 @pytest.mark.slow

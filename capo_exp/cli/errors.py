@@ -119,7 +119,7 @@ class _Composing:
         same_name = [k for k in known if k.rpartition(".")[2] == name]
         names = [k.rpartition(".")[2] for k in siblings]
         meant = [f"{parent}.{n}".lstrip(".") for n in difflib.get_close_matches(name, names, n=1)]
-        if near := meant or same_name:
+        if near := same_name or meant:
             return f"{given}: unknown key; nearest: {near[0]}"
         return f"{given}: unknown key; {suggest(name, names or [k for k in known if '.' not in k])}"
 
@@ -144,6 +144,8 @@ def _missing_choice(error: MissingConfigException) -> str:
     choice = f"{group}/{choice}".removeprefix(f"{top}/")
     known = {*find_choices(top), *(name for name in error.options or [] if "/_" not in f"/{name}")}
     lacks = "no directory, no hub id org/name and an unknown choice" if top == "model" else "unknown choice"
+    if top == "dataset" and re.search(r"[/.]", choice):
+        lacks += f"; a file is dataset=file dataset.path={choice}"
     return f"{top}={choice}: {lacks}; {suggest(choice, sorted(known))}"
 
 

@@ -65,7 +65,7 @@ class FigureCommand:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    line = front.CommandLine("figures", FigureCommand, _usage)
+    line = front.CommandLine("figures", FigureCommand, _usage, words="runs")
     return front.run_command(partial(draw_figures, typed=as_typed(given)), line, given)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.metadata import version
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, TextIO, get_type_hints
@@ -83,6 +84,9 @@ def run_training() -> int:
     arguments = sys.argv[1:]
     if {"-sc", "--shell-completion"} & set(arguments) and "install=bash" in arguments:
         sys.stdout.write(COMPLETION)
+        return 0
+    if "--version" in arguments:
+        sys.stdout.write(f"capo_exp {version('capo_exp')}\n")
         return 0
     if "COMP_LINE" in os.environ:
         os.environ["COMP_LINE"] = re.sub(r" -m\s+capo_exp(?=\s|$)", " capo_exp.py", os.environ["COMP_LINE"])

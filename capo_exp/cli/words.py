@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -35,6 +37,10 @@ def as_overrides(words: Sequence[str], config_dir: str | None = None) -> list[st
     Raises:
         ConfigError: as choose_by_slash and choose_model.
     """
+    keys = Counter(word.partition("=")[0] for word in words)
+    for key, count in keys.items():
+        if count > 1:
+            sys.stderr.write(f"{key}= is given {count} times; the last one counts\n")
     chosen = [choose_engine(word, words) for word in words]
     return [choose_by_slash(each) for word in chosen for each in choose_model(word, config_dir)]
 

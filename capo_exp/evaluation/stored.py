@@ -82,6 +82,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        raise ConfigError(f"completions={path}: no such file; expected a parquet file")
     try:
         rows = read_parquet(path)
     except ConfigError as error:

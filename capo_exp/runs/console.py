@@ -129,6 +129,7 @@ def summary_lines(run_dir: Path) -> list[str]:
     run = load_run(run_dir)
     files = [name for name in SHOWN_FILES if (run_dir / name).exists()]
     rows = [*_outcome(run.metrics, run.evaluations), ("files", " ".join(files)), ("directory", str(run_dir))]
+    rows += [("left out", text) for text in run.left_out]
     if location := run.record.get("tracker") or run.record.get("wandb"):  # older runs have the second
         rows.append(("tracker", location))
     if (seconds := run.record.get("wall_seconds")) is not None:

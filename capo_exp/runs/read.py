@@ -166,6 +166,7 @@ def load_run(run_dir: Path | str) -> LoggedRun:
     wrong = [key for key, kind in RECORD_TYPES.items() if key in record and not isinstance(record[key], kind)]
     left_out += [f"{path}/run.json: {key} is {json.dumps(record.pop(key))[:40]}" for key in wrong]
     metrics = rows("metrics.jsonl") or _or_empty(lambda: _archived(path / "metrics.parquet"), left_out)
+    left_out += _lost(path, record, metrics or [])
     tests = rows("evaluations/test.jsonl")  # those of the benchmarks tested last; others are other questions
     tests = [row for row in tests if row.get("cards") == tests[-1].get("cards")]
     evaluations = [*rows("eval.jsonl"), *tests]
@@ -177,6 +178,16 @@ def load_run(run_dir: Path | str) -> LoggedRun:
     told = {key: json.dumps(found[key], default=str)[:40] for key in strange}
     left_out += [f"{path}/config.yaml: {key} is {value}" for key, value in told.items()]
     return replace(run, config={} if strange else config, left_out=tuple(left_out))
+
+
+def _lost(path: Path, record: dict[str, Any], metrics: Sequence[LoggedRow]) -> list[str]:
+    """Says which steps a run has counted and has no row of."""
+    counted = record.get("counters", {}).get("rollout_step")
+    if record.get("status") != "finished" or not isinstance(counted, int) or counted > MOST_STEPS:
+        return []
+    gone = sorted({*range(1, counted + 1)} - {row.get(names.STEP) for row in metrics})
+    of = f"{gone[0]} to {gone[-1]}" if len(gone) > 1 else "".join(map(str, gone))
+    return [f"{path}/metrics.jsonl: {len(gone)} of {counted} steps have no row, of {of}"] if gone else []
 
 
 def _or_empty(read: Callable[[], Any], left_out: list[str]) -> Any:

