@@ -9,7 +9,7 @@ python ../../../scripts/judge_real_rates.py {sums,max_of_three}/{runs,evidence}.
 
 --rates draws how wrong the rate may be, one task, docs/study_rates.png:
 
-python ../../../scripts/judge_real_rates.py sums/{runs,evidence,plain}.parquet --rates rates.png
+python ../../../scripts/judge_real_rates.py sums/{runs,evidence,plain,cpu}.parquet --rates rates.png
 
 --reach 0.6 prints how many completions each run needs to that accuracy, --shifts how well the last layer's
 prediction and the rate alone say how far a step moved the policy.
@@ -121,7 +121,8 @@ def read_curves(path: Path) -> Curves:
     for row in pq.read_table(path, columns=columns).to_pylist():
         if row["state"] == "finished":
             values = dict(part.split("=", 1) for part in row["overrides"].split())
-            method = values["experiment/study/real"]
+            own = [f"{key}={value}" for key, value in values.items() if key.startswith("algo.")]
+            method = " ".join([values["experiment/study/real"], *own])
             key = (method, float(values["regime.learning_rate"]), int(values["seed"]))
             found[key][row["counter/rollout_step"]] = row["reward/accuracy"]
     return {key: [steps[t] for t in sorted(steps)] for key, steps in found.items()}

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from capo_exp.figures.__main__ import main
@@ -86,3 +87,24 @@ def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer() -> None
 def test_the_page_on_the_reasons_has_the_table_of_its_runs() -> None:
     page = (REFERENCE.parents[1] / "docs" / "study" / "real_why.md").read_text()
     assert "\n".join(table(read(REFERENCE / "smollm2" / "sums" / "why.parquet"))) in page
+
+
+def test_the_page_on_a_tenth_says_what_its_kept_rows_say() -> None:
+    page = (REFERENCE.parents[1] / "docs" / "study" / "evidence_small.md").read_text()
+    said = re.findall(r"^\| (\w+) \|.*\| (\d+) to (\d+) \|.*\| ([\d., ]+) \|$", page, re.MULTILINE)
+    ends: dict[tuple[str, str, int], list[float]] = {}
+    for row in pq.read_table(REFERENCE / "study_evidence_small" / "runs.parquet").to_pylist():
+        values = dict(part.split("=", 1) for part in row["overrides"].split())
+        kind = values.get("algo.step_rule.share", "1") if "step_rule" in values else "grpo"
+        key = (values["setting"], kind, int(values["seed"]))
+        if row["counter/rollout_step"] > 180:
+            ends.setdefault(key, []).append(row["reward/accuracy"])
+    wanted = sorted(
+        (setting, seed, round(100 * sum(last) / 20, 1)) for (setting, _, seed), last in ends.items()
+    )
+    found = [
+        (setting, seed, float(end))
+        for setting, first, last, cells in said
+        for seed, end in zip(range(int(first), int(last) + 1), cells.split(", "), strict=True)
+    ]
+    assert len(found) == 35 and sorted(found) == wanted
