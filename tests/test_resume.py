@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def train_on(terminal: str, config: TrainConfig) -> None:
         train.run(config)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BaseException:
+        (Path(config.output_dir) / "error").write_text(traceback.format_exc())  # the terminal may be gone
+        raise
 
 
 def steps(run: Path) -> int:
@@ -74,6 +78,7 @@ def run_until(config: TrainConfig, ready: Callable[[Path], bool], end: signal.Si
     if end != signal.SIGHUP:
         os.close(master)
     assert process.exitcode is not None
+    assert not (error := Path(config.output_dir) / "error").exists(), error.read_text()
     return process.exitcode
 
 

@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        expected = "expected a directory that can be written in output_dir, or in output of evaluate"
+        expected = "expected output_dir, or output of evaluate, to be a directory that can be written"
         raise ConfigError(f"{folder}: {error.strerror}; {expected}") from None
     try:
         _acquire(descriptor, folder)
