@@ -42,6 +42,7 @@ SMALL = [
 
 def train_on(terminal: str, config: TrainConfig) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     screen = os.open(terminal, os.O_RDWR)  # becomes the controlling terminal of this session
     for descriptor in (1, 2):
         os.dup2(screen, descriptor)

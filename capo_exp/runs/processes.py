@@ -32,7 +32,7 @@ def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
         if not stopped.is_set():
             first = time.monotonic()
             stopped.set()
-            with suppress(RuntimeError):  # it came in the middle of a line: Python writes no other inside it
+            with suppress(Exception):  # in the middle of a line the console may raise anything
                 message(
                     "stopping after this step; once more stops now and loses what came after the last "
                     "checkpoint"
