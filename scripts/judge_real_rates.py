@@ -100,12 +100,10 @@ def measure(accuracies: Sequence[float], base: float) -> Measures:
     )
 
 
-def reach(accuracies: Sequence[float], level: float, batch: int = COMPLETIONS) -> float:
-    """Returns the completions until the mean over at least 384 of them is `level` for the first time;
-    infinite if it never is."""
-    window = -(-4 * COMPLETIONS // batch)
-    ends = range(window, len(accuracies) + 1)
-    return next((float(batch * t) for t in ends if fmean(accuracies[t - window : t]) >= level), inf)
+def reach(accuracies: Sequence[float], level: float) -> float:
+    """Returns the completions until the mean of four steps is `level` for the first time; infinite if it
+    never is."""
+    return next((float(COMPLETIONS * t) for t, mean in means(accuracies).items() if mean >= level), inf)
 
 
 def width(learning: Sequence[bool], rates: Sequence[float]) -> float:
@@ -266,7 +264,6 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
     parser.add_argument("--rates", type=Path, help="where to draw final accuracies over the rates of a task")
     parser.add_argument("--reach", type=float, help="print completions to this accuracy instead")
-    parser.add_argument("--batch", type=int, default=COMPLETIONS, help="completions of a step, for --reach")
     parser.add_argument("--shifts", action="store_true", help="judge predictions of a step's shift instead")
     arguments = parser.parse_args()
     if arguments.shifts:
@@ -276,7 +273,7 @@ def main() -> None:
     if arguments.reach:
         for path in arguments.runs:
             for (method, rate, seed), curve in sorted(read_curves(path).items()):
-                needed = reach(curve, arguments.reach, arguments.batch)
+                needed = reach(curve, arguments.reach)
                 sys.stdout.write(f"{method}, {rate:g}, {seed}: {needed:g}\n")
         return
     tasks: dict[str, Curves] = defaultdict(dict)
