@@ -139,6 +139,8 @@ def subprocess_run(
         ("foo=1", f"foo=1: unknown key; expected one of {len(KEYS)} choices; nearest: "),
         ("learning_rate=1", "learning_rate=1: unknown key; nearest: regime.learning_rate"),
         ("temperature=1", "temperature=1: unknown key; nearest: rollout.temperature"),
+        ("lr=1e-5", "lr=1e-5: unknown key; nearest: regime.learning_rate"),
+        ("data.train_batch_size=8", "data.train_batch_size=8: unknown key; nearest: regime.prompts_per_step"),
         ("dataset=x/y.csv", "dataset=x/y.csv: unknown choice; a file is dataset=file dataset.path=x/y.csv; "),
         ("+algo.selection.bound=1", "algo.selection.bound: unknown parameter of capo_exp.algorithms.capo"),
         ("regime.group_size=null", "regime.group_size=null: expected an integer"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from capo_exp.cli.compose import compose_config, guard
+from capo_exp.cli.peers import PEERS
 from capo_exp.cli.words import as_overrides
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
@@ -66,6 +68,21 @@ def test_the_code_of_the_page_on_extending_is_that_of_the_examples() -> None:
 
 def test_the_page_of_metrics_is_the_printed_one() -> None:
     assert (ROOT / "docs" / "METRICS.md").read_text() == page()
+
+
+def test_the_page_for_users_of_trl_and_verl_says_what_an_unknown_key_says() -> None:
+    rows = [line.split("|")[1:4] for line in TEXTS[ROOT / "docs" / "FROM_TRL.md"].splitlines()]
+    named = {
+        name.rpartition(".")[2]: here
+        for trl, verl, here in filter(None, rows)
+        for name in re.findall(r"`([\w.]+)`", trl + verl)
+    }
+    config = OmegaConf.create(compose_config([]))
+    for name, key in PEERS.items():
+        group, _, last = key.rpartition(".")
+        assert last in (OmegaConf.select(config, group) if group else config), key
+        if name != "batch_size":  # what many say
+            assert last in re.findall(r"\w+", named[name]), name
 
 
 def test_nothing_is_left_to_fill_in_and_the_readme_is_short() -> None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from capo_exp.cli.compose import compose_config, entries, find_choices, is_group
+from capo_exp.cli.peers import PEERS
 from capo_exp.config.errors import ConfigError, printable, suggest
 from capo_exp.config.errors import error as wrong_value
 from capo_exp.config.schema import TrainConfig, conf_dir, expected_type
@@ -119,7 +120,8 @@ class _Composing:
         same_name = [k for k in known if k.rpartition(".")[2] == name]
         names = [k.rpartition(".")[2] for k in siblings]
         meant = [f"{parent}.{n}".lstrip(".") for n in difflib.get_close_matches(name, names, n=1)]
-        if near := same_name or meant:
+        peers = [] if parent in known or self.schema is not TrainConfig else [PEERS.get(name, "")]
+        if near := same_name or [*filter(None, peers)] or meant:
             return f"{given}: unknown key; nearest: {near[0]}"
         return f"{given}: unknown key; {suggest(name, names or [k for k in known if '.' not in k])}"
 
