@@ -50,7 +50,7 @@ def _is_weight(text: str) -> bool:
 class FigureCommand:
     """The keys of conf/figures.yaml, which says what each one means."""
 
-    runs: list[str] = setting(Rule(bool, "directories of runs, such as runs=outputs/tiny_figure_1"))
+    runs: list[str] = setting(Rule(bool, "directories of runs, such as runs=outputs/paper_figure_1-tiny"))
     figure: list[str] = MISSING
     output: str | None = MISSING
     smoothing: str = setting(Rule(_is_weight, "paper, off or a number above 0 up to 1"))

@@ -12,7 +12,6 @@ PEERS = {
     "epsilon_high": "algo.token_loss.clip_eps_high",
     "eval_steps": "evaluation.every",
     "grad_clip": "optimizer.max_grad_norm",
-    "kl_coef": "algo.kl_coefficient",
     "kl_loss_coef": "algo.kl_coefficient",
     "loss_agg_mode": "algo.aggregation",
     "loss_type": "algo",
