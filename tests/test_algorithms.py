@@ -237,6 +237,8 @@ def test_masked_reductions_ignore_what_is_masked() -> None:
     assert masked_mean(values, mask, 1).tolist() == [3.0, 3.0]
     assert masked_max(values, mask).item() == 5.0
     assert [masked_quantile(values, mask, q).item() for q in (0.25, 0.5, 0.75, 0.99)] == [1.0, 2.0, 4.0, 5.0]
+    hundred = torch.arange(1.0, 101.0)
+    assert [masked_quantile(hundred, hundred > 0, q).item() for q in (0.07, 0.55)] == [7.0, 55.0]
     nothing = torch.zeros_like(mask)
     assert (
         masked_mean(values, nothing)

@@ -136,6 +136,7 @@ def change(config: TrainConfig, override: str) -> TrainConfig:
         "reward.verifier._target_=os.system", "rollout.correction._target_=os.system",
         "model.max_tokens_per_micro_batch=100",
         "model.share_prompts=true | model.pack=true",
+        "curvature.diagnose_every=5 | algo=grpo step_rule=predicted",
         "model.pack=true | model.compile=true", "model.share_prompts=true | model.compile=true",
         "model.attn_implementation=eager | model.pack=true",
         "algo.step_rule.policy_shift_max=0 | algo=grpo step_rule=calibrated",

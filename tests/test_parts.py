@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from capo_exp.algorithms.kinds import Positive
-from capo_exp.config.build import build_part, check_target
+from capo_exp.config.build import build_part, check_target, declares_inside
 from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
@@ -168,6 +168,18 @@ def test_declarations_are_read_through_partials_and_wrappers() -> None:
     bound = partial(partial(part, beta=1.0))
     assert (declares(bound, "compares_group"), declares(bound, "needs_kl")) == (True, "beta")
     assert declares(part, "whole_step") and declares(print, "whole_step") is None
+
+
+def test_a_part_inside_a_part_inside_a_part_declares() -> None:
+    preference = {"_target_": "capo_exp.algorithms.dpo.preference", "beta": 0.1}
+    anchored = {
+        "_target_": "capo_exp.algorithms.dppo.anchored",
+        "token_loss": preference,
+        "sampler_share": 1.0,
+    }
+    outer = {"_target_": "capo_exp.algorithms.cpgd.reweighted", "token_loss": loss}
+    for what in ("needs_reference", "compares_group", "regresses", "whole_step"):
+        assert declares_inside(outer, "algo.token_loss", what), what
 
 
 def numbers_without_range(kind: Any) -> Iterator[Any]:

@@ -3,16 +3,19 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from capo_exp.core.step import StepDecision
 from capo_exp.core.types import Batch, Scored, Selection, TokenLoss, TokenLossInput
 from capo_exp.training.learner import Learner
 from capo_exp.training.returned import WrongReturn
-from capo_exp.training.rollout_step import Rollout, assign_credit
+from capo_exp.training.rollout_step import Rollout, assign_credit, take_updates
 from tests.pieces import groups_of, take_step, weights
 
 Make = Callable[..., Learner]
@@ -94,6 +97,24 @@ def test_rewards_that_are_not_finite_are_no_fault_of_the_advantage(learner: Make
     rollout = Rollout(groups_of([[1.0, 0.0]], [[3, 2]]), torch.tensor([[1.0, torch.nan]]), True, 1, 2, 5, {})
     batch, _ = assign_credit(rollout, learner("algo=grpo"), pad_token_id=0)
     assert batch.advantages.isnan().any()
+
+
+def test_a_filter_has_to_leave_a_completion(learner: Make, random_batch: Batches) -> None:
+    ours = learner("algo=grpo")
+    ours.algorithm = replace(ours.algorithm, completion_filter=lambda batch: batch.group_ids < 0)
+    with pytest.raises(WrongReturn, match=r"algo.completion_filter: .* all of it False; expected at"):
+        next(take_updates(ours, random_batch(), step=1))
+
+
+def test_what_a_step_rule_remembers_can_be_read_from_a_checkpoint(
+    learner: Make, random_batch: Batches, tmp_path: Path
+) -> None:
+    ours = learner("algo=grpo")
+    rule = lambda _: StepDecision(0.5, {"own": np.float64(1)})  # noqa: E731
+    ours.algorithm = replace(ours.algorithm, step_rule=rule)
+    take_step(ours, random_batch())
+    torch.save(ours.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["step_memory"] == {"own": 1.0}
 
 
 def test_a_selection_of_padding_selects_the_completions(learner: Make, random_batch: Batches) -> None:

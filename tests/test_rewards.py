@@ -227,6 +227,23 @@ def test_close_leaves_no_process_and_score_starts_again():
         assert not any(map(alive, started))
 
 
+@pytest.mark.slow
+def test_a_thread_that_grades_ends_when_another_closes():
+    """Else a run whose engine failed meanwhile would never end."""
+    own = Workers(count=1, cpu_seconds=60.0, memory_limit_gib=4.0, warm_up=nothing)
+    with ThreadPoolExecutor(1) as thread:
+        grading = thread.submit(own.run, time.sleep, [(0.01,), (30.01,), (30.02,)])
+        wait_for(lambda: any(worker.items for worker in own._workers))
+        own.close()
+        with pytest.raises(GradingFailed, match="closed while it graded"):
+            grading.result(timeout=20)
+    assert not own._workers
+
+
+def nothing() -> None:
+    """Runs in the worker."""
+
+
 def no_start() -> None:
     """Runs in the worker."""
     os._exit(7)

@@ -250,6 +250,19 @@ def test_a_step_that_moves_nothing_is_taken_whole(ruled: Make, random_batch: Bat
         assert "step/ratio" not in metrics
 
 
+def test_a_last_layer_that_stands_still_says_nothing_about_the_ratio(
+    ruled: Make, random_batch: Batches
+) -> None:
+    """So short a part of a step moves its log-probs by less than a float32 shows."""
+    ours = ruled(
+        partial(
+            step_bound.calibrated, policy_shift_max=1e-30, every=1, memory_share=0.5, max_looks=2, **LARGE
+        )
+    )
+    metrics, _ = take_step(ours, random_batch())
+    assert metrics["optim/step_scale"] < 1e-6 and "step/ratio" not in metrics
+
+
 EVIDENCE = partial(step_bound.evidence, memory_share=0.5, **LARGE)
 
 

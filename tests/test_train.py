@@ -14,6 +14,7 @@ import torch
 
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
+from capo_exp.grading import GradingFailed
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.metrics import check_known
@@ -154,8 +155,9 @@ def test_a_bad_input_leaves_no_directory(composed: Compose, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
-    whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [EngineFailed, GradingFailed])
+def test_an_evaluation_that_the_engine_or_the_verifier_failed_in_is_made_up_for(
+    whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch, failure: type[RunFailed]
 ) -> None:
     """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
     calls, evaluate = [], train.evaluate
@@ -163,12 +165,12 @@ def test_an_evaluation_that_the_engine_failed_in_is_made_up_for(
     def fails_first(*args: object, **kwargs: object) -> dict[str, float]:
         calls.append(len(calls))
         if calls[-1] % 2 == 0:
-            raise EngineFailed("vLLM: sampling for 6 prompts: its process ended with exit code -9")
+            raise failure("vLLM: sampling for 6 prompts: its process ended with exit code -9")
         return evaluate(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(train, "evaluate", fails_first)
     for kept in ("nothing was trained yet", "step 2 is saved", "step 3 is saved"):
-        with pytest.raises(EngineFailed, match=f"exit code -9\n{kept}; the same command goes on from there"):
+        with pytest.raises(failure, match=f"exit code -9\n{kept}; the same command goes on from there"):
             train.run(small())
     directory = train.run(small())
     assert logged(directory / "eval.jsonl") == logged(whole / "eval.jsonl")

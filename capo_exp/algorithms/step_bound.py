@@ -63,7 +63,8 @@ def calibrated(
     if due:
         step_scale, shift = _search(trial, step_scale, policy_shift_max, max_looks)
         metrics["step/policy_shift_measured"] = shift
-        seen = shift / trial.last_layer(step_scale) if whole > 0 else 0.0
+        alone = trial.last_layer(step_scale)
+        seen = shift / alone if alone > 0 else 0.0
         if seen > 0:
             ratio = seen if ratio is None else ratio**memory_share * seen ** (1 - memory_share)
     if ratio is not None:
@@ -90,7 +91,9 @@ def evidence(
     step_scale = 1.0 if ratio is None else _shorten(ratio * predicted, bound)
     trial.take(completions=completions, tokens=tokens, step_scale=step_scale)
     seen = trial.measured(step_scale)
-    if ratio is None:  # that was the whole step, and the ratio is wanted at one that may be taken
+    if (
+        ratio is None and seen > bound
+    ):  # that was the whole step, and the ratio is wanted at one that may be taken
         step_scale = _shorten(seen, bound)
         seen = trial.measured(step_scale)
     metrics = {"step/policy_shift_bound": bound}

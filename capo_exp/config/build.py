@@ -214,6 +214,5 @@ def needs_reference(algo: AlgoConfig) -> bool:
 
 
 def declares_inside(part: Mapping[str, Any], key: str, what: str) -> bool:
-    """Returns whether a part, or one that it is given, declares something."""
-    inside = [part, *(value for value in part.values() if isinstance(value, Mapping) and "_target_" in value)]
-    return any(declares(locate(each, key), what) for each in inside)
+    """Returns whether a part, or one inside it, declares something."""
+    return any(declares(locate(each, where), what) for where, each in find_parts(part, key))

@@ -39,7 +39,7 @@ def check(config: TrainConfig) -> None:
     _check_logger(config)
     _check_examples(config)
     _check_model(config)
-    _check_load_dtype(config)
+    _check_parts_of_steps(config)
     build.check_parts(config)
     _check_algorithm(config)
     if config.rollout.is_vllm:
@@ -207,17 +207,21 @@ def _check_architecture(model: ModelConfig) -> None:
             )
 
 
-def _check_load_dtype(config: TrainConfig) -> None:
-    """Refuses what would look at, or take, parts of a step that bfloat16 weights cannot show."""
+def _check_parts_of_steps(config: TrainConfig) -> None:
+    """Refuses to compare a part of a step with a whole one, and what would look at, or take, parts that
+    bfloat16 weights cannot show."""
+    looks, rule = config.curvature.diagnose_every, str(config.algo.step_rule["_target_"])
+    if looks and not rule.endswith(".full_step"):
+        raise error("curvature.diagnose_every", looks, "0 with a step rule: it compares whole steps")
     if config.model.load_dtype == "float32":
         return
-    beside, rule = "with model.load_dtype=bfloat16", str(config.algo.step_rule["_target_"])
+    beside = "with model.load_dtype=bfloat16"
     if config.model.compute_dtype == "float32":
         raise error("model.compute_dtype", "float32", f"auto or bfloat16 {beside}")
     if not rule.endswith(".full_step"):
         raise error("algo.step_rule._target_", rule, f"capo_exp.algorithms.neutral.full_step {beside}")
-    if config.curvature.diagnose_every:
-        raise error("curvature.diagnose_every", config.curvature.diagnose_every, f"0 {beside}")
+    if looks:
+        raise error("curvature.diagnose_every", looks, f"0 {beside}")
 
 
 def _check_algorithm(config: TrainConfig) -> None:

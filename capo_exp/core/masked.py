@@ -3,6 +3,8 @@
 A mask is bool and has the shape of the values. An empty mask gives 0, never NaN.
 """
 
+from math import ceil
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,7 +34,7 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     kept = values[mask]
     if not kept.numel():
         return values.new_zeros(())
-    rank = max(1, min(kept.numel(), int(-(-q * kept.numel() // 1))))
+    rank = max(1, min(kept.numel(), ceil(round(q * kept.numel(), 9))))
     return kept.kthvalue(rank).values
 
 

@@ -85,16 +85,19 @@ class Workers:
         """Returns item -> function(*item), or Failed, for items that differ from each other.
 
         Raises:
-            GradingFailed: the workers cannot be started.
+            GradingFailed: the workers cannot be started, or `close` was called meanwhile.
         """
         results: dict[Any, Any] = {}
         waiting = deque(items)
         with self._lock:
             self._ends.clear()
             try:
+                own = self._workers  # close, from another thread, puts another list in its place
                 while len(results) < len(items):
                     self._hand_out(function, waiting)
                     self._listen(results, waiting)
+                    if self._workers is not own:
+                        raise GradingFailed("verification was closed while it graded")
             except BaseException:
                 self.close()  # or the next run would get results that nobody wants
                 raise

@@ -109,7 +109,7 @@ class Learner:
             trial.settle(decision.step_scale)
             self.optimizer.zero_grad(set_to_none=True)
             self.schedule.step()
-        self.step_memory = dict(decision.memory)
+        self.step_memory = {name: float(value) for name, value in decision.memory.items()}  # for checkpoints
         self.optimizer_step += 1
         return {
             "optim/step_scale": decision.step_scale,

@@ -16,6 +16,7 @@ from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.distributed.world import open_world, own_device, stop_asked
 from capo_exp.evaluation.draw import evaluate
+from capo_exp.grading import GradingFailed
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.files import stop_on_disk_error
 from capo_exp.runs.identity import run_dir
@@ -73,15 +74,16 @@ def _take_over(directory: Path, overwrite: bool, stack: ExitStack) -> None:
 def _train(session: Session, stopped: threading.Event) -> None:
     """Steps until the end or a signal.
 
-    An engine that fails does so between two of the learner's updates: what it has learned is saved.
+    An engine or a verifier that fails does so between two of the learner's updates: what it has learned is
+    saved.
     """
     try:
         _take_steps(session, stopped)
-    except EngineFailed as error:
+    except (EngineFailed, GradingFailed) as error:
         if session.step:
             session.save()
         kept = f"step {session.step} is saved" if session.step else "nothing was trained yet"
-        raise EngineFailed(f"{error}\n{kept}; the same command goes on from there") from error
+        raise type(error)(f"{error}\n{kept}; the same command goes on from there") from error
     except TrainingDiverged as error:
         raise TrainingDiverged(f"{error}; {_advise(session)}") from error
     except torch.OutOfMemoryError as error:

@@ -57,6 +57,12 @@ def as_token_loss(got: object, mask: Tensor, key: str, part: Part) -> TokenLoss:
     return loss
 
 
+def check_any(got: Tensor, key: str, part: Part) -> None:
+    """Raises WrongReturn where a part left nothing."""
+    if not got.any():
+        raise _wrong(key, part, got, "at least one True", but="all of it False")
+
+
 def check_finite(got: Tensor, key: str, part: Part, *given: Tensor) -> None:
     """Raises WrongReturn where a part made numbers that are not finite of such that all are."""
     if not got.isfinite().all() and all(values.isfinite().all() for values in given):

@@ -19,7 +19,7 @@ from capo_exp.data.prompts import choose_visits
 from capo_exp.training.budget import draw_within_budget
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
-from capo_exp.training.returned import as_tensor, check_finite
+from capo_exp.training.returned import as_tensor, check_any, check_finite
 from capo_exp.training.sampler import Drawn, Sampler, draw, value_states
 from capo_exp.training.step_metrics import merge_rounds, rollout_metrics
 
@@ -195,8 +195,8 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
     algorithm = learner.algorithm
     kept, rows = algorithm.completion_filter(batch), [len(batch.input_ids)]
     as_tensor(kept, "B", rows, "algo.completion_filter", algorithm.completion_filter, dtype=torch.bool)
+    check_any(kept, "algo.completion_filter", algorithm.completion_filter)
     filtered = 1 - kept.float().mean().item()
-    assert kept.any(), "a completion filter has to leave something"
     stored: Tensor | None = None
     if algorithm.num_minibatches > 1:
         seen = kept.nonzero().squeeze(1)
