@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
 
 import pytest
 import torch
@@ -30,12 +29,9 @@ from capo_exp.algorithms.grpo import clipped_surrogate, first_of_group, group_no
 from capo_exp.algorithms.kl import kl_k1, kl_k2, kl_k3
 from capo_exp.algorithms.maxrl import mean_normalised
 from capo_exp.algorithms.neutral import all_completions, all_groups, every_token, full_step, unshaped
-from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.reinforce import raw_reward
 from capo_exp.algorithms.rloo import leave_one_out
 from capo_exp.config.declare import declares
-from capo_exp.config.ranges import Rule
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.masked import masked_max, masked_mean, masked_quantile
 from capo_exp.core.step import StepDecision
@@ -80,19 +76,10 @@ def test_equal_rewards_are_exactly_no_advantage(value: float, group: int, name: 
     assert not every[name](torch.full((3, group), value)).any()
 
 
-def test_surrogate_gradient_at_ratio_one_is_the_policy_gradient() -> None:
-    log_probs = torch.randn(3, 4, requires_grad=True)
-    advantages, mask = torch.randn(3, 4), torch.ones(3, 4).bool()
-    inputs = inputs_of(log_probs, log_probs.detach(), advantages, mask)
-    loss = clipped_surrogate(inputs, clip_eps_low=0.2, clip_eps_high=0.2)
-    loss.values.sum().backward()
-    torch.testing.assert_close(log_probs.grad, -advantages)
-    assert not loss.clipped.any()
-
-
 @pytest.mark.parametrize(
     ("ratio", "advantage", "value", "gradient"),
     [
+        (1.0, 2.0, -2.0, -2.0),  # at ratio 1 the policy gradient
         (1.4, 1.0, -1.3, 0.0),  # above 1 + 0.3 with A > 0: clipped
         (0.5, 1.0, -0.5, -0.5),  # below with A > 0: free to come back
         (0.5, -1.0, 0.8, 0.0),  # below 1 - 0.2 with A < 0: clipped
@@ -265,22 +252,6 @@ def parts() -> dict[str, Callable[..., object]]:
     return found
 
 
-def rules(function: Callable[..., object]) -> dict[str, list[Rule]]:
-    """The ranges of each number that a YAML sets."""
-    parameters = inspect.signature(function).parameters.values()
-    numbers = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    numbers = [p for p in numbers if p.annotation in (int, float) or get_origin(p.annotation) is Annotated]
-    return {p.name: [m for m in get_args(p.annotation)[1:] if isinstance(m, Rule)] for p in numbers}
-
-
-def test_every_number_of_a_part_has_one_range() -> None:
-    found = {name: rules(function) for name, function in parts().items()}
-    assert sum(map(len, found.values())) > 50
-    assert {
-        f"{part}.{name}" for part, each in found.items() for name, r in each.items() if len(r) != 1
-    } == set()
-
-
 def test_parts_declare_what_they_need() -> None:
     """Those that compare a group, and no other; the KL in a reward goes by the number that a part names."""
     compares = {name.partition(".")[2] for name, f in parts().items() if declares(f, "compares_group")}
@@ -288,15 +259,3 @@ def test_parts_declare_what_they_need() -> None:
     assert compares == {*CENTRED, "batch_normalised", "first_of_group", *losses}
     kl = {name: number for name, f in parts().items() if (number := declares(f, "needs_kl"))}
     assert kl == dict.fromkeys(("rloo.kl_in_reward", "reinforce_pp.whitened_return"), "kl_coefficient")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "in_reward", "reference"),
-    [(["algo=rloo"], True, True), (["algo=rloo", "algo.shaping.kl_coefficient=0.0"], False, False),
-     (["algo=reinforce_pp_baseline"], False, True)],
-)  # fmt: skip
-def test_a_kl_in_the_reward_follows_from_what_a_part_declares(
-    composed: Callable[..., TrainConfig], overrides: list[str], in_reward: bool, reference: bool
-) -> None:
-    algorithm = build_algorithm(composed(*overrides).algo)
-    assert (algorithm.uses_reward_kl, algorithm.needs_reference) == (in_reward, reference)
