@@ -272,6 +272,8 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
         "algo.kl_coefficient": 0.0, "algo.num_iterations": 1, "algo.num_minibatches": 1,
         "algo.token_loss.clip_eps_low": 0.2, "algo.token_loss.clip_eps_high": 0.2,
         "curvature.optimizer_model": "adam", "curvature.top_k": 50,
+        "algo.selection.policy_shift_max": 1e-4, "algo.selection.objective_shift_min": -1e-2,
+        "algo.selection.objective_shift_max": 1e-2,
     },
     "experiment=paper/cpgd": {  # MM-EUREKA's script: 128 completions of 1,024 an update
         "model.path": "Qwen/Qwen2.5-7B", "dataset.name": "math", "num_steps": 610,
