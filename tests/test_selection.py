@@ -1,6 +1,7 @@
 """Which tokens an update leaves out: CAPO's bounds at every level, their controls, and what the learner does
 with a selection."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2ForCausalLM
@@ -30,6 +33,7 @@ from capo_exp.algorithms.controls import (
     policy_shift_score,
     random_score,
 )
+from capo_exp.algorithms.down_weight import to_bounds
 from capo_exp.algorithms.neutral import keep_all
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.declare import whole_step
@@ -295,6 +299,39 @@ def test_levels_in_sequence_look_at_what_is_left_and_all_levels_at_everything() 
         got = bounds_in_sequence(scored, token=token, completion=bounds(limit), batch=last)
         assert torch.equal(got.keep_mask, kept)
     assert torch.equal(got.rejected_by["policy"], torch.ones(3, 4).bool())
+
+
+# Weights in place of rejection
+
+SHIFTS = st.floats(0, 1e3)
+
+
+def shift_weights(policy: list[float], objective: list[float], limits: tuple[float, float]) -> list[float]:
+    """Of one completion whose tokens have these shifts."""
+    shape = (1, len(policy))
+    whole = score(random_tokens(*shape, 30, 8, 5), torch.ones(shape, dtype=torch.bool))
+    scored = replace(whole, shifts=TokenShifts(torch.tensor([policy]), torch.tensor([objective])))
+    chosen = to_bounds(scored, policy_shift_max=limits[0], objective_shift_max=limits[1])
+    assert chosen.keep_mask.all() and not chosen.rejected_by and chosen.weights is not None
+    return chosen.weights[0].tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(SHIFTS, st.floats(-1e3, 1e3)), min_size=1, max_size=6))
+def test_a_weighed_update_is_within_the_bounds_and_as_large_as_they_allow(
+    tokens: list[tuple[float, float]],
+) -> None:
+    shifts = [list(column) for column in zip(*tokens, strict=True)]
+    for w, p, o in zip(shift_weights(*shifts, (1e-2, 1e-1)), *shifts, strict=True):
+        assert 0 < w <= 1
+        assert w**2 * p <= 1e-2 * (1 + 1e-4) and w * abs(o) <= 1e-1 * (1 + 1e-4)
+        assert w == 1 or math.isclose(max(w**2 * p / 1e-2, w * abs(o) / 1e-1), 1, rel_tol=1e-4)
+
+
+def test_shifts_that_are_not_finite_count_nothing_and_infinite_bounds_change_nothing() -> None:
+    for m_f, m_h in ((math.nan, 0.0), (0.0, math.nan), (0.0, -INF)):
+        assert shift_weights([m_f], [m_h], (1.0, 1.0)) == [0.0]
+    assert shift_weights([1e9, 1e-9], [-1e9, 0.0], (INF, INF)) == [1.0, 1.0]
 
 
 # Controls
@@ -609,6 +646,8 @@ def test_the_whole_vocabulary_as_support_is_the_exact_softmax(
 
 def test_a_selections_rows_are_those_of_the_micro_batch() -> None:
     keep = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).bool()
-    part = Selection(keep, {"policy": ~keep}).of_rows(torch.tensor([2, 0]), some_scored(2, 2).batch)
+    whole = Selection(keep, {"policy": ~keep}, weights=torch.arange(9.0).view(3, 3) / 8)
+    part = whole.of_rows(torch.tensor([2, 0]), some_scored(2, 2).batch)
+    assert part.weights is not None and part.weights.tolist() == [[6 / 8, 7 / 8], [0, 1 / 8]]
     assert part.keep_mask.tolist() == [[True, True], [True, False]]
     assert torch.equal(part.rejected_by["policy"], ~part.keep_mask)
