@@ -445,19 +445,13 @@ SMALL = (
     "curvature.calibrate_tokens=16", "dataset.source.num_train=64", "dataset.source.num_eval=8",
 )  # fmt: skip
 FEATURES = (
-    "algo=dapo",  # samples again
-    "algo=rloo",  # a KL in the reward
     "algo=grpo step_rule=calibrated curvature.hidden_shift=1",
     "rollout/correction=token_mask curvature.optimizer_model=adam_live",
     "experiment=paper/calibration hydra.mode=RUN",  # measures
     "experiment=study/diagnosis curvature.diagnose_every=1",
-    "experiment=paper/cpgd algo.num_minibatches=2",
-    "experiment=paper/dash_baseline",  # one sampling call a micro-batch
-    "experiment=paper/dash_sft_demonstrations regime.prompts_per_step=8",
-    "experiment=paper/prorl algo.num_minibatches=2 algo.reference_reset_every=1",
     "setting=keywords algo=grpo model=keywords dataset=keywords",
 )
-"""Of what a step is made of, each kind once; tests of the learner and of selections have all methods."""
+"""Kinds of step that no other test runs; those of the learner and of selections have all methods."""
 
 
 @pytest.mark.slow
