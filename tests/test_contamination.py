@@ -213,42 +213,23 @@ def test_nothing_left_says_why(made: Composed, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_benchmark_is_not_trained_on(composed: Composed, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="aime24 is to evaluate on"):
-        train.run(composed("dataset=aime24", "dataset.max_completion_tokens=64", f"output_dir={tmp_path}"))
-    assert not any(tmp_path.iterdir())
-
-
 RUN = (
     "logger=files", "num_steps=4", "regime.prompts_per_step=3", "regime.group_size=2", "evaluation.every=0",
-    "checkpoint.every=1", "logger.completions_every=1", "logger.completions_groups=3",
+    "logger.completions_every=1", "logger.completions_groups=3",
 )  # fmt: skip
 
 
-def read_prompts(directory: Path) -> list[list[str]]:
-    """What each step asked."""
-    files = sorted((directory / "completions").glob("step_*.parquet"))
-    return [pq.read_table(file, columns=["prompt"]).column(0).to_pylist() for file in files]
-
-
 @pytest.mark.slow
-def test_the_order_survives_a_resume_and_the_counts_are_on_record(
-    made: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_asks_what_is_left_and_the_counts_are_on_record(
+    made: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Four steps of three prompts walk through the five that are left more than twice."""
-    through = train.run(made(*RUN, f"output_dir={tmp_path / 'through'}"))
+    run = train.run(made(*RUN, f"output_dir={tmp_path / 'run'}"))
     printed = capsys.readouterr().out.splitlines()
-    config = made(*RUN, f"output_dir={tmp_path / 'broken'}")
-    step = train.take_step
-    monkeypatch.setattr(train, "take_step", lambda session: step(session) if session.step < 2 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.run(config)
-    monkeypatch.setattr(train, "take_step", step)
-    broken = train.run(config)
-    asked = read_prompts(through)
-    assert len(asked) == 4 and read_prompts(broken) == asked
-    assert {text for texts in asked for text in texts} == {"1+2?\n", "1+5?\n", "1+5 ?\n", "1+8?\n", "1+7?\n"}
-    record = json.loads((through / "run.json").read_text())
+    files = sorted((run / "completions").glob("step_*.parquet"))
+    asked = [text for file in files for text in pq.read_table(file)["prompt"].to_pylist()]
+    assert len(files) == 4 and {*asked} == {"1+2?\n", "1+5?\n", "1+5 ?\n", "1+8?\n", "1+7?\n"}
+    record = json.loads((run / "run.json").read_text())
     assert record["first_prompt"] == "1+2?\n" and record["data_notes"] == []
     assert record["data_counts"]["training"]["contaminated"] == 1
     assert record["data_counts"]["evaluation"]["used"] == 2

@@ -148,8 +148,12 @@ def test_inner_iterations_are_one_line_each(small: Compose) -> None:
 
 
 def test_a_bad_input_leaves_no_directory(composed: Compose, tmp_path: Path) -> None:
-    for wrong in (["dataset=math", "dataset.path=./nowhere"], ["model.path=./nowhere"]):
-        with pytest.raises(ConfigError):
+    for said, *wrong in (
+        ("nowhere", "dataset=math", "dataset.path=./nowhere"),
+        ("nowhere", "model.path=./nowhere"),
+        ("aime24 is to evaluate on", "dataset=aime24", "dataset.max_completion_tokens=64"),
+    ):
+        with pytest.raises(ConfigError, match=said):
             train.run(composed("logger=files", f"output_dir={tmp_path}", *wrong))
     assert not any(tmp_path.iterdir())
 
