@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -12,15 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 
-from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
+from capo_exp.config.schema import TrainConfig
 from capo_exp.figures.curves import curves
 from capo_exp.figures.study import Study
 from capo_exp.runs import metrics as names
 from capo_exp.runs.identity import run_id, run_name
 from capo_exp.runs.read import load_run
+from tests.conftest import compose_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Accuracy = Callable[[int, int], float]
@@ -40,23 +38,9 @@ PAPER = (
 
 
 @cache
-def composed(choices: str) -> DictConfig:
-    register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return compose("config", choices.split())
-
-
-@cache
 def config_of(job: str) -> TrainConfig:
-    """Composing takes half a second, so that values are set afterwards and only choices are composed."""
     experiment, *overrides = job.split()
-    pairs = [override.split("=") for override in overrides]
-    choices = [f"{key}={value}" for key, value in pairs if "." not in key]
-    config = deepcopy(composed(" ".join([f"experiment=paper/{experiment} scale=tiny", *choices])))
-    for key, value in pairs:
-        if "." in key:
-            OmegaConf.update(config, key, yaml.safe_load(value))
-    return to_config(config)
+    return compose_config(f"experiment=paper/{experiment}", "scale=tiny", *overrides)
 
 
 def steady(x: int, seed: int) -> float:
