@@ -30,6 +30,7 @@ from capo_exp.config.places import quoted, resolve_model_path, typed
 from capo_exp.config.ranges import AT_LEAST_1
 from capo_exp.config.schema import TrainConfig
 from tests.conftest import ALGORITHMS, KEYS
+from tests.pieces import run_training
 
 DOCTOR = front.CommandLine("config", TrainConfig, str)
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,19 +85,12 @@ def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(
-    model_dir: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+def run(model_dir: Path, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command line in this process, in an empty directory."""
 
     def run_here(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, f"model.path={model_dir}"])
-        try:
-            status = front.run_training()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Result(status, captured.out, captured.err)
+        status = run_training(*arguments, f"model.path={model_dir}")
+        return Result(status, *capsys.readouterr())
 
     return run_here
 
@@ -388,7 +382,7 @@ def test_a_printed_key_gives_the_same_value_back(some: str, more: str) -> None:
 
 @pytest.mark.slow
 def test_a_users_file_comes_before_the_packaged_one_and_is_told(
-    work_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """For a run, the jobs of a sweep, another command and from Python; an equal file, or none, is no news."""
     packaged = (front.conf_dir() / "regime" / "aggressive.yaml").read_text()
@@ -398,8 +392,7 @@ def test_a_users_file_comes_before_the_packaged_one_and_is_told(
     told = "own: in place of the file of this package: regime/aggressive.yaml\n"
 
     def rate(*arguments: str) -> tuple[set[str], str]:
-        monkeypatch.setattr(sys, "argv", ["capo_exp", *arguments, "plan_only=true"])
-        assert front.run_training() == 0
+        assert run_training(*arguments, "plan_only=true") == 0
         printed = capsys.readouterr()
         return set(re.findall(r"lr (\S+)", printed.out)), printed.err
 
@@ -409,8 +402,7 @@ def test_a_users_file_comes_before_the_packaged_one_and_is_told(
     assert compose_config([], config_dir="own").regime.learning_rate == pytest.approx(1.4e-4)
     assert front.run_command(lambda config: round(config.regime.learning_rate * 1e6), DOCTOR,
                              ["--config-dir", "own"]) == 140  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["capo_exp", f"hydra.searchpath=[file://{work_dir}/own]"])
-    assert front.run_training() == 2
+    assert run_training(f"hydra.searchpath=[file://{work_dir}/own]") == 2
     assert "expected --config-dir, for conf/ has regime/aggressive.yaml" in capsys.readouterr().err
 
 

@@ -20,6 +20,7 @@ from capo_exp.runs.metrics import check_known
 from capo_exp.training import instruments
 from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, make_learner, plain_log_probs, take_step, weights
+from tests.test_step_bound import moved
 
 Batches = Callable[..., Batch]
 
@@ -107,15 +108,6 @@ def surrogate(log_probs: Tensor, old: Tensor, batch: Batch, keep: Tensor, over_k
     return values.sum() / keep.sum() if over_kept else (values.sum(1) / keep.sum(1).clamp(min=1)).mean()
 
 
-def mean_kl(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> float:
-    kls = []
-    for ids, real, mask in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
-        places = slice(-int(mask.sum()) - 1, -1)
-        old, new = (m(ids[real.bool()][None]).logits[0, places].log_softmax(1) for m in (before, after))
-        kls.append((old.exp() * (old - new)).sum(1))
-    return torch.cat(kls).mean().item()
-
-
 @pytest.mark.parametrize(
     ("step_scale", "size", "over_kept", "old_noise"),
     [(1.0, 96, False, 0.0), (0.3, 3, True, 0.0), (0.3, 3, False, 0.3)],
@@ -162,7 +154,7 @@ def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
                     assert measured == pytest.approx(mean_change, rel=1e-3, abs=1e-5)
             gain = (batch.advantages * (change.exp() - 1))[mask].mean().item()
             assert values[f"gain{suffix}"] == pytest.approx(gain, rel=1e-3)
-            assert values[f"policy_shift{suffix}"] == pytest.approx(mean_kl(before, model, batch), rel=1e-3)
+            assert values[f"policy_shift{suffix}"] == pytest.approx(moved(before, model, batch), rel=1e-3)
     assert len({round(values[f"log_prob_change{s}/{c}"], 5) for s in ("", "_unmasked") for c in CHANGES}) == 8
 
 

@@ -33,10 +33,9 @@ from capo_exp.runs.files import (
     stop_on_disk_error,
 )
 from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, run_status
 from capo_exp.training import loop as train
-from tests.pieces import run_training
+from tests.pieces import logged, run_training
 
 SMALL = [
     "algo=grpo", "num_steps=4", "regime.prompts_per_step=2", "regime.group_size=2",
@@ -151,8 +150,7 @@ def test_a_record_that_cannot_be_written_hides_no_error(
 
 
 def numbers(directory: Path) -> list[dict[str, float]]:
-    rows = [*read_jsonl(directory / "metrics.jsonl"), *read_jsonl(directory / "eval.jsonl")]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return [*logged(directory / "metrics.jsonl"), *logged(directory / "eval.jsonl")]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -55,8 +55,7 @@ def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def run_here(lines: str, *arguments: str) -> int:
         monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", CHILD + lines))
-        monkeypatch.setattr(sys, "argv", ["capo_exp", "-m", *arguments])
-        return front.run_training()
+        return run_training("-m", *arguments)
 
     return run_here
 
@@ -236,8 +235,7 @@ def test_training_in_a_sweep_is_the_same_as_alone(
         "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4",
         "evaluation.num_problems=4", "dataset.max_completion_tokens=16", "logger=files",
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["capo_exp", *small, "-m", "seed=3", "experiment_name=sweep"])
-    assert front.run_training() == 0
+    assert run_training(*small, "-m", "seed=3", "experiment_name=sweep") == 0
     alone = train.run(composed(*small, "seed=3", "experiment_name=alone"))
     swept = Path("outputs/sweep") / alone.name
     assert logged(alone / "metrics.jsonl") == logged(swept / "metrics.jsonl")
