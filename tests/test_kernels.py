@@ -22,6 +22,7 @@ from capo_exp.curvature.model import (
     update_adam_state,
 )
 from capo_exp.curvature.table import decay
+from tests.test_curvature import random_tokens
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,21 +62,17 @@ def chosen_as_before() -> Iterator[None]:
         backend.choose_kernel("auto", CPU)
 
 
-def random_tokens(rows: int, length: int, vocab: int, support: int, width: int, seed: int) -> Found:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, length, width, generator=generator)
-    probs, ids = torch.randn(rows, length, vocab, generator=generator).softmax(-1).topk(support)
-    token_ids = torch.randint(0, vocab, (rows, length), generator=generator)
-    advantages = torch.randn(rows, generator=generator)
-    tokens = (hidden, probs / probs.sum(-1, keepdim=True), ids, token_ids, advantages)
-    return [values.to(DEVICE) for values in tokens]
+def tokens_of(*shape: int, seed: int = 0) -> Found:
+    """In single precision, on the device."""
+    made = random_tokens(*shape, seed=seed)
+    return [(values.float() if values.is_floating_point() else values).to(DEVICE) for values in made]
 
 
 def two_steps(shape: tuple[int, ...], state: AdamState, keep: Tensor) -> Found:
     """Shifts and moments of step 0, and of a step in which some rows have no moments yet."""
     found: Found = []
     for seed in range(2):
-        tokens = random_tokens(*shape, seed=seed)
+        tokens = tokens_of(*shape, seed=seed)
         shifts, packed = token_shifts(*tokens, 1e-2, state), pack(*tokens, keep)
         gradients = mean_row_gradients(packed)
         batch = batch_shifts(packed, gradients, learning_rate=1e-2, state=state)
@@ -109,7 +106,7 @@ def test_shifts_and_moments_are_those_of_torch(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_live_moments_of_the_loss_are_read_with_their_sign_and_weight() -> None:
-    tokens, generator = random_tokens(2, 3, 11, 3, 9, seed=0), torch.Generator().manual_seed(1)
+    tokens, generator = tokens_of(2, 3, 11, 3, 9), torch.Generator().manual_seed(1)
     first, second = torch.randn(11, 9, generator=generator), torch.rand(11, 9, generator=generator)
     state = AdamState(
         torch.arange(11, device=DEVICE), first.to(DEVICE), second.to(DEVICE), 4, (0.9, 0.99), 1e-8,
@@ -122,7 +119,7 @@ def test_live_moments_of_the_loss_are_read_with_their_sign_and_weight() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_without_tokens_nothing_moves() -> None:
-    tokens = random_tokens(2, 3, 11, 3, 9, seed=0)
+    tokens = tokens_of(2, 3, 11, 3, 9)
     nothing = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
     state = update_adam_state(init_adam_state(11, 9, device=DEVICE), *tokens, ~nothing)
 
