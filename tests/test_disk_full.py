@@ -21,9 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from capo_exp.cli.compose import compose_config
 from capo_exp.config.errors import RunFailed
-from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.files import (
     append_line,
@@ -158,15 +157,14 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was left alone, in which no checkpoint is ahead of the rows on disk."""
     order: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for owner, method in ((RunLogger, "sync"), (Checkpointer, "save")):
             genuine = getattr(owner, method)
             patch.setattr(owner, method, lambda *a, m=method, f=genuine: (order.append(m), f(*a))[1])
-        output = f"output_dir={tmp_path_factory.mktemp('unbroken')}"
-        directory = train.run(to_config(compose_config([*SMALL, output])))
+        directory = train.run(composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('unbroken')}"))
     assert order == ["sync", "save", "sync", "save"]
     return directory
 

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.cli.compose import compose_config
-from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.runs import logger
 from capo_exp.runs.checkpoint import Checkpointer, find_damage, find_reference
@@ -99,9 +98,8 @@ def config(composed: Callable[..., TrainConfig], tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = compose_config([*SMALL, f"output_dir={tmp_path_factory.mktemp('undisturbed')}"])
-    return train.run(to_config(config))
+def undisturbed(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train.run(composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('undisturbed')}"))
 
 
 KILLS: list[Callable[[Path], bool]] = [
@@ -192,7 +190,6 @@ def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
             assert ours.latest() == tmp_path / how / "checkpoints" / "step_000001", how
         assert caplog.messages == [f"{tmp_path}/{how}/checkpoints/step_000002 is not used: {said}"]
     (tmp_path / how / "checkpoints" / "step_000001" / "checkpoint.json").unlink()
-    assert ours.latest(before=2) is None or find_damage(saved, None) is None
     assert Checkpointer(tmp_path / how, keep=2, run_id="1a2b3c4d").latest() is None
     assert "no whole checkpoint is left, so the run begins again" in caplog.text
 
