@@ -1,8 +1,16 @@
-"""A verifier with numbers of a test's own. Imports no torch: workers import what the tests import."""
+"""A verifier with numbers of a test's own, and real problems. Imports no torch: workers import what the tests
+import."""
 
+import os
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from capo_exp.grading.verifier import MathVerifier
+
+SHARED = Path(os.environ.get("CAPO_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
 
 
 def math_verifier(**changes: Any) -> MathVerifier:

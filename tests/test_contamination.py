@@ -1,7 +1,6 @@
 """From a source to the prompts of a run: what leaves the data, counted, and the order of the rest."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,9 +16,7 @@ from capo_exp.core.types import Problem
 from capo_exp.data.contamination import count_repeated, find_overlap, normalise
 from capo_exp.data.prepare import choose_problems, prepare, read_split
 from capo_exp.training import loop as train
-
-SHARED = Path(os.environ.get("CAPO_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
+from tests.grading_pieces import SHARED, needs_data
 
 Composed = Callable[..., TrainConfig]
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,7 @@ from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.checkpoint import Checkpointer
+from tests.process_pieces import needs_vllm
 
 ROOT = Path(__file__).parents[1]
 WRONG = "\\boxed{-31415926}"
@@ -39,9 +39,6 @@ NAMES = (
 Rows = dict[str, doctor.Row]
 Examine = Callable[..., Rows]
 Patch = pytest.MonkeyPatch
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed: scripts/install_vllm_cpu.sh"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -341,8 +338,6 @@ def test_the_engine_is_closed_whatever_happens(
 
 
 @needs_vllm
-@pytest.mark.vllm
-@pytest.mark.slow
 def test_vllm_passes(examine: Examine) -> None:
     rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25", "rollout.engine.enforce_eager=true")
     assert results(rows) == {}, json.dumps([vars(row) for row in rows.values()], indent=1)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,11 +18,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedModel
 
-from capo_exp.cli.compose import compose_config
 from capo_exp.cli.evaluate import main
 from capo_exp.cli.evaluate_config import benchmark_config, run_config
 from capo_exp.config.errors import ConfigError, RunFailed
-from capo_exp.config.schema import TrainConfig, conf_dir, to_config
+from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.command import EvaluateCommand
@@ -34,10 +32,9 @@ from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import load_run, read_jsonl
 from capo_exp.training import loop as train
+from tests.grading_pieces import SHARED, needs_data
+from tests.process_pieces import needs_vllm
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
 TRAIN = [
     "logger=files", "num_steps=2", "regime.prompts_per_step=4", "regime.group_size=4", "algo=grpo",
     "evaluation.num_problems=24", "dataset.max_completion_tokens=40", "checkpoint.every=1",
@@ -50,8 +47,8 @@ Evaluate = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train.run(to_config(compose_config([*TRAIN, f"output_dir={tmp_path_factory.mktemp('outputs')}"])))
+def trained(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train.run(composed(*TRAIN, f"output_dir={tmp_path_factory.mktemp('outputs')}"))
 
 
 @pytest.fixture
@@ -497,9 +494,7 @@ def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # --- with vLLM
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+@needs_vllm
 def test_vllm_answers_as_transformers_do_with_the_weights_of_each_checkpoint(
     trained: Path, evaluated: Evaluate, tmp_path: Path
 ) -> None:

@@ -16,11 +16,9 @@ from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import Failed, Workers
 from capo_exp.grading.spelling import RULES, spell
 from capo_exp.grading.verifier import ExactVerifier, MathVerifier
-from tests.grading_pieces import math_verifier
+from tests.grading_pieces import SHARED, math_verifier, needs_data
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
 
 EQUAL = {
     "math/test/1660": "the same fraction, with and without braces",

@@ -1,7 +1,6 @@
 """Problem sets from files and from the hub; every bad input is one line that names the key to change."""
 
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -21,10 +20,7 @@ from capo_exp.data.math_problems import ProblemSet, read_last_box, to_problems
 from capo_exp.data.multiple_choice import ASK, letter_choices
 from capo_exp.data.rows import Table
 from capo_exp.grading.extract import find_last_box
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("CAPO_DATA_DIR", ROOT.parent / "shared" / "data"))
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
+from tests.grading_pieces import SHARED, needs_data
 
 BENCHMARKS = {"math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva": 272, "olympiadbench": 675}
 OWN_ROWS = [

@@ -12,7 +12,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -52,18 +52,10 @@ from capo_exp.runs.identity import run_id
 from capo_exp.training import rollout_step
 from tests.conftest import compose_config
 from tests.pieces import logged
-from tests.process_pieces import alive, together, wait_for
+from tests.process_pieces import alive, needs_vllm, together, wait_for
 
 ROOT = Path(__file__).parents[1]
 Composed = Callable[..., TrainConfig]
-T = TypeVar("T")
-
-
-def needs_vllm(test: T) -> T:
-    """Marks a test that starts vLLM or shares one: such tests are slow."""
-    missing = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM: scripts/install_vllm_cpu.sh")
-    return pytest.mark.slow(pytest.mark.vllm(missing(test)))
-
 
 SMALL_KV = "rollout.engine.kv_cache_gib=0.25"
 SHORT = "rollout.engine.max_model_len=400"
