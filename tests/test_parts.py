@@ -171,12 +171,8 @@ def test_declarations_are_read_through_partials_and_wrappers() -> None:
 
 
 def test_a_part_inside_a_part_inside_a_part_declares() -> None:
-    preference = {"_target_": "capo_exp.algorithms.dpo.preference", "beta": 0.1}
-    anchored = {
-        "_target_": "capo_exp.algorithms.dppo.anchored",
-        "token_loss": preference,
-        "sampler_share": 1.0,
-    }
+    loss = {"_target_": "capo_exp.algorithms.dpo.preference", "beta": 0.1}
+    loss = {"_target_": "capo_exp.algorithms.dppo.anchored", "token_loss": loss, "sampler_share": 1.0}
     outer = {"_target_": "capo_exp.algorithms.cpgd.reweighted", "token_loss": loss}
     for what in ("needs_reference", "compares_group", "regresses", "whole_step"):
         assert declares_inside(outer, "algo.token_loss", what), what

@@ -91,9 +91,7 @@ def evidence(
     step_scale = 1.0 if ratio is None else _shorten(ratio * predicted, bound)
     trial.take(completions=completions, tokens=tokens, step_scale=step_scale)
     seen = trial.measured(step_scale)
-    if (
-        ratio is None and seen > bound
-    ):  # that was the whole step, and the ratio is wanted at one that may be taken
+    if ratio is None and seen > bound:  # of the whole step; the ratio is wanted at one that may be taken
         step_scale = _shorten(seen, bound)
         seen = trial.measured(step_scale)
     metrics = {"step/policy_shift_bound": bound}
