@@ -250,8 +250,8 @@ def test_rollout_auto_is_an_engine_before_anything_is_composed(
     installed = ModuleType("vllm")
     installed.__spec__ = ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", installed if vllm else None)  # pyright: ignore
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path: gpu if str(path) == "/dev/nvidia0" else exists(path))
+    there, glob = [Path("/dev/nvidia1")] * gpu, Path.glob  # a container's only one need not be the first
+    monkeypatch.setattr(Path, "glob", lambda path, *a: there if str(path) == "/dev" else glob(path, *a))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr("capo_exp.sweep.job.check_memory", lambda *_: "")
     monkeypatch.setattr("capo_exp.sweep.job.plan", lambda _: [])  # both ask a GPU

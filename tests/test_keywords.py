@@ -65,7 +65,8 @@ def test_answers_are_first_digits_and_demonstrations_are_right():
 
 def test_lengths_and_shares_are_those_of_the_yaml(drawn):
     everything = [*LANGUAGE.good, *LANGUAGE.bad, *LANGUAGE.fillers]
-    assert len(set(everything)) == len(everything) == 1016 and {*LANGUAGE.followers} <= {*LANGUAGE.fillers}
+    assert len(set(everything)) == len(everything) == 1016
+    assert {*LANGUAGE.followers.values()} <= {*LANGUAGE.fillers}
     lengths = Counter(len(words) for _, words, _ in drawn)
     assert set(lengths) == set(range(10, 15)) and min(lengths.values()) > 650
     said = Counter(word for _, words, _ in drawn for word in words)
@@ -99,7 +100,7 @@ def test_fillers_follow_their_rank_and_one_another(drawn):
     said = Counter(word for text in texts for word in take_apart(text)[0])
     first, tenth = said[free.fillers[0]], said[free.fillers[9]]
     assert first / tenth == pytest.approx(10, rel=0.2)
-    follower = dict(zip(LANGUAGE.fillers, LANGUAGE.followers, strict=True))
+    follower = LANGUAGE.followers
     pairs = [pair for _, words, _ in drawn for pair in pairwise(words)]
     after = [follower[a] == b for a, b in pairs if a in follower and b in follower]
     assert 0.5 < sum(after) / len(after) < 0.6

@@ -135,7 +135,7 @@ def run_job(text: str, *arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(text))
         patch.setattr(sys, "argv", ["job", *arguments])
-        return job.main(lambda _: None)
+        return job.main()
 
 
 def test_only_parts_of_the_package_are_built() -> None:

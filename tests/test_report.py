@@ -79,7 +79,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("report")
     curves = study(folder / "runs")
     runs = [run for curve in curves for run in curve.runs]
-    path = write_report(runs[::-1], curves, [drawn(folder)], folder / "out")
+    path = write_report(runs[::-1], curves, [drawn(folder)], folder / "out", "COMMAND")
     assert path == folder / "out" / "report.html"
     return Study(curves, path)
 
@@ -123,21 +123,21 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
         write_completions(path, 10, [completion(TOKENS)])
     (paths[0] / "completions" / "step_000010.parquet").write_bytes(b"torn")
     runs = [load_run(path) for path in paths]
-    page = Page(write_report(runs, [], [], tmp_path))
+    page = Page(write_report(runs, [], [], tmp_path, "COMMAND"))
     assert re.search(r"left out: \S+step_000010.parquet is not a parquet file", page.text)
     assert "b: 1 of 1 logged steps: 10; all 1 completions of these" in page.text
 
 
 def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written: Study) -> None:
     table = differing(written.runs, run_labels(written.runs, written.curves))
-    assert table.heads == ["CAPO (A) (2 runs)", "GRPO (A) · seed 0", "DAPO (A) · seed 0"]
-    rows = dict(table.rows)
+    assert table.heading == ["setting", "CAPO (A) (2 runs)", "GRPO (A) · seed 0", "DAPO (A) · seed 0"]
+    rows = {key: values for key, *values in table.rows}
     assert rows["algo.name"] == ["capo", "grpo", "dapo"]
     assert rows["algo.selection.policy_shift_max"] == ["0.0001", "-", "-"]
     assert rows["seed"] == ["0, 1", "0", "0"]
     assert "num_steps" not in rows
     assert differing(written.runs[:1], ["one"]).rows == []
-    assert differing(written.runs[:2], ["a · seed 0", "a · seed 1"]).rows == [("seed", ["0, 1"])]
+    assert differing(written.runs[:2], ["a · seed 0", "a · seed 1"]).rows == [["seed", "0, 1"]]
 
 
 def test_runs_of_one_name_are_told_apart(written: Study) -> None:
@@ -218,7 +218,7 @@ def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
     for step in range(10, 40, 10):
         write_completions(path, step, [completion(["word"] * (viewer.MAX_TOKENS + 500)) for _ in range(2)])
     runs = [load_run(path)] * 30
-    written = Study([], write_report(runs, [], [], tmp_path / "report.html"))
+    written = Study([], write_report(runs, [], [], tmp_path / "report.html", "COMMAND"))
     assert 1_000_000 < written.path.stat().st_size < 10_000_000
     row = written.data["runs"][0]["steps"][0]["rows"][0]
     assert (row["length"], len(row["tokens"])) == (viewer.MAX_TOKENS + 500, viewer.MAX_TOKENS)
@@ -226,12 +226,14 @@ def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_page(written: Study, tmp_path: Path) -> None:
-    pages = [write_report(written.runs, written.curves, [], tmp_path / f"{n}.html") for n in range(2)]
+    pages = [
+        write_report(written.runs, written.curves, [], tmp_path / f"{n}.html", "COMMAND") for n in range(2)
+    ]
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
 def test_a_single_old_run_without_anything(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    page = Page(write_report([load_run(tmp_path)], [], [], tmp_path / "new" / "page.html"))
+    page = Page(write_report([load_run(tmp_path)], [], [], tmp_path / "new" / "page.html", "COMMAND"))
     assert "No run has logged completions" in page.text
     assert "Nothing: there is one run." in page.text

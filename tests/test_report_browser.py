@@ -43,7 +43,7 @@ def chromium(folder: Path) -> Iterator[Any]:
 def report(folder: Path) -> Path:
     curves = study(folder / "runs")
     runs = [run for curve in curves for run in curve.runs]
-    return write_report(runs, curves, [drawn(folder)], folder / "report.html")
+    return write_report(runs, curves, [drawn(folder)], folder / "report.html", "COMMAND")
 
 
 @pytest.fixture

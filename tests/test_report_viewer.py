@@ -23,7 +23,7 @@ def test_text_that_no_token_has_is_there_as_well(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     split = completion(["�", "�"]) | {"completion": "🦊"}
     write_completions(path, 1, [split, completion(["�", "x"])])
-    data = viewer.viewer_data(viewer.excerpts([load_run(path)]), ["a"])
+    data = viewer.viewer_data([viewer.excerpt(load_run(path), viewer.MAX_BYTES)], ["a"])
     assert [row["text"] for row in data["runs"][0]["steps"][0]["rows"]] == ["🦊", None]
 
 

@@ -242,7 +242,7 @@ def test_training_in_a_sweep_is_the_same_as_alone(
     assert "evaluation after step 2" in (swept / "log.txt").read_text()
     monkeypatch.setattr(sys, "argv", ["job", "own=true"])
     monkeypatch.setattr(sys, "stdin", io.StringIO((swept / "config.yaml").read_text()))
-    assert job.main(lambda _: []) == 0  # a recorded configuration runs again, by itself
+    assert job.main() == 0  # a recorded configuration runs again, by itself
     assert "this run is finished" in capfd.readouterr().out
 
 

@@ -76,10 +76,8 @@ def _check_folder(folder: str) -> None:
     """Reads the YAML files of a folder of which one speaks of Hydra's own nodes, whatever will be chosen."""
     files: dict[str, tuple[str, Any]] = {}
     for path in iglob("**/*.yaml", root_dir=folder, recursive=True, include_hidden=True):
-        with suppress(
-            OmegaConfBaseException, YAMLError, OSError, ValueError
-        ):  # Hydra says so, if it reads it
-            text = (Path(folder) / path).read_text(encoding="utf-8")
+        with suppress(OmegaConfBaseException, YAMLError, OSError, ValueError):
+            text = (Path(folder) / path).read_text(encoding="utf-8")  # Hydra says so, if it reads it
             files[path] = (text, OmegaConf.to_container(OmegaConf.create(text)))
     for path, (_, values) in files.items():
         for entry in (values.get("defaults") or []) if isinstance(values, dict) else []:

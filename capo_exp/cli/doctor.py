@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +23,7 @@ from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.sweep.job import full_error
+from capo_exp.sweep.table import console
 
 USAGE = """\
 python -m capo_exp.doctor [key=value ...]
@@ -93,7 +93,7 @@ def show_checks(config: TrainConfig) -> int:
     """Examines this machine and prints the table; returns 1 if a check failed."""
     check(config)
     rows = examine(config)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(checks_table(rows))
+    console().print(checks_table(rows))
     return 0 if all(row.result in ("pass", "n.a.") for row in rows) else 1
 
 

@@ -83,13 +83,13 @@ def find_device(config: TrainConfig) -> Result:
     import torch
 
     from capo_exp.core import policy
-    from capo_exp.sweep.launch import probe
+    from capo_exp.sweep.launch import launch
 
     device = policy.choose_device(config.device)
     gpu = device.type == "cuda"
     detail = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
     if config.distributed.name != "single":
-        detail += f"; {probe(config)}; what is below was seen in one process"
+        detail += f"; {launch(config, 'probe')}; what is below was seen in one process"
     return Result(f"{device}, {detail}", {"device": device})
 
 

@@ -32,12 +32,10 @@ def in_one_line(schema: type = TrainConfig) -> Iterator[None]:
     """Turns an error in composing a configuration into a ConfigError, unless the user wants all of it."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
-        if (
-            full_error()
-            or isinstance(error, ConfigError)
-            or not (isinstance(error, SAID) or _is_hydras(error))
-        ):
+        if full_error() or not (isinstance(error, SAID) or _is_hydras(error)):
             raise
         text = _Composing(schema).condense(error).replace("\n", "\\n")
         raise ConfigError(printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")) from None
@@ -70,10 +68,8 @@ class _Composing:
             above = (each for each in taken if match[1].startswith(f"{each[1:].split('=')[0]}."))
             if gone := next(above, ""):
                 return f"{match[1]}: {gone} leaves nothing that holds it; expected one of the two"
-        if match := re.match(
-            r"Error resolving interpolation '([^']+)'", text
-        ):  # of a group that is not there
-            group = "|".join(re.findall(r"\w+", match[1]))
+        if match := re.match(r"Error resolving interpolation '([^']+)'", text):
+            group = "|".join(re.findall(r"\w+", match[1]))  # that is not there
             given = next((a for a in sys.argv[1:] if re.match(rf"~({group})\b|({group})=.*\$", a)), match[1])
             return f"{given}: expected the name of a choice, for other choices are named after it"
         if match := re.match(r"Could not override '([^']+)'", text):
@@ -116,9 +112,8 @@ class _Composing:
                 f"{given}: expected a key of every job of the sweep; sweep it with the choices that have it"
             )
         parent, _, name = key.rpartition(".")
-        siblings = [k for k in known if k.rpartition(".")[0] == parent]
         same_name = [k for k in known if k.rpartition(".")[2] == name]
-        names = [k.rpartition(".")[2] for k in siblings]
+        names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
         meant = [f"{parent}.{n}".lstrip(".") for n in difflib.get_close_matches(name, names, n=1)]
         peers = [] if parent in known or self.schema is not TrainConfig else [PEERS.get(name, "")]
         if near := same_name or [*filter(None, peers)] or meant:

@@ -49,15 +49,12 @@ class EvaluationJob:
     configs: list[TrainConfig]
     """One a benchmark."""
     targets: list[WeightSet]
-    run: dict[str, Any] | None
-    """Its config.yaml; None for a model."""
     trained_on: dict[str, Any] | None
     """Its dataset; None if it is not known, or stands where only the record says."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-
     return front.run_command(show_scores, LINE, arguments)
 
 
@@ -103,7 +100,7 @@ def evaluate_job(command: EvaluateCommand, job: EvaluationJob) -> list["Benchmar
     results = []
     for result in evaluate_targets(command, job.configs, job.targets, trained_on=job.trained_on):
         results.append(result)
-        if len(results) % len(job.configs) == 0 and job.run is not None:
+        if len(results) % len(job.configs) == 0 and job.targets[0].step is not None:  # a run's
             _write_test_rows(job.targets[0].root, results)
     return results
 
@@ -145,7 +142,7 @@ def _model_job(command: EvaluateCommand) -> EvaluationJob:
     ]
     root = Path(command.output or "outputs/evaluations")
     label = slug(Path(command.model).name)
-    return EvaluationJob(command.model, configs, [WeightSet(label, None, None, None, root)], None, None)
+    return EvaluationJob(command.model, configs, [WeightSet(label, None, None, None, root)], None)
 
 
 def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
@@ -167,7 +164,7 @@ def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
                 tell(f"{directory.name}: left out: {refuse_place(key, value)}")
         places = find_unnamed(run, command.overrides, replaced=False)  # the record's own values
         known = not any(key.startswith("dataset.") for key, _ in places)
-        jobs.append(EvaluationJob(directory.name, configs, targets, run, run["dataset"] if known else None))
+        jobs.append(EvaluationJob(directory.name, configs, targets, run["dataset"] if known else None))
     return jobs
 
 
@@ -200,7 +197,7 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     root = Path(command.output) / here.name if command.output else directory / "evaluations"
     if root.is_symlink():
         raise ConfigError(f"{root} is a link, which is not followed; expected output=DIR beside it")
-    shared = Path(command.output) if command.output else here.parents[1] / "evaluations"
+    shared = Path(command.output) if command.output else here.parent.parent / "evaluations"
     base = [WeightSet(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
     rows = [row for row in logged.metrics if {names.STEP, names.COMPLETIONS} <= row.keys()]
     drawn = {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows}

@@ -19,7 +19,6 @@ from capo_exp.figures.curves import curves, families
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.output import DrawnFigure, as_typed, write_figure
 from capo_exp.figures.page import compose
-from capo_exp.figures.plots import plot_run
 from capo_exp.figures.study import X_LABELS, Study
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRun, find_runs, load_run, to_its_end
@@ -74,14 +73,6 @@ def _usage() -> str:
     said = {name: (spec.panels.__doc__ or "").removeprefix("Draws ") for name, spec in listed.items()}
     lines = [f"  {name:24} {text.splitlines()[0].removesuffix('.')}" for name, text in said.items()]
     return USAGE.replace("{figures}", "\n".join(lines))
-
-
-def draw_one(directory: Path) -> list[Path]:
-    """Draws what a run leaves when it ends: its picture and its report."""
-    from capo_exp.figures.report.page import write_report
-
-    run = load_run(directory)
-    return [plot_run(directory), write_report([run], list(curves([run], mix=True)), (), directory)]
 
 
 def draw_figures(command: FigureCommand, typed: str) -> int:
@@ -155,5 +146,5 @@ def _write(
     if command.report == "html":
         from capo_exp.figures.report.page import write_report  # jinja2 only for whoever asks for a page
 
-        sys.stdout.write(f"report: {write_report(logged, study.curves, figures, output)}\n")
+        sys.stdout.write(f"report: {write_report(logged, study.curves, figures, output, typed)}\n")
     return len(figures)

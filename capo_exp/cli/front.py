@@ -143,10 +143,15 @@ def task(cfg: DictConfig) -> float | None:
 
 
 def draw_run(directory: Path) -> list[Path]:
-    """Draws the picture of a run and its report; matplotlib is imported when it is needed."""
-    from capo_exp.cli.figures import draw_one
+    """Draws what a run leaves when it ends, its picture and its report; imports matplotlib only then."""
+    from capo_exp.figures.curves import curves
+    from capo_exp.figures.plots import plot_run
+    from capo_exp.figures.report.page import write_report
+    from capo_exp.runs.read import load_run
 
-    return draw_one(directory)
+    run, made_by = load_run(directory), "the run itself, at its end"
+    report_file = write_report([run], list(curves([run], mix=True)), (), directory, made_by)
+    return [plot_run(directory), report_file]
 
 
 def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
@@ -244,12 +249,13 @@ def _call_hydra(task: Callable[[DictConfig], Any], config: str, schema: type, ar
     application = hydra.main(*where, version_base="1.3")(task)
     # Without the first variable Hydra would print and exit itself; the second says what the user wants.
     variables = {"HYDRA_FULL_ERROR": "1", SHORT_ERRORS: "" if full_error() else "1"}
-    with _argv(arguments), in_one_line(schema), env_override(variables):
+    with argv(arguments), in_one_line(schema), env_override(variables):
         application()
 
 
 @contextmanager
-def _argv(arguments: Sequence[str]) -> Iterator[None]:
+def argv(arguments: Sequence[str]) -> Iterator[None]:
+    """Lets a command see these words as those of its process, which its messages name."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:

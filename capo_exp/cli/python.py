@@ -10,9 +10,9 @@ from capo_exp.cli.compose import compose_run, guard
 from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.evaluate import LINE, evaluate_job, find_jobs
 from capo_exp.cli.evaluate_config import read_command
-from capo_exp.cli.front import compose_command, draw_run
+from capo_exp.cli.front import argv, compose_command, draw_run
 from capo_exp.cli.words import as_overrides
-from capo_exp.config.errors import error
+from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import to_config
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.read import LoggedRow, LoggedRun, find_runs, load_completions, load_run
@@ -39,7 +39,7 @@ def train(*overrides: str, config_dir: str | None = None) -> LoggedRun:
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
     guard(overrides, [config_dir] if config_dir else [])
-    with in_one_line():
+    with argv(overrides), in_one_line():
         config = to_config(compose_run(as_overrides(overrides, config_dir), config_dir=config_dir))
     execute(config, draw_run)
     return load_run(run_dir(config))
@@ -58,6 +58,9 @@ def evaluate(*overrides: str, config_dir: str | None = None) -> list["BenchmarkS
         ConfigError: the command is wrong, or has completions=, which only the shell's command scores.
         RunFailed: the engine failed; the same call goes on.
     """
+    for each in overrides:
+        if each.startswith("-"):
+            raise ConfigError(f"{each}: expected key=value; flags are for the shell")
     flags = [f"--config-dir={config_dir}"] if config_dir else []
     command = read_command(compose_command(LINE, [*overrides, *flags]))
     if command.completions is not None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from capo_exp.runs.files import remove
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import find_runs
 from capo_exp.runs.record import run_status
+from capo_exp.sweep.processes import say
 from capo_exp.sweep.table import console, runs_table, summarise_run
 
 USAGE = """\
@@ -98,27 +99,25 @@ def clean(paths: Sequence[Path], command: StatusCommand) -> int:
     found: dict[Path, list[Path]] = {}
     for path in paths:
         if (real := os.path.realpath(path)) != os.path.abspath(path):  # a stranger's link, maybe
-            sys.stdout.write(
-                f"left alone, for a link leads to it; name it as {printable(real)}: {printable(path)}\n"
-            )
+            say(f"left alone, for a link leads to it; name it as {printable(real)}: {printable(path)}")
         elif (state := run_status(path)) == "finished":
             found[path] = find_removable(path, final_model=command.final_model)
         elif (path / "checkpoints").is_dir():
-            sys.stdout.write(f"left alone, for it is {state}: {printable(path)}\n")
+            say(f"left alone, for it is {state}: {printable(path)}")
     sizes = {checkpoint: measure(checkpoint) for listed in found.values() for checkpoint in listed}
-    sys.stdout.writelines(
-        f"{human(size):>8}  {printable(checkpoint)}\n" for checkpoint, size in sizes.items()
-    )
+    for checkpoint, size in sizes.items():
+        say(f"{human(size):>8}  {printable(checkpoint)}")
     if not sizes:
-        sys.stdout.write("nothing to delete\n")
-        return 0
-    total = f"{len(sizes)} checkpoints, {human(sum(sizes.values()))}"
-    if command.ask and not _agreed(f"delete {total}? [y/N] "):
-        sys.stdout.write("nothing is deleted\n")
-        return 0
-    _delete(found)
-    sys.stdout.write(f"deleted {total}\n")
+        say("nothing to delete")
+    elif command.ask and not _agreed(f"delete {_counted(sizes.values())}? [y/N] "):
+        say("nothing is deleted")
+    else:
+        say(f"deleted {_counted([sizes[checkpoint] for checkpoint in _delete(found)])}")
     return 0
+
+
+def _counted(sizes: Collection[int]) -> str:
+    return f"{len(sizes)} checkpoints, {human(sum(sizes))}"
 
 
 def _agreed(question: str) -> bool:
@@ -127,8 +126,10 @@ def _agreed(question: str) -> bool:
     return input(question).strip().lower() in ("y", "yes")
 
 
-def _delete(found: Mapping[Path, Sequence[Path]]) -> None:
+def _delete(found: Mapping[Path, Sequence[Path]]) -> Iterator[Path]:
+    """Deletes checkpoints and yields each; those of a run that has begun again meanwhile stay."""
     for path, checkpoints in found.items():
         with locked(path):
             for checkpoint in checkpoints if run_status(path) != "running" else ():
                 remove(checkpoint)
+                yield checkpoint

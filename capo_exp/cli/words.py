@@ -66,10 +66,8 @@ def choose_model(argument: str, config_dir: str | None = None) -> list[str]:
     if key != "model" or re.fullmatch(r"\w+\(.*\)", value):
         return [argument]
     known = find_choices("model", config_dir)
-    whole = value.strip("'\"")
-    given = (
-        [whole] if os.path.isdir(os.path.expanduser(whole)) else entries(value)
-    )  # a directory may have commas
+    whole = value.strip("'\"")  # a directory may have commas
+    given = [whole] if os.path.isdir(os.path.expanduser(whole)) else entries(value)
     places = [each for each in given if each not in known and _is_place(each)]
     if not places:
         return [argument]

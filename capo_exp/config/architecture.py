@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from capo_exp.config.errors import ConfigError, error, suggest
+from capo_exp.config.errors import ConfigError, brief, error, suggest
 from capo_exp.config.places import MADE_HERE, conf_dir, is_local_path, resolve_model_path, slug
 
 NEEDS = "the hub, HF_HOME or model.path=DIR"
@@ -114,7 +114,7 @@ def _find_on_hub(path: str, revision: str | None) -> Path | str:
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=revision), timeout=SECONDS)
             known = hf_hub_download(path, "config.json", revision=revision)
     except Exception as failure:
-        return " ".join(str(failure).split())[:120] or type(failure).__name__
+        return brief(failure, 120)
     return Path(known)
 
 
@@ -124,8 +124,8 @@ def _ask_transformers(path: str, folder: Path) -> dict[str, Any]:
     try:
         facts: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as failure:  # it raises anything
-        reason = " ".join(str(failure).split())[:120]
-        raise error("model.path", path, f"a config.json that transformers knows ({reason})") from None
+        wanted = f"a config.json that transformers knows ({brief(failure, 120)})"
+        raise error("model.path", path, wanted) from None
     shape = {name: getattr(facts, name, None) for name in ARCHITECTURE}
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
     shape["intermediate_size"] = shape["intermediate_size"] or 4 * (shape["hidden_size"] or 0)

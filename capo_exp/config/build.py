@@ -77,11 +77,9 @@ def check_parts(config: TrainConfig) -> None:
     for group in (config.algo, config.dataset, config.rollout, config.reward):
         for field in fields(group):
             like, part = field.metadata.get("like"), getattr(group, field.name)
-            if (
-                like
-                and part is not None
-                and not is_like(locate(part, field.name), locate({"_target_": like}, ""))
-            ):
+            if not like or part is None:
+                continue
+            if not is_like(locate(part, field.name), locate({"_target_": like}, "")):
                 prefix = type(group).__name__.removesuffix("Config").lower()
                 wanted = f"a part that is called like {like}"
                 raise error(f"{prefix}.{field.name}._target_", part["_target_"], wanted)

@@ -136,10 +136,8 @@ def _check_sampling(config: TrainConfig) -> None:
 def _check_terms(config: TrainConfig) -> None:
     """Refuses a weight on a term that there is none of."""
     reward = config.reward
-    for name, term, weight in (
-        ("format", reward.format, reward.format_weight),
-        ("length", reward.length, reward.length_weight),
-    ):
+    for name in ("format", "length"):
+        term, weight = getattr(reward, name), getattr(reward, f"{name}_weight")
         if weight and term["_target_"] == f"capo_exp.grading.terms.no_{name}":
             wanted = f"0, or a function of capo_exp.grading.terms as reward.{name}"
             raise error(f"reward.{name}_weight", weight, wanted)
@@ -178,11 +176,8 @@ def _check_model(config: TrainConfig) -> None:
         wanted = "sdpa, or the package kernels to be installed, which loads a kernel from the hub"
         raise error("model.attn_implementation", model.attn_implementation, wanted)
     if model.share_prompts and model.gradient_checkpointing:
-        raise error(
-            "model.share_prompts",
-            True,
-            "false with model.gradient_checkpointing=true, which keeps no keys and values",
-        )
+        wanted = "false with model.gradient_checkpointing=true, which keeps no keys and values"
+        raise error("model.share_prompts", True, wanted)
     if model.compile and (model.pack or model.share_prompts):
         key = "model.pack" if model.pack else "model.share_prompts"
         raise error(key, True, "false with model.compile=true, which would compile every layer on its own")
@@ -202,9 +197,8 @@ def _check_architecture(model: ModelConfig) -> None:
     for name, stated in read_architecture(model.path, model.revision).items():
         given = getattr(model, name)
         if given is not None and given != stated:
-            raise error(
-                f"model.{name}", given, f"{json.dumps(stated)}, as the config.json of {model.path} says"
-            )
+            wanted = f"{json.dumps(stated)}, as the config.json of {model.path} says"
+            raise error(f"model.{name}", given, wanted)
 
 
 def _check_parts_of_steps(config: TrainConfig) -> None:

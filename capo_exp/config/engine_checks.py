@@ -84,9 +84,6 @@ def check_vllm(config: TrainConfig) -> None:
     if alone and size > 1 and devices is None and rollout.server_url in (None, "start"):
         wanted = "1, or rollout.engine.visible_devices, since the learner has one GPU"
         raise error("rollout.engine.tensor_parallel_size", size, wanted)
-    for name, temperature in (
-        ("rollout", rollout.temperature),
-        ("evaluation", config.evaluation.temperature),
-    ):
-        if temperature > 2:
-            raise error(f"{name}.temperature", temperature, "at most 2, the limit of vLLM")
+    for name, group in (("rollout", rollout), ("evaluation", config.evaluation)):
+        if group.temperature > 2:
+            raise error(f"{name}.temperature", group.temperature, "at most 2, the limit of vLLM")

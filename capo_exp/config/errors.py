@@ -30,6 +30,12 @@ def printable(text: object) -> str:
     return "".join(each if each.isprintable() or each == "\n" else "?" for each in str(text))
 
 
+def brief(failure: Exception, length: int = 160) -> str:
+    """Returns what a library's exception says, in one line of about so many characters."""
+    text = " ".join(str(failure).split()) or type(failure).__name__
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns the second half of a message about an unknown name: the choices, and the one probably meant."""
     choices = list(known)

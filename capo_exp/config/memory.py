@@ -143,9 +143,8 @@ def sequences_at_once(config: TrainConfig) -> int:
     calls = [(rows, config.regime.group_size), (config.evaluation.num_problems * samples, samples)]
     calls += [] if config.algo.rollout_tokens is None else [(rows, 1)]  # what goes on does so one by one
     pairs = (config.rollout.train_engine or {}).get("samples", 0)
-    calls += [
-        (max(limit, n), n) for n in (config.algo.continuations, config.algo.reference_samples, pairs) if n
-    ]
+    more = (config.algo.continuations, config.algo.reference_samples, pairs)
+    calls += [(max(limit, n), n) for n in more if n]
     return max(min(total, max(1, limit // group) * group) for total, group in calls)
 
 
@@ -166,14 +165,9 @@ def engine_weights(config: TrainConfig) -> int:
     return FLOAT * count_parameters(config.model.architecture) // size
 
 
-def learner_device(config: TrainConfig) -> str:
-    """Returns where the learner will compute: cpu, cuda or cuda:N."""
-    return find_device(config.device)
-
-
 def find_device(name: str) -> str:
-    """Resolves `auto`: cpu or cuda. Imports torch only where a GPU may be."""
-    if name != "auto" or not Path("/dev/nvidia0").exists():
+    """Resolves `auto`: cpu or cuda, where the learner computes. Imports torch only where a GPU may be."""
+    if name != "auto" or not any(Path("/dev").glob("nvidia[0-9]*")):
         return name.replace("auto", "cpu")
     import torch
 

@@ -2,7 +2,7 @@
 
 from capo_exp.config.architecture import NEEDS
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.memory import KINDS, engine_weights, estimate, human, learner_device
+from capo_exp.config.memory import KINDS, engine_weights, estimate, find_device, human
 from capo_exp.config.schema import TrainConfig
 
 NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
@@ -21,7 +21,8 @@ def plan(config: TrainConfig) -> list[str]:
     iterations = _count(algo.num_iterations, "iteration")
     if algo.num_minibatches > 1:
         iterations += f" x {algo.num_minibatches:,} minibatches"
-    evaluations = _count(count_evaluations(steps, config.evaluation.every), "evaluation")
+    rounds = -(-steps // (config.evaluation.every or steps))  # and one before the first step
+    evaluations = _count(1 + rounds, "evaluation")
     problems = config.evaluation.num_problems * config.evaluation.samples
     sampled, most = f"{batch * steps:,} completions", ""
     if algo.rollout_tokens is not None:
@@ -39,11 +40,6 @@ def plan(config: TrainConfig) -> list[str]:
     ]
 
 
-def count_evaluations(num_steps: int, every: int) -> int:
-    """Counts those before the first step, after every `every` steps, and after the last."""
-    return 2 if every == 0 else 1 + -(-num_steps // every)
-
-
 def _count(number: int, unit: str, plural: str = "s") -> str:
     return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}{plural}"
 
@@ -55,7 +51,7 @@ def _memory(config: TrainConfig) -> str:
         shape = config.model.architecture
     except ConfigError:  # which says more, to a run
         return f"memory: config.json cannot be read; needs {NEEDS}"
-    device = learner_device(config)
+    device = find_device(config.device)
     memory = estimate(config, gpu=device != "cpu")
     kind = "" if shape.model_type in KINDS else f" ({shape.model_type} counted as {KINDS[0]})"
     shared = config.distributed

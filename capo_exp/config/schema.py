@@ -314,9 +314,7 @@ class DistributedConfig:
     nodes: int = setting(ranges.COUNT, default=1, result=False)
     # What layers are gathered and computed in; bfloat16 takes a third less traffic.
     gather: str = setting(ranges.one_of("float32", "bfloat16"), default="float32")
-    timeout_seconds: float = setting(
-        ranges.POSITIVE, default=1800.0, result=False
-    )  # of waiting for the others
+    timeout_seconds: float = setting(ranges.POSITIVE, default=1800.0, result=False)  # for the others
 
     @property
     def world_size(self) -> int:
@@ -360,25 +358,10 @@ def register() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
-def mul(a: Any, b: Any) -> float:
-    """Returns the product, as in ${mul:5,${model.reference_learning_rate}}."""
-    return float(a) * float(b)
-
-
-def add(a: Any, b: Any) -> int:
-    """Returns the sum of two integers."""
-    return int(a) + int(b)
-
-
-def div(a: Any, b: Any) -> int:
-    """Returns the quotient of two integers, rounded down to at least 1."""
-    return max(1, int(a) // int(b))
-
-
 _RESOLVERS: dict[str, Callable[..., Any]] = {
-    "mul": mul,
-    "add": add,
-    "div": div,
+    "mul": lambda a, b: float(a) * float(b),  # as in ${mul:5,${model.reference_learning_rate}}
+    "add": lambda a, b: int(a) + int(b),
+    "div": lambda a, b: max(1, int(a) // int(b)),  # rounded down to at least 1
     "last_name": lambda path: slug(str(path).rstrip("/").rpartition("/")[2], 40),
     "name_choices": lambda _root_: name_choices(_root_),
     "list_choices": lambda _root_: list_choices(_root_),

@@ -40,9 +40,8 @@ def readable(subject: str) -> Iterator[None]:
     except (ConfigError, MemoryError):
         raise
     except Exception as failure:
-        kind = (
-            "" if isinstance(failure, OSError | ValueError | ImportError) else f"{type(failure).__name__}: "
-        )
+        named = isinstance(failure, OSError | ValueError | ImportError)
+        kind = "" if named else f"{type(failure).__name__}: "
         reason = " ".join(f"{kind}{failure}".split())[:200]
         raise ConfigError(
             f"{subject}: could not be loaded ({reason}); expected a local directory with safetensors weights "

@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Sequence
 
 from capo_exp.core.types import Problem
@@ -29,16 +28,10 @@ def normalise(question: str) -> str:
     return _UNSEEN.sub(lambda match: match["line_break"] or "", text)
 
 
-def find_overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> list[tuple[int, int]]:
-    """Returns all pairs (index in train, index in evaluation) that ask the same by `normalise`, in order."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for index, problem in enumerate(evaluation):
-        places[normalise(problem.problem)].append(index)
-    return [
-        (index, other)
-        for index, problem in enumerate(train)
-        for other in places.get(normalise(problem.problem), ())
-    ]
+def find_overlap(problems: Sequence[Problem], others: Sequence[Problem]) -> set[int]:
+    """Returns the indices of the problems that one of the others asks, too, by `normalise`."""
+    asked = {normalise(other.problem) for other in others}
+    return {index for index, problem in enumerate(problems) if normalise(problem.problem) in asked}
 
 
 def count_repeated(problems: Sequence[Problem]) -> int:

@@ -8,8 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.errors import ConfigError, error
-from capo_exp.data.rows import Rows, check_columns, read_parquet, read_table, shorten
+from capo_exp.config.errors import ConfigError, brief, error
+from capo_exp.data.rows import Rows, check_columns, read_parquet, read_table
 
 
 def read_splits(path: str, key: str) -> dict[str, Rows]:
@@ -33,7 +33,7 @@ def read_splits(path: str, key: str) -> dict[str, Rows]:
     except ConfigError:
         raise
     except (OSError, ValueError, csv.Error, RecursionError, LookupError, TypeError) as failure:
-        raise ConfigError(f"{key}={path}: it cannot be read ({shorten(failure)})") from failure
+        raise ConfigError(f"{key}={path}: it cannot be read ({brief(failure)})") from failure
     return {name: _fill(rows) for name, rows in (found if isinstance(found, dict) else {"": found}).items()}
 
 
@@ -67,7 +67,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         row = _parse_json(line)
     except (ValueError, RecursionError) as failure:
         at = f"{failure.msg} at column {failure.colno}" if isinstance(failure, json.JSONDecodeError) else ""
-        raise ConfigError(f"{where}: {at or shorten(failure)}; expected one JSON object a line") from None
+        raise ConfigError(f"{where}: {at or brief(failure)}; expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: {str(row)[:80]}; expected one JSON object a line")
     return row

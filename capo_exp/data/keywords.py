@@ -10,7 +10,7 @@ numbers are split by a stable hash.
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Annotated
@@ -35,8 +35,10 @@ class Language:
     good: Sequence[str]
     bad: Sequence[str]
     fillers: Sequence[str]
-    followers: Sequence[str]
-    """Fillers that come after each filler, where the one before decides."""
+    weights: Sequence[float]
+    """Frequencies of the fillers, each with those before it."""
+    followers: Mapping[str, str]
+    """Filler -> the one that comes after it, where the one before decides."""
     good_share: float
     bad_share: float
     follow_share: float
@@ -83,11 +85,14 @@ def make_language(
     rng = random.Random(seed)
     chosen = rng.sample(["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)], total)
     fillers = chosen[2 * num_keywords :]
+    weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(num_fillers)))  # Zipf's
+    followers = rng.choices(fillers, cum_weights=weights, k=num_fillers)
     return Language(
         good=chosen[:num_keywords],
         bad=chosen[num_keywords : 2 * num_keywords],
         fillers=fillers,
-        followers=rng.choices(fillers, weights=_weigh(num_fillers), k=num_fillers),
+        weights=weights,
+        followers=dict(zip(fillers, followers, strict=True)),
         good_share=good_share,
         bad_share=bad_share,
         follow_share=follow_share,
@@ -96,37 +101,29 @@ def make_language(
     )
 
 
-class Speaker:
-    """Draws completions of a language."""
+def say_words(language: Language, rng: random.Random) -> list[str]:
+    """Draws one completion's words."""
+    said: list[str] = []
+    for _ in range(rng.randint(*language.words)):
+        said.append(_say_word(language, rng, said[-1] if said else ""))
+    return said
 
-    def __init__(self, language: Language, rng: random.Random) -> None:
-        self._language = language
-        self._rng = rng
-        self._weights = list(itertools.accumulate(_weigh(len(language.fillers))))
-        self._follower = dict(zip(language.fillers, language.followers, strict=True))
 
-    def draw_words(self) -> list[str]:
-        """Draws one completion's words."""
-        said: list[str] = []
-        for _ in range(self._rng.randint(*self._language.words)):
-            said.append(self._draw_word(said[-1] if said else ""))
-        return said
+def _say_word(language: Language, rng: random.Random, before: str) -> str:
+    draw = rng.random()
+    if draw < language.good_share:
+        return rng.choice(language.good)
+    if draw < language.good_share + language.bad_share:
+        return rng.choice(language.bad)
+    if before in language.followers and rng.random() < language.follow_share:
+        return language.followers[before]
+    return rng.choices(language.fillers, cum_weights=language.weights)[0]
 
-    def draw_answer(self, words: Sequence[str], digit: str) -> str:
-        """Returns the digit with the probability that the words make, else any digit, also the same."""
-        language = self._language
-        score = language.sharpness * sum((word in language.good) - (word in language.bad) for word in words)
-        return digit if self._rng.random() < 1 / (1 + exp(-score)) else str(self._rng.randrange(10))
 
-    def _draw_word(self, before: str) -> str:
-        language, rng, draw = self._language, self._rng, self._rng.random()
-        if draw < language.good_share:
-            return rng.choice(language.good)
-        if draw < language.good_share + language.bad_share:
-            return rng.choice(language.bad)
-        if before in self._follower and rng.random() < language.follow_share:
-            return self._follower[before]
-        return rng.choices(language.fillers, cum_weights=self._weights)[0]
+def say_answer(language: Language, rng: random.Random, words: Sequence[str], digit: str) -> str:
+    """Returns the digit with the probability that the words make, else any digit, also the same."""
+    score = language.sharpness * sum((word in language.good) - (word in language.bad) for word in words)
+    return digit if rng.random() < 1 / (1 + exp(-score)) else str(rng.randrange(10))
 
 
 def write_completion(words: Sequence[str], answer: str) -> str:
@@ -145,10 +142,10 @@ def draw_numbers(split: str, rng: random.Random) -> Iterator[int]:
 def draw_imitations(seed: int, *, language: Language) -> Iterator[tuple[str, str]]:
     """Yields (problem, completion) of the train split without end, for the warm start."""
     rng = random.Random(seed)
-    speaker = Speaker(language, rng)
     for number in draw_numbers("train", rng):
-        words = speaker.draw_words()
-        yield QUESTION.format(number), write_completion(words, speaker.draw_answer(words, str(number)[0]))
+        words = say_words(language, rng)
+        answer = say_answer(language, rng, words, str(number)[0])
+        yield QUESTION.format(number), write_completion(words, answer)
 
 
 def problems(
@@ -173,10 +170,5 @@ def problems(
 
 def _to_problem(number: int, language: Language) -> Problem:
     digit = str(number)[0]
-    demonstration = write_completion(Speaker(language, random.Random(number)).draw_words(), digit)
+    demonstration = write_completion(say_words(language, random.Random(number)), digit)
     return Problem(f"keywords/{number}", QUESTION.format(number), digit, demonstration=demonstration)
-
-
-def _weigh(count: int) -> list[float]:
-    """Returns Zipf weights: 1 / rank."""
-    return [1 / (rank + 1) for rank in range(count)]

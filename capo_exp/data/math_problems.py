@@ -1,6 +1,5 @@
 """Problem sets with a known answer (MATH, GSM8K, ...): parquet files, or the Hugging Face hub."""
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -134,8 +133,6 @@ def to_problems(
             f"got {count} problems with the id {name} in {table.where}, expected each id once; "
             "change the file, or leave id out of dataset.source.columns"
         )
-    unusable = len(table.rows) - len(kept)
-    logging.getLogger(__name__).info("%s: %d problems, %d unusable rows", table.where, len(kept), unusable)
     return Problems(kept, rows=len(table.rows), where=table.where, note=table.note)
 
 

@@ -153,12 +153,9 @@ def _to_problems(table: Table, columns: Columns, answer_format: str) -> Problems
             raise ConfigError(f"{key}: no column of {table.where}; {suggest(column, sorted(table.columns))}")
         if field != "answers_alt":
             _check_kinds(table, field, column)
-    rows = [
-        {column: row[column] for column in used.values()} for row in table.rows
-    ]  # others mean nothing here
-    return to_problems(
-        replace(table, rows=rows), used, ANSWER_FORMATS[answer_format], table.where.rpartition("/")[2]
-    )
+    rows = [{column: row[column] for column in used.values()} for row in table.rows]  # `broken` means nothing
+    prefix = table.where.rpartition("/")[2]
+    return to_problems(replace(table, rows=rows), used, ANSWER_FORMATS[answer_format], prefix)
 
 
 def _check_kinds(table: Table, field: str, column: str) -> None:

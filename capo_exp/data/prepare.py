@@ -154,7 +154,7 @@ def _training(
     evaluated: Sequence[Problem],
 ) -> tuple[list[Prompt], DataCounts]:
     asked = choose_problems(found, dataset.levels, dataset.types)
-    known = {index for index, _ in find_overlap(asked, evaluated)}
+    known = find_overlap(asked, evaluated)
     fresh = [problem for index, problem in enumerate(asked) if index not in known]
     if not fresh:
         raise ConfigError(

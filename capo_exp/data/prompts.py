@@ -7,7 +7,7 @@ from typing import cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, brief
 from capo_exp.config.schema import DatasetConfig
 from capo_exp.core.types import Problem, Prompt
 
@@ -91,17 +91,13 @@ def _encode(
     short = [text for text in texts if len(text) <= longest]
     add = not config.apply_chat_template
     encoded = tokenizer(short, add_special_tokens=add, verbose=False)["input_ids"] if short else []
-    if short and add and _ends_prompts(tokenizer):
+    if short and add and tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         raise ConfigError(
             f"got a tokenizer that puts its end token {tokenizer.eos_token} behind every prompt; expected "
             "none there: change its files (add_eos_token), or dataset.apply_chat_template=true"
         )
     ids = iter(cast(list[list[int]], encoded))
     return [tuple(next(ids)) if len(text) <= longest else None for text in texts]
-
-
-def _ends_prompts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def _render_texts(
@@ -119,12 +115,9 @@ def _render_texts(
             "expected a model with one, or dataset.apply_chat_template=false"
         )
     before = _examples_as_turns(config)
-    texts = [
-        _render_chat([*before, {"role": "user", "content": text}], tokenizer, config) for text in messages
-    ]
-    if (
-        texts and messages[0].strip() not in texts[0]
-    ):  # as one for pictures does, which wants a list of contents
+    turns = [[*before, {"role": "user", "content": text}] for text in messages]
+    texts = [_render_chat(each, tokenizer, config) for each in turns]
+    if texts and messages[0].strip() not in texts[0]:  # as one for pictures, which wants a list of contents
         raise ConfigError(
             "got a chat template that does not show the message to the model; "
             "expected another model, or dataset.apply_chat_template=false"
@@ -158,10 +151,9 @@ def _render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, co
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it may divide by 0, or refuse a system role
-        reason = " ".join(str(error).split())[:200]
         others = "dataset.system_prompt=null or " if config.system_prompt else ""
         raise ConfigError(
-            f"got a chat template that refuses the prompt ({reason}); expected another model, "
+            f"got a chat template that refuses the prompt ({brief(error, 200)}); expected another model, "
             f"{others}dataset.apply_chat_template=false"
         ) from error
     return cast(str, text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.errors import ConfigError, brief, error
 from capo_exp.core.types import Problem
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def read_parquet(file: Path) -> Rows:
     except ConfigError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError) as failure:
-        reason = shorten(failure)
+        reason = brief(failure)
         raise ConfigError(f"got {file} ({reason}), expected a parquet file; change dataset.path") from failure
 
 
@@ -163,15 +163,9 @@ def read_hub(hub_id: str, *, config: str | None, split: str, revision: str | Non
     except ConfigError:
         raise
     except (OSError, ValueError, DatasetsError) as failure:
-        reason = shorten(failure)
+        reason = brief(failure)
         raise ConfigError(
             f"got no {split} split of {hub_id} from the hub ({reason}), {expected}"
         ) from failure
     newest = f"{hub_id}: no commit is pinned (dataset.source.hub_revision=null), these are today's data"
     return Table(rows, f"hub dataset {hub_id}", "" if revision else newest)
-
-
-def shorten(error: Exception) -> str:
-    """Returns an error's message, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:160]}..."

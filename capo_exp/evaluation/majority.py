@@ -1,5 +1,6 @@
 """Which samples of a problem gave the same answer, for maj@k. Knows nothing of the gold answer."""
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -57,8 +58,9 @@ def _at_once(founder: str, text: str) -> bool | None:
 
 
 def _number(text: str) -> Fraction | None:
-    """Reads `1,234`, `0.5` or `1/2`."""
+    """Reads `1,234`, `0.5` or `1/2`; no exponent, of which a few digits make a number of gigabytes."""
+    found = re.fullmatch(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/0*[1-9]\d*)?", text, re.ASCII)
     try:
-        return Fraction(text.replace(",", "")) if text.isascii() else None
-    except (ValueError, ZeroDivisionError):
+        return Fraction(text.replace(",", "")) if found else None
+    except ValueError:  # 0.5/2
         return None

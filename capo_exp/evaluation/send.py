@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.errors import RunFailed
+from capo_exp.config.errors import RunFailed, brief
 from capo_exp.runs.files import remove
 from capo_exp.runs.local_sinks import TensorBoardSink, TrackioSink
 from capo_exp.runs.parse import read_parquet
@@ -43,8 +43,7 @@ def send_evaluation(tracker: str, project: str, folder: Path, name: str, scores:
         sink.finish(0, ())
         return where
     except Exception as failure:  # whatever a tracker raises, the scores are on disk
-        said = " ".join(str(failure).split())[:160] or type(failure).__name__
-        raise RunFailed(f"{tracker} did not take the card of {folder} ({said})") from failure
+        raise RunFailed(f"{tracker} did not take the card of {folder} ({brief(failure)})") from failure
 
 
 def _open(tracker: str, project: str, folder: Path, name: str, card: dict[str, Any], step: int) -> Sink:

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,6 @@ from capo_exp.evaluation.send import send_evaluation
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
-from capo_exp.runs.console import format_duration
 from capo_exp.runs.parse import read_parquet
 
 PROGRESS_SECONDS = 10.0
@@ -82,7 +82,6 @@ class Subject:
             self._log_folder.mkdir(parents=True, exist_ok=True)
             self._engine = engine  # first, so that one that fails to start is closed
             engine.start(self._log_folder, prompts)
-            return engine
         return self._engine
 
     def __enter__(self) -> Self:
@@ -163,7 +162,7 @@ def _overlaps(benchmarks: Sequence[Benchmark], trained_on: Mapping[str, Any] | N
     except (ConfigError, OmegaConfBaseException) as error:
         return [f"not known whether training had seen the benchmarks: {error}"]
     counts = {
-        each.config.dataset.name: len({j for _, j in find_overlap(train, [p.problem for p in each.prompts])})
+        each.config.dataset.name: len(find_overlap([prompt.problem for prompt in each.prompts], train))
         for each in benchmarks
     }
     split = f"{dataset.name}/{dataset.train_split}, which training drew from"
@@ -209,7 +208,7 @@ def _progress(label: str, total: int) -> Told:
         now = time.monotonic()
         if done == total or now - last >= PROGRESS_SECONDS:
             last = now
-            left = format_duration((now - began) / sampled * (total - done))
+            left = timedelta(seconds=round((now - began) / sampled * (total - done)))
             tell(f"{label}: {done:,}/{total:,} problems, {right / done:.1%} so far, left {left}")
 
     return told

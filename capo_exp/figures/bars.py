@@ -22,7 +22,7 @@ from capo_exp.figures.style import Look
 from capo_exp.runs.read import read_series
 
 Measure = Literal[
-    "final", "mean", "max", "min", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead",
+    "final", "mean", "max", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead",
     "until_good", "last",
 ]  # fmt: skip
 """How a curve becomes one number; stats.Stability has those that the functions here do not know."""
@@ -37,7 +37,7 @@ def bars(
     metric = study.settled(metric)
     found = study.bands_of(drawn, metric)
     shown = [curve for curve in drawn if curve.label in found]
-    cells = {curve.label: _one_number(study, metric, curve, measure) for curve in shown}
+    cells = {c.label: _one_number(study, metric, c, found[c.label], measure) for c in shown}
     numbers = {k: Estimate(NAN) if isinstance(cell, str) else cell for k, cell in cells.items()}
     return Panel(
         "bars", title, _paint_bars, metric=metric, height=0.85 + 0.27 * len(shown),
@@ -50,10 +50,8 @@ def bars(
     )  # fmt: skip
 
 
-def _one_number(study: Study, metric: Metric, curve: Curve, measure: Measure) -> Estimate | str:
-    found = study.band(curve, metric)
-    assert found is not None
-    if measure in ("final", "mean", "max", "min"):
+def _one_number(study: Study, metric: Metric, curve: Curve, found: Band, measure: Measure) -> Estimate | str:
+    if measure in ("final", "mean", "max"):
         return reduced(study, found, measure)
     if measure == "lead":
         return _lead(study, metric, curve)
@@ -115,8 +113,7 @@ def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappin
     axes.set(title=panel.title, xlabel=panel.named.label)
     if panel.is_log:
         axes.set_xscale("log")
-    labels = [series.curve.label for series in panel.series]
-    for place, series in zip(list_rows(axes, labels), panel.series, strict=True):
+    for place, series in zip(list_rows(axes, panel.labels), panel.series, strict=True):
         look, value = looks[series.curve.label], float(series.centre[0])
         if not np.isfinite(value):
             across = axes.get_yaxis_transform()
@@ -140,16 +137,14 @@ def cell_of(curve: Curve) -> tuple[float, int]:
     return float(rate), int(prompts * group)
 
 
-def heat(
-    study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measure: Measure, heading: str
-) -> Panel:
+def heat(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measure: Measure) -> Panel:
     """Returns a panel with one number for each learning rate and batch; arguments as of `bars`."""
     cells: dict[tuple[float, int], str] = {}
     for curve in drawn:
         if (other := cells.setdefault(cell_of(curve), curve.label)) != curve.label:
             lack = f"{other} and {curve.label} have the same learning rate and batch; narrow runs="
             return Panel("heat", title, _paint_heat, lack=lack)
-    listed = bars(study, drawn, metric, title, measure, heading)
+    listed = bars(study, drawn, metric, title, measure, f"{metric.label}, {measure}")
     return replace(listed, kind="heat", paint=_paint_heat, height=2.3)
 
 
@@ -187,10 +182,5 @@ def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappin
 
 
 def ink_on(face: Any) -> str:
-    """Returns black or white, whichever can be read."""
-    return "black" if luminance(face) > 0.4 else "white"
-
-
-def luminance(colour: Any) -> float:
-    """Returns 0 for black to 1 for white, as grey print has it (Rec. 709 of sRGB's values)."""
-    return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
+    """Returns black or white, whichever can be read: by the grey of print, Rec. 709 of sRGB's values."""
+    return "black" if np.dot(to_rgb(face), (0.2126, 0.7152, 0.0722)) > 0.4 else "white"

@@ -73,12 +73,9 @@ def figure_constraint(study: Study) -> list[Panel]:
         return any(run.setting(f"algo.selection.{bound}") == inf for bound in bounds)
 
     wanted = {"algo.selection.policy_shift_max": "= inf or algo.selection.objective_shift_max = inf"}
-    accuracy, rejected = (
-        replace(told, heading=metric.label) for told, metric in ((COMPARED, TRAINING), (EXTENT, REJECTED))
-    )
-    panels = []
+    panels, rejected = [], replace(EXTENT, heading=REJECTED.label)
     for name, mine in paper.by_algorithm(study, is_bounded, has_one_bound, wanted).items():
-        panels.append(lines(study, mine, TRAINING, name, accuracy))
+        panels.append(lines(study, mine, TRAINING, name, paper.OF_PANELS))
         panels.append(lines(study, mine, paper.FROM_ZERO, f"{name}: rejected tokens", rejected))
     return panels
 
@@ -125,9 +122,7 @@ def figure_regimes(study: Study) -> list[Panel]:
     """Draws final and worst accuracy over learning rate and batch, one row for each method."""
     groups = paper.grouped(study.choose(trains, TRAINS), lambda curve: method(curve.run) or curve.label)
     panels = [
-        heat(
-            study, mine, TRAINING, f"{name}: {measure} accuracy", measure, f"{TRAINING.label}, {measure}"
-        )
+        heat(study, mine, TRAINING, f"{name}: {measure} accuracy", measure)
         for name, mine in groups.items() if len(mine) > 1
         for measure in ("final", "worst")
     ]  # fmt: skip

@@ -62,7 +62,8 @@ def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told
     found = study.bands_of(drawn, metric)
     shown = [curve for curve in drawn if curve.label in found]
     level = _reference_level(study, metric, told.reference, drawn) if shown else None
-    factors = _efficiencies(study, metric, shown) if told.efficiency and level else {}
+    others = {curve.label: found[curve.label] for curve in shown if not study.is_reference(curve)}
+    factors = _efficiencies(study, metric, others) if told.efficiency and level else {}
     heading = told.heading or title
     columns = [
         Column(f"{heading}, {how}", metric.unit, {k: reduced(study, found[k], how) for k in found})
@@ -71,7 +72,6 @@ def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told
     if factors:
         cells = {label: _factor_cell(factors[label]) if label in factors else "reference" for label in found}
         columns.append(Column(f"{heading}, sample efficiency", "times", cells))
-    others = [found[curve.label] for curve in shown if not study.is_reference(curve)]
     return Panel(
         "lines", title, _paint, metric=metric, height=3.1, columns=tuple(columns),
         series=tuple(_series(curve, found[curve.label]) for curve in shown),
@@ -82,7 +82,7 @@ def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told
             if (f := factors.get(curve.label)) and f.method_x is not None and f.factor is not None
         ),
         wants_reference=bool(told.reference),
-        x_max=max((float(band.x[-1]) for band in others), default=None),
+        x_max=max((float(band.x[-1]) for band in others.values()), default=None),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),
     )  # fmt: skip
 
@@ -105,18 +105,17 @@ def _reference_level(study: Study, metric: Metric, where: str, drawn: Sequence[C
     if where == "max":
         meaning = ": the largest value of its curve"
         return Level(f"{label}, largest", float(np.nanmax(found.centre)), meaning)
-    last, along = found.last_shown, X_LABELS.get(metric.x, metric.x)
+    last, along = found.end, X_LABELS.get(metric.x, metric.x)
     meaning = f", the end of {label}'s curve after {found.x[last]:,.0f} {along}"
     return Level(f"{label} at {thousands(found.x[last])}", float(found.centre[last]), meaning)
 
 
-def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[str, Factor]:
+def _efficiencies(study: Study, metric: Metric, others: Mapping[str, Band]) -> dict[str, Factor]:
     reference = study.reference and study.band(study.reference, metric)
     if study.reference is None or reference is None:
         return {}
     start = study.start_of(study.reference, metric)
-    others = [(curve, study.band(curve, metric)) for curve in shown if not study.is_reference(curve)]
-    return {c.label: sample_efficiency(reference, b, start=start) for c, b in others if b is not None}
+    return {label: sample_efficiency(reference, band, start=start) for label, band in others.items()}
 
 
 def _factor_cell(factor: Factor) -> Estimate | str:
@@ -127,11 +126,11 @@ def _factor_cell(factor: Factor) -> Estimate | str:
 
 
 def reduced(study: Study, found: Band, how: str) -> Estimate:
-    """Returns one number for a curve: at its end, or the mean, largest or smallest of each seed's values."""
+    """Returns one number for a curve: at its end, or the mean or largest of each seed's values."""
     if how == "final":
         value, *bounds = (float(part[found.last_shown]) for part in (found.centre, found.low, found.high))
         return Estimate(value, *(bounds if np.isfinite(bounds).all() else ()))
-    of = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}[how]
+    of = {"mean": np.nanmean, "max": np.nanmax}[how]
     return study.over_seeds(of(found.values[np.isfinite(found.values).any(axis=1)], axis=1))
 
 

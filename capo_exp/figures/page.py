@@ -67,11 +67,8 @@ def compose(name: str, study: Study, keys: Sequence[str] = ()) -> Picture:
     every = FIGURES[name].panels(study, keys) if keys else FIGURES[name].panels(study)
     panels = tuple(panel for panel in every if panel.series)
     empty = [panel for panel in every if not panel.series]
-    unlogged = [
-        m.key if m.x == names.COMPLETIONS else f"{m.key} with {m.x}"
-        for panel in empty
-        if not panel.lack and (m := panel.named)
-    ]
+    absent_metrics = [panel.named for panel in empty if not panel.lack]
+    unlogged = [m.key if m.x == names.COMPLETIONS else f"{m.key} with {m.x}" for m in absent_metrics]
     metrics = [f"no run has logged {', '.join(dict.fromkeys(unlogged))}"] if unlogged else []
     reasons = [*dict.fromkeys(panel.lack for panel in empty if panel.lack), *metrics]
     if not panels:
@@ -188,7 +185,7 @@ def draw_page(picture: Picture) -> Figure:
     for place, panel in enumerate(panels):
         marks += panel.paint(grid[place], panel, panels, looks)
         left = panels[place - 1] if place % columns else None
-        if left and panel.kind == left.kind == "bars" and _labels(panel) == _labels(left):
+        if left and panel.kind == left.kind == "bars" and panel.labels == left.labels:
             grid[place].tick_params(axis="y", labelleft=False)  # the panel to the left has the same list
     if marks:
         _add_legend(figure, marks)
@@ -202,14 +199,10 @@ def draw_page(picture: Picture) -> Figure:
     return figure
 
 
-def _labels(panel: Panel) -> list[str]:
-    return [series.curve.label for series in panel.series]
-
-
 def _width(panels: Sequence[Panel], columns: int) -> float:
     if panels[0].kind == "settings":
         return 2.2 + 0.95 * len(panels[0].columns)
-    listed = [label for panel in panels if panel.kind in ("bars", "stages") for label in _labels(panel)]
+    listed = [label for panel in panels if panel.kind in ("bars", "stages") for label in panel.labels]
     beside = max(map(len, listed), default=0)  # names of a list take their room from its panel
     return WIDTHS.get(columns, 3.6 * columns) + LABEL_LETTER * max(0, beside - USUAL)
 

@@ -96,6 +96,11 @@ class Panel:
     """Why there is nothing to draw, unless it is that no run has logged the metric."""
 
     @property
+    def labels(self) -> list[str]:
+        """Returns the names of the curves that are drawn."""
+        return [series.curve.label for series in self.series]
+
+    @property
     def named(self) -> Metric:
         """Returns the metric of a panel that is about one."""
         assert self.metric is not None

@@ -27,6 +27,7 @@ TRAINS = {"regime.learning_rate": "not 0"}
 SELECTS = {"algo.selection._target_": "not keep_all"}
 COMPARED = Told(reference="end", summary=("final", "max"))
 RANKED = replace(COMPARED, efficiency=True)
+OF_PANELS = replace(COMPARED, heading=TRAINING.label)
 EXTENT = Told(summary=("max", "mean"))
 
 
@@ -145,8 +146,7 @@ def figure_7(study: Study) -> list[Panel]:
     )
     metric = replace(TRAINING, x="counter/optimizer_step")
     by_passes = grouped(drawn, lambda curve: curve.run.setting("algo.num_iterations"))
-    told = replace(COMPARED, heading=metric.label)
-    return [lines(study, by_passes[n], metric, f"{n} passes", told) for n in sorted(by_passes)]
+    return [lines(study, by_passes[n], metric, f"{n} passes", OF_PANELS) for n in sorted(by_passes)]
 
 
 def figure_8(study: Study) -> list[Panel]:
@@ -161,6 +161,6 @@ def figure_8(study: Study) -> list[Panel]:
     norm = Metric("policy/grad_norm", "norm before clipping", log=True)
     panels = []
     for name, mine in by_algorithm(study, fits, has_kl, {"algo.kl_coefficient": "> 0"}).items():
-        panels.append(lines(study, mine, TRAINING, name, replace(COMPARED, heading=TRAINING.label)))
+        panels.append(lines(study, mine, TRAINING, name, OF_PANELS))
         panels.append(bars(study, mine, norm, f"{name}: largest gradient norm", "max", f"{norm.label}, max"))
     return panels

@@ -37,13 +37,14 @@ SETTINGS = {
 
 def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
     """Returns the share of each stage in the time of a step, means over steps and seeds."""
-    timed = {curve.label: [run for run in curve.runs if _timed(run)] for curve in drawn}
+    timed = {curve.label: [rows for run in curve.runs if (rows := _timed(run))] for curve in drawn}
     shown = [curve for curve in drawn if timed[curve.label]]
     names = [*STAGES, "other"]
-    shares = {c.label: np.array([_shares(run) for run in timed[c.label]]) for c in shown}
-    used = [i for i, _ in enumerate(names) if any(table[:, i].any() for table in shares.values())]
+    shares = {c.label: np.array(list(map(_shares, timed[c.label]))) for c in shown}
+    used = [i for i in range(len(names)) if any(table[:, i].any() for table in shares.values())]
     per = {label: [study.over_seeds(table[:, i]) for i in used] for label, table in shares.items()}
-    seconds = {c.label: study.over_seeds(np.array(list(map(_step_seconds, timed[c.label])))) for c in shown}
+    means = {c.label: [float(np.mean([r[TOTAL] for r in rows])) for rows in timed[c.label]] for c in shown}
+    seconds = {label: study.over_seeds(np.array(each)) for label, each in means.items()}
     columns = [
         Column(names[i], "percent", {label: row[at] for label, row in per.items()})
         for at, i in enumerate(used)
@@ -62,13 +63,8 @@ def _timed(run: LoggedRun) -> list[LoggedRow]:
     return [row for row in run.metrics if row.get(TOTAL) is not None]
 
 
-def _step_seconds(run: LoggedRun) -> float:
-    return float(np.mean([row[TOTAL] for row in _timed(run)]))
-
-
-def _shares(run: LoggedRun) -> list[float]:
-    """Returns the share of each stage and of the rest in the time of all steps."""
-    rows = _timed(run)
+def _shares(rows: Sequence[LoggedRow]) -> list[float]:
+    """Returns the share of each stage and of the rest in the time of all steps of a run."""
     named = [sum(row.get(key) or 0.0 for row in rows) for key in STAGES.values()]
     total = max(sum(row[TOTAL] for row in rows), sum(named))
     return [*(seconds / total for seconds in named), 1.0 - sum(named) / total]
@@ -78,8 +74,7 @@ def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapp
     names, every = [str(name) for name in panel.series[0].x], [*STAGES, "other"]
     faces = [style.STAGES[every.index(name) % len(style.STAGES)] for name in names]
     edge: dict[str, Any] = {"edgecolor": style.REFERENCE, "linewidth": 0.5}
-    places = list_rows(axes, [series.curve.label for series in panel.series])
-    for place, series in zip(places, panel.series, strict=True):
+    for place, series in zip(list_rows(axes, panel.labels), panel.series, strict=True):
         left = 0.0
         for share, face in zip(series.centre, faces, strict=True):
             axes.barh(place, share, 0.62, left=left, color=face, **edge)
@@ -115,10 +110,10 @@ def _said(value: object) -> str:
 
 def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
     axes.axis("off")
-    names = [series.curve.label for series in panel.series]
-    cells = [[cell_text(column.cells[name], column.unit) for column in panel.columns] for name in names]
+    names, columns = panel.labels, panel.columns
+    cells = [[cell_text(column.cells[name], column.unit) for column in columns] for name in names]
     drawn = axes.table(
-        cells, rowLabels=names, colLabels=[column.heading for column in panel.columns],
+        cells, rowLabels=names, colLabels=[column.heading for column in columns],
         edges="horizontal", loc="center", cellLoc="right", colLoc="right", rowLoc="left", bbox=Bbox.unit(),
     )  # fmt: skip
     drawn.auto_set_font_size(False)

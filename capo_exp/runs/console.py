@@ -4,6 +4,7 @@ import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 
@@ -56,7 +57,7 @@ class Progress:
         """Shows a rollout step that is done; `counter/rollout_step` has to be there."""
         step = int(metrics[names.STEP])
         done, seconds = step - self._first, time.monotonic() - self._began
-        left = format_duration(seconds / done * (self._total - step) if done > 0 else 0.0)
+        left = timedelta(seconds=round(seconds / done * (self._total - step) if done > 0 else 0))
         if self._live is not None:
             self._place = (step, f"{metrics.get(names.TOKENS_PER_SECOND, 0):,.0f} tok/s  left {left}")
             self._show(metrics)
@@ -114,12 +115,6 @@ def format_step(metrics: Mapping[str, float]) -> str:
     return "  ".join(form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics)
 
 
-def format_duration(seconds: float) -> str:
-    """Returns hours, minutes and seconds: 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
 def summary_lines(run_dir: Path) -> list[str]:
     """Returns what a run came to and where each file is, from the files of its directory; paths stay whole.
 
@@ -128,12 +123,13 @@ def summary_lines(run_dir: Path) -> list[str]:
     """
     run = load_run(run_dir)
     files = [name for name in SHOWN_FILES if (run_dir / name).exists()]
-    rows = [*_outcome(run.metrics, run.evaluations), ("files", " ".join(files)), ("directory", str(run_dir))]
+    rows = _outcome(run.metrics, run.evaluations)
+    if (seconds := run.record.get("wall_seconds")) is not None:
+        rows.append(("wall time", str(timedelta(seconds=round(seconds)))))
+    rows += [("files", " ".join(files)), ("directory", str(run_dir))]
     rows += [("left out", text) for text in run.left_out]
     if location := run.record.get("tracker") or run.record.get("wandb"):  # older runs have the second
         rows.append(("tracker", location))
-    if (seconds := run.record.get("wall_seconds")) is not None:
-        rows.insert(-1, ("wall time", format_duration(seconds)))
     lines = [str(run.record.get("name", run_dir.name)), *(f"{label:18} {value}" for label, value in rows)]
     return [printable(line.replace("\n", "?")) for line in lines]
 

@@ -22,12 +22,16 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+class InProgress(ConfigError):
+    """Another process has the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; the operating system frees it even after SIGKILL.
 
     Raises:
-        ConfigError: Another process has the folder, or it cannot be written.
+        ConfigError: the folder cannot be written, or, as InProgress, another process has it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +57,7 @@ def _acquire(descriptor: int, folder: Path) -> None:
             return
         time.sleep(0.1)
     pid = os.pread(descriptor, 20, 0).decode() or "unknown"
-    raise ConfigError(f"run {folder} is in progress in another process (pid {pid}); wait for it or stop it")
+    raise InProgress(f"run {folder} is in progress in another process (pid {pid}); wait for it or stop it")
 
 
 def is_locked(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
 from capo_exp.runs.files import append_line, name_disk_error, replace_file, write_atomic
+from capo_exp.runs.read import find_samples
 from capo_exp.runs.trackers import Tracker
 from capo_exp.runs.wandb_sink import resolve_mode
 
@@ -67,7 +68,7 @@ class RunLogger:
         self.run_dir, self._draw = run_dir, draw
         last = max(_cut_rows(run_dir / "metrics.jsonl", resume_step), default=0)
         self.evaluated_step = max(_cut_rows(run_dir / "eval.jsonl", resume_step), default=-1)
-        _cut_completions(run_dir / "completions", resume_step)
+        _cut_completions(run_dir, resume_step)
         if last < resume_step:
             log.warning("%s: rows of steps %s to %s are missing", run_dir, last + 1, resume_step)
         self._tracker: Tracker | None = None
@@ -127,16 +128,9 @@ class RunLogger:
             return
         self._metrics.close()
         self._evaluations.close()
-        media = self._drawn() if exit_code == 0 else []
+        media = try_to_draw(self._draw, self.run_dir) if exit_code == 0 and self._draw else ()
         if self._tracker is not None:
             self._tracker.finish(exit_code, media)
-
-    def _drawn(self) -> Sequence[Path]:
-        try:
-            return self._draw(self.run_dir) if self._draw else ()
-        except Exception as error:  # the run is whole without
-            log.warning("%s: no picture could be drawn (%s)", self.run_dir, error)
-            return ()
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -192,11 +186,17 @@ def _cut_rows(path: Path, step: int) -> list[int]:
     return steps
 
 
-def _cut_completions(folder: Path, step: int) -> None:
+def _cut_completions(run_dir: Path, step: int) -> None:
     """Removes samples of rollout steps beyond `step`, and what a kill left of one."""
-    for path in folder.glob("step_*.parquet"):
-        number = path.stem.removeprefix("step_")
-        if number.isdigit() and int(number) > step:
-            path.unlink()
-    for path in folder.glob(".*.partial"):
+    late = [path for number, path in find_samples(run_dir).items() if number > step]
+    for path in (*late, *(run_dir / "completions").glob(".*.partial")):
         path.unlink()
+
+
+def try_to_draw(draw: Draw, run_dir: Path) -> Sequence[Path]:
+    """Draws a run's pictures; warns where they cannot be drawn, since the run is whole without."""
+    try:
+        return draw(run_dir)
+    except Exception as error:
+        log.warning("%s: no picture could be drawn (%s)", run_dir, error)
+        return ()

@@ -24,9 +24,8 @@ def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
     stopped = threading.Event()
     first = 0.0
 
-    def handle(number: int, frame: object) -> None:
+    def handle(*_: object) -> None:
         nonlocal first
-        del number, frame
         if stopped.is_set() and time.monotonic() - first > ONE_PRESS:
             raise KeyboardInterrupt
         if not stopped.is_set():
@@ -47,8 +46,7 @@ def forwarded_to(child: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
     """Sends Ctrl-C, SIGTERM and SIGHUP on to a child, which decides how to end; the event is set then."""
     stopped = threading.Event()
 
-    def handle(number: int, frame: object) -> None:
-        del frame
+    def handle(number: int, _: object) -> None:
         stopped.set()
         child.send_signal(number)
 

@@ -170,7 +170,7 @@ def load_run(run_dir: Path | str) -> LoggedRun:
     tests = rows("evaluations/test.jsonl")  # those of the benchmarks tested last; others are other questions
     tests = [row for row in tests if row.get("cards") == tests[-1].get("cards")]
     evaluations = [*rows("eval.jsonl"), *tests]
-    broken = sorted(set(_samples(path).values()) - set(list_samples(path).values()))
+    broken = sorted(set(find_samples(path).values()) - set(list_samples(path).values()))
     left_out += [f"{sample} is not a parquet file" for sample in broken]
     run = LoggedRun(path, config, record, metrics or [], evaluations)
     found = {key: run.setting(key) for key in SETTING_TYPES}
@@ -258,10 +258,11 @@ def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]
 
 def list_samples(run_dir: Path) -> dict[int, Path]:
     """Returns step -> file of sampled completions, without what is no parquet file from end to end."""
-    return {step: path for step, path in _samples(run_dir).items() if is_parquet(path)}
+    return {step: path for step, path in find_samples(run_dir).items() if is_parquet(path)}
 
 
-def _samples(run_dir: Path) -> dict[int, Path]:
+def find_samples(run_dir: Path) -> dict[int, Path]:
+    """Returns step -> file of sampled completions, whole or not."""
     found: dict[int, Path] = {}
     with suppress(OSError):
         for name in os.listdir(run_dir / "completions"):

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError, RunFailed
-from capo_exp.config.memory import check_memory, learner_device
+from capo_exp.config.memory import check_memory, find_device
 from capo_exp.config.places import typed
 from capo_exp.config.plan import plan
 from capo_exp.config.record import read_config
@@ -23,7 +23,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.distributed.world import is_worker, torchrun_size
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
-from capo_exp.runs.logger import Draw
+from capo_exp.runs.logger import Draw, try_to_draw
 from capo_exp.runs.record import find_shorter, run_status
 from capo_exp.sweep.launch import launch, node_number
 
@@ -56,13 +56,13 @@ def execute(config: TrainConfig, draw: Draw) -> None:
         return
     _ = config.model.architecture  # refuses a model that cannot be read
     if not config.allow_overcommit:
-        check_memory(config, learner_device(config))
+        check_memory(config, find_device(config.device))
     if run_status(run_dir(config)) == "absent":
         sys.stdout.writelines(f"{line}\n" for line in compare_with_shorter(config))
     if config.distributed.name != "single":
-        directory = launch(config)
+        launch(config, "train")
         if node_number() in (None, 0) or config.distributed.nodes == 1:
-            show(directory, draw)
+            show(run_dir(config), draw)
         return
     from capo_exp.training.loop import run  # torch, so only now
 
@@ -98,7 +98,7 @@ def show(directory: Path, draw: Draw) -> None:
     from capo_exp.runs.console import summary_lines
 
     if not (directory / "run.png").exists():
-        draw(directory)
+        try_to_draw(draw, directory)
     sys.stdout.write("".join(f"{line}\n" for line in summary_lines(directory)))
 
 
@@ -122,18 +122,12 @@ def describe(error: Exception) -> tuple[str, int]:
     return text, 2 if wrong_config or isinstance(error, HydraException | OmegaConfBaseException) else 1
 
 
-def main(draw: Draw) -> int:
+def main() -> int:
     """Runs the configuration on standard input."""
-    try:
-        execute(read_config(sys.stdin.read(), sys.argv[1:]), draw)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return report(error)
-    return 0
+    from capo_exp.cli.front import draw_run, exit_status
+
+    return exit_status(lambda: execute(read_config(sys.stdin.read(), sys.argv[1:]), draw_run))
 
 
 if __name__ == "__main__":
-    from capo_exp.cli.front import draw_run
-
-    raise SystemExit(main(draw_run))
+    raise SystemExit(main())

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from capo_exp.config.plugins import allowed_plugins
 from capo_exp.config.record import read_config, to_yaml
 from capo_exp.config.schema import DistributedConfig, TrainConfig
 from capo_exp.distributed.world import FOLDER, STOP
-from capo_exp.runs.identity import run_dir
 from capo_exp.runs.processes import end_with_parent, stop_signal
 from capo_exp.sweep.processes import share_cores
 
@@ -34,32 +34,21 @@ PATIENCE = 5
 """Seconds that torchrun gives the others to end, once one has failed."""
 
 
-def launch(config: TrainConfig) -> Path:
-    """Trains in config.distributed.processes processes on this machine, and waits for their end.
+def launch(config: TrainConfig, task: str) -> str:
+    """Starts config.distributed.processes processes on this machine, and waits for their end.
+
+    Args:
+        config: what they do it with.
+        task: train | probe, in which they compare a sharded model with a whole one.
 
     Returns:
-        The run directory.
+        What the first process says at the end; empty after training.
 
     Raises:
         ConfigError: that of the first process that failed, or several nodes know no place to meet.
         RunFailed: likewise; or a process was killed. The message says which.
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
-    _start(config, "train")
-    return run_dir(config)
-
-
-def probe(config: TrainConfig) -> str:
-    """Starts the processes, lets them compare a sharded model with a whole one, and says what they saw.
-
-    Raises:
-        ConfigError, RunFailed: as `launch`.
-    """
-    return _start(config, "probe")
-
-
-def _start(config: TrainConfig, task: str) -> str:
-    """Returns what the first process says at the end."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -181,11 +170,8 @@ def main() -> int:
         text, status = describe(error)
         if any(each in str(error) for each in LOST):
             return status  # another process has failed, or hangs
-        try:
-            with (folder / FAILURE).open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            pass  # another process failed first
+        with suppress(FileExistsError), (folder / FAILURE).open("x", encoding="utf-8") as file:
+            file.write(text)  # unless another process failed first
         return status
     return 0
 

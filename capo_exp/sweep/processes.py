@@ -10,12 +10,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.errors import ConfigError
 from capo_exp.config.plugins import allowed_plugins
 from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
-from capo_exp.runs.lock import locked
+from capo_exp.runs.lock import InProgress, locked
 from capo_exp.runs.processes import end_with_parent, forwarded_to
 
 COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
@@ -72,7 +71,7 @@ def take_device(devices: Sequence[str], stack: ExitStack) -> str | None:
     while devices:
         for number, device in enumerate(devices):
             place = root / f"device-{device}-{list(devices[:number]).count(device)}"
-            with suppress(ConfigError):
+            with suppress(InProgress):
                 stack.enter_context(locked(place))
                 return device
         time.sleep(POLL_SECONDS)

@@ -104,12 +104,10 @@ def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wron
         if number == 0:
             began = time.monotonic()  # the first waited for torch
         seconds = time.monotonic() - began
-        if number == CHECKED_JOBS or (number >= 3 and seconds > CHECK_SECONDS):
+        if number + 1 < len(jobs) and (number == CHECKED_JOBS or (number >= 3 and seconds > CHECK_SECONDS)):
             about = timedelta(seconds=round(seconds / number * len(jobs)))
-            text = (
-                f"the first {number + 1} of {len(jobs):,} jobs are checked; Hydra composes all of them before"
-            )
-            sys.stderr.write(f"{text} the first starts, in about {about}\n")
+            text = f"the first {number + 1} of {len(jobs):,} jobs are checked; Hydra composes all of them"
+            sys.stderr.write(f"{text} before the first starts, in about {about}\n")
             return
 
 
@@ -157,15 +155,15 @@ def run_job(cfg: DictConfig) -> float | None:
         config = to_config(cfg)
         directory = str(run_dir(config))
         state = _run(config, hydra.job.num, parallel=int(hydra.launcher.get("n_jobs") or 1))
+        failed = state not in ("finished", "planned", "running")
+        score = 0.0 if failed or config.plan_only else objective(config)
     except Exception as error:
         _record(EndedJob(hydra.job.num, title, "", "failed", str(error)))
         raise JobFailed(report(error)) from None
     except KeyboardInterrupt:
         _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
         raise
-    failed = state not in ("finished", "planned", "running")
     details = read_last_line(Path(directory) / "log.txt") if failed else ""
-    score = 0.0 if config.plan_only else objective(config)
     ended = EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details)
     _record(replace(ended, score=None if failed else score, objective=config.sweep.objective))
     if failed:
@@ -236,7 +234,7 @@ def find_best(results: Sequence[EndedJob]) -> EndedJob | None:
 
 def _line(result: EndedJob) -> RunSummary:
     directory = Path(result.directory)
-    known = RunSummary("", "", 0, None, None, None, None, None, None, directory)
+    known = RunSummary("", "", 0, None, None, None, None, None, None)
     if result.directory and (directory / "run.json").exists():
         known = summarise_run(directory)
     log_file = [str(directory / "log.txt")] if result.directory and result.details else []

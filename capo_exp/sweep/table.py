@@ -29,7 +29,6 @@ class RunSummary:
     rejection_rate: float | None  # Mean of all steps
     seconds_left: float | None  # At the pace of the last steps, without evaluations; None unless it runs
     error: str | None
-    path: Path
 
 
 def summarise_run(path: Path) -> RunSummary:
@@ -53,7 +52,6 @@ def summarise_run(path: Path) -> RunSummary:
         rejection_rate=_mean(values(rows, names.REJECTION_RATE)),
         seconds_left=pace * (total - step) if state == "running" and total and pace else None,
         error="\n".join(said) or None,
-        path=path,
     )
 
 

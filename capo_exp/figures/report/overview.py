@@ -1,6 +1,5 @@
 """The report's tables, as text: the runs in a line each, what differs between them, where they come from."""
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from typing import Any
 
 from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.output import as_typed
 from capo_exp.figures.plots import outcome, steps_done
+from capo_exp.figures.tables import TextTable
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import RECENT, LoggedRun, values
 from capo_exp.runs.settings import results, varying
@@ -40,14 +39,6 @@ class RunLine:
     colour: str
     error: str | None
     cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Settings that are not the same in all runs; runs that differ in their seed only share a column."""
-
-    heads: list[str]
-    rows: list[tuple[str, list[str]]]
 
 
 def in_order(runs: Sequence[LoggedRun], curves: Sequence[Curve]) -> list[LoggedRun]:
@@ -121,17 +112,17 @@ def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
     return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
 
 
-def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> Differences:
-    """Returns what differs, a column for the runs that are alike but for their seed."""
+def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> TextTable:
+    """Returns what differs, a row a setting, a column for the runs that are alike but for their seed."""
     table = differences(runs)
     seeds = table.pop("seed", None)
     columns: dict[tuple[str, ...], list[int]] = {}
     for place in range(len(runs)):
         columns.setdefault(tuple(setting(row[place]) for row in table.values()), []).append(place)
-    rows = [(key, list(row)) for key, row in zip(table, zip(*columns, strict=True), strict=True)]
+    rows = [[key, *row] for key, row in zip(table, zip(*columns, strict=True), strict=True)]
     if seeds is not None:
-        rows.append(("seed", [", ".join(setting(seeds[p]) for p in places) for places in columns.values()]))
-    return Differences([_head(places, named) for places in columns.values()], rows if table or seeds else [])
+        rows.append(["seed", *(", ".join(setting(seeds[p]) for p in places) for places in columns.values())])
+    return TextTable(["setting", *(_head(places, named) for places in columns.values())], rows)
 
 
 def _head(places: Sequence[int], named: Sequence[str]) -> str:
@@ -148,13 +139,13 @@ def setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def origins(runs: Sequence[LoggedRun]) -> list[tuple[str, str]]:
+def origins(runs: Sequence[LoggedRun], made_by: str) -> list[tuple[str, str]]:
     """Says what made this page and the runs in it; no date, so that it can be made again."""
     records = [run.record for run in runs]
     named = [r["packages"] for r in records if isinstance(r.get("packages"), dict)]
     packages = [f"{name} {version}" for each in named for name, version in each.items()]
     rows = {
-        "command": [as_typed(sys.argv[1:])],
+        "made by": [made_by],
         "runs": [str(run.record.get("run_id", run.path.name)) for run in runs],
         "commits": [
             f"{git.get('commit') or 'unknown'}{' with changes (git.diff)' if git.get('dirty') else ''}"

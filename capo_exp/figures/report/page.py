@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from PIL import Image
 
@@ -19,7 +20,7 @@ from capo_exp.figures import style, tables
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.output import DrawnFigure
 from capo_exp.figures.report import overview
-from capo_exp.figures.report.viewer import excerpts, script_json, viewer_data
+from capo_exp.figures.report.viewer import MAX_BYTES, excerpt, viewer_data
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.read import RECENT, LoggedRun
 
@@ -30,15 +31,19 @@ CSS_DPI = 96
 
 
 def write_report(
-    runs: Sequence[LoggedRun], curves: Sequence[Curve], figures: Sequence[DrawnFigure], output: Path
+    runs: Sequence[LoggedRun],
+    curves: Sequence[Curve],
+    figures: Sequence[DrawnFigure],
+    output: Path,
+    made_by: str,
 ) -> Path:
-    """Writes the page to the file `output`, or as report.html into a folder.
+    """Writes the page, which says what it was made by, to the file `output`, or as report.html into a folder.
 
     The curves give the runs their order and labels; a run of none is called by its folder, and last.
     """
     runs = overview.in_order(runs, curves)
     named = overview.run_labels(runs, curves)
-    taken = excerpts(runs)
+    taken = [excerpt(run, MAX_BYTES / len(runs)) for run in runs]
     data = viewer_data(taken, named)
     names = ("report.css", "summary.js", "viewer.js")  # ours, so nothing in them is escaped
     css, summary_js, viewer_js = (Markup((ASSETS / name).read_text(encoding="utf-8")) for name in names)
@@ -56,8 +61,9 @@ def write_report(
         figures=[embedded(figure) for figure in figures],
         differences=overview.differing(runs, named),
         notes=[(label, part.note) for label, part in zip(named, taken, strict=True)],
-        provenance=overview.origins(runs),
-        data=Markup(script_json(data)) if data["runs"] else None,
+        provenance=overview.origins(runs, made_by),
+        # ASCII without `<`: a completion may have `</script>`, or U+2028, which ends a line of JavaScript.
+        data=htmlsafe_json_dumps(data, allow_nan=False, separators=(",", ":")) if data["runs"] else None,
     )
     path = output if output.suffix == ".html" else output / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)

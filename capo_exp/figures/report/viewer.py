@@ -1,6 +1,5 @@
 """What the report's completion viewer shows: chosen steps of each run, small enough to be inside the page."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,13 +52,9 @@ class Excerpt:
         return f"{text}; {rows} {self.total} completions of these"
 
 
-def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Excerpt]:
-    """Returns the completions of each run that the page has room for, first and last step among them."""
-    return [excerpt(run, max_bytes / max(1, len(runs))) for run in runs]
-
-
 def excerpt(run: LoggedRun, room: float) -> Excerpt:
-    """Takes evenly spread steps, and of each as many of its first completions as fit into `room` bytes."""
+    """Takes evenly spread steps, first and last among them, and of each as many of its first completions as
+    fit into `room` bytes."""
     logged = sorted(list_samples(run.path))
     places = np.linspace(0, len(logged) - 1, min(len(logged), MAX_STEPS)) if logged else []
     rows = {step: load_completions(run, step) for step in [logged[round(place)] for place in places]}
@@ -169,12 +164,3 @@ def edges(values: Iterable[float | None], count: int) -> list[float]:
     top = math.log10(np.quantile(sizes, 0.999)) if sizes else 0.0
     last = 2 * math.floor(top) + (top % 1 >= math.log10(3))
     return [float(f"{(1, 3)[half % 2]}e{half // 2}") for half in range(last - count + 1, last + 1)]
-
-
-def script_json(value: Any) -> str:
-    """Returns JSON that can stand inside <script>: no `<`, `>`, `&`, as completions may have `</script>`.
-
-    It has nothing beyond ASCII either, as U+2028 ends a line of JavaScript.
-    """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
