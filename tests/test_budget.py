@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.checks import check
-from capo_exp.config.errors import ConfigError
 from capo_exp.config.memory import sequences_at_once
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig
@@ -309,22 +308,6 @@ def test_what_goes_with_a_budget(composed: Compose) -> None:
     )
     (got,) = islice(steps(valued, sampler), 1)
     assert got.offers["state_values"].shape == (4, 1) and got.tokens == 4 + 2 * 3
-
-
-@pytest.mark.parametrize(
-    ("overrides", "line"),
-    [
-        ("algo.rollout_tokens=5", "algo.rollout_tokens=5: expected null, or at least .* = 6, a token each"),
-        ("algo.max_sampling_rounds=2", "algo.max_sampling_rounds=2: expected 1 with algo.rollout_tokens"),
-        ("rollout=demonstrations", "algo.rollout_tokens=36: expected null with rollout.train_engine"),
-        ("rollout=pairs", "algo.rollout_tokens=36: expected null with rollout.train_engine"),
-        ("algo.max_age=0", "algo.max_age=0: expected an integer of at least 1"),
-    ],
-)
-def test_refused_in_one_line(composed: Compose, overrides: str, line: str) -> None:
-    check(composed(*SIZE))
-    with pytest.raises(ConfigError, match=f"^{line}"):
-        check(composed(*SIZE, overrides))
 
 
 def test_the_plan_and_the_memory_say_what_a_budget_means(composed: Compose) -> None:

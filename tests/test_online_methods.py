@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 from capo_exp.algorithms.c3po import within_budget
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
 from capo_exp.algorithms.vineppo import step_advantages, whitened_step_advantages
-from capo_exp.config.checks import check
-from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
@@ -235,36 +233,3 @@ def test_lite_ppo_has_one_scale_for_all_prompts(built: Built) -> None:
     torch.testing.assert_close(advantage(rewards), expected)
     assert torch.equal(advantage(rewards[:1]), built("grpo").advantage(rewards[:1]))
     assert not advantage(rewards[1:2]).any()
-
-
-# What is asked for has to be sampled
-
-
-@pytest.mark.parametrize(
-    ("algo", "override", "wanted"),
-    [
-        (
-            "a_star_po",
-            "algo.reference_samples=0",
-            "solved_by_reference|optimal_advantage asks for reference_r",
-        ),
-        ("a_star_po", "algo.reference_reset_every=5", "0 with algo.reference_samples"),
-        ("vineppo", "algo.continuations=0", "whitened_step_advantages asks for state_values"),
-        ("vineppo", "algo.states.pattern=(", "a regular expression"),
-        ("sft", "algo.continuations=2", "0 with rollout.train_engine"),
-        ("sft", "algo.reference_samples=2", "0 with rollout.train_engine"),
-    ],
-)
-def test_refused_in_one_line(composed: Compose, algo: str, override: str, wanted: str) -> None:
-    more = ("rollout=demonstrations", "regime.group_size=1") if algo == "sft" else ()
-    config = composed(f"algo={algo}", *more)
-    check(config)
-    node, (key, _, value) = config.algo, override.removeprefix("algo.").partition("=")
-    if key == "states.pattern":
-        node.states["pattern"] = value
-    else:
-        setattr(node, key, int(value))
-    with pytest.raises(
-        ConfigError, match=f"^algo.{key}={value}: expected .*({wanted})".replace("=(:", r"=\(:")
-    ):
-        check(config)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from capo_exp.algorithms.protocols import Algorithm, build_algorithm
-from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
@@ -258,27 +257,3 @@ def test_a_run_that_goes_on_reads_its_pairs(
     assert (ended / FILE).read_bytes() == (whole / FILE).read_bytes()
     weights = [list_checkpoints(run)[2] / "model.safetensors" for run in (whole, ended)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        (["algo=mdpo"], "rollout=hf: expected rollout=pairs with algo.pair_levels"),
-        (["algo=dpo", *PAIRED, "regime.group_size=4"], "regime.group_size=4: expected 2 with rollout=pairs"),
-        (["algo=dpo", *PAIRED, "algo.pair_levels=[step]"], "algo.states._target_=.*where a step begins"),
-        (
-            ["algo=dpo", *PAIRED, "algo.pair_levels=[word]"],
-            r"algo.pair_levels=\['word'\]: expected a list of",
-        ),
-        (["algo=dpo", "algo.num_minibatches=2"], "algo.num_minibatches=2: expected 1 with algo=dpo"),
-        (["algo=dpo", "rollout/correction=token_truncation"], "rollout.correction.*of which the advantage"),
-        (["algo=dpo", *PAIRED, "rollout.train_engine.samples=1"], "samples=1: expected an integer of at le"),
-        (["algo=direct_advantage_po", "algo.pair_levels=[]"], "reference_samples=0: expected at least 1"),
-    ],
-)
-def test_what_has_no_pairs_is_refused(composed: Compose, given: list[str], wanted: str) -> None:
-    for name in ("dpo", "mdpo", "direct_advantage_po"):
-        for more in ("selection=capo", "step_rule=calibrated"):
-            check(composed(f"algo={name}", *PAIRED, more))
-    with pytest.raises(ConfigError, match=wanted):
-        check(composed(*given))
