@@ -7,10 +7,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +117,6 @@ def recorded(config: TrainConfig) -> Values:
     return {str(key): value for key, value in plain.items()}
 
 
-COMPOSED_ONCE = cache(lambda overrides, config_dir: compose_config(list(overrides), config_dir=config_dir))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composes what an evaluation asks for once: it takes longer than all that is looked at here."""
-
-    def compose(overrides: Sequence[str], *, config_dir: str | None = None) -> Any:
-        return deepcopy(COMPOSED_ONCE(tuple(overrides), config_dir))
-
-    monkeypatch.setattr(evaluate_config, "compose_config", compose)
-
-
 def run_job(text: str, *arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(text))
@@ -147,7 +133,6 @@ def test_only_parts_of_the_package_are_built() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
 @each_depth
 def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(
     put: Callable[[Values, Values], object],
@@ -162,7 +147,7 @@ def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(
         OmegaConf.structured(EvaluateCommand), OmegaConf.load(conf_dir() / "evaluate.yaml")
     )
     command: Any = replace(OmegaConf.to_object(keys), run=[str(folder)], samples=1, num_problems=1)
-    OmegaConf.set_struct(base := COMPOSED_ONCE((), None).copy(), False)
+    OmegaConf.set_struct(base := compose_config([]), False)
     for target in FEW:
         put(hostile := deepcopy(values), evil(target))
         record(hostile)
@@ -248,7 +233,6 @@ def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pyt
     allow_plugins([])
 
 
-@pytest.mark.usefixtures("quick")
 def test_an_interpolation_in_a_record_is_text(values: Values, record: Callable[[Values], Path]) -> None:
     for text in (
         "${oc.env:HF_TOKEN} {problem}",
@@ -277,7 +261,6 @@ PLACES = {
 }
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_record_names_no_place(
     values: Values, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,7 +323,6 @@ def test_a_record_overwrites_nothing_and_takes_no_key(values: Values) -> None:
 NAMES = ["../x", "..", "a/b", "/etc/x", "a\\b", "a\nb", "a\x00b", "\x1b[31m", "", "-x", "a" * 300, "x\u2028y"]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "key", ["model.name", "dataset.name", "algo.name", "algo.variant", "regime.name", "experiment_name",
             "dataset.eval_split", "dataset.train_split", "algo.step_rule_name", "rollout.name"]
