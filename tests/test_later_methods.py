@@ -4,7 +4,7 @@ or TRL's program; the parts are built from conf/algo."""
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from math import exp, expm1, inf, log
+from math import exp, inf, log
 
 import pytest
 import torch
@@ -27,7 +27,6 @@ from tests.test_methods import loss_and_gradient, off_policy, one_token, plain_s
 
 Built = Callable[..., Algorithm]
 Batches = Callable[..., Batch]
-FREE = ("algo.token_loss.clip_eps_low=1.0", "algo.token_loss.clip_eps_high=inf")
 
 
 def sigmoid(x: float) -> float:
@@ -41,14 +40,12 @@ def test_cispo_bounds_the_weight_and_no_token_loses_its_gradient(
 ) -> None:
     _, gradient, clipped = one_token(built("cispo").token_loss, ratio, advantage)
     assert gradient == pytest.approx(-weight * advantage) and clipped == (ratio > 5)
-    free = one_token(built("cispo", *FREE).token_loss, ratio, advantage)[1]
-    assert free == pytest.approx(one_token(built("grpo_no_clip").token_loss, ratio, advantage)[1])
 
 
 def test_gmpo_is_the_geometric_mean_of_ratios_that_are_held_one_by_one(
     built: Built, random_batch: Batches
 ) -> None:
-    """-A exp(mean_t of ln r_t, held at 0.4 in the direction of A), and its gradient; without bounds GSPO."""
+    """-A exp(mean_t of ln r_t, held at 0.4 in the direction of A), and its gradient."""
     batch = random_batch(rows=16)
     mask = batch.completion_mask
     log_probs, old, advantages = off_policy(batch, 0.6)
@@ -60,27 +57,15 @@ def test_gmpo_is_the_geometric_mean_of_ratios_that_are_held_one_by_one(
     torch.testing.assert_close(value, loss.detach())
     torch.testing.assert_close(gradient, expected)
     assert 0 < (clipped & mask).sum() < mask.sum() and not gradient[clipped].any()
-    bounds = [f"algo.token_loss.log_ratio_{side}=inf" for side in ("low", "high")]
-    for one, other in zip(
-        loss_and_gradient(built("gmpo", *bounds), batch, 0.6),
-        loss_and_gradient(built("gspo", *FREE), batch, 0.6), strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.0), (-2.0, 1.05)])
-def test_sapos_gate_by_hand_and_at_its_limits(built: Built, advantage: float, tau: float) -> None:
-    """4 / tau sigmoid(tau (r - 1)) at r = 3; its slope in ln pi is 4 r s (1 - s). At r = 1 that is 1; as tau
-    goes to 0 it is r."""
+def test_sapos_gate_by_hand(built: Built, advantage: float, tau: float) -> None:
+    """4 / tau sigmoid(tau (r - 1)) at r = 3; its slope in ln pi is 4 r s (1 - s)."""
     gate = sigmoid(2 * tau)
     value, gradient, _ = one_token(built("sapo").token_loss, 3.0, advantage)
     assert value == pytest.approx(-advantage * 4 / tau * gate, rel=1e-6)
     assert gradient == pytest.approx(-advantage * 12 * gate * (1 - gate), rel=1e-6)
-    assert one_token(built("sapo").token_loss, 1.0, advantage)[1] == pytest.approx(-advantage)
-    small = [f"algo.token_loss.{side}_temperature=1e-3" for side in ("positive", "negative")]
-    assert one_token(built("sapo", *small).token_loss, 3.0, advantage)[1] == pytest.approx(
-        -3 * advantage, rel=1e-4
-    )
 
 
 def test_gpg_is_the_policy_gradient_and_makes_up_for_prompts_without_a_signal(
@@ -147,36 +132,6 @@ def test_rebel_is_the_mean_square_over_the_pairs_of_a_prompt(built: Built, rando
     for eta in (1.0, 0.3):
         got = loss_and_gradient(built("rebel", f"algo.token_loss.eta={eta}"), batch, 0.5)
         torch.testing.assert_close(got[:2], pairs_loss(batch, 0.5, eta))
-
-
-def test_rebel_starts_as_rloo_and_ends_where_log_ratios_are_rewards(
-    built: Built, random_batch: Batches
-) -> None:
-    batch = grouped(random_batch(), 4)
-    centred = batch.advantages[:, :1].view(2, 4)
-    leave_one_out = built("rloo").advantage(centred).view(8, 1)
-    _, gradient, _ = loss_and_gradient(built("rebel"), batch, spread=0.0)
-    torch.testing.assert_close(gradient, (-4 * leave_one_out * batch.completion_mask / 8).double())
-    log_ratio = (off_policy(batch, 0.5)[0].detach() - off_policy(batch, 0.5)[1]) * batch.completion_mask
-    solved = replace(batch, advantages=(log_ratio.sum(1, keepdim=True) + 7) * batch.completion_mask)
-    loss, gradient, _ = loss_and_gradient(built("rebel"), solved, 0.5)
-    assert loss < 1e-9 and gradient.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize(("advantage", "power", "rate"), [(1.0, 2, 3), (-1.0, 3, 2)])
-@pytest.mark.parametrize("ratio", [1e-3, 0.5, 1.0, 2.0, 1e30])
-def test_vespo_weighs_by_the_completions_ratio(
-    built: Built, advantage: float, power: int, rate: int, ratio: float
-) -> None:
-    """W^k exp(k' (1 - W)): 1 at W = 1 and 0 far away; without power and rate the policy gradient."""
-    phi = exp(power * log(ratio) - rate * expm1(log(ratio))) if ratio < 1e9 else 0.0
-    assert one_token(built("vespo").token_loss, ratio, advantage)[1] == pytest.approx(-phi * advantage)
-    off = [
-        f"algo.token_loss.{sign}_{what}=0.0"
-        for sign in ("positive", "negative")
-        for what in ("power", "rate")
-    ]
-    assert one_token(built("vespo", *off).token_loss, ratio, advantage)[1] == pytest.approx(-advantage)
 
 
 def test_vespos_ratio_is_the_product_over_the_completion(built: Built, random_batch: Batches) -> None:
