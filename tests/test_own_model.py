@@ -25,6 +25,7 @@ from capo_exp.runs.identity import run_id
 from capo_exp.training import loop as train
 from capo_exp.training.adamw_bfloat16 import AdamWBfloat16, join_bits, split_bits
 from capo_exp.training.optimizer import reset_moments
+from tests.pieces import run_one_step
 from tests.shapes import SHAPES
 
 MATH_7B, RATE = "Qwen/Qwen2.5-Math-7B", "regime.learning_rate=1e-4"
@@ -188,29 +189,10 @@ def test_bfloat16_weights_move_as_float32_ones_do_also_after_a_checkpoint() -> N
 @pytest.mark.slow
 def test_an_own_model_trains_in_bfloat16_and_resumes_to_the_same_bits(home: Path, tmp_path: Path) -> None:
     words = [f"model={home / 'my models' / 'a=b, c'}", "model.load_dtype=bfloat16", "algo.kl_coefficient=0.1"]
-    runs = []
-    for name, stop in (("whole", None), ("stopped", 1)):
-        config = commanded(*words, *SHORT, f"output_dir={tmp_path / name}")
-        if stop:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("capo_exp.training.loop.take_step", stop_after(stop, train.take_step))
-                with pytest.raises(KeyboardInterrupt):
-                    train.run(config)
-        runs.append(train.run(config))
-    one, other = (list_checkpoints(run)[2] / "model.safetensors" for run in runs)
+    folders = (tmp_path / name for name in ("whole", "stopped"))
+    configs = [commanded(*words, *SHORT, f"output_dir={folder}") for folder in folders]
+    run_one_step(configs[1])
+    one, other = (list_checkpoints(train.run(config))[2] / "model.safetensors" for config in configs)
     assert one.read_bytes() == other.read_bytes()
     with safe_open(one, "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
-
-
-def stop_after(steps: int, take_step: Callable[..., object]) -> Callable[..., object]:
-    """A rollout step that is interrupted after so many."""
-    done = []
-
-    def step(*given: object) -> object:
-        if len(done) == steps:
-            raise KeyboardInterrupt
-        done.append(1)
-        return take_step(*given)
-
-    return step
