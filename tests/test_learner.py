@@ -32,6 +32,7 @@ Make = Callable[..., Learner]
 Batches = Callable[..., Batch]
 
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
+WEIGHED = "grpo selection=down_weight algo.selection.policy_shift_max=1e-7"
 
 
 def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]], StepRecord]:
@@ -39,10 +40,12 @@ def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]
     return [without_clock(metrics) for metrics, _ in results], results[-1][1]
 
 
-@pytest.mark.parametrize("algo", [*DISTINCT, "capo", "dr_capo", "rein_capo", "stapo", "m2po"])
+@pytest.mark.parametrize("algo", [*DISTINCT, "capo", "dr_capo", "rein_capo", "stapo", "m2po", WEIGHED])
 def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batches, algo: str) -> None:
     tight = TIGHT if "capo" in algo else []
-    whole, cut = (learner(f"algo={algo}", f"model.micro_batch_size={size}", *tight) for size in (96, 2))
+    whole, cut = (
+        learner(*f"algo={algo}".split(), f"model.micro_batch_size={size}", *tight) for size in (96, 2)
+    )
     batches = [random_batch(seed=seed) for seed in range(2)]
     (first, record), (second, same) = steps(whole, batches), steps(cut, batches)
     for one, other in zip(first, second, strict=True):
@@ -93,26 +96,14 @@ def test_micro_batches_that_move_no_weight_take_no_backward_pass(
     assert len(counted) == (3 if kl == 0 else 8)
 
 
-def test_weighing_down_is_the_same_in_micro_batches_and_scales_the_credit(
-    learner: Make, random_batch: Batches
-) -> None:
+def test_weighing_down_scales_the_credit(learner: Make, random_batch: Batches) -> None:
     """A token's weight is a smaller advantage, in the loss and in the moments of the optimiser model."""
-    down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
-    whole, cut, base = (
-        learner(*given) for given in (down, [*down, "model.micro_batch_size=2"], ["algo=grpo"])
-    )
-    batches = [random_batch(seed=seed) for seed in range(2)]
-    (first, record), (second, _) = steps(whole, batches), steps(cut, batches)
-    for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
-    torch.testing.assert_close(weights(whole), weights(cut), rtol=1e-3, atol=1e-4)
-    assert first[-1]["selection/rejection_rate"] == 0 and 0 < first[-1]["selection/weight"] < 0.95
-    assert record.selection.weights is not None
-
-    batch, one = batches[0], learner(*down)
-    metrics, record = take_step(one, batch)
+    down = f"algo={WEIGHED}".split()
+    one, base, batches = learner(*down), learner("algo=grpo"), [random_batch(seed=seed) for seed in range(2)]
+    metrics, record = take_step(one, batches[0])
+    assert metrics["selection/rejection_rate"] == 0 and 0 < metrics["selection/weight"] < 0.95
     assert record.selection.weights is not None and (record.selection.weights < 1).any()
-    credited = replace(batch, advantages=record.selection.weighed(record.batch.advantages))
+    credited = replace(batches[0], advantages=record.selection.weighed(record.batch.advantages))
     by_hand, _ = take_step(base, credited)
     assert metrics["loss/total"] == pytest.approx(by_hand["loss/total"], rel=1e-5, abs=1e-9)
     assert metrics["policy/grad_norm"] == pytest.approx(by_hand["policy/grad_norm"], rel=1e-4)
@@ -157,16 +148,6 @@ def test_a_checkpoints_table_is_a_copy_of_the_rows_alone(learner: Make, random_b
     assert not torch.equal(one.optimizer_model.first[: len(kept)], kept)
 
 
-def test_the_moments_follow_kept_tokens_of_every_algorithm(learner: Make, random_batch: Batches) -> None:
-    grpo, rejecting = learner("algo=grpo"), learner("algo=capo", "algo.selection.policy_shift_max=0.0")
-    for one in (grpo, rejecting):
-        take_step(one, random_batch())
-    assert grpo.optimizer_model is not None and rejecting.optimizer_model is not None
-    assert grpo.optimizer_model.first.any() and grpo.optimizer_model.step == 1
-    assert not rejecting.optimizer_model.first.any() and rejecting.optimizer_model.step == 1
-    assert learner("curvature.optimizer_model=sgd").optimizer_model is None
-
-
 def test_the_step_is_adamws_on_the_loss_of_the_formula(
     learner: Make, random_batch: Batches, small_model: PreTrainedModel
 ) -> None:
@@ -185,19 +166,6 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
-
-
-def test_kl_to_the_reference_is_zero_at_first_and_pulls_back_later(
-    learner: Make, random_batch: Batches
-) -> None:
-    kl = ["algo.kl_coefficient=0.1", "rollout.temperature=0.7", "regime.learning_rate=1e-3"]
-    ours = learner("algo=grpo", *kl)
-    first, _ = take_step(ours, random_batch())
-    second, _ = take_step(ours, random_batch())
-    assert first["loss/kl"] == 0.0 and second["loss/kl"] > 0.0
-    idle = replace(random_batch(), advantages=torch.zeros(8, 7))
-    divergence = [take_step(ours, idle)[0]["loss/kl"] for _ in range(30)]  # nothing but the penalty acts
-    assert divergence[-1] < 0.5 * max(divergence)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
@@ -240,6 +208,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random
         after = curvature.update_adam_state(state, *tokens, record.selection.keep_mask)
         torch.testing.assert_close(ours.optimizer_model.second, after.second)
     assert rates == pytest.approx([0.0, 2e-5, 4e-5, 6e-5])
+    assert learner("curvature.optimizer_model=sgd").optimizer_model is None
 
 
 def test_the_gradient_is_clipped(learner: Make, random_batch: Batches) -> None:
@@ -248,16 +217,6 @@ def test_the_gradient_is_clipped(learner: Make, random_batch: Batches) -> None:
     assert take_step(ours, random_batch())[0]["policy/grad_norm"] > 0.1
     first = [state["exp_avg"] for state in ours.optimizer.state.values()]
     assert torch.cat([m.flatten() for m in first]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
-
-
-def test_a_second_iteration_is_the_same_in_micro_batches(learner: Make, random_batch: Batches) -> None:
-    batch, seconds = random_batch(), []
-    for size in (96, 2):
-        ours = learner("algo=grpo", "regime.learning_rate=1e-3", f"model.micro_batch_size={size}")
-        record = take_step(ours, batch)[1]
-        seconds.append(take_step(ours, batch, record.old_log_probs)[0])
-    for key in ("loss/total", "policy/ratio_max", "loss/clip_fraction", "policy/grad_norm"):
-        assert seconds[0][key] == pytest.approx(seconds[1][key], rel=5e-3, abs=1e-6), key
 
 
 def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
