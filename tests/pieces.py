@@ -197,6 +197,11 @@ def graded(rewards: list[list[float]], metrics: dict[str, float]) -> RewardResul
     return RewardResult(rewards, metrics, grades)
 
 
+def even_first(text: str) -> float:
+    """1 if the first token is even; the small model's completions are numbers in place of text."""
+    return float(int(text.split()[0]) % 2 == 0)
+
+
 @dataclass
 class Reader:
     """A verifier that reads the reward off the text."""

@@ -31,7 +31,7 @@ from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop
 from capo_exp.training.rollout_step import Rollout, sample_rollout, take_rollout_step
 from capo_exp.training.sampler import Sampler
-from tests.pieces import SMALL, Reader, logged, make_learner, prompt, run_one_step, same_weights
+from tests.pieces import SMALL, Reader, even_first, logged, make_learner, prompt, run_one_step, same_weights
 from tests.test_rollout_hf import Tokenizer, engine, prompts
 
 Compose = Callable[..., TrainConfig]
@@ -42,10 +42,6 @@ SIZE = (
     "dataset.max_completion_tokens=12",
 )
 QUESTIONS = prompts(*((5 + i, 6, 7)[: 1 + i % 3] for i in range(30)))
-
-
-def even_first(text: str) -> float:
-    return float(int(text.split()[0]) % 2 == 0)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import assign_credit, sample_rollout
 from capo_exp.training.sampler import Sampler, draw, remember_reference
 from tests.conftest import ALGORITHMS, OFFLINE, SELECTING
-from tests.pieces import Reader, run_updates
+from tests.pieces import Reader, even_first, run_updates
 from tests.test_rollout_hf import Tokenizer, engine, prompts
 
 STEPS = 60
@@ -30,11 +30,6 @@ BINDING = (
 )  # fmt: skip
 # The papers' bounds go with their learning rates, some hundred times smaller than this one.
 WIDE = ["policy_shift_max=3e-3", "objective_shift_min=-0.1", "objective_shift_max=0.1"]
-
-
-def even_first(text: str) -> float:
-    """1 if the first token is even; the small model's completions are numbers in place of text."""
-    return float(int(text.split()[0]) % 2 == 0)
 
 
 @pytest.mark.slow
