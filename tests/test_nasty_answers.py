@@ -78,14 +78,15 @@ def test_every_answer_gets_a_verdict_and_the_right_ones_stay_right(verifier):
     """A right answer between any two."""
     nasty = {**HEAVY, **LIGHT}
     texts = [text for content in nasty.values() for text in (RIGHT, content)]
-    result = verifier.score([texts], [("7",)])
-    verdicts = result.grades[0]
+    result = verifier.score([texts, [RIGHT]], [("7",), ("9^{9^{9^{9}}}",)])
+    verdicts, (heavy,) = result.grades
     assert all(verdict.correct for verdict in verdicts[::2])
     for name, verdict in zip(nasty, verdicts[1::2], strict=True):
         assert verdict.reason in REASONS and not verdict.correct, (name, verdict.reason)
     assert verdicts[1].reason == "timeout", "power tower"
+    assert heavy.reason in REASONS and not heavy.correct
     bad = result.metrics["reward/timeouts"] + result.metrics["reward/crashes"]
-    assert bad == sum(verdict.reason in ("timeout", "crash", "error") for verdict in verdicts)
+    assert bad == sum(verdict.reason in ("timeout", "crash", "error") for verdict in (*verdicts, heavy))
 
 
 def test_nasty_golds_are_read_or_counted(verifier):
@@ -121,33 +122,24 @@ SHAPES = (
     "\\begin{pmatrix}%s\\\\%s\\end{pmatrix}", "\\sin(%s)\\cdot %s", "\\pm %s %s", "\\left(%s\\right]%s",
     "%s_{%s}", "|%s| \\ge %s",
 )  # fmt: skip
-EXPLOSIVE = ("%s^{%s}", "(%s)!^%s", "\\sum_{n=%s}^{%s} n", "\\int_{%s}^{%s} x dx", "\\binom{%s}{%s}")
 ATOMS = st.sampled_from(
     ("1", "-2", "0", "25", "0.5", "x", "y", "\\pi", "\\infty", "i", "", "1,000", "\\emptyset")
 )
 
 
-def formulas(shapes: tuple[str, ...]) -> st.SearchStrategy[str]:
-    def joined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-        return st.tuples(st.sampled_from(shapes), inner, inner).map(lambda parts: parts[0] % parts[1:])
-
-    return st.recursive(ATOMS, joined, max_leaves=6)
+def joined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(st.sampled_from(SHAPES), inner, inner).map(lambda parts: parts[0] % parts[1:])
 
 
-def texts(pieces: tuple[str, ...], shapes: tuple[str, ...]) -> st.SearchStrategy[str]:
-    """Formulas in boxes and in sentences, and pieces of LaTeX in any order."""
-    formula = formulas(shapes)
-    sentence = formula.map(lambda text: f"the final answer is ${text}$. I hope it is correct")
-    return st.one_of(formula.map(box), sentence, st.lists(st.sampled_from(pieces), max_size=14).map("".join))
-
-
-HARMFUL = (texts((*PIECES, "^", "^{", "!", "9"), (*SHAPES, *EXPLOSIVE)), formulas((*SHAPES, *EXPLOSIVE)))
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FORMULAS = st.recursive(ATOMS, joined, max_leaves=6)
+SENTENCES = FORMULAS.map(lambda text: f"the final answer is ${text}$. I hope it is correct")
+TEXTS = st.one_of(FORMULAS.map(box), SENTENCES, st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+"""Formulas in boxes and in sentences, and pieces of LaTeX in any order."""
 
 
 @pytest.mark.slow
-@QUICK
-@given(text=texts(PIECES, SHAPES), gold=formulas(SHAPES), style=st.sampled_from(STYLES))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(text=TEXTS, gold=FORMULAS, style=st.sampled_from(STYLES))
 def test_grade_never_raises_and_says_the_same_twice(text, gold, style):
     first = grade(text, gold, style)
     assert first.reason in REASONS and first == grade(text, gold, style)
@@ -155,12 +147,3 @@ def test_grade_never_raises_and_says_the_same_twice(text, gold, style):
     assert can_read_gold(gold) == (first.reason != "gold_unparsable") or first.reason == "error"
     assert grade_any(text, (gold, gold), style) == first
     find_last_box(text)
-
-
-@pytest.mark.slow
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.tuples(*HARMFUL), min_size=20, max_size=40))
-def test_the_verifier_always_returns(verifier, rows):
-    result = verifier.score([[text] for text, _ in rows], [(gold,) for _, gold in rows])
-    assert [len(verdicts) for verdicts in result.grades] == [1] * len(rows)
-    assert all(verdict.reason in REASONS for verdicts in result.grades for verdict in verdicts)
