@@ -614,36 +614,6 @@ def test_a_hidden_shift_is_the_state_of_the_token_itself(
         torch.testing.assert_close(late.hidden[row, :count], states[-count:], rtol=1e-3, atol=1e-4)
 
 
-def test_the_whole_vocabulary_as_support_is_the_exact_softmax(
-    small_model: PreTrainedModel, composed: Compose, random_batch: Batches
-) -> None:
-    """The SGD model's closed form with pi of the full softmax: s = A |h|^2 |v|^2, m_F = 1/2 (lr s)^2,
-    m_H = lr A s + 1/2 lr^2 A (s^2 - Var_pi(u)), u = A |h|^2 v; half the support is something else."""
-    batch, rate, found = random_batch(), 1e-3, []
-    for top_k in (40, 20):
-        config = composed(
-            *SMALL, "algo=grpo", "curvature.optimizer_model=sgd", f"curvature.top_k={top_k}",
-            f"regime.learning_rate={rate}",
-        )  # fmt: skip
-        ours = make_learner(config, small_model)
-        found.append(take_step(ours, batch)[1].shifts)
-    for row in range(8):
-        ids = batch.input_ids[row, batch.attention_mask[row].bool()]
-        count, advantage = int(batch.completion_mask[row].sum()), batch.advantages[row, 0].double()
-        h = small_model.base_model(ids[None]).last_hidden_state[0, -count - 1 : -1].detach().double()
-        probs = (h @ small_model.lm_head.weight.detach().double().T).softmax(1)
-        error = torch.nn.functional.one_hot(ids[-count:], 40) - probs
-        change = advantage * h.square().sum(1, keepdim=True) * error
-        s = (error * change).sum(1)
-        variance = (probs * change.square()).sum(1) - (probs * change).sum(1) ** 2
-        m_f = 0.5 * (rate * s) ** 2
-        m_h = advantage * (rate * s + 0.5 * rate**2 * (s**2 - variance))
-        exact, half = ((x.policy_shift[row, :count], x.objective_shift[row, :count]) for x in found)
-        torch.testing.assert_close(exact[0], m_f.float(), rtol=2e-3, atol=1e-12)
-        torch.testing.assert_close(exact[1], m_h.float(), rtol=2e-3, atol=1e-9)
-        assert ((half[0] - exact[0]).abs() > 1e-2 * exact[0]).any()
-
-
 def test_a_selections_rows_are_those_of_the_micro_batch() -> None:
     keep = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).bool()
     whole = Selection(keep, {"policy": ~keep}, weights=torch.arange(9.0).view(3, 3) / 8)
