@@ -5,20 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import RolloutGroup
 from capo_exp.grading import terms as reward_terms
 from capo_exp.grading.terms import RewardTerms, build_terms
-from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.metrics import check_known
-from capo_exp.training.rollout_step import Rollout, Sampler, sample_rollout
+from capo_exp.training.rollout_step import Rollout
 from capo_exp.training.sampler import total_reward
-from tests.pieces import Reader, completion, prompt
+from tests.test_sampling import draw as sample_step
 
 Compose = Callable[..., TrainConfig]
 SIZE = ("regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4")
@@ -57,29 +53,9 @@ def test_total_is_correctness_and_weighted_terms() -> None:
     assert total_reward(rewards, measured, RewardTerms()) is rewards
 
 
-class Written:
-    """Completions of one and two tokens; those of even prompts are both right."""
-
-    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
-        return [
-            RolloutGroup(
-                p,
-                tuple(
-                    completion([3] * (g + 1), reward=float(g == 0 or int(p.problem.id) % 2 == 0))
-                    for g in (0, 1)
-                ),
-                0,
-            )
-            for p in request.prompts
-        ]
-
-
 def draw(config: TrainConfig) -> Rollout:
-    prompts = [prompt(i) for i in range(10)]
-    engine = Written()
-    sampler = Sampler(engine, engine, Reader(), prompts, build_terms(config.reward))
-    algorithm = build_algorithm(config.algo)
-    return sample_rollout(config, algorithm, sampler, step=1, first=0, weight_version=0, watch=Stopwatch())
+    """Completions of one and two tokens; of odd prompts the first is right."""
+    return sample_step(config, lambda i: i % 2 == 1)[0]
 
 
 LENGTH = (

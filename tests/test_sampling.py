@@ -20,7 +20,7 @@ from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Problem, Prompt, RolloutGroup
 from capo_exp.data.prompts import choose_visits
-from capo_exp.grading.terms import RewardTerms
+from capo_exp.grading.terms import RewardTerms, build_terms
 from capo_exp.grading.verifier import RewardResult
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.demonstrations import DemonstrationRollout
@@ -68,7 +68,9 @@ def draw(
     config: TrainConfig, mixed: Callable[[int], bool], *, step: int = 1, first: int = 0, prompts: int = 1000
 ) -> tuple[Rollout, Scripted, Reader]:
     engine, verifier = Scripted(mixed), Reader()
-    sampler = Sampler(engine, engine, verifier, [prompt(i) for i in range(prompts)], RewardTerms())
+    sampler = Sampler(
+        engine, engine, verifier, [prompt(i) for i in range(prompts)], build_terms(config.reward)
+    )
     rollout = sample_rollout(
         config, build_algorithm(config.algo), sampler,
         step=step, first=first, weight_version=7, watch=Stopwatch(),
