@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.grading.function import FunctionVerifier
 from capo_exp.grading.verifier import RewardResult
-from capo_exp.runs.identity import run_id
 
 FUNCTIONS = """
 import math
@@ -121,9 +119,3 @@ def test_a_function_of_lists_owes_a_reward_to_each(make: Make, caplog: pytest.Lo
 def test_what_is_no_reward_function_is_refused(name: str, message: str, make: Make) -> None:
     with pytest.raises(ConfigError, match=rf"^reward\.verifier\.{message}"):
         make(name)
-
-
-def test_the_function_is_part_of_who_a_run_is(composed: Callable[..., TrainConfig]) -> None:
-    names = ("mine.one", "mine.two")
-    ids = {run_id(composed("reward=function", f"reward.verifier.function={name}")) for name in names}
-    assert len({*ids, run_id(composed())}) == 3

@@ -96,10 +96,6 @@ def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> Non
     named = ("reward.length_weight=0.0", "reward.format._target_=capo_exp.grading.terms.no_format")
     assert run_id(composed("algo=grpo", *named)) == run_id(config)
     assert run_id(composed("algo=grpo", *LENGTH)) != run_id(config)
-    strict = composed("algo=grpo", "reward=math_verify")
-    for change in ("unparsable_gold=one", "style=auto"):
-        other = composed("algo=grpo", "reward=math_verify", f"reward.verifier.{change}")
-        assert run_id(other) != run_id(strict)
 
 
 def test_weights_that_cannot_work(composed: Compose) -> None:
