@@ -155,6 +155,7 @@ def test_static_parts_are_there_without_a_script(written: Study) -> None:
                  "3 of 3 logged steps: 10, 20, 30; all 9 completions of these",
                  "no completions on disk (logger.completions_every)"):  # fmt: skip
         assert part in text
+    assert ("div", {"id": "viewer", "hidden": None}) in page.tags  # until its script shows it
     (picture,) = page.all("img", "src")
     file = written.path.parents[1] / "one.png"
     assert base64.b64decode(str(picture).removeprefix("data:image/png;base64,")) == file.read_bytes()

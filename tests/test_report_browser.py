@@ -249,18 +249,3 @@ def test_nothing_is_cut_and_every_number_has_its_column(page: Page, width: int) 
     assert column == ('"steps"' if width == 390 else "none")
     assert page.one("#summary thead button").is_displayed()
     assert page.one("figcaption").size["width"] > 300 or width == 1280
-
-
-@pytest.mark.slow
-def test_without_javascript_tables_and_figures_are_there(page: Page) -> None:
-    page.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
-    try:
-        page.load()
-        assert page.one("#summary").is_displayed()
-        assert "25.0% → 50.0%" in page.one("#summary").text
-        assert page.one("#figures img").is_displayed()
-        assert "Choosing runs and steps here needs JavaScript" in page.one("noscript").text
-        assert not page.one("#viewer").is_displayed()
-        assert page.all("#summary button") == []
-    finally:
-        page.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
