@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,11 @@ def small(composed: Compose, tmp_path: Path) -> Compose:
 
 @pytest.fixture(scope="module")
 def whole(composed: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of `small()`, run to its end without a break; nobody writes into it."""
-    return train.run(composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('whole')}"))
+    """The directory of `small()`, run to its end without a break, off the main thread; nobody writes into
+    it, and what other tests run again has its numbers."""
+    config = composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('whole')}")
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(train.run, config).result()
 
 
 @pytest.fixture
@@ -88,19 +91,6 @@ def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
         assert len({len(row[key]) for key in of_tokens}) == 1
         assert "".join(row["tokens"]).startswith(row["completion"])  # then special tokens
         assert all(value <= 0 for value in row["log_prob"])
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_numbers_and_another_does_not(whole: Path, small: Compose) -> None:
-    """Also off the main thread."""
-    done: list[Path] = []
-    thread = threading.Thread(target=lambda: done.append(train.run(small())))
-    thread.start()
-    thread.join()
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        assert logged(done[0] / name) == logged(whole / name)
-    other = train.run(small("seed=1", "num_steps=1", "evaluation.every=0"))
-    assert logged(other / "metrics.jsonl")[0] != logged(whole / "metrics.jsonl")[0]
 
 
 @pytest.mark.slow
