@@ -12,7 +12,6 @@ import pytest
 
 from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
-from capo_exp.figures.report import viewer
 from capo_exp.figures.report.overview import differing, overview, run_labels
 from capo_exp.figures.report.page import write_report
 from capo_exp.runs.read import LoggedRun, load_run
@@ -211,19 +210,6 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert (older["rejected"], grpo["bounds"]) == ("040444", None)
     labels = [run["label"] for run in written.data["runs"]]
     assert labels == ["CAPO (A) · seed 0", "CAPO (A) · seed 1", "GRPO (A) · seed 0"]
-
-
-@pytest.mark.slow
-def test_thirty_runs_of_long_completions_stay_small(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
-    for step in range(10, 40, 10):
-        write_completions(path, step, [completion(["word"] * (viewer.MAX_TOKENS + 500)) for _ in range(2)])
-    runs = [load_run(path)] * 30
-    written = Study([], write_report(runs, [], [], tmp_path / "report.html", "COMMAND"))
-    assert 1_000_000 < written.path.stat().st_size < 10_000_000
-    row = written.data["runs"][0]["steps"][0]["rows"][0]
-    assert (row["length"], len(row["tokens"])) == (viewer.MAX_TOKENS + 500, viewer.MAX_TOKENS)
-    assert {len(row[name]) for name in ("policy", "objective", "probability")} == {viewer.MAX_TOKENS}
 
 
 def test_the_same_runs_give_the_same_page(written: Study, tmp_path: Path) -> None:

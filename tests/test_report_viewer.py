@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def test_text_that_no_token_has_is_there_as_well(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     split = completion(["�", "�"]) | {"completion": "🦊"}
     write_completions(path, 1, [split, completion(["�", "x"])])
-    data = viewer.viewer_data([viewer.excerpt(load_run(path), viewer.MAX_BYTES)], ["a"])
+    data = viewer.viewer_data(viewer.excerpts([load_run(path)]), ["a"])
     assert [row["text"] for row in data["runs"][0]["steps"][0]["rows"]] == ["🦊", None]
 
 
@@ -42,9 +43,21 @@ def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
     assert taken(100) == (spread, 4 * viewer.MAX_STEPS)
     assert taken(12) == (spread, 48) and taken(11.9) == (spread, 36)
     assert taken(0.01) == (spread, 12)  # one of each at least
+    assert [part.shown for part in viewer.excerpts([run] * 2, 12 * size)] == [24, 24]  # runs share the room
     note = viewer.excerpt(run, 6 * size).note
     said = ", ".join(map(str, spread))
     assert note == f"12 of 20 logged steps: {said}; the first 24 of 48 completions of these"
+
+
+def test_a_long_completion_is_cut_and_takes_no_more_room_than_it_is_given(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
+    long = completion(["word"] * (viewer.MAX_TOKENS + 500))
+    write_completions(path, 1, [long])
+    (row,) = viewer.viewer_data(viewer.excerpts([load_run(path)]), ["a"])["runs"][0]["steps"][0]["rows"]
+    assert row["length"] == viewer.MAX_TOKENS + 500
+    columns = ("tokens", "policy", "objective", "probability", "rejected")
+    assert {len(row[name]) for name in columns} == {viewer.MAX_TOKENS}
+    assert len(json.dumps(row, separators=(",", ":"))) <= viewer.row_bytes(long)
 
 
 def test_a_kept_token_is_kept_and_a_bound_itself_is_beyond() -> None:

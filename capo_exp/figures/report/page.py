@@ -20,7 +20,7 @@ from capo_exp.figures import style, tables
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.output import DrawnFigure
 from capo_exp.figures.report import overview
-from capo_exp.figures.report.viewer import MAX_BYTES, excerpt, viewer_data
+from capo_exp.figures.report.viewer import excerpts, viewer_data
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.read import RECENT, LoggedRun
 
@@ -43,7 +43,7 @@ def write_report(
     """
     runs = overview.in_order(runs, curves)
     named = overview.run_labels(runs, curves)
-    taken = [excerpt(run, MAX_BYTES / len(runs)) for run in runs]
+    taken = excerpts(runs)
     data = viewer_data(taken, named)
     names = ("report.css", "summary.js", "viewer.js")  # ours, so nothing in them is escaped
     css, summary_js, viewer_js = (Markup((ASSETS / name).read_text(encoding="utf-8")) for name in names)

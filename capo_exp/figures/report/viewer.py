@@ -52,6 +52,11 @@ class Excerpt:
         return f"{text}; {rows} {self.total} completions of these"
 
 
+def excerpts(runs: Sequence[LoggedRun], max_bytes: int = MAX_BYTES) -> list[Excerpt]:
+    """Returns the completions of each run that the page has room for, first and last step among them."""
+    return [excerpt(run, max_bytes / len(runs)) for run in runs]
+
+
 def excerpt(run: LoggedRun, room: float) -> Excerpt:
     """Takes evenly spread steps, first and last among them, and of each as many of its first completions as
     fit into `room` bytes."""
