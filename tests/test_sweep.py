@@ -65,35 +65,26 @@ def jobs() -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_each_job_has_a_process_and_a_log(run: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(ENDS, "algo=grpo,capo", "seed=1", "num_steps=7") == 0
-    ran = jobs()
-    assert [seed for _, seed, _ in ran] == ["1", "1"]
-    assert len({pid for pid, *_ in ran} | {str(os.getpid())}) == 3
-    logs = sorted(Path("outputs/default").glob("*/log.txt"))
-    assert len(logs) == 2 and all("seed" in log.read_text() for log in logs)
-    out = capfd.readouterr().out
-    assert "job 1/2: algo=capo\n" in out  # the others are the same in all
-    assert "seed 1 rate 0.0001\n" in out  # what the job says is shown
-    assert [p.name for p in Path("outputs/default").iterdir() if p.name.startswith(".")] == []
-    assert sweep.FOLDER not in os.environ
-
-
-@pytest.mark.slow
 def test_jobs_that_die_leave_the_others_going_and_the_same_command_repeats_them_alone(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     dies = "if c['seed'] in (0, 1):\n    print('out of luck', flush=True)\n"
     dies += "    raise SystemExit(1) if c['seed'] else os.kill(os.getpid(), signal.SIGKILL)\n"
-    assert run(dies + ENDS, "seed=0,1,2") == 1
+    assert run(dies + ENDS, "seed=0,1,2", "num_steps=7") == 1
     assert [seed for _, seed, _ in jobs()] == ["0", "1", "2"]
+    assert len({pid for pid, *_ in jobs()} | {str(os.getpid())}) == 4  # each has a process and a log
+    logs = [path.read_text() for path in Path("outputs/default").glob("*/log.txt")]
+    assert len(logs) == 3 and all("seed" in log for log in logs)
+    assert not list(Path("outputs/default").glob(".*")) and sweep.FOLDER not in os.environ
     out = capfd.readouterr().out
+    assert "job 2/3: seed=2\n" in out  # num_steps is the same in all
+    assert "seed 2 rate 0.0001\n" in out  # what the job says is shown
     told, table = out.index("job 1 failed with exit status"), out.index("1: seed=1")
     assert told < out.index("job 2/3") < table  # at once, and at the end
     assert "log.txt" in out[table:] and "out of luck" in out[table:]
     assert out[table:].count("finished") == 1 and out[:table].count("0: seed=0") == 1
-    assert run(ENDS, "seed=0,1,2") == 0
-    assert run(ENDS, "seed=2", "overwrite=true") == 0
+    assert run(ENDS, "seed=0,1,2", "num_steps=7") == 0
+    assert run(ENDS, "seed=2", "num_steps=7", "overwrite=true") == 0
     assert [seed for _, seed, _ in jobs()][3:] == ["0", "1", "2"]
 
 
