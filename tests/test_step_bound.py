@@ -23,6 +23,10 @@ from tests.pieces import NO_TOKENIZER, same_weights, take_step, weights
 
 LARGE = {"completions": 99, "tokens": 9999}
 FREE = {"policy_shift_max": float("inf"), **LARGE}
+MEASURED = partial(step_bound.measured, policy_shift_max=1e-3, max_looks=8, **LARGE)
+CALIBRATED = partial(
+    step_bound.calibrated, policy_shift_max=1e-3, every=3, memory_share=0.5, max_looks=8, **LARGE
+)
 Make, Batches = Callable[..., Learner], Callable[..., Batch]
 
 
@@ -132,7 +136,7 @@ def test_without_a_bound_it_is_the_whole_step_bit_for_bit(rule, ruled: Make, ran
 def test_measured_keeps_the_real_shift_within_the_bound(
     bound: float, ruled: Make, random_batch: Batches
 ) -> None:
-    ours = ruled(partial(step_bound.measured, policy_shift_max=bound, max_looks=8, **LARGE))
+    ours = ruled(partial(MEASURED, policy_shift_max=bound))
     for seed in range(4):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
         metrics, _ = take_step(ours, batch)
@@ -144,7 +148,7 @@ def test_measured_keeps_the_real_shift_within_the_bound(
 
 
 def test_measured_gives_up_after_so_many_looks(ruled: Make, random_batch: Batches) -> None:
-    ours = ruled(partial(step_bound.measured, policy_shift_max=1e-12, max_looks=1, **LARGE))
+    ours = ruled(partial(MEASURED, policy_shift_max=1e-12, max_looks=1))
     metrics, _ = take_step(ours, random_batch())
     assert metrics["optim/step_scale"] == 1.0 and metrics["step/policy_shift_measured"] > 1e-12
 
@@ -171,11 +175,7 @@ def test_calibrated_measures_every_so_many_steps_and_holds_the_bound_between(
     ruled: Make, random_batch: Batches
 ) -> None:
     bound = 1e-3
-    ours = ruled(
-        partial(
-            step_bound.calibrated, policy_shift_max=bound, every=3, memory_share=0.0, max_looks=8, **LARGE
-        )
-    )
+    ours = ruled(partial(CALIBRATED, policy_shift_max=bound, memory_share=0.0))
     reals, measured = [], []
     for seed in range(7):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
@@ -203,15 +203,12 @@ def test_the_ratio_is_remembered_as_a_geometric_mean(ruled: Make, random_batch: 
 
 
 def test_a_resumed_run_remembers_the_ratio(ruled: Make, random_batch: Batches, tmp_path: Path) -> None:
-    rule = partial(
-        step_bound.calibrated, policy_shift_max=1e-3, every=3, memory_share=0.5, max_looks=4, **LARGE
-    )
-    straight = ruled(rule)
+    straight = ruled(CALIBRATED)
     for seed in range(2):
         take_step(straight, random_batch(seed=seed))
     checkpointer = Checkpointer(tmp_path, keep=1, run_id="ours")
     path = checkpointer.save(2, straight.state_dict(), straight.model, NO_TOKENIZER)
-    resumed = ruled(rule)
+    resumed = ruled(CALIBRATED)
     resumed.model.load_state_dict(straight.model.state_dict())
     resumed.load_state_dict(checkpointer.restore(path, torch.device("cpu")))
     assert resumed.step_memory == straight.step_memory and resumed.step_memory["since"] == 2
@@ -222,10 +219,7 @@ def test_a_resumed_run_remembers_the_ratio(ruled: Make, random_batch: Batches, t
 
 def test_until_a_ratio_is_known_every_step_is_measured(ruled: Make, random_batch: Batches) -> None:
     """A warm-up begins at rate 0, where nothing moves and nothing is learned about the ratio."""
-    rule = partial(
-        step_bound.calibrated, policy_shift_max=1e-3, every=5, memory_share=0.5, max_looks=8, **LARGE
-    )
-    ours = ruled(rule, "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2")
+    ours = ruled(partial(CALIBRATED, every=5), "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2")
     seen = []
     for seed in range(4):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
@@ -238,13 +232,8 @@ def test_until_a_ratio_is_known_every_step_is_measured(ruled: Make, random_batch
 
 def test_a_step_that_moves_nothing_is_taken_whole(ruled: Make, random_batch: Batches) -> None:
     idle = replace(random_batch(), advantages=torch.zeros(8, 7))
-    for rule in (
-        partial(step_bound.measured, policy_shift_max=1e-6, max_looks=3, **LARGE),
-        partial(
-            step_bound.calibrated, policy_shift_max=1e-6, every=5, memory_share=0.5, max_looks=3, **LARGE
-        ),
-    ):
-        ours = ruled(rule)
+    for rule in (MEASURED, CALIBRATED):
+        ours = ruled(partial(rule, policy_shift_max=1e-6))
         metrics, _ = take_step(ours, idle)
         assert metrics["optim/step_scale"] == 1.0
         assert "step/ratio" not in metrics
