@@ -114,15 +114,22 @@ def test_status_without_a_run_after_a_kill_and_of_a_broken_record(
 
 
 def test_clear_leaves_the_lock_and_what_is_not_ours(config: TrainConfig, tmp_path: Path) -> None:
-    with locked(tmp_path):
-        RunRecord(tmp_path, config)
-        for name in ("checkpoints/step_1", "disk/step_1"):
-            (tmp_path / name).mkdir(parents=True)
-        (tmp_path / "wandb").symlink_to(tmp_path / "disk")
-        (tmp_path / "notes.txt").touch()
-        clear(tmp_path)
-        left = [".lock", "disk", "notes.txt", "wandb"]
-        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+    """Neither overwrite=true nor status --clean empties the folder that a link in a run names."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run / "completions", run / "disk" / "step_1", other / "step_000001"):
+        folder.mkdir(parents=True)
+    (other / "thesis.tex").write_text("mine")
+    with locked(run):
+        with RunRecord(run, config):
+            pass
+        for name, target in (("checkpoints", other), ("wandb", run / "disk")):
+            (run / name).symlink_to(target)
+        (run / "notes.txt").touch()
+        assert find_removable(run, final_model=True) == []
+        clear(run)
+        left = [".lock", "checkpoints", "disk", "notes.txt", "wandb"]
+        assert sorted(str(path.relative_to(run)) for path in run.rglob("*")) == left
+    assert (run / "checkpoints").is_symlink() and [path.name for path in other.iterdir()] == ["thesis.tex"]
 
 
 HOLDER = """
@@ -208,19 +215,3 @@ def test_a_longer_run_is_told_of_the_shorter_that_is_finished(
     assert said[1] == "this run begins at step 0: the cosine schedule of its rate spans num_steps"
     assert said[2].endswith(f"model.path={shorter}/checkpoints/step_000002")
     assert compare_with_shorter(make("num_steps=9", "optimizer.schedule=constant")) == []  # another run
-
-
-def test_what_a_link_leads_to_is_not_a_runs_own(tmp_path: Path) -> None:
-    """Neither overwrite=true nor status --clean empties the folder that a link in a run names."""
-    run, other = tmp_path / "run", tmp_path / "other"
-    (other / "step_000001").mkdir(parents=True)
-    (other / "thesis.tex").write_text("mine")
-    run.mkdir()
-    (run / "run.json").write_text('{"status": "finished"}')
-    (run / "checkpoints").symlink_to(other)
-    assert find_removable(run, final_model=True) == []
-    clear(run)
-    assert (
-        sorted(path.name for path in other.iterdir()) == ["thesis.tex"] and (run / "checkpoints").is_symlink()
-    )
-    assert not (run / "run.json").exists()
