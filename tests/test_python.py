@@ -1,5 +1,6 @@
 """The harness from Python."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,31 @@ def test_importing_is_light_and_every_name_is_there() -> None:
     assert set(dir(capo_exp)) == set(capo_exp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tran'"):
         capo_exp.tran  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+LOGGING = """
+import sys
+from pathlib import Path
+import capo_exp.runs.checkpoint, capo_exp.runs.console, capo_exp.runs.record
+from capo_exp.figures import curves, stats
+from capo_exp.runs.logger import RunLogger
+from capo_exp.runs.read import find_runs, load_run
+with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
+    logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
+curves.curves([load_run(path) for path in find_runs(sys.argv[1:])], mix=False)"""
+LIGHT = {
+    "from capo_exp.grading import Grade, grade, verifier": {"torch", "math_verify", "sympy"},
+    "import capo_exp.rollout.vllm_settings": {"torch"},  # a wrong one ends in under a second
+    LOGGING: {"torch", "wandb", "transformers", "datasets", "pandas", "matplotlib.pyplot"},
+}
+
+
+@pytest.mark.parametrize("code", LIGHT, ids=["grading", "settings", "logging"])
+def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)", str(tmp_path)]
+    environment = os.environ | {"MPLBACKEND": ""}  # nor a display
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert not LIGHT[code] & set(done.stdout.split())
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -249,22 +247,3 @@ def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path: Path) -> No
     assert not any("left out" in line for line in shown)
     (tmp_path / "run.json").write_text(json.dumps(record | {"status": "finished"}))
     assert any(line.startswith("left out ") and "have no row" in line for line in summary_lines(tmp_path))
-
-
-@pytest.mark.slow
-def test_logging_and_reading_need_neither_torch_nor_a_display(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    code = """
-import sys
-from pathlib import Path
-import capo_exp.runs.checkpoint, capo_exp.runs.console, capo_exp.runs.record
-from capo_exp.figures import curves, stats
-from capo_exp.runs.logger import RunLogger
-from capo_exp.runs.read import find_runs, load_run
-with RunLogger(Path(sys.argv[1]), resume_step=0, wandb_mode="disabled") as logger:
-    logger.log_step({"counter/rollout_step": 1, "counter/completions": 96})
-curves.curves([load_run(path) for path in find_runs(sys.argv[1:])], mix=False)
-assert not {"torch", "wandb", "transformers", "datasets", "pandas", "matplotlib.pyplot"} & set(sys.modules)
-"""
-    environment = {**os.environ, "MPLBACKEND": ""}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, env=environment)

@@ -672,10 +672,7 @@ def settings_of(*overrides: str) -> VLLMSettings:
     return build_part(compose_vllm(*overrides).rollout.engine, key="rollout.engine")
 
 
-def test_settings_need_no_torch() -> None:
-    """So that a wrong one ends in under a second; every field has a range or is free text, a flag or null."""
-    code = "import sys, capo_exp.rollout.vllm_settings; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+def test_every_setting_has_a_range_or_is_free_text_a_flag_or_null() -> None:
     free = {"revision", "server_url", "enforce_eager", "weight_transfer_address"}
     hints = get_type_hints(VLLMSettings, include_extras=True)
     ranged = {name for name, hint in hints.items() if any(isinstance(x, Rule) for x in get_args(hint))}
