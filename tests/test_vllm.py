@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -51,7 +51,6 @@ from tests.pieces import logged, run_training
 from tests.process_pieces import alive, needs_vllm, together, wait_for
 
 ROOT = Path(__file__).parents[1]
-Composed = Callable[..., TrainConfig]
 
 SMALL_KV = "rollout.engine.kv_cache_gib=0.25"
 SHORT = "rollout.engine.max_model_len=400"
