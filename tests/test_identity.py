@@ -25,8 +25,10 @@ def test_what_changes_results_changes_the_id(composed: Composed, config: TrainCo
     overrides = (
         "seed=1", "num_steps=7", "regime.learning_rate=3e-5", "algo.token_loss.clip_eps_low=0.3", "algo=capo",
         "algo.kl_coefficient=0.1", "dataset.levels=[1]", "evaluation.top_p=0.9", "algo.num_minibatches=2",
+        "rollout=vllm", "rollout.top_p=0.9", "rollout/correction=token_mask", "reward=math_verify",
+        "reward=function",
     )  # fmt: skip
-    assert len({run_id(config), *(run_id(composed("algo=grpo", override)) for override in overrides)}) == 10
+    assert len({run_id(config), *(run_id(composed("algo=grpo", override)) for override in overrides)}) == 15
 
 
 @dataclass
@@ -60,10 +62,13 @@ def test_the_schema_says_what_counts(config: TrainConfig) -> None:
     assert select_results(Newer(**vars(config), bonus=0.5)) == select_results(config) | {"bonus": 0.5}
 
 
+AFFAIRS = {"gpu_memory_utilization", "start_seconds", "generate_seconds", "sleep_level", "max_num_seqs"}
+
+
 def test_what_an_engine_runs_with_is_its_own_affair(composed: Composed) -> None:
     vllm = composed("algo=grpo", "rollout=vllm")
     conditions = list_engine_conditions(vllm)
-    assert {"gpu_memory_utilization", "start_seconds"} < set(conditions) < vllm.rollout.engine.keys()
+    assert AFFAIRS < set(conditions) < vllm.rollout.engine.keys()
     more = dict.fromkeys(conditions, 9)
     other = dataclasses.replace(vllm.rollout, engine=vllm.rollout.engine | more)
     assert run_id(dataclasses.replace(vllm, rollout=other)) == run_id(vllm)

@@ -17,6 +17,7 @@ import capo_exp
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import ModelConfig, TrainConfig
 from capo_exp.core import policy
+from capo_exp.core.model_files import check_logits
 from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.prompts import render_prompts
 from capo_exp.rollout import SamplingRequest
@@ -43,7 +44,7 @@ def change(config: ModelConfig, how: Callable[[Tensors], Tensors]) -> None:
 
 def load(config: ModelConfig) -> None:
     """All that a run reads of a model."""
-    policy.check_logits(config)
+    check_logits(config)
     policy.check_length(config, 100)
     policy.load_tokenizer(config)
     policy.load_model(config, CPU)

@@ -496,8 +496,8 @@ def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_g
     step = Scored(
         batch, output.detached(), record.shifts, old, 0.0, None, seed=0, ref_log_probs=reference
     )  # fmt: skip
-    inputs = TokenLossInput.of(replace(batch, sampler_log_probs=old), output, old)
-    inputs = replace(inputs, step=step, rows=torch.arange(8))
+    seen = log_probs, old, old, batch.advantages, mask, output.entropy
+    inputs = TokenLossInput(*seen, step, torch.arange(8))
     loss = compute_loss(ours.algorithm, inputs, reference, Selection(keep), batch, sizes)
     (gradient,) = torch.autograd.grad(loss.value, log_probs)
     assert torch.equal(gradient != 0, keep)

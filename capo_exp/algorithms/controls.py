@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capo_exp.algorithms.kinds import Share
+from capo_exp.algorithms.protocols import Select
 from capo_exp.config.declare import whole_step
 from capo_exp.core.masked import masked_top
 from capo_exp.core.types import Scored, Selection
@@ -17,7 +18,6 @@ from capo_exp.core.types import Scored, Selection
 Score = Float[Tensor, "B T"]
 ScoreFunction = Callable[[Scored], Tensor]
 """[B, T]: the higher, the sooner rejected."""
-Select = Callable[[Scored], Selection]
 
 
 def random_score(scored: Scored) -> Score:

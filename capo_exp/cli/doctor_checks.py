@@ -104,10 +104,11 @@ def read_model(config: TrainConfig, device: "torch.device") -> Result:
     from transformers.utils.logging import disable_progress_bar
 
     from capo_exp.core import policy
+    from capo_exp.core.model_files import check_logits
 
     disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    policy.check_logits(config.model)
+    check_logits(config.model)
     tokenizer = policy.load_tokenizer(config.model)
     model = policy.load_model(config.model, device)
     ids = tokenizer("1", add_special_tokens=False, return_tensors="pt")["input_ids"].to(device)
@@ -257,10 +258,12 @@ def round_trip(
     import torch
 
     from capo_exp.core import policy
+    from capo_exp.core.batch import totals
+    from capo_exp.core.types import StepInput
     from capo_exp.runs.checkpoint import Checkpointer
     from capo_exp.training.inputs import choose_train_engine, load_reference
     from capo_exp.training.learner import Learner
-    from capo_exp.training.optimizer_step import step_once
+    from capo_exp.training.optimizer_step import take_optimizer_step
     from capo_exp.training.probe import sample_few
     from capo_exp.training.rollout_step import Rollout, assign_credit
 
@@ -283,16 +286,17 @@ def round_trip(
     with TemporaryDirectory(prefix=".capo_doctor_", dir=disk_space) as directory:
         checkpointer, first = Checkpointer(Path(directory), keep=1, run_id="doctor"), learner()
         batch, _ = assign_credit(rollout, first, pad_token_id=inputs.pad_token_id)
-        step_once(first, batch)
+        given = StepInput(batch, totals(batch))
+        take_optimizer_step(first, given)
         saved = checkpointer.save(1, first.state_dict(), model, inputs.tokenizer)
-        step_once(first, batch)
+        take_optimizer_step(first, given)
         expected = _on_cpu(model)
         del first
         restored = _on_cpu(policy.load_model(config.model, torch.device("cpu"), weights=saved))
         model.load_state_dict(restored)
         second = learner()
         second.load_state_dict(checkpointer.restore(saved, model.device))
-    step_once(second, batch)
+    take_optimizer_step(second, given)
     off, step = _distance(_on_cpu(model), expected), _distance(restored, expected)
     if not off <= (0 if model.device.type == "cpu" else GPU_DRIFT * step):
         raise CheckFailed(f"the step after a resume is off by {off:.2g}, a step is {step:.2g} (norms)")

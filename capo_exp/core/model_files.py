@@ -71,8 +71,10 @@ def read_facts(config: ModelConfig) -> PreTrainedConfig:
         )
 
 
-def check_logits(config: ModelConfig, facts: PreTrainedConfig) -> None:
-    """Refuses a model whose logits are not W h, and dropout where it would tell learner from sampler."""
+def check_logits(config: ModelConfig) -> None:
+    """Refuses a model whose own config.json, which alone is read, says that its logits are not W h, and
+    dropout where it would tell learner from sampler."""
+    facts = read_facts(config)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         value = getattr(facts, name, None)
         if value not in (None, 1.0):
@@ -81,11 +83,8 @@ def check_logits(config: ModelConfig, facts: PreTrainedConfig) -> None:
             )
     # transformers checkpoints activations in training mode only, where dropout would make learner and sampler
     # disagree.
-    dropout = {
-        name: value
-        for name, value in facts.to_dict().items()
-        if name.endswith(("dropout", "pdrop")) and value
-    }
+    dropouts = {k: v for k, v in facts.to_dict().items() if k.endswith(("dropout", "pdrop"))}
+    dropout = {name: value for name, value in dropouts.items() if value}
     if config.gradient_checkpointing and dropout:
         raise ConfigError(
             f"model.gradient_checkpointing=true: expected a model without dropout, got {dropout}"

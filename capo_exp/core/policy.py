@@ -65,15 +65,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_logits(config: ModelConfig) -> None:
-    """Reads the model's own config, not its weights.
-
-    Raises:
-        ConfigError: if it cannot be found, or its logits are not W h.
-    """
-    model_files.check_logits(config, model_files.read_facts(config))
-
-
 def check_length(config: ModelConfig, tokens: int) -> None:
     """Compares the longest prompt and completion with the positions that the model was made for.
 
@@ -219,10 +210,8 @@ def _states(model: PreTrainedModel, batch: Batch, *, extra: int, pack: bool) -> 
 def _states_by_prompt(model: PreTrainedModel, batch: Batch, *, extra: int) -> Tensor:
     """Computes the same with one pass over each prompt and one over the completions, which attend to their
     prompt's keys and values; gradients flow through them."""
-    width, end = (
-        batch.input_ids.shape[1] - batch.completion_mask.shape[1],
-        batch.input_ids.shape[1] - 1 + extra,
-    )
+    end = batch.input_ids.shape[1] - 1 + extra
+    width = batch.input_ids.shape[1] - batch.completion_mask.shape[1]
     groups, group_of_row = batch.group_ids.unique(return_inverse=True)
     rows = torch.arange(len(group_of_row), device=group_of_row.device)
     first = rows.new_full((len(groups),), len(rows)).scatter_reduce(0, group_of_row, rows, "amin")
@@ -295,8 +284,5 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 def _gains_on_cpu(config: ModelConfig) -> bool:
     """Returns whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512), and the model is wide enough
     to gain by it; the shipped ones are not, so their numbers are the same on every CPU."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return (
-        any(able.get(f"{unit}_bf16", False) for unit in ("amx", "avx512"))
-        and (config.hidden_size or 0) >= 512
-    )
+    able, wide = getattr(torch.cpu, "get_capabilities", dict)(), (config.hidden_size or 0) >= 512
+    return wide and any(able.get(f"{unit}_bf16", False) for unit in ("amx", "avx512"))

@@ -233,11 +233,6 @@ class StepInput:
     scored: Scored | None = None
     """All rows before the first gradient, for a token loss that declares `whole_step`."""
 
-    def old_log_probs(self, own: Float[Tensor, "b t"], rows: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
-        """Returns those by the weights that sampled, of a micro-batch whose `own` are the policy's as it
-        is."""
-        return own if self.stored is None else self.stored[rows, : own.shape[1]]
-
 
 @dataclass(frozen=True)
 class TokenLossInput:
@@ -254,14 +249,6 @@ class TokenLossInput:
     rows: Int[Tensor, " B"] | None = None  # int64, which rows of `step` these are
     ref_log_probs: Float[Tensor, "B T"] | None = None
     """Nats, of the reference, without a graph; the policy's own where nothing needs one."""
-
-    @classmethod
-    def of(cls, batch: Batch, output: PolicyOutput, old_log_probs: Float[Tensor, "B T"]) -> "TokenLossInput":
-        """Gathers the tensors of a micro-batch whose advantages are corrected."""
-        return cls(
-            output.log_probs, old_log_probs, batch.sampler_log_probs, batch.advantages, batch.completion_mask,
-            output.entropy,
-        )  # fmt: skip
 
     def of_step(self, decide: Callable[[Scored], Tensor]) -> Tensor:
         """Returns these rows, [B] or [B, T], of what is decided about the whole step."""

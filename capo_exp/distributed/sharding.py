@@ -39,10 +39,7 @@ def shard(model: PreTrainedModel, world: World, *, gather: str, body: Callable[.
     mesh = init_device_mesh(model.device.type, (world.size,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     precision = half if gather == "bfloat16" else MixedPrecisionPolicy()
-    for unit in (
-        *decoder_layers(model),
-        model,
-    ):  # the root, too, is shared out again, or a pass without gradients leaves it whole
+    for unit in (*decoder_layers(model), model):  # else a pass without gradients leaves the root whole
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the parts of the loss add up; torch's default is their mean

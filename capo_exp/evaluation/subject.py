@@ -20,6 +20,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import as_data
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
+from capo_exp.core.model_files import check_logits
 from capo_exp.core.types import Prompt, RolloutGroup
 from capo_exp.data.contamination import find_overlap
 from capo_exp.data.prepare import choose_problems, order_evaluation, read_split
@@ -55,7 +56,7 @@ class Subject:
         self._log_folder = log_folder
         self.device = policy.choose_device(config.device)
         self.dtype = policy.choose_dtype(config.model, self.device)
-        policy.check_logits(config.model)
+        check_logits(config.model)
         longest = config.dataset.longest_row
         policy.check_length(config.model, longest)
         self.tokenizer = policy.load_tokenizer(config.model)

@@ -42,14 +42,14 @@ def decode(
         generator: draws the tokens.
 
     Returns:
-        Tokens [P * G, T], 0 after the end, and their log-probs [nats] under the full softmax at the
+        Tokens [P * G, T], -1 after the end, and their log-probs [nats] under the full softmax at the
         temperature, which is the learner's, whatever top_k and top_p leave to sample from.
     """
     input_ids, mask, size = prompts["input_ids"], prompts["attention_mask"], request.group_size
     rows = input_ids.shape[0] * size
     room = input_ids.new_tensor(request.room())
     limit, room = int(room.max()), room.repeat_interleave(size)
-    tokens = input_ids.new_zeros(rows, limit)
+    tokens = input_ids.new_full((rows, limit), -1)
     log_probs = torch.zeros(rows, limit, device=input_ids.device)
     cut, ending = make_cut(request.top_k, request.top_p), torch.tensor(ends, device=input_ids.device)
     cache = DynamicCache(config=model.config)

@@ -80,17 +80,13 @@ class HFRollout:
             torch.compiler.set_stance("force_eager"),  # model.compile is for the learner's passes
         ):
             tokens, log_probs = decode(self._model, encoded, request, self._ends, generator)
-        ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device)).cumsum(1)
-        lengths = ((ended == 0).sum(1) + 1).tolist()
-        known = zip(request.beginnings(), request.room(), strict=True)
-        begun = [each for each in known for _ in range(request.group_size)]
+        lengths = (tokens >= 0).sum(1).tolist()
+        begun = [ids for ids in request.beginnings() for _ in range(request.group_size)]
         rows: list[list[int]] = []
         scores: list[list[float]] = []
-        sampled = zip(begun, tokens.tolist(), log_probs.tolist(), lengths, strict=True)
-        for (ids, room), new, own, length in sampled:
-            count = min(length, room)
-            rows.append([*ids, *new[:count]])
-            scores.append([*[nan] * len(ids), *own[:count]])
+        for ids, new, own, length in zip(begun, tokens.tolist(), log_probs.tolist(), lengths, strict=True):
+            rows.append([*ids, *new[:length]])
+            scores.append([*[nan] * len(ids), *own[:length]])
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [
             Completion(tuple(ids), tuple(own), text, truncated=ids[-1] not in self._ends)

@@ -7,6 +7,7 @@ pyproject.toml, so that a `vllm serve` beside an installed capo_exp knows it too
 
 import base64
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from safetensors.torch import load
@@ -15,7 +16,6 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 BACKEND = "safetensors"
-_registered = False
 
 
 @dataclass
@@ -59,9 +59,7 @@ class SafetensorsWeightTransferEngine(WeightTransferEngine[SafetensorsInitInfo, 
         """Nothing is held."""
 
 
+@cache
 def register() -> None:
     """Makes the backend known; vLLM calls this in each of its processes, possibly more than once."""
-    global _registered
-    if not _registered:
-        WeightTransferEngineFactory.register_engine(BACKEND, SafetensorsWeightTransferEngine)
-        _registered = True
+    WeightTransferEngineFactory.register_engine(BACKEND, SafetensorsWeightTransferEngine)

@@ -11,6 +11,7 @@ from capo_exp.algorithms.protocols import Algorithm, build_algorithm
 from capo_exp.config.build import build_part
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
+from capo_exp.core.model_files import check_logits
 from capo_exp.curvature.backend import choose_kernel
 from capo_exp.data.prepare import Data, prepare
 from capo_exp.data.prompts import fingerprint
@@ -49,7 +50,7 @@ def read_inputs(config: TrainConfig, world: World = SINGLE, device: torch.device
     """
     algorithm = build_algorithm(config.algo)
     device = device or policy.choose_device(config.device)
-    policy.check_logits(config.model)
+    check_logits(config.model)
     choose_kernel(config.curvature.kernel, device)
     policy.check_length(config.model, config.dataset.longest_row)
     tokenizer = policy.load_tokenizer(config.model)

@@ -26,7 +26,7 @@ from capo_exp.training.optimizer import (
     make_schedule,
     reset_moments,
 )
-from capo_exp.training.passes import Passes, Select
+from capo_exp.training.passes import Passes, SelectRows
 from capo_exp.training.returned import as_kind, as_selection
 from capo_exp.training.scoring import StepModel, predict_step
 
@@ -166,7 +166,7 @@ class Learner:
         part = self.algorithm.selection
         return as_selection(part(scored), scored.batch.completion_mask, "algo.selection", part)
 
-    def _gradient(self, given: StepInput, select: Select, watch: Stopwatch) -> Gradient:
+    def _gradient(self, given: StepInput, select: SelectRows, watch: Stopwatch) -> Gradient:
         return self._passes.gradient(given, self._step_model(given.totals), select, watch)
 
     def _step_model(self, totals: BatchTotals) -> StepModel:

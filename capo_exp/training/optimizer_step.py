@@ -5,9 +5,9 @@ from math import isfinite
 import torch
 
 from capo_exp.config.errors import RunFailed
-from capo_exp.core.batch import CutSize, padding_share, totals
+from capo_exp.core.batch import CutSize, padding_share
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, StepInput, StepRecord
+from capo_exp.core.types import StepInput, StepRecord
 from capo_exp.training.instruments import look_after, look_before
 from capo_exp.training.learner import Learner
 from capo_exp.training.step_metrics import gradient_metrics
@@ -55,8 +55,3 @@ def _check_rate(learner: Learner) -> None:
         if not group["lr"] * factor <= torch.finfo(torch.float32).max:
             number = learner.optimizer_step + 1
             raise TrainingDiverged(f"optimizer step {number}: not finite: a step at rate {group['lr']:g}")
-
-
-def step_once(learner: Learner, batch: Batch) -> tuple[dict[str, float], StepRecord]:
-    """Takes the first and only optimiser step on a batch, all of whose rows count."""
-    return take_optimizer_step(learner, StepInput(batch, totals(batch)))

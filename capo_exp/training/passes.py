@@ -29,7 +29,7 @@ from capo_exp.training.loss import compute_loss
 from capo_exp.training.returned import as_tensor
 from capo_exp.training.scoring import StepModel, score
 
-Select = Callable[[Tensor, Scored], Selection]
+SelectRows = Callable[[Tensor, Scored], Selection]
 """Selects tokens of a micro-batch, given its row numbers [b] too."""
 Correction = Callable[[Tensor, Tensor], Tensor]
 """Weights [b, t] of tokens, given log-ratios of learner and sampler [b, t] nats and the completions' mask."""
@@ -47,7 +47,7 @@ class Passes:
     settings: policy.ForwardSettings
     world: World
 
-    def gradient(self, given: StepInput, step: StepModel, select: Select, watch: Stopwatch) -> Gradient:
+    def gradient(self, given: StepInput, step: StepModel, select: SelectRows, watch: Stopwatch) -> Gradient:
         """Adds up the micro-batches' gradients and clips them."""
         pieces: list[tuple[Tensor, StepRecord]] = []
         outputs: list[tuple[Tensor, PolicyOutput]] = []
@@ -91,8 +91,8 @@ class Passes:
         return join_dealt(pieces, batch.completion_mask, self.world)
 
     def _learn(
-        self, given: StepInput, rows: Tensor, cut: Batch, step: StepModel, select: Select, watch: Stopwatch,
-        *, spare: bool,
+        self, given: StepInput, rows: Tensor, cut: Batch, step: StepModel, select: SelectRows,
+        watch: Stopwatch, *, spare: bool,
     ) -> tuple[Tensor, StepRecord]:  # fmt: skip
         """Adds a micro-batch's gradient to that of the weights and returns its loss; `spare` does without the
         pass if no log-prob moves the loss."""
@@ -118,13 +118,17 @@ class Passes:
                 self.model, cut, self.settings, top_k=numbers.top_k, hidden_shift=numbers.hidden_shift
             )
         seen = output.detached()
-        old = given.old_log_probs(seen.log_probs, rows)
+        old = seen.log_probs if given.stored is None else given.stored[rows, : seen.log_probs.shape[1]]
         weights = self.correction(old - cut.sampler_log_probs, cut.completion_mask)
         as_tensor(weights, "B T", cut.completion_mask.shape, "rollout.correction", self.correction)
         cut = replace(cut, advantages=cut.advantages * weights)
         with watch("curvature"):
             scored = score(cut, seen, old, step)
-        return replace(TokenLossInput.of(cut, output, old), step=given.scored, rows=rows), weights, scored
+        inputs = TokenLossInput(
+            output.log_probs, old, cut.sampler_log_probs, cut.advantages, cut.completion_mask, output.entropy,
+            given.scored, rows,
+        )  # fmt: skip
+        return inputs, weights, scored
 
     def _idle(self, given: StepInput, cut: Batch) -> PolicyOutput:
         """Makes the passes of a micro-batch with an idle one, whose gradient is 0."""

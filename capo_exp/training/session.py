@@ -186,14 +186,9 @@ def open_session(
         learner.load_state_dict(state)
     stack.callback(engine.close)
     stack.callback(inputs.verifier.close)
-    writers: tuple[Any, Any, Any] = (Silent(), Silent(), Silent())
-
-    def open_writers() -> None:
-        nonlocal writers
-        writers = _open_writers(config, inputs, directory, counters, stack, draw)
-
-    world.first(open_writers)
-    record, logger, progress = writers
+    opened: list[Any] = []  # not the result of `first`, which would send them to the other processes
+    world.first(lambda: opened.extend(_open_writers(config, inputs, directory, counters, stack, draw)))
+    record, logger, progress = opened or [Silent()] * 3
     for line in (*inputs.data.lines(), *_show_first(inputs.data.train)):
         progress.message(line)
     world.together(lambda: engine.start(_engine_folder(directory, world), inputs.data.train))
