@@ -41,7 +41,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from capo_exp.algorithms.protocols import build_algorithm
-from capo_exp.config.memory import estimate
+from capo_exp.config.memory import estimate_memory
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from capo_exp.core import policy
@@ -162,7 +162,7 @@ def child(folder: str, overrides: list[str]) -> None:
     config = compose_config([*overrides, f"model.path={folder}", f"output_dir={folder}/outputs"])
     take_steps(config)
     peak = resident("VmHWM") - before
-    estimated = estimate(config, gpu=False).total
+    estimated = estimate_memory(config, gpu=False).total
     sys.stdout.write(f"\n{json.dumps([peak, estimated])}\n")
 
 

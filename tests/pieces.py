@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.cli import front
-from capo_exp.config.build import needs_reference
+from capo_exp.config.build import holds_reference
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing
 from capo_exp.core.batch import totals
@@ -69,12 +69,12 @@ def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float
         model: stays as it is.
         distance: standard deviation of the noise that tells the reference's weights from the model's.
     """
-    reference = copy.deepcopy(model).requires_grad_(False) if needs_reference(config.algo) else None
+    reference = copy.deepcopy(model).requires_grad_(False) if holds_reference(config.algo) else None
     if reference is not None and distance:
         generator = torch.Generator().manual_seed(0)
         for parameter in reference.parameters():
             parameter.add_(distance * torch.randn(parameter.shape, generator=generator))
-    model = packing.prepare(copy.deepcopy(model)) if config.model.pack else copy.deepcopy(model)
+    model = packing.prepare_model(copy.deepcopy(model)) if config.model.pack else copy.deepcopy(model)
     return Learner(model, reference, build_algorithm(config.algo), config, torch.float32)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from capo_exp.cli.compose import find_choices
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.memory import estimate
+from capo_exp.config.memory import estimate_memory
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.core.types import Batch
@@ -225,7 +225,7 @@ def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
 def test_processes_share_what_is_sharded(composed: Compose) -> None:
     """Weights, gradients and Adam; each has the optimiser model's moments and its micro-batch's logits."""
     one, eight = (
-        estimate(composed("model=tiny", "rollout=vllm", *more), gpu=True)
+        estimate_memory(composed("model=tiny", "rollout=vllm", *more), gpu=True)
         for more in ([], ["distributed=fsdp2", "distributed.processes=8"])
     )
     for part in ("weights", "gradients", "adam", "records"):

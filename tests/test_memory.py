@@ -19,7 +19,7 @@ from capo_exp.config.memory import (
     Memory,
     check_memory,
     count_parameters,
-    estimate,
+    estimate_memory,
     human,
     measure_memory,
 )
@@ -58,16 +58,16 @@ def test_the_kinds_are_counted_exactly(kind: str) -> None:
 
 
 def test_weights_are_float32_and_adam_has_two_moments(composed: Composed) -> None:
-    parts = estimate(composed("algo.kl_coefficient=0.1"), gpu=True)
+    parts = estimate_memory(composed("algo.kl_coefficient=0.1"), gpu=True)
     assert parts.weights == parts.gradients == parts.reference == parts.adam // 2 == 4 * PARAMETERS
-    assert estimate(composed("algo=grpo"), gpu=True).reference == 0
+    assert estimate_memory(composed("algo=grpo"), gpu=True).reference == 0
 
 
 def test_bfloat16_weights_leave_the_rest_of_their_bits_to_the_optimiser(composed: Composed) -> None:
     """2 bytes of a weight, 2 of its gradient, 2 x 4 of its moments and 2 of its other bits; no copy in
     bfloat16 for a forward pass."""
     whole, half = (
-        estimate(composed("algo.kl_coefficient=0.1", f"model.load_dtype={kind}"), gpu=True)
+        estimate_memory(composed("algo.kl_coefficient=0.1", f"model.load_dtype={kind}"), gpu=True)
         for kind in ("float32", "bfloat16")
     )
     assert half.weights == half.gradients == half.reference == 2 * PARAMETERS
@@ -86,13 +86,13 @@ def test_activations_by_hand(composed: Composed) -> None:
     lengths = ["dataset.max_prompt_tokens=10", "dataset.max_completion_tokens=6"]
     config = composed(*overrides, *lengths, "model.num_key_value_heads=1")
     tokens, kept = 16 * 16, 32 + 16 + 32 + 64 + 16
-    assert estimate(config, gpu=False).activations == 4 * tokens * 3 * kept
+    assert estimate_memory(config, gpu=False).activations == 4 * tokens * 3 * kept
     checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))
-    assert estimate(checkpointed, gpu=False).activations == 4 * tokens * (3 * 8 + kept)
+    assert estimate_memory(checkpointed, gpu=False).activations == 4 * tokens * (3 * 8 + kept)
     flash = replace(config, model=replace(config.model, attn_implementation="flash_attention_2"))
-    assert estimate(flash, gpu=False).activations == 4 * tokens * 3 * (kept - 16)
+    assert estimate_memory(flash, gpu=False).activations == 4 * tokens * 3 * (kept - 16)
     # five copies of [a chunk's tokens, V], and the gradient of [V, H]
-    logits = estimate(composed("model.logits_chunk_tokens=512"), gpu=False).logits
+    logits = estimate_memory(composed("model.logits_chunk_tokens=512"), gpu=False).logits
     assert logits == 4 * (5 * 512 * 1024 + 1024 * 128)
 
 
@@ -100,10 +100,10 @@ def test_what_curvature_holds(composed: Composed) -> None:
     """Of each of 96 x 96 tokens the hidden state and a float and an int64 of each of 50; and two tables."""
     tables = 2 * 4 * 1024 * 128
     remembered = 96 * 96 * (4 * 128 + 12 * 50)
-    parts = estimate(composed(), gpu=False)
+    parts = estimate_memory(composed(), gpu=False)
     assert (parts.records, parts.moments) == (remembered, tables)
-    assert estimate(composed("curvature.optimizer_model=sgd"), gpu=False).moments == 0
-    assert estimate(composed("curvature.moments_dtype=bfloat16"), gpu=False).moments == tables // 2
+    assert estimate_memory(composed("curvature.optimizer_model=sgd"), gpu=False).moments == 0
+    assert estimate_memory(composed("curvature.moments_dtype=bfloat16"), gpu=False).moments == tables // 2
 
 
 def test_kv_cache_of_a_call(composed: Composed) -> None:
@@ -118,10 +118,10 @@ def test_kv_cache_of_a_call(composed: Composed) -> None:
         ([one_problem, "rollout.chunking=per_micro_batch"], 16),
         (["algo=a_star_po", "regime.group_size=1"], 512),  # of the reference, 8 a prompt
     ):
-        assert estimate(composed(*overrides), gpu=False).kv_cache == rows * row
+        assert estimate_memory(composed(*overrides), gpu=False).kv_cache == rows * row
     longer = 2 * 4 * (160 + 96) * (256 + 128) + 5 * 4 * 1024  # a state's tokens, and a completion of another
-    assert estimate(composed("algo=vineppo", one_problem, limit), gpu=False).kv_cache == 18 * longer
-    assert estimate(composed("rollout=vllm"), gpu=False).kv_cache == 0
+    assert estimate_memory(composed("algo=vineppo", one_problem, limit), gpu=False).kv_cache == 18 * longer
+    assert estimate_memory(composed("rollout=vllm"), gpu=False).kv_cache == 0
 
 
 def test_rows_of_parts_of_solutions_are_as_long_as_both(composed: Composed) -> None:
@@ -132,7 +132,7 @@ def test_rows_of_parts_of_solutions_are_as_long_as_both(composed: Composed) -> N
         "model.micro_batch_size=2",
         "model.attn_implementation=none",
     )
-    whole, parts = (estimate(composed(f"algo={name}", *pairs), gpu=False) for name in ("dpo", "mdpo"))
+    whole, parts = (estimate_memory(composed(f"algo={name}", *pairs), gpu=False) for name in ("dpo", "mdpo"))
     assert parts.activations * (64 + 96) == whole.activations * (64 + 2 * 96)
 
 
@@ -145,10 +145,10 @@ def test_sampling_and_differentiating_never_meet() -> None:
 
 def test_a_gpu_computes_in_bfloat16(composed: Composed) -> None:
     config = composed()
-    here, gpu = estimate(config, gpu=False), estimate(config, gpu=True)
+    here, gpu = estimate_memory(config, gpu=False), estimate_memory(config, gpu=True)
     assert gpu.activations < here.activations and gpu.kv_cache < here.kv_cache
     same = replace(config, model=replace(config.model, compute_dtype="float32"))
-    assert estimate(same, gpu=True) == here
+    assert estimate_memory(same, gpu=True) == here
 
 
 def with_memory(monkeypatch: pytest.MonkeyPatch, free: float, total: float = 80e9) -> None:
@@ -263,7 +263,7 @@ def test_the_table_of_what_fits_is_the_plans(composed: Composed, tmp_path: Path)
         cells = [repository, ""]
         for kind in ("float32", "bfloat16"):
             config = composed(*place, *few, f"model.load_dtype={kind}")
-            needed = estimate(config, gpu=True).total
+            needed = estimate_memory(config, gpu=True).total
             card = next((f"{size} GB" for size in (24, 80, 141) if needed < 0.9e9 * size), "none")
             cells += [human(needed), card]
         cells[1] = f"{count_parameters(config.model.architecture) / 1e6:,.0f} M"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capo_exp.cli.compose import compose_config
-from capo_exp.config.build import build_part, needs_reference
+from capo_exp.config.build import build_part, holds_reference
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
@@ -200,10 +200,10 @@ def test_its_mistakes_are_told_like_the_packages(bold: Bold, overrides: list[str
 
 
 def test_what_it_declares_decides_about_the_reference(bold: Bold) -> None:
-    assert not needs_reference(bold().algo)
+    assert not holds_reference(bold().algo)
     charged = bold("algo.shaping.beta=0.1", "algo.reference_reset_every=5")
     check(charged)
-    assert needs_reference(charged.algo)
+    assert holds_reference(charged.algo)
 
 
 def plan_of(*arguments: str) -> int:

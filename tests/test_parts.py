@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from capo_exp.algorithms.kinds import Positive
-from capo_exp.config.build import build_part, check_target, declares_inside
+from capo_exp.config.build import build_part, check_target, part_declares
 from capo_exp.config.declare import compares_group, declares, needs_kl, ordered, whole_step
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
@@ -175,7 +175,7 @@ def test_a_part_inside_a_part_inside_a_part_declares() -> None:
     loss = {"_target_": "capo_exp.algorithms.dppo.anchored", "token_loss": loss, "sampler_share": 1.0}
     outer = {"_target_": "capo_exp.algorithms.cpgd.reweighted", "token_loss": loss}
     for what in ("needs_reference", "compares_group", "regresses", "whole_step"):
-        assert declares_inside(outer, "algo.token_loss", what), what
+        assert part_declares(outer, "algo.token_loss", what), what
 
 
 def numbers_without_range(kind: Any) -> Iterator[Any]:

@@ -109,7 +109,7 @@ def test_shared_prompts_and_packed_rows_change_neither_values_nor_gradients(
         for tensor in (batch.input_ids, batch.attention_mask):
             tensor[row, :5] = tensor[row - 1, :5]
     batch = take(batch, torch.tensor([3, 0, 5, 1, 2]))  # a group in two places, and one that is not whole
-    packing.prepare(small_model)  # which leaves padded rows as they are
+    packing.prepare_model(small_model)  # which leaves padded rows as they are
     tokens = int(batch.attention_mask[:, : 5 + length - 1 + hidden_shift].sum())
     computed: list[int] = []
     small_model.get_input_embeddings().register_forward_hook(
@@ -222,7 +222,7 @@ def test_models_that_mix_neighbours_are_not_packed(small_model: PreTrainedModel)
         model = copy.deepcopy(small_model)
         setattr(model.config, name, value)
         with pytest.raises(ConfigError, match=r"^model\.pack=.*expected false for this"):
-            packing.prepare(model)
+            packing.prepare_model(model)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_an_evaluation_that_the_engine_or_the_verifier_failed_in_is_made_up_for(
     whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch, failure: type[RunFailed]
 ) -> None:
     """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
-    calls, evaluate = [], train.evaluate
+    calls, evaluate = [], train.evaluate_policy
 
     def fails_first(*args: object, **kwargs: object) -> dict[str, float]:
         calls.append(len(calls))
@@ -162,7 +162,7 @@ def test_an_evaluation_that_the_engine_or_the_verifier_failed_in_is_made_up_for(
             raise failure("vLLM: sampling for 6 prompts: its process ended with exit code -9")
         return evaluate(*args, **kwargs)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(train, "evaluate", fails_first)
+    monkeypatch.setattr(train, "evaluate_policy", fails_first)
     for kept in ("nothing was trained yet", "step 2 is saved", "step 3 is saved"):
         with pytest.raises(failure, match=f"exit code -9\n{kept}; the same command goes on from there"):
             train.run(small())

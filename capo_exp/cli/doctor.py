@@ -58,7 +58,7 @@ class Row:
 
 CHECKS = (
     Check("versions", checks.compare_versions, "pip install -e ."),
-    Check("device", checks.find_device, "device=auto"),
+    Check("device", checks.show_device, "device=auto"),
     Check(
         "memory",
         checks.compare_memory,

@@ -78,7 +78,7 @@ def compare_versions(config: TrainConfig) -> Result:
     return Result(", ".join(f"{name} {version}" for name, version in found.items()))
 
 
-def find_device(config: TrainConfig) -> Result:
+def show_device(config: TrainConfig) -> Result:
     """Where the learner computes; several processes find each other there, and shard the model."""
     import torch
 
@@ -216,7 +216,7 @@ def compare_disk(config: TrainConfig) -> Result:
     """Room for the checkpoints that stay and the one being written."""
     output = Path(config.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.is_dir())
-    parts, count = memory.estimate(config, gpu=False), config.checkpoint.keep + 1
+    parts, count = memory.estimate_memory(config, gpu=False), config.checkpoint.keep + 1
     size = parts.weights + parts.adam + parts.moments
     free = shutil.disk_usage(folder).free
     seen = f"{count} checkpoints of {memory.human(size)}; free {memory.human(free)} in {folder}"

@@ -202,15 +202,15 @@ def _stands_in(package: str, found: object) -> bool:
     return isinstance(found, FunctionType | type) and f"{found.__module__}.".startswith(f"{package}.")
 
 
-def needs_reference(algo: AlgoConfig) -> bool:
+def holds_reference(algo: AlgoConfig) -> bool:
     """Returns whether a run holds a frozen reference model, for the loss, the shaping or the credit."""
     parts = {"algo.shaping": algo.shaping, "algo.credit": algo.credit}
     numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
     in_reward = any(number is not None and part.get(number) != 0 for part, number in numbers)
-    in_loss = declares_inside(algo.token_loss, "algo.token_loss", "needs_reference")
+    in_loss = part_declares(algo.token_loss, "algo.token_loss", "needs_reference")
     return algo.kl_coefficient > 0 or in_reward or in_loss
 
 
-def declares_inside(part: Mapping[str, Any], key: str, what: str) -> bool:
+def part_declares(part: Mapping[str, Any], key: str, what: str) -> bool:
     """Returns whether a part, or one inside it, declares something."""
     return any(declares(locate(each, where), what) for where, each in find_parts(part, key))

@@ -121,7 +121,7 @@ def _check_sampling(config: TrainConfig) -> None:
     if rollout.train_engine is not None and not target.endswith(".uncorrected"):
         wanted = "rollout/correction=none with rollout.train_engine, whose completions nobody sampled"
         raise error("rollout.correction._target_", target, wanted)
-    regresses = build.declares_inside(config.algo.token_loss, "algo.token_loss", "regresses")
+    regresses = build.part_declares(config.algo.token_loss, "algo.token_loss", "regresses")
     if regresses and not target.endswith(".uncorrected"):
         wanted = f"rollout/correction=none with algo={config.algo.name}, of which the advantage is a target"
         raise error("rollout.correction._target_", target, wanted)
@@ -225,11 +225,11 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.regime.group_size == 1 and declares(advantage, "compares_group"):
         wanted = f"at least 2, since {advantage.__name__} compares the completions of a prompt"
         raise error("regime.group_size", 1, wanted)
-    compares = build.declares_inside(algo.token_loss, "algo.token_loss", "compares_group")
+    compares = build.part_declares(algo.token_loss, "algo.token_loss", "compares_group")
     if algo.num_minibatches > 1 and compares:
         wanted = f"1 with algo={algo.name}, whose loss compares the completions of a prompt"
         raise error("algo.num_minibatches", algo.num_minibatches, wanted)
-    if algo.reference_reset_every and not build.needs_reference(algo):
+    if algo.reference_reset_every and not build.holds_reference(algo):
         raise error("algo.reference_reset_every", algo.reference_reset_every, "0 without a KL to a reference")
     _check_samples(config)
     _check_budget(config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from capo_exp.config.architecture import Architecture
-from capo_exp.config.build import needs_reference
+from capo_exp.config.build import holds_reference
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 
@@ -58,7 +58,7 @@ class Memory:
         return sum(vars(self).values()) - min(differentiating, sampling)
 
 
-def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
+def estimate_memory(config: TrainConfig, *, gpu: bool) -> Memory:
     """Estimates the parts; a GPU computes in bfloat16 where model.compute_dtype is auto.
 
     Raises:
@@ -96,7 +96,7 @@ def estimate(config: TrainConfig, *, gpu: bool) -> Memory:
         weights=kept * parameters,
         gradients=kept * parameters,
         adam=(2 * FLOAT + FLOAT - kept) * parameters,  # bfloat16 weights have the rest of their bits there
-        reference=kept * parameters if needs_reference(config.algo) else 0,
+        reference=kept * parameters if holds_reference(config.algo) else 0,
         moments=2 * moment * entries if config.curvature.optimizer_model == "adam" else 0,
         # The hidden state, and probabilities and ids of the top K.
         records=batch * dataset.max_completion_tokens * FLOAT * (width + 3 * config.curvature.top_k),
@@ -198,7 +198,7 @@ def check_memory(config: TrainConfig, device: str) -> str:
         ConfigError: The run does not fit; names the keys to lower.
     """
     gpu, (free, total) = device != "cpu", measure_memory(device)
-    memory, engine = estimate(config, gpu=gpu), estimate_engine(config, gpu=gpu, total=total)
+    memory, engine = estimate_memory(config, gpu=gpu), estimate_engine(config, gpu=gpu, total=total)
     beside = f", engine {human(engine)}" if engine else ""
     processes = config.distributed.processes
     each = f" for each of {processes} processes" if processes > 1 else ""

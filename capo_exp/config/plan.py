@@ -2,7 +2,7 @@
 
 from capo_exp.config.architecture import NEEDS
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.memory import KINDS, engine_weights, estimate, find_device, human
+from capo_exp.config.memory import KINDS, engine_weights, estimate_memory, find_device, human
 from capo_exp.config.schema import TrainConfig
 
 NAMES = {"kv_cache": "KV cache", "adam": "Adam"}
@@ -52,7 +52,7 @@ def _memory(config: TrainConfig) -> str:
     except ConfigError:  # which says more, to a run
         return f"memory: config.json cannot be read; needs {NEEDS}"
     device = find_device(config.device)
-    memory = estimate(config, gpu=device != "cpu")
+    memory = estimate_memory(config, gpu=device != "cpu")
     kind = "" if shape.model_type in KINDS else f" ({shape.model_type} counted as {KINDS[0]})"
     shared = config.distributed
     where = device if shared.name == "single" else f"each of {shared.world_size} processes ({device})"

@@ -20,7 +20,7 @@ SDPA = "capo_exp_packed_sdpa"
 """What sdpa is called where packed rows pass through it, too."""
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     """Lets a model take packed rows beside padded ones, in place.
 
     Raises:

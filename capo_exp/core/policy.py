@@ -117,7 +117,7 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.pack:
-        packing.prepare(model)
+        packing.prepare_model(model)
     for layer in decoder_layers(model) if config.compile else ():
         layer.compile(dynamic=True)  # one graph for all layers and lengths
     return model.to(device=device).eval()

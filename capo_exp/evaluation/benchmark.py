@@ -28,7 +28,7 @@ from capo_exp.evaluation.stored import write_rows
 from capo_exp.grading.verifier import Verifier
 from capo_exp.runs.files import remove, write_json
 from capo_exp.runs.lock import is_locked, locked
-from capo_exp.runs.parse import is_parquet, read_parquet
+from capo_exp.runs.parse import is_parquet, read_rows
 
 Scores = dict[str, Any]
 Sample = Callable[[Sequence[Prompt], int], Sequence[RolloutGroup]]
@@ -119,9 +119,9 @@ def _answered_rows(parts: Path, card: Card, benchmark: Benchmark, sample: Sample
             if not is_parquet(ungraded):
                 groups = sample(some, derive_seed(seed, EVALUATION, number))
                 write_rows(ungraded, _rows(groups, start))
-            write_rows(part, _graded(read_parquet(ungraded), benchmark.verifier))
+            write_rows(part, _graded(read_rows(ungraded), benchmark.verifier))
             ungraded.unlink()
-        rows += read_parquet(part)
+        rows += read_rows(part)
         if fresh:
             sampled += len(some)
             told(sampled, start + len(some), sum(row["correct"] for row in rows) / samples)

@@ -33,7 +33,7 @@ def grade_groups(verifier: Verifier, groups: Sequence[RolloutGroup]) -> RewardRe
     return verifier.score(texts, [each.golds for each in asked], [each.problem for each in asked])
 
 
-def evaluate(
+def evaluate_policy(
     engine: RolloutEngine,
     verifier: Verifier,
     prompts: Sequence[Prompt],

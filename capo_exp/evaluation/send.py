@@ -8,7 +8,7 @@ from typing import Any
 from capo_exp.config.errors import RunFailed, brief
 from capo_exp.runs.files import remove
 from capo_exp.runs.local_sinks import TensorBoardSink, TrackioSink
-from capo_exp.runs.parse import read_parquet
+from capo_exp.runs.parse import read_rows
 from capo_exp.runs.samples import Sample
 from capo_exp.runs.trackers import Sink
 from capo_exp.runs.wandb_sink import WandbSink, resolve_mode
@@ -32,7 +32,7 @@ def send_evaluation(tracker: str, project: str, folder: Path, name: str, scores:
         RunFailed: the tracker does not take them.
     """
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    answers = read_parquet(folder / "completions.parquet")
+    answers = read_rows(folder / "completions.parquet")
     shown = answers[:: max(1, len(answers) // EXAMPLES)][:EXAMPLES]
     rows = [[" | ".join(row[key]) if key == "gold" else row[key] for key in COLUMNS] for row in shown]
     step = card["model"]["step"] or 0

@@ -13,7 +13,7 @@ from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.grading.verifier import Verifier
 from capo_exp.runs.files import replace_file, write_json
-from capo_exp.runs.parse import read_parquet
+from capo_exp.runs.parse import read_rows
 
 COLUMNS = {"completion": ("completion",), "gold": ("gold", "answer"), "problem": ("index", "problem", "id")}
 """What a file must have -> names of the column, the first that is there."""
@@ -85,7 +85,7 @@ def _read(path: Path) -> list[Row]:
     if not path.exists():
         raise ConfigError(f"completions={path}: no such file; expected a parquet file")
     try:
-        rows = read_parquet(path)
+        rows = read_rows(path)
     except ConfigError as error:
         raise ConfigError(f"completions={path}: expected a parquet file ({error})") from error
     if not rows:

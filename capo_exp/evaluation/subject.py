@@ -34,7 +34,7 @@ from capo_exp.evaluation.send import send_evaluation
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
-from capo_exp.runs.parse import read_parquet
+from capo_exp.runs.parse import read_rows
 
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
@@ -193,7 +193,7 @@ def _evaluate(
     if command.logger != "files":
         run = f"{folder.parent.parent.parent.name}-{folder.parent.name}-{folder.name}"
         tell(f"card: {send_evaluation(command.logger, command.project, folder, run, scores)}")
-    rows = read_parquet(folder / "problems.parquet")
+    rows = read_rows(folder / "problems.parquet")
     accuracies = {f"{i} {row['id']}": row["accuracy"] for i, row in enumerate(rows)}
     return BenchmarkScore(
         target.label, target.step, target.completions, name, folder.name, scores, accuracies

@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error}); restore or remove it") from None
 
 
-def read_parquet(path: Path, kinds: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def read_rows(path: Path, kinds: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Returns all rows of a parquet file.
 
     Args:
@@ -97,7 +97,7 @@ def read_parquet(path: Path, kinds: Mapping[str, str] | None = None) -> list[dic
 
 
 def _holds(kind: Any, wanted: str) -> bool:
-    """Returns whether a type of pyarrow is what `kinds` of read_parquet says; that of nulls alone is."""
+    """Returns whether a type of pyarrow is what `kinds` of read_rows says; that of nulls alone is."""
     from pyarrow import types
 
     if types.is_null(kind):

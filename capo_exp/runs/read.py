@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
-from capo_exp.runs.parse import LoggedRow, check_row, is_parquet, read_parquet, read_yaml, scan_jsonl
+from capo_exp.runs.parse import LoggedRow, check_row, is_parquet, read_rows, read_yaml, scan_jsonl
 from capo_exp.runs.record import read_record, run_status
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]
     for number, path in sorted(list_samples(run.path).items()):
         if step in (None, number):
             try:
-                found += [{**row, "step": number} for row in read_parquet(path, COMPLETION_KINDS)]
+                found += [{**row, "step": number} for row in read_rows(path, COMPLETION_KINDS)]
             except ConfigError as error:
                 log.warning("left out: %s", error)
     return found
@@ -273,7 +273,7 @@ def find_samples(run_dir: Path) -> dict[int, Path]:
 
 def _archived(path: Path) -> list[LoggedRow]:
     """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
-    rows = read_parquet(path) if os.path.exists(path) else []
+    rows = read_rows(path) if os.path.exists(path) else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]
     try:
         for row in known:

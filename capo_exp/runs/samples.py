@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from capo_exp.runs import metrics as names
-from capo_exp.runs.parse import is_parquet, read_parquet
+from capo_exp.runs.parse import is_parquet, read_rows
 from capo_exp.runs.read import Array, LoggedRow, read_jsonl
 
 COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "truncated", "rejected")
@@ -36,7 +36,7 @@ def read_logged(run_dir: Path) -> list[LoggedRow]:
 def read_sample(run_dir: Path, step: int, *, histograms: bool) -> Sample | None:
     """Returns the completions kept at a step, and what their tokens were worth; None where there are none."""
     path = run_dir / "completions" / f"step_{step:06d}.parquet"
-    kept = read_parquet(path) if is_parquet(path) else []
+    kept = read_rows(path) if is_parquet(path) else []
     if not kept:
         return None
     shown = [

@@ -13,7 +13,7 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Completion, Prompt, RolloutGroup, UnfinishedGroup
 from capo_exp.data.prompts import choose_visits
 from capo_exp.rollout.dealt import sample
-from capo_exp.training.sampler import Drawn, Sampler, grade, make_requests
+from capo_exp.training.sampler import Drawn, Sampler, grade_drawn, make_requests
 
 Rows = dict[tuple[int, int], Completion]
 """Place of a group in the pool and of a completion in it -> the completion, as far as it is sampled."""
@@ -70,7 +70,7 @@ def draw_within_budget(
         "rollout/restarted_groups": float(sum(group.step == step for group in pool[:kept])),
     }
     spent = sum(len(rows[at].token_ids) - n for at, n in before.items())
-    drawn = grade(sampler, ended, prompts=len(pool) - kept, tokens=spent, watch=watch)
+    drawn = grade_drawn(sampler, ended, prompts=len(pool) - kept, tokens=spent, watch=watch)
     return replace(drawn, metrics=drawn.metrics | metrics, unfinished=unfinished)
 
 

@@ -15,7 +15,7 @@ from capo_exp.core import policy
 from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.distributed.world import open_world, own_device, stop_asked
-from capo_exp.evaluation.draw import evaluate
+from capo_exp.evaluation.draw import evaluate_policy
 from capo_exp.grading import GradingFailed
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.files import stop_on_disk_error
@@ -163,7 +163,7 @@ def take_step(session: Session) -> None:
 def _evaluate(session: Session) -> None:
     watch = Stopwatch()
     with watch("total"):
-        metrics = evaluate(
+        metrics = evaluate_policy(
             session.engine,
             session.inputs.verifier,
             session.inputs.data.held_out,

@@ -91,7 +91,7 @@ def draw(
     groups, scored = sample_scored(sampler, requests, watch)
     tokens = sum(len(one.token_ids) for group in groups for one in group.completions)
     known = group_size * sum(map(len, begun))
-    return grade(sampler, groups, scored, prompts=len(prompts), tokens=tokens - known, watch=watch)
+    return grade_drawn(sampler, groups, scored, prompts=len(prompts), tokens=tokens - known, watch=watch)
 
 
 def sample_scored(
@@ -153,7 +153,7 @@ def make_requests(
     ]
 
 
-def grade(
+def grade_drawn(
     sampler: Sampler,
     groups: list[RolloutGroup],
     scored: RewardResult | None = None,

@@ -118,10 +118,12 @@ def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> TextTable:
     seeds = table.pop("seed", None)
     columns: dict[tuple[str, ...], list[int]] = {}
     for place in range(len(runs)):
-        columns.setdefault(tuple(setting(row[place]) for row in table.values()), []).append(place)
+        columns.setdefault(tuple(say_value(row[place]) for row in table.values()), []).append(place)
     rows = [[key, *row] for key, row in zip(table, zip(*columns, strict=True), strict=True)]
     if seeds is not None:
-        rows.append(["seed", *(", ".join(setting(seeds[p]) for p in places) for places in columns.values())])
+        rows.append(
+            ["seed", *(", ".join(say_value(seeds[p]) for p in places) for places in columns.values())]
+        )
     return TextTable(["setting", *(_head(places, named) for places in columns.values())], rows)
 
 
@@ -130,12 +132,12 @@ def _head(places: Sequence[int], named: Sequence[str]) -> str:
     return named[places[0]] if len(places) == 1 else f"{' / '.join(sorted(stems))} ({len(places)} runs)"
 
 
-def setting(value: Any) -> str:
+def say_value(value: Any) -> str:
     """Says a config value for people."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {setting(each)}" for key, each in value.items()) or "-"
+        return ", ".join(f"{key}: {say_value(each)}" for key, each in value.items()) or "-"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
