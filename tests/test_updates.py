@@ -37,20 +37,28 @@ Batches = Callable[..., Batch]
 
 
 @pytest.mark.parametrize(
-    ("rows", "count", "sizes"), [(8, 1, [8]), (8, 4, [2] * 4), (10, 4, [3, 3, 2, 2]), (2, 4, [1, 1])]
-)
-def test_minibatches_are_a_partition(rows: int, count: int, sizes: list[int]) -> None:
-    parts = minibatches(rows, count, seed=3)
+    ("groups", "count", "sizes"),
+    [([0, 0, 1, 1], 1, [4]), ([0, 1] * 4, 4, [2] * 4), ([0] * 10, 4, [3, 3, 2, 2]), ([0, 0], 4, [1, 1]),
+     ([0, 1, 2, 0, 1, 2, 3, 3], 4, [2] * 4), ([0, 1, 2, 0, 1, 2], 2, [4, 2])],
+)  # fmt: skip
+def test_minibatches_are_a_partition(groups: list[int], count: int, sizes: list[int]) -> None:
+    """Of whole groups where there are as many, since an average over a prompt wants all its completions."""
+    group_ids = torch.tensor(groups)
+    parts = minibatches(group_ids, count, seed=3)
     assert [len(part) for part in parts] == sizes
-    assert sorted(torch.cat(parts).tolist()) == list(range(rows))
-    again = minibatches(rows, count, seed=3)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(groups)))
+    if count <= len(set(groups)):
+        of_parts = [set(group_ids[part].tolist()) for part in parts]
+        assert sum(map(len, of_parts)) == len(set(groups))
+    again = minibatches(group_ids, count, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
 def test_one_minibatch_keeps_the_order_and_several_are_drawn_anew() -> None:
-    assert minibatches(5, 1, seed=0)[0].tolist() == list(range(5))
-    first, second = (torch.cat(minibatches(40, 2, seed)).tolist() for seed in (0, 1))
-    assert first != second and first != sorted(first)
+    alone = torch.arange(40)
+    assert minibatches(alone[:5], 1, seed=0)[0].tolist() == list(range(5))
+    first, second = ([part.tolist() for part in minibatches(alone, 2, seed)] for seed in (0, 1))
+    assert first != second and first[0] != list(range(20))
 
 
 def rows_of(ours: Learner, batch: Batch, step: int = 1) -> tuple[list[list[int]], list[dict[str, float]]]:

@@ -144,12 +144,17 @@ def deal_cuts(batch: Batch, size: CutSize, world: World) -> list[tuple[Tensor, B
     return own + [(rows[:0], _idle(shortest))] * (-(-len(cuts) // world.size) - len(own))
 
 
-def minibatches(rows: int, count: int, seed: int) -> list[Tensor]:
-    """Returns the row numbers of each optimiser step of one pass over a batch: all of them in order for one,
-    else a random partition into `count` nearly equal parts (no empty ones)."""
+def minibatches(group_ids: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Returns the row numbers of each optimiser step of one pass over a batch, whose rows have these groups
+    [B]: all of them in order for one, else a random partition into `count` nearly equal parts (no empty
+    ones), of whole groups where there are as many, else of rows."""
     if count == 1:
-        return [torch.arange(rows)]
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+        return [torch.arange(len(group_ids))]
+    groups, generator = group_ids.unique(), torch.Generator().manual_seed(seed)
+    if count <= len(groups):
+        order = groups[torch.randperm(len(groups), generator=generator)]
+        return [torch.isin(group_ids, part).nonzero().squeeze(1) for part in order.tensor_split(count)]
+    order = torch.randperm(len(group_ids), generator=generator)
     return [part for part in order.tensor_split(count) if len(part)]
 
 

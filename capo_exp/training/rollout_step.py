@@ -203,7 +203,7 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
         stored = join([(seen, learner.log_probs(take(batch, seen)))], batch.completion_mask)
     for iteration in range(algorithm.num_iterations):
         seed = derive_seed(learner.config.seed, MINIBATCH, step, iteration)
-        for part in minibatches(len(kept), algorithm.num_minibatches, seed):
+        for part in minibatches(batch.group_ids.cpu(), algorithm.num_minibatches, seed):
             rows = part[kept[part].cpu()]
             if not len(rows):
                 continue
