@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
+from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.command import EvaluateCommand
 from capo_exp.evaluation.subject import weights_digest
 from capo_exp.evaluation.table import BenchmarkScore, gains
@@ -470,6 +472,33 @@ def test_completions_on_disk_are_scored_by_model_against_their_labels(
     assert shown.splitlines()[1].split()[2] == f"{100 * average:.1f}"
 
 
+@pytest.mark.slow
+def test_problems_of_benchmarks_whose_numbers_begin_again_stay_apart(
+    tmp_path: Path, evaluated: Evaluate
+) -> None:
+    table = [
+        {"index": 0, "gold": "1", "completion": r"\boxed{1}", "model": model, "benchmark": benchmark}
+        for model in "ab" for benchmark in "xy"
+    ]  # fmt: skip
+    evaluated(f"completions={write(tmp_path / 'all.parquet', table)}", f"output={tmp_path / 'out'}")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    whole = next(each for each in scores if each["benchmark"] == "all")
+    assert (whole["problems"], whole["samples"]) == (2, 1)
+
+
+def test_a_reward_function_that_was_edited_is_another_grader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    said = []
+    for body in ("1.0", "0.0"):
+        (tmp_path / "edited_reward.py").write_text(f"def score(text, answer, problem): return {body}\n")
+        function = import_module("edited_reward").score
+        monkeypatch.setattr("capo_exp.evaluation.card.locate_reward", lambda *_, found=function: found)
+        said.append(describe_grader({"_target_": "x", "function": "edited_reward.score"}))
+    assert said[0] != said[1] and said[0]["code"] == said[1]["code"]
+
+
 def test_gains_are_differences_on_the_same_problems() -> None:
     def result(model: str, step: int, right: dict[str, float]) -> BenchmarkScore:
         return BenchmarkScore(model, step, None, "b", "b-1", {}, right)
@@ -485,6 +514,10 @@ def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for table, message in (
         ([{"problem": "1?", "completion": "1"}], "problem, completion; expected also gold or answer"),
         ([], "no row; expected completions"),
+        (
+            [{"problem": "1?", "gold": "1", "completion": "1", "tokens": "many"}],
+            "tokens is string, expected a",
+        ),
     ):
         assert message in refused(capsys, f"completions={write(path, table)}")
     path.write_text("no parquet")

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from capo_exp.grading import compare
-from capo_exp.grading.compare import Grade, can_read_gold, choose_best, grade, grade_any, is_plain_number
+from capo_exp.grading.compare import (
+    Grade,
+    can_read_gold,
+    choose_best,
+    grade,
+    grade_any,
+    is_plain_number,
+    last_number_match,
+)
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import Failed, Workers
 from capo_exp.grading.spelling import RULES, spell
@@ -70,6 +78,15 @@ def test_pairs(half: int, style: str, count: int, least: float) -> None:
     assert [each for right, *each in said if each[0].correct and not right] == []
     missed = [each for right, *each in said if right and not each[0].correct]
     assert len(missed) <= (1 - least) * sum(right for _, _, right in asked), missed
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [("It is 1,234.", "1,234", True), ("so 5.0", "5", True), ("\u22125", "-5", True), ("\u22125", "5", False),
+     ("5.5", "5", False), ("94 + 85", "179", False), ("94 + 85 = 179", "179", True)],
+)  # fmt: skip
+def test_the_last_number_is_compared_as_it_is_written(text: str, gold: str, right: bool) -> None:
+    assert last_number_match(text, gold).correct is right
 
 
 def test_each_rule_does_what_its_example_says() -> None:

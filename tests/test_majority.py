@@ -37,6 +37,12 @@ def test_numbers_need_no_verifier():
     assert {text for call in judge.calls for text, _ in call} == {r"\boxed{1/0}", r"\boxed{7}"}
 
 
+def test_a_list_and_a_number_of_gigabytes_are_for_the_verifier():
+    judge = Judge(exact_match)
+    assert number_answers([["1,2", "12", "1e999999999", "7"]], judge) == [[0, 1, 2, 3]]
+    assert (r"\boxed{1e999999999}", ("12",)) in judge.calls[1]
+
+
 def test_one_call_a_round_for_all_problems():
     judge = Judge(exact_match)
     number_answers([["a", "b", "c"], ["a", "a"], ["d", "e"]], judge)

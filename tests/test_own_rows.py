@@ -123,6 +123,9 @@ def test_a_folder_with_splits_and_a_file_of_its_own_to_evaluate_on(
     assert (len(train), len(held_out)) == (5, 4)
     with pytest.raises(ConfigError, match=r"got split test, .* has the splits train, validation"):
         read(composed(*COLUMNS, path))
+    datasets.DatasetDict({"train": both["train"]}).save_to_disk(tmp_path / "one")  # is divided as a file is
+    train, held_out = read(composed(*COLUMNS, f"dataset.path={tmp_path / 'one'}"))
+    assert (len(train), len(held_out)) == (4, 1)
     write_lines(tmp_path / "eval.jsonl", ROWS[:3])
     write_lines(tmp_path / "train.jsonl", ROWS)
     own = f"dataset.source.eval_path={tmp_path / 'eval.jsonl'}"

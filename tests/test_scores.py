@@ -97,5 +97,7 @@ def test_summary_is_plain_numbers():
     assert found["average"] == {"value": 0.25, "low": 0.0, "high": 0.5}
     assert found["pass_at"]["4"]["value"] == 0.5
     assert list(found["majority_at"]) == ["1", "2", "4"]
+    unread = [Solved((True, True), (-1, -1)), Solved((False, False), (-1, -1))]
+    assert summarise_scores(unread)["majority_at"] == {}  # a reward function extracts nothing: no 0 of votes
     sizes = [choose_sizes([solved("1" * n) for n in counts]) for counts in ([6, 9], [16], [1])]
     assert sizes == [[1, 2, 4, 6], [1, 2, 4, 8, 16], [1]]

@@ -65,7 +65,7 @@ def from_file(
         named = f"{place} has the splits {', '.join(tables)}, expected one of them"
         raise ConfigError(f"got split {split}, {named}; change dataset.train_split or dataset.eval_split")
     found = _to_problems(Table(rows, place), columns, answer_format)
-    whole = split in tables or eval_path is not None
+    whole = eval_path is not None or (split in tables and len(tables) > 1)
     return found if whole else divide(found, split, eval_fraction, seed)
 
 

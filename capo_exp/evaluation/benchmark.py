@@ -131,7 +131,8 @@ def _answered_rows(parts: Path, card: Card, benchmark: Benchmark, sample: Sample
 def read_scores(folder: Path) -> Scores | None:
     """Returns scores.json, or None before all is done; a damaged one is made anew."""
     with suppress(FileNotFoundError, ValueError):
-        return json.loads((folder / "scores.json").read_bytes())
+        if isinstance(found := json.loads((folder / "scores.json").read_bytes()), dict):
+            return found
     return None
 
 

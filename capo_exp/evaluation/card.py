@@ -1,13 +1,16 @@
 """The eval card: all that a score depends on, stored beside it and naming its folder. Imports no torch."""
 
 import hashlib
+import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capo_exp.config.build import REWARD, locate_reward
 from capo_exp.config.places import resolve_model_path
 from capo_exp.grading import compare
 from capo_exp.runs.identity import list_engine_conditions
@@ -86,6 +89,7 @@ def make_card(
             "dtype": str(subject.dtype).removeprefix("torch."),
             "attn_implementation": model.attn_implementation,
             **({} if model.load_dtype == "float32" else {"load_dtype": model.load_dtype}),
+            "model_config": subject.facts,
             "packages": _versions(ENGINE_PACKAGES),
         },
     }
@@ -107,6 +111,9 @@ def describe_grader(verifier: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a verdict depends on: the settings of `reward.verifier`, its packages, and our code."""
     settings = {key: value for key, value in verifier.items() if key in GRADER_KEYS}
     versions = {"packages": _versions(GRADER_PACKAGES), "code": _code()}
+    if name := verifier.get("function"):
+        file = inspect.getsourcefile(locate_reward(name, f"reward.verifier.{REWARD}"))
+        versions["function_code"] = _digest(Path(file or os.devnull).read_text(encoding="utf-8"))[:8]
     return {"verifier": verifier["_target_"], **settings, **versions}
 
 

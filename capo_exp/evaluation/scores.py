@@ -106,12 +106,15 @@ def choose_sizes(problems: Sequence[Solved]) -> list[int]:
 
 
 def summarise_scores(problems: Sequence[Solved]) -> dict[str, Any]:
-    """Returns all scores of a benchmark, as plain numbers."""
+    """Returns all scores of a benchmark, as plain numbers; none of majorities where no answer is extracted
+    of completions that are right, as by a reward function of one's own."""
     ks = choose_sizes(problems)
+    read = any(max(problem.classes) >= 0 for problem in problems)
+    voted = read or not any(any(problem.correct) for problem in problems)
     return {
         "average": vars(estimate(average(problems))),
         "pass_at": {str(k): vars(estimate(pass_at(problems, k))) for k in ks},
-        "majority_at": {str(k): vars(estimate(majority_at(problems, k))) for k in ks},
+        "majority_at": {str(k): vars(estimate(majority_at(problems, k))) for k in ks} if voted else {},
     }
 
 

@@ -85,7 +85,7 @@ def _read(path: Path) -> list[Row]:
     if not path.exists():
         raise ConfigError(f"completions={path}: no such file; expected a parquet file")
     try:
-        rows = read_rows(path)
+        rows = read_rows(path, {"tokens": "number"})
     except ConfigError as error:
         raise ConfigError(f"completions={path}: expected a parquet file ({error})") from error
     if not rows:
@@ -104,7 +104,7 @@ def _grade(table: Sequence[Row], verifier: Verifier) -> list[Row]:
     problems = [str(row.get("problem", "")) for row in table]
     verdicts = verifier.score([[text] for text in texts], golds, problems).grades
     pairs = zip(table, golds, strict=True)
-    keys = [(row.get("model"), row.get("task"), row[key], accepted) for row, accepted in pairs]
+    keys = [(*(row.get(name) for name in GROUPS), str(row[key]), accepted) for row, accepted in pairs]
     numbers = {identity: number for number, identity in enumerate(dict.fromkeys(keys))}
     return [
         {**row, "index": numbers[identity], "id": str(row.get("id", row[key])), "gold": list(accepted)}

@@ -1,6 +1,7 @@
 """Models on benchmarks: one model in memory whose weights are exchanged, one engine that follows it."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,8 +35,11 @@ from capo_exp.evaluation.send import send_evaluation
 from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
+from capo_exp.rollout.hf import find_end_token_ids
 from capo_exp.runs.parse import read_rows
 
+NOT_FACTS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Of a model's config.json: what has no say in what it samples."""
 PROGRESS_SECONDS = 10.0
 """Between two lines of progress."""
 FAILED = ("timeout", "crash", "error", "gold_unparsable")
@@ -61,6 +65,10 @@ class Subject:
         policy.check_length(config.model, longest)
         self.tokenizer = policy.load_tokenizer(config.model)
         self._model = policy.load_model(config.model, self.device)
+        facts = {k: v for k, v in self._model.config.to_dict().items() if k not in NOT_FACTS}
+        ends = find_end_token_ids(self._model, self.tokenizer)
+        said = json.dumps([facts, ends], sort_keys=True, default=str)
+        self.facts = hashlib.sha256(said.encode()).hexdigest()[:8]  # What the model says beside its weights
         self._base = True
         self._engine: RolloutEngine | None = None
         self.version = 0

@@ -57,7 +57,7 @@ def _cells(scores: dict[str, Any]) -> list[str]:
         f"{scores['problems']:,}",
         str(Estimate(**scores["average"])),
         str(Estimate(**scores["pass_at"][n])),
-        str(Estimate(**scores["majority_at"][n])),
+        str(Estimate(**scores["majority_at"][n])) if scores["majority_at"] else "",
         f"{scores['completion_length']:.0f}" if "completion_length" in scores else "",
         f"{100 * scores['truncated_fraction']:.1f} %" if "truncated_fraction" in scores else "",
         f"{100 * scores['no_answer_fraction']:.1f} %",
@@ -124,7 +124,8 @@ def stored_table(found: Sequence[StoredScores]) -> Table:
     for each in found:
         n, scores = str(each.scores["samples"]), each.scores
         problems, average, *_, no_answer = _cells(scores)
-        share, majority = (f"{100 * scores[name][n]['value']:.1f}" for name in ("pass_at", "majority_at"))
+        found_at = [scores[name].get(n) for name in ("pass_at", "majority_at")]
+        share, majority = ("" if at is None else f"{100 * at['value']:.1f}" for at in found_at)
         cells = [problems, n, average, share, majority, no_answer]
         if (labels := scores["by_label"]) is not None:
             cells += [f"{100 * labels:.1f}", str(scores["false_negatives"]), str(scores["false_positives"])]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from capo_exp.grading.extract import find_last_box, read_answer, read_boxes_side_by_side
+from capo_exp.grading.extract import find_last_box, has_minus, read_answer, read_boxes_side_by_side
 from capo_exp.grading.reading import PLAIN_NUMBER, Answer, read_formula, read_gold
 from capo_exp.grading.spelling import find_letter, moments_differ, plain_text, split_parts, units_differ
 
@@ -102,7 +102,8 @@ def _grade(completion: str, gold: str, style: str) -> Grade:
     expected = read_gold(gold)
     if expected is None:
         return Grade(False, "", "gold_unparsable")
-    if (box := find_last_box(completion)) is not None and box.strip() == gold.strip().strip("$"):
+    box = find_last_box(completion)
+    if box is not None and box.strip() == gold.strip().strip("$") and not has_minus(completion, box):
         return Grade(True, box.strip(), "correct")  # also what the style cannot read
     answer = read_answer(completion, style)
     if answer is None:
@@ -126,7 +127,8 @@ def _equal(gold: Answer, answer: Answer) -> bool:
         return not different
     one, other = plain_text(gold.text), plain_text(answer.text)
     word = gold.value is None or (one.isalpha() and len(one) > 2)  # also True and ODD, which can be formulas
-    if one == other or (word and len(one) > 1 and one.lower() == other.lower()):
+    spaced = re.sub(r",\s+", ",", one) == re.sub(r",\s+", ",", other)  # 70,110 may be a list
+    if spaced or (word and len(one) > 1 and one.lower() == other.lower()):
         return True
     if len(one) == 1 and one == find_letter(answer.text):
         return True
@@ -187,11 +189,11 @@ def last_number_match(completion: str, answer: str) -> Grade:
     An expression that equals the answer is not the answer: whoever accepts one trains a model to repeat the
     question (docs/study/real_weights.md).
     """
-    numbers = re.findall(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?", completion)
+    numbers = re.findall(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?", completion.replace("\u2212", "-"))
     if not numbers:
         return Grade(False, "", "no_answer")
-    last = numbers[-1].replace(",", "")
-    correct = last == answer.strip()
+    last, wanted = (re.sub(r"\.0+$", "", each.strip().replace(",", "")) for each in (numbers[-1], answer))
+    correct = last == wanted
     return Grade(correct, last, "correct" if correct else "wrong")
 
 

@@ -25,6 +25,8 @@ POINTS = (
 """Where formulas are compared, positive and negative: the k-th symbol is first + k second."""
 WHOLE = tuple((sp.Integer(first), sp.Integer(7)) for first in range(24, 36))
 """The same for formulas that round, whose variables are whole numbers: every remainder up to a dozen."""
+PARSED = sp.Float(1)._prec
+"""Precision of a decimal as the parser makes it, which does not say how many digits were written."""
 NOWHERE = (sp.zoo, sp.nan)
 BOUND = sp.Symbol("zeta", real=True)
 
@@ -184,7 +186,13 @@ def _relative_difference(one: Any, other: Any) -> Any:
 def _uncertainty(value: Any) -> Any:
     """Returns half a unit of the last digit, relative to the least certain decimal in a value; 0 if exact."""
     decimals = [each for each in value.atoms(sp.Float) if each != 0]
-    return max((sp.Rational(10) ** -_digits(each)[1] / abs(2 * exact(each)) for each in decimals), default=0)
+    return max((sp.Rational(10) ** -_places(each) / abs(2 * exact(each)) for each in decimals), default=0)
+
+
+def _places(decimal: sp.Float) -> int:
+    """Returns how many digits stand behind the point, zeros at the end too where they were written."""
+    written = -int(Decimal(str(decimal)).as_tuple().exponent)
+    return _digits(decimal)[1] if decimal._prec == PARSED else max(written, _digits(decimal)[1])
 
 
 def _digits(decimal: sp.Float) -> tuple[int, int]:

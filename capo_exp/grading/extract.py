@@ -23,9 +23,7 @@ def read_answer(text: str, style: str) -> Answer | None:
     """Reads the answer of a completion: the last box, else what the style declares; see compare.grade."""
     box = find_last_box(text)
     if box is not None and box.strip():
-        began = text.rindex(f"{{{box}}}")
-        minus = "-" if _MINUS.search(text[max(0, began - 40) : began]) else ""
-        return read_formula(minus + box, malformed=style != "boxed")
+        return read_formula("-" * has_minus(text, box) + box, malformed=style != "boxed")
     if style == "gsm8k":
         return _after_hashes(text)
     if style == "final_answer":
@@ -36,6 +34,12 @@ def read_answer(text: str, style: str) -> Answer | None:
     if choice := re.fullmatch(r"\s*\(?([A-J])(?:\)[^\n]*|\.)?\s*", text):
         return read_formula(choice[1])
     return _announced(text, style) or _after_answer_is(text) or _anywhere(text)
+
+
+def has_minus(text: str, box: str) -> bool:
+    r"""Returns whether a minus stands before the last box, as in $a = -\boxed{256}$."""
+    began = text.rindex(f"{{{box}}}")
+    return _MINUS.search(text[max(0, began - 40) : began]) is not None
 
 
 def read_boxes_side_by_side(text: str, style: str) -> Answer | None:

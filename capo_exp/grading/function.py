@@ -78,7 +78,8 @@ class FunctionVerifier:
             GradingFailed: the workers cannot be started.
         """
         asked = zip(completions, golds, problems or [""] * len(golds), strict=True)
-        items: list[Item] = [(text, gold[0], asks) for group, gold, asks in asked for text in group]
+        pairs = [(text, gold, asks) for group, gold, asks in asked for text in group]
+        items: list[Item] = [(text, next(iter(gold), ""), asks) for text, gold, asks in pairs]
         outcomes = iter(self._call_once(items) if self._takes_lists else self._call_each(items))
         found = [[next(outcomes) for _ in group] for group in completions]
         return self._to_result(found)

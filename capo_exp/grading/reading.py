@@ -12,6 +12,7 @@ LONGEST_REMEMBERED = 200  # characters of a formula whose value is kept: complet
 PLAIN_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\\[dt]?frac\{-?\d+\}\{\d+\})")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{([1-9]\d*)\}", re.ASCII)
 _DECIMAL = re.compile(r"(?=.*\d)[-+]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?", re.ASCII)
+_POWER_OF_TEN = re.compile(r"(-?\d+\.\d*0)\s*\\(?:cdot|times)\s*10\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?", re.ASCII)
 _REPEATING = re.compile(r"(-?\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", re.ASCII)
 _LESS = r"(?:[<>]|\\(?:leq?|geq?|lt|gt|leqslant|geqslant|neq?)\b)"
 _JOINT = r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|\b(?:or|and)\b|\\(?:cup|lor|vee)\b|[,;]"
@@ -53,18 +54,22 @@ def read_gold(gold: str) -> Answer | None:
     text = re.sub(r"\$\.$", "$", gold.strip())
     while found := re.fullmatch(r"\$+([^$]*)\$+|\\boxed\s*\{(.*)\}", text, re.DOTALL):
         text = (found[1] or found[2] or "").strip()
+    if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
+        text = re.sub(r"(?<!\\)\$", "", text)  # $90^{\circ}$,$60^{\circ}$
     return read_formula(text) if text.strip("$") else None
 
 
 @lru_cache(maxsize=16_384)
 def _read_value(body: str, malformed: bool) -> Any:
-    from sympy import Float, Integer, Rational, parse_expr
+    from sympy import Float, Integer, Mul, Pow, Rational, parse_expr
 
     if found := _FRACTION.fullmatch(body):
         return Rational(int(found[1] + "1") * int(found[2]), int(found[3]))
     if _DECIMAL.fullmatch(body):
         digits = body.replace(",", "")
-        return Float(digits) if "." in digits else Integer(digits)
+        return Float(digits, "") if "." in digits else Integer(digits)
+    if found := _POWER_OF_TEN.fullmatch(body):
+        return Mul(Float(found[1], ""), Pow(10, int(found[2]), evaluate=False), evaluate=False)
     if found := _REPEATING.fullmatch(body):
         return parse_expr("{}.{}[{}]".format(*found.groups()))
     if found := _BUILDER.fullmatch(body):
@@ -121,7 +126,7 @@ def _settle(value: Any) -> Any:
     parts, i = getattr(value, "_unsorted_args", ()), Symbol("i", real=True)
     if parts and not isinstance(value, FiniteSet) and all(isinstance(part, Eq) for part in parts):
         value = Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
-    if i not in value.free_symbols or value == i:
+    if i not in value.free_symbols:
         return value
     if isinstance(value, Eq):
         return Eq(value.lhs, value.rhs.subs(i, I), evaluate=False)

@@ -21,6 +21,7 @@ _SIGNS = {
 }  # fmt: skip
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣᵏ₀₁₂₃₄₅₆₇₈₉", "0123456789+-nxk0123456789")
 _TEXT = r"\\(?:text(?:rm|it|bf|sf)?|mbox|boldsymbol|math(?:rm|it|bf|sf)|operatorname|rm)\s*\{([^{}]*)\}"
+_UNIT_TEXT = _TEXT.replace("|boldsymbol", "").replace("it|bf|sf)|op", "it|sf)|op")  # bold is a vector
 _UPRIGHT = r"(?:\{\\rm ([ei])\}|\\(?:math(?:rm|it|sf)|text|operatorname)\s*\{([ei])\})"
 _GAP = r"(?:\\[,;: ]|[~ ])"
 
@@ -108,10 +109,11 @@ _NAMES = {
 """A unit as it is written -> its name. Two names that differ contradict each other."""
 _SHORT = "|".join(sorted((name for name in _NAMES if name.isalpha() and len(name) > 1), key=len)[::-1])
 _WORDS = r"[A-Za-z]{4,}(?:[ -][A-Za-z]+){0,5}|(?:sq|cu)\.? [a-z]+|men|cups?"
+_NO_UNIT = r"infinity|sqrt|squared|cubed|factorial|(?:over|times|plus|minus|dozen)\b"
 _POWER = r"(?:\^\{?(-?\d)\}?)?"
 _UNIT = re.compile(
-    rf"(?<=[\w}})\]%|])[\s~/]*(?:{_TEXT}|(?<=[\d}}])((?:{_SHORT})s?)\.?|(?<=[\d}}] )((?:{_SHORT})s?)\.?"
-    rf"|(?<=[\d}}] )([A-Za-z]+\s*/\s*[a-z]+)|(?<=[\d}})] )(?!infinity|sqrt)({_WORDS})){_POWER}\s*$"
+    rf"(?<=[\w}})\]%|])[\s~/]*(?:{_UNIT_TEXT}|(?<=[\d}}])((?:{_SHORT})s?)\.?|(?<=[\d}}] )((?:{_SHORT})s?)\.?"
+    rf"|(?<=[\d}}] )([A-Za-z]+\s*/\s*[a-z]+)|(?<=[\d}})] )(?!{_NO_UNIT})({_WORDS})){_POWER}\s*$"
 )
 _CURRENCY = re.compile(r"^(-?)\s*(?:US)?(\\?\$|€|£|¥|\\euro|\\pounds)\s*(?=[-\d.])")
 
@@ -151,8 +153,9 @@ def plain_text(text: str) -> str:
 
 
 def find_letter(text: str) -> str | None:
-    """Returns the letter of a choice: B for `(B)`, `B.` and `B) 12 apples`."""
-    found = re.fullmatch(r"\(?([A-J])(?:[).:]+(?:\s.*)?)?", plain_text(text), re.DOTALL)
+    """Returns the letter of a choice: B for `(B)`, `B.`, `B) 12 apples` and `Option B`."""
+    named = r"(?i:(?:option|choice|answer):?\s+)?\(?([A-J])(?:[).:]+(?:\s.*)?|\s+-\s.*)?"
+    found = re.fullmatch(named, plain_text(text), re.DOTALL)
     return found[1] if found else None
 
 
