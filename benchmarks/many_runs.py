@@ -121,7 +121,7 @@ def start(job: Job, machine: Machine) -> None:
     """Starts a job in a process group of its own, its output in log.txt."""
     job.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "capo_exp", *machine.common, f"output_dir={job.folder}", *job.overrides]
-    with (job.folder / "log.txt").open("wb") as log:
+    with (job.folder / "log.txt").open("ab") as log:
         job.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -135,9 +135,10 @@ def start(job: Job, machine: Machine) -> None:
 
 
 def close(job: Job, state: str) -> None:
-    """Notes how a job ended, and frees the disk of weights that nothing goes on from."""
+    """Notes how a job ended, and frees the disk of weights that nothing goes on from: of one that has failed
+    the same command goes on."""
     job.state, job.seconds = state, time.monotonic() - job.began
-    for weights in job.folder.glob("*/*/checkpoints") if state != "stopped" else ():
+    for weights in job.folder.glob("*/*/checkpoints") if state == "finished" else ():
         shutil.rmtree(weights, ignore_errors=True)
     if state == "failed":
         lines = (job.folder / "log.txt").read_text(errors="replace").splitlines()[-3:]

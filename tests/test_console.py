@@ -4,6 +4,8 @@ import math
 import os
 import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,17 @@ def test_a_terminal_that_was_closed_ends_nothing() -> None:
         progress.message("more")
     with pytest.raises(OSError):  # it was gone indeed
         gone.close()
+
+
+def test_a_reader_that_is_gone_ends_no_run() -> None:
+    """As a `tee` is that the same Ctrl-C has ended."""
+    code = (
+        "import sys; from capo_exp.runs.console import Progress; shown = Progress(total_steps=2)\n"
+        "sys.stdin.read(); [shown.message('one') for _ in range(3)]; print('on', file=sys.stderr)"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    assert process.stdout is not None and process.stderr is not None and process.stdin is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == ("on\n", 0)

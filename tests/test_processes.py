@@ -9,7 +9,7 @@ import time
 import pytest
 
 from capo_exp.runs import processes
-from capo_exp.runs.processes import forwarded_to, stop_signal
+from capo_exp.runs.processes import ended_by_signals, forwarded_to, stop_signal
 from tests.process_pieces import alive, wait_for
 
 
@@ -22,6 +22,18 @@ def test_signals_at_once_count_as_one_and_a_later_one_interrupts(monkeypatch: py
         assert stopped.is_set() and len(messages) == 1
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_before_the_first_step_a_signal_ends_as_ctrl_c_does(number: int) -> None:
+    """What was started by then, such as an engine, is closed on the way out."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_goes_on_to_the_child_and_the_handlers_come_back() -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
+from capo_exp.runs import lock
 from capo_exp.runs import record as run_record
 from capo_exp.runs.disk import find_removable
-from capo_exp.runs.files import write_json
+from capo_exp.runs.files import list_checkpoints, write_json
 from capo_exp.runs.identity import run_dir, run_id
 from capo_exp.runs.lock import is_locked, locked
 from capo_exp.runs.record import RunRecord, clear, find_shorter, read_git_state, read_record, run_status
@@ -111,6 +113,49 @@ def test_status_without_a_run_after_a_kill_and_of_a_broken_record(
         RunRecord(tmp_path, config)
         written = recorded(tmp_path)
         assert written["resumed"] == 0 and written["wall_seconds"] < 60
+
+
+@pytest.mark.parametrize("calls", range(1, 8))
+def test_a_run_that_is_cleared_halfway_is_not_gone_on_from(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    genuine, done = run_record.remove, []
+
+    def remove(path: Path) -> None:
+        done.append(path)
+        if len(done) > calls:
+            raise OSError
+        genuine(path)
+
+    monkeypatch.setattr(run_record, "remove", remove)
+    with locked(tmp_path):
+        with RunRecord(tmp_path, config):
+            pass
+        with pytest.raises(OSError):
+            clear(tmp_path)
+    assert not list_checkpoints(tmp_path) and (calls == 1 or run_status(tmp_path) == "absent")
+
+
+def test_a_resume_that_is_killed_at_once_still_knows_its_problems(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    RunRecord(tmp_path, config).add({"data": "abc", "compute_dtype": "bfloat16"})
+    RunRecord(tmp_path, config)  # ended before it said what it had read
+    assert (recorded(tmp_path)["data"], recorded(tmp_path)["compute_dtype"]) == ("abc", "bfloat16")
+
+
+def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with (
+        pytest.raises(ConfigError, match=r"cannot be locked \(No locks available\); expected output_dir"),
+        locked(tmp_path),
+    ):
+        raise AssertionError
 
 
 def test_clear_leaves_the_lock_and_what_is_not_ours(config: TrainConfig, tmp_path: Path) -> None:

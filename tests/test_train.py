@@ -24,7 +24,8 @@ from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
-from tests.pieces import logged
+from capo_exp.training.session import Session
+from tests.pieces import logged, run_one_step
 
 Compose = Callable[..., TrainConfig]
 
@@ -170,6 +171,23 @@ def test_an_evaluation_that_the_engine_or_the_verifier_failed_in_is_made_up_for(
     assert logged(directory / "eval.jsonl") == logged(whole / "eval.jsonl")
     assert logged(directory / "metrics.jsonl") == logged(whole / "metrics.jsonl")
     assert run_status(directory) == "finished"
+
+
+@pytest.mark.slow
+def test_what_fails_right_after_a_resume_leaves_the_checkpoint_alone(
+    small: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write it again would remove it first."""
+    config = small("checkpoint.every=1")
+    run_one_step(config)
+
+    def fails(*_: object, **__: object) -> None:
+        raise EngineFailed("vLLM: it did not start")
+
+    monkeypatch.setattr(rollout_step, "sample_rollout", fails)
+    monkeypatch.setattr(Session, "save", fails)
+    with pytest.raises(EngineFailed, match="did not start\nstep 1 is saved"):
+        train.run(config)
 
 
 @pytest.mark.slow

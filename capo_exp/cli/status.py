@@ -127,9 +127,9 @@ def _agreed(question: str) -> bool:
 
 
 def _delete(found: Mapping[Path, Sequence[Path]]) -> Iterator[Path]:
-    """Deletes checkpoints and yields each; those of a run that has begun again meanwhile stay."""
+    """Deletes checkpoints and yields each; those of a run that was begun anew meanwhile stay."""
     for path, checkpoints in found.items():
         with locked(path):
-            for checkpoint in checkpoints if run_status(path) != "running" else ():
+            for checkpoint in checkpoints if run_status(path) == "finished" else ():
                 remove(checkpoint)
                 yield checkpoint

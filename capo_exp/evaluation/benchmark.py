@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.evaluation.stored import write_rows
 from capo_exp.grading.verifier import Verifier
 from capo_exp.runs.files import remove, write_json
-from capo_exp.runs.lock import is_locked, locked
+from capo_exp.runs.lock import InProgress, is_locked, locked
 from capo_exp.runs.parse import is_parquet, read_rows
 
 Scores = dict[str, Any]
@@ -95,9 +95,12 @@ def work_alone(folder: Path) -> Iterator[None]:
     """Waits until no other process is at work in the folder, then keeps others out."""
     if is_locked(folder):
         logging.getLogger(__name__).warning("%s: another process is at it; waiting", folder)
-    while is_locked(folder):
-        time.sleep(POLL_SECONDS)
-    with locked(folder):
+    with ExitStack() as stack:
+        while True:
+            with suppress(InProgress):  # of several who wait one is first
+                stack.enter_context(locked(folder))
+                break
+            time.sleep(POLL_SECONDS)
         yield
 
 

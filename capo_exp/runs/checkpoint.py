@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capo_exp.config.errors import printable
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.runs.files import list_checkpoints, name_disk_error, remove, write_json
 
@@ -34,6 +35,11 @@ _REFERENCE = "reference"
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str | None:
     """Reads all of a checkpoint and says what is wrong with it; run_id=None takes that of any run."""
+    said = _find_damage(checkpoint, run_id)
+    return None if said is None else printable(said.replace("\n", "?"))[:200]  # a stranger's, maybe
+
+
+def _find_damage(checkpoint: Path, run_id: str | None) -> str | None:
     try:
         if not stat.S_ISREG((checkpoint / _MANIFEST).stat().st_mode):
             return f"{_MANIFEST} is no file"

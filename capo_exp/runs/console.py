@@ -1,6 +1,8 @@
 """What a person sees of a run: a live table on a terminal, plain lines in a log, a table at the end."""
 
 import errno
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,15 @@ SHOWN_FILES = (
 )  # fmt: skip
 
 
+class Output(Console):
+    """Lets its reader be gone, such as a `tee` that the same Ctrl-C has ended, where rich would exit."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes no more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Progress:
     """Owns the console while a run of `total_steps` goes on, of which a resumed one has done `first_step`.
 
@@ -45,7 +56,7 @@ class Progress:
         every_seconds: float = 10.0,
         console: Console | None = None,
     ) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Output(highlight=False)
         self._total, self._first, self._every = total_steps, first_step, every_seconds
         self._began = self._last_line = -float("inf")
         self._seen: list[LoggedRow] = list(past)

@@ -40,7 +40,11 @@ def locked(folder: Path) -> Iterator[None]:
         expected = "expected output_dir, or output of evaluate, to be a directory that can be written"
         raise ConfigError(f"{folder}: {error.strerror}; {expected}") from None
     try:
-        _acquire(descriptor, folder)
+        try:
+            _acquire(descriptor, folder)
+        except OSError as error:
+            wanted = "expected output_dir on a file system with locks, such as a local disk"
+            raise ConfigError(f"{folder}: it cannot be locked ({error.strerror}); {wanted}") from None
         _held.add(descriptor)
         yield
     finally:

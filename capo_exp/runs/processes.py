@@ -42,6 +42,17 @@ def stop_signal(message: Callable[[str], None]) -> Iterator[threading.Event]:
 
 
 @contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP do what Ctrl-C does, so that whoever has started something closes it."""
+
+    def handle(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled_by(handle):
+        yield
+
+
+@contextmanager
 def forwarded_to(child: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
     """Sends Ctrl-C, SIGTERM and SIGHUP on to a child, which decides how to end; the event is set then."""
     stopped = threading.Event()

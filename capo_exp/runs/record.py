@@ -25,10 +25,12 @@ from capo_exp.runs.parse import read_yaml
 
 STATES = ("absent", "running", "finished", "failed", "interrupted")
 MEDIA = ("run.png", "report.html")
+CLEARED = ".checkpoints"
 LEFT = (
-    "config.yaml", "run.json", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
-    "pairs.json", "completions", "checkpoints", "evaluations", "engines", "wandb", "tensorboard",
+    "run.json", "pairs.json", "config.yaml", "git.diff", "metrics.jsonl", "eval.jsonl", *MEDIA, "vllm.log",
+    "completions", "checkpoints", CLEARED, "evaluations", "engines", "wandb", "tensorboard",
 )  # fmt: skip
+"""What a run leaves; first what another one would go on from."""
 OURS = re.compile(r"\.?step_\d+\S*|test\.jsonl|rank_\d+|offline-run-\S+|events\.out\.\S+|\S+-[0-9a-f]{8}")
 """Names that a run writes into those folders."""
 MENDED = "remove it, and the same command goes on from the newest checkpoint; overwrite=true begins anew"
@@ -86,6 +88,9 @@ def clear(run_dir: Path) -> None:
     Raises:
         OSError: Something stays, from which the run would go on.
     """
+    remove(run_dir / CLEARED)
+    if (old := run_dir / "checkpoints").is_dir() and not old.is_symlink():
+        old.rename(run_dir / CLEARED)  # at once: after a kill, nobody goes on from those that would be left
     for name in LEFT:
         place = run_dir / name
         if not (place.is_symlink() and place.is_dir()):
@@ -116,7 +121,8 @@ class RunRecord:
         before = {key: known[key] if isinstance(known.get(key), type(new[key])) else new[key] for key in new}
         self._path, self._counters = run_dir / "run.json", _short(counters or {})
         self._began = time.monotonic() - before["wall_seconds"]
-        self._fields: dict[str, Any] = {
+        kept = {key: known[key] for key in ("data", "compute_dtype") if key in known}  # a resume asks
+        self._fields: dict[str, Any] = kept | {
             "run_id": run_id(config),
             "name": run_name(config),
             "status": "running",

@@ -22,7 +22,7 @@ from capo_exp.runs.files import stop_on_disk_error
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.logger import Draw
-from capo_exp.runs.processes import stop_signal
+from capo_exp.runs.processes import ended_by_signals, stop_signal
 from capo_exp.runs.record import clear, run_status
 from capo_exp.training.completions import tabulate_completions
 from capo_exp.training.inputs import read_inputs
@@ -55,7 +55,7 @@ def run(config: TrainConfig, draw: Draw | None = None) -> Path:
     device = own_device(config.distributed, policy.choose_device(config.device))
     with open_world(config, device) as world:
         inputs = read_inputs(config, world, device)
-        with stop_on_disk_error(directory), ExitStack() as stack:
+        with ended_by_signals(), stop_on_disk_error(directory), ExitStack() as stack:
             stack.enter_context(inputs.verifier)
             world.first(lambda: _take_over(directory, config.overwrite, stack))
             session = open_session(config, inputs, directory, stack, world, draw)
@@ -80,7 +80,7 @@ def _train(session: Session, stopped: threading.Event) -> None:
     try:
         _take_steps(session, stopped)
     except (EngineFailed, GradingFailed) as error:
-        if session.step:
+        if session.step > session.saved:
             session.save()
         kept = f"step {session.step} is saved" if session.step else "nothing was trained yet"
         raise type(error)(f"{error}\n{kept}; the same command goes on from there") from error

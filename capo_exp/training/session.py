@@ -61,6 +61,7 @@ class Session:
     progress: Progress
     counts: dict[str, int]  # The COUNTS
     pairs: str | None  # Digest of the pairs that it learns from
+    saved: int  # Step of the newest checkpoint
 
     @property
     def step(self) -> int:
@@ -141,6 +142,7 @@ class Session:
         self.record.forget()
         self.checkpointer.save(self.step, state, learner.model, self.inputs.tokenizer, reference)
         self.record.update(counters)
+        self.saved = self.step
 
 
 class Silent:
@@ -205,7 +207,7 @@ def open_session(
     counts = {name: counters.get(name, 0) for name in COUNTS}
     return Session(
         world, directory, config, inputs, learner, engine, sampler, checkpointer, logger, record, progress,
-        counts, state.get("pairs"),
+        counts, state.get("pairs"), saved=step,
     )  # fmt: skip
 
 
