@@ -8,9 +8,11 @@ sampled completions.
 """
 
 import math
+import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,23 @@ class Settings:
     runs: str = MISSING  # as python -m capo_exp.figures takes them
     output: Path = MISSING
     samples: int = 1  # runs of each algorithm and regime whose completions are kept
+
+
+def check_targets(runs: Sequence[LoggedRun], output: Path) -> None:
+    """Checks that what archive() removes before it writes is neither a run that is read nor another copy.
+
+    Raises:
+        ConfigError: It would be.
+    """
+    targets: dict[Path, LoggedRun] = {}
+    for run in runs:
+        target = (output / run.name).resolve()
+        if target in targets:
+            raise ConfigError(f"{targets[target].path} and {run.path} would both be {target}; rename one")
+        targets[target] = run
+    for run in runs:
+        if not targets.keys().isdisjoint((path := run.path.resolve(), *path.parents)):
+            raise ConfigError(f"output={output}: {run.path} would be deleted; name another folder")
 
 
 def archive(run: LoggedRun, folder: Path, *, completions: bool) -> None:
@@ -56,7 +75,8 @@ def main(arguments: list[str]) -> int:
         given = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(arguments))
         settings = OmegaConf.to_object(given)
         assert isinstance(settings, Settings)
-        runs = [load_run(path) for path in find_runs(settings.runs.split(","))]
+        runs = [load_run(os.path.abspath(path)) for path in find_runs(settings.runs.split(","))]
+        check_targets(runs, settings.output)
     except (ConfigError, OmegaConfBaseException) as error:
         sys.stderr.write(f"{str(error).splitlines()[0]}; expected runs=DIR output=DIR [samples=N]\n")
         return 2

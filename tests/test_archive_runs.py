@@ -45,6 +45,32 @@ def test_an_archived_run_is_read_like_the_run_itself(
     assert not (tmp_path / "kept" / "a" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("runs", "output", "said"),
+    [
+        ("one", "one", "would be deleted"),  # a run in its own place
+        ("one/a/a", "one", "would be deleted"),  # and one inside what would be replaced
+        ("one/a", "link", "would be deleted"),
+        ("one,two", "kept", "would both be"),
+    ],
+)
+def test_no_copy_takes_the_place_of_a_run_or_of_another_copy(
+    runs: str, output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one/a", "two/a", "one/a/a"):
+        make_run(Path(folder), "capo")
+    Path("link").symlink_to("one")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([f"runs={runs}", f"output={output}"]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.chdir("two/a")
+    assert main(["runs=.", "output=../../kept"]) == 0  # by the name that the folder has
+    assert (tmp_path / "kept" / "a" / "metrics.parquet").exists()
+
+
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in ((["runs=nowhere", "output=x"], "nowhere: no such"), (["run=x"], "'run'")):
         assert main(arguments) == 2
