@@ -176,6 +176,24 @@ def test_where_seeds_end() -> None:
     assert found.losses == [(60, 1)] and found.values[0, -1] == 0
 
 
+@pytest.mark.parametrize("x", ["counter/optimizer_step", "counter/prompts", "counter/generated_tokens"])
+def test_a_run_without_reward_counts_as_zero_along_every_x(x: str) -> None:
+    """It ended after 2 of 4 steps; its last evaluation and its last test stand at the end."""
+    rows = [{STEP: s, X: 10 * s, x: 3 * s, KEY: 0.5, "counter/unrewarded_steps": s} for s in (1, 2)]
+    held_out = [
+        {STEP: 0, x: 0, X: 0, key: value} for key, value in (("eval/accuracy", 0.4), ("test/accuracy", 0.3))
+    ]
+    config = {"num_steps": 4, "regime": {"prompts_per_step": 5, "group_size": 2}}
+    stopped = to_its_end(LoggedRun(Path("x"), config, {"status": "finished"}, rows, held_out))
+    for key, values in (
+        (KEY, [0.5, 0.5, 0, 0]),
+        ("eval/accuracy", [0.4, 0.4]),
+        ("test/accuracy", [0.3, 0.3]),
+    ):
+        found = drawn([stopped], key=key, x=x)
+        assert (found.x[-1], list(found.values[0])) == (12, values)
+
+
 def test_no_run_has_the_metric() -> None:
     options = {"x": X, "statistic": "mean", "interval": "t", "alpha": 1.0}
     for runs, key in (([], KEY), ([run([0.5])], "loss/kl"), ([run([None])], KEY)):

@@ -201,14 +201,15 @@ def _or_empty(read: Callable[[], Any], left_out: list[str]) -> Any:
 def to_its_end(run: LoggedRun) -> LoggedRun:
     """Returns a run that ended for want of reward (stop_after_unrewarded) with the steps that it left out.
 
-    They have a reward and an accuracy of 0; its last evaluation stands at the end, too. Other runs stay
-    as they are.
+    They have a reward and an accuracy of 0, and counters that go on; its last evaluation and its last test
+    stand at the end, too. Other runs stay as they are.
     """
     left_out = _left_out(run)
     if not left_out:
         return run
-    evaluations = [*run.evaluations, {**run.evaluations[-1], **left_out[-1]}] if run.evaluations else []
-    return replace(run, metrics=[*run.metrics, *left_out], evaluations=evaluations)
+    kinds = [[row for row in run.evaluations if key in row] for key in (names.EVAL_ACCURACY, "test/accuracy")]
+    last = [{**rows[-1], **left_out[-1]} for rows in kinds if rows]
+    return replace(run, metrics=[*run.metrics, *left_out], evaluations=[*run.evaluations, *last])
 
 
 def _left_out(run: LoggedRun) -> list[LoggedRow]:
@@ -225,8 +226,11 @@ def _left_out(run: LoggedRun) -> list[LoggedRow]:
     zero = {names.TRAIN_ACCURACY: 0.0, names.TRAIN_REWARD: 0.0}
     return [
         {names.STEP: at, names.COMPLETIONS: completions + (at - step) * batch, **zero}
+    further = ("counter/optimizer_step", "counter/prompts", names.GENERATED_TOKENS)
+    rates = {key: last[key] / max(step, 1) for key in further if key in last}  # the run's own
         for at in range(step + 1, num_steps + 1)
     ]
+        | {key: last[key] + (at - step) * rate for key, rate in rates.items()}
 
 
 def read_jsonl(path: Path) -> list[LoggedRow]:
