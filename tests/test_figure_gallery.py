@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,6 +22,7 @@ from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.page import Picture, caption, compose, draw_page
 from capo_exp.figures.panel import Panel
 from capo_exp.figures.study import Lacking, Study
+from capo_exp.figures.tokens import count_tokens
 from capo_exp.runs.read import load_run, to_its_end
 from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_run, write_study
 
@@ -244,6 +247,15 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
     damaged = compose("rejected_tokens", study_in(tmp_path))  # the other seed's are still there
     assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
     assert "step_000010.parquet is not a parquet file." in caption(damaged)
+
+
+def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path: Path) -> None:
+    """A null text is told by its id, what has neither is no token; null is neither kept nor rejected."""
+    path = write_run(tmp_path, "capo", steps=3) / "completions" / "step_000010.parquet"
+    columns = {"tokens": [["a", None, "a"], [], ["b"], None], "token_ids": [[1, 2, 1], [3], None, None]}
+    keep = [[False, False, None], [False], [False], [False]]
+    pq.write_table(pa.table({**columns, "keep": keep}), path)
+    assert count_tokens(study_in(tmp_path).runs) == ({"a": 1, "#2": 1, "#3": 1, "b": 1},) * 2
 
 
 def test_time_is_shared_out(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from capo_exp.runs.read import (
     read_series,
 )
 from capo_exp.runs.record import RunRecord
+from capo_exp.runs.samples import Sample, read_sample
 
 ROWS = [
     {"counter/rollout_step": 1, "reward/accuracy": 0.5},
@@ -205,9 +206,11 @@ def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
 def completions(path: Path, step: int, count: int, **columns: Any) -> None:
     folder = path / "completions"
     folder.mkdir(exist_ok=True)
-    table = pa.table(
-        {"reward": [float(i) for i in range(count)], "token_ids": [[i, i] for i in range(count)], **columns}
-    )
+    columns = {
+        "reward": [float(i) for i in range(count)],
+        "token_ids": [[i, i] for i in range(count)],
+    } | columns
+    table = pa.table(columns)
     pq.write_table(table, folder / f"step_{step:06d}.parquet")
 
 
@@ -247,3 +250,11 @@ def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path: Path) -> No
     assert not any("left out" in line for line in shown)
     (tmp_path / "run.json").write_text(json.dumps(record | {"status": "finished"}))
     assert any(line.startswith("left out ") and "have no row" in line for line in summary_lines(tmp_path))
+    completions(tmp_path, 20, 2, keep=[[True, False], [True]])
+    assert [row["keep"] for row in load_completions(run, 20)] == [[True, False]]
+    assert "step_000020.parquet: 1 completions, lists of unequal length" in caplog.text
+    assert read_sample(tmp_path, 20, histograms=True) == Sample([[None, "", None, 0.0, None, None, 1]], {})
+    text = [["a", None, "c", "d"]]
+    completions(tmp_path, 20, 1, token_ids=[[]], tokens=text, keep=[[True, False, None, False]])
+    sample = read_sample(tmp_path, 20, histograms=False)
+    assert sample is not None and sample.rows[0][1] == "a[--]c[-d-]" and sample.rows[0][-1] == 2

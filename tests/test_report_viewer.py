@@ -28,6 +28,19 @@ def test_text_that_no_token_has_is_there_as_well(tmp_path: Path) -> None:
     assert [row["text"] for row in data["runs"][0]["steps"][0]["rows"]] == ["🦊", None]
 
 
+def test_a_damaged_completion_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
+    more = {"token_ids": [], "keep": [None, False], "log_prob": [800.0, None], "completion": None}
+    write_completions(path, 1, [completion(["a", "b"]) | more])
+    data = viewer.viewer_data(viewer.excerpts([load_run(path)]), ["a"])
+    (row,) = data["runs"][0]["steps"][0]["rows"]
+    assert (data["tokens"], row["rejected"], row["probability"]) == (
+        [(None, "a"), (None, "b")],
+        "01",
+        [1, None],
+    )
+
+
 def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     for step in range(10, 210, 10):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,14 @@ def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]
     """Counts the occurrences of each token, and those rejected, over all logged completions of the runs."""
     total: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    for row in (row for run in runs for row in load_completions(run) if row.get("keep") is not None):
-        texts = row.get("tokens") or [f"#{number}" for number in row["token_ids"]]
-        total.update(texts)
-        rejected.update(text for text, keep in zip(texts, row["keep"], strict=True) if not keep)
-    return total, rejected
+    for row in (row for run in runs for row in load_completions(run)):
+        columns = [row.get(key) or () for key in ("tokens", "token_ids", "keep")]
+        for text, number, keep in zip_longest(*columns):
+            if keep is not None and (text, number) != (None, None):
+                name = f"#{number}" if text is None else text
+                total[name] += 1
+                rejected[name] += not keep
+    return total, +rejected
 
 
 def visible(text: str) -> str:

@@ -248,13 +248,13 @@ def read_jsonl(path: Path) -> list[LoggedRow]:
 def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]:
     """Returns sampled completions of a step, or all in the order of their steps, each with its `step`.
 
-    A damaged file is left out with a warning; older runs lack some columns.
+    A damaged file or completion is left out with a warning; older runs lack some columns.
     """
     found: list[LoggedRow] = []
     for number, path in sorted(list_samples(run.path).items()):
         if step in (None, number):
             try:
-                found += [{**row, "step": number} for row in read_rows(path, COMPLETION_KINDS)]
+                found += [{**row, "step": number} for row in read_completions(path)]
             except ConfigError as error:
                 log.warning("left out: %s", error)
     return found
@@ -262,6 +262,20 @@ def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]
 
 def list_samples(run_dir: Path) -> dict[int, Path]:
     """Returns step -> file of sampled completions, without what is no parquet file from end to end."""
+def read_completions(path: Path) -> list[dict[str, Any]]:
+    """Returns the completions of a file; those whose lists differ in length are left out with a warning.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    lists = [key for key, kind in COMPLETION_KINDS.items() if kind.startswith("list")]
+    rows = read_rows(path, COMPLETION_KINDS)
+    whole = [row for row in rows if len({len(row[key]) for key in lists if row.get(key)}) < 2]
+    if len(whole) < len(rows):
+        log.warning("left out: %s: %d completions, lists of unequal length", path, len(rows) - len(whole))
+    return whole
+
+
     return {step: path for step, path in find_samples(run_dir).items() if is_parquet(path)}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from capo_exp.runs import metrics as names
-from capo_exp.runs.parse import is_parquet, read_rows
-from capo_exp.runs.read import Array, LoggedRow, read_jsonl
+from capo_exp.runs.parse import is_parquet
+from capo_exp.runs.read import Array, LoggedRow, read_completions, read_jsonl
 
 COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "truncated", "rejected")
 """Of a tracker's table; the last says how many tokens were rejected."""
@@ -36,7 +36,7 @@ def read_logged(run_dir: Path) -> list[LoggedRow]:
 def read_sample(run_dir: Path, step: int, *, histograms: bool) -> Sample | None:
     """Returns the completions kept at a step, and what their tokens were worth; None where there are none."""
     path = run_dir / "completions" / f"step_{step:06d}.parquet"
-    kept = read_rows(path) if is_parquet(path) else []
+    kept = read_completions(path) if is_parquet(path) else []
     if not kept:
         return None
     shown = [
@@ -50,8 +50,9 @@ def read_sample(run_dir: Path, step: int, *, histograms: bool) -> Sample | None:
 def mark_rejected(row: Mapping[str, Any]) -> str:
     """Returns a completion with each run of rejected tokens between [- and -], as wdiff marks deletions."""
     if not row.get("tokens") or not row.get("keep"):
-        return str(row["completion"])
-    text = "".join(t if kept else f"[-{t}-]" for t, kept in zip(row["tokens"], row["keep"], strict=True))
+        return str(row.get("completion") or "")
+    pairs = zip(row["tokens"], row["keep"], strict=True)
+    text = "".join((t or "") if kept is None or kept else f"[-{t or ''}-]" for t, kept in pairs)
     return text.replace("-][-", "")
 
 
@@ -66,10 +67,11 @@ def gather_values(kept: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
         return np.log10(values[np.isfinite(values) & (values > 0)])
 
     objective = gather("objective_shift")
+    advantage = np.array([row.get("advantage") for row in kept], dtype=np.float64)
     found = {
         "policy_shift_log10": logarithm(gather("policy_shift")),
         "objective_gain_log10": logarithm(objective),
         "objective_loss_log10": logarithm(-objective),
-        "advantage": np.array([row["advantage"] for row in kept], dtype=np.float64),
+        "advantage": advantage[np.isfinite(advantage)],
     }
     return {f"histogram/{key}": values for key, values in found.items() if values.size}

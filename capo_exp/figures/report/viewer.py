@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def _first_rows(rows: Sequence[LoggedRow], room: float) -> list[LoggedRow]:
 
 def row_bytes(row: LoggedRow) -> int:
     """Estimates how long a completion is as JSON."""
-    return ROW_BYTES + TOKEN_BYTES * min(MAX_TOKENS, len(row.get("token_ids") or ()))
+    return ROW_BYTES + TOKEN_BYTES * min(MAX_TOKENS, len(row.get("token_ids") or row.get("tokens") or ()))
 
 
 def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, Any]:
@@ -106,9 +106,8 @@ def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, An
 
 def _row(row: LoggedRow, bounds: Bounds | None, tokens: Places, prompts: Places) -> dict[str, Any]:
     prompt = (str(row.get("prompt", "")), str(row.get("answer", "")), str(row.get("family", "")))
-    ids, text = list(row.get("token_ids") or ()), str(row.get("completion", ""))
-    texts: list[str | None] = list(row.get("tokens") or [None] * len(ids))
-    pairs = list(zip(ids, texts, strict=True))[:MAX_TOKENS]
+    ids, texts, text = row.get("token_ids") or [], row.get("tokens") or [], str(row.get("completion") or "")
+    pairs = list(zip_longest(ids, texts))
     policy, objective, keep, log_prob = (
         [math.nan if value is None else value for value in (row.get(name) or ())[:MAX_TOKENS]]
         for name in ("policy_shift", "objective_shift", "keep", "log_prob")
@@ -119,12 +118,12 @@ def _row(row: LoggedRow, bounds: Bounds | None, tokens: Places, prompts: Places)
         "reward": digits(row.get("reward")),
         "advantage": digits(row.get("advantage")),
         "truncated": bool(row.get("truncated", False)),
-        "length": len(ids),
+        "length": len(pairs),
         "text": None if text in joined else text,  # an emoji of several tokens is in none of them
-        "tokens": [tokens.setdefault(pair, len(tokens)) for pair in pairs],
+        "tokens": [tokens.setdefault(pair, len(tokens)) for pair in pairs[:MAX_TOKENS]],
         "policy": [digits(value) for value in policy],
         "objective": [digits(value) for value in objective],
-        "probability": [digits(math.exp(value)) for value in log_prob],
+        "probability": [digits(math.exp(min(value, 0.0))) for value in log_prob],
         "rejected": "".join(map(str, reasons(policy, objective, keep, bounds))),
     }
 
