@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,23 @@ def test_every_run_once_at_any_depth_and_none_inside_another(tree: dict[str, Pat
     assert len(found) == 4 and found == sorted(found)
 
 
+def test_of_two_links_to_a_run_the_first_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order the disk has them; the run is one that archive_runs.py wrote, without its record."""
+    make(tmp_path / "run", mark="metrics.parquet")
+    (tmp_path / "outputs").mkdir()
+    for name in "ab":
+        (tmp_path / "outputs" / name).symlink_to(tmp_path / "run")
+    walk = os.walk
+
+    def backwards(top: Path, *, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(top, followlinks=followlinks):
+            found[1].sort(reverse=True)
+            yield found
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert find_runs([tmp_path / "outputs"]) == [tmp_path / "outputs" / "a"]
+
+
 PATTERNS = {
     "study/grpo-s0": "a", "study/grpo-s0/metrics.jsonl": "a", "study/grpo-s1/run.json": "b", "study": "a b",
     "study/*": "a b", "study/*s1": "b", "**/*-s0": "a c", "*/lr*": "odd",
@@ -117,7 +134,7 @@ def test_what_is_shown_when_there_is_no_run(tree: dict[str, Path]) -> None:
 
 def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable[..., TrainConfig]) -> None:
     config = composed(
-        "algo.selection.policy_shift_max=.inf", "regime.learning_rate=1e-5", "dataset.path='1e-5'"
+        "algo.selection.policy_shift_max=inf", "regime.learning_rate=1e-5", "dataset.path='1e-5'"
     )
     with locked(tmp_path), RunRecord(tmp_path, config):
         pass
@@ -151,6 +168,10 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         ("config.yaml", "a: [", "config.yaml is not YAML"),
         ("config.yaml", "just text", "expected the config of a run"),
         ("config.yaml", "seed: x\n", 'config.yaml: seed is "x"'),
+        ("config.yaml", "algo: {num_iterations: two}\n", 'config.yaml: algo.num_iterations is "two"'),
+        ("config.yaml", "algo: {selection: {policy_shift_max: a}}\n", 'policy_shift_max is "a"'),
+        ("config.yaml", "algo: {selection: {objective_shift_min: a}}\n", 'objective_shift_min is "a"'),
+        ("config.yaml", "algo: {selection: {objective_shift_max: a}}\n", 'objective_shift_max is "a"'),
         ("metrics.jsonl", '{"a": 1}\n\n{"a": 1\n{"a": 2}\n', r"metrics\.jsonl, line 3: not JSON"),
         ("metrics.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", r"metrics\.jsonl, line 2: "),
         ("metrics.jsonl", '{"a": 1}\n\0\0\n', r"metrics\.jsonl, line 2: not JSON"),
@@ -232,6 +253,14 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         completions(tmp_path, 20, 2, tokens=foreign)
         assert load_completions(run) == found[2:]
     assert "(tokens is double, expected a list of text); restore or remove it" in caplog.text
+    completions(tmp_path, 20, 2, keep=[[True, False], [True]])
+    assert [row["keep"] for row in load_completions(run, 20)] == [[True, False]]
+    assert "step_000020.parquet: 1 completions, lists of unequal length" in caplog.text
+    assert read_sample(tmp_path, 20, histograms=True) == Sample([[None, "", None, 0.0, None, None, 1]], {})
+    text = [["a", None, "c", "d"]]
+    completions(tmp_path, 20, 1, token_ids=[[]], tokens=text, keep=[[True, False, None, False]])
+    sample = read_sample(tmp_path, 20, histograms=False)
+    assert sample is not None and sample.rows[0][1] == "a[--]c[-d-]" and sample.rows[0][-1] == 2
 
 
 def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path: Path) -> None:
@@ -250,11 +279,3 @@ def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path: Path) -> No
     assert not any("left out" in line for line in shown)
     (tmp_path / "run.json").write_text(json.dumps(record | {"status": "finished"}))
     assert any(line.startswith("left out ") and "have no row" in line for line in summary_lines(tmp_path))
-    completions(tmp_path, 20, 2, keep=[[True, False], [True]])
-    assert [row["keep"] for row in load_completions(run, 20)] == [[True, False]]
-    assert "step_000020.parquet: 1 completions, lists of unequal length" in caplog.text
-    assert read_sample(tmp_path, 20, histograms=True) == Sample([[None, "", None, 0.0, None, None, 1]], {})
-    text = [["a", None, "c", "d"]]
-    completions(tmp_path, 20, 1, token_ids=[[]], tokens=text, keep=[[True, False, None, False]])
-    sample = read_sample(tmp_path, 20, histograms=False)
-    assert sample is not None and sample.rows[0][1] == "a[--]c[-d-]" and sample.rows[0][-1] == 2

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
-MARKS = {"run.json", "metrics.jsonl"}
+MARKS = {"run.json", "metrics.jsonl", "metrics.parquet"}
 """A folder with one of these files is a run directory."""
 
 RECORD_TYPES = {
@@ -41,6 +41,8 @@ LARGEST = 1e100
 SETTING_TYPES = {
     "num_steps": int, "seed": int, "regime.prompts_per_step": int, "regime.group_size": int,
     "regime.learning_rate": int | float, "algo.kl_coefficient": int | float, "algo.selection": dict,
+    "algo.num_iterations": int, "algo.selection.policy_shift_max": int | float,
+    "algo.selection.objective_shift_min": int | float, "algo.selection.objective_shift_max": int | float,
 }  # fmt: skip
 """What is relied on of config.yaml; one with other values is damaged."""
 
@@ -139,7 +141,7 @@ def _runs_in(place: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(place, followlinks=True):
         real = os.path.realpath(folder)
         is_run = not MARKS.isdisjoint(files)
-        folders[:] = [] if is_run or real in seen else [name for name in folders if name[0] != "."]
+        folders[:] = [] if is_run or real in seen else sorted(name for name in folders if name[0] != ".")
         seen.add(real)
         if is_run:
             yield Path(folder)
@@ -224,13 +226,13 @@ def _left_out(run: LoggedRun) -> list[LoggedRow]:
     num_steps, batch = planned[0], planned[1] * planned[2]
     batch *= last.get("rollout/sampling_rounds") or 1  # as often as it sampled in vain
     zero = {names.TRAIN_ACCURACY: 0.0, names.TRAIN_REWARD: 0.0}
-    return [
-        {names.STEP: at, names.COMPLETIONS: completions + (at - step) * batch, **zero}
     further = ("counter/optimizer_step", "counter/prompts", names.GENERATED_TOKENS)
     rates = {key: last[key] / max(step, 1) for key in further if key in last}  # the run's own
+    return [
+        {names.STEP: at, names.COMPLETIONS: completions + (at - step) * batch, **zero}
+        | {key: last[key] + (at - step) * rate for key, rate in rates.items()}
         for at in range(step + 1, num_steps + 1)
     ]
-        | {key: last[key] + (at - step) * rate for key, rate in rates.items()}
 
 
 def read_jsonl(path: Path) -> list[LoggedRow]:
@@ -260,8 +262,6 @@ def load_completions(run: LoggedRun, step: int | None = None) -> list[LoggedRow]
     return found
 
 
-def list_samples(run_dir: Path) -> dict[int, Path]:
-    """Returns step -> file of sampled completions, without what is no parquet file from end to end."""
 def read_completions(path: Path) -> list[dict[str, Any]]:
     """Returns the completions of a file; those whose lists differ in length are left out with a warning.
 
@@ -276,6 +276,8 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     return whole
 
 
+def list_samples(run_dir: Path) -> dict[int, Path]:
+    """Returns step -> file of sampled completions, without what is no parquet file from end to end."""
     return {step: path for step, path in find_samples(run_dir).items() if is_parquet(path)}
 
 
