@@ -277,8 +277,13 @@ def main() -> None:
                 sys.stdout.write(f"{method}, {rate:g}, {seed}: {needed:g}\n")
         return
     tasks: dict[str, Curves] = defaultdict(dict)
+    files: dict[tuple[str, object], Path] = {}
     for path in arguments.runs:
-        tasks[path.resolve().parent.name] |= read_curves(path)
+        task = path.resolve().parent.name
+        for run, curve in read_curves(path).items():
+            if (other := files.setdefault((task, run), path)) is not path:
+                raise SystemExit(f"{other} and {path} both have {run} of {task}; name one of them")
+            tasks[task][run] = curve
     for task, curves in tasks.items():
         sys.stdout.write("\n".join([f"{task}:", *judge(curves)]) + "\n")
     if arguments.picture:

@@ -11,6 +11,7 @@ import pytest
 from capo_exp.figures.__main__ import main
 from capo_exp.runs.read import find_runs, load_run
 from scripts.judge_real_rates import judge, judge_shifts, read_curves
+from scripts.judge_real_rates import main as main_of_rates
 from scripts.judge_why import read, table
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
@@ -70,6 +71,15 @@ def test_the_page_on_real_weights_says_what_the_kept_runs_say(place: int, task: 
             assert row[name] == one[name], (row, name)
         assert [f"{row[name]}/3" for name in ("collapsed", "held")] == [one["collapsed"], one["held"]]
         assert (row["learns"] == "yes") == (one["learns"] == "True")
+
+
+def test_a_run_that_two_files_have_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = str(REFERENCE / "smollm2" / "sums" / "plain.parquet")
+    monkeypatch.setattr("sys.argv", ["judge_real_rates.py", plain, plain])
+    with pytest.raises(
+        SystemExit, match=r"plain\.parquet and \S+plain\.parquet both have \('grpo', .* of sums"
+    ):
+        main_of_rates()
 
 
 def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer() -> None:
