@@ -154,6 +154,16 @@ def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
     run, often = make("seed=3"), make("seed=3", "evaluation.every=1")  # trains to the same numbers
     for ids in ("aaaa", "bbbb"), ("aaaa", None):
         records = [{"run_id": name, "data": "d1"} for name in ids]
+def test_no_copy_is_of_another_device_or_commit(make: Make) -> None:
+    """A run of one id on a GPU is another curve; one of another commit is as good as its twin."""
+    cpu = make("seed=0", record={"git": {"commit": "a"}})
+    gpu, newer = (replace(cpu, path=Path(str(more)), record=cpu.record | more)
+                  for more in ({"device": "NVIDIA X"}, {"git": {"commit": "b"}}))  # fmt: skip
+    assert len(curves([cpu, gpu], mix=False)) == 2
+    with pytest.raises(ConfigError, match="different runs with the same settings and seed 0"):
+        curves([cpu, newer], mix=False)
+
+
         same = [replace(run, path=Path(f"x{i}"), record=record) for i, record in enumerate(records)]
         for mix in (False, True):
             with pytest.raises(ConfigError, match=r"x0, x1: different runs .* seed 3; expected one run for"):
@@ -184,6 +194,8 @@ def test_what_cannot_be_compared_is_refused(make: Make, overrides: list[str], ke
 
 def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) -> None:
     one, same = make("seed=0", "dataset.path=/here"), make("seed=1", "dataset.path=/there")
+    bare = LoggedRun(Path("bare"), {}, {}, [], [])  # which can be compared with all
+    assert families([bare, *runs]) == [[bare, *runs[:2]], runs[2:]]
     assert len(curves([one, same], mix=False)) == 1
     other = replace(same, record=same.record | {"data": "d2"})
     with pytest.raises(ConfigError, match=r"data: d1 \(1 run\), d2 \(1 run\)"):

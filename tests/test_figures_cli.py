@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -110,6 +111,22 @@ def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(
 
 
 def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path: Path, run) -> None:
+def test_no_two_families_have_one_folder() -> None:
+    groups = [[LoggedRun(Path(folder), {}, {}, [], [])] for folder in ("a/1", "b/1", "c/1-2")]
+    assert [folder.name for folder in figures._folders(groups, Path("o"))] == ["1", "1-2", "1-2-2"]
+
+
+def test_a_copy_counts_once_where_curves_start(tmp_path: Path, run) -> None:
+    """Runs at learning rate 0 with an accuracy of 0.2 and, copied, of 0.4."""
+    write_run(tmp_path / "runs", "capo", steps=2)
+    for seed in (0, 1):
+        path = write_run(tmp_path / "runs", FIGURE_1[3], seed, steps=2, accuracy=lambda _, s: 0.2 * (1 + s))
+    shutil.copytree(path, tmp_path / "runs" / "copy")
+    assert run(f"runs={tmp_path}/runs", "figure=1", f"output={tmp_path}", "smoothing=off").status == 0
+    rows = list(csv.reader((tmp_path / "1.csv").read_text().splitlines()))
+    assert [row[3] for row in rows if row[1:3] == ["CAPO (A)", "0"]] == [pytest.approx("0.30000000000000004")]
+
+
     path, out = write_run(tmp_path / "runs", "capo", steps=2), tmp_path / "a--b -->"
     (path / "run.json").write_text(json.dumps({"run_id": "a,=HYPERLINK(1),-2;@x"}))
     assert run(f"runs={tmp_path / 'runs'}", "figure=5", f"output={out}").status == 0

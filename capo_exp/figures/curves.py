@@ -5,7 +5,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -42,8 +41,8 @@ class Curve:
 def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     """Groups runs by all that changes how they train or what is measured, but the seed (settings.training).
 
-    A copy of a run (the same run id) counts once. Runs without a config.yaml are curves of their own.
-    `mix` draws runs together that cannot be compared.
+    A copy of a run (the same run id, device and commit) counts once. Runs without a config.yaml are curves
+    of their own. `mix` draws runs together that cannot be compared.
 
     Raises:
         ConfigError: mix=False and runs differ in model, problems, reward or sampling; or two different runs
@@ -52,7 +51,7 @@ def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
     if not mix:
         settings.check_comparable(runs)
     groups: dict[str, list[LoggedRun]] = defaultdict(list)
-    for run in _without_copies(runs):
+    for run in without_copies(runs):
         groups[_identity(run)].append(run)
     members = [_seeds(group) for group in groups.values()]
     table = [settings.training(group[0]) for group in members]
@@ -64,23 +63,26 @@ def curves(runs: Sequence[LoggedRun], *, mix: bool) -> list[Curve]:
 
 def families(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
     """Returns the runs in groups that can be compared, each where its first run is."""
-    found: list[list[LoggedRun]] = []
+    found: list[tuple[settings.Settings, list[LoggedRun]]] = []  # What all of a family say of their question
     for run in runs:
-        for family in found:
-            with suppress(ConfigError):
-                settings.check_comparable((family[0], run))
+        own = settings.question(run)
+        for known, family in found:
+            if all(str(known.get(key, value)) == str(value) for key, value in own.items()):
+                known |= own
                 family.append(run)
                 break
         else:
-            found.append([run])
-    return found
+            found.append((own, [run]))
+    return [family for _, family in found]
 
 
-def _without_copies(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
-    """Keeps, of runs with one run id, which all ask for the same numbers, the one that has come furthest."""
-    furthest: dict[str, LoggedRun] = {}
+def without_copies(runs: Sequence[LoggedRun]) -> list[LoggedRun]:
+    """Keeps, of runs with one run id, device and commit, the one that has come furthest: the others have the
+    same numbers."""
+    furthest: dict[tuple[Any, ...], LoggedRun] = {}
     for run in sorted(runs, key=lambda run: (len(run.metrics), len(run.evaluations))):
-        furthest[run.record.get("run_id") or str(run.path)] = run
+        device, commit = settings.results(run).get("device"), (run.record.get("git") or {}).get("commit")
+        furthest[run.record.get("run_id") or run.path, device, commit] = run
     return list(furthest.values())
 
 

@@ -97,7 +97,7 @@ def check_comparable(runs: Sequence[LoggedRun]) -> None:
     Raises:
         ConfigError: names the keys, their values and how many runs have each.
     """
-    table = [_question(run) for run in runs]
+    table = [question(run) for run in runs]
     counts = {key: Counter(str(each[key]) for each in table if key in each) for key in varying(table)}
     found = {key: count for key, count in counts.items() if len(count) > 1}
     if found:
@@ -107,7 +107,8 @@ def check_comparable(runs: Sequence[LoggedRun]) -> None:
         raise ConfigError(f"runs that cannot be compared differ in {shown}{more}; {wanted}")
 
 
-def _question(run: LoggedRun) -> Settings:
+def question(run: LoggedRun) -> Settings:
+    """Returns the settings that say which question the accuracies of a run answer, as far as it has them."""
     found = {key: value for key, value in results(run).items() if is_within(key, INCOMPARABLE)}
     if found.get("model.path"):
         found["model.path"] = PurePath(found["model.path"]).name  # a hub's id, or wherever a copy lies
