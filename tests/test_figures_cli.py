@@ -17,6 +17,7 @@ from capo_exp.cli.figures import main
 from capo_exp.figures import output
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.runs.files import replace_file
+from capo_exp.runs.read import LoggedRun
 from tests.figure_pieces import COMMIT, FIGURE_1, write_run, write_study
 
 SUFFIXES = (".png", ".pdf", ".csv", ".md", ".tex")
@@ -110,7 +111,6 @@ def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(
     assert f"left out: {broken}/metrics.jsonl, line 2" in (tmp_path / "out" / "b" / "report.html").read_text()
 
 
-def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path: Path, run) -> None:
 def test_no_two_families_have_one_folder() -> None:
     groups = [[LoggedRun(Path(folder), {}, {}, [], [])] for folder in ("a/1", "b/1", "c/1-2")]
     assert [folder.name for folder in figures._folders(groups, Path("o"))] == ["1", "1-2", "1-2-2"]
@@ -127,6 +127,7 @@ def test_a_copy_counts_once_where_curves_start(tmp_path: Path, run) -> None:
     assert [row[3] for row in rows if row[1:3] == ["CAPO (A)", "0"]] == [pytest.approx("0.30000000000000004")]
 
 
+def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path: Path, run) -> None:
     path, out = write_run(tmp_path / "runs", "capo", steps=2), tmp_path / "a--b -->"
     (path / "run.json").write_text(json.dumps({"run_id": "a,=HYPERLINK(1),-2;@x"}))
     assert run(f"runs={tmp_path / 'runs'}", "figure=5", f"output={out}").status == 0

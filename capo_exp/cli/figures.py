@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, get_args
 
@@ -111,11 +112,11 @@ def _folders(groups: Sequence[Sequence[LoggedRun]], output: Path) -> list[Path]:
     """Returns where the figures of each family go: below `output`, by the folder that its runs are in."""
     if len(groups) == 1:
         return [output]
-    found = [common_parent([run.path for run in group]).name or "runs" for group in groups]
-    return [
-        output / (name if found.index(name) == place else f"{name}-{place + 1}")
-        for place, name in enumerate(found)
-    ]
+    folders: list[Path] = []
+    for name in (common_parent([run.path for run in group]).name or "runs" for group in groups):
+        paths = chain([output / name], (output / f"{name}-{number}" for number in count(2)))
+        folders.append(next(path for path in paths if path not in folders))
+    return folders
 
 
 def common_parent(paths: Sequence[Path]) -> Path:
