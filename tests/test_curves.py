@@ -122,6 +122,10 @@ def test_a_method_that_states_no_look_has_one_by_its_name() -> None:
     assert (style.colour(wrong), style.marker(wrong)) == (style.colour(mine), style.marker(mine))
 
 
+def test_a_key_with_braces_is_told_as_it_is() -> None:
+    assert labels.text("algo.{x}", {"algo.{x}": 1e-4}) == "{x} 1e-4"
+
+
 def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Make) -> None:
     rates, batches = ("2e-5", "1e-4", "1e-3"), (12, 144, 48)
     runs = [
@@ -150,10 +154,6 @@ def test_a_copy_counts_once_and_the_one_that_came_further_counts(make: Make) -> 
         assert [each.path for each in curve.runs] == [Path("b")]
 
 
-def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
-    run, often = make("seed=3"), make("seed=3", "evaluation.every=1")  # trains to the same numbers
-    for ids in ("aaaa", "bbbb"), ("aaaa", None):
-        records = [{"run_id": name, "data": "d1"} for name in ids]
 def test_no_copy_is_of_another_device_or_commit(make: Make) -> None:
     """A run of one id on a GPU is another curve; one of another commit is as good as its twin."""
     cpu = make("seed=0", record={"git": {"commit": "a"}})
@@ -164,6 +164,10 @@ def test_no_copy_is_of_another_device_or_commit(make: Make) -> None:
         curves([cpu, newer], mix=False)
 
 
+def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
+    run, often = make("seed=3"), make("seed=3", "evaluation.every=1")  # trains to the same numbers
+    for ids in ("aaaa", "bbbb"), ("aaaa", None):
+        records = [{"run_id": name, "data": "d1"} for name in ids]
         same = [replace(run, path=Path(f"x{i}"), record=record) for i, record in enumerate(records)]
         for mix in (False, True):
             with pytest.raises(ConfigError, match=r"x0, x1: different runs .* seed 3; expected one run for"):
@@ -190,12 +194,12 @@ def test_what_cannot_be_compared_is_refused(make: Make, overrides: list[str], ke
     assert key in message and "mix=true" in message and "narrow runs=" in message and "\n" not in message
     assert [len(curve.runs) for curve in curves(runs, mix=True)] == [1, 2]
     assert families(runs) == [runs[:2], runs[2:]]
+    bare = LoggedRun(Path("bare"), {}, {}, [], [])  # which can be compared with all
+    assert families([bare, *runs]) == [[bare, *runs[:2]], runs[2:]]
 
 
 def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) -> None:
     one, same = make("seed=0", "dataset.path=/here"), make("seed=1", "dataset.path=/there")
-    bare = LoggedRun(Path("bare"), {}, {}, [], [])  # which can be compared with all
-    assert families([bare, *runs]) == [[bare, *runs[:2]], runs[2:]]
     assert len(curves([one, same], mix=False)) == 1
     other = replace(same, record=same.record | {"data": "d2"})
     with pytest.raises(ConfigError, match=r"data: d1 \(1 run\), d2 \(1 run\)"):

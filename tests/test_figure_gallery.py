@@ -262,6 +262,18 @@ def test_time_is_shared_out(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
     found = {row["x"]: float(row["centre"]) for row in rows(compose("time", study).panels)}
     assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
+    for path in tmp_path.glob("*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('total_seconds": 2.0', 'total_seconds": 0.0'))
+    with pytest.raises(Lacking, match="no run has logged time/total_seconds"):
+        compose("time", study_in(tmp_path))
+
+
+def test_cards_that_are_no_names_are_told_apart(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        path = write_run(tmp_path, "capo", seed, steps=3) / "evaluations" / "test.jsonl"
+        path.write_text(path.read_text().replace("}", f', "cards": [{seed}]}}'))
+    with pytest.raises(Lacking, match=r"different cards: 0 \(1 run\); 1 \(1 run\); expected"):
+        compose("test", study_in(tmp_path))
 
 
 @pytest.mark.slow

@@ -113,6 +113,14 @@ def test_the_summary_says_what_happened_not_what_was_planned(tmp_path: Path) -> 
     assert line.cells[7].text == "2,880"
 
 
+@pytest.mark.parametrize("seconds", ["NaN", "1e20", "-1"])
+def test_a_time_that_is_none_is_not_told(seconds: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.0, record={})
+    (path / "run.json").write_text((path / "run.json").read_text().replace("75.0", seconds))
+    (line,) = overview([load_run(path)], ["a run"], [])
+    assert line.cells[-1].text == "-"
+
+
 def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
     paths = [
         write_run(tmp_path / name, config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})

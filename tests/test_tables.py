@@ -63,8 +63,8 @@ def test_cells(cell: Estimate | str | None, unit: str, text: str) -> None:
 
 
 def test_numbers_of_completions() -> None:
-    said = [thousands(x) for x in (0, 96, 999, 1000, 59904, 1.5e6)]
-    assert said == ["0", "96", "999", "1k", "59.9k", "1.5M"]
+    said = [thousands(x) for x in (0, 96, 999, 999.6, 1000, 59904, 999_600, 1.5e6)]
+    assert said == ["0", "96", "999", "1k", "1k", "59.9k", "1M", "1.5M"]
     assert value_text(0.5, "percent", bare=True) == "50.0"
     assert apart([0.5, 0.1, 0.52, 0.11], 0.06) == pytest.approx([0.5, 0.1, 0.56, 0.16])
 

@@ -126,7 +126,7 @@ def text(key: str, settings: Mapping[str, Any]) -> str:
     value = settings[key]
     if key.endswith("._target_"):
         value = str(value).rpartition(".")[2]
-    return TEXTS.get(key, f"{name} {{}}").format(short(value))
+    return TEXTS.get(key, "{name} {}").format(short(value), name=name)
 
 
 def short(value: Any) -> str:

@@ -124,7 +124,7 @@ def of_estimates(
 
 def thousands(x: float) -> str:
     """Says a number in few characters, such as 59.9k."""
-    unit, size = (1e6, "M") if abs(x) >= 1e6 else (1e3, "k") if abs(x) >= 1e3 else (1, "")
+    unit, size = (1e6, "M") if abs(x) >= 999_500 else (1e3, "k") if abs(x) >= 999.5 else (1, "")
     return f"{x / unit:.3g}{size}"
 
 

@@ -15,7 +15,7 @@ from capo_exp.figures.labels import short
 from capo_exp.figures.panel import Column, Panel, Series, cell_text, format_values, list_rows, of_estimates
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
-from capo_exp.runs.read import LoggedRow, LoggedRun
+from capo_exp.runs.read import LARGEST, LoggedRow, LoggedRun
 
 TOTAL = "time/total_seconds"
 STAGES = {
@@ -60,7 +60,7 @@ def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
 
 
 def _timed(run: LoggedRun) -> list[LoggedRow]:
-    return [row for row in run.metrics if row.get(TOTAL) is not None]
+    return [row for row in run.metrics if 0 < (row.get(TOTAL) or 0) < LARGEST]
 
 
 def _shares(rows: Sequence[LoggedRow]) -> list[float]:

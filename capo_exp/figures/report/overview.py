@@ -21,6 +21,9 @@ COLUMNS = (
     "completions", "wall time",
 )  # fmt: skip
 
+MOST_SECONDS = 1e10
+"""A run that says to have taken longer, three centuries, is damaged."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -83,7 +86,7 @@ def _cells(run: LoggedRun) -> list[Cell]:
     held_out = values(run.evaluations, names.EVAL_ACCURACY)
     rejected = values(run.metrics, names.REJECTION_RATE)
     completions = values(run.metrics, names.COMPLETIONS)
-    seconds = run.record.get("wall_seconds")
+    seconds = run.record.get("wall_seconds") or 0
     none = Cell("-", "")
     return [
         Cell(outcome(run), outcome(run)),
@@ -94,7 +97,7 @@ def _cells(run: LoggedRun) -> list[Cell]:
         _percent(fmean(rejected)) if rejected else none,
         _percent(max(rejected)) if rejected else none,
         Cell(f"{max(completions):,.0f}", max(completions)) if completions else none,
-        none if seconds is None else Cell(str(timedelta(seconds=round(seconds))), seconds),
+        Cell(str(timedelta(seconds=round(seconds))), seconds) if 0 < seconds < MOST_SECONDS else none,
     ]
 
 
