@@ -125,6 +125,8 @@ def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
     [ring] = curve(found, "CAPO (A) reaches GRPO at 59.9k")
     assert (int(ring["x"]), float(ring["centre"])) == (3072, pytest.approx(TARGET))
     [panel] = shown.panels
+    [factor] = curve(found, "CAPO (A), Training accuracy, sample efficiency")
+    assert float(factor["centre"]) == 59904 / 3072 and float(factor["low"]) > 0
     assert panel.x_max == 9600
     table = {row[0]: row for row in tables.table_of(shown.panels).rows}
     assert table["CAPO (A)"][-1].startswith("19.5x [")
@@ -260,7 +262,8 @@ def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path: Path) -> None:
 
 def test_time_is_shared_out(tmp_path: Path) -> None:
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
-    found = {row["x"]: float(row["centre"]) for row in rows(compose("time", study).panels)}
+    *listed, seconds = rows(compose("time", study).panels)
+    found = {row["x"]: float(row["centre"]) for row in listed}
     assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
     for path in tmp_path.glob("*/metrics.jsonl"):
         path.write_text(path.read_text().replace('total_seconds": 2.0', 'total_seconds": 0.0'))
@@ -273,6 +276,7 @@ def test_cards_that_are_no_names_are_told_apart(tmp_path: Path) -> None:
         path = write_run(tmp_path, "capo", seed, steps=3) / "evaluations" / "test.jsonl"
         path.write_text(path.read_text().replace("}", f', "cards": [{seed}]}}'))
     with pytest.raises(Lacking, match=r"different cards: 0 \(1 run\); 1 \(1 run\); expected"):
+    assert list(seconds.values())[1:] == ["CAPO (A), seconds a step", "", "2", "2", "2", ""]
         compose("test", study_in(tmp_path))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tokens
-from capo_exp.figures.panel import Panel, Series, cell_text, value_text
+from capo_exp.figures.panel import NAN, Panel, Series, cell_text, value_text
 
 CSV_HEADING = ("panel", "curve", "x", "centre", "low", "high", "seeds")
 LATEX = str.maketrans({
@@ -68,10 +68,15 @@ def _csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
     for crossing in panel.crossings:
         name = f"{crossing.curve.label} reaches {panel.levels[0].label}"
         yield panel.title, name, _exact(crossing.x), _exact(crossing.y), "", "", ""
-    if panel.kind == "settings":
-        for column in panel.columns:
-            for label, cell in column.cells.items():
+    for column in panel.columns:
+        for label, cell in column.cells.items():
+            if panel.kind == "settings":
                 yield panel.title, label, column.heading, cell_text(cell, column.unit), "", "", ""
+            elif column.unit in ("seconds", "times") and isinstance(
+                cell, Estimate
+            ):  # told beside what is drawn
+                bounds = (NAN if bound is None else bound for bound in (cell.low, cell.high))
+                yield panel.title, f"{label}, {column.heading}", "", *map(_exact, (cell.value, *bounds)), ""
 
 
 def _series_rows(title: str, series: Series) -> Iterator[tuple[object, ...]]:
