@@ -154,6 +154,14 @@ def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
 
 
 def test_nothing_short_is_smoothed(tmp_path: Path) -> None:
+def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path: Path) -> None:
+    """Held-out accuracy has an x = 0 of its own."""
+    said = "Training accuracy at x = 0: of runs at learning rate 0."
+    for job in ("capo", "zero_learning_rate"):
+        write_run(tmp_path, job, steps=12)
+        assert (said in caption(compose("2", study_in(tmp_path)))) == (job != "capo")
+
+
     jumps = {"capo": 9, "grpo_aggressive": 10}  # steps, and as many points
     for job, steps in jumps.items():
         write_run(tmp_path, job, steps=steps, accuracy=lambda x, _: 0.9 if x > 500 else 0.1)
@@ -247,7 +255,9 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
     ]
     (study.runs[0].path / "completions" / "step_000010.parquet").write_bytes(b"torn")
     damaged = compose("rejected_tokens", study_in(tmp_path))  # the other seed's are still there
+    assert "Counted in the logged completions of n = 2 seeds." in caption(shown)
     assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
+    assert "Counted in the logged completions of n = 1 seed." in caption(damaged)
     assert "step_000010.parquet is not a parquet file." in caption(damaged)
 
 
@@ -257,7 +267,7 @@ def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path: Path) -> None:
     columns = {"tokens": [["a", None, "a"], [], ["b"], None], "token_ids": [[1, 2, 1], [3], None, None]}
     keep = [[False, False, None], [False], [False], [False]]
     pq.write_table(pa.table({**columns, "keep": keep}), path)
-    assert count_tokens(study_in(tmp_path).runs) == ({"a": 1, "#2": 1, "#3": 1, "b": 1},) * 2
+    assert count_tokens(study_in(tmp_path).runs[0]) == ({"a": 1, "#2": 1, "#3": 1, "b": 1},) * 2
 
 
 def test_time_is_shared_out(tmp_path: Path) -> None:
@@ -384,6 +394,6 @@ def test_a_method_is_good_where_each_of_its_seeds_is(tmp_path: Path) -> None:
         write_run(tmp_path, "capo", seed, steps=10, accuracy=lambda x, s: 0.5 + x / 96 / (10 + 10 * s))
         write_run(tmp_path, "grpo_aggressive", seed, steps=10, accuracy=lambda _, s: 0.9 - 0.1 * s)
     panels = compose("methods", study_in(tmp_path)).panels
-    (column,) = [c for panel in panels for c in panel.columns if panel.title == "Completions to 90 %"]
+    (column,) = [c for panel in panels for c in panel.columns if panel.title == "Until 90 %"]
     assert column.cells["CAPO (A)"].value == 6 * 96
     assert column.cells["GRPO (A)"] == "1 of 2 seeds"

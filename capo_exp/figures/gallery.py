@@ -14,6 +14,7 @@ from capo_exp.figures.lines import Told, lines
 from capo_exp.figures.panel import Level, Panel
 from capo_exp.figures.paper import COMPARED, EXTENT, HELD_OUT, RANKED, REJECTED, TRAINING, TRAINS, trains
 from capo_exp.figures.per_run import settings_table, stages
+from capo_exp.figures.stats import FEW
 from capo_exp.figures.study import Lacking, Metric, Study
 from capo_exp.figures.tokens import tokens
 from capo_exp.runs.read import LoggedRun
@@ -113,7 +114,7 @@ def figure_methods(study: Study) -> list[Panel]:
     return [
         bar(HELD_OUT, "Held-out, final", "last"),
         bar(TRAINING, "Training, final", "final"),
-        bar(UNTIL, "Completions to 90 %", "until_good"),
+        bar(UNTIL, "Until 90 %", "until_good"),
         bar(SHARE, "Collapsed seeds", "collapsed"),
     ]
 
@@ -187,14 +188,15 @@ class FigureSpec:
 
 
 HEIGHT = "The area is the mean height of the curve."
-COLLAPSE = """A seed has collapsed when its smoothed accuracy has lost half of what it had gained at its \
-peak, and more than noise would take"""
+COLLAPSE = f"""A seed has collapsed when its smoothed accuracy has lost half of what it had gained at its \
+peak, and more than noise would take (of fewer than {FEW} values noise is not known, and can do it alone)"""
+FIRST = "First collapse is the median over the seeds that collapsed."
 SHIFTS = """What the last-layer model predicts: m_F, half the square of the change of a sampled token's \
 log-prob, and m_H, the change of the objective, in runs before 2026-11-26 by the authors' formula."""
 RANKS = """Rank correlation over the tokens of one step. \
 The last layer's shift is what the step would have done alone there."""
 WILSON = "the interval of the share is Wilson's."
-UNTIL_GOOD = """Completions to 90 % are those until smoothed training accuracy is there; where not every \
+UNTIL_GOOD = """Until 90 % is where smoothed training accuracy is there first; where not every \
 seed gets there, how many do."""
 KEPT = """and has kept its peak when it ends with nine tenths of that accuracy; \
 intervals of shares are Wilson's."""
@@ -223,7 +225,7 @@ FIGURES = {
     "regimes": FigureSpec("Regimes", figure_regimes, caption=WORST),
     "rejected_tokens": FigureSpec("Rejected tokens", figure_rejected_tokens, 3, TOKENS, "tokens"),
     "settings": FigureSpec("Settings", figure_settings, caption=BOUNDS),
-    "stability": FigureSpec("Stability", figure_stability, 3, f"{COLLAPSE}; {WILSON} {HEIGHT}"),
+    "stability": FigureSpec("Stability", figure_stability, 3, f"{COLLAPSE}; {WILSON} {FIRST} {HEIGHT}"),
     "test": FigureSpec("Accuracy on benchmarks", figure_test, 1, alias="TEST"),
     "time": FigureSpec("Time of a step", figure_time, 1, SHARES),
 }

@@ -1,14 +1,14 @@
 """A figure as a page: its panels beside each other, a legend above, and what a reader has to know below."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from capo_exp.figures import style
-from capo_exp.figures.bands import FEW_POINTS
+from capo_exp.figures.bands import FEW_POINTS, in_evaluations
 from capo_exp.figures.bars import cell_of
 from capo_exp.figures.curves import Curve, order
 from capo_exp.figures.gallery import FIGURES
@@ -84,7 +84,9 @@ def caption(picture: Picture) -> str:
     study, spec, panels = picture.study, FIGURES[picture.name], picture.panels
     curves = [panel for panel in panels if panel.kind == "lines"]
     unanswered = study.reference is None and any(panel.wants_reference for panel in panels)
-    started = any(study.start_of(picture.curves[0], panel.named) is not None for panel in curves)
+    training = [panel.named for panel in curves if not in_evaluations(panel.named.key)]
+    started = any(study.start_of(curve, m) is not None for m in training for curve in picture.curves)
+    numbers = [panel for panel in panels if panel.kind in ("bars", "heat") and not curves]
     sentences = {
         spec.caption: True,
         _statistics(picture): True,
@@ -104,18 +106,20 @@ def caption(picture: Picture) -> str:
 
 def _statistics(picture: Picture) -> str:
     kinds, study = {panel.kind for panel in picture.panels}, picture.study
-    seeds = count_seeds(picture.curves)
-    if kinds & {"settings", "tokens"}:
-        return f"Of {seeds}" if "settings" in kinds else f"Counted in the logged completions of {seeds}"
+    if "tokens" in kinds:
+        counted = {panel.labels[0]: int(panel.series[0].seeds[0]) for panel in picture.panels}
+        return f"Counted in the logged completions of {count_seeds(counted)}"
+    seeds = count_seeds({curve.label: len(curve.runs) for curve in picture.curves})
+    if "settings" in kinds:
+        return f"Of {seeds}"
     signs = " and ".join(sign for kind, sign in SIGNS.items() if kind in kinds)
     several = any(len(curve.runs) > 1 for curve in picture.curves)
     interval = f"{signs}: {INTERVALS[study.interval]}" if several else "one seed, hence no interval"
     return f"{STATISTICS[study.statistic]} of {seeds}; {interval}"
 
 
-def count_seeds(curves: Sequence[Curve]) -> str:
-    """Says how many there are, such as `n = 5 seeds` or `n = 5 seeds (GRPO 3)`."""
-    counts = {curve.label: len(curve.runs) for curve in curves}
+def count_seeds(counts: Mapping[str, int]) -> str:
+    """Says how many each curve has, by label, such as `n = 5 seeds` or `n = 5 seeds (GRPO 3)`."""
     usual = max(counts.values(), key=list(counts.values()).count)
     others = [f"{label} {count}" for label, count in counts.items() if count != usual]
     return f"n = {usual} seed{'' if usual == 1 else 's'}" + (f" ({', '.join(others)})" if others else "")
@@ -138,7 +142,7 @@ def _smoothing(panels: Sequence[Panel]) -> str:
     for panel in (panel for panel in panels if panel.kind in ("lines", "bars", "heat")):
         weight, label = panel.named.smoothing, panel.named.label
         raw = [series for series in panel.series if series.unsmoothed]
-        smooth = weight < 1 and any(series.unsmoothed < max(series.seeds) for series in panel.series)
+        smooth = weight < 1 and any(series.unsmoothed < len(series.curve.runs) for series in panel.series)
         said.setdefault(f"EMA {weight:g}" if smooth else "not smoothed", {})[label] = None
         few += [f"{series.curve.label} ({label})" for series in raw] if smooth else []
     texts = [text + (f" ({', '.join(labels)})" if len(said) > 1 else "") for text, labels in said.items()]

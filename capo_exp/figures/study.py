@@ -32,7 +32,7 @@ class Metric:
     key: str
     label: str
     unit: str = "number"
-    """number | percent | seconds | completions"""
+    """number | percent | points | seconds | completions, which are what x counts"""
     smoothing: float = 1.0  # Weight of a new value in the exponential moving average; 1 = none
     start: bool = False
     """Whether curves begin at x = 0 with the value of runs at learning rate 0, if there are any."""
@@ -88,7 +88,9 @@ class Study:
     def settled(self, metric: Metric) -> Metric:
         """Returns the metric with what the command line has in place of the figure's own."""
         smoothing = metric.smoothing if self.smoothing is None else self.smoothing
-        return replace(metric, smoothing=smoothing, x=self.x or metric.x)
+        x = self.x or metric.x
+        label = X_LABELS.get(x, x) if metric.unit == "completions" else metric.label
+        return replace(metric, smoothing=smoothing, x=x, label=label)
 
     def start_of(self, curve: Curve, metric: Metric) -> float | None:
         """Returns the value at x = 0, of runs at learning rate 0 with the same model and problems, if any."""

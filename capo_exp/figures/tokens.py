@@ -23,7 +23,9 @@ TOP = 20
 
 def tokens(curve: Curve) -> Panel:
     """Returns the tokens of a curve that were rejected most often, by the share of their occurrences."""
-    total, rejected = count_tokens(curve.runs)
+    counts = [count_tokens(run) for run in curve.runs]
+    total, rejected = (sum(parts, Counter[str]()) for parts in zip(*counts, strict=True))
+    counted_seeds = sum(bool(own) for own, _ in counts)
     if not rejected:
         none = "no completions on disk with their keep flags (logger.completions_every)"
         lack = "no token of the logged completions was rejected" if total else none
@@ -37,7 +39,7 @@ def tokens(curve: Curve) -> Panel:
         OF_ALL: [total[t] / total.total() for t in top],
         OF_REJECTED: [rejected[t] / rejected.total() for t in top],
     }
-    names, none, seeds = [visible(t) for t in top], np.full(len(top), NAN), np.full(len(top), len(curve.runs))
+    names, none, seeds = [visible(t) for t in top], np.full(len(top), NAN), np.full(len(top), counted_seeds)
     made = [
         (name, Series(curve, names, np.array(values, dtype=np.float64), none, none, seeds))
         for name, values in counted.items()
@@ -46,18 +48,18 @@ def tokens(curve: Curve) -> Panel:
     return Panel("tokens", curve.label, _paint, series, further=further, height=height)
 
 
-def count_tokens(runs: Sequence[LoggedRun]) -> tuple[Counter[str], Counter[str]]:
-    """Counts the occurrences of each token, and those rejected, over all logged completions of the runs."""
+def count_tokens(run: LoggedRun) -> tuple[Counter[str], Counter[str]]:
+    """Counts the occurrences of each token, and those rejected, over all logged completions of a run."""
     total: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    for row in (row for run in runs for row in load_completions(run)):
+    for row in load_completions(run):
         columns = [row.get(key) or () for key in ("tokens", "token_ids", "keep")]
         for text, number, keep in zip_longest(*columns):
             if keep is not None and (text, number) != (None, None):
                 name = f"#{number}" if text is None else text
                 total[name] += 1
                 rejected[name] += not keep
-    return total, +rejected
+    return total, rejected
 
 
 def visible(text: str) -> str:
