@@ -16,11 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from capo_exp.core.intervals import seed_estimate
 from capo_exp.figures import style, tables
 from capo_exp.figures.curves import curves
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.page import Picture, caption, compose, draw_page
-from capo_exp.figures.panel import Panel
+from capo_exp.figures.panel import Panel, cell_text
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.figures.tokens import count_tokens
 from capo_exp.runs.read import load_run, to_its_end
@@ -124,9 +125,9 @@ def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
     assert float(line["centre"]) == pytest.approx(TARGET)
     [ring] = curve(found, "CAPO (A) reaches GRPO at 59.9k")
     assert (int(ring["x"]), float(ring["centre"])) == (3072, pytest.approx(TARGET))
-    [panel] = shown.panels
     [factor] = curve(found, "CAPO (A), Training accuracy, sample efficiency")
     assert float(factor["centre"]) == 59904 / 3072 and float(factor["low"]) > 0
+    [panel] = shown.panels
     assert panel.x_max == 9600
     table = {row[0]: row for row in tables.table_of(shown.panels).rows}
     assert table["CAPO (A)"][-1].startswith("19.5x [")
@@ -153,7 +154,6 @@ def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
     assert [row["x"] for row in found] == [str(step) for step in range(53)]
 
 
-def test_nothing_short_is_smoothed(tmp_path: Path) -> None:
 def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path: Path) -> None:
     """Held-out accuracy has an x = 0 of its own."""
     said = "Training accuracy at x = 0: of runs at learning rate 0."
@@ -162,6 +162,7 @@ def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path: Path) -
         assert (said in caption(compose("2", study_in(tmp_path)))) == (job != "capo")
 
 
+def test_nothing_short_is_smoothed(tmp_path: Path) -> None:
     jumps = {"capo": 9, "grpo_aggressive": 10}  # steps, and as many points
     for job, steps in jumps.items():
         write_run(tmp_path, job, steps=steps, accuracy=lambda x, _: 0.9 if x > 500 else 0.1)
@@ -254,10 +255,10 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
         ["CAPO (A)", "a", "4", "10", "40.0 %", "66.7 %", "71.4 %"],
     ]
     (study.runs[0].path / "completions" / "step_000010.parquet").write_bytes(b"torn")
-    damaged = compose("rejected_tokens", study_in(tmp_path))  # the other seed's are still there
     assert "Counted in the logged completions of n = 2 seeds." in caption(shown)
-    assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
+    damaged = compose("rejected_tokens", study_in(tmp_path))  # the other seed's are still there
     assert "Counted in the logged completions of n = 1 seed." in caption(damaged)
+    assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
     assert "step_000010.parquet is not a parquet file." in caption(damaged)
 
 
@@ -275,6 +276,7 @@ def test_time_is_shared_out(tmp_path: Path) -> None:
     *listed, seconds = rows(compose("time", study).panels)
     found = {row["x"]: float(row["centre"]) for row in listed}
     assert found == {"sampling": 0.5, "curvature": 0.125, "other": pytest.approx(0.375)}
+    assert list(seconds.values())[1:] == ["CAPO (A), seconds a step", "", "2", "2", "2", ""]
     for path in tmp_path.glob("*/metrics.jsonl"):
         path.write_text(path.read_text().replace('total_seconds": 2.0', 'total_seconds": 0.0'))
     with pytest.raises(Lacking, match="no run has logged time/total_seconds"):
@@ -286,7 +288,6 @@ def test_cards_that_are_no_names_are_told_apart(tmp_path: Path) -> None:
         path = write_run(tmp_path, "capo", seed, steps=3) / "evaluations" / "test.jsonl"
         path.write_text(path.read_text().replace("}", f', "cards": [{seed}]}}'))
     with pytest.raises(Lacking, match=r"different cards: 0 \(1 run\); 1 \(1 run\); expected"):
-    assert list(seconds.values())[1:] == ["CAPO (A), seconds a step", "", "2", "2", "2", ""]
         compose("test", study_in(tmp_path))
 
 
@@ -317,6 +318,10 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Pa
     [line] = tables.table_of(shown.panels).rows
     assert line[2].startswith("50.0 % [")
     assert line[3] == "4.9k"
+    (first,) = [row for row in rows(shown.panels) if row["panel"] == "First collapse"]
+    assert first["seeds"] == "1"
+    assert "First collapse is the median over the seeds that collapsed." in caption(shown)
+    assert "of fewer than 20 values noise is not known" in caption(shown)
 
 
 def test_heat_map_cells(tmp_path: Path) -> None:
@@ -356,11 +361,13 @@ def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(ever
 
 
 def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -> None:
-    """Constant curves, so that areas are their heights; seed 0 of the method has no partner."""
+    """Constant curves, so that areas are their heights; seed 0 of the method has no partner, and none has a
+    rival of another batch."""
     slow, fast = "grpo_aggressive regime.learning_rate=1e-5", "grpo_aggressive regime.learning_rate=2e-4"
     heights = {
         slow: {1: 0.5, 2: 0.5},
         fast: {1: 0.6, 2: 0.7},
+        f"{fast} regime.prompts_per_step=24": {1: 0.9, 2: 0.9},
         "capo": {0: 0.1, 1: 0.65, 2: 0.72},
         "grpo_conservative": {1: 0.9, 2: 0.9},
     }
@@ -371,10 +378,47 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
     picture = compose("criterion", study)
     (column,) = [c for c in picture.panels[-1].columns if "Lead" in c.heading]
     found = dict(column.cells)
-    assert found["CAPO (A)"].value == pytest.approx((0.05 + 0.02) / 2)
-    assert found["GRPO"].value == pytest.approx((0.3 + 0.2) / 2)  # conservative: no rival
-    assert sorted(cell for cell in found.values() if isinstance(cell, str)) == ["the best rival"]
-    assert [text.get_text() for text in drawn(picture).axes[-1].texts] == ["the best rival"]
+    by_t = seed_estimate(np.array([0.05, 0.02]), "mean", "t")
+    said = cell_text(found["CAPO (A)"], column.unit)
+    assert said == cell_text(by_t, "points") == "3.5 [-15.6, 22.6]"
+    assert found["GRPO"] == "no rival"
+    told = ["no rival", "the best rival", "the best rival"]
+    assert sorted(cell for cell in found.values() if isinstance(cell, str)) == told
+    axes = drawn(picture).axes[-1]
+    assert sorted(text.get_text() for text in axes.texts) == told
+    assert axes.get_xlabel() == "difference of mean accuracy, points"
+    assert "%" not in "".join(text.get_text() for text in axes.get_xticklabels())
+    leads = [row for row in rows(picture.panels) if row["panel"] == "Lead over plain GRPO"]
+    assert {row["curve"]: row["seeds"] for row in leads if "CAPO" in row["curve"]} == {"CAPO (A)": "2"}
+    assert "95 % t interval, same batch, over the x both have." in caption(picture)
+
+
+def test_the_best_rival_is_the_best_as_far_as_the_curve_goes(tmp_path: Path) -> None:
+    """One that is better only in steps that the curve does not have is not."""
+    late, early = "grpo_aggressive regime.learning_rate=1e-5", "grpo_aggressive regime.learning_rate=2e-4"
+    write_run(tmp_path, late, steps=30, accuracy=lambda x, _: 0.3 if x <= 5 * 96 else 0.9)
+    write_run(tmp_path, early, steps=30, accuracy=lambda x, _: 0.4 if x <= 5 * 96 else 0.5)
+    write_run(tmp_path, "capo", steps=5, accuracy=lambda *_: 0.5)
+    panels = compose("criterion", study_in(tmp_path)).panels
+    assert panels[-1].columns[0].cells["CAPO (A)"].value == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["criterion", "methods", "stability"])
+def test_bars_say_which_seeds_ended_early(name: str, tmp_path: Path) -> None:
+    """One of two, at half of its way: the final accuracy is where both still count."""
+    for seed, steps in enumerate((100, 50)):
+        write_run(tmp_path, "capo", seed, steps=steps)
+    picture = compose(name, study_in(tmp_path))
+    assert "counts as far as it went; seeds that go on: CAPO (A) 2, 1 from 4.8k." in caption(picture)
+    (final,) = [row for row in rows(picture.panels) if row["panel"] in ("Final", "Training, final")]
+    assert (float(final["centre"]), final["seeds"]) == (pytest.approx(0.41 + 0.048), "2")
+
+
+def test_bars_along_another_x_say_so(tmp_path: Path) -> None:
+    study = study_in(write_study(tmp_path, ["capo"], steps=12), x="counter/optimizer_step")
+    picture = compose("methods", study)
+    assert [panel.title for panel in picture.panels][2] == "Until 90 %"
+    assert drawn(picture).axes[2].get_xlabel() == "optimiser steps"
 
 
 def test_a_method_ends_with_what_each_of_its_seeds_ends_with(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from capo_exp.core.intervals import RESAMPLES, Interval, Statistic, centre_of_seeds, ema, interval
 from capo_exp.figures.bands import Band, band
-from capo_exp.figures.stats import areas, noise, sample_efficiency, stability
+from capo_exp.figures.stats import lead, mean_height, noise, points, sample_efficiency, stability
 from capo_exp.runs.read import Array, LoggedRun, to_its_end
 from tests.figure_pieces import NO_WARNINGS
 
@@ -417,8 +417,25 @@ def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length() -
     rows = [{X: 10, KEY: 0.0}, {X: 20, KEY: 0.0}, {X: 110, KEY: 1.0}]
     uneven = stability(drawn([LoggedRun(Path("x"), {}, {}, rows, [])]), start=0)
     assert uneven.auc.value == pytest.approx(0.45)
-    found = areas(of([[0.0, 1.0, 1.0], [0.2, 0.4, NAN], [NAN, 0.3, NAN]]))
+    found = [mean_height(*own) for own in points(of([[0.0, 1.0, 1.0], [0.2, 0.4, NAN], [NAN, 0.3, NAN]]))]
     assert found == pytest.approx([0.75, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("other_x", "other", "found"),
+    [
+        ([0, 10, 20], [0.0, 0.0, 0.0], 1.0),
+        ([0, 10], [0.0, 0.0], 0.5),  # no further than the other goes
+        ([0, 5, 10], [0.0, 0.25, 1.0], 0.125),  # read between its points
+        ([10, 20, 90], [0.0, 0.0, 9.0], 1.5),
+        ([20, 30], [0.5, 0.5], 1.5),
+        ([21, 30], [0.5, 0.5], NAN),
+    ],
+)
+def test_a_lead_is_over_the_x_that_both_have(other_x: list[int], other: list[float], found: float) -> None:
+    """Over a line from 0 at 0 to 2 at 20."""
+    own = np.array([0.0, 20.0]), np.array([0.0, 2.0])
+    assert lead(own, (np.array(other_x), np.array(other))) == pytest.approx(found, nan_ok=True)
 
 
 def test_intervals_are_those_over_seeds() -> None:

@@ -47,9 +47,9 @@ class Band:
         return [(float(x), int((self.ends > x).sum())) for x in early]
 
     @property
-    def last_shown(self) -> int:
-        """Returns the index of the last x that at least half of the seeds have; tables read it."""
-        return int(np.flatnonzero(2 * self.count >= self.count.max())[-1])
+    def stopped(self) -> bool:
+        """Returns whether seeds that ended have values beyond: those of runs without reward (to_its_end)."""
+        return bool(np.isfinite(self.values[self.x > self.ends[:, None]]).any())
 
     @property
     def end(self) -> int:

@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_rgb
 
-from capo_exp.core.intervals import Estimate
+from capo_exp.core.intervals import Estimate, seed_estimate
 from capo_exp.figures import style
 from capo_exp.figures.bands import Band, in_evaluations
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
 from capo_exp.figures.panel import NAN, Column, Panel, format_values, list_rows, of_estimates, value_text
-from capo_exp.figures.stats import areas, stability
+from capo_exp.figures.stats import Points, lead, mean_height, points, stability
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
 from capo_exp.runs.read import read_series
@@ -37,54 +37,70 @@ def bars(
     metric = study.settled(metric)
     found = study.bands_of(drawn, metric)
     shown = [curve for curve in drawn if curve.label in found]
-    cells = {c.label: _one_number(study, metric, c, found[c.label], measure) for c in shown}
+    told = {c.label: _one_number(study, metric, c, found[c.label], measure) for c in shown}
+    cells = {label: cell for label, (cell, _) in told.items()}
     numbers = {k: Estimate(NAN) if isinstance(cell, str) else cell for k, cell in cells.items()}
     return Panel(
         "bars", title, _paint_bars, metric=metric, height=0.85 + 0.27 * len(shown),
         series=tuple(
-            of_estimates(c, [measure], [numbers[c.label]], (b := found[c.label]).seeds, b.unsmoothed)
-            for c in shown
+            of_estimates(c, [measure], [numbers[c.label]], told[c.label][1], found[c.label]) for c in shown
         ),
         columns=(Column(heading or title, metric.unit, cells),),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),
     )  # fmt: skip
 
 
-def _one_number(study: Study, metric: Metric, curve: Curve, found: Band, measure: Measure) -> Estimate | str:
+def _one_number(
+    study: Study, metric: Metric, curve: Curve, found: Band, measure: Measure
+) -> tuple[Estimate | str, int]:
+    """Returns the number, or why there is none, and of how many seeds it is."""
     if measure in ("final", "mean", "max"):
-        return reduced(study, found, measure)
+        seeds = int(found.count[found.end]) if measure == "final" else found.seeds
+        return reduced(study, found, measure), seeds
     if measure == "lead":
         return _lead(study, metric, curve)
     if measure == "last":
-        return _last(study, metric, curve)
+        return _last(study, metric, curve), found.seeds
     if measure == "until_good":
-        return _until_good(study, found, len(curve.runs))
+        return _until_good(study, found, len(curve.runs)), found.seeds
     start = study.start_of(curve, metric)
     first = float(found.centre[np.isfinite(found.centre)][0])
     stable = stability(found, start=first if start is None else start, kind=study.interval)
-    if measure == "first_collapse":
-        return "none" if stable.first_collapse is None else Estimate(stable.first_collapse)
-    return getattr(stable, measure)
+    if measure != "first_collapse":
+        return getattr(stable, measure), found.seeds
+    if stable.first_collapse is None:
+        return "none", 0
+    return Estimate(stable.first_collapse), round(stable.collapsed.value * found.seeds)
 
 
-def _lead(study: Study, metric: Metric, curve: Curve) -> Estimate | str:
-    """Returns the area under a curve less that of the best plain GRPO outside the conservative regime.
+def _lead(study: Study, metric: Metric, curve: Curve) -> tuple[Estimate | str, int]:
+    """Returns the area under a curve less that of the best plain GRPO of the same batch outside the
+    conservative regime, and of how many seeds: those that both have, each over the x that both have.
 
-    It is over the seeds that both have.
+    Its interval is Student's, whatever the figure's are: docs/study/criterion.md.
     """
     plain = [one for one in study.curves if method(one.run) == "GRPO" and not is_safe(one.run)]
-    rivals = [one for one in plain if one.run.setting("regime.learning_rate") != 0]
-    known = [(one, seeds) for one in rivals if (seeds := _areas_of_seeds(study, metric, one))]
+    rivals = [one for one in plain if cell_of(one)[0] != 0 and cell_of(one)[1] == cell_of(curve)[1]]
+    known = [(one, seeds) for one in rivals if (seeds := _seeds(study, metric, one))]
     if not known:
-        return "no rival"
-    best, theirs = max(known, key=lambda pair: float(np.mean(list(pair[1].values()))))
+        return "no rival", 0
+    own = _seeds(study, metric, curve)
+    end = max((x[-1] for x, _ in own.values()), default=np.inf)
+
+    def height(
+        seeds: Mapping[int, Points],
+    ) -> float:  # as far as the curve goes: later, a rival may have risen
+        reach = [int(max(1, np.searchsorted(x, end, side="right"))) for x, _ in seeds.values()]
+        return float(
+            np.mean([mean_height(x[:n], y[:n]) for n, (x, y) in zip(reach, seeds.values(), strict=True)])
+        )
+
+    best, theirs = max(known, key=lambda pair: height(pair[1]))
     if best.run.path == curve.run.path:
-        return "the best rival"
-    own = _areas_of_seeds(study, metric, curve)
-    shared = sorted(own.keys() & theirs.keys())
-    if not shared:
-        return "no seed in common"
-    return study.over_seeds(np.array([own[seed] - theirs[seed] for seed in shared]))
+        return "the best rival", 0
+    leads = np.array([lead(own[seed], theirs[seed]) for seed in sorted(own.keys() & theirs.keys())])
+    leads = leads[np.isfinite(leads)]
+    return (seed_estimate(leads, study.statistic, "t") if len(leads) else "no seed in common"), len(leads)
 
 
 def _last(study: Study, metric: Metric, curve: Curve) -> Estimate:
@@ -102,11 +118,12 @@ def _until_good(study: Study, found: Band, seeds: int) -> Estimate | str:
     return study.over_seeds(np.array(reached))
 
 
-def _areas_of_seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, float]:
+def _seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, Points]:
     found = study.band(curve, metric)
     if found is None or found.seeds < len(curve.runs):
         return {}
-    return {run.setting("seed"): float(a) for run, a in zip(curve.runs, areas(found), strict=True)}
+    pairs = zip(curve.runs, points(found), strict=True)
+    return {run.setting("seed"): (x, y) for run, (x, y) in pairs if len(x)}
 
 
 def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:

@@ -24,6 +24,7 @@ from capo_exp.figures.panel import (
     Series,
     format_values,
     label_levels,
+    of_band,
     thousands,
     value_text,
 )
@@ -74,7 +75,7 @@ def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told
         columns.append(Column(f"{heading}, sample efficiency", "times", cells))
     return Panel(
         "lines", title, _paint, metric=metric, height=3.1, columns=tuple(columns),
-        series=tuple(_series(curve, found[curve.label]) for curve in shown),
+        series=tuple(of_band(curve, found[curve.label]) for curve in shown),
         levels=(*([level] if level else []), *told.levels),
         crossings=tuple(
             Crossing(curve, f.method_x, f.target, f.factor)
@@ -84,14 +85,6 @@ def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told
         wants_reference=bool(told.reference),
         x_max=max((float(band.x[-1]) for band in others.values()), default=None),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),
-    )  # fmt: skip
-
-
-def _series(curve: Curve, band: Band) -> Series:
-    beyond = band.x > band.ends[:, None]  # [s, n]
-    return Series(
-        curve, band.x, band.centre, band.low, band.high, band.count, tuple(band.losses),
-        stopped=bool(np.isfinite(band.values[beyond]).any()), unsmoothed=band.unsmoothed,
     )  # fmt: skip
 
 
@@ -128,7 +121,7 @@ def _factor_cell(factor: Factor) -> Estimate | str:
 def reduced(study: Study, found: Band, how: str) -> Estimate:
     """Returns one number for a curve: at its end, or the mean or largest of each seed's values."""
     if how == "final":
-        value, *bounds = (float(part[found.last_shown]) for part in (found.centre, found.low, found.high))
+        value, *bounds = (float(part[found.end]) for part in (found.centre, found.low, found.high))
         return Estimate(value, *(bounds if np.isfinite(bounds).all() else ()))
     of = {"mean": np.nanmean, "max": np.nanmax}[how]
     return study.over_seeds(of(found.values[np.isfinite(found.values).any(axis=1)], axis=1))

@@ -14,7 +14,7 @@ from capo_exp.figures.curves import Curve, order
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.figures.labels import REGIMES, short
 from capo_exp.figures.lines import legend_entries
-from capo_exp.figures.panel import Panel, Series, thousands
+from capo_exp.figures.panel import Panel, thousands
 from capo_exp.figures.paper import grouped
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs import metrics as names
@@ -97,7 +97,8 @@ def caption(picture: Picture) -> str:
         "Ring and factor: the reference's x over that of the curve where each first reaches the line":
             any(panel.crossings for panel in panels),
         "Training accuracy at x = 0: of runs at learning rate 0": started,
-        _losses([series for panel in curves for series in panel.series]): True,
+        _losses(curves, "Cross: a seed ended there", ". Thin: fewer than half go on"): True,
+        _losses(numbers, "A seed that ended early counts as far as it went", ""): True,
         **{f"Left out: {text}": True for text in picture.lacking},
     }  # fmt: skip
     said = [text.removesuffix(".") for text, holds in sentences.items() if text and holds]
@@ -158,9 +159,10 @@ def _levels(panels: Sequence[Panel]) -> str:
     return f"Dashed: {'; '.join(said.values())}" if said else ""
 
 
-def _losses(every: Sequence[Series]) -> str:
-    """Explains crosses: how many seeds of each curve go on from where."""
+def _losses(panels: Sequence[Panel], begin: str, end: str) -> str:
+    """Says how many seeds of each curve go on from where, if some ended early."""
     said = {}
+    every = [series for panel in panels for series in panel.series]
     for series in (one for one in every if one.losses):
         steps = [f"{count} from {thousands(x)}" for x, count in series.losses]
         steps = [*steps[:1], "...", steps[-1]] if len(steps) > 3 else steps
@@ -169,10 +171,7 @@ def _losses(every: Sequence[Series]) -> str:
         return ""
     stopped = any(one.stopped for one in every)
     rest = "; stopped for want of reward, it counts as 0 from there" if stopped else ""
-    return (
-        f"Cross: a seed ended there{rest}; seeds that go on: {'; '.join(said.values())}. "
-        "Thin: fewer than half go on"
-    )
+    return f"{begin}{rest}; seeds that go on: {'; '.join(said.values())}{end}"
 
 
 def draw_page(picture: Picture) -> Figure:

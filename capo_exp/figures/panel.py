@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
 from capo_exp.core.intervals import Estimate
+from capo_exp.figures.bands import Band
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import short
 from capo_exp.figures.study import Metric
@@ -115,11 +116,20 @@ class Panel:
 
 
 def of_estimates(
-    curve: Curve, x: list[str], estimates: Sequence[Estimate], seeds: int, unsmoothed: int = 0
+    curve: Curve, x: list[str], estimates: Sequence[Estimate], seeds: int, band: Band | None = None
 ) -> Series:
-    """Returns a series of n named numbers, each from as many seeds."""
+    """Returns a series of n named numbers, each from as many seeds, of the curve's band if it has one."""
     value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
-    return Series(curve, x, value, low, high, np.full(len(x), seeds), unsmoothed=unsmoothed)
+    return Series(curve, x, value, low, high, np.full(len(x), seeds), **_of_band(band) if band else {})
+
+
+def of_band(curve: Curve, band: Band) -> Series:
+    """Returns a curve over x."""
+    return Series(curve, band.x, band.centre, band.low, band.high, band.count, **_of_band(band))
+
+
+def _of_band(band: Band) -> dict[str, Any]:
+    return {"losses": tuple(band.losses), "stopped": band.stopped, "unsmoothed": band.unsmoothed}
 
 
 def thousands(x: float) -> str:
@@ -132,8 +142,8 @@ def value_text(value: float, unit: str, *, bare: bool = False) -> str:
     """Says a number to three digits or so; bare = without its unit."""
     if not np.isfinite(value):
         return ""
-    if unit == "percent":
-        return f"{100 * value:.1f}" + ("" if bare else " %")
+    if unit in ("percent", "points"):
+        return f"{100 * value:.1f}" + (" %" if unit == "percent" and not bare else "")
     if unit == "completions":
         return thousands(value)
     after = {"seconds": " s", "times": "x"}.get(unit, "")
@@ -154,8 +164,9 @@ def cell_text(cell: Estimate | str | None, unit: str) -> str:
 
 def format_values(axis: Axis, unit: str, *, log: bool = False) -> None:
     """Gives an axis the ticks of a unit."""
-    if unit == "percent":
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    if unit in ("percent", "points"):
+        sign = "%" if unit == "percent" else ""
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}{sign}"))
     elif unit == "number" and not log:
         formatter = ScalarFormatter(useMathText=True)
         formatter.set_powerlimits((-2, 4))  # a power of ten above the axis where numbers are small or large

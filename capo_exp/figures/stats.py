@@ -16,6 +16,8 @@ NOISE_DROP = 8.0
 """Standard deviations of its smoothed curve that a seed loses more than, if it collapsed; see `stability`."""
 FEW = 20
 """Values below which a curve's noise cannot be told from its shape."""
+Points = tuple[Array, Array]
+"""x, which increases, and a curve's values there, [n] each."""
 KEPT = 0.9
 """Share of its peak's accuracy that a seed ends with, or more, if it has kept it."""
 
@@ -109,14 +111,14 @@ def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
     gained by then, peak - start, and more than noise takes: NOISE_DROP standard deviations of its smoothed
     curve, where it has FEW values or more. The collapse is the first such x. The peak is never below `start`,
     so a run that breaks at once has collapsed; a run that later rises above its old peak has a new one, and
-    has not.
+    has not. A curve of fewer than FEW values can collapse by noise alone.
 
     With the bound on noise at most 1 % of seeds that learn nothing "collapse", if the curve begins with its
     accuracy before training, `start` (up to 20 % if it begins with the noise of one step); of runs that gain
     0.15 and lose all of it again, 99 % are found (simulated: 100 steps of 96 completions, smoothing 0.1).
     `kind` is that of the intervals over seeds of worst, peak and auc.
     """
-    seeds = [(band.x[there], y[there]) for y in band.values if (there := np.isfinite(y)).any()]
+    seeds = [(x, y) for x, y in points(band) if len(x)]
     collapses = [x for own in seeds if (x := _collapse(*own, start, band.alpha)) is not None]
     kept = sum(bool(y[-1] >= KEPT * y.max()) for _, y in seeds)
 
@@ -129,7 +131,7 @@ def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
         first_collapse=float(np.median(collapses)) if collapses else None,
         worst=over([float(y[_from_peak(y, start)].min()) for _, y in seeds]),
         peak=over([float(y.max()) for _, y in seeds]),
-        auc=over([_area(x, y) for x, y in seeds]),
+        auc=over([mean_height(x, y) for x, y in seeds]),
     )
 
 
@@ -145,14 +147,21 @@ def _collapse(x: Array, y: Array, start: float, alpha: float) -> float | None:
     return float(x[after][fallen.argmax()]) if fallen.any() else None
 
 
-def areas(band: Band) -> Array:
-    """Returns the mean height of each seed's curve, [s]: the area under it over its length."""
-    there = np.isfinite(band.values)
-    return np.array([_area(band.x[own], y[own]) for own, y in zip(there, band.values, strict=True)])
+def points(band: Band) -> list[Points]:
+    """Returns x and values of each seed where it has them."""
+    return [(band.x[there], y[there]) for there, y in zip(np.isfinite(band.values), band.values, strict=True)]
 
 
-def _area(x: Array, y: Array) -> float:
+def mean_height(x: Array, y: Array) -> float:
+    """Returns the mean height of a curve, [n] each: the area under it over its length."""
     return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
+
+
+def lead(own: Points, other: Points) -> float:
+    """Returns the area of one curve less that of another over the x that both have; NaN if there is none."""
+    grid = np.union1d(own[0], other[0])
+    grid = grid[(grid >= max(own[0][0], other[0][0])) & (grid <= min(own[0][-1], other[0][-1]))]
+    return mean_height(grid, np.interp(grid, *own) - np.interp(grid, *other)) if len(grid) else np.nan
 
 
 def _share(count: int, seeds: int) -> Estimate:
