@@ -209,6 +209,18 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
         read_jsonl(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "run.json", "metrics.jsonl", "completions/step_000001.parquet"]
+)
+def test_a_pipe_in_place_of_a_file_is_damage_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    for each in ("metrics.jsonl", "completions/step_000001.parquet"):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).touch()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert any(name in text for text in load_run(tmp_path).left_out)
+
+
 def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         load_run(tmp_path)

@@ -5,11 +5,12 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from capo_exp.config.errors import ConfigError, RunFailed
 
@@ -19,6 +20,19 @@ STOPS = {
 }  # fmt: skip
 """A disk is full, over the quota, beyond the largest file allowed, read-only, broken, gone (a network's); a
 file or folder may not be written (permissions, an immutable file), or stands where the other belongs."""
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to read; no pipe or device, which a stranger's directory may have, and which has no end.
+
+    Raises:
+        OSError: it is one, or cannot be read.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        yield file
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import read_values
+from capo_exp.runs.files import open_regular
 
 LoggedRow = Mapping[str, Any]
 
@@ -17,7 +18,8 @@ LoggedRow = Mapping[str, Any]
 def scan_jsonl(path: Path) -> tuple[list[LoggedRow], list[str]]:
     """Returns the rows of a .jsonl file, and what is wrong with each other line."""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return [], []
     except OSError as error:
@@ -67,7 +69,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: It is damaged.
     """
     try:
-        return read_values(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+        with open_regular(path) as file:
+            return read_values(file.read().decode(), str(path))
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); restore or remove it") from None
 
@@ -85,7 +90,8 @@ def read_rows(path: Path, kinds: Mapping[str, str] | None = None) -> list[dict[s
     import pyarrow.parquet as pq  # here, so that whoever reads no completions does not wait for it
 
     try:
-        table = pq.ParquetFile(path).read()  # read_table would import pandas
+        with open_regular(path) as file:
+            table = pq.ParquetFile(file).read()  # read_table would import pandas
         for column in table.schema:
             wanted = (kinds or {}).get(column.name)
             if wanted and not _holds(column.type, wanted):
@@ -111,7 +117,7 @@ def _holds(kind: Any, wanted: str) -> bool:
 
 def is_parquet(path: Path) -> bool:
     """Returns whether a file begins and ends as parquet; reads no more of it."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open_regular(path) as file:
         start = file.read(4)
         file.seek(-4, os.SEEK_END)
         return start == file.read(4) == b"PAR1"

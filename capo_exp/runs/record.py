@@ -18,7 +18,7 @@ from typing import Any
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.record import to_yaml
 from capo_exp.config.schema import TrainConfig
-from capo_exp.runs.files import remove, write_atomic, write_json
+from capo_exp.runs.files import open_regular, remove, write_atomic, write_json
 from capo_exp.runs.identity import run_dir, run_id, run_name
 from capo_exp.runs.lock import is_locked
 from capo_exp.runs.parse import read_yaml
@@ -46,7 +46,8 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         ConfigError: The file is not a JSON object.
     """
     try:
-        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        with open_regular(run_dir / "run.json") as file:
+            record = json.loads(file.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError, RecursionError) as error:
