@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models
 
 from capo_exp.config.errors import RunFailed
 from capo_exp.config.schema import TrainConfig
+from capo_exp.distributed.sharding import save_shards
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.files import (
     append_line,
@@ -90,11 +91,13 @@ SAVE: dict[str, Callable[[Path], object]] = {
         models.WordLevel({f"word {i}": i for i in range(60_000)}, "word 0")
     ).save(str(path)),
     "safetensors": lambda path: save_file({"a": BIG}, path),
+    "shards": lambda path: save_shards({"0.exp_avg": BIG}, path),
     "parquet": lambda path: pq.write_table(pa.table({"a": torch.rand(500_000).numpy()}), path),
     "text": lambda path: path.write_text("a" * 2_000_000),
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("library", SAVE)
 def test_every_library_says_which_file_and_why(library: str, tmp_path: Path) -> None:
     def assert_said(folder: Path, number: int) -> None:

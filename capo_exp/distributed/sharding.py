@@ -4,7 +4,8 @@ Each decoder layer is a unit, and the embedding, the last norm and the last laye
 forward pass is the method SCORE. A sharded tensor is a DTensor; a plain one passes these functions as it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -107,8 +108,8 @@ def take_shards(optimizer: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def save_shards(shards: dict[str, Tensor], folder: Path) -> None:
     """Writes each process's part, by torch.distributed.checkpoint, as safetensors: its own format reads a
     pickle, which may be a program."""
-    dcp = _checkpoint_library()
-    dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    with _checkpoint_library() as dcp:
+        dcp.save(shards, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def place_moments(optimizer: dict[str, Any], model: PreTrainedModel, folder: Path | None) -> None:
@@ -123,18 +124,24 @@ def place_moments(optimizer: dict[str, Any], model: PreTrainedModel, folder: Pat
             moments[name] = _place(value, parameters[number])
 
 
-def _checkpoint_library() -> Any:
-    import torch.distributed.checkpoint
+@contextmanager
+def _checkpoint_library() -> Iterator[Any]:
+    """Gives torch.distributed.checkpoint, and raises what a process failed with in place of its
+    CheckpointException, which is no Exception."""
+    from torch.distributed import checkpoint
 
-    return torch.distributed.checkpoint
+    try:
+        yield checkpoint
+    except checkpoint.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _load_shards(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter], folder: Path) -> None:
-    dcp = _checkpoint_library()
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    keys = [key.partition(".") for key in reader.read_metadata().state_dict_metadata]
-    found = {f"{n}.{name}": torch.zeros_like(parameters[int(n)]).detach() for n, _, name in keys}
-    dcp.load(found, storage_reader=reader, no_dist=not hasattr(parameters[0], "device_mesh"))
+    with _checkpoint_library() as dcp:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        keys = [key.partition(".") for key in reader.read_metadata().state_dict_metadata]
+        found = {f"{n}.{name}": torch.zeros_like(parameters[int(n)]).detach() for n, _, name in keys}
+        dcp.load(found, storage_reader=reader, no_dist=not hasattr(parameters[0], "device_mesh"))
     for n, _, name in keys:
         optimizer["state"][int(n)][name] = found[f"{n}.{name}"]
 
