@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from capo_exp.grading.pool import Failed, Workers
 from capo_exp.grading.spelling import RULES, spell
 from capo_exp.grading.verifier import ExactVerifier, MathVerifier
 from tests.grading_pieces import SHARED, math_verifier, needs_data
+from tests.process_pieces import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -267,6 +269,26 @@ def sized(item: int) -> int:
 
 def warm() -> None:
     """Runs in the worker."""
+
+
+def fork_and_wait(end: str) -> None:
+    """Runs in the worker, whose pipe the second process keeps open."""
+    second = os.fork() == 0
+    wait_for(Path(end).exists)
+    if second:
+        os._exit(0)
+
+
+def test_a_silent_worker_that_has_forked_ends(tmp_path: Path) -> None:
+    own = Workers(count=1, cpu_seconds=0.1, memory_limit_gib=4.0, warm_up=warm, silent_seconds=8.0)
+    item = (str(tmp_path / "end"),)
+    with ThreadPoolExecutor(1) as thread:
+        grading = thread.submit(own.run, fork_and_wait, [item])
+        try:
+            assert grading.result(timeout=60) == {item: Failed("timeout")}
+        finally:
+            Path(*item).touch()
+            own.close()
 
 
 def test_a_bad_item_costs_its_batch_nothing() -> None:

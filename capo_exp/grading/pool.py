@@ -126,12 +126,13 @@ class Workers:
         for worker in list(self._workers):
             if not told:
                 worker.process.kill()
-            if told and worker.pipe not in told:
+                self._bury(worker, results, waiting, silent=True)  # what it has forked may hold its pipe open
+            if worker.pipe not in told:
                 continue
             try:
                 said = worker.pipe.recv()
             except (EOFError, OSError):
-                self._bury(worker, results, waiting, silent=not told)
+                self._bury(worker, results, waiting, silent=False)
                 continue
             if worker.ready:
                 results[worker.items.popleft()] = said
