@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import requests
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -456,6 +457,25 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
         Setup(config, tmp_path).__enter__()
     with Setup(config, tmp_path, World(1, 2, block=2)) as second:  # which only the first one asks
         assert isinstance(second.engine.running(), Elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [("<html>", "JSONDecodeError"), ("{}", "KeyError"), ("", "TypeError"),
+     ('{"choices": [{"token_ids": [1], "logprobs": null}], "world_size": null}', "TypeError")],
+)  # fmt: skip
+def test_an_answer_in_another_form_is_the_engines_failure(
+    text: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of another version of vLLM: what was learned is saved then."""
+    answer = requests.Response()
+    answer.status_code, answer._content = 200, text.encode()
+    monkeypatch.setattr(Server, "_request", lambda *_, **__: answer)
+    server = Server("http://node7:8000", limits=settings_of(), log_file=tmp_path / "none")
+    asked = {"get_world_size": server.world_size, "generate": lambda: server.generate([Request((1,), {})])}
+    for route, ask in asked.items():
+        with pytest.raises(EngineFailed, match=f"{route}: http://node7:8000 answered in .* {missing}: "):
+            ask()
 
 
 # Never hang, and nothing left behind

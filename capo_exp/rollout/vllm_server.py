@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -93,12 +93,12 @@ class Server:
 
     def log_probs_mode(self) -> str:
         """Returns the server's --logprobs-mode."""
-        info = self._ask("GET", "server_info?config_format=json")
-        return info["vllm_config"]["model_config"]["logprobs_mode"]
+        route = "server_info?config_format=json"
+        return self._ask("GET", route, read=lambda info: info["vllm_config"]["model_config"]["logprobs_mode"])
 
     def world_size(self) -> int:
         """Returns the number of the server's workers."""
-        return self._ask("GET", "get_world_size")["world_size"]
+        return self._ask("GET", "get_world_size", read=lambda answer: int(answer["world_size"]))
 
     def call(self, method: str, **arguments: Any) -> Any:
         """Calls any other method of `LLM`, and returns whether it succeeded if the server says so."""
@@ -125,20 +125,17 @@ class Server:
 
     def _generate(self, request: Request) -> Response:
         body = {"token_ids": list(request.token_ids), "sampling_params": complete_params(request.params)}
-        answer = self._ask("POST", "inference/v1/generate", body, "generate_seconds")
-        prompt = [next(iter(entry.values()))["logprob"] for entry in (answer["prompt_logprobs"] or ())[1:]]
-        completions = [
-            Sampled(
-                choice["token_ids"],
-                [token["logprob"] for token in choice["logprobs"]["content"]],
-                [span["version"] for span in choice["weight_versions"] or ()],
-            )
-            for choice in answer["choices"]
-        ]
-        return Response(completions, prompt)
+        return self._ask("POST", "inference/v1/generate", body, "generate_seconds", _response)
 
-    def _ask(self, method: str, route: str, body: Any = None, limit: str = "transfer_seconds") -> Any:
-        """Sends a request and returns the answer's JSON; `limit` names the setting with its seconds."""
+    def _ask(
+        self,
+        method: str,
+        route: str,
+        body: Any = None,
+        limit: str = "transfer_seconds",
+        read: Callable[[Any], Any] = lambda answer: answer,
+    ) -> Any:
+        """Sends a request and reads the answer's JSON; `limit` names the setting with its seconds."""
         seconds = getattr(self.limits, limit)
         try:
             answer = self._request(method, route, seconds, json=body)
@@ -150,7 +147,11 @@ class Server:
             self._fail(route, gone if code is None else f"the server ended with exit code {code}")
         if not answer.ok:
             self._fail(route, f"{self.url} answered {answer.status_code}: {answer.text[:500]}")
-        return answer.json() if answer.content else None
+        try:
+            return read(answer.json() if answer.content else None)
+        except Exception as error:  # another version of vLLM, or no vLLM
+            said = f"{type(error).__name__}: {error} in {answer.text[:500]!r}"
+            self._fail(route, f"{self.url} answered in another form than expected: {said}")
 
     def _request(self, method: str, route: str, seconds: float, **body: Any) -> requests.Response:
         api_key = os.environ.get("VLLM_API_KEY")
@@ -177,6 +178,20 @@ class Server:
 
     def _fail(self, what: str, reason: str) -> NoReturn:
         raise explain_failure(what, reason, self._log_file)
+
+
+def _response(answer: Any) -> Response:
+    """Reads the JSON of an answer."""
+    completions = [
+        Sampled(
+            list(choice["token_ids"]),
+            [float(token["logprob"]) for token in choice["logprobs"]["content"]],
+            [span["version"] for span in choice["weight_versions"] or ()],
+        )
+        for choice in answer["choices"]
+    ]
+    prompt = (answer["prompt_logprobs"] or ())[1:]
+    return Response(completions, [float(next(iter(entry.values()))["logprob"]) for entry in prompt])
 
 
 class _SocketAdapter(HTTPAdapter):
