@@ -1,5 +1,6 @@
 """The real vLLM, in its process and behind HTTP: its tokens, log-probs, weights and failures."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -479,6 +480,25 @@ def test_an_answer_in_another_form_is_the_engines_failure(
 
 
 # Never hang, and nothing left behind
+
+
+def test_a_worker_that_is_busy_ends_with_its_parent(tmp_path: Path) -> None:
+    """Which was killed, and so could not end it."""
+    code = "import pathlib, time; pathlib.Path(__file__).with_name('busy').touch(); time.sleep(300)"
+    (tmp_path / "vllm.py").write_text(code)
+    environment, (ours, theirs) = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, multiprocessing.Pipe()
+    command = [sys.executable, "-m", "capo_exp.rollout.vllm_worker", str(theirs.fileno())]
+    with subprocess.Popen(
+        command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True
+    ) as worker:
+        try:
+            theirs.close()
+            ours.send(("start", ({},)))
+            wait_for((tmp_path / "busy").exists)
+            ours.close()
+            assert worker.wait(60) == -signal.SIGKILL
+        finally:
+            worker.kill()
 
 
 @needs_vllm

@@ -1,8 +1,10 @@
 """The process around vLLM's `LLM`: answers the calls of vllm_process.EngineProcess."""
 
 import os
+import select
 import signal
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -39,6 +41,7 @@ def serve(connection: Connection) -> None:
     """Answers calls until the parent closes the pipe or dies, and then ends its process group."""
     # Schedulers signal all processes of a job; the parent ends its step first, and then this one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     worker = None
     try:
         while True:
@@ -55,6 +58,14 @@ def serve(connection: Connection) -> None:
     except (EOFError, OSError):
         pass
     os.killpg(0, signal.SIGKILL)  # vLLM's own shutdown can hang, and its workers can outlive it
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """Ends the process group in the middle of a call, whose answer nobody waits for any more."""
+    pipe = select.poll()
+    pipe.register(connection, 0)  # wakes up when the other end is closed, not when it says something
+    pipe.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _response(output: Any) -> Response:
