@@ -25,6 +25,8 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
+from capo_exp.rollout.dealt import sample
+from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
 from capo_exp.sweep import launch
@@ -232,6 +234,11 @@ def test_processes_share_what_is_sharded(composed: Compose) -> None:
         assert getattr(eight, part) == getattr(one, part) // 8
     assert (eight.moments, eight.logits) == (one.moments, one.logits)
     assert one.gathered == 0 < eight.gathered < one.weights
+
+
+def test_an_engine_that_is_asked_for_nothing_samples_nothing() -> None:
+    engine = create_autospec(HFRollout)
+    assert sample(engine, [], SINGLE) == [] and not engine.mock_calls
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

@@ -14,6 +14,8 @@ def sample(engine: RolloutEngine, requests: Sequence[SamplingRequest], world: Wo
     Every process asks its engine equally often, for nothing if need be: engines take the learner's weights
     when they are asked, and sharded weights are gathered by all at once.
     """
+    if not requests:
+        return []
     rounds = -(-len(requests) // world.blocks.size)
 
     def own() -> list[list[RolloutGroup]]:
