@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -10,7 +11,8 @@ import time
 from collections.abc import Callable
 from inspect import Signature, signature
 from pathlib import Path
-from unittest.mock import create_autospec
+from typing import Any
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -239,6 +241,26 @@ def test_processes_share_what_is_sharded(composed: Compose) -> None:
 def test_an_engine_that_is_asked_for_nothing_samples_nothing() -> None:
     engine = create_autospec(HFRollout)
     assert sample(engine, [], SINGLE) == [] and not engine.mock_calls
+
+
+class Unportable(Exception):
+    """Pickle would rebuild it from its text alone."""
+
+    def __init__(self, key: str, number: int) -> None:
+        super().__init__(f"{key} {number}")
+
+
+def test_what_pickle_cannot_rebuild_fails_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its name and text; what pickle can rebuild is what it was."""
+
+    def gather(said: list[Any], own: Any) -> None:
+        said[:] = [pickle.loads(pickle.dumps(own)), (None, None)]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for failure, kind, text in ((Unportable("a", 1), RuntimeError, r"test_distributed\.Unportable: a 1$"),
+                                (ConfigError("b=2"), ConfigError, "^b=2$")):  # fmt: skip
+        with pytest.raises(kind, match=text):
+            World(1, 2).together(Mock(side_effect=failure))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

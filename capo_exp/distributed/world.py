@@ -2,11 +2,13 @@
 torch until there are several."""
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from traceback import format_exception_only
 from typing import TYPE_CHECKING, TypeVar
 
 from capo_exp.config.errors import error
@@ -83,7 +85,7 @@ class World:
         except Exception as error:
             failure = error
         said: list[tuple[Value, Exception | None]] = [(own, failure)] * self.size  # pyright: ignore[reportAssignmentType]
-        dist.all_gather_object(said, (own, failure))
+        dist.all_gather_object(said, (own, failure and _portable(failure)))
         for rank, (_, error) in enumerate(said):
             if error is not None:
                 raise failure if rank == self.rank and failure is not None else error
@@ -97,6 +99,15 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether it is so in any of the processes."""
         return any(self.together(lambda: flag))
+
+
+def _portable(failure: Exception) -> Exception:
+    """Returns an exception that other processes can rebuild, which pickle does from its args alone."""
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:
+        return RuntimeError("".join(format_exception_only(failure)).strip())
+    return failure
 
 
 SINGLE = World(0, 1)
