@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from inspect import Signature, signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, create_autospec
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from capo_exp.cli.compose import find_choices
 from capo_exp.config.checks import check
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import estimate_memory
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import CutSize, deal_cuts, split
@@ -261,6 +262,49 @@ def test_what_pickle_cannot_rebuild_fails_in_every_process(monkeypatch: pytest.M
                                 (ConfigError("b=2"), ConfigError, "^b=2$")):  # fmt: skip
         with pytest.raises(kind, match=text):
             World(1, 2).together(Mock(side_effect=failure))
+
+
+def end_as(rank: int, error: BaseException, folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, bool]:
+    """What a process returns whose training ends so, and whether it waits until the first one has ended."""
+    slept = Mock(side_effect=lambda _: (folder / launch.ENDED).touch())
+    patch.setattr("capo_exp.training.loop.run", Mock(side_effect=error))
+    for name in ("read_config", "end_with_parent"):
+        patch.setattr(launch, name, Mock())
+    patch.setattr("time.sleep", slept)
+    patch.setattr(sys, "argv", ["", "train"])
+    patch.setenv(launch.FOLDER, str(folder))
+    patch.setenv("LOCAL_RANK", str(rank))
+    (folder / launch.CONFIG).touch()
+    return launch.main(), slept.called
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "waits", "told"),
+    [(KeyboardInterrupt(), 130, True, False), (ConfigError("a=1: NCCL"), 2, True, True),
+     (RunFailed("vLLM: NCCL"), 1, True, True), (RuntimeError("NCCL error"), 1, False, False),
+     (RuntimeError("a bug"), 1, False, True)],
+)  # fmt: skip
+def test_the_first_process_ends_first(
+    error: BaseException,
+    status: int,
+    waits: bool,
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it closes what it has opened, after a stop or a failure that was foreseen, whose words are told
+    whatever is in them; torchrun ends all others as soon as one has ended."""
+    assert end_as(1, error, tmp_path, monkeypatch) == (status, waits)
+    assert (tmp_path / launch.FAILURE).exists() == told
+    (tmp_path / launch.ENDED).unlink(missing_ok=True)
+    assert end_as(0, error, tmp_path, monkeypatch) == (status, False)
+    assert (tmp_path / launch.ENDED).exists() == waits
+
+
+def test_a_stopped_run_is_no_killed_one(tmp_path: Path) -> None:
+    """Although torchrun ends the other processes."""
+    ends = {0: SimpleNamespace(exitcode=-signal.SIGTERM), 1: SimpleNamespace(exitcode=launch.INTERRUPTED)}
+    assert isinstance(launch._explain(ends, tmp_path), KeyboardInterrupt)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

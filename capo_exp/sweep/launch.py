@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from inspect import signature
@@ -25,13 +26,16 @@ from capo_exp.runs.processes import end_with_parent, stop_signal
 from capo_exp.sweep.processes import share_cores
 
 ARGUMENTS = ("-m", "capo_exp.sweep.launch")
-CONFIG, FAILURE, SEEN = "config.yaml", "failure", "seen"
-"""Files in the folder: what to train, what the process says that failed first, what a probe saw."""
+CONFIG, FAILURE, SEEN, ENDED = "config.yaml", "failure", "seen", "ended"
+"""Files in the folder: what to train, what the process says that failed first, what a probe saw, and that the
+first process has closed all it had opened."""
 LOST = ("gloo/transport", "NCCL", "Connection closed by peer")
 """In what torch says when another process is gone or silent."""
 INTERRUPTED = 130
 PATIENCE = 5
 """Seconds that torchrun gives the others to end, once one has failed."""
+CLOSING = 60
+"""Seconds that the others give the first one to close what it has opened: a tracker above all."""
 
 
 def launch(config: TrainConfig, task: str) -> str:
@@ -134,14 +138,14 @@ def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
     if said.exists():
         text = said.read_text(encoding="utf-8").strip()
         return ConfigError(text) if 2 in codes.values() else RunFailed(text)
+    if INTERRUPTED in codes.values():
+        return KeyboardInterrupt()  # pyright: ignore[reportReturnType]
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     for rank, number in killed.items():
         name = signal.Signals(number).name
         return RunFailed(
             f"process {rank} was ended by {name}; the same command goes on from the last checkpoint"
         )
-    if INTERRUPTED in codes.values():
-        return KeyboardInterrupt()  # pyright: ignore[reportReturnType]
     return RunFailed(
         f"processes {sorted(codes)} lost the others, or waited longer than distributed.timeout_seconds; "
         "the same command goes on from the last checkpoint"
@@ -165,15 +169,28 @@ def main() -> int:
         else:
             run(config)
     except KeyboardInterrupt:
+        _wait_for_first(folder)
         return INTERRUPTED
     except Exception as error:
         text, status = describe(error)
-        if any(each in str(error) for each in LOST):
+        foreseen = isinstance(error, ConfigError | RunFailed)
+        if not foreseen and any(each in str(error) for each in LOST):
             return status  # another process has failed, or hangs
         with suppress(FileExistsError), (folder / FAILURE).open("x", encoding="utf-8") as file:
             file.write(text)  # unless another process failed first
+        if foreseen:
+            _wait_for_first(folder)
         return status
     return 0
+
+
+def _wait_for_first(folder: Path) -> None:
+    """Lets the first process of a node end first, since torchrun ends all others at once when one has."""
+    ended, until = folder / ENDED, time.monotonic() + CLOSING
+    if os.environ["LOCAL_RANK"] == "0":
+        ended.touch()
+    while not ended.exists() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
