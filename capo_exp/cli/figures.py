@@ -16,7 +16,7 @@ from capo_exp.config.errors import ConfigError, RunFailed, suggest
 from capo_exp.config.ranges import Rule, one_of, or_null
 from capo_exp.config.schema import setting
 from capo_exp.core.intervals import Interval, Statistic
-from capo_exp.figures.curves import curves, families, without_copies
+from capo_exp.figures.curves import curves, families
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.output import DrawnFigure, as_typed, write_figure
 from capo_exp.figures.page import compose
@@ -129,7 +129,7 @@ def _write(
     logged: Sequence[LoggedRun], wanted: Sequence[str], command: FigureCommand, output: Path, typed: str
 ) -> int:
     """Writes each figure that these runs have something for, and says which they do not; returns how many."""
-    runs = tuple(without_copies(list(map(to_its_end, logged))))
+    runs = tuple(map(to_its_end, logged))
     options: Any = {"statistic": command.statistic, "interval": command.interval}
     weight = WEIGHTS[command.smoothing] if command.smoothing in WEIGHTS else float(command.smoothing)
     drawn = tuple(curves(runs, mix=command.mix))

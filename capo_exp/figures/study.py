@@ -7,7 +7,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.core.intervals import Estimate, Interval, Statistic, seed_estimate
 from capo_exp.figures import bands, labels
 from capo_exp.figures.bands import Band, in_evaluations
-from capo_exp.figures.curves import Curve, curves, reference_of, start_value
+from capo_exp.figures.curves import Curve, curves, reference_of, start_value, without_copies
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import Array, LoggedRun
 
@@ -95,7 +95,7 @@ class Study:
     def start_of(self, curve: Curve, metric: Metric) -> float | None:
         """Returns the value at x = 0, of runs at learning rate 0 with the same model and problems, if any."""
         alike = [run for run in self.runs if _subject(run) == _subject(curve.run)]
-        return start_value(alike, metric.key) if metric.start else None
+        return start_value(without_copies(alike), metric.key) if metric.start else None
 
     def band(self, curve: Curve, metric: Metric) -> Band | None:
         """Returns a settled metric of a curve, smoothed from its start point on; None if no run has it."""
