@@ -9,7 +9,7 @@ python ../../../scripts/judge_real_rates.py {sums,max_of_three}/{runs,evidence}.
 
 --rates draws how wrong the rate may be, one task, docs/study_rates.png:
 
-python ../../../scripts/judge_real_rates.py sums/{runs,evidence,plain,cpu}.parquet --rates rates.png
+python ../../../scripts/judge_real_rates.py sums/{runs,evidence,plain,cpu,tenth}.parquet --rates rates.png
 
 --reach 0.6 prints how many completions each run needs to that accuracy, --shifts how well the last layer's
 prediction and the rate alone say how far a step moved the policy.

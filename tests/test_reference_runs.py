@@ -4,13 +4,14 @@ import csv
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
 
 from capo_exp.figures.__main__ import main
 from capo_exp.runs.read import find_runs, load_run
-from scripts.judge_real_rates import judge, judge_shifts, read_curves
+from scripts.judge_real_rates import judge, judge_shifts, measure, reach, read_curves
 from scripts.judge_real_rates import main as main_of_rates
 from scripts.judge_why import read, table
 
@@ -118,3 +119,20 @@ def test_the_page_on_a_tenth_says_what_its_kept_rows_say() -> None:
         for seed, end in zip(range(int(first), int(last) + 1), cells.split(", "), strict=True)
     ]
     assert len(found) == 35 and sorted(found) == wanted
+
+
+def test_the_page_on_a_tenth_with_real_weights_says_what_its_kept_rows_say() -> None:
+    page = (REFERENCE.parents[1] / "docs" / "study" / "tenth.md").read_text()
+    curves = read_curves(REFERENCE / "smollm2" / "sums" / "tenth.parquet")
+    methods = {"a tenth": "evidence algo.step_rule.share=0.1", "`grpo`": "grpo"}
+    number, row = r" ([\d.]+) \|", r"^\| (a tenth|`grpo`), (\S+) \| (\d+) \|"
+    row += rf"{number * 3} no \| [^|]+ \|{number} [\d.]+ \| ([\d, ]+) \|$"
+    said = re.findall(row, page, re.MULTILINE)
+    for method, rate, seed, *cells in said:
+        curve = curves[methods[method], float(rate), int(seed)]
+        found = measure(curve, base=0.0)
+        assert not found.collapsed
+        tenths = ", ".join(f"{100 * fmean(curve[i : i + 5]):.0f}" for i in range(0, 50, 5))
+        numbers = [f"{each:.3f}" for each in (found.final, found.peak, found.end)]
+        assert cells == [*numbers, f"{reach(curve, 0.6):.0f}", tenths], (method, seed)
+    assert len(said) == len(curves) == 6
