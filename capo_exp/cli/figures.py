@@ -20,6 +20,7 @@ from capo_exp.figures.curves import curves, families
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.output import DrawnFigure, as_typed, write_figure
 from capo_exp.figures.page import compose
+from capo_exp.figures.plots import plot_run
 from capo_exp.figures.study import X_LABELS, Study
 from capo_exp.runs import metrics as names
 from capo_exp.runs.read import LoggedRun, find_runs, load_run, to_its_end
@@ -74,6 +75,15 @@ def _usage() -> str:
     said = {name: (spec.panels.__doc__ or "").removeprefix("Draws ") for name, spec in listed.items()}
     lines = [f"  {name:24} {text.splitlines()[0].removesuffix('.')}" for name, text in said.items()]
     return USAGE.replace("{figures}", "\n".join(lines))
+
+
+def draw_one(directory: Path) -> list[Path]:
+    """Draws what a run leaves when it ends: its picture and its report."""
+    from capo_exp.figures.report.page import write_report
+
+    run, made_by = load_run(directory), "the run itself, at its end"
+    report_file = write_report([run], list(curves([run], mix=True)), (), directory, made_by)
+    return [plot_run(directory), report_file]
 
 
 def draw_figures(command: FigureCommand, typed: str) -> int:

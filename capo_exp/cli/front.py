@@ -143,15 +143,10 @@ def task(cfg: DictConfig) -> float | None:
 
 
 def draw_run(directory: Path) -> list[Path]:
-    """Draws what a run leaves when it ends, its picture and its report; imports matplotlib only then."""
-    from capo_exp.figures.curves import curves
-    from capo_exp.figures.plots import plot_run
-    from capo_exp.figures.report.page import write_report
-    from capo_exp.runs.read import load_run
+    """Draws the picture of a run and its report; matplotlib is imported when it is needed."""
+    from capo_exp.cli.figures import draw_one
 
-    run, made_by = load_run(directory), "the run itself, at its end"
-    report_file = write_report([run], list(curves([run], mix=True)), (), directory, made_by)
-    return [plot_run(directory), report_file]
+    return draw_one(directory)
 
 
 def run_command(task: Callable[[Any], int], line: CommandLine, arguments: Sequence[str] | None = None) -> int:
