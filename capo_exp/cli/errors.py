@@ -115,8 +115,8 @@ class _Composing:
         same_name = [k for k in known if k.rpartition(".")[2] == name]
         names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
         meant = [f"{parent}.{n}".lstrip(".") for n in difflib.get_close_matches(name, names, n=1)]
-        peers = [] if parent in known or self.schema is not TrainConfig else [PEERS.get(name, "")]
-        if near := same_name or [*filter(None, peers)] or meant:
+        foreign = self.schema is TrainConfig and parent not in known
+        if near := same_name or ([PEERS[name]] if foreign and name in PEERS else meant):
             return f"{given}: unknown key; nearest: {near[0]}"
         return f"{given}: unknown key; {suggest(name, names or [k for k in known if '.' not in k])}"
 

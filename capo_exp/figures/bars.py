@@ -87,13 +87,11 @@ def _lead(study: Study, metric: Metric, curve: Curve) -> tuple[Estimate | str, i
     own = _seeds(study, metric, curve)
     end = max((x[-1] for x, _ in own.values()), default=np.inf)
 
-    def height(
-        seeds: Mapping[int, Points],
-    ) -> float:  # as far as the curve goes: later, a rival may have risen
+    def height(seeds: Mapping[int, Points]) -> float:
+        """As far as the curve goes: later, a rival may have risen."""
         reach = [int(max(1, np.searchsorted(x, end, side="right"))) for x, _ in seeds.values()]
-        return float(
-            np.mean([mean_height(x[:n], y[:n]) for n, (x, y) in zip(reach, seeds.values(), strict=True)])
-        )
+        cut = [(x[:n], y[:n]) for n, (x, y) in zip(reach, seeds.values(), strict=True)]
+        return float(np.mean([mean_height(x, y) for x, y in cut]))
 
     best, theirs = max(known, key=lambda pair: height(pair[1]))
     if best.run.path == curve.run.path:
