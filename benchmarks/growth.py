@@ -70,7 +70,7 @@ def prepare_policy(rows: int, vocabulary: int, width: int, device: torch.device)
     ids = torch.randint(vocabulary, (rows, 2 * LENGTH), device=device)
     none, mask = torch.zeros(rows, LENGTH, device=device), torch.ones_like(ids[:, :LENGTH]).bool()
     groups = torch.zeros(rows, dtype=torch.int64, device=device)
-    batch = Batch(ids, torch.ones_like(ids), mask, none, none, groups, groups.bool())
+    batch = Batch(ids, torch.ones_like(ids), mask, none, none, groups, groups.bool(), none[:, 0])
     settings = ForwardSettings(1.0, 8192, torch.float32, False)
 
     def step() -> None:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from capo_exp.cli.python import load_runs as load_runs
     from capo_exp.cli.python import train as train
     from capo_exp.config.declare import compares_group as compares_group
+    from capo_exp.config.declare import corrects as corrects
     from capo_exp.config.declare import needs_kl as needs_kl
     from capo_exp.config.declare import needs_reference as needs_reference
     from capo_exp.config.declare import ordered as ordered
+    from capo_exp.config.declare import regresses as regresses
     from capo_exp.config.declare import takes_lists as takes_lists
     from capo_exp.config.declare import whole_step as whole_step
     from capo_exp.config.errors import ConfigError as ConfigError
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "cli.python": ("Runs", "evaluate", "load_runs", "train"),
     "config.declare": (
-        "compares_group", "needs_kl", "needs_reference", "ordered", "takes_lists", "whole_step",
+        "compares_group", "corrects", "needs_kl", "needs_reference", "ordered", "regresses", "takes_lists",
+        "whole_step",
     ),
     "config.errors": ("ConfigError",),
     "core.types": (

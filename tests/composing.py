@@ -1,10 +1,4 @@
-"""Hydra that reads a file once and merges a choice of groups once in a process.
-
-Composing takes a third of a second, nearly all of it to read the YAML files of the chosen groups and to merge
-them, and the tests compose some thousand times. What was read and merged is remembered for as long as the
-files are the same, and a new choice goes on from what it has in common with an earlier one; Hydra parses
-every command line, and sets its values on a copy, as ever.
-"""
+"""Hydra that reads a file once and merges a choice of groups once: composing takes a third of a second."""
 
 import os
 from copy import deepcopy
@@ -26,7 +20,7 @@ REMEMBERED = ("config", "evaluate_command", "figures_command", "status_command")
 """Configurations whose schema in Hydra's store is always the same."""
 
 
-def compose_once() -> None:
+def compose_once():
     """Makes Hydra remember, and read YAML with libyaml, which gives the same values."""
     find, merge = defaults_list.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
     choices = defaults_list._create_interpolation_map
@@ -35,7 +29,7 @@ def compose_once() -> None:
     merged: dict[int, DictConfig | None] = {}
     begun: dict[tuple[str, ...], DictConfig | None] = {(): OmegaConf.create()}
 
-    def find_once(repo: Any, config_name: str, overrides_list: list[Any], **more: Any) -> Any:
+    def find_once(repo, config_name, overrides_list, **more):
         given = defaults_list.Overrides(repo, overrides_list).config_overrides
         chosen = [each.input_line for each in overrides_list if not any(each is value for value in given)]
         if config_name not in REMEMBERED:
@@ -48,7 +42,7 @@ def compose_once() -> None:
             merged[id(lists[key].defaults)] = None
         return replace(lists[key], config_overrides=given)
 
-    def merge_once(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
+    def merge_once(self, defaults, repo):
         if id(defaults) not in merged:
             return merge(self, defaults, repo)
         try:
@@ -58,7 +52,7 @@ def compose_once() -> None:
             return merge(self, defaults, repo)  # Hydra's own message
         return deepcopy(known)
 
-    def go_on(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
+    def go_on(self, defaults, repo):
         """Merges what follows the longest beginning that another choice has, too."""
         names = tuple(f"{id(repo.cache)} {each.config_path}@{each.package}" for each in defaults)
         shared = max(len(_common(names, other)) for other in begun)
@@ -74,7 +68,7 @@ def compose_once() -> None:
         _drop_defaults(config)
         return config
 
-    def choices_if_needed(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+    def choices_if_needed(overrides, defaults, self_added):
         needed = any(default.is_interpolation() for default in defaults)
         return choices(overrides, defaults, self_added) if needed else None
 
@@ -85,7 +79,7 @@ def compose_once() -> None:
     _utils.get_yaml_loader = basecontainer.get_yaml_loader = cache(_make_loader)
 
 
-def _drop_defaults(node: Any) -> None:
+def _drop_defaults(node):
     """Removes the defaults lists that structured configs brought with them, which Hydra has marked."""
     if not isinstance(node, DictConfig) or node._is_missing() or node._is_none():
         return
@@ -97,11 +91,11 @@ def _drop_defaults(node: Any) -> None:
         _drop_defaults(child)
 
 
-def _common(one: tuple[str, ...], other: tuple[str, ...]) -> list[bool]:
+def _common(one, other):
     return [*takewhile(bool, map(str.__eq__, one, other))]
 
 
-def _state(source: Any) -> Any:
+def _state(source):
     """What tells whether the YAML files of a source are the same, wherever they are."""
     if source.scheme() != "file":
         return str(source)
@@ -110,7 +104,7 @@ def _state(source: Any) -> Any:
     return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in zip(paths, stats, strict=True))
 
 
-def _make_loader(genuine: Any = _utils.get_yaml_loader) -> Any:
+def _make_loader(genuine=_utils.get_yaml_loader):
     slow = yaml.SafeLoader
     yaml.SafeLoader = yaml.CSafeLoader
     try:

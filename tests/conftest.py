@@ -1,12 +1,11 @@
 """Shared pieces: a very small random model, random batches, configs composed from conf/."""
 
+import math
 import os
-from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 
@@ -21,11 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from jaxtyping import install_import_hook
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from capo_exp.config.architecture import fill_architecture
 from capo_exp.config.schema import TrainConfig, conf_dir, register
@@ -68,7 +66,7 @@ ratios of sequences, losses over pairs or over a whole step."""
 
 
 @pytest.fixture
-def small_model() -> PreTrainedModel:
+def small_model():
     """Two layers, random weights with real entropy, float32, evaluation mode."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -88,10 +86,10 @@ def small_model() -> PreTrainedModel:
 
 
 @pytest.fixture
-def random_batch() -> Callable[..., Batch]:
+def random_batch():
     """Rows of random tokens with prompts and completions of different lengths."""
 
-    def make(rows: int = 8, prompt: int = 5, length: int = 7, seed: int = 0) -> Batch:
+    def make(rows=8, prompt=5, length=7, seed=0):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(2, VOCABULARY, (rows, prompt + length), generator=generator)
         starts = torch.randint(0, prompt, (rows, 1), generator=generator)
@@ -107,24 +105,25 @@ def random_batch() -> Callable[..., Batch]:
             advantages=torch.randn(rows, 1, generator=generator) * mask[:, prompt:],
             group_ids=torch.arange(rows) // 2,
             truncated=(ends == prompt + length)[:, 0],
+            surprisal=torch.full((rows,), math.log(2)),
         )
 
     return make
 
 
 @pytest.fixture
-def learner(composed: Callable[..., TrainConfig], small_model: PreTrainedModel) -> Callable[..., Any]:
+def learner(composed, small_model):
     """`learner("algo=capo", ...)` is one of a copy of the small model; see `tests.pieces.make_learner`."""
     from tests.pieces import SMALL, make_learner
 
-    def make(*overrides: str, distance: float = 0.0) -> Any:
+    def make(*overrides, distance=0.0):
         return make_learner(composed(*SMALL, *overrides), small_model, distance=distance)
 
     return make
 
 
 @pytest.fixture
-def built(composed: Callable[..., TrainConfig]) -> Callable[..., Any]:
+def built(composed):
     """`built("cpgd", ...)` is the algorithm of conf/algo/cpgd.yaml."""
     from capo_exp.algorithms.protocols import build_algorithm
 
@@ -132,12 +131,12 @@ def built(composed: Callable[..., TrainConfig]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def composed() -> Callable[..., TrainConfig]:
+def composed():
     """`composed("algo=grpo", ...)` is the TrainConfig of that command line."""
     return compose_config
 
 
-def compose_config(*overrides: str) -> TrainConfig:
+def compose_config(*overrides):
     """What Hydra makes of a command line, in a tenth of its time for groups that were composed before."""
     config = deepcopy(_config(overrides))
     fill_architecture(config.model)
@@ -145,7 +144,7 @@ def compose_config(*overrides: str) -> TrainConfig:
 
 
 @cache
-def _config(overrides: tuple[str, ...]) -> TrainConfig:
+def _config(overrides):
     groups = tuple(override for override in overrides if not is_value(override))
     values = [override for override in overrides if is_value(override)]
     try:
@@ -157,13 +156,13 @@ def _config(overrides: tuple[str, ...]) -> TrainConfig:
 
 
 @cache
-def is_value(override: str) -> bool:
+def is_value(override):
     """Whether it sets a key, in place of choosing a group."""
     key = override.partition("=")[0]
     return key.partition(".")[0] in KEYS and not (conf_dir() / key).is_dir()
 
 
-def with_values(config: DictConfig, values: Sequence[str]) -> DictConfig:
+def with_values(config, values):
     """A copy in which keys are set, as Hydra sets them after everything else."""
     config = deepcopy(config)
     for override in values:
@@ -173,12 +172,12 @@ def with_values(config: DictConfig, values: Sequence[str]) -> DictConfig:
 
 
 @cache
-def _parse(override: str) -> Override:
+def _parse(override):
     return OverridesParser.create().parse_override(override)
 
 
 @cache
-def _compose(overrides: tuple[str, ...]) -> DictConfig:
+def _compose(overrides):
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", list(overrides))

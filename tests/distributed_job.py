@@ -1,33 +1,27 @@
-"""What tests/test_distributed.py has two processes do, all of it in one start, and four after them.
-
-Each process compares a sharded learner with a whole one of its own, and writes what differs to FOLDER/RANK.
-"""
+"""What tests/test_distributed.py has each process do; what differs from one goes to FOLDER/RANK."""
 
 import copy
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from traceback import format_exc
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from capo_exp.cli import front
 from capo_exp.config.errors import RunFailed
-from capo_exp.config.schema import DistributedConfig, TrainConfig
+from capo_exp.config.schema import DistributedConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts
-from capo_exp.core.types import Batch
 from capo_exp.distributed.sharding import full, shard
 from capo_exp.distributed.world import FOLDER, SINGLE, STOP, World
 from capo_exp.rollout import EngineFailed
@@ -43,21 +37,20 @@ from tests.pieces import make_learner, run_updates
 EXACT = ("policy/grad_norm", "loss/total", "optim/step_scale", "selection/rejection_rate", "loss/kl")
 
 
-Seen = tuple[list[dict[str, float]], Tensor, list[Tensor]]
 """The metrics of optimiser steps, which tokens the last of them kept, and the weights after it."""
 
 
-def take(learner: Learner, batch: Batch, step: int) -> Seen:
+def take(learner, batch, step):
     metrics, record = run_updates(learner, batch, step)
     return metrics, record.selection.keep_mask, [full(p.detach()).clone() for p in learner.model.parameters()]
 
 
-def start(job: dict[str, Any], name: str) -> Learner:
+def start(job, name):
     model = job["untied" if "untied" in name else "tied"]
     return make_learner(job["learners"][name], model, distance=0.05)
 
 
-def expect(job: dict[str, Any]) -> dict[str, list[Seen]]:
+def expect(job):
     """What a whole learner of each configuration does with each batch."""
     wholes = {name: start(job, name) for name in job["learners"]}
     return {
@@ -65,7 +58,7 @@ def expect(job: dict[str, Any]) -> dict[str, list[Seen]]:
     }
 
 
-def compare_learners(job: dict[str, Any], world: World) -> Iterator[str]:
+def compare_learners(job, world):
     """Two optimiser steps of each configuration, over batches of which one leaves the second process idle."""
     for name, config in job["learners"].items():
         shared = share(start(job, name), config, world)
@@ -78,7 +71,7 @@ def compare_learners(job: dict[str, Any], world: World) -> Iterator[str]:
                 yield f"{name}, batch {number}: moments of the processes {sums}"
 
 
-def share(whole: Learner, config: TrainConfig, world: World) -> Learner:
+def share(whole, config, world):
     """A learner that starts as another, on sharded copies of its models."""
     models = [None if m is None else copy.deepcopy(m) for m in (whole.model, whole.reference)]
     for model in models:
@@ -89,7 +82,7 @@ def share(whole: Learner, config: TrainConfig, world: World) -> Learner:
     return Learner(model, reference, whole.algorithm, config, torch.float32, world)
 
 
-def compare_step(expected: Seen, seen: Seen) -> Iterator[str]:
+def compare_step(expected, seen):
     (metrics, mask, weights), (others, other_mask, other_weights) = expected, seen
     if not torch.equal(mask, other_mask):
         yield "another mask"
@@ -105,13 +98,13 @@ def compare_step(expected: Seen, seen: Seen) -> Iterator[str]:
             return
 
 
-def close(one: float, two: float, scale: float) -> bool:
+def close(one, two, scale):
     return (
         one == two or (one != one and two != two) or abs(one - two) <= scale * max(abs(one), abs(two)) + 1e-10
     )
 
 
-def compare_sums(job: dict[str, Any], world: World) -> Iterator[str]:
+def compare_sums(job, world):
     """With one micro-batch a process and nothing clipped the weights are equal to the bit: a + b = b + a."""
     config, batch = job["exact"], job["batches"][0]
     whole = make_learner(config, job["tied"])
@@ -125,7 +118,7 @@ def compare_sums(job: dict[str, Any], world: World) -> Iterator[str]:
             return
 
 
-def compare_runs(job: dict[str, Any], world: World, folder: Path) -> Iterator[str]:
+def compare_runs(job, world, folder):
     """A run that is stopped and goes on in as many processes, in one, or in two after one; one whose second
     engine fails."""
     wanted = train(job, folder / "whole")
@@ -144,13 +137,13 @@ def compare_runs(job: dict[str, Any], world: World, folder: Path) -> Iterator[st
     yield from fail_in_second(job, folder / "failing", world)
 
 
-def cache_of(prepare: Callable[..., Any]) -> Callable[..., Any]:
+def cache_of(prepare):
     """The same data for every run of the job, read once."""
     made: list[Any] = []
     return lambda *given: made[0] if made else made.append(prepare(*given)) or made[0]
 
 
-def train(job: dict[str, Any], place: Path, *, alone: bool = False) -> tuple[list[dict[str, Any]], Path]:
+def train(job, place, *, alone=False):
     """Rows without their times and the last checkpoint of a run; `alone` in the first process only."""
     config = replace(job["run"], output_dir=str(place))
     config = replace(config, distributed=DistributedConfig()) if alone else config
@@ -162,14 +155,14 @@ def train(job: dict[str, Any], place: Path, *, alone: bool = False) -> tuple[lis
     return read_back(place)
 
 
-def read_back(place: Path) -> tuple[list[dict[str, Any]], Path]:
+def read_back(place):
     (directory,) = place.glob("*/*")
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     rows = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
     return rows, directory / "checkpoints" / "step_000002"
 
 
-def stopped(job: dict[str, Any], place: Path, folder: Path, *, alone: bool = False) -> None:
+def stopped(job, place, folder, *, alone=False):
     """The run as a stop after its first step leaves it."""
     dist.barrier()
     (folder / STOP).touch()
@@ -180,11 +173,11 @@ def stopped(job: dict[str, Any], place: Path, folder: Path, *, alone: bool = Fal
     dist.barrier()
 
 
-def copied(source: Path, target: Path, world: World) -> None:
+def copied(source, target, world):
     world.first(lambda: shutil.copytree(source, target) and None)
 
 
-def differ(name: str, wanted: Any, got: Any, *, exact: bool) -> Iterator[str]:
+def differ(name, wanted, got, *, exact):
     (rows, checkpoint), (others, other) = wanted, got
     for one, two in zip(rows, others, strict=True):
         for key, value in one.items():
@@ -198,10 +191,10 @@ def differ(name: str, wanted: Any, got: Any, *, exact: bool) -> Iterator[str]:
             yield f"{name}: {key} of the weights"
 
 
-def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[str]:
+def fail_in_second(job, place, world):
     plain = HFRollout.generate
 
-    def failing(self: HFRollout, request: Any) -> Any:
+    def failing(self, request):
         if world.rank == 1 and request.weight_version == 1:
             raise EngineFailed("the second engine is tired")
         return plain(self, request)
@@ -221,7 +214,7 @@ def fail_in_second(job: dict[str, Any], place: Path, world: World) -> Iterator[s
         yield "the step before the failure is not saved"
 
 
-def compare_blocks(job: dict[str, Any], world: World) -> Iterator[str]:
+def compare_blocks(job, world):
     """Three calls, dealt to an engine a process, or one for every two, give what a process alone samples."""
     config = job["run"]
     with (inputs := reading.read_inputs(config, world)).verifier:
@@ -236,7 +229,7 @@ def compare_blocks(job: dict[str, Any], world: World) -> Iterator[str]:
                 yield f"{len(requests)} calls, {block} processes an engine: other completions"
 
 
-def doubt_engines(job: dict[str, Any], world: World) -> Iterator[str]:
+def doubt_engines(job, world):
     """What the doctor says of engines that take new weights, and of a second one that does not."""
     said = probe(job["run"], world, torch.device("cpu"))
     if not said.startswith("2 processes on cpu; ") or "each one's engine takes new weights" not in said:
@@ -253,7 +246,7 @@ def doubt_engines(job: dict[str, Any], world: World) -> Iterator[str]:
         reading.copy_weights = plain
 
 
-def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
+def work(rank, folder, size, *chosen):
     """One of `size` processes that meet at a file."""
     torch.set_num_threads(1)
     place, limit = f"file://{folder}/meet_{size}", timedelta(seconds=300)
@@ -283,7 +276,7 @@ def work(rank: int, folder: Path, size: int, *chosen: str) -> None:
     dist.destroy_process_group()
 
 
-def train_as_given(rank: int, folder: Path, port: int, command: Sequence[str]) -> None:
+def train_as_given(rank, folder, port, command):
     """One of two processes that a torchrun has started, which says so by these variables alone."""
     numbers = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
     place = {"TORCHELASTIC_RUN_ID": "given", "MASTER_ADDR": "127.0.0.1"}

@@ -1,18 +1,14 @@
 """Run directories whose curves are known by construction, with the configs of the real experiments."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.figures.curves import curves
 from capo_exp.figures.study import Study
 from capo_exp.runs import metrics as names
@@ -21,7 +17,6 @@ from capo_exp.runs.read import load_run
 from tests.conftest import compose_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-Accuracy = Callable[[int, int], float]
 """Training completions and seed -> accuracy."""
 
 FIGURE_1 = ("grpo_conservative", "grpo_aggressive", "capo", "zero_learning_rate")
@@ -38,20 +33,20 @@ PAPER = (
 
 
 @cache
-def config_of(job: str) -> TrainConfig:
+def config_of(job):
     experiment, *overrides = job.split()
     return compose_config(f"experiment=paper/{experiment}", "scale=tiny", *overrides)
 
 
-def steady(x: int, seed: int) -> float:
+def steady(x, seed):
     """0.4 at the start, 0.1 more every 10,000 completions; odd seeds 0.02 above even ones."""
     return 0.4 + 1e-5 * x + 0.02 * (seed % 2)
 
 
 def write_run(
-    root: Path, job: str, seed: int = 0, *, accuracy: Accuracy = steady, steps: int | None = None,
-    without: Sequence[str] = (),
-) -> Path:  # fmt: skip
+    root, job, seed = 0, *, accuracy = steady, steps = None,
+    without = (),
+):  # fmt: skip
     """The record of one run; `without` some metrics."""
     config = replace(config_of(job), seed=seed)
     folder = root / run_name(config)
@@ -76,7 +71,7 @@ def write_run(
     return folder
 
 
-def write_study(root: Path, jobs: Iterable[str], seeds: int = 2, **more: Any) -> Path:
+def write_study(root, jobs, seeds=2, **more):
     """Runs of several jobs, each with several seeds."""
     for job in jobs:
         for seed in range(seeds):
@@ -84,11 +79,11 @@ def write_study(root: Path, jobs: Iterable[str], seeds: int = 2, **more: Any) ->
     return root
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def metrics(step: int, config: TrainConfig, seed: int, accuracy: Accuracy) -> dict[str, Any]:
+def metrics(step, config, seed, accuracy):
     """A row of metrics.jsonl with every key that is documented."""
     x = step * config.regime.prompts_per_step * config.regime.group_size
     logged = [key for key in names.METRICS if not key.startswith(("eval/", "test/", "time/"))]
@@ -102,15 +97,13 @@ def metrics(step: int, config: TrainConfig, seed: int, accuracy: Accuracy) -> di
     }  # fmt: skip
 
 
-def evaluation(
-    step: int, config: TrainConfig, seed: int, accuracy: Accuracy, *, key: str = "eval/accuracy"
-) -> dict[str, Any]:
+def evaluation(step, config, seed, accuracy, *, key="eval/accuracy"):
     x = step * config.regime.prompts_per_step * config.regime.group_size
     counters = {names.STEP: step, names.COMPLETIONS: x, "counter/optimizer_step": step}
     return {**counters, key: accuracy(x, seed)}
 
 
-def write_completions(path: Path) -> None:
+def write_completions(path):
     """Two completions: `a` five times, rejected twice; ` $b_` once, rejected; `c` once, kept."""
     path.parent.mkdir()
     columns = {
@@ -121,7 +114,7 @@ def write_completions(path: Path) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-def study_in(root: Path, **more: Any) -> Study:
+def study_in(root, **more):
     """The runs below a folder, not smoothed."""
     runs = tuple(load_run(path.parent) for path in sorted(root.rglob("run.json")))
     asked = {"statistic": "mean", "interval": "bootstrap", "smoothing": 1.0, "x": None, **more}

@@ -1,9 +1,7 @@
-"""A verifier with numbers of a test's own, and real problems. Imports no torch: workers import what the tests
-import."""
+"""A verifier, and real problems. Imports no torch: workers import what the tests import."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +11,6 @@ SHARED = Path(os.environ.get("CAPO_DATA_DIR", Path(__file__).parents[2] / "share
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="neither CAPO_DATA_DIR nor ../shared/data")
 
 
-def math_verifier(**changes: Any) -> MathVerifier:
+def math_verifier(**changes):
     numbers = {"timeout_seconds": 5.0, "workers": 1, "memory_limit_gib": 4.0}
     return MathVerifier(**(numbers | {"style": "auto", "unparsable_gold": "drop"} | changes))

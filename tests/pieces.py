@@ -1,23 +1,19 @@
-"""What several test files build: learners of the small model, their gradients, rollouts that nobody
-sampled."""
+"""What several test files build: learners of the small model, and rollouts that nobody sampled."""
 
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.cli import front
 from capo_exp.config.build import holds_reference
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing
 from capo_exp.core.batch import totals
 from capo_exp.core.step import StepDecision
@@ -30,7 +26,6 @@ from capo_exp.core.types import (
     RolloutGroup,
     Scored,
     StepInput,
-    StepRecord,
     TokenLossInput,
     TokenShifts,
 )
@@ -54,14 +49,14 @@ UNBOUNDED = tuple(
 
 
 class _NoTokenizer:
-    def save_pretrained(self, folder: Path) -> None: ...
+    def save_pretrained(self, folder): ...
 
 
 NO_TOKENIZER: Any = _NoTokenizer()
 """As much of a tokenizer as a checkpoint needs."""
 
 
-def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float = 0.0) -> Learner:
+def make_learner(config, model, *, distance=0.0):
     """A learner on its own copy of the model, with a reference where the algorithm needs one.
 
     Args:
@@ -78,27 +73,25 @@ def make_learner(config: TrainConfig, model: PreTrainedModel, *, distance: float
     return Learner(model, reference, build_algorithm(config.algo), config, torch.float32)
 
 
-def weights(learner: Learner) -> list[Tensor]:
+def weights(learner):
     return [parameter.detach().clone() for parameter in learner.model.parameters()]
 
 
-def same_weights(one: Learner, other: Learner) -> bool:
+def same_weights(one, other):
     """Bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-def take_step(
-    learner: Learner, batch: Batch, old_log_probs: Tensor | None = None
-) -> tuple[dict[str, float], StepRecord]:
+def take_step(learner, batch, old_log_probs=None):
     """One optimiser step on a batch; the policy sampled it itself unless there are old log-probs."""
     return take_optimizer_step(learner, StepInput(batch, totals(batch), old_log_probs))
 
 
-def watch_gradients(learner: Learner) -> list[list[Tensor]]:
+def watch_gradients(learner):
     """A list that takes, from now on, the gradient with respect to the weights of each optimiser step."""
     seen: list[list[Tensor]] = []
 
-    def look(trial: object) -> StepDecision:
+    def look(trial):
         seen.append([p.grad.clone() for p in learner.model.parameters() if p.grad is not None])
         return StepDecision(1.0)
 
@@ -106,24 +99,31 @@ def watch_gradients(learner: Learner) -> list[list[Tensor]]:
     return seen
 
 
-def gradients(learner: Learner, batch: Batch, old_log_probs: Tensor | None = None) -> list[Tensor]:
+def gradients(learner, batch, old_log_probs=None):
     """The gradient of one step's loss with respect to the learner's weights; takes the step."""
     seen = watch_gradients(learner)
     take_step(learner, batch, old_log_probs)
     return seen[-1]
 
 
-def inputs_of(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> TokenLossInput:
+def inputs_of(log_probs, old, advantages, mask):
     """What a token loss sees where the sampler's log-probs are the learner's."""
     return TokenLossInput(log_probs, old, old, advantages, mask, torch.zeros_like(old))
 
 
-def with_step(inputs: TokenLossInput, group_ids: Tensor) -> TokenLossInput:
+def with_step(inputs, group_ids):
     """The same where these rows are the whole optimiser step."""
     mask, log_probs = inputs.completion_mask, inputs.log_probs.detach()
     zeros, rows = torch.zeros_like(log_probs), torch.arange(len(mask))
     batch = Batch(
-        mask.long(), mask.long(), mask, inputs.sampler_log_probs, inputs.advantages, group_ids, mask.any(1)
+        mask.long(),
+        mask.long(),
+        mask,
+        inputs.sampler_log_probs,
+        inputs.advantages,
+        group_ids,
+        mask.any(1),
+        zeros[:, 0],
     )
     output = PolicyOutput(
         log_probs, inputs.entropy, zeros[..., None], mask.long()[..., None], zeros[..., None]
@@ -135,7 +135,7 @@ def with_step(inputs: TokenLossInput, group_ids: Tensor) -> TokenLossInput:
     return replace(inputs, step=step, rows=rows)
 
 
-def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+def plain_log_probs(model, batch, temperature=1.0):
     """[B, T] by the model's own logits, row by row without padding, and F.cross_entropy; 0 on padding."""
     rows = []
     for ids, real, mask in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
@@ -146,16 +146,16 @@ def plain_log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1
     return torch.stack(rows)
 
 
-def without_clock(row: dict[str, float]) -> dict[str, float]:
+def without_clock(row):
     return {key: value for key, value in row.items() if not key.startswith("time/")}
 
 
-def logged(path: Path) -> list[dict[str, float]]:
+def logged(path):
     """The rows of a .jsonl file without what the clock wrote."""
     return [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def run_updates(learner: Learner, batch: Batch, step: int = 1) -> tuple[list[dict[str, float]], StepRecord]:
+def run_updates(learner, batch, step=1):
     """The metrics of each optimiser step over one batch without those of the clock, and the last record."""
     done = list(take_updates(learner, batch, step=step))
     record = done[-1].record
@@ -163,20 +163,20 @@ def run_updates(learner: Learner, batch: Batch, step: int = 1) -> tuple[list[dic
     return [without_clock(update.metrics) for update in done], record
 
 
-def prompt(number: int) -> Prompt:
+def prompt(number):
     return Prompt(Problem(str(number), "", ""), "", (2 + number % 38, 5))
 
 
-def completion(token_ids: Sequence[int], *, reward: float = 0.0, truncated: bool = False) -> Completion:
+def completion(token_ids, *, reward=0.0, truncated=False):
     """Tokens that nobody sampled; the text says what they earn."""
     return Completion(tuple(token_ids), (-1.0,) * len(token_ids), str(reward), truncated)
 
 
-def groups_of(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> list[RolloutGroup]:
+def groups_of(rewards, lengths):
     """One completion for each reward, of random tokens, as long as its length says."""
     generator = torch.Generator().manual_seed(0)
 
-    def tokens(length: int) -> list[int]:
+    def tokens(length):
         return torch.randint(2, 40, (length,), generator=generator).tolist()
 
     return [
@@ -189,7 +189,7 @@ def groups_of(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int
     ]
 
 
-def graded(rewards: list[list[float]], metrics: dict[str, float]) -> RewardResult:
+def graded(rewards, metrics):
     """What a verifier returns; above a half is correct."""
     grades = [
         [Grade(reward > 0.5, "", "correct" if reward > 0.5 else "wrong") for reward in row] for row in rewards
@@ -197,7 +197,7 @@ def graded(rewards: list[list[float]], metrics: dict[str, float]) -> RewardResul
     return RewardResult(rewards, metrics, grades)
 
 
-def even_first(text: str) -> float:
+def even_first(text):
     """1 if the first token is even; the small model's completions are numbers in place of text."""
     return float(int(text.split()[0]) % 2 == 0)
 
@@ -210,36 +210,34 @@ class Reader:
     calls: list[int] = field(default_factory=list)
     beside_sampling: bool = False
 
-    def score(
-        self, completions: list[list[str]], golds: list[tuple[str, ...]], problems: object = None
-    ) -> RewardResult:
+    def score(self, completions, golds, problems=None):
         assert len(completions) == len(golds)
         self.calls.append(len(golds))
         metrics = {"reward/timeouts": 1.0, "reward/no_answer_fraction": 0.25}
         return graded([[self.read(text) for text in group] for group in completions], metrics)
 
-    def gradable(self, golds: list[tuple[str, ...]]) -> list[bool]:
+    def gradable(self, golds):
         return [True] * len(golds)
 
-    def close(self) -> None: ...
+    def close(self): ...
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_): ...
 
 
-def sampler_of(engine: Any, prompts: int) -> Sampler:
+def sampler_of(engine, prompts):
     """Of an engine whose texts say what they earn; every token is a sentence."""
     asked = [prompt(i) for i in range(prompts)]
     return Sampler(engine, engine, Reader(), asked, RewardTerms(), spell=lambda ids: [" A."] * len(ids))
 
 
-def run_one_step(config: TrainConfig) -> None:
+def run_one_step(config):
     """Trains until the second step begins, where a Ctrl-C ends the run."""
     genuine = rollout_step.sample_rollout
 
-    def ends(*given: Any, step: int, **more: Any) -> Any:
+    def ends(*given, step, **more):
         if step == 2:
             raise KeyboardInterrupt
         return genuine(*given, step=step, **more)
@@ -249,7 +247,7 @@ def run_one_step(config: TrainConfig) -> None:
         loop.run(config)
 
 
-def run_training(*arguments: str) -> int:
+def run_training(*arguments):
     """The exit status of `python -m capo_exp ARGUMENTS`, which is run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["capo_exp", *arguments])

@@ -2,27 +2,23 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-
-T = TypeVar("T")
 
 SERVER = multiprocessing.get_context("forkserver")
 """Forks processes that train: torch is imported once for all of them."""
 SERVER.set_forkserver_preload(["capo_exp.training.loop"])
 
 
-def needs_vllm(test: T) -> T:
+def needs_vllm(test):
     """Marks a test that starts vLLM or shares one: such tests are slow."""
     missing = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM: scripts/install_vllm_cpu.sh")
     return pytest.mark.slow(pytest.mark.vllm(missing(test)))
 
 
-def together(size: int, target: Callable[..., None], *args: object) -> None:
+def together(size, target, *args):
     """Runs so many processes, each with its rank and the arguments, to their end."""
     processes = [SERVER.Process(target=target, args=(rank, *args)) for rank in range(size)]
     for process in processes:
@@ -32,7 +28,7 @@ def together(size: int, target: Callable[..., None], *args: object) -> None:
         process.kill()
 
 
-def alive(pid: int) -> bool:
+def alive(pid):
     """Whether a process runs; one that nobody has collected yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -40,7 +36,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], T], seconds: float = 120) -> T:
+def wait_for(condition, seconds=120):
     """Returns the first value of the condition that is true; fails when it takes too long."""
     deadline = time.monotonic() + seconds
     while not (seen := condition()):

@@ -2,13 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
 CONTRAST = """
@@ -47,7 +44,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def open_chromium(folder: Path) -> Any:
+def open_chromium(folder):
     """Starts it without a window and with an empty profile; downloads and profile go to `folder`."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
@@ -62,14 +59,14 @@ def open_chromium(folder: Path) -> Any:
 class Page:
     """The report in a browser, with the few questions that the tests ask."""
 
-    def __init__(self, browser: Any, path: Path) -> None:
+    def __init__(self, browser, path):
         self.browser, self.path = browser, path
 
-    def load(self) -> "Page":
+    def load(self):
         self.browser.get(self.path.as_uri())
         return self
 
-    def emulate(self, width: int, scheme: str) -> "Page":
+    def emulate(self, width, scheme):
         """Makes the window as wide as a screen with this colour scheme."""
         size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -77,31 +74,31 @@ class Page:
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         return self
 
-    def run(self, script: str, *values: Any) -> Any:
+    def run(self, script, *values):
         return self.browser.execute_script(script, *values)
 
-    def all(self, selector: str) -> list[WebElement]:
+    def all(self, selector):
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
-    def one(self, selector: str) -> WebElement:
+    def one(self, selector):
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
-    def choose(self, selector: str, text: str) -> None:
+    def choose(self, selector, text):
         Select(self.one(selector)).select_by_visible_text(text)
 
-    def texts(self, selector: str) -> list[str]:
+    def texts(self, selector):
         """As in the document, whether on the screen or not."""
         return self.run(
             "return [...document.querySelectorAll(arguments[0])].map((n) => n.textContent)", selector
         )
 
-    def style(self, element: WebElement, name: str) -> str:
+    def style(self, element, name):
         return self.run("return getComputedStyle(arguments[0])[arguments[1]]", element, name)
 
-    def colours(self) -> list[str]:
+    def colours(self):
         return [self.style(token, "backgroundColor") for token in self.all("#prompts .token")]
 
-    def requests(self) -> list[str]:
+    def requests(self):
         """What the browser asked for since the last call."""
         entries = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
         sent = [e["params"] for e in entries if e["method"] == "Network.requestWillBeSent"]

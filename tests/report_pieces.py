@@ -1,8 +1,6 @@
 """Run directories with known numbers, and completions that no page should trust, for the report's tests."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -35,7 +33,7 @@ CAPO = {
 }
 
 
-def config(name: str, seed: int, selection: dict[str, Any]) -> dict[str, Any]:
+def config(name, seed, selection):
     return {
         "algo": {"name": name, "selection": selection},
         "regime": {"name": "aggressive", "learning_rate": 1e-4},
@@ -45,7 +43,7 @@ def config(name: str, seed: int, selection: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def completion(tokens: list[str], *, prompt: str = "Count.", reward: float = 1.0) -> dict[str, Any]:
+def completion(tokens, *, prompt="Count.", reward=1.0):
     """A row with the first shifts and decisions of the tables above, in turn."""
     places = [i % len(TOKENS) for i in range(len(tokens))]
     return {
@@ -66,18 +64,18 @@ def completion(tokens: list[str], *, prompt: str = "Count.", reward: float = 1.0
     }
 
 
-def old(row: dict[str, Any]) -> dict[str, Any]:
+def old(row):
     """The row as runs logged it before there were token texts."""
     return {key: value for key, value in row.items() if key not in ("tokens", "log_prob")}
 
 
-def write_completions(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
+def write_completions(path, step, rows):
     (path / "completions").mkdir(parents=True, exist_ok=True)
     arrays = {key: pa.array([row[key] for row in rows], COMPLETION_TYPES.get(key)) for key in rows[0]}
     pq.write_table(pa.table(arrays), path / "completions" / f"step_{step:06d}.parquet")
 
 
-def write_run(path: Path, settings: dict[str, Any], *, accuracy: float, record: dict[str, Any]) -> Path:
+def write_run(path, settings, *, accuracy, record):
     """30 steps whose training accuracy is `accuracy`, but 0 in the first 20, and 2% of tokens rejected."""
     path.mkdir(parents=True)
     rows = [
@@ -100,7 +98,7 @@ def write_run(path: Path, settings: dict[str, Any], *, accuracy: float, record: 
     return path
 
 
-def study(folder: Path) -> list[Curve]:
+def study(folder):
     """Two seeds of CAPO, an older GRPO run without token texts, and one that failed without completions."""
     capo = [
         write_run(folder / f"capo-s{seed}-aaa{seed}", config("capo", seed, CAPO), accuracy=0.5 + seed / 10,
@@ -125,7 +123,7 @@ def study(folder: Path) -> list[Curve]:
     ]
 
 
-def drawn(folder: Path) -> DrawnFigure:
+def drawn(folder):
     """A figure as it is handed over."""
     matplotlib.image.imsave(folder / "one.png", np.zeros((80, 160, 3)))
     (folder / "one.csv").write_text("x,y\n1,2\n")

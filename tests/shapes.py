@@ -1,8 +1,6 @@
-"""Public shapes of models on the hub, as their config.json has them: data of tests, and of the table in
-docs/MODELS.md."""
+"""Shapes of models on the hub, as their config.json has them; docs/MODELS.md has the table."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 NAMES = (
@@ -26,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """In order of size."""
 
 
-def write_shape(folder: Path, repository: str, **more: Any) -> str:
+def write_shape(folder, repository, **more):
     """Writes config.json of a model without weights and returns its folder, for model.path."""
     place = folder / repository.rpartition("/")[2]
     place.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""What all algorithms share: group advantages, the clipped surrogate, KL estimators, aggregations, neutral
-parts. By hand, by independent reference, by property."""
+"""What all algorithms share: advantages, the surrogate, KL estimators, aggregations, neutral parts."""
 
 import inspect
 from collections.abc import Callable
@@ -52,7 +51,7 @@ rewards = st.lists(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4),
 @pytest.mark.parametrize(
     ("eps", "target_std", "first"), [(0.0, 1.0, 1.5), (0.0, 0.75, 2.0), (0.25, 1.0, 1.0)]
 )
-def test_group_normalised_by_hand(eps: float, target_std: float, first: float) -> None:
+def test_group_normalised_by_hand(eps, target_std, first):
     # mean 1/4; deviations 3/4, -1/4 x3; unbiased variance (9 + 3) / 16 / 3 = 1/4, std 1/2;
     # 3/4 / (1/2 * target + eps)
     got = group_normalised(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=eps, target_std=target_std)
@@ -61,7 +60,7 @@ def test_group_normalised_by_hand(eps: float, target_std: float, first: float) -
 
 @settings(deadline=None, max_examples=40)
 @given(rewards, st.sampled_from(sorted(CENTRED)))
-def test_group_advantages_are_centred_and_finite(values: list[list[float]], name: str) -> None:
+def test_group_advantages_are_centred_and_finite(values, name):
     got = CENTRED[name](torch.tensor(values))
     assert got.isfinite().all()
     torch.testing.assert_close(
@@ -71,7 +70,7 @@ def test_group_advantages_are_centred_and_finite(values: list[list[float]], name
 
 @settings(deadline=None, max_examples=40)
 @given(st.floats(-5, 5, width=32), st.integers(2, 9), st.sampled_from([*sorted(CENTRED), "first_of_group"]))
-def test_equal_rewards_are_exactly_no_advantage(value: float, group: int, name: str) -> None:
+def test_equal_rewards_are_exactly_no_advantage(value, group, name):
     every = CENTRED | {"first_of_group": lambda r: first_of_group(r, eps=1e-4)}
     assert not every[name](torch.full((3, group), value)).any()
 
@@ -87,7 +86,7 @@ def test_equal_rewards_are_exactly_no_advantage(value: float, group: int, name: 
         (1.25, 1.0, -1.25, -1.25),  # inside, but it would be outside 1 + 0.2
     ],
 )
-def test_surrogate_quadrants(ratio: float, advantage: float, value: float, gradient: float) -> None:
+def test_surrogate_quadrants(ratio, advantage, value, gradient):
     log_probs = torch.tensor([[ratio]]).log().requires_grad_()
     inputs = inputs_of(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1).bool())
     loss = clipped_surrogate(inputs, clip_eps_low=0.2, clip_eps_high=0.3)
@@ -97,20 +96,20 @@ def test_surrogate_quadrants(ratio: float, advantage: float, value: float, gradi
     assert loss.clipped.item() == (gradient == 0.0)
 
 
-def two_policies() -> tuple[Tensor, Tensor]:
+def two_policies():
     """Logits [7] of a policy, with a gradient, and log-probs [7] of a reference."""
     torch.manual_seed(0)
     logits, reference = torch.randn(2, 7, dtype=torch.float64)
     return logits.requires_grad_(), reference.log_softmax(0)
 
 
-def exact_kl(one: Tensor, other: Tensor) -> Tensor:
+def exact_kl(one, other):
     """KL(one || other) of log-probs [7]."""
     return torch.nn.functional.kl_div(other, one, log_target=True, reduction="sum")
 
 
 @pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
-def test_k1_and_k3_are_unbiased(estimator: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_k1_and_k3_are_unbiased(estimator):
     """Over all actions, E_pi[k] = KL(pi || ref) exactly."""
     logits, reference = two_policies()
     policy = logits.detach().log_softmax(0)
@@ -120,7 +119,7 @@ def test_k1_and_k3_are_unbiased(estimator: Callable[[Tensor, Tensor], Tensor]) -
         assert (estimate > 0).all() and not kl_k3(reference, reference).any()
 
 
-def test_gradients_of_the_kl_estimators_in_expectation() -> None:
+def test_gradients_of_the_kl_estimators_in_expectation():
     """The sample comes from the policy and is not differentiated, so grad E = E_pi[grad k(ln pi)].
 
     k1: E[grad ln pi] = 0.  k2: E[ln(pi/ref) grad ln pi] = grad KL(pi || ref).
@@ -128,7 +127,7 @@ def test_gradients_of_the_kl_estimators_in_expectation() -> None:
     """
     logits, reference = two_policies()
 
-    def expected(estimator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def expected(estimator):
         policy = logits.log_softmax(0)
         return torch.autograd.grad((policy.detach().exp() * estimator(policy, reference)).sum(), logits)[0]
 
@@ -158,11 +157,12 @@ BATCH = Batch(
     advantages=torch.zeros(3, 4),
     group_ids=torch.tensor([0, 0, 1]),
     truncated=torch.zeros(3).bool(),
+    surprisal=torch.zeros(3),
 )
 TOTALS = replace(totals(BATCH), kept_tokens=int(KEEP.sum()))
 
 
-def row_of(batch: Batch, row: int) -> Batch:
+def row_of(batch, row):
     return Batch(*(tensor[row : row + 1] for tensor in vars(batch).values()))
 
 
@@ -178,9 +178,7 @@ def row_of(batch: Batch, row: int) -> Batch:
         (lambda *args: prompt_mean(*args, length=10), ((1 + 3 + 6) / 10 / 2 + (2 + 5) / 10) / 2),
     ],
 )
-def test_aggregations_by_hand_and_rejected_tokens_have_no_gradient(
-    aggregate: Callable[..., Tensor], expected: float
-) -> None:
+def test_aggregations_by_hand_and_rejected_tokens_have_no_gradient(aggregate, expected):
     values = VALUES.clone().requires_grad_()
     loss = aggregate(values, KEEP, BATCH, TOTALS)
     loss.backward()
@@ -195,7 +193,7 @@ def test_aggregations_by_hand_and_rejected_tokens_have_no_gradient(
     torch.testing.assert_close(sum(parts), loss)
 
 
-def test_totals_count_the_tokens_of_each_prompt() -> None:
+def test_totals_count_the_tokens_of_each_prompt():
     assert (TOTALS.sequences, TOTALS.completion_tokens, TOTALS.group_tokens.tolist()) == (3, 9, [6, 3])
     lonely = totals(
         row_of(BATCH, 2)
@@ -205,7 +203,7 @@ def test_totals_count_the_tokens_of_each_prompt() -> None:
     assert loss.item() == pytest.approx((2 + 5 + 60) / 3)
 
 
-def test_neutral_parts_do_nothing(random_batch: Callable[..., Batch]) -> None:
+def test_neutral_parts_do_nothing(random_batch):
     given_rewards, noise = torch.rand(3, 4), torch.rand(3, 4)
     assert torch.equal(raw_reward(given_rewards), given_rewards)  # REINFORCE has no baseline
     assert all_groups(torch.zeros(3, 4)).tolist() == [True] * 3
@@ -217,7 +215,7 @@ def test_neutral_parts_do_nothing(random_batch: Callable[..., Batch]) -> None:
     assert full_step(untouchable) == StepDecision(1.0)
 
 
-def test_masked_reductions_ignore_what_is_masked() -> None:
+def test_masked_reductions_ignore_what_is_masked():
     values = torch.tensor([[1.0, float("nan"), 5.0], [2.0, float("inf"), 4.0]])
     mask = torch.tensor([[True, False, True], [True, False, True]])
     assert masked_mean(values, mask).item() == 3.0
@@ -235,13 +233,11 @@ def test_masked_reductions_ignore_what_is_masked() -> None:
     )
 
 
-# What the parts declare
-
 PART_FILES = sorted(path.stem for path in Path(capo_exp.algorithms.__path__[0]).glob("[a-z]*.py"))
 NOT_PARTS = ("protocols", "kinds", "surrogates", "kl")
 
 
-def parts() -> dict[str, Callable[..., object]]:
+def parts():
     """Every public function of a module that holds parts."""
     found: dict[str, Callable[..., object]] = {}
     for stem in (name for name in PART_FILES if name not in NOT_PARTS):
@@ -252,7 +248,7 @@ def parts() -> dict[str, Callable[..., object]]:
     return found
 
 
-def test_parts_declare_what_they_need() -> None:
+def test_parts_declare_what_they_need():
     """Those that compare a group, and no other; the KL in a reward goes by the number that a part names."""
     compares = {name.partition(".")[2] for name, f in parts().items() if declares(f, "compares_group")}
     losses = {"preference", "simpo", "relative_regression", "lagrangian"}

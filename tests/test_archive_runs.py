@@ -16,7 +16,7 @@ ROWS = [
 ]
 
 
-def make_run(folder: Path, algorithm: str) -> None:
+def make_run(folder, algorithm):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"algo: {{name: {algorithm}}}\nregime: {{name: aggressive}}\n")
     (folder / "run.json").write_text(json.dumps({"run_id": folder.name, "status": "finished"}))
@@ -27,9 +27,7 @@ def make_run(folder: Path, algorithm: str) -> None:
     (folder / "checkpoints").mkdir()
 
 
-def test_an_archived_run_is_read_like_the_run_itself(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_archived_run_is_read_like_the_run_itself(tmp_path, capsys):
     for name, algorithm in (("a", "capo"), ("b", "capo"), ("c", "grpo")):
         make_run(tmp_path / "outputs" / name, algorithm)
     for _ in range(2):  # a second time it takes the place of the first
@@ -55,9 +53,9 @@ def test_an_archived_run_is_read_like_the_run_itself(
     ],
 )
 def test_no_copy_takes_the_place_of_a_run_or_of_another_copy(
-    runs: str, output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    runs, output, said, tmp_path, monkeypatch,
+    capsys,
+):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for folder in ("one/a", "two/a", "one/a/a"):
         make_run(Path(folder), "capo")
@@ -71,7 +69,7 @@ def test_no_copy_takes_the_place_of_a_run_or_of_another_copy(
     assert (tmp_path / "kept" / "a" / "metrics.parquet").exists()
 
 
-def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line(capsys):
     for arguments, text in ((["runs=nowhere", "output=x"], "nowhere: no such"), (["run=x"], "'run'")):
         assert main(arguments) == 2
         line = capsys.readouterr().err

@@ -1,23 +1,19 @@
-"""Rollouts that stop at a budget of tokens and go on in the next step (C3PO++): who gets which tokens, what
-is counted, what is kept of them, when they are too old, and that a run goes on to the same bits."""
+"""Rollouts that stop at a budget of tokens and go on in the next step (C3PO++), to the same bits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isnan, nan
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.checks import check
 from capo_exp.config.memory import sequences_at_once
 from capo_exp.config.plan import plan
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Completion, RolloutGroup
@@ -29,12 +25,11 @@ from capo_exp.rollout.vllm import VLLMRollout
 from capo_exp.rollout.vllm_process import Response, Sampled
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop
-from capo_exp.training.rollout_step import Rollout, sample_rollout, take_rollout_step
+from capo_exp.training.rollout_step import sample_rollout, take_rollout_step
 from capo_exp.training.sampler import Sampler
 from tests.pieces import SMALL, Reader, even_first, logged, make_learner, prompt, run_one_step, same_weights
 from tests.test_rollout_hf import Tokenizer, engine, prompts
 
-Compose = Callable[..., TrainConfig]
 SIZE = (
     "algo=c3po_pp",
     "regime.prompts_per_step=3",
@@ -45,14 +40,14 @@ QUESTIONS = prompts(*((5 + i, 6, 7)[: 1 + i % 3] for i in range(30)))
 
 
 @pytest.fixture
-def ending(small_model: PreTrainedModel) -> PreTrainedModel:
+def ending(small_model):
     """The small model with an end token that is drawn often: two completions in five are shorter than 12."""
     with torch.no_grad():
         small_model.lm_head.weight[1] *= 6
     return small_model
 
 
-def steps(config: TrainConfig, sampler: Sampler, version: Callable[[int], int] = int) -> Iterator[Rollout]:
+def steps(config, sampler, version=int):
     """Rollout steps one after another, as a run takes them; `version` of a step is that of the weights."""
     algorithm, drawn, step = build_algorithm(config.algo), 0, 1
     while True:
@@ -69,7 +64,7 @@ def steps(config: TrainConfig, sampler: Sampler, version: Callable[[int], int] =
         sampler, drawn, step = replace(sampler, unfinished=got.unfinished), drawn + got.prompts, step + 1
 
 
-def live(model: PreTrainedModel, **more: Any) -> Sampler:
+def live(model, **more):
     source = engine(model)
     return Sampler(source, source, Reader(even_first), QUESTIONS, RewardTerms(), **more)
 
@@ -83,7 +78,7 @@ class Lengths:
     calls: list[SamplingRequest] = field(default_factory=list)
     known: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+    def generate(self, request):
         self.calls.append(request)
         groups: list[RolloutGroup] = []
         for asked, begun in zip(request.prompts, request.beginnings(), strict=True):
@@ -93,32 +88,32 @@ class Lengths:
             groups.append(RolloutGroup(asked, tuple(made), request.weight_version))
         return groups
 
-    def _complete(self, request: SamplingRequest, begun: int, g: int, end: int) -> Completion:
+    def _complete(self, request, begun, g, end):
         length = min(end, request.max_tokens, begun + (request.new_tokens or 1000))
         scores = (*[nan] * begun, *[-float(request.weight_version)] * (length - begun))
         return Completion((10 + g,) * length, scores, str(float(g)), truncated=length < end)
 
 
-def scripted(config: TrainConfig, *lengths: tuple[int, ...]) -> tuple[Iterator[Rollout], Lengths]:
+def scripted(config, *lengths):
     source: Any = Lengths(lengths)
     sampler = Sampler(source, source, Reader(), [prompt(i) for i in range(20)], RewardTerms())
     return steps(config, sampler), source
 
 
-def shape(got: Rollout) -> list[tuple[int, ...]]:
+def shape(got):
     """Tokens of the completions of each group that trains, and then of each that goes on."""
     groups = [*got.groups, *got.unfinished]
     return [tuple(len(one.token_ids) for one in group.completions) for group in groups]
 
 
-def metric(got: Rollout, *names: str) -> list[float]:
+def metric(got, *names):
     return [got.metrics[f"rollout/{name}"] for name in names]
 
 
 KEPT = ("unfinished_completions", "unfinished_age", "resumed_tokens", "restarted_groups")
 
 
-def test_a_budget_that_does_not_bind_changes_no_bit(composed: Compose, small_model: PreTrainedModel) -> None:
+def test_a_budget_that_does_not_bind_changes_no_bit(composed, small_model):
     """c3po with the same loss at the sampler, and a budget that holds all: samples, metrics, weights."""
     one = composed(*SMALL, *SIZE, "algo.rollout_tokens=72", "model.micro_batch_size=2")
     other = composed(
@@ -143,7 +138,7 @@ def test_a_budget_that_does_not_bind_changes_no_bit(composed: Compose, small_mod
     )
 
 
-def test_shares_by_hand(composed: Compose) -> None:
+def test_shares_by_hand(composed):
     """8 tokens a step for two groups of two, in the places of which come (1, 19), (2, 3), (1, 1), (9, 9). The
     first step: 2 each make 1 2, 2 2; none has ended, so 8 more and the 1 left: 4 each, and 4 to the last."""
     config = composed(
@@ -170,7 +165,7 @@ def test_shares_by_hand(composed: Compose) -> None:
     assert list(source.known) == [str(i) for i in visited]
 
 
-def test_what_is_too_old_begins_anew(composed: Compose) -> None:
+def test_what_is_too_old_begins_anew(composed):
     """A token a step for (19, 19): kept for one step, it begins again in the third, with the same prompt."""
     numbers = ("regime.prompts_per_step=2", "algo.rollout_tokens=4", "algo.max_age=1")
     run, source = scripted(composed(*SIZE, *numbers), (19, 19), *[(1, 1)] * 9)
@@ -183,9 +178,7 @@ def test_what_is_too_old_begins_anew(composed: Compose) -> None:
     assert len({call.seed for call in source.calls}) == len(source.calls)
 
 
-def test_what_went_on_is_what_one_uninterrupted_call_samples(
-    composed: Compose, ending: PreTrainedModel
-) -> None:
+def test_what_went_on_is_what_one_uninterrupted_call_samples(composed, ending):
     """Greedy completions: tokens, ends, and the log-prob of each token, none of them NaN; every token is
     counted once, and no prompt is left out."""
     config = composed(*SIZE, "algo.rollout_tokens=13", "algo.max_age=99")
@@ -215,20 +208,18 @@ def test_what_went_on_is_what_one_uninterrupted_call_samples(
 class Both(World):
     """Two processes, one after the other in this one."""
 
-    def together(self, action: Callable[[], Any]) -> list[Any]:
+    def together(self, action):
         done = []
         for rank in (1, 0):
             object.__setattr__(self, "rank", rank)
             done.insert(0, action())
         return done
 
-    def first(self, action: Callable[[], Any]) -> Any:
+    def first(self, action):
         return action()
 
 
-def test_two_processes_sample_what_one_does_and_the_budget_is_kept(
-    composed: Compose, ending: PreTrainedModel
-) -> None:
+def test_two_processes_sample_what_one_does_and_the_budget_is_kept(composed, ending):
     """Sampled, not greedy; what each step leaves is less than a token for each that goes on."""
     cut = ("rollout.chunking=per_micro_batch", "model.micro_batch_size=2", "algo.rollout_tokens=20")
     config = composed(*SIZE, *cut, "algo.max_age=2")
@@ -244,7 +235,7 @@ def test_two_processes_sample_what_one_does_and_the_budget_is_kept(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_what_it_had_begun(composed: Compose, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_what_it_had_begun(composed, tmp_path):
     """Ended after its first step, which left completions, it ends in the bits of the whole run."""
     numbers = (
         *SIZE, "logger=files", "num_steps=2", "evaluation.num_problems=1", "evaluation.every=0", "device=cpu",
@@ -263,11 +254,11 @@ def test_a_run_goes_on_with_what_it_had_begun(composed: Compose, tmp_path: Path)
     assert one == two != []
 
 
-def test_an_engine_of_vllm_is_given_the_share(small_model: PreTrainedModel) -> None:
+def test_an_engine_of_vllm_is_given_the_share(small_model):
     """As its max_tokens, or what is left of the limit where that is less."""
     asked: list[Any] = []
 
-    def generate(requests: Sequence[Any]) -> list[Response]:
+    def generate(requests):
         asked.extend(requests)
         return [Response([Sampled([7], [-1.0], ["me:0"])], []) for _ in requests]
 
@@ -284,7 +275,7 @@ def test_an_engine_of_vllm_is_given_the_share(small_model: PreTrainedModel) -> N
     assert [len(group.completions[0].token_ids) for group in groups] == [1, 5, 9]
 
 
-def test_what_goes_with_a_budget(composed: Compose) -> None:
+def test_what_goes_with_a_budget(composed):
     """A group filter of one round, and values of states, which are beside the budget."""
     budget = ("algo.rollout_tokens=8", "regime.prompts_per_step=2", "regime.group_size=2")
     filtered = composed("algo=dapo", "algo.max_sampling_rounds=1", *budget)
@@ -306,7 +297,7 @@ def test_what_goes_with_a_budget(composed: Compose) -> None:
     assert got.offers["state_values"].shape == (4, 1) and got.tokens == 4 + 2 * 3
 
 
-def test_the_plan_and_the_memory_say_what_a_budget_means(composed: Compose) -> None:
+def test_the_plan_and_the_memory_say_what_a_budget_means(composed):
     """Half of 96 x 96 tokens; completions that go on fill an engine's call to its limit, groups do not."""
     lines = plan(composed("algo=c3po_pp", "model=tiny"))
     assert lines[1].startswith("12 prompts x 8 = at most 96 completions a step = ")

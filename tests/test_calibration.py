@@ -1,48 +1,40 @@
 """Predicted against real: the measured moves against full logits, and what they must be when little moves."""
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isnan, sqrt
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributions import Categorical
-from transformers import PreTrainedModel
 
 from capo_exp.core import policy
 from capo_exp.core.policy import ForwardSettings
-from capo_exp.core.types import Batch, Selection, StepRecord
+from capo_exp.core.types import Selection, StepRecord
 from capo_exp.curvature import calibration
 from capo_exp.curvature import model as curvature
 from capo_exp.curvature.calibration import (
     SampleSize,
-    TokenSample,
     calibration_metrics,
     sample_tokens,
     spearman,
 )
 from tests.conftest import VOCABULARY
 
-Batches = Callable[..., Batch]
-
 PREDICTED = 2e-3
 ALL = SampleSize(1000, 1000)
 
 
-def settings(temperature: float = 1.0, dtype: torch.dtype = torch.float32) -> ForwardSettings:
+def settings(temperature=1.0, dtype=torch.float32):
     return ForwardSettings(temperature, 1000, dtype)
 
 
-def per_token(batch: Batch) -> Tensor:
+def per_token(batch):
     """Advantages [B, T], whether the batch holds them by completion or by token."""
     return torch.broadcast_to(batch.advantages.view(len(batch.input_ids), -1), batch.completion_mask.shape)
 
 
-def record_of(
-    model: PreTrainedModel, batch: Batch, learning_rate: float = 1e-2, temperature: float = 1.0
-) -> StepRecord:
+def record_of(model, batch, learning_rate=1e-2, temperature=1.0):
     """What an SGD step on the batch would have seen; the support is the whole vocabulary."""
     with torch.no_grad():
         output = policy.forward(model, batch, settings(temperature), top_k=VOCABULARY)
@@ -64,13 +56,13 @@ def record_of(
     )
 
 
-def untied(model: PreTrainedModel) -> PreTrainedModel:
+def untied(model):
     model = copy.deepcopy(model)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     return model
 
 
-def moved(model: PreTrainedModel, size: float, only: str = "") -> PreTrainedModel:
+def moved(model, size, only=""):
     """A copy with noise on the parameters whose name holds `only`."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -79,9 +71,7 @@ def moved(model: PreTrainedModel, size: float, only: str = "") -> PreTrainedMode
     return model
 
 
-def by_hand(
-    before: PreTrainedModel, after: PreTrainedModel, probe: TokenSample, temperature: float, last_layer: bool
-) -> tuple[Tensor, Tensor]:
+def by_hand(before, after, probe, temperature, last_layer):
     """KL and change of the surrogate of the probe's tokens, row by row without padding, float64."""
     before, after = copy.deepcopy(before).double(), copy.deepcopy(after).double()
     batch, kls, gains = probe.batch, [], []
@@ -102,22 +92,20 @@ def by_hand(
     return torch.cat(kls), torch.cat(gains)
 
 
-def ranks(values: Sequence[float]) -> Tensor:
+def ranks(values):
     """Ties get the mean of the places that they fill."""
     return torch.tensor(
         [sum(o < v for o in values) + (sum(o == v for o in values) + 1) / 2 for v in values]
     ).double()
 
 
-def by_ranks(first: Tensor, second: Tensor) -> float:
+def by_ranks(first, second):
     a, b = ranks(first.tolist()), ranks(second.tolist())
     return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_metrics_are_those_of_the_full_logits(
-    small_model: PreTrainedModel, random_batch: Batches, monkeypatch: pytest.MonkeyPatch, temperature: float
-) -> None:
+def test_the_metrics_are_those_of_the_full_logits(small_model, random_batch, monkeypatch, temperature):
     """Of all tokens at once, and in blocks that do not divide them."""
     if temperature != 1.0:
         monkeypatch.setattr(calibration, "_BLOCK_ELEMENTS", 7 * VOCABULARY)
@@ -147,11 +135,8 @@ def test_the_metrics_are_those_of_the_full_logits(
 
 
 @pytest.mark.parametrize(("start", "size"), [(0.0, 1e-5), (0.0, 100.0), (100.0, -100.0)])
-def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(
-    small_model: PreTrainedModel, random_batch: Batches, start: float, size: float
-) -> None:
-    """1e-9 nats, where -sum p d in float32 is rounding; 100 nats; back from a policy so sharp that q / p
-    overflows."""
+def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(small_model, random_batch, start, size):
+    """1e-9 nats, in float32 mere rounding; 100 nats; back from a policy so sharp that q / p overflows."""
     model = moved(untied(small_model), start, "lm_head")
     after = moved(model, size, "lm_head")
     probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
@@ -163,8 +148,8 @@ def test_a_tiny_move_is_not_rounded_away_and_a_huge_one_is_finite(
 
 @pytest.mark.parametrize(("only", "last"), [("lm_head", True), ("mlp", False)])
 def test_the_last_layer_explains_all_of_its_own_moves_and_none_of_the_others(
-    small_model: PreTrainedModel, random_batch: Batches, only: str, last: bool
-) -> None:
+    small_model, random_batch, only, last
+):
     model = untied(small_model)
     probe = sample_tokens(model, record_of(model, random_batch()), ALL, settings(), seed=0)
     assert not probe.log_probs.requires_grad and not probe.hidden.requires_grad
@@ -179,9 +164,7 @@ def test_the_last_layer_explains_all_of_its_own_moves_and_none_of_the_others(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_if_nothing_moves_all_is_exactly_zero(
-    small_model: PreTrainedModel, random_batch: Batches, dtype: torch.dtype
-) -> None:
+def test_if_nothing_moves_all_is_exactly_zero(small_model, random_batch, dtype):
     record = record_of(small_model, random_batch())
     probe = sample_tokens(small_model, record, SampleSize(3, 9), settings(dtype=dtype), seed=0)
     metrics = calibration_metrics(small_model, probe, settings(dtype=dtype), predicted=PREDICTED)
@@ -196,8 +179,8 @@ def test_if_nothing_moves_all_is_exactly_zero(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("advantage", [1.5, -0.5])
 def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
-    small_model: PreTrainedModel, random_batch: Batches, temperature: float, advantage: float
-) -> None:
+    small_model, random_batch, temperature, advantage
+):
     """W' = W + lr A v h^T, so u = A |h|^2 v is exact, and with F = diag(p) - p p^T
 
     KL(p_old || p_new)  = 1/2 lr^2 u^T F u + O(lr^3), the mean over a' ~ p of 1/2 lr^2 <e_a' - p, u>^2,
@@ -235,9 +218,7 @@ def test_an_sgd_step_on_one_token_moves_it_as_the_last_layer_model_says(
     assert small[0] < 0.2 * large[0] and small[1] < 0.2 * large[1] and small[2] < 0.03 * large[2], errors
 
 
-def test_the_sample_is_drawn_by_its_seed_and_from_everywhere(
-    small_model: PreTrainedModel, random_batch: Batches
-) -> None:
+def test_the_sample_is_drawn_by_its_seed_and_from_everywhere(small_model, random_batch):
     record, state = record_of(small_model, random_batch()), torch.random.get_rng_state()
     samples = [sample_tokens(small_model, record, SampleSize(1000, 1), settings(), seed=s) for s in range(60)]
     rows = [sample.batch.input_ids[sample.batch.completion_mask.any(1)] for sample in samples]
@@ -250,8 +231,8 @@ def test_the_sample_is_drawn_by_its_seed_and_from_everywhere(
 
 @pytest.mark.parametrize(("completions", "tokens"), [(1, 2), (4, 9), (1000, 1000)])
 def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
-    small_model: PreTrainedModel, random_batch: Batches, completions: int, tokens: int
-) -> None:
+    small_model, random_batch, completions, tokens
+):
     batch = random_batch()
     record = record_of(small_model, batch)
     probe = sample_tokens(small_model, record, SampleSize(completions, tokens), settings(), seed=0)
@@ -270,7 +251,7 @@ def test_the_sample_holds_real_tokens_within_its_limits_with_their_own_values(
     torch.testing.assert_close(probe.hidden, record.output.hidden[rows][sampled], rtol=1e-4, atol=1e-5)
 
 
-def test_spearman_is_the_correlation_of_ranks() -> None:
+def test_spearman_is_the_correlation_of_ranks():
     generator = torch.Generator().manual_seed(0)
     for count in (3, 10, 50):
         first = torch.randint(0, 8, (count,), generator=generator).float()  # with ties

@@ -7,12 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -65,11 +63,8 @@ class Result:
     err: str
 
 
-Run = Callable[..., Result]
-
-
 @pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
+def model_dir(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(f"{resolve_model_path('pkg://capo_exp/assets/tiny')}/config.json", folder)
@@ -77,7 +72,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(tmp_path, monkeypatch):
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -85,10 +80,10 @@ def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(model_dir: Path, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(model_dir, work_dir, capsys):
     """Runs the command line in this process, in an empty directory."""
 
-    def run_here(*arguments: str) -> Result:
+    def run_here(*arguments):
         status = run_training(*arguments, f"model.path={model_dir}")
         return Result(status, *capsys.readouterr())
 
@@ -96,11 +91,11 @@ def run(model_dir: Path, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+def trained(monkeypatch):
     """Replaces training by a list of what it was called with."""
     calls: list[TrainConfig] = []
 
-    def record(config: TrainConfig, _: object) -> None:
+    def record(config, _):
         calls.append(config)
         if config.seed == 13:
             raise RuntimeError("seed 13")
@@ -110,14 +105,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
             raise ConfigError("model.vocab_size=1: expected 2")
 
     fake = SimpleNamespace(run=record)
-    monkeypatch.setitem(sys.modules, "capo_exp.training.loop", fake)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(sys.modules, "capo_exp.training.loop", fake)
     monkeypatch.setattr("capo_exp.sweep.job.show", lambda *_, **__: None)
     return calls
 
 
-def subprocess_run(
-    *arguments: str, cwd: Path, code: str = "", **env: str
-) -> subprocess.CompletedProcess[str]:
+def subprocess_run(*arguments, cwd, code="", **env):
     start = ["-c", code] if code else ["-m", "capo_exp"]
     variables = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
     variables |= {"PYTHONPATH": str(ROOT), **env}
@@ -181,9 +174,7 @@ def subprocess_run(
         ("--config-dir " + "x" * 300, "--config-dir xxx"),
     ],
 )  # fmt: skip
-def test_wrong_configuration_is_one_line_and_status_2(
-    run: Run, trained: list[TrainConfig], arguments: str, line: str
-) -> None:
+def test_wrong_configuration_is_one_line_and_status_2(run, trained, arguments, line):
     result = run(*arguments.split())
     assert result.err.startswith(line), result.err
     assert result.err.count("\n") == 1 and result.err.endswith("\n") and len(result.err) < 1500
@@ -204,9 +195,7 @@ def test_wrong_configuration_is_one_line_and_status_2(
         ("defaults: [{override /algoo: grpo}]", "In 'experiment/x': Could not override 'algoo'"),
     ],
 )
-def test_wrong_yaml_is_one_line_too(
-    run: Run, trained: list[TrainConfig], tmp_path: Path, text: str, line: str
-) -> None:
+def test_wrong_yaml_is_one_line_too(run, trained, tmp_path, text, line):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
     result = run("-cd", str(tmp_path / "conf"), "experiment=x")
@@ -214,9 +203,7 @@ def test_wrong_yaml_is_one_line_too(
     assert (result.status, trained) == (2, [])
 
 
-def test_trains_with_the_typed_configuration_and_ends_with_the_status_of_what_came(
-    run: Run, trained: list[TrainConfig], work_dir: Path
-) -> None:
+def test_trains_with_the_typed_configuration_and_ends_with_the_status_of_what_came(run, trained, work_dir):
     plan = run("plan_only=true")
     assert (plan.status, plan.err, trained) == (0, "", [])
     assert "12 prompts x 8 = 96 completions a step" in plan.out
@@ -230,7 +217,7 @@ def test_trains_with_the_typed_configuration_and_ends_with_the_status_of_what_ca
     assert Path.cwd() == work_dir
 
 
-def test_the_choice_of_a_nested_group_can_be_typed_like_a_key(run: Run, trained: list[TrainConfig]) -> None:
+def test_the_choice_of_a_nested_group_can_be_typed_like_a_key(run, trained):
     assert run("rollout.correction=token_mask", "rollout.correction.ratio_high=4").status == 0
     assert trained[0].rollout.correction["_target_"].endswith(".mask_tokens")
     assert trained[0].rollout.correction["ratio_high"] == 4
@@ -244,12 +231,12 @@ def test_the_choice_of_a_nested_group_can_be_typed_like_a_key(run: Run, trained:
      (True, True, ("device=cpu",), "hf"), (True, True, ("device=cpu", "device=cuda:1"), "vllm")],
 )  # fmt: skip
 def test_rollout_auto_is_an_engine_before_anything_is_composed(
-    gpu: bool, vllm: bool, words: tuple[str, ...], engine: str, run: Run, trained: list[TrainConfig],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    gpu, vllm, words, engine, run, trained,
+    monkeypatch,
+):  # fmt: skip
     installed = ModuleType("vllm")
     installed.__spec__ = ModuleSpec("vllm", None)
-    monkeypatch.setitem(sys.modules, "vllm", installed if vllm else None)  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "vllm", installed if vllm else None)
     there, glob = [Path("/dev/nvidia1")] * gpu, Path.glob  # a container's only one need not be the first
     monkeypatch.setattr(Path, "glob", lambda path, *a: there if str(path) == "/dev" else glob(path, *a))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -263,7 +250,7 @@ def test_rollout_auto_is_an_engine_before_anything_is_composed(
 
 
 @pytest.mark.slow
-def test_looking_imports_nothing_heavy_and_writes_nothing(tmp_path: Path) -> None:
+def test_looking_imports_nothing_heavy_and_writes_nothing(tmp_path):
     training = [
         ["--help"],
         ["--cfg", "job", "--resolve"],
@@ -279,9 +266,6 @@ def test_looking_imports_nothing_heavy_and_writes_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-# A command with keys of its own
-
-
 @dataclass(frozen=True)
 class ShowKeys:
     runs: list[str] = MISSING
@@ -292,7 +276,7 @@ class ShowKeys:
 
 
 @pytest.fixture
-def shown(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShowKeys | int]:
+def shown(work_dir, monkeypatch):
     """Runs a command line; gives its typed keys, or the exit status of one that does not get so far."""
     (work_dir / "conf").mkdir()
     (work_dir / "conf" / "show.yaml").write_text(
@@ -300,7 +284,7 @@ def shown(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Show
     )
     monkeypatch.setattr(front, "conf_dir", lambda: work_dir / "conf")
 
-    def show(*arguments: str) -> ShowKeys | int:
+    def show(*arguments):
         got: list[ShowKeys] = []
         line = front.CommandLine("show", ShowKeys, lambda: "Usage\n{keys}", ("model.", "algo"), "runs")
         status = front.run_command(lambda keys: got.append(keys) or 0, line, arguments)
@@ -321,9 +305,7 @@ def shown(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Show
         (["count=4", "--config-dir", "conf"], {"count": 4, "config_dir": "HERE/conf"}),
     ],
 )  # fmt: skip
-def test_paths_lists_and_flags_need_no_quotes(
-    shown: Callable[..., ShowKeys], work_dir: Path, arguments: list[str], expected: dict[str, Any]
-) -> None:
+def test_paths_lists_and_flags_need_no_quotes(shown, work_dir, arguments, expected):
     found = asdict(shown(*arguments))
     neutral = {"runs": ["outputs"], "model": None, "count": 3, "overrides": [], "config_dir": None}
     if folder := expected.get("config_dir"):
@@ -333,7 +315,7 @@ def test_paths_lists_and_flags_need_no_quotes(
 
 
 @pytest.mark.slow
-def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path: Path) -> None:
+def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tmp_path):
     done = subprocess_run("algo=capoo", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(NO_CAPOO)
@@ -343,7 +325,7 @@ def test_module_ends_in_one_line_from_another_directory_or_in_full_on_request(tm
 
 
 @pytest.mark.slow
-def test_help_names_groups_and_commands(run: Run) -> None:
+def test_help_names_groups_and_commands(run):
     text = run("--help").out
     for expected in ("plan_only=true", "--cfg job --resolve", "algo: a_star_po, c3po, c3po_pp,", "model: "):
         assert expected in text
@@ -353,7 +335,7 @@ def test_help_names_groups_and_commands(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_completion_script_completes(tmp_path: Path) -> None:
+def test_completion_script_completes(tmp_path):
     script = f"""
     export PATH={Path(sys.executable).parent}:$PATH
     eval "$(python -m capo_exp -sc install=bash)"
@@ -369,7 +351,7 @@ def test_completion_script_completes(tmp_path: Path) -> None:
 
 
 @given(st.text(st.sampled_from("\\${}'\"a,=[]:() \n\té~"), max_size=8), st.text(max_size=6))
-def test_a_printed_key_gives_the_same_value_back(some: str, more: str) -> None:
+def test_a_printed_key_gives_the_same_value_back(some, more):
     """Pasted into a shell, read by Hydra, resolved by OmegaConf; so does a text in a list."""
     text = some + more.replace("\0", "")
     [word] = shlex.split(typed("key", text))
@@ -381,9 +363,7 @@ def test_a_printed_key_gives_the_same_value_back(some: str, more: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_users_file_comes_before_the_packaged_one_and_is_told(
-    work_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_file_comes_before_the_packaged_one_and_is_told(work_dir, capsys):
     """For a run, the jobs of a sweep, another command and from Python; an equal file, or none, is no news."""
     packaged = (front.conf_dir() / "regime" / "aggressive.yaml").read_text()
     for folder, text in (("own", packaged.replace("mul:5", "mul:7")), ("same", packaged)):
@@ -391,7 +371,7 @@ def test_a_users_file_comes_before_the_packaged_one_and_is_told(
         (work_dir / folder / "regime" / "aggressive.yaml").write_text(text)
     told = "own: in place of the file of this package: regime/aggressive.yaml\n"
 
-    def rate(*arguments: str) -> tuple[set[str], str]:
+    def rate(*arguments):
         assert run_training(*arguments, "plan_only=true") == 0
         printed = capsys.readouterr()
         return set(re.findall(r"lr (\S+)", printed.out)), printed.err
@@ -406,6 +386,6 @@ def test_a_users_file_comes_before_the_packaged_one_and_is_told(
     assert "expected --config-dir, for conf/ has regime/aggressive.yaml" in capsys.readouterr().err
 
 
-def test_a_key_that_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_that_is_given_twice_is_told(capsys):
     assert as_overrides(["seed=0,1", "algo=capo", "seed=5"]) == ["seed=0,1", "algo=capo", "seed=5"]
     assert capsys.readouterr().err == "seed= is given 2 times; the last one counts\n"

@@ -1,8 +1,6 @@
 """Every YAML composes and passes the checks; every impossible combination is refused in one line."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import Field, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 import pytest
@@ -18,21 +16,20 @@ from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config
 from tests.conftest import KEYS
 
 NUMBERS = (int, float, list[float], int | None, float | None)
-Composed = Callable[..., TrainConfig]
 ZERO_BETA = ["optimizer.betas=[0.0,0.999]", "curvature.betas=[0.9,0.999]"]
 
 
-def choices(group: str) -> list[str]:
+def choices(group):
     names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
     return [name for name in names if name != "auto"]  # which is of no model until it has a path
 
 
 @pytest.fixture
-def made(composed: Composed, tmp_path: Path) -> Composed:
+def made(composed, tmp_path):
     """Composes as if scripts/pretrain.py had made the models that are not shipped."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
 
-    def compose_config(*overrides: str) -> TrainConfig:
+    def compose_config(*overrides):
         config = composed(*overrides)
         absent = config.model.path.startswith("outputs/")
         return composed(*overrides, f"model.path={tmp_path}") if absent else config
@@ -44,7 +41,7 @@ def made(composed: Composed, tmp_path: Path) -> Composed:
 @pytest.mark.parametrize(
     "group", ["algo", "model", "dataset", "regime", "rollout", "reward", "optimizer", "logger"]
 )
-def test_every_choice_composes_and_passes(made: Composed, group: str) -> None:
+def test_every_choice_composes_and_passes(made, group):
     two = ("regime.prompts_per_step=48", "regime.group_size=2")
     pairs = dict.fromkeys(("direct_advantage_po", "mdpo"), ("rollout=pairs", *two)) | {"pairs": two}
     for choice in choices(group):
@@ -55,7 +52,7 @@ def test_every_choice_composes_and_passes(made: Composed, group: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_choice_on_top_composes_and_passes(made: Composed) -> None:
+def test_every_choice_on_top_composes_and_passes(made):
     """Selections, step rules and experiments have tests of their own."""
     for choice in choices("prompt"):
         check(config := made("dataset=math", f"prompt={choice}"))
@@ -70,14 +67,14 @@ def test_every_choice_on_top_composes_and_passes(made: Composed) -> None:
             check(replace(config, regime=replace(regime, learning_rate=1e-6)))
 
 
-def test_the_authors_recipes_differ_from_their_bases_by_the_selection(composed: Composed) -> None:
+def test_the_authors_recipes_differ_from_their_bases_by_the_selection(composed):
     for algo, base in (("capo", "grpo"), ("dr_capo", "dr_grpo"), ("rein_capo", "reinforce")):
         ours, theirs = composed(f"algo={algo}").algo, composed(f"algo={base}").algo
         different = {name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)}
         assert different - {"label", "colour", "marker"} == {"name", "selection"}
 
 
-def change(config: TrainConfig, override: str) -> TrainConfig:
+def change(config, override):
     """Sets one value as the command line would: composing anew for each costs a third of a second."""
     node: Any = config
     given = OverridesParser.create().parse_override(override)
@@ -152,7 +149,7 @@ def change(config: TrainConfig, override: str) -> TrainConfig:
         "reward.verifier.unparsable_gold=two | reward=math_verify",
     ],
 )  # fmt: skip
-def test_refused_in_one_line_that_names_the_key(composed: Composed, override: str) -> None:
+def test_refused_in_one_line_that_names_the_key(composed, override):
     given, _, others = override.partition(" | ")
     with pytest.raises(ConfigError) as error:
         check(change(composed(*others.split()), given))
@@ -172,7 +169,7 @@ def test_refused_in_one_line_that_names_the_key(composed: Composed, override: st
         ("dataset.source", "algorithms.neutral.keep_all"),
     ],
 )
-def test_a_part_of_another_kind_is_refused(composed: Composed, key: str, target: str) -> None:
+def test_a_part_of_another_kind_is_refused(composed, key, target):
     config = composed("algo=grpo")
     group, name = key.split(".")
     setattr(getattr(config, group), name, {"_target_": f"capo_exp.{target}", "_partial_": True})
@@ -192,7 +189,7 @@ def test_a_part_of_another_kind_is_refused(composed: Composed, key: str, target:
         ["algo.label='GRPO, mine'", "algo.colour='#00aaFF'", "algo.marker='*'"],
     ],
 )
-def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
+def test_unusual_but_possible(composed, overrides):
     check(composed(*overrides))
 
 
@@ -204,7 +201,7 @@ def test_unusual_but_possible(composed: Composed, overrides: list[str]) -> None:
         (["regime.learning_rate=${nope}"], "regime.learning_rate: Interpolation key 'nope' not found"),
     ],
 )
-def test_what_gets_past_hydra_is_still_refused(overrides: list[str], message: str) -> None:
+def test_what_gets_past_hydra_is_still_refused(overrides, message):
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         cfg = compose("config", overrides)
@@ -213,7 +210,7 @@ def test_what_gets_past_hydra_is_still_refused(overrides: list[str], message: st
     assert str(error.value).startswith(message)
 
 
-def schema_fields(schema: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+def schema_fields(schema=TrainConfig, prefix=""):
     """Yields the dotted key, kind and field of every key."""
     hints = get_type_hints(schema)
     for field in fields(schema):
@@ -222,7 +219,7 @@ def schema_fields(schema: type = TrainConfig, prefix: str = "") -> Iterator[tupl
             yield from schema_fields(hints[field.name], f"{prefix}{field.name}.")
 
 
-def test_every_number_has_its_range_beside_its_field() -> None:
+def test_every_number_has_its_range_beside_its_field():
     numbers = {key: field for key, kind, field in schema_fields() if kind in NUMBERS}
     assert len(numbers) >= 50
     assert not [key for key, field in numbers.items() if not isinstance(field.metadata.get("range"), Rule)]
@@ -232,7 +229,7 @@ def test_every_number_has_its_range_beside_its_field() -> None:
             assert field.metadata["range"].holds(field.default), key
 
 
-def test_what_changes_no_result_says_so() -> None:
+def test_what_changes_no_result_says_so():
     """All else is part of a run's identity."""
     unimportant = {key for key, _, field in schema_fields() if not field.metadata.get("result", True)}
     assert unimportant == {
@@ -243,7 +240,7 @@ def test_what_changes_no_result_says_so() -> None:
     }  # fmt: skip
 
 
-def test_find_parts_sees_what_is_hidden(composed: Composed) -> None:
+def test_find_parts_sees_what_is_hidden(composed):
     """At any depth, in lists, and where no part is read; by any of the keys that Hydra would act on."""
     config = composed()
     before = {key for key, _ in find_parts(config)}

@@ -1,7 +1,6 @@
 """Random overrides of random keys with random values: a configuration, or one line that names the fault."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -30,11 +29,11 @@ capo_exp.algorithms.neutral.keep_all capo_exp.grading.verifier.MathVerifier [[1]
 VALUES = [*LISTED.split(), " "]
 
 
-def list_keys() -> list[str]:
+def list_keys():
     """Returns every dotted key of some configurations, and some that are none."""
     found = {"nope", "algo.nope", "a.b.c", "algo.selection.x.y", "seed.x", "hydra.run.dir", ""}
     for overrides in ([], ["rollout=vllm"], ["algo=grpo", "selection=levels", "step_rule=calibrated"]):
-        nodes = list(OmegaConf.to_container(compose_config(overrides)).items())  # pyright: ignore
+        nodes = list(OmegaConf.to_container(compose_config(overrides)).items())
         for key, node in nodes:
             found.add(str(key))
             if isinstance(node, dict):
@@ -43,7 +42,7 @@ def list_keys() -> list[str]:
 
 
 @cache
-def overrides() -> st.SearchStrategy[str]:
+def overrides():
     signs, keys = st.sampled_from(["", "", "", "", "+", "++", "~"]), st.sampled_from(list_keys())
     values = st.one_of(
         st.sampled_from(VALUES), st.integers().map(str), st.floats().map(str), st.text(max_size=5)
@@ -55,7 +54,7 @@ def overrides() -> st.SearchStrategy[str]:
     return st.one_of(changed, changed, chosen, st.builds("~{}".format, keys))
 
 
-def judge(words: list[str]) -> None:
+def judge(words):
     """Does what a command does before it loads anything; raises what is no ConfigError of one line."""
     try:
         with in_one_line():
@@ -72,15 +71,13 @@ def judge(words: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(20))  # of 300: files of few tests are begun last
-def test_any_command_line_is_a_configuration_or_one_line(
-    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_command_line_is_a_configuration_or_one_line(part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     @seed(part)
     @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(overrides(), min_size=1, max_size=4))
-    def fuzz(words: list[str]) -> None:
+    def fuzz(words):
         judge(words)
 
     fuzz()

@@ -6,7 +6,6 @@ import pty
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -15,12 +14,12 @@ from capo_exp.runs.console import Progress, summary_lines
 from capo_exp.runs.live import sparkline
 
 
-def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
+def console(*, terminal):
     text = io.StringIO()
     return Console(file=text, force_terminal=terminal, width=100, highlight=False), text
 
 
-def row(step: int) -> dict[str, float]:
+def row(step):
     return {
         "counter/rollout_step": step,
         "counter/completions": 96 * step,
@@ -32,7 +31,7 @@ def row(step: int) -> dict[str, float]:
     }
 
 
-def test_a_log_gets_plain_lines_is_not_flooded_and_has_the_last_step() -> None:
+def test_a_log_gets_plain_lines_is_not_flooded_and_has_the_last_step():
     out, text = console(terminal=False)
     with Progress(total_steps=500, first_step=100, every_seconds=3600, console=out) as progress:
         progress.evaluation({"counter/rollout_step": 100, "eval/accuracy": 0.25})
@@ -47,7 +46,7 @@ def test_a_log_gets_plain_lines_is_not_flooded_and_has_the_last_step() -> None:
     assert "\x1b" not in text.getvalue() and "\r" not in text.getvalue()
 
 
-def test_a_terminal_gets_a_live_table_and_messages_above() -> None:
+def test_a_terminal_gets_a_live_table_and_messages_above():
     """The last picture is what stays; a resumed run has its past in it."""
     out, text = console(terminal=True)
     past = [row(1), {"counter/rollout_step": 1, "eval/accuracy": 0.5}]
@@ -66,12 +65,12 @@ def test_a_terminal_gets_a_live_table_and_messages_above() -> None:
     assert max(map(len, last.splitlines())) < 80
 
 
-def test_a_sparkline_runs_from_the_lowest_to_the_highest() -> None:
+def test_a_sparkline_runs_from_the_lowest_to_the_highest():
     assert sparkline([0.0, 0.5, 1.0, -0.5]) == "▃▆█▁" and sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([1e-9, 2e-9], plain=True).isascii()
 
 
-def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
+def test_the_summary_says_what_came_out_and_where_it_is(tmp_path):
     steps = [json.dumps(row(step)) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(steps) + "\n")
     scores = [json.dumps({"counter/rollout_step": step, "eval/accuracy": 0.2 + step / 15}) for step in (0, 3)]
@@ -90,7 +89,7 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path: Path) -> None:
     assert any("best 40.0%" in line for line in summary_lines(tmp_path))  # without steps
 
 
-def test_a_terminal_that_was_closed_ends_nothing() -> None:
+def test_a_terminal_that_was_closed_ends_nothing():
     """The signal that says so comes a moment after the first write has failed."""
     master, slave = pty.openpty()
     gone = os.fdopen(slave, "w")
@@ -103,7 +102,7 @@ def test_a_terminal_that_was_closed_ends_nothing() -> None:
         gone.close()
 
 
-def test_a_reader_that_is_gone_ends_no_run() -> None:
+def test_a_reader_that_is_gone_ends_no_run():
     """As a `tee` is that the same Ctrl-C has ended."""
     code = (
         "import sys; from capo_exp.runs.console import Progress; shown = Progress(total_steps=2)\n"

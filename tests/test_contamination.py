@@ -1,7 +1,6 @@
 """From a source to the prompts of a run: what leaves the data, counted, and the order of the rest."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.types import Problem
 from capo_exp.data.contamination import count_repeated, find_overlap, normalise
@@ -18,18 +16,13 @@ from capo_exp.data.prepare import choose_problems, prepare, read_split
 from capo_exp.training import loop as train
 from tests.grading_pieces import SHARED, needs_data
 
-Composed = Callable[..., TrainConfig]
 
-
-def problem(text: str, level: str = "", family: str = "", answer: str = "1") -> Problem:
+def problem(text, level="", family="", answer="1"):
     return Problem(text, text, answer, family, level)
 
 
-def everything(golds: list[tuple[str, ...]]) -> list[bool]:
+def everything(golds):
     return [True] * len(golds)
-
-
-# --- the same problem ---
 
 
 @pytest.mark.parametrize(
@@ -46,11 +39,11 @@ def everything(golds: list[tuple[str, ...]]) -> list[bool]:
         "Find\u00a0$x$\u2009if $x + 1 = 2$.",
     ],
 )
-def test_what_does_not_count(other: str) -> None:
+def test_what_does_not_count(other):
     assert normalise(other) == normalise("Find $x$ if $x + 1 = 2$.")
 
 
-def test_what_counts() -> None:
+def test_what_counts():
     """Among it a line break before a bracket, and a command whose name begins like a space."""
     for formula in ("$x + 1 = 3$.", "$x - 1 = 2$.", "$x + 1 = 2$", "$x + 1 = 20$.", r"$x \\+ 1 = 2$."):
         assert normalise(f"Find $x$ if {formula}") != normalise("Find $x$ if $x + 1 = 2$.")
@@ -58,7 +51,7 @@ def test_what_counts() -> None:
     assert normalise(r"\quadratic \quad \qquadx") == r"\quadratic\qquadx"
 
 
-def test_overlap_of_either_side() -> None:
+def test_overlap_of_either_side():
     train_set = [problem(text) for text in ("1+1?", "new", "1 + 1?", "2+2?")]
     evaluation = [problem(text) for text in ("2+2 ?", "$1+1$?", "other", "1+1?")]
     assert find_overlap(train_set, evaluation) == {0, 2, 3}
@@ -69,10 +62,10 @@ def test_overlap_of_either_side() -> None:
 
 @pytest.mark.slow
 @needs_data
-def test_no_benchmark_is_in_the_training_data_but_three_problems_of_math_are(composed: Composed) -> None:
+def test_no_benchmark_is_in_the_training_data_but_three_problems_of_math_are(composed):
     """2948 and 4656 differ in the end of a line, the others in white space and the place of a dollar sign."""
 
-    def read(name: str, split: str) -> list[Problem]:
+    def read(name, split):
         return read_split(composed(f"dataset={name}", f"dataset.path={SHARED}").dataset, split)
 
     train_set, evaluation = read("math", "train"), read("math", "test")
@@ -85,8 +78,6 @@ def test_no_benchmark_is_in_the_training_data_but_three_problems_of_math_are(com
     for name in ("math500", "gsm8k", "aime24", "aime25", "amc23", "minerva", "olympiadbench"):
         assert find_overlap([*train_set, *read("gsm8k", "train")], read(name, "test")) == set()
 
-
-# --- filters ---
 
 SET = [
     problem("a", "Level 1", "Algebra"),
@@ -107,7 +98,7 @@ SET = [
         (["5"], ["Algebra"], "b"),
     ],
 )
-def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> None:
+def test_levels_and_types(levels, types, kept):
     assert "".join(found.id for found in choose_problems(SET, levels, types)) == kept
 
 
@@ -119,15 +110,13 @@ def test_levels_and_types(levels: list[str], types: list[str], kept: str) -> Non
         (["1"], ["Geometry"], "which no problem has; expected a pair of Level 1 Algebra, Level"),
     ],
 )
-def test_unknown_and_empty_choices(levels: list[str], types: list[str], message: str) -> None:
+def test_unknown_and_empty_choices(levels, types, message):
     with pytest.raises(ConfigError) as error:
         choose_problems(SET, levels, types)
     assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"expected \[\], since this dataset states none"):
         choose_problems([problem("a")], ["1"], [])
 
-
-# --- a run's data ---
 
 TRAIN_ROWS = [
     {"problem": "1+1?", "answer": "2", "level": "Level 1"},
@@ -150,7 +139,7 @@ TEST_ROWS = [
 
 
 @pytest.fixture
-def made(composed: Composed, tmp_path: Path) -> Composed:
+def made(composed, tmp_path):
     """A dataset of the rows above, for the tiny model."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -163,11 +152,11 @@ def made(composed: Composed, tmp_path: Path) -> Composed:
     return lambda *overrides: composed(*own, *overrides)
 
 
-def readable(golds: list[tuple[str, ...]]) -> list[bool]:
+def readable(golds):
     return ["unreadable" not in accepted for accepted in golds]
 
 
-def test_each_row_is_counted_once_and_the_rest_keeps_its_order(made: Composed) -> None:
+def test_each_row_is_counted_once_and_the_rest_keeps_its_order(made):
     config = made()
     data = prepare(config, policy.load_tokenizer(config.model), readable)
     assert [prompt.problem.id for prompt in data.train] == [f"math/train/{i}" for i in (1, 4, 7, 8)]
@@ -187,7 +176,7 @@ def test_each_row_is_counted_once_and_the_rest_keeps_its_order(made: Composed) -
     ]
 
 
-def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_with_special_tokens_are_said(made, monkeypatch):
     texts = ("a<|im_end|>?", "b?", "<|endoftext|>c?")
     rows = [{"problem": text, "answer": "1", "level": "5"} for text in texts]
     folder = Path(str(made().dataset.path))
@@ -197,7 +186,7 @@ def test_questions_with_special_tokens_are_said(made: Composed, monkeypatch: pyt
     assert note.startswith("2 questions hold the text of a special token") and data.lines()[-1] == note
 
 
-def test_nothing_left_says_why(made: Composed, tmp_path: Path) -> None:
+def test_nothing_left_says_why(made, tmp_path):
     config = made("dataset.levels=[]")
     tokenizer = policy.load_tokenizer(config.model)
     with pytest.raises(ConfigError, match="none with an answer that the verifier can read; expected form"):
@@ -217,9 +206,7 @@ RUN = (
 
 
 @pytest.mark.slow
-def test_a_run_asks_what_is_left_and_the_counts_are_on_record(
-    made: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_asks_what_is_left_and_the_counts_are_on_record(made, tmp_path, capsys):
     """Four steps of three prompts walk through the five that are left more than twice."""
     run = train.run(made(*RUN, f"output_dir={tmp_path / 'run'}"))
     printed = capsys.readouterr().out.splitlines()

@@ -1,17 +1,13 @@
 """Corrections for the sampler's log-probs: weights by hand, their properties, and the learner under them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import inf, log, nan
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.correction import (
     mask_geometric,
@@ -22,9 +18,7 @@ from capo_exp.algorithms.correction import (
     uncorrected,
 )
 from capo_exp.config.declare import whole_step
-from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch, Scored, Selection
-from capo_exp.training.learner import Learner
+from capo_exp.core.types import Scored, Selection
 from tests.pieces import (
     SMALL,
     gradients,
@@ -36,10 +30,6 @@ from tests.pieces import (
     weights,
 )
 
-Make = Callable[..., Learner]
-
-Compose = Callable[..., TrainConfig]
-Batches = Callable[..., Batch]
 CORRECTIONS = (
     "none", "token_truncation", "token_mask", "sequence_mask", "sequence_truncation", "geometric_mask"
 )  # fmt: skip
@@ -49,7 +39,7 @@ OTHERS = ("gspo", "reinforce_pp", "grpo_kl")
 FOUR = ("kl_k1", "kl_k3", "ratio_max", "beyond_2x_fraction")
 
 
-def ratios(*rows: list[float]) -> tuple[Tensor, Tensor]:
+def ratios(*rows):
     """ln ratios [B, T] and the mask of those that are given; the padding holds what must not leak."""
     longest = max(map(len, rows))
     poison = [nan, inf, -inf]
@@ -74,7 +64,7 @@ RATIOS = ratios([1.0, 0.5, 4.0, 0.25], [3.0, 1.0], [0.4, 2.0, 5.0])
         (partial(mask_geometric, ratio_low=0.9, ratio_high=1.7), [[0] * 4, [0] * 4, [0.4, 2, 5, 0]]),
     ],
 )
-def test_weights_by_hand(weigh: Callable[..., Tensor], expected: list[list[float]]) -> None:
+def test_weights_by_hand(weigh, expected):
     log_ratio, mask = RATIOS
     got = weigh(log_ratio.requires_grad_(), mask)
     assert not got.requires_grad
@@ -95,9 +85,7 @@ NUMBERS = st.sampled_from([nan, inf, -inf, 300.0, -300.0]) | st.floats(-3, 3, wi
     st.floats(0.01, 1),
     st.floats(1, 10),
 )
-def test_weights_are_finite_in_range_and_0_on_padding(
-    rows: list[tuple[list[float], int]], cap: float, low: float, high: float
-) -> None:
+def test_weights_are_finite_in_range_and_0_on_padding(rows, cap, low, high):
     log_ratio = torch.tensor([values for values, _ in rows])
     mask = torch.arange(log_ratio.shape[1]) < torch.tensor([[length] for _, length in rows])
     ones = uncorrected(log_ratio, mask)
@@ -116,7 +104,7 @@ def test_weights_are_finite_in_range_and_0_on_padding(
     assert all(len(set(row[m].tolist())) <= 1 for row, m in zip(whole, mask, strict=True))
 
 
-def test_a_product_that_overflows_drops_the_completion() -> None:
+def test_a_product_that_overflows_drops_the_completion():
     log_ratio, mask = torch.full((2, 3), 60.0), torch.ones(2, 3, dtype=torch.bool)
     log_ratio[1] = -60.0
     assert not mask_sequences(log_ratio, mask, ratio_cap=3.0).any()  # inf and 0
@@ -127,18 +115,18 @@ def test_a_product_that_overflows_drops_the_completion() -> None:
 
 
 @pytest.fixture
-def make(small_model: PreTrainedModel, composed: Compose) -> Make:
+def make(small_model, composed):
     return lambda *overrides: make_learner(composed(*SMALL, *overrides), small_model, distance=0.05)
 
 
-def off_by(batch: Batch, model: PreTrainedModel, log_ratio: Tensor | float) -> Batch:
+def off_by(batch, model, log_ratio):
     """The batch as a sampler would have given it whose log-probs are `log_ratio` below the learner's."""
     with torch.no_grad():
         sampler = (plain_log_probs(model, batch) - log_ratio) * batch.completion_mask
     return replace(batch, sampler_log_probs=sampler)
 
 
-def uneven(batch: Batch, seed: int = 1) -> Tensor:
+def uneven(batch, seed=1):
     """ln ratios [B, T] with ratios from 1/3 to 3 far from every cap."""
     generator = torch.Generator().manual_seed(seed)
     choices = torch.tensor([-1.1, -0.4, -0.1, 0.1, 0.3, 1.1])
@@ -153,8 +141,8 @@ def uneven(batch: Batch, seed: int = 1) -> Tensor:
     ],
 )
 def test_corrected_is_the_plain_loss_of_weighted_advantages(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel, algo: str, correction: str
-) -> None:
+    make, random_batch, small_model, algo, correction
+):
     """In loss, shifts, selection and the moments after it; the KL to the reference stays as it is."""
     log_ratio = uneven(random_batch())
     batch = off_by(random_batch(), small_model, log_ratio)
@@ -190,9 +178,7 @@ def test_corrected_is_the_plain_loss_of_weighted_advantages(
     torch.testing.assert_close(ours.first, theirs.first, rtol=1e-3, atol=1e-7)
 
 
-def test_a_masked_token_has_no_gradient_but_that_of_the_kl_to_the_reference(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel
-) -> None:
+def test_a_masked_token_has_no_gradient_but_that_of_the_kl_to_the_reference(make, random_batch, small_model):
     batch = off_by(random_batch(), small_model, 3.0)  # ratios of 20: all are masked
     ours = make("algo=grpo", "rollout/correction=token_mask")
     before = weights(ours)
@@ -207,9 +193,7 @@ def test_a_masked_token_has_no_gradient_but_that_of_the_kl_to_the_reference(
     torch.testing.assert_close(masked, gradients(make("algo=grpo_kl"), idle))
 
 
-def test_without_a_correction_the_samplers_log_probs_change_no_bit(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel
-) -> None:
+def test_without_a_correction_the_samplers_log_probs_change_no_bit(make, random_batch, small_model):
     batch = random_batch()
     far = off_by(batch, small_model, uneven(batch))
     unknown = replace(batch, sampler_log_probs=torch.full_like(batch.sampler_log_probs, nan))
@@ -219,7 +203,7 @@ def test_without_a_correction_the_samplers_log_probs_change_no_bit(
     assert same_weights(learners[0], learners[1]) and same_weights(learners[0], learners[2])
 
 
-def by_hand(ratio: Tensor) -> dict[str, Any]:
+def by_hand(ratio):
     return {
         "kl_k1": -ratio.log().mean().item(),
         "kl_k3": (ratio - 1 - ratio.log()).mean().item(),
@@ -229,9 +213,7 @@ def by_hand(ratio: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_metrics_are_of_the_ratios_before_and_after(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel, correction: str
-) -> None:
+def test_metrics_are_of_the_ratios_before_and_after(make, random_batch, small_model, correction):
     log_ratio = uneven(random_batch())
     batch = off_by(random_batch(), small_model, log_ratio)
     mask = batch.completion_mask
@@ -258,9 +240,7 @@ def test_metrics_are_of_the_ratios_before_and_after(
 
 
 @pytest.mark.parametrize("correction", ["token_truncation", "sequence_mask"])
-def test_micro_batches_and_later_passes_see_the_same_weights(
-    composed: Compose, random_batch: Batches, small_model: PreTrainedModel, correction: str
-) -> None:
+def test_micro_batches_and_later_passes_see_the_same_weights(composed, random_batch, small_model, correction):
     """The ratio is that of the weights that sampled: a second pass over the batch keeps the first's."""
     batch = off_by(random_batch(), small_model, uneven(random_batch()))
     results = []
@@ -282,13 +262,13 @@ def test_micro_batches_and_later_passes_see_the_same_weights(
 
 @pytest.mark.parametrize(("size", "later"), [(96, False), (3, False), (3, True)])
 def test_a_selection_of_the_whole_step_sees_the_corrected_credit(
-    make: Make, random_batch: Batches, small_model: PreTrainedModel, size: int, later: bool
-) -> None:
+    make, random_batch, small_model, size, later
+):
     """By the log-probs of the weights that sampled: the forward pass's own, or those of an earlier update."""
     batch = off_by(random_batch(), small_model, uneven(random_batch()))
     mask, seen = batch.completion_mask, list[Scored]()
 
-    def look(scored: Scored) -> Selection:
+    def look(scored):
         seen.append(scored)
         return Selection(scored.batch.completion_mask)
 

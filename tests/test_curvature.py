@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -31,11 +30,8 @@ REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] 
 LR = 3e-3
 
 
-def random_tokens(
-    rows: int, length: int, vocab: int, support: int, width: int, seed: int = 0
-) -> tuple[Tensor, ...]:
-    """hidden, topk_probs, topk_ids, token_ids, advantages in float64; some tokens lie outside their
-    support."""
+def random_tokens(rows, length, vocab, support, width, seed=0):
+    """hidden, topk_probs, topk_ids, token_ids, advantages, float64; some tokens outside their support."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, length, width, generator=generator, dtype=torch.float64)
     logits = torch.randn(rows, length, vocab, generator=generator, dtype=torch.float64)
@@ -46,19 +42,19 @@ def random_tokens(
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[str, Tensor]:
+def reference():
     file = REFERENCE / "capo_reference.safetensors"
     if not file.exists():
         pytest.skip(f"{file} is not there")
     return load_file(file)
 
 
-def close(got: Tensor, expected: Tensor) -> None:
+def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("model", ["adam", "sgd"])
-def test_parity_with_the_authors_program(reference: dict[str, Tensor], model: str) -> None:
+def test_parity_with_the_authors_program(reference, model):
     state = init_adam_state(300, 16, dtype=torch.float64) if model == "adam" else None
     for step in range(3):
         row = {
@@ -96,7 +92,7 @@ def test_parity_with_the_authors_program(reference: dict[str, Tensor], model: st
             assert len(state.first) - 1 == int(seen.sum())
 
 
-def fixed_direction(direction: Tensor) -> AdamState:
+def fixed_direction(direction):
     """Moments so old and settled that Adam's direction is `direction`, whatever gradient comes next."""
     vocab, width = direction.shape
     zero = torch.zeros(1, width, dtype=torch.float64)
@@ -106,7 +102,7 @@ def fixed_direction(direction: Tensor) -> AdamState:
     )
 
 
-def test_expectations_over_actions_are_the_exact_derivatives() -> None:
+def test_expectations_over_actions_are_the_exact_derivatives():
     """5 actions, 3 features, W + t D: enumerate the actions, weight their shifts with pi, compare with
     autograd.
 
@@ -119,13 +115,13 @@ def test_expectations_over_actions_are_the_exact_derivatives() -> None:
     hidden, values = torch.randn(3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     probs = (weight @ hidden).softmax(0)
 
-    def objective(t: Tensor) -> Tensor:
+    def objective(t):
         return (((weight + t * direction) @ hidden).softmax(0) * values).sum()
 
-    def divergence(t: Tensor) -> Tensor:
+    def divergence(t):
         return (probs * (probs.log() - ((weight + t * direction) @ hidden).log_softmax(0))).sum()
 
-    def weighted(lr: float) -> tuple[Tensor, Tensor]:
+    def weighted(lr):
         every = (
             hidden.expand(5, 1, 3),
             probs.expand(5, 1, 5),
@@ -147,7 +143,7 @@ def test_expectations_over_actions_are_the_exact_derivatives() -> None:
 
 
 @pytest.mark.parametrize("action", [0, 4])
-def test_sgd_shifts_are_what_a_real_sgd_step_does(action: int) -> None:
+def test_sgd_shifts_are_what_a_real_sgd_step_does(action):
     """m_H and m_F of a token against autograd through W + lr * grad(A log pi(a)) for decreasing lr."""
     torch.manual_seed(2)
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -171,9 +167,8 @@ def test_sgd_shifts_are_what_a_real_sgd_step_does(action: int) -> None:
     assert errors[1] < errors[0] / 500
 
 
-def test_adam_direction_is_the_next_step_of_torch_adam() -> None:
-    """Two updates of one token each, then the prospective change of the logits equals torch.optim.Adam's
-    third step."""
+def test_adam_direction_is_the_next_step_of_torch_adam():
+    """Two updates of a token each, then the predicted change of the logits is torch.optim.Adam's third."""
     vocab, width = 6, 4
     torch.manual_seed(3)
     weight = torch.nn.Parameter(torch.zeros(vocab, width, dtype=torch.float64))
@@ -198,7 +193,7 @@ def test_adam_direction_is_the_next_step_of_torch_adam() -> None:
         state = update_adam_state(state, *tokens, torch.ones(1, 1, dtype=torch.bool))
 
 
-def test_an_empty_state_predicts_the_raw_gradient_step_and_momentum_moves_without_credit() -> None:
+def test_an_empty_state_predicts_the_raw_gradient_step_and_momentum_moves_without_credit():
     tokens, keep = random_tokens(2, 3, 20, 8, 5), torch.ones(2, 3, dtype=torch.bool)
     empty = init_adam_state(20, 5, dtype=torch.float64)
     sgd, adam = token_shifts(*tokens, LR, None), token_shifts(*tokens, LR, empty)
@@ -209,11 +204,8 @@ def test_an_empty_state_predicts_the_raw_gradient_step_and_momentum_moves_withou
     assert (idle.policy_shift > 0).all() and (idle.objective_shift == 0).all()
 
 
-def on_policy(
-    vocab: int, support: int, sharpness: float, seed: int
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """A last layer [V, H], tokens drawn from its softmax, in the support, and a mask of completions of
-    different lengths."""
+def on_policy(vocab, support, sharpness, seed):
+    """A last layer [V, H], tokens of its softmax and support, a mask of completions of several lengths."""
     generator = torch.Generator().manual_seed(seed)
     weight = sharpness * torch.randn(vocab, 4, generator=generator, dtype=torch.float64)
     hidden = torch.randn(5, 6, 4, generator=generator, dtype=torch.float64)
@@ -226,18 +218,18 @@ def on_policy(
     return weight, (hidden, logits.gather(-1, ids).softmax(-1), ids, token_ids, advantages), mask
 
 
-def surrogate(weight: Tensor, tokens: tuple[Tensor, ...], mask: Tensor) -> Callable[[Tensor], Tensor]:
+def surrogate(weight, tokens, mask):
     """Mean over the tokens of A (ratio - 1) as a function of the last layer, by the full softmax."""
     hidden, _, _, token_ids, advantages = tokens
 
-    def log_probs(layer: Tensor) -> Tensor:
+    def log_probs(layer):
         return (hidden @ layer.T).log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
 
     return lambda layer: (advantages[:, None] * (log_probs(layer) - log_probs(weight)).expm1())[mask].mean()
 
 
 @pytest.mark.parametrize("model", ["adam", "sgd"])
-def test_the_batch_prediction_is_the_exact_change_to_second_order(model: str) -> None:
+def test_the_batch_prediction_is_the_exact_change_to_second_order(model):
     """K = V: torch.optim's own step of the mean surrogate, and autograd's two derivatives along it. The
     authors' number has the same first order there, and completions in place of tokens in the second."""
     weight, tokens, mask = on_policy(7, 7, 1.0, seed=0)
@@ -264,7 +256,7 @@ def test_the_batch_prediction_is_the_exact_change_to_second_order(model: str) ->
     assert got.objective_shift_by_row == pytest.approx(expected.item(), rel=1e-2)
 
 
-def test_with_half_the_vocabulary_the_prediction_stays_and_the_authors_number_does_not() -> None:
+def test_with_half_the_vocabulary_the_prediction_stays_and_the_authors_number_does_not():
     weight, tokens, mask = on_policy(40, 12, 2.0, seed=0)
     packed = pack(*tokens, mask)
     gradients = mean_row_gradients(packed)
@@ -276,9 +268,8 @@ def test_with_half_the_vocabulary_the_prediction_stays_and_the_authors_number_do
     assert got.objective_shift_by_row > 2 * exact
 
 
-def test_a_completion_without_a_kept_token_still_counts_in_the_mean() -> None:
-    """The authors divide by all completions: two of four rejected whole halve the shifts of the others'
-    update."""
+def test_a_completion_without_a_kept_token_still_counts_in_the_mean():
+    """The authors divide by all completions: two of four rejected whole halve the others' shifts."""
     tokens = random_tokens(4, 6, 30, 8, 5)
     keep = torch.ones(4, 6, dtype=torch.bool)
     keep[2:] = False
@@ -292,12 +283,12 @@ def test_a_completion_without_a_kept_token_still_counts_in_the_mean() -> None:
     assert got.objective_shift_by_row - first == pytest.approx((two.objective_shift_by_row - first) / 2)
 
 
-def trained_state(vocab: int, width: int, tokens: tuple[Tensor, ...]) -> AdamState:
+def trained_state(vocab, width, tokens):
     keep = torch.ones_like(tokens[3], dtype=torch.bool)
     return update_adam_state(init_adam_state(vocab, width, dtype=torch.float64), *tokens, keep)
 
 
-def test_the_table_takes_its_steps_in_place_and_moves_only_to_double() -> None:
+def test_the_table_takes_its_steps_in_place_and_moves_only_to_double():
     """Against a table with a row for every id of the vocabulary, and against the copying update."""
     vocab, width, places = 200, 5, set[int]()
     state = init_adam_state(vocab, width, dtype=torch.float64)
@@ -319,7 +310,7 @@ def test_the_table_takes_its_steps_in_place_and_moves_only_to_double() -> None:
     assert len(state.first) - 1 == (state.slot_of_id > 0).sum() > 100  # only the rows that were seen
 
 
-def test_rejected_tokens_leave_no_trace_in_the_moments() -> None:
+def test_rejected_tokens_leave_no_trace_in_the_moments():
     tokens = random_tokens(4, 6, 30, 8, 5)
     keep = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     poisoned = [x.clone() for x in tokens]
@@ -329,7 +320,7 @@ def test_rejected_tokens_leave_no_trace_in_the_moments() -> None:
     assert torch.equal(clean.first, dirty.first) and torch.equal(clean.second, dirty.second)
 
 
-def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
+def test_nothing_kept_is_no_shift_and_only_counts_the_step():
     tokens = random_tokens(2, 3, 20, 8, 5)
     state = trained_state(20, 5, tokens)
     keep = torch.zeros(2, 3, dtype=torch.bool)
@@ -342,9 +333,7 @@ def test_nothing_kept_is_no_shift_and_only_counts_the_step() -> None:
 
 @settings(deadline=None, max_examples=12)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 12), st.integers(0, 10_000))
-def test_any_shape_is_finite_and_policy_shift_is_not_negative(
-    rows: int, length: int, support: int, seed: int
-) -> None:
+def test_any_shape_is_finite_and_policy_shift_is_not_negative(rows, length, support, seed):
     tokens = random_tokens(rows, length, 12, support, 3, seed)
     for state in (None, trained_state(12, 3, tokens)):
         shifts = token_shifts(*tokens, LR, state)
@@ -352,7 +341,7 @@ def test_any_shape_is_finite_and_policy_shift_is_not_negative(
         assert (shifts.policy_shift >= 0).all() and shifts.objective_shift.isfinite().all()
 
 
-def test_nothing_as_large_as_all_directions_is_ever_built() -> None:
+def test_nothing_as_large_as_all_directions_is_ever_built():
     rows, length, vocab, support, width = shape = (2, 16, 200, 50, 64)
     tokens = random_tokens(*shape)
     state = trained_state(vocab, width, tokens)
@@ -379,7 +368,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_the_room_exports_its_contract() -> None:
+def test_the_room_exports_its_contract():
     """For tests from outside: these functions, and no name of an argument changes."""
     assert set(capo_exp.curvature.__all__) == {"init_adam_state", "token_shifts", "update_adam_state"}
     tokens = ["hidden", "topk_probs", "topk_ids", "token_ids", "advantages"]

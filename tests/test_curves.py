@@ -1,31 +1,27 @@
 """Runs -> curves: what is a seed of what, what a curve is called, and what must not be drawn together."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.figures import labels, style
-from capo_exp.figures.curves import Curve, curves, families, reference_of, start_value
+from capo_exp.figures.curves import curves, families, reference_of, start_value
 from capo_exp.figures.report.overview import differences
 from capo_exp.runs.identity import run_id, run_name
-from capo_exp.runs.read import LoggedRow, LoggedRun
+from capo_exp.runs.read import LoggedRun
 from tests.conftest import ALGORITHMS
 
-Make = Callable[..., LoggedRun]
 STEP, COMPLETIONS = "counter/rollout_step", "counter/completions"
 
 
 @pytest.fixture
-def make(composed: Callable[..., TrainConfig]) -> Make:
+def make(composed):
     """A run as `python -m capo_exp OVERRIDES` would leave it."""
 
-    def run(*overrides: str, record: Any = None, metrics: list[LoggedRow] | None = None) -> LoggedRun:
+    def run(*overrides, record=None, metrics=None):
         config = composed(*overrides)
         base = {"run_id": run_id(config), "device": "cpu", "data": "d1"} | (record or {})
         return LoggedRun(Path("outputs") / run_name(config), asdict(config), base, metrics or [], [])
@@ -33,15 +29,15 @@ def make(composed: Callable[..., TrainConfig]) -> Make:
     return run
 
 
-def seeds(make: Make, *overrides: str, count: int = 2) -> list[LoggedRun]:
+def seeds(make, *overrides, count=2):
     return [make(*overrides, f"seed={seed}") for seed in range(count)]
 
 
-def shape(found: list[Curve]) -> list[tuple[str, list[int]]]:
+def shape(found):
     return [(curve.label, [run.setting("seed") for run in curve.runs]) for curve in found]
 
 
-def test_the_curves_of_figure_1(make: Make) -> None:
+def test_the_curves_of_figure_1(make):
     runs = [
         *seeds(make, "algo=grpo", "regime=conservative", "num_steps=52"),
         *seeds(make, "algo=grpo", count=3),
@@ -60,7 +56,7 @@ def test_the_curves_of_figure_1(make: Make) -> None:
     assert reference_of(found[2:]) is None
 
 
-def test_what_changes_no_training_makes_no_other_curve(make: Make) -> None:
+def test_what_changes_no_training_makes_no_other_curve(make):
     for override in (
         "logger=files", "checkpoint.every=3", "experiment_name=other", "overwrite=true", "algo.label=X",
         "evaluation.every=5", "curvature.calibrate_every=10", "algo.colour=red",
@@ -80,7 +76,7 @@ def test_what_changes_no_training_makes_no_other_curve(make: Make) -> None:
         ("algo.token_loss._target_=capo_exp.algorithms.pg.plain", "CAPO (A) token_loss plain"),
     ],
 )
-def test_what_tells_a_curve_from_the_default_one(make: Make, override: str, labelled: str) -> None:
+def test_what_tells_a_curve_from_the_default_one(make, override, labelled):
     found = curves([make("seed=0"), make("seed=1"), make(override, "seed=0")], mix=False)
     assert [len(curve.runs) for curve in found if curve.label == labelled] == [1]
     assert len(found) == 2 and all(curve.label.startswith("CAPO (A) ") for curve in found)
@@ -97,12 +93,12 @@ def test_what_tells_a_curve_from_the_default_one(make: Make, override: str, labe
         (["algo=dr_grpo", "algo.label="], "Dr. GRPO (A)"),  # a run that is older than the key
     ],
 )
-def test_labels(make: Make, overrides: list[str], labelled: str) -> None:
+def test_labels(make, overrides, labelled):
     [curve] = curves([make(*overrides)], mix=False)
     assert curve.label == labelled
 
 
-def test_every_shipped_method_states_its_look() -> None:
+def test_every_shipped_method_states_its_look():
     """So that a run which is older than these keys has one, too."""
     for name in ALGORITHMS:
         run = LoggedRun(Path("r"), {"algo": {"name": name}}, {}, [], [])
@@ -110,8 +106,8 @@ def test_every_shipped_method_states_its_look() -> None:
         assert label and colour and colour not in style.SPARE and marker in style.MARKERS, name
 
 
-def test_a_method_that_states_no_look_has_one_by_its_name() -> None:
-    def bare(**algo: str) -> LoggedRun:
+def test_a_method_that_states_no_look_has_one_by_its_name():
+    def bare(**algo):
         return LoggedRun(Path("r"), {"algo": algo}, {}, [], [])
 
     mine = bare(name="mine")
@@ -122,11 +118,11 @@ def test_a_method_that_states_no_look_has_one_by_its_name() -> None:
     assert (style.colour(wrong), style.marker(wrong)) == (style.colour(mine), style.marker(mine))
 
 
-def test_a_key_with_braces_is_told_as_it_is() -> None:
+def test_a_key_with_braces_is_told_as_it_is():
     assert labels.text("algo.{x}", {"algo.{x}": 1e-4}) == "{x} 1e-4"
 
 
-def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Make) -> None:
+def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make):
     rates, batches = ("2e-5", "1e-4", "1e-3"), (12, 144, 48)
     runs = [
         make(f"regime.learning_rate={rate}", f"regime.prompts_per_step={batch}", f"num_steps={9600 // batch}")
@@ -138,7 +134,7 @@ def test_a_sweep_has_the_fewest_settings_in_its_labels_and_is_in_order(make: Mak
     ]
 
 
-def test_labels_that_rounding_makes_the_same_are_numbered_and_mixed_ones_say_their_model(make: Make) -> None:
+def test_labels_that_rounding_makes_the_same_are_numbered_and_mixed_ones_say_their_model(make):
     runs = [make(f"regime.learning_rate={rate}") for rate in ("1.00001e-4", "1.00002e-4")]
     found = sorted(curve.label for curve in curves(runs, mix=False))
     assert found == ["CAPO (A) lr 1e-4 #1", "CAPO (A) lr 1e-4 #2"]
@@ -146,7 +142,7 @@ def test_labels_that_rounding_makes_the_same_are_numbered_and_mixed_ones_say_the
     assert [curve.label for curve in curves(runs, mix=True)] == ["CAPO (A) tiny", "GRPO (A) large", "bare"]
 
 
-def test_a_copy_counts_once_and_the_one_that_came_further_counts(make: Make) -> None:
+def test_a_copy_counts_once_and_the_one_that_came_further_counts(make):
     run = make("seed=0")
     short, long = replace(run, path=Path("a"), metrics=[{}]), replace(run, path=Path("b"), metrics=[{}, {}])
     for order in ([short, long], [long, short]):
@@ -154,7 +150,7 @@ def test_a_copy_counts_once_and_the_one_that_came_further_counts(make: Make) -> 
         assert [each.path for each in curve.runs] == [Path("b")]
 
 
-def test_no_copy_is_of_another_device_or_commit(make: Make) -> None:
+def test_no_copy_is_of_another_device_or_commit(make):
     """A run of one id on a GPU is another curve; one of another commit is as good as its twin."""
     cpu = make("seed=0", record={"git": {"commit": "a"}})
     gpu, newer = (replace(cpu, path=Path(str(more)), record=cpu.record | more)
@@ -164,7 +160,7 @@ def test_no_copy_is_of_another_device_or_commit(make: Make) -> None:
         curves([cpu, newer], mix=False)
 
 
-def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
+def test_two_different_runs_of_one_seed_are_refused(make):
     run, often = make("seed=3"), make("seed=3", "evaluation.every=1")  # trains to the same numbers
     for ids in ("aaaa", "bbbb"), ("aaaa", None):
         records = [{"run_id": name, "data": "d1"} for name in ids]
@@ -186,7 +182,7 @@ def test_two_different_runs_of_one_seed_are_refused(make: Make) -> None:
         (["evaluation.temperature=1.0"], "evaluation.temperature"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(make: Make, overrides: list[str], key: str) -> None:
+def test_what_cannot_be_compared_is_refused(make, overrides, key):
     runs = [*seeds(make, "algo=grpo"), make("algo=capo", *overrides)]
     with pytest.raises(ConfigError) as caught:
         curves(runs, mix=False)
@@ -198,7 +194,7 @@ def test_what_cannot_be_compared_is_refused(make: Make, overrides: list[str], ke
     assert families([bare, *runs]) == [[bare, *runs[:2]], runs[2:]]
 
 
-def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) -> None:
+def test_other_problems_are_refused_whatever_their_folder_is_called(make):
     one, same = make("seed=0", "dataset.path=/here"), make("seed=1", "dataset.path=/there")
     assert len(curves([one, same], mix=False)) == 1
     other = replace(same, record=same.record | {"data": "d2"})
@@ -210,7 +206,7 @@ def test_other_problems_are_refused_whatever_their_folder_is_called(make: Make) 
     assert len(curves([one, unknown[1]], mix=False)) == 2
 
 
-def test_a_run_that_is_older_than_a_neutral_key_is_a_seed_of_a_newer_one(make: Make) -> None:
+def test_a_run_that_is_older_than_a_neutral_key_is_a_seed_of_a_newer_one(make):
     old = make("seed=1", "algo=grpo")
     for group, keys in {"algo": ["credit", "variant", "kl_estimator"], "curvature": ["hidden_shift"],
                         "rollout": ["correction", "train_engine", "chunking"],
@@ -225,8 +221,8 @@ def test_a_run_that_is_older_than_a_neutral_key_is_a_seed_of_a_newer_one(make: M
     assert "GRPO (A) without weight_decay" in [c.label for c in curves([make("algo=grpo"), old], mix=False)]
 
 
-def test_length_counts_where_the_learning_rate_follows_it(make: Make) -> None:
-    def number(*overrides: str) -> int:
+def test_length_counts_where_the_learning_rate_follows_it(make):
+    def number(*overrides):
         return len(curves([make("seed=0", *overrides), make("seed=1", "num_steps=7", *overrides)], mix=False))
 
     assert number() == 2
@@ -237,8 +233,8 @@ def test_length_counts_where_the_learning_rate_follows_it(make: Make) -> None:
     assert found == {"CAPO (A) constant schedule", "CAPO (A) cosine schedule"}
 
 
-def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
-    def run(seed: int, name: str, device: str | None) -> LoggedRun:
+def test_the_kind_of_device_counts_not_its_number(make):
+    def run(seed, name, device):
         return make(f"seed={seed}", f"device={name}", record={"device": device})
 
     assert len(curves([run(0, "auto", "cpu"), run(1, "cpu", "cpu")], mix=False)) == 1
@@ -247,7 +243,7 @@ def test_the_kind_of_device_counts_not_its_number(make: Make) -> None:
     assert [curve.label for curve in found] == ["CAPO (A) device cpu", "CAPO (A) device gpu"]
 
 
-def test_differences(make: Make) -> None:
+def test_differences(make):
     other = ("algo=grpo", "seed=1", "evaluation.every=5", "dataset.path=/b")
     runs = [make("algo=capo", "seed=0", "output_dir=/a"), make(*other)]
     table = differences(runs)
@@ -261,7 +257,7 @@ def test_differences(make: Make) -> None:
     assert "dataset.path" not in differences([replace(run, record={}) for run in runs])
 
 
-def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:
+def test_the_reference_is_the_plain_curve_with_most_seeds(make):
     runs = [
         *seeds(make, "algo=grpo", "regime=conservative", "num_steps=10", count=1),
         *seeds(make, "algo=grpo", "regime=conservative", "num_steps=20", count=2),
@@ -271,13 +267,13 @@ def test_the_reference_is_the_plain_curve_with_most_seeds(make: Make) -> None:
     assert found is not None and found.label == "GRPO 20 steps"
 
 
-def still(make: Make, seed: int, accuracies: list[float | None], first: int = 1) -> LoggedRun:
+def still(make, seed, accuracies, first=1):
     steps = enumerate(accuracies, first)
     rows = [{STEP: step, COMPLETIONS: 96 * step, "reward/accuracy": a} for step, a in steps]
     return make("algo=grpo", "regime.name=zero", "regime.learning_rate=0", f"seed={seed}", metrics=rows)
 
 
-def test_where_accuracy_curves_start(make: Make) -> None:
+def test_where_accuracy_curves_start(make):
     long, short = still(make, 0, [0.1] * 9 + [0.4, 0.9, 0.9]), still(make, 1, [0.2, 0.6])
     moving = make("algo=grpo", metrics=[{STEP: 10, "reward/accuracy": 0.99}])
     assert start_value([long, short, moving], "reward/accuracy") == pytest.approx((0.4 + 0.6) / 2)
@@ -288,7 +284,7 @@ def test_where_accuracy_curves_start(make: Make) -> None:
     assert start_value([make()], "eval/accuracy") is None
 
 
-def test_a_config_that_has_been_through_javascript_is_the_same(make: Make) -> None:
+def test_a_config_that_has_been_through_javascript_is_the_same(make):
     run, other = (make(f"seed={seed}", "optimizer.betas=[0.0,0.95]") for seed in (0, 1))
     text = json.dumps(other.config).replace(".0,", ",").replace(".0}", "}")
     exported = replace(other, config=json.loads(text))

@@ -1,56 +1,48 @@
 """Rejected tokens and the unmasked step: by hand, by autograd, by torch's AdamW; training does not notice."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from math import isnan
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.step import StepDecision
 from capo_exp.core.types import AdamState, Batch, PolicyOutput, Selection, StepRecord, TokenShifts
 from capo_exp.curvature import model as curvature
 from capo_exp.curvature.diagnosis import COMPARED, class_metrics
 from capo_exp.runs.metrics import check_known
 from capo_exp.training import instruments
-from capo_exp.training.learner import Learner
 from tests.pieces import SMALL, make_learner, plain_log_probs, take_step, weights
 from tests.test_step_bound import moved
-
-Batches = Callable[..., Batch]
 
 CLASSES = ("kept", "rejected")
 CHANGES = tuple(f"{name}_{sign}" for name in CLASSES for sign in ("positive", "negative"))
 RANDOM = ("algo=grpo", "selection=random", "algo.selection.rate=0.4")
 CAPO = ("algo=capo", "algo.selection.policy_shift_max=1.2e-2", "algo.selection.objective_shift_max=inf")
 ALL = ("curvature.calibrate_completions=99", "curvature.calibrate_tokens=9999")
-Make = Callable[..., Learner]
 
 
 @pytest.fixture
-def learner(composed: Callable[..., TrainConfig], small_model: PreTrainedModel) -> Make:
-    def make(*overrides: str, every: int = 1) -> Learner:
+def learner(composed, small_model):
+    def make(*overrides, every=1):
         numbers = ("regime.learning_rate=1e-2", f"curvature.diagnose_every={every}")
         return make_learner(composed(*SMALL, *numbers, *overrides), small_model)
 
     return make
 
 
-def found(metrics: dict[str, float]) -> dict[str, float]:
+def found(metrics):
     """Those of the diagnosis, without its name."""
     return {k.removeprefix("diagnosis/"): v for k, v in metrics.items() if k.startswith("diagnosis/")}
 
 
-def others(metrics: dict[str, float]) -> dict[str, float]:
+def others(metrics):
     return {k: v for k, v in metrics.items() if not k.startswith(("diagnosis/", "time/"))}
 
 
-def moments(learner: Learner) -> list[Tensor]:
+def moments(learner):
     """Of the optimiser and of the optimiser model."""
     real = [value for state in learner.optimizer.state.values() for value in state.values()]
     model = learner.optimizer_model
@@ -69,7 +61,7 @@ def moments(learner: Learner) -> list[Tensor]:
          "optimizer.warmup_ratio=0.2"),
     ],
 )  # fmt: skip
-def test_training_does_not_notice(learner: Make, random_batch: Batches, overrides: tuple[str, ...]) -> None:
+def test_training_does_not_notice(learner, random_batch, overrides):
     """Bit for bit: weights, moments, metrics, random numbers."""
     every = 2
     plain, watched = learner(*overrides, every=0), learner(*overrides, every=every)
@@ -91,17 +83,17 @@ def test_training_does_not_notice(learner: Make, random_batch: Batches, override
     assert any(0 < rate < 1 for rate in rates[every - 1 :: every])
 
 
-def dot(first: list[Tensor], second: list[Tensor]) -> float:
+def dot(first, second):
     return sum((a.double() * b).sum().item() for a, b in zip(first, second, strict=True))
 
 
-def similarity(first: list[Tensor], second: list[Tensor]) -> tuple[float, float]:
+def similarity(first, second):
     """Cosine, and the first's length over the second's."""
     lengths = dot(first, first) ** 0.5, dot(second, second) ** 0.5
     return dot(first, second) / (lengths[0] * lengths[1]), lengths[0] / lengths[1]
 
 
-def surrogate(log_probs: Tensor, old: Tensor, batch: Batch, keep: Tensor, over_kept: bool) -> Tensor:
+def surrogate(log_probs, old, batch, keep, over_kept):
     """GRPO's loss, from its formula."""
     ratio, credit = (log_probs - old).exp(), batch.advantages
     values = -torch.minimum(ratio * credit, ratio.clamp(0.8, 1.2) * credit) * keep
@@ -113,8 +105,8 @@ def surrogate(log_probs: Tensor, old: Tensor, batch: Batch, keep: Tensor, over_k
     [(1.0, 96, False, 0.0), (0.3, 3, True, 0.0), (0.3, 3, False, 0.3)],
 )
 def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
-    learner: Make, random_batch: Batches, step_scale: float, size: int, over_kept: bool, old_noise: float
-) -> None:
+    learner, random_batch, step_scale, size, over_kept, old_noise
+):
     """The second step, so that there are moments, clipped; taken whole and shortened by a step rule."""
     mean = "token_mean_over_kept" if over_kept else "sequence_mean"
     ours = learner(
@@ -158,7 +150,7 @@ def test_gradients_and_updates_are_those_of_autograd_and_torchs_adamw(
     assert len({round(values[f"log_prob_change{s}/{c}"], 5) for s in ("", "_unmasked") for c in CHANGES}) == 8
 
 
-def by_hand() -> StepRecord:
+def by_hand():
     """Two completions of 4 and 2 tokens; the support is tokens 3 and 5, H = 1."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     ids = torch.tensor([[3, 5, 3, 3], [5, 3, 9, 9]])
@@ -175,6 +167,7 @@ def by_hand() -> StepRecord:
         advantages=torch.tensor([[2.0, 2.0, 2.0, 0.0], [-1.0, -1.0, 0.0, 0.0]]),
         group_ids=torch.tensor([0, 0]),
         truncated=torch.tensor([False, False]),
+        surprisal=torch.zeros(2),
     )
     objective = torch.tensor([[1e-3, -1e-3, 1e-3, 1e-3], [-1e-3, -1e-3, 7.0, 7.0]])
     zeros = torch.zeros_like(probs)
@@ -187,7 +180,7 @@ def by_hand() -> StepRecord:
     )
 
 
-def test_classes_by_hand() -> None:
+def test_classes_by_hand():
     """Kept: places 0 and 3 of the first row, 0 of the second. Of 6 tokens 4 are a 3, two are a 5."""
     signal = [2 * 0.5, 2 * 0.75, 2 * 0.8, 0.0, 0.25, 0.6]
     expected = {
@@ -205,7 +198,7 @@ def test_classes_by_hand() -> None:
     assert metrics == pytest.approx(expected, nan_ok=True)
 
 
-def test_momentum_is_m_f_of_the_moments_alone_over_m_f() -> None:
+def test_momentum_is_m_f_of_the_moments_alone_over_m_f():
     """H = 1, h = 2: s = <v, Ghat h> with Adam's direction Ghat of the stored moments and a gradient of 0."""
     record, lr, (beta1, beta2), eps = by_hand(), 0.1, (0.9, 0.99), 1e-8
     slots = torch.zeros(40, dtype=torch.int64)
@@ -225,7 +218,7 @@ def test_momentum_is_m_f_of_the_moments_alone_over_m_f() -> None:
     assert found(class_metrics(record, learning_rate=lr, moments=idle))["kept/momentum"] == 0.0
 
 
-def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch: Batches) -> None:
+def test_momentum_is_of_the_moments_before_the_step(learner, random_batch):
     ours, batch = learner("algo=grpo"), random_batch()
     first, _ = take_step(ours, random_batch(seed=1))
     assert isnan(first["diagnosis/kept/momentum"])  # there are none yet
@@ -239,7 +232,7 @@ def test_momentum_is_of_the_moments_before_the_step(learner: Make, random_batch:
     assert metrics["diagnosis/kept/momentum"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_if_nothing_is_rejected_there_is_no_second_step(learner: Make, random_batch: Batches) -> None:
+def test_if_nothing_is_rejected_there_is_no_second_step(learner, random_batch):
     ours, plain, passes = learner("algo=grpo"), learner("algo=grpo", every=0), [0, 0]
     for index, one in enumerate((ours, plain)):
         one.model.register_full_backward_hook(lambda *_, i=index: passes.__setitem__(i, passes[i] + 1))
@@ -257,9 +250,7 @@ def test_if_nothing_is_rejected_there_is_no_second_step(learner: Make, random_ba
         assert values[f"log_prob_change/{name}"] == values[f"log_prob_change_unmasked/{name}"] != 0.0
 
 
-def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
-    learner: Make, random_batch: Batches
-) -> None:
+def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(learner, random_batch):
     """The step with every token kept is that of the algorithm without a selection."""
     down = ["algo=grpo", "selection=down_weight", "algo.selection.policy_shift_max=1e-7"]
     ours, plain = learner(*down), learner("algo=grpo")
@@ -272,9 +263,7 @@ def test_tokens_that_are_only_weighed_down_are_compared_with_whole_ones(
     assert metrics["diagnosis/gain_unmasked"] == pytest.approx(whole["diagnosis/gain"], rel=1e-3)
 
 
-def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
-    learner: Make, random_batch: Batches
-) -> None:
+def test_if_everything_is_rejected_the_unmasked_step_is_still_known(learner, random_batch):
     """First step: no momentum moves the weights; the second is momentum alone."""
     ours = learner("algo=capo", "algo.selection.policy_shift_max=0.0")
     metrics, _ = take_step(ours, random_batch())
@@ -294,9 +283,7 @@ def test_if_everything_is_rejected_the_unmasked_step_is_still_known(
     assert not any(p.any() for s in ours.optimizer.state.values() for k, p in s.items() if k != "step")
 
 
-def test_a_failure_on_the_way_leaves_the_learner_as_it_was(
-    learner: Make, random_batch: Batches, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_on_the_way_leaves_the_learner_as_it_was(learner, random_batch, monkeypatch):
     """Such as a lack of memory while the unmasked step is looked at."""
     ours = learner(*RANDOM)
     before = weights(ours)

@@ -1,15 +1,11 @@
-"""A disk that takes no more stops a run in one line, loses nothing, and the same command goes on.
-
-Real full disks: a small tmpfs where mounting is allowed, and everywhere the largest file size that the system
-grants a process, and /dev/full.
-"""
+"""A disk that takes no more stops a run in one line, loses nothing, and the same command goes on."""
 
 import errno
 import json
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -22,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from capo_exp.config.errors import RunFailed
-from capo_exp.config.schema import TrainConfig
 from capo_exp.distributed.sharding import save_shards
 from capo_exp.runs.checkpoint import Checkpointer
 from capo_exp.runs.files import (
@@ -46,7 +41,7 @@ SMALL = [
 
 
 @contextmanager
-def mounted(folder: Path, size: str) -> Iterator[Path]:
+def mounted(folder, size):
     """A disk of its own; skips the test where that is not allowed."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
@@ -63,7 +58,7 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
 
 
 @contextmanager
-def largest_file(size: int) -> Iterator[None]:
+def largest_file(size):
     """No file of this process beyond so many bytes, as `ulimit -f` does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -73,7 +68,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def fill(disk: Path) -> None:
+def fill(disk):
     with (disk / "filler").open("wb", buffering=0) as file:
         try:
             while True:
@@ -81,8 +76,6 @@ def fill(disk: Path) -> None:
         except OSError as error:
             assert error.errno == errno.ENOSPC
 
-
-# --- what the libraries raise ---
 
 BIG = torch.zeros(500_000)
 SAVE: dict[str, Callable[[Path], object]] = {
@@ -99,8 +92,8 @@ SAVE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("library", SAVE)
-def test_every_library_says_which_file_and_why(library: str, tmp_path: Path) -> None:
-    def assert_said(folder: Path, number: int) -> None:
+def test_every_library_says_which_file_and_why(library, tmp_path):
+    def assert_said(folder, number):
         with pytest.raises(OSError, match=os.strerror(number)) as caught, name_disk_error(folder / "a"):
             SAVE[library](folder / "b")
         assert (caught.value.errno, caught.value.filename) == (number, str(folder / "a"))
@@ -111,7 +104,7 @@ def test_every_library_says_which_file_and_why(library: str, tmp_path: Path) -> 
         assert_said(disk, errno.ENOSPC)
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), stop_on_disk_error(tmp_path), name_disk_error(tmp_path):
         (tmp_path / "none" / "a").write_text("")
     assert find_disk_error(ValueError("os error 28")) is None
@@ -121,10 +114,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
             raise OSError(number, "in the library's words")
 
 
-# --- files ---
-
-
-def test_a_row_and_a_file_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_row_and_a_file_are_written_whole_or_not_at_all(tmp_path):
     with FileIO(tmp_path / "rows", "a") as file:
         append_line(file, "first\n")
         with largest_file(10), pytest.raises(OSError, match="rows") as caught:
@@ -139,28 +129,23 @@ def test_a_row_and_a_file_are_written_whole_or_not_at_all(tmp_path: Path) -> Non
     assert [path.read_text() for path in tmp_path.iterdir()] == ["first\nthird\n"]
 
 
-def test_a_record_that_cannot_be_written_hides_no_error(
-    tmp_path: Path, composed: Callable[..., TrainConfig]
-) -> None:
+def test_a_record_that_cannot_be_written_hides_no_error(tmp_path, composed):
     record = RunRecord(tmp_path, composed(*SMALL))
     with pytest.raises(ValueError, match="the reason"), largest_file(10), record:
         raise ValueError("the reason")
     assert run_status(tmp_path) == "interrupted"  # as after a kill: what is on disk says that it was running
 
 
-# --- runs ---
-
-
-def numbers(directory: Path) -> list[dict[str, float]]:
+def numbers(directory):
     return [*logged(directory / "metrics.jsonl"), *logged(directory / "eval.jsonl")]
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
+def weights(directory):
     return load_file(directory / "checkpoints" / "step_000004" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def unbroken(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(composed, tmp_path_factory):
     """A run that was left alone, in which no checkpoint is ahead of the rows on disk."""
     order: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -172,13 +157,13 @@ def unbroken(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.Temp
     return directory
 
 
-def assert_readable(directory: Path) -> None:
+def assert_readable(directory):
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert all(json.loads(line) for line in (directory / name).read_text().splitlines())
     assert not list((directory / "checkpoints").glob(".*")) and not list(directory.rglob("*.partial"))
 
 
-def assert_goes_on(directory: Path, unbroken: Path, run: Callable[[], object]) -> None:
+def assert_goes_on(directory, unbroken, run):
     """What a stopped run left is readable, and the same command comes to the same numbers."""
     assert_readable(directory)
     run()
@@ -199,9 +184,7 @@ WHERE = (
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
-    unbroken: Path, tmp_path: Path, composed: Callable[..., TrainConfig]
-) -> None:
+def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(unbroken, tmp_path, composed):
     with mounted(tmp_path / "disk", "64m") as disk:
         config = composed(*SMALL, f"output_dir={disk}")
         for owner, method, name in WHERE:
@@ -218,10 +201,10 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_bit_for_bit(
         assert_goes_on(directory, unbroken, lambda: train.run(config))
 
 
-def filling(disk: Path, genuine: Callable[..., object]) -> Callable[..., object]:
+def filling(disk, genuine):
     """A method that fills the disk before the first thing that it does after a checkpoint."""
 
-    def on_a_full_disk(*args: object, **kwargs: object) -> object:
+    def on_a_full_disk(*args, **kwargs):
         if saved(disk) and not (disk / "filler").exists():
             fill(disk)
         return genuine(*args, **kwargs)
@@ -229,16 +212,14 @@ def filling(disk: Path, genuine: Callable[..., object]) -> Callable[..., object]
     return on_a_full_disk
 
 
-def saved(disk: Path) -> list[Path]:
+def saved(disk):
     return [
         path for path in disk.glob("default/*/checkpoints/step_*") if (path / "trainer_state.pt").exists()
     ]
 
 
 @pytest.mark.slow
-def test_the_command_says_it_in_one_line_and_exit_status_1(
-    unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_it_in_one_line_and_exit_status_1(unbroken, tmp_path, capfd):
     command = [*SMALL, f"output_dir={tmp_path}"]
     with largest_file(5_000_000):  # the weights fit
         assert run_training(*command) == 1

@@ -8,25 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from inspect import Signature, signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig
-from transformers import PreTrainedModel
 
 from capo_exp.cli.compose import find_choices
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import estimate_memory
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import CutSize, deal_cuts, split
-from capo_exp.core.types import Batch
 from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
 from capo_exp.rollout.dealt import sample
 from capo_exp.rollout.hf import HFRollout
@@ -39,9 +34,6 @@ from tests.pieces import SMALL
 from tests.process_pieces import together
 from tests.test_selection import SELECTIONS, partly
 
-Compose = Callable[..., TrainConfig]
-Batches = Callable[..., Batch]
-
 PARTS = {2: ["learners", "sums", "engines", "blocks", "runs"], 4: ["four", "blocks"]}
 """Number of processes -> what they do; four go on from what `runs` left."""
 RUN = (
@@ -53,13 +45,13 @@ RUN = (
 CORRECTIONS, RULES = find_choices("rollout/correction"), find_choices("step_rule")
 
 
-def small(composed: Compose, *overrides: str) -> TrainConfig:
+def small(composed, *overrides):
     """Three micro-batches of a batch of 10, and an optimiser that does not blow up what is near 0."""
     rate = ("regime.learning_rate=1e-3", "optimizer.eps=1e-3", "optimizer.max_grad_norm=0.1")
     return composed(*SMALL, *rate, "model.micro_batch_size=4", *overrides)
 
 
-def learners(composed: Compose) -> dict[str, TrainConfig]:
+def learners(composed):
     chosen = {name: (f"algo={name}",) for name in ALGORITHMS}
     chosen |= {f"selection {name}": ("algo=grpo", *partly(name)) for name in SELECTIONS}
     bounds = dict.fromkeys(RULES, "policy_shift_max=1e-5") | {"evidence": "share=1e-3"}
@@ -78,11 +70,8 @@ def learners(composed: Compose) -> dict[str, TrainConfig]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(
-    composed: Compose, small_model: PreTrainedModel, random_batch: Batches, tmp_path: Path
-) -> None:
-    """Each kind of algorithm, selection, step rule, optimiser model; a run that is stopped and goes on, also
-    in four processes."""
+def test_two_processes_give_the_numbers_of_one(composed, small_model, random_batch, tmp_path):
+    """Each method, selection, rule, optimiser model; a run that stops and goes on, also in four."""
     untied = type(small_model)(
         type(small_model.config)(**small_model.config.to_dict() | {"tie_word_embeddings": False})
     )
@@ -103,7 +92,7 @@ def test_two_processes_give_the_numbers_of_one(
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_in_one_line(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_run_in_one_line(tmp_path):
     """And no process is left; the checkpoint is what the same command goes on from."""
     command = [sys.executable, "-m", "capo_exp", *RUN, "num_steps=1000", f"output_dir={tmp_path}"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -122,21 +111,21 @@ def test_a_killed_process_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert run_status(directory) in ("failed", "interrupted")
 
 
-def workers_of(launcher: int) -> list[int]:
+def workers_of(launcher):
     """Process numbers by rank."""
     children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
     environments = {int(child): Path(f"/proc/{child}/environ").read_bytes() for child in children}
     return sorted(child for child, variables in environments.items() if b"LOCAL_RANK=" in variables)
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 @pytest.mark.slow
-def test_two_tasks_of_submitit_are_the_nodes_of_one_run(tmp_path: Path) -> None:
+def test_two_tasks_of_submitit_are_the_nodes_of_one_run(tmp_path):
     command = [
         sys.executable, "-m", "capo_exp", "-m", *RUN, "hydra/launcher=submitit_local", "seed=0",
         "hydra.launcher.tasks_per_node=2", "distributed.nodes=2", "distributed.processes=1",
@@ -150,7 +139,7 @@ def test_two_tasks_of_submitit_are_the_nodes_of_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_of_a_given_torchrun_are_one_run(tmp_path: Path) -> None:
+def test_processes_of_a_given_torchrun_are_one_run(tmp_path):
     """The first writes."""
     port, command = free_port(), [*RUN, f"output_dir={tmp_path}"]
     together(2, train_as_given, tmp_path, port, command)
@@ -160,9 +149,7 @@ def test_processes_of_a_given_torchrun_are_one_run(tmp_path: Path) -> None:
     assert ["held-out accuracy" in each for each in said] == [True, False], said
 
 
-def test_the_oldest_torchrun_gets_no_settings_that_came_later(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_oldest_torchrun_gets_no_settings_that_came_later(composed, monkeypatch):
     """torch 2.11's LaunchConfig has no shutdown_timeout."""
     older, taken = create_autospec(LaunchConfig), dict(signature(LaunchConfig).parameters)
     del taken["shutdown_timeout"]
@@ -173,7 +160,7 @@ def test_the_oldest_torchrun_gets_no_settings_that_came_later(
     assert older.call_args.kwargs["nproc_per_node"] == 2 and set(older.call_args.kwargs) <= set(taken)
 
 
-def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_torchrun_says_how_many_there_are(composed, monkeypatch):
     """Whatever the configuration says; without sharding each would train the whole run."""
     for name, number in (("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(number))
@@ -193,7 +180,7 @@ def test_a_given_torchrun_says_how_many_there_are(composed: Compose, monkeypatch
      "rollout=vllm rollout.engine.visible_devices=1", "rollout=vllm rollout.engine.tensor_parallel_size=3",
      "rollout=vllm distributed.nodes=2 rollout.engine.tensor_parallel_size=4"],
 )  # fmt: skip
-def test_what_several_processes_cannot_do_is_refused(composed: Compose, overrides: str) -> None:
+def test_what_several_processes_cannot_do_is_refused(composed, overrides):
     """In a line that begins with the key; without it the same passes."""
     *chosen, refused = overrides.split()
     common = ["distributed=fsdp2", "rollout.chunking=per_micro_batch", *chosen]
@@ -202,7 +189,7 @@ def test_what_several_processes_cannot_do_is_refused(composed: Compose, override
         check(composed(*common, refused))
 
 
-def test_engines_are_shared_by_the_gpus_they_take_and_a_server_by_all(composed: Compose) -> None:
+def test_engines_are_shared_by_the_gpus_they_take_and_a_server_by_all(composed):
     eight = ("distributed=fsdp2", "distributed.processes=8", "model.micro_batch_size=12", "rollout=vllm",
              "rollout.chunking=per_micro_batch")  # fmt: skip
     for chosen, count in (((), 1), (("rollout.engine.tensor_parallel_size=2",), 2),
@@ -213,7 +200,7 @@ def test_engines_are_shared_by_the_gpus_they_take_and_a_server_by_all(composed: 
     assert count_sharing(composed().rollout, 8) == 1
 
 
-def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
+def test_the_number_of_processes_makes_no_other_run(composed):
     """Nor how many share an engine; only what layers are gathered in does."""
     one = composed("rollout.chunking=per_micro_batch")
     several = [composed("distributed=fsdp2", f"distributed.processes={n}") for n in (2, 8)]
@@ -227,7 +214,7 @@ def test_the_number_of_processes_makes_no_other_run(composed: Compose) -> None:
     assert run_id(own) == run_id(shared)
 
 
-def test_processes_share_what_is_sharded(composed: Compose) -> None:
+def test_processes_share_what_is_sharded(composed):
     """Weights, gradients and Adam; each has the optimiser model's moments and its micro-batch's logits."""
     one, eight = (
         estimate_memory(composed("model=tiny", "rollout=vllm", *more), gpu=True)
@@ -239,7 +226,7 @@ def test_processes_share_what_is_sharded(composed: Compose) -> None:
     assert one.gathered == 0 < eight.gathered < one.weights
 
 
-def test_an_engine_that_is_asked_for_nothing_samples_nothing() -> None:
+def test_an_engine_that_is_asked_for_nothing_samples_nothing():
     engine = create_autospec(HFRollout)
     assert sample(engine, [], SINGLE) == [] and not engine.mock_calls
 
@@ -247,14 +234,14 @@ def test_an_engine_that_is_asked_for_nothing_samples_nothing() -> None:
 class Unportable(Exception):
     """Pickle would rebuild it from its text alone."""
 
-    def __init__(self, key: str, number: int) -> None:
+    def __init__(self, key, number):
         super().__init__(f"{key} {number}")
 
 
-def test_what_pickle_cannot_rebuild_fails_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_pickle_cannot_rebuild_fails_in_every_process(monkeypatch):
     """With its name and text; what pickle can rebuild is what it was."""
 
-    def gather(said: list[Any], own: Any) -> None:
+    def gather(said, own):
         said[:] = [pickle.loads(pickle.dumps(own)), (None, None)]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -264,7 +251,7 @@ def test_what_pickle_cannot_rebuild_fails_in_every_process(monkeypatch: pytest.M
             World(1, 2).together(Mock(side_effect=failure))
 
 
-def end_as(rank: int, error: BaseException, folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, bool]:
+def end_as(rank, error, folder, patch):
     """What a process returns whose training ends so, and whether it waits until the first one has ended."""
     slept = Mock(side_effect=lambda _: (folder / launch.ENDED).touch())
     patch.setattr("capo_exp.training.loop.run", Mock(side_effect=error))
@@ -284,16 +271,8 @@ def end_as(rank: int, error: BaseException, folder: Path, patch: pytest.MonkeyPa
      (RunFailed("vLLM: NCCL"), 1, True, True), (RuntimeError("NCCL error"), 1, False, False),
      (RuntimeError("a bug"), 1, False, True)],
 )  # fmt: skip
-def test_the_first_process_ends_first(
-    error: BaseException,
-    status: int,
-    waits: bool,
-    told: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where it closes what it has opened, after a stop or a failure that was foreseen, whose words are told
-    whatever is in them; torchrun ends all others as soon as one has ended."""
+def test_the_first_process_ends_first(error, status, waits, told, tmp_path, monkeypatch):
+    """It closes what it has opened; torchrun ends all others as soon as one has ended."""
     assert end_as(1, error, tmp_path, monkeypatch) == (status, waits)
     assert (tmp_path / launch.FAILURE).exists() == told
     (tmp_path / launch.ENDED).unlink(missing_ok=True)
@@ -301,7 +280,7 @@ def test_the_first_process_ends_first(
     assert (tmp_path / launch.ENDED).exists() == waits
 
 
-def test_a_stopped_run_is_no_killed_one(tmp_path: Path) -> None:
+def test_a_stopped_run_is_no_killed_one(tmp_path):
     """Although torchrun ends the other processes."""
     ends = {0: SimpleNamespace(exitcode=-signal.SIGTERM), 1: SimpleNamespace(exitcode=launch.INTERRUPTED)}
     assert isinstance(launch._explain(ends, tmp_path), KeyboardInterrupt)
@@ -309,9 +288,7 @@ def test_a_stopped_run_is_no_killed_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("cut", [CutSize(3), CutSize(1, 24), CutSize(1, 24, packed=True)])
-def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(
-    random_batch: Batches, cut: CutSize, size: int
-) -> None:
+def test_dealt_cuts_are_all_cuts_and_all_make_equally_many_passes(random_batch, cut, size):
     batch = random_batch(rows=10)
     shares = [deal_cuts(batch, cut, World(rank, size)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1

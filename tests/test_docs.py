@@ -30,7 +30,7 @@ LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if re.search(r"-m capo_exp(\.doctor)?(\s|$)", line)]
 
 
-def overrides_of(command: str) -> list[str]:
+def overrides_of(command):
     """The key=value arguments of a command line; the first value of those that are swept."""
     words = shlex.split(command.partition("-m capo_exp")[2], comments=True)
     pairs = as_overrides([word for word in words if "=" in word])
@@ -43,7 +43,7 @@ def overrides_of(command: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_documents_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_documents_composes(monkeypatch):
     assert len(COMMANDS) > 15
     monkeypatch.setenv(PLUGINS, "")
     monkeypatch.chdir(ROOT)
@@ -59,18 +59,18 @@ def test_every_command_of_the_documents_composes(monkeypatch: pytest.MonkeyPatch
             raise AssertionError(f"{command}: {error}") from error
 
 
-def test_the_code_of_the_page_on_extending_is_that_of_the_examples() -> None:
+def test_the_code_of_the_page_on_extending_is_that_of_the_examples():
     blocks = re.findall(r"```(?:python|yaml)\n((?:def|name:) .*?)```", TEXTS[EXTENDING], re.DOTALL)
     files = [path for path in (ROOT / "examples").rglob("*.*") if path.suffix in (".py", ".yaml")]
     known = {line for path in files for line in path.read_text().splitlines()}
     assert len(blocks) == 3 and {line for block in blocks for line in block.splitlines()} <= known
 
 
-def test_the_page_of_metrics_is_the_printed_one() -> None:
+def test_the_page_of_metrics_is_the_printed_one():
     assert (ROOT / "docs" / "METRICS.md").read_text() == page()
 
 
-def test_the_page_for_users_of_trl_and_verl_says_what_an_unknown_key_says() -> None:
+def test_the_page_for_users_of_trl_and_verl_says_what_an_unknown_key_says():
     rows = [line.split("|")[1:4] for line in TEXTS[ROOT / "docs" / "FROM_TRL.md"].splitlines()]
     named = {
         name.rpartition(".")[2]: here
@@ -85,18 +85,18 @@ def test_the_page_for_users_of_trl_and_verl_says_what_an_unknown_key_says() -> N
             assert last in re.findall(r"\w+", named[name]), name
 
 
-def test_nothing_is_left_to_fill_in_and_the_readme_is_short() -> None:
+def test_nothing_is_left_to_fill_in_and_the_readme_is_short():
     assert not re.findall(r"@@\w+@@|\b[A-Z]+_(?:OUTPUT|TABLE|TEXT)\b", "".join(TEXTS.values()))
     assert (ROOT / "README.md").stat().st_size <= 12_000
 
 
-def test_every_file_that_the_documents_link_to_is_there() -> None:
+def test_every_file_that_the_documents_link_to_is_there():
     for document, text in TEXTS.items():
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (document.parent / target).exists(), f"{document} links to {target}"
 
 
-def test_the_paper_map_names_functions_and_tests_that_exist() -> None:
+def test_the_paper_map_names_functions_and_tests_that_exist():
     text = (ROOT / "docs" / "PAPER_MAP.md").read_text()
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| ") and line.count("|") == 7]
     named = [name for row in rows[1:] for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)`", row[3])]

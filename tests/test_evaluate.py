@@ -4,20 +4,16 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import PreTrainedModel
 
 from capo_exp.cli.evaluate import main
 from capo_exp.cli.evaluate_config import benchmark_config, run_config
@@ -26,7 +22,6 @@ from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import describe_grader
-from capo_exp.evaluation.command import EvaluateCommand
 from capo_exp.evaluation.subject import weights_digest
 from capo_exp.evaluation.table import BenchmarkScore, gains
 from capo_exp.figures.__main__ import main as figures
@@ -45,19 +40,17 @@ TRAIN = [
 ]  # fmt: skip
 FEW = ["samples=2", "num_problems=24", "problems_per_part=10"]
 
-Evaluate = Callable[..., str]
-
 
 @pytest.fixture(scope="module")
-def trained(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(composed, tmp_path_factory):
     return train.run(composed(*TRAIN, f"output_dir={tmp_path_factory.mktemp('outputs')}"))
 
 
 @pytest.fixture
-def evaluated(capsys: pytest.CaptureFixture[str]) -> Evaluate:
+def evaluated(capsys):
     """Runs a command line that has to succeed; gives what it printed."""
 
-    def run(*arguments: str) -> str:
+    def run(*arguments):
         status = main(list(arguments))
         printed = capsys.readouterr()
         assert status == 0, printed.err
@@ -66,30 +59,30 @@ def evaluated(capsys: pytest.CaptureFixture[str]) -> Evaluate:
     return run
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refused(capsys, *arguments):
     assert main(list(arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def rows(path: Path) -> list[dict]:
+def rows(path):
     return pq.ParquetFile(path).read().to_pylist()
 
 
-def folder(root: Path, label: str, name: str = "arithmetic") -> Path:
+def folder(root, label, name="arithmetic"):
     (found,) = root.glob(f"**/{label}-*/{name}-*")
     return found
 
 
 @pytest.fixture(scope="module")
-def scored(trained: Path) -> Path:
+def scored(trained):
     """The run's last checkpoint and its base model, evaluated once."""
     assert main([f"run={trained}", *FEW]) == 0
     return folder(trained / "evaluations", "step_000002")
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_completions_on_record(scored: Path) -> None:
+def test_scores_are_those_of_the_completions_on_record(scored):
     completions, problems = rows(scored / "completions.parquet"), rows(scored / "problems.parquet")
     scores = json.loads((scored / "scores.json").read_text())
     assert [(row["index"], row["sample"]) for row in completions] == [
@@ -115,7 +108,7 @@ def test_scores_are_those_of_the_completions_on_record(scored: Path) -> None:
     assert sum(level["problems"] for level in scores["by_level"].values()) == 24
 
 
-def test_the_card_says_what_the_score_depends_on(scored: Path, trained: Path) -> None:
+def test_the_card_says_what_the_score_depends_on(scored, trained):
     card = json.loads((scored / "card.json").read_text())
     assert card["sampling"] == {
         "samples": 2, "temperature": 0.6, "top_k": 0, "top_p": 0.95, "max_tokens": 40, "seed": 0,
@@ -133,9 +126,7 @@ def test_the_card_says_what_the_score_depends_on(scored: Path, trained: Path) ->
     assert base == card
 
 
-def test_the_weights_digest_sees_every_parameter_and_not_where_it_came_from(
-    small_model: PreTrainedModel,
-) -> None:
+def test_the_weights_digest_sees_every_parameter_and_not_where_it_came_from(small_model):
     seen = {weights_digest(small_model)}
     for parameter in small_model.parameters():
         with torch.no_grad():
@@ -145,9 +136,7 @@ def test_the_weights_digest_sees_every_parameter_and_not_where_it_came_from(
     assert weights_digest(copy.deepcopy(small_model).double().float()) in seen
 
 
-def test_the_same_command_samples_nothing_and_shows_the_same(
-    scored: Path, trained: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_samples_nothing_and_shows_the_same(scored, trained, evaluated, monkeypatch):
     monkeypatch.setattr(evaluate_model, "draw_completions", None)
     shown = evaluated(f"run={trained}", *FEW)
     average = json.loads((scored / "scores.json").read_text())["average"]["value"]
@@ -160,8 +149,8 @@ def test_the_same_command_samples_nothing_and_shows_the_same(
 
 @pytest.mark.slow
 def test_a_card_its_scores_and_examples_are_sent_to_each_tracker(
-    scored: Path, trained: Path, evaluated: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    scored, trained, evaluated, tmp_path, monkeypatch
+):
     """From the files alone: nothing is sampled again."""
     monkeypatch.setattr(evaluate_model.Subject, "engine", None)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -189,8 +178,8 @@ def test_a_card_its_scores_and_examples_are_sent_to_each_tracker(
 
 @pytest.mark.slow
 def test_rows_of_several_commands_and_runs_stay_apart_and_figures_draw_those_of_one_card(
-    trained: Path, evaluated: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    trained, evaluated, tmp_path, capsys
+):
     """No row of an earlier command is lost; the benchmarks that were tested last are drawn."""
     runs, few, out = [tmp_path / name for name in ("a", "b")], ["num_problems=3"], tmp_path / "out"
     for run in runs:
@@ -210,16 +199,14 @@ def test_rows_of_several_commands_and_runs_stay_apart_and_figures_draw_those_of_
     assert figures(draw) == 0
 
 
-def test_who_comes_second_waits_and_reads(
-    trained: Path, scored: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_comes_second_waits_and_reads(trained, scored, evaluated, monkeypatch):
     """Another process holds the folder, and writes the scores before it lets go."""
     scores, is_locked, seen = (scored / "scores.json").read_text(), benchmark.is_locked, list[bool]()
     (scored / "scores.json").unlink()
     with ExitStack() as other:
         other.enter_context(locked(scored))
 
-        def polled(folder: Path) -> bool:
+        def polled(folder):
             if folder != scored:
                 return is_locked(folder)
             seen.append(is_locked(folder))
@@ -236,20 +223,20 @@ def test_who_comes_second_waits_and_reads(
 
 @pytest.mark.slow
 def test_ended_anywhere_it_goes_on_to_the_same_completions(
-    scored: Path, trained: Path, evaluated: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    scored, trained, evaluated, monkeypatch, tmp_path,
+    capsys,
+):  # fmt: skip
     """What was sampled is not lost when grading fails, and no part is sampled twice."""
     command = [f"run={trained}", *FEW, "base=false", f"output={tmp_path}"]
     draw, score, calls = evaluate_model.draw_completions, ExactVerifier.score, []
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
+    def interrupted(*args, **kwargs):
         calls.append(args[1].seed)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    def no_workers(*_: object) -> None:
+    def no_workers(*_):
         raise RunFailed("verification workers ended 3 times")
 
     monkeypatch.setattr(evaluate_model, "draw_completions", interrupted)
@@ -274,9 +261,7 @@ def test_ended_anywhere_it_goes_on_to_the_same_completions(
 
 
 @pytest.mark.slow
-def test_what_changes_the_samples_changes_the_folder(
-    trained: Path, evaluated: Evaluate, tmp_path: Path
-) -> None:
+def test_what_changes_the_samples_changes_the_folder(trained, evaluated, tmp_path):
     command = [f"run={trained}", "samples=1", "num_problems=2", "base=false", f"output={tmp_path}"]
     changes = (
         "temperature=0.9", "seed=1", "problems_per_part=1", "prompt=few_shot", "num_problems=1",
@@ -288,9 +273,7 @@ def test_what_changes_the_samples_changes_the_folder(
     assert len(list(tmp_path.glob("*/step_000002-*/*"))) == 1 + len(changes)
 
 
-def test_levels_are_those_asked_for_and_not_those_of_training(
-    trained: Path, evaluated: Evaluate, tmp_path: Path
-) -> None:
+def test_levels_are_those_asked_for_and_not_those_of_training(trained, evaluated, tmp_path):
     few = ["samples=1", "num_problems=4", "base=false", f"output={tmp_path}"]
     evaluated(f"run={trained}", *few, "dataset.levels=[2]")
     assert {row["level"] for row in rows(folder(tmp_path, "step_000002") / "problems.parquet")} == {"2"}
@@ -301,7 +284,7 @@ def test_levels_are_those_asked_for_and_not_those_of_training(
     assert benchmark_config("arithmetic", ["dataset.levels=[3]"], run=run).dataset.levels == ["3"]
 
 
-def test_greedy_accuracy_is_what_training_logged(trained: Path, evaluated: Evaluate, tmp_path: Path) -> None:
+def test_greedy_accuracy_is_what_training_logged(trained, evaluated, tmp_path):
     """eval.jsonl before the first and after the last step, by the checkpoint and by the base model."""
     greedy = ["samples=1", "temperature=0", "top_p=1", "num_problems=24"]
     evaluated(f"run={trained}", *greedy, f"output={tmp_path}")
@@ -311,9 +294,7 @@ def test_greedy_accuracy_is_what_training_logged(trained: Path, evaluated: Evalu
 
 
 @pytest.mark.slow
-def test_a_model_without_a_run_by_name_and_by_folder(
-    evaluated: Evaluate, trained: Path, scored: Path, tmp_path: Path
-) -> None:
+def test_a_model_without_a_run_by_name_and_by_folder(evaluated, trained, scored, tmp_path):
     settings = ["benchmarks=arithmetic", *FEW, *TRAIN[-2:], "dataset.max_completion_tokens=40"]
     by_name = evaluated("model=tiny", *settings, f"output={tmp_path / 'name'}")
     path = trained / "checkpoints" / "step_000002"
@@ -329,9 +310,7 @@ def test_a_model_without_a_run_by_name_and_by_folder(
 
 @pytest.mark.slow
 @needs_data
-def test_benchmarks_of_another_kind_with_the_runs_model_and_prompt_style(
-    trained: Path, evaluated: Evaluate, tmp_path: Path
-) -> None:
+def test_benchmarks_of_another_kind_with_the_runs_model_and_prompt_style(trained, evaluated, tmp_path):
     shown = evaluated(
         f"run={trained}", "benchmarks=[aime24,math500]", "samples=1", "num_problems=6", "base=false",
         f"output={tmp_path}", f"dataset.path={SHARED}", "dataset.max_prompt_tokens=2000",
@@ -344,9 +323,7 @@ def test_benchmarks_of_another_kind_with_the_runs_model_and_prompt_style(
     assert card["sampling"]["max_tokens"] == 8
 
 
-def test_training_problems_in_a_benchmark_are_told(
-    trained: Path, evaluated: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_problems_in_a_benchmark_are_told(trained, evaluated, tmp_path, capsys):
     assert main([f"run={trained}", *FEW, "base=false", f"output={tmp_path}", "dataset.eval_split=train"]) == 0
     assert "arithmetic: 24 problems are also in arithmetic/train, which training drew from" in (
         capsys.readouterr().err
@@ -377,22 +354,18 @@ MODEL = ["model=tiny", "benchmarks=arithmetic"]
         (["completions=x", "samples=3"], "samples=3: expected only output and reward keys"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(arguments, message, capsys):
     assert message in refused(capsys, *arguments)
 
 
 @pytest.mark.slow
-def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(monkeypatch, tmp_path):
     (tmp_path / "dataset").mkdir()
     own = (conf_dir() / "dataset" / "gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
     (tmp_path / "dataset" / "mine.yaml").write_text(own)
     seen: list[TrainConfig] = []
 
-    def record(command: EvaluateCommand, configs: list[TrainConfig], *_: object, **__: object) -> None:
+    def record(command, configs, *_, **__):
         seen.extend(configs)
         raise ConfigError("enough")
 
@@ -404,9 +377,7 @@ def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(
     assert {(c.rollout.is_vllm, c.dataset.template) for c in seen} == {(True, "{problem} $x")}
 
 
-def test_runs_that_cannot_be_evaluated(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_cannot_be_evaluated(trained, tmp_path, capsys, monkeypatch):
     steps = r"checkpoint=7: expected last, all, or one of the steps 1, 2"
     assert steps in refused(capsys, f"run={trained}", "checkpoint=7")
     damaged = tmp_path / "damaged"
@@ -428,10 +399,7 @@ def test_runs_that_cannot_be_evaluated(
     assert "bare: no checkpoint there; expected a run that has saved one" in told
 
 
-# --- completions on disk
-
-
-def write(path: Path, table: list[dict]) -> Path:
+def write(path, table):
     pq.write_table(pa.Table.from_pylist(table), path)
     return path
 
@@ -446,9 +414,7 @@ STORED = [
 
 
 @pytest.mark.slow
-def test_completions_on_disk_are_scored_by_model_against_their_labels(
-    tmp_path: Path, evaluated: Evaluate, scored: Path
-) -> None:
+def test_completions_on_disk_are_scored_by_model_against_their_labels(tmp_path, evaluated, scored):
     source, output = write(tmp_path / "all.parquet", STORED), tmp_path / "out"
     lines = evaluated(f"completions={source}", f"output={output}").splitlines()
     words = [" ".join(line.split()) for line in lines[:3]]
@@ -473,9 +439,7 @@ def test_completions_on_disk_are_scored_by_model_against_their_labels(
 
 
 @pytest.mark.slow
-def test_problems_of_benchmarks_whose_numbers_begin_again_stay_apart(
-    tmp_path: Path, evaluated: Evaluate
-) -> None:
+def test_problems_of_benchmarks_whose_numbers_begin_again_stay_apart(tmp_path, evaluated):
     table = [
         {"index": 0, "gold": "1", "completion": r"\boxed{1}", "model": model, "benchmark": benchmark}
         for model in "ab" for benchmark in "xy"
@@ -486,9 +450,7 @@ def test_problems_of_benchmarks_whose_numbers_begin_again_stay_apart(
     assert (whole["problems"], whole["samples"]) == (2, 1)
 
 
-def test_a_reward_function_that_was_edited_is_another_grader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reward_function_that_was_edited_is_another_grader(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     said = []
     for body in ("1.0", "0.0"):
@@ -499,8 +461,8 @@ def test_a_reward_function_that_was_edited_is_another_grader(
     assert said[0] != said[1] and said[0]["code"] == said[1]["code"]
 
 
-def test_gains_are_differences_on_the_same_problems() -> None:
-    def result(model: str, step: int, right: dict[str, float]) -> BenchmarkScore:
+def test_gains_are_differences_on_the_same_problems():
+    def result(model, step, right):
         return BenchmarkScore(model, step, None, "b", "b-1", {}, right)
 
     base = result("base", 0, {"x": 0.0, "y": 1.0, "z": 0.5})
@@ -509,7 +471,7 @@ def test_gains_are_differences_on_the_same_problems() -> None:
     assert gains([base], [base]) == {}
 
 
-def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_none(tmp_path, capsys):
     path = tmp_path / "all.parquet"
     for table, message in (
         ([{"problem": "1?", "completion": "1"}], "problem, completion; expected also gold or answer"),
@@ -524,13 +486,8 @@ def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "expected a parquet file" in refused(capsys, f"completions={path}")
 
 
-# --- with vLLM
-
-
 @needs_vllm
-def test_vllm_answers_as_transformers_do_with_the_weights_of_each_checkpoint(
-    trained: Path, evaluated: Evaluate, tmp_path: Path
-) -> None:
+def test_vllm_answers_as_transformers_do_with_the_weights_of_each_checkpoint(trained, evaluated, tmp_path):
     """Greedy, so that both engines have one right answer; one engine takes the weights of both models."""
     command = [f"run={trained}", "samples=1", "temperature=0", "num_problems=8"]
     evaluated(*command, f"output={tmp_path / 'hf'}")

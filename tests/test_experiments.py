@@ -1,20 +1,17 @@
-"""conf/setting, conf/experiment, conf/scale: every job composes and passes the checks, numbers are published,
-every kind of step that an experiment takes runs."""
+"""conf/setting, conf/experiment, conf/scale: every job passes the checks and has the published numbers."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 
 from capo_exp.config.checks import check
 from capo_exp.config.choices import without_hydra
@@ -28,7 +25,7 @@ from tests.conftest import is_value, with_values
 from tests.pieces import run_training
 
 
-def names_in(group: str) -> list[str]:
+def names_in(group):
     """The choices of a group; `_name` is part of others."""
     files = (conf_dir() / group).rglob("*.yaml")
     names = (str(path.relative_to(conf_dir() / group).with_suffix("")) for path in files)
@@ -51,7 +48,7 @@ class Composed:
 
 
 @cache
-def compose_once(*overrides: str) -> tuple[DictConfig, Mapping[str, str]]:
+def compose_once(*overrides):
     """The keys, not yet resolved, and the sweep."""
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -61,13 +58,13 @@ def compose_once(*overrides: str) -> tuple[DictConfig, Mapping[str, str]]:
 
 
 @cache
-def composed(*overrides: str) -> Composed:
+def composed(*overrides):
     cfg, sweep = compose_once(*overrides)
     return Composed(to_config(cfg), sweep)
 
 
 @cache
-def grid(*overrides: str) -> list[tuple[str, ...]]:
+def grid(*overrides):
     """The overrides of each job of a sweep, but for its seeds; one line without any for a single run."""
     texts = [f"{key}={value}" for key, value in composed(*overrides).sweep.items() if key != "seed"]
     parsed = OverridesParser.create().parse_overrides(texts)
@@ -75,7 +72,7 @@ def grid(*overrides: str) -> list[tuple[str, ...]]:
 
 
 @cache
-def jobs(*overrides: str) -> list[tuple[tuple[str, ...], TrainConfig]]:
+def jobs(*overrides):
     """Overrides and configuration of the first job of a sweep, the last, and those with one other value than
     the first; of choices, each of which is composed by itself, the first and the last have to do."""
     lines, found = grid(*overrides), []
@@ -87,12 +84,12 @@ def jobs(*overrides: str) -> list[tuple[tuple[str, ...], TrainConfig]]:
     return found
 
 
-def figures_of_runs() -> list[str]:
+def figures_of_runs():
     """Whose jobs are single runs of the paper."""
     return [name for name in PAPERS if "experiment/paper" in composed(f"experiment={name}").sweep]
 
 
-def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node, prefix=""):
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -100,27 +97,24 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def batch(config: TrainConfig) -> int:
+def batch(config):
     return config.regime.prompts_per_step * config.regime.group_size
 
 
-def updates(config: TrainConfig) -> int:
+def updates(config):
     return config.num_steps * config.algo.num_iterations * config.algo.num_minibatches
 
 
-def same(seen: Any, wanted: Any) -> bool:
+def same(seen, wanted):
     number = isinstance(wanted, float) and isinstance(seen, float | int)
     return math.isclose(seen, wanted, rel_tol=1e-9) if number else seen == wanted
 
 
-def expect(where: str, seen: Any, wanted: Any) -> None:
+def expect(where, seen, wanted):
     assert same(seen, wanted), f"{where}: got {seen}, expected {wanted}"
 
 
-# Every job.
-
-
-def expect_checked(where: str, config: TrainConfig) -> None:
+def expect_checked(where, config):
     try:
         check(config)
     except ConfigError as error:
@@ -129,7 +123,7 @@ def expect_checked(where: str, config: TrainConfig) -> None:
 
 
 @pytest.mark.slow
-def test_every_experiment_passes_the_checks_and_jobs_are_runs_of_their_own() -> None:
+def test_every_experiment_passes_the_checks_and_jobs_are_runs_of_their_own():
     """Jobs of every fourth study, and of the papers' sweeps that other tests here look at."""
     for name in EXPERIMENTS:
         config, dash = composed(f"experiment={name}").config, "dash" in name
@@ -153,7 +147,7 @@ def test_every_experiment_passes_the_checks_and_jobs_are_runs_of_their_own() -> 
 
 
 @pytest.mark.slow
-def test_studies_compose_in_other_settings() -> None:
+def test_studies_compose_in_other_settings():
     """A few in each."""
     for place, setting in enumerate(STUDY_SETTINGS):
         shipped = ["model.path=org/model"] if setting in MADE_MODELS else []
@@ -166,7 +160,7 @@ def test_studies_compose_in_other_settings() -> None:
             expect(f"{where}: model", config.model.name, composed(f"setting={setting}").config.model.name)
 
 
-def test_both_regimes_of_a_study_setting_ask_for_the_same_completions() -> None:
+def test_both_regimes_of_a_study_setting_ask_for_the_same_completions():
     """The criterion compares accuracies after as many completions."""
     for setting in STUDY_SETTINGS:
         aggressive, conservative = (
@@ -178,8 +172,6 @@ def test_both_regimes_of_a_study_setting_ask_for_the_same_completions() -> None:
         assert aggressive == {"keywords_deep": 9_600, "sums": 4_800}.get(setting, 19_200), setting
 
 
-# scale=tiny against the experiment itself.
-
 TINY_CHANGES = (
     "model.", "dataset.", "reward.", "rollout.temperature", "rollout.top_k", "regime.learning_rate",
     "regime.prompts_per_step", "num_steps", "experiment_name",
@@ -189,7 +181,7 @@ STUDY_CHANGES = ("optimizer.schedule", "optimizer.warmup_ratio", "evaluation.", 
 LENGTHS = ("algo.aggregation.length", "algo.shaping.max_length", "algo.shaping.cache")
 
 
-def compare_tiny(name: str, line: tuple[str, ...]) -> None:
+def compare_tiny(name, line):
     """A job of paper/X at scale=tiny, beside the same job as the paper has it."""
     theirs = composed(f"experiment={name}", *line).config
     line = tuple("model=tiny" if o.startswith("model=") else o for o in line)
@@ -216,7 +208,7 @@ def compare_tiny(name: str, line: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_tiny_is_the_papers_experiment_on_another_model() -> None:
+def test_tiny_is_the_papers_experiment_on_another_model():
     """Of every fourth one, and of those for which conf/_scale has a file."""
     own = {name.removesuffix("_tiny") for name in names_in("_scale/experiment") if name.endswith("_tiny")}
     for name in sorted({*PAPERS[::4], *own.intersection(PAPERS)}):
@@ -233,7 +225,7 @@ def test_tiny_is_the_papers_experiment_on_another_model() -> None:
 
 
 @pytest.mark.slow
-def test_smoke_is_seconds_of_any_experiment() -> None:
+def test_smoke_is_seconds_of_any_experiment():
     """Of every tenth one, and of those for which conf/_scale has a file."""
     own = {name.removesuffix("_smoke") for name in names_in("_scale/experiment") if name.endswith("_smoke")}
     assert own < set(EXPERIMENTS)
@@ -247,7 +239,7 @@ def test_smoke_is_seconds_of_any_experiment() -> None:
         expect(f"{name}: seconds", few, True)
 
 
-def test_the_command_line_has_the_last_word_on_scale_name_and_setting() -> None:
+def test_the_command_line_has_the_last_word_on_scale_name_and_setting():
     asked = composed("experiment=paper/capo", "scale=smoke", "model=qwen2_5_0_5b", "dataset=math").config
     assert (asked.model.name, asked.dataset.name, asked.num_steps) == ("qwen2_5_0_5b", "math", 2)
     assert asked.experiment_name == "paper_capo-smoke"
@@ -304,7 +296,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def test_the_numbers_of_each_papers_setting() -> None:
+def test_the_numbers_of_each_papers_setting():
     for override, numbers in SETTINGS.items():
         values = dict(flat(asdict(composed(override).config)))
         for k, v in numbers.items():
@@ -391,7 +383,7 @@ SWEEPS: dict[str, tuple[int, Mapping[str, list[Any] | str]]] = {
 
 
 @pytest.mark.slow
-def test_the_numbers_of_single_runs() -> None:
+def test_the_numbers_of_single_runs():
     for name, (algo, regime, optimizer_model, (policy, objective)) in CURVES.items():
         config = composed(f"experiment=paper/{name}").config
         selection = config.algo.selection
@@ -413,7 +405,7 @@ def test_the_numbers_of_single_runs() -> None:
 
 
 @pytest.mark.slow
-def test_the_numbers_of_sweeps() -> None:
+def test_the_numbers_of_sweeps():
     for name, (count, numbers) in SWEEPS.items():
         configs = [dict(flat(asdict(config))) for _, config in jobs(f"experiment=paper/{name}")]
         expect(f"{name} jobs", len(grid(f"experiment=paper/{name}")), count)
@@ -427,7 +419,7 @@ def test_the_numbers_of_sweeps() -> None:
 
 
 @pytest.mark.slow
-def test_a_figures_jobs_are_the_single_runs() -> None:
+def test_a_figures_jobs_are_the_single_runs():
     """Whether it is run by its own command or in a figure, a run has one identity."""
     assert len(figures_of_runs()) > 8
     for name in figures_of_runs():
@@ -436,8 +428,6 @@ def test_a_figures_jobs_are_the_single_runs() -> None:
             alone = [text.replace("experiment/paper=", "experiment=paper/") for text in line]
             expect(f"{name} {' '.join(line)}", run_id(config), run_id(composed(*alone, *raw).config))
 
-
-# Every distinct kind of step runs.
 
 SMALL = (
     "scale=smoke", "logger=files", "device=cpu", "num_steps=1", "dataset.max_completion_tokens=12",
@@ -456,7 +446,7 @@ FEATURES = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", FEATURES)
-def test_every_kind_of_step_runs(overrides: str, tmp_path: Path) -> None:
+def test_every_kind_of_step_runs(overrides, tmp_path):
     config = composed(*SMALL, *overrides.split(), f"output_dir={tmp_path}").config
     check(config)
     directory = train.run(config)
@@ -467,9 +457,6 @@ def test_every_kind_of_step_runs(overrides: str, tmp_path: Path) -> None:
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
 
 
-# The command line.
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected", "folder"),
@@ -478,14 +465,7 @@ def test_every_kind_of_step_runs(overrides: str, tmp_path: Path) -> None:
         (["hydra.mode=RUN"], 0, ""),
     ],
 )
-def test_a_sweep_and_its_jobs_are_in_one_folder(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    expected: int,
-    folder: str,
-) -> None:
+def test_a_sweep_and_its_jobs_are_in_one_folder(tmp_path, monkeypatch, capsys, arguments, expected, folder):
     seen = []
     monkeypatch.setattr(sweep, "run_dir", lambda config: seen.append(config.experiment_name))
     monkeypatch.chdir(tmp_path)
@@ -498,7 +478,7 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(
     assert written == ([f"outputs/{folder}/multirun.yaml"] if expected else [])
 
 
-def test_parts_of_others_are_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_of_others_are_not_offered(capsys):
     run_training("experiment=paper/figure_9")
     error = capsys.readouterr().err
     assert "nearest: paper/figure_" in error and "/_" not in error

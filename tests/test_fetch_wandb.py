@@ -1,16 +1,13 @@
 """The exporter: W&B's own client against the server of wandb_server.py, and rows known by construction."""
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
 from omegaconf import OmegaConf
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.identity import run_name
 from capo_exp.runs.logger import RunLogger
@@ -19,13 +16,13 @@ from capo_exp.runs.read import load_run, read_jsonl
 from capo_exp.runs.record import RunRecord, read_record, run_status
 from capo_exp.training import loop as train
 from scripts.fetch_wandb import RENAMED, export, main, split
-from tests.wandb_server import Server, serve
+from tests.wandb_server import serve
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+def server(monkeypatch, tmp_path):
     with serve() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -36,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def logged(composed: Callable[..., TrainConfig], tmp_path: Path, server: Server) -> str:
+def logged(composed, tmp_path, server):
     """Two rows that were logged online; gives the run's name."""
     (tmp_path / "here").mkdir()
     config = composed("logger=wandb", "logger.tags=[a]", "experiment_name=sweep")
@@ -48,9 +45,7 @@ def logged(composed: Callable[..., TrainConfig], tmp_path: Path, server: Server)
 
 
 @pytest.mark.slow
-def test_a_fetched_run_is_what_was_trained(
-    composed: Callable[..., TrainConfig], tmp_path: Path, server: Server
-) -> None:
+def test_a_fetched_run_is_what_was_trained(composed, tmp_path, server):
     trained = train.run(
         composed(
             "algo=capo", "logger=wandb", "logger.wandb_mode=online", "num_steps=3", "evaluation.every=2",
@@ -79,9 +74,7 @@ def test_a_fetched_run_is_what_was_trained(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(
-    logged: str, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(logged, tmp_path, server, capsys):
     [run] = server.runs.values()
     pages: list[str] = []
     genuine = server.HistoryPage
@@ -104,7 +97,7 @@ def test_a_run_that_is_there_is_left_and_one_that_went_on_is_fetched_again(
     assert main(command) == 0 and len(pages) == 5 and load_run(there).setting("algo.variant") == ""
 
 
-def test_filters_choose_runs(logged: str, tmp_path: Path, server: Server) -> None:
+def test_filters_choose_runs(logged, tmp_path, server):
     [wandb_id] = server.runs
     for number, (filters, found) in enumerate(
         {
@@ -118,9 +111,7 @@ def test_filters_choose_runs(logged: str, tmp_path: Path, server: Server) -> Non
 
 
 @pytest.mark.usefixtures("logged")
-def test_what_is_wrong_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
     for command, said in (
         (["capo_exp"], "capo_exp: expected ENTITY/PROJECT, as in the project's URL"),
         (["me/nowhere"], "Could not find project nowhere"),
@@ -138,9 +129,7 @@ def test_what_is_wrong_is_one_line(
     assert not (tmp_path / "fetched").exists()
 
 
-def test_one_run_that_fails_does_not_stop_the_others(
-    logged: str, tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_run_that_fails_does_not_stop_the_others(logged, tmp_path, server, capsys):
     [(name, run)] = server.runs.items()
     server.runs = {"broken": {**run, "displayName": "broken"}, name: run}
     genuine = server.RunParquetHistory
@@ -148,9 +137,6 @@ def test_one_run_that_fails_does_not_stop_the_others(
     assert main(["me/capo_exp", str(tmp_path / "fetched")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("broken (broken): ")
     assert [path.name for path in (tmp_path / "fetched" / "sweep").iterdir()] == [logged]
-
-
-# --- rows and folders known by construction ---
 
 
 @dataclass
@@ -169,21 +155,21 @@ class Run:
     url: str = "https://wandb.example/e/p/runs/x1"
 
     @property
-    def path(self) -> list[str]:
+    def path(self):
         return ["e", "p", self.id]
 
-    def scan_history(self) -> list[dict[str, Any]]:
+    def scan_history(self):
         return self.rows
 
 
-def row(step: int, update: int | None = None, **more: Any) -> dict[str, Any]:
+def row(step, update=None, **more):
     """`loss__kl` stands for loss/kl."""
     named = {key.replace("__", "/"): value for key, value in more.items()}
     counters = {"counter/rollout_step": step, "counter/completions": 96 * step}
     return {**counters, "counter/optimizer_step": step if update is None else update, **named}
 
 
-def test_of_steps_that_were_logged_twice_the_last_counts() -> None:
+def test_of_steps_that_were_logged_twice_the_last_counts():
     """W&B keeps what a run logged beyond the checkpoint that it went on from."""
     first = [row(step, loss__total=step / 7) for step in (1, 2, 3)]
     again = [row(step, loss__total=step / 9) for step in (2, 3, 4)]
@@ -193,7 +179,7 @@ def test_of_steps_that_were_logged_twice_the_last_counts() -> None:
     assert split(inner).metrics == inner
 
 
-def test_other_numbers_than_ours_are_left_out_and_counted() -> None:
+def test_other_numbers_than_ours_are_left_out_and_counted():
     own = {"_step": 4, "_runtime": 2.5, "loss/kl": None}
     logged = {**row(1, loss__total="NaN"), **own, "profiling/x": 1.0, "chart": {"_type": "histogram"}}
     found = split([logged, {**logged, **row(2)}, {"gpu/x": 1, "loss/total": 2.0}])
@@ -203,12 +189,12 @@ def test_other_numbers_than_ours_are_left_out_and_counted() -> None:
     assert {type(value) for value in counted.values()} == {int}
 
 
-def theirs(step: int, **more: Any) -> dict[str, Any]:
+def theirs(step, **more):
     named = {f"train/{key.replace('__', '/')}": value for key, value in more.items()}
     return {"train/global_step": step, "train/num_completions/total": 96.0 * step, **named}
 
 
-def test_runs_of_the_authors_program_are_translated() -> None:
+def test_runs_of_the_authors_program_are_translated():
     token, batch = "token_fisher_kl_divergence", "global_fisher_kl_divergence"
     found = split(
         [
@@ -234,7 +220,7 @@ def test_runs_of_the_authors_program_are_translated() -> None:
     assert METRICS.keys() >= RENAMED.keys() and len(RENAMED) > 20
 
 
-def test_folders_of_runs_with_one_name_and_of_runs_trained_here(tmp_path: Path) -> None:
+def test_folders_of_runs_with_one_name_and_of_runs_trained_here(tmp_path):
     first, second = Run([row(1, loss__kl=1.0)]), Run([row(1, loss__kl=2.0)], id="x2")
     for run in (first, second, first, second):
         export(run, tmp_path)

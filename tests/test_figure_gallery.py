@@ -3,9 +3,6 @@
 import csv
 import io
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,15 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from capo_exp.core.intervals import seed_estimate
 from capo_exp.figures import style, tables
 from capo_exp.figures.curves import curves
 from capo_exp.figures.gallery import FIGURES, find_figure
-from capo_exp.figures.page import Picture, caption, compose, draw_page
-from capo_exp.figures.panel import Panel, cell_text
+from capo_exp.figures.page import caption, compose, draw_page
+from capo_exp.figures.panel import cell_text
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.figures.tokens import count_tokens
 from capo_exp.runs.read import load_run, to_its_end
@@ -40,13 +35,13 @@ TARGET = 0.41 + 2e-6 * 59904
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def everything(tmp_path_factory):
     """Two seeds of the paper's runs, at most 12 steps."""
     return study_in(write_study(tmp_path_factory.mktemp("all"), PAPER, steps=12))
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def first(tmp_path_factory):
     """Figure 1's runs, in full."""
     root = tmp_path_factory.mktemp("first")
     for job in FIGURE_1:
@@ -54,22 +49,22 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return study_in(root)
 
 
-def drawn(shown: Picture) -> Figure:
+def drawn(shown):
     with rc_context(style.SETTINGS):
         return draw_page(shown)
 
 
-def rows(panels: tuple[Panel, ...]) -> list[dict[str, str]]:
+def rows(panels):
     return list(csv.DictReader(io.StringIO(tables.csv_text(panels))))
 
 
-def curve(found: list[dict[str, str]], label: str, panel: str | None = None) -> list[dict[str, str]]:
+def curve(found, label, panel=None):
     return [row for row in found if row["curve"] == label and panel in (None, row["panel"])]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
+def test_every_figure_is_drawn_in_full(name, everything):
     shown = compose(name, everything)
     assert shown.lacking == ()
     assert len(shown.panels) == len(FIGURES[name].panels(everything))
@@ -78,7 +73,7 @@ def test_every_figure_is_drawn_in_full(name: str, everything: Study) -> None:
     check_page(drawn(shown))
 
 
-def check_page(figure: Figure) -> None:
+def check_page(figure):
     """Nothing sticks out of the page, no text lies on another, no legend on the axes."""
     with rc_context(style.SETTINGS):  # how many ticks there are follows the size of their letters
         figure.draw_without_rendering()
@@ -94,20 +89,20 @@ def check_page(figure: Figure) -> None:
             check_apart([text for text in axes.texts if text.get_text()])
 
 
-def check_apart(texts: Sequence[Text]) -> None:
+def check_apart(texts):
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
     for (one, box), (other, its) in itertools.combinations(boxes, 2):
         assert not box.overlaps(its), (one, other)
 
 
-def shown_ticks(axis: Any) -> list[Text]:
+def shown_ticks(axis):
     """Labels inside the limits; matplotlib keeps others."""
     low, high = sorted(axis.get_view_interval())
     ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     return [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
 
 
-def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
+def test_figure_1_is_the_mean_the_line_and_the_factor(first):
     shown = compose("1", first)
     found = rows(shown.panels)
     capo = curve(found, "CAPO (A)")
@@ -141,7 +136,7 @@ def test_figure_1_is_the_mean_the_line_and_the_factor(first: Study) -> None:
     assert axes.get_xlim() == (0, 9600) and len(axes.collections) == 3  # a band for each curve
 
 
-def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
+def test_smoothing_is_the_figures_own_unless_told(first):
     paper = Study(**{**vars(first), "smoothing": None, "bands": {}})
     found = curve(rows(compose("1", paper).panels), "CAPO (A)")
     first_step = 0.41 + 4e-5 * 96
@@ -154,7 +149,7 @@ def test_smoothing_is_the_figures_own_unless_told(first: Study) -> None:
     assert [row["x"] for row in found] == [str(step) for step in range(53)]
 
 
-def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path: Path) -> None:
+def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path):
     """Held-out accuracy has an x = 0 of its own."""
     said = "Training accuracy at x = 0: of runs at learning rate 0."
     for job in ("capo", "zero_learning_rate"):
@@ -162,7 +157,7 @@ def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path: Path) -
         assert (said in caption(compose("2", study_in(tmp_path)))) == (job != "capo")
 
 
-def test_nothing_short_is_smoothed(tmp_path: Path) -> None:
+def test_nothing_short_is_smoothed(tmp_path):
     jumps = {"capo": 9, "grpo_aggressive": 10}  # steps, and as many points
     for job, steps in jumps.items():
         write_run(tmp_path, job, steps=steps, accuracy=lambda x, _: 0.9 if x > 500 else 0.1)
@@ -173,7 +168,7 @@ def test_nothing_short_is_smoothed(tmp_path: Path) -> None:
     assert "fewer than 10 points are not smoothed: CAPO (A) (training accuracy)" in caption(shown)
 
 
-def test_seeds_that_end_look_ended(tmp_path: Path) -> None:
+def test_seeds_that_end_look_ended(tmp_path):
     """Three seeds of 100 planned steps: two end at 60 and 40, one goes to the end."""
     for seed, steps in enumerate((100, 60, 40)):
         write_run(tmp_path, "capo", seed, steps=steps)
@@ -189,7 +184,7 @@ def test_seeds_that_end_look_ended(tmp_path: Path) -> None:
     assert whole.get_linewidth() > 2 * rest.get_linewidth()
 
 
-def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_path: Path) -> None:
+def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_path):
     path = write_run(tmp_path, "capo", steps=20)
     text = (path / "metrics.jsonl").read_text()
     (path / "metrics.jsonl").write_text(text.replace('unrewarded_steps": 0', 'unrewarded_steps": 20'))
@@ -202,7 +197,7 @@ def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_pat
     assert "Cross: a seed ended there; stopped for want of reward, it counts as 0" in caption(shown)
 
 
-def test_what_lies_beyond_the_axes_leaves_them_whole(tmp_path: Path) -> None:
+def test_what_lies_beyond_the_axes_leaves_them_whole(tmp_path):
     """Seeds that end at a gradient of 0, which a log axis lacks, and an interval beyond 0 and 100 %."""
     for seed in (0, 1):
         path = write_run(tmp_path, "capo", seed, steps=60, accuracy=lambda _, seed: float(seed))
@@ -214,7 +209,7 @@ def test_what_lies_beyond_the_axes_leaves_them_whole(tmp_path: Path) -> None:
     drawn(compose("metrics", study))  # a layout that collapses is a warning
 
 
-def test_a_curve_without_the_metric_is_named(tmp_path: Path) -> None:
+def test_a_curve_without_the_metric_is_named(tmp_path):
     write_run(tmp_path, "capo", steps=5)
     write_run(tmp_path, "grpo_aggressive", steps=5, without=["policy/entropy"])
     study = study_in(tmp_path)
@@ -225,7 +220,7 @@ def test_a_curve_without_the_metric_is_named(tmp_path: Path) -> None:
     assert {row["curve"] for row in rows(shown.panels)} == {"CAPO (A)", "GRPO (A)"}
 
 
-def test_what_is_lacking_is_said(tmp_path: Path) -> None:
+def test_what_is_lacking_is_said(tmp_path):
     study = study_in(write_study(tmp_path, ["grpo_aggressive"], seeds=1, steps=3))
     for name, reason in (
         ("8", "needs runs with algo.kl_coefficient > 0; these have algo.kl_coefficient = 0.0"),
@@ -238,7 +233,7 @@ def test_what_is_lacking_is_said(tmp_path: Path) -> None:
         assert str(error.value).startswith(reason) and "\n" not in str(error.value)
 
 
-def test_plain_is_what_the_label_says(tmp_path: Path) -> None:
+def test_plain_is_what_the_label_says(tmp_path):
     """Whatever is put on top of a method changes its label, and figure 1 shows plain methods only."""
     jobs = ["grpo_aggressive", "grpo_aggressive selection=random", "grpo_aggressive step_rule=measured"]
     jobs += ["capo algo.label=mine", "figure_8 algo=grpo algo.kl_coefficient=0.1"]
@@ -247,7 +242,7 @@ def test_plain_is_what_the_label_says(tmp_path: Path) -> None:
     assert len(study.curves) == 5
 
 
-def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
+def test_rejected_tokens_are_counted(tmp_path):
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
     shown = compose(find_figure("tokens"), study)
     assert tables.table_of(shown.panels).rows == [
@@ -262,7 +257,7 @@ def test_rejected_tokens_are_counted(tmp_path: Path) -> None:
     assert "step_000010.parquet is not a parquet file." in caption(damaged)
 
 
-def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path: Path) -> None:
+def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path):
     """A null text is told by its id, what has neither is no token; null is neither kept nor rejected."""
     path = write_run(tmp_path, "capo", steps=3) / "completions" / "step_000010.parquet"
     columns = {"tokens": [["a", None, "a"], [], ["b"], None], "token_ids": [[1, 2, 1], [3], None, None]}
@@ -271,7 +266,7 @@ def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path: Path) -> None:
     assert count_tokens(study_in(tmp_path).runs[0]) == ({"a": 1, "#2": 1, "#3": 1, "b": 1},) * 2
 
 
-def test_time_is_shared_out(tmp_path: Path) -> None:
+def test_time_is_shared_out(tmp_path):
     study = study_in(write_study(tmp_path, ["capo"], steps=3))
     *listed, seconds = rows(compose("time", study).panels)
     found = {row["x"]: float(row["centre"]) for row in listed}
@@ -283,7 +278,7 @@ def test_time_is_shared_out(tmp_path: Path) -> None:
         compose("time", study_in(tmp_path))
 
 
-def test_cards_that_are_no_names_are_told_apart(tmp_path: Path) -> None:
+def test_cards_that_are_no_names_are_told_apart(tmp_path):
     for seed in (0, 1):
         path = write_run(tmp_path, "capo", seed, steps=3) / "evaluations" / "test.jsonl"
         path.write_text(path.read_text().replace("}", f', "cards": [{seed}]}}'))
@@ -292,15 +287,15 @@ def test_cards_that_are_no_names_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_largest_gradient_norm(everything: Study) -> None:
+def test_the_largest_gradient_norm(everything):
     found = rows(compose("8", everything).panels)
     norms = [row for row in found if row["x"] == "max"]
     assert {float(row["centre"]) for row in norms} == {18.0}  # 12 steps, of 1 and 2 each
     assert {(float(row["low"]), float(row["high"])) for row in norms} == {(12.0, 24.0)}
 
 
-def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Path) -> None:
-    def breaks(x: int, seed: int) -> float:
+def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path):
+    def breaks(x, seed):
         return 0.41 if x > 50 * 96 and seed == 0 else 0.4 + 0.004 * min(x / 96, 50)
 
     study = study_in(write_study(tmp_path, ["capo"], steps=60, accuracy=breaks))
@@ -324,7 +319,7 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path: Pa
     assert "of fewer than 20 values noise is not known" in caption(shown)
 
 
-def test_heat_map_cells(tmp_path: Path) -> None:
+def test_heat_map_cells(tmp_path):
     for rate in (0.1, 0.2):
         for prompts in (2, 4):
             write_run(
@@ -348,7 +343,7 @@ def test_heat_map_cells(tmp_path: Path) -> None:
         compose("regimes", study_in(tmp_path))
 
 
-def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(everything: Study) -> None:
+def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(everything):
     seen: dict[str, set[str]] = {}
     for name in ("1", "2", "3", "4", "5", "accuracy"):
         looks = style.looks(compose(name, everything).curves)
@@ -360,9 +355,8 @@ def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(ever
     assert first == {"CAPO (A)": {"#0072b2"}, "GRPO (A)": {"#d55e00"}, "GRPO": {"#753400"}}
 
 
-def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -> None:
-    """Constant curves, so that areas are their heights; seed 0 of the method has no partner, and none has a
-    rival of another batch."""
+def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path):
+    """Constant curves: areas are heights. Seed 0 has no partner, none a rival of another batch."""
     slow, fast = "grpo_aggressive regime.learning_rate=1e-5", "grpo_aggressive regime.learning_rate=2e-4"
     heights = {
         slow: {1: 0.5, 2: 0.5},
@@ -393,7 +387,7 @@ def test_a_lead_is_paired_by_seed_and_over_the_best_plain_rate(tmp_path: Path) -
     assert "95 % t interval, same batch, over the x both have." in caption(picture)
 
 
-def test_the_best_rival_is_the_best_as_far_as_the_curve_goes(tmp_path: Path) -> None:
+def test_the_best_rival_is_the_best_as_far_as_the_curve_goes(tmp_path):
     """One that is better only in steps that the curve does not have is not."""
     late, early = "grpo_aggressive regime.learning_rate=1e-5", "grpo_aggressive regime.learning_rate=2e-4"
     write_run(tmp_path, late, steps=30, accuracy=lambda x, _: 0.3 if x <= 5 * 96 else 0.9)
@@ -404,7 +398,7 @@ def test_the_best_rival_is_the_best_as_far_as_the_curve_goes(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["criterion", "methods", "stability"])
-def test_bars_say_which_seeds_ended_early(name: str, tmp_path: Path) -> None:
+def test_bars_say_which_seeds_ended_early(name, tmp_path):
     """One of two, at half of its way: the final accuracy is where both still count."""
     for seed, steps in enumerate((100, 50)):
         write_run(tmp_path, "capo", seed, steps=steps)
@@ -414,14 +408,14 @@ def test_bars_say_which_seeds_ended_early(name: str, tmp_path: Path) -> None:
     assert (float(final["centre"]), final["seeds"]) == (pytest.approx(0.41 + 0.048), "2")
 
 
-def test_bars_along_another_x_say_so(tmp_path: Path) -> None:
+def test_bars_along_another_x_say_so(tmp_path):
     study = study_in(write_study(tmp_path, ["capo"], steps=12), x="counter/optimizer_step")
     picture = compose("methods", study)
     assert [panel.title for panel in picture.panels][2] == "Until 90 %"
     assert drawn(picture).axes[2].get_xlabel() == "optimiser steps"
 
 
-def test_a_method_ends_with_what_each_of_its_seeds_ends_with(tmp_path: Path) -> None:
+def test_a_method_ends_with_what_each_of_its_seeds_ends_with(tmp_path):
     """Wherever they end: of 20 and 30 steps, all but the last evaluation of the longer seed is 0."""
     for seed, steps in enumerate((20, 30)):
         write_run(
@@ -432,7 +426,7 @@ def test_a_method_ends_with_what_each_of_its_seeds_ends_with(tmp_path: Path) -> 
     assert column.cells["CAPO (A)"].value == pytest.approx(0.6)
 
 
-def test_a_method_is_good_where_each_of_its_seeds_is(tmp_path: Path) -> None:
+def test_a_method_is_good_where_each_of_its_seeds_is(tmp_path):
     """Seeds rise by a tenth or a twentieth a step of 96 from 0.5, so they are at 0.9 in steps 4 and 8."""
     for seed in range(2):
         write_run(tmp_path, "capo", seed, steps=10, accuracy=lambda x, s: 0.5 + x / 96 / (10 + 10 * s))

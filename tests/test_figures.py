@@ -2,8 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -15,7 +13,7 @@ from matplotlib.figure import Figure
 
 from capo_exp.figures import plots, style
 from capo_exp.figures.plots import outcome, plot_run, run_title, smoothing_window, trailing_mean
-from capo_exp.runs.read import LoggedRun, load_run
+from capo_exp.runs.read import load_run
 from tests.figure_pieces import NO_WARNINGS, write_jsonl
 
 BOUNDS = {"policy_shift_max": 1e-4, "objective_shift_min": -1e-2, "objective_shift_max": 1e-2}
@@ -39,7 +37,7 @@ METRICS = {
 }
 
 
-def write_run(path: Path, steps: int, config: dict[str, Any] = CONFIG, **more: Any) -> LoggedRun:
+def write_run(path, steps, config=CONFIG, **more):
     counters = [{"counter/rollout_step": s, "counter/completions": 96 * s} for s in range(steps + 1)]
     write_jsonl(path / "metrics.jsonl", [row | METRICS | more for row in counters[1:]])
     write_jsonl(path / "eval.jsonl", [counters[0] | {"eval/accuracy": 0.25}])
@@ -49,7 +47,7 @@ def write_run(path: Path, steps: int, config: dict[str, Any] = CONFIG, **more: A
 
 @pytest.mark.slow
 @NO_WARNINGS
-def test_a_picture_of_a_run_without_steps_of_one_and_of_an_old_one_without_most_of_it(tmp_path: Path) -> None:
+def test_a_picture_of_a_run_without_steps_of_one_and_of_an_old_one_without_most_of_it(tmp_path):
     short = {"counter/completions": 96, "reward/accuracy": 0.5}
     for rows in ([], [METRICS | short], [short, {"counter/rollout_step": 2}]):
         write_jsonl(tmp_path / "metrics.jsonl", rows)
@@ -58,7 +56,7 @@ def test_a_picture_of_a_run_without_steps_of_one_and_of_an_old_one_without_most_
         assert (width, height) == (1280, 1376)
 
 
-def test_what_is_drawn(tmp_path: Path) -> None:
+def test_what_is_drawn(tmp_path):
     run = write_run(tmp_path, 40)
     with rc_context(style.SETTINGS):
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
@@ -79,13 +77,13 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     for axes in (accuracy, shifts, rejection):
         legend, box = axes.get_legend(), axes.get_window_extent()
         assert legend is not None
-        texts = [axes.title, axes._left_title, *legend.get_texts(), *axes.texts]  # pyright: ignore
+        texts = [axes.title, axes._left_title, *legend.get_texts(), *axes.texts]
         boxes = [text.get_window_extent() for text in texts if text.get_text()]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         assert not any(text.get_window_extent().overlaps(box) for text in axes.texts)  # beside, on no curve
 
 
-def test_the_title_says_what_ran_and_how_it_ended(tmp_path: Path) -> None:
+def test_the_title_says_what_ran_and_how_it_ended(tmp_path):
     said = (
         "capo · tiny · arithmetic\n"
         "aggressive · learning rate 1e-4 · 12 prompts x 8 completions a step · seed 3"
@@ -100,7 +98,7 @@ def test_the_title_says_what_ran_and_how_it_ended(tmp_path: Path) -> None:
     assert outcome(load_run(tmp_path)) == "failed"
 
 
-def test_smoothing_by_hand() -> None:
+def test_smoothing_by_hand():
     values = np.array([1.0, 2.0, np.nan, 6.0])
     np.testing.assert_allclose(trailing_mean(values, 2), [1.0, 1.5, 2.0, 6.0])
     assert [smoothing_window(n) for n in (0, 1, 39, 100, 5000)] == [1, 1, 1, 5, 20]

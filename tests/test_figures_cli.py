@@ -41,8 +41,8 @@ class Outcome:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def run_here(*arguments: object) -> Outcome:
+def run(capsys):
+    def run_here(*arguments):
         status = main([str(argument) for argument in arguments])
         return Outcome(status, *capsys.readouterr())
 
@@ -50,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("study"), FIGURE_1, steps=12)
 
 
@@ -66,7 +66,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["runs=/nowhere/at/all"], "/nowhere/at/all: no such file or directory"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(arguments: list[str], message: str, run) -> None:
+def test_bad_input_is_one_line(arguments, message, run):
     result = run(*arguments)
     assert (result.status, result.out) == (2, "")
     assert re.search(message, result.err)
@@ -74,9 +74,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, run) -> None:
 
 
 @pytest.mark.slow
-def test_all_goes_on_without_what_it_lacks(
-    study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_goes_on_without_what_it_lacks(study, tmp_path, run, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in ("1", "8", "time")})
     result = run(f"runs={study}", f"output={tmp_path}")
     assert (result.status, result.err) == (0, "")
@@ -89,9 +87,7 @@ def test_all_goes_on_without_what_it_lacks(
 
 
 @pytest.mark.slow
-def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(
-    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(tmp_path, run, monkeypatch):
     """And a damaged run hides none of them, not in the figures and not in the report."""
     monkeypatch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in ("5", "8", "time")})
     runs = tmp_path / "runs"
@@ -111,12 +107,12 @@ def test_all_of_runs_that_cannot_be_compared_is_drawn_by_families(
     assert f"left out: {broken}/metrics.jsonl, line 2" in (tmp_path / "out" / "b" / "report.html").read_text()
 
 
-def test_no_two_families_have_one_folder() -> None:
+def test_no_two_families_have_one_folder():
     groups = [[LoggedRun(Path(folder), {}, {}, [], [])] for folder in ("a/1", "b/1", "c/1-2")]
     assert [folder.name for folder in figures._folders(groups, Path("o"))] == ["1", "1-2", "1-2-2"]
 
 
-def test_a_copy_counts_once_where_curves_start(tmp_path: Path, run) -> None:
+def test_a_copy_counts_once_where_curves_start(tmp_path, run):
     """Runs at learning rate 0 with an accuracy of 0.2 and, copied, of 0.4."""
     write_run(tmp_path / "runs", "capo", steps=2)
     for seed in (0, 1):
@@ -127,7 +123,7 @@ def test_a_copy_counts_once_where_curves_start(tmp_path: Path, run) -> None:
     assert [row[3] for row in rows if row[1:3] == ["CAPO (A)", "0"]] == [pytest.approx("0.30000000000000004")]
 
 
-def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path: Path, run) -> None:
+def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path, run):
     path, out = write_run(tmp_path / "runs", "capo", steps=2), tmp_path / "a--b -->"
     (path / "run.json").write_text(json.dumps({"run_id": "a,=HYPERLINK(1),-2;@x"}))
     assert run(f"runs={tmp_path / 'runs'}", "figure=5", f"output={out}").status == 0
@@ -140,7 +136,7 @@ def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path:
         assert json.loads(text)["command"].endswith("a--b -->'")
 
 
-def test_where_from_is_inside_every_file(study: Path, tmp_path: Path, run) -> None:
+def test_where_from_is_inside_every_file(study, tmp_path, run):
     command = [f"runs={study}/capo*,{study}/grpo*", "figure=1", f"output={tmp_path}", "interval=sem"]
     assert run(*command).status == 0
     found = {
@@ -165,7 +161,7 @@ def test_where_from_is_inside_every_file(study: Path, tmp_path: Path, run) -> No
     assert set(origin["packages"]) == {"matplotlib", "numpy", "scipy"}
 
 
-def pdf_text(path: Path) -> str:
+def pdf_text(path):
     """The document's subject; PDF puts a backslash before parentheses and backslashes."""
     found = re.search(rb"/Subject \((.*?[^\\])\)\s", path.read_bytes(), re.DOTALL)
     assert found is not None
@@ -173,7 +169,7 @@ def pdf_text(path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_same_again_is_the_same_bytes_and_starts_without_torch(study: Path, tmp_path: Path, run) -> None:
+def test_the_same_again_is_the_same_bytes_and_starts_without_torch(study, tmp_path, run):
     command = [f"runs={study}", "figure=1,rejected_tokens", f"output={tmp_path}", "report=html"]
     assert run(*command).status == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -188,7 +184,7 @@ def test_the_same_again_is_the_same_bytes_and_starts_without_torch(study: Path, 
 
 
 @pytest.mark.slow
-def test_default_output_and_table(study: Path, run) -> None:
+def test_default_output_and_table(study, run):
     assert run(f"runs={study}", "figure=1").status == 0
     folder = study / "figures"
     with (folder / "1.csv").open() as file:
@@ -204,14 +200,12 @@ def test_default_output_and_table(study: Path, run) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_leaves_the_old_files(
-    study: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_the_old_files(study, tmp_path, run, monkeypatch):
     assert run(f"runs={study}", "figure=5", f"output={tmp_path}").status == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     full = []
 
-    def replacing_until_full(path: Path):
+    def replacing_until_full(path):
         full.append(path)
         if len(full) == 4:
             raise OSError(28, "No space left on device")

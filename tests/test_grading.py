@@ -1,10 +1,8 @@
-"""Pairs of gold and answer, gold answers of real benchmarks, agreement with known labels, and what the
-verifier remembers."""
+"""Pairs of gold and answer, real gold answers and labels, and what the verifier remembers."""
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from capo_exp.grading.compare import (
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import Failed, Workers
 from capo_exp.grading.spelling import RULES, spell
-from capo_exp.grading.verifier import ExactVerifier, MathVerifier
+from capo_exp.grading.verifier import ExactVerifier
 from tests.grading_pieces import SHARED, math_verifier, needs_data
 from tests.process_pieces import wait_for
 
@@ -38,15 +36,12 @@ EQUAL = {
 
 
 @pytest.fixture(scope="module")
-def verifier() -> Iterator[MathVerifier]:
+def verifier():
     with math_verifier(timeout_seconds=20.0, workers=os.cpu_count() or 2) as shared:
         yield shared
 
 
-# --- pairs ---
-
-
-def pairs(half: int, style: str) -> Iterator[tuple[str, str, bool]]:
+def pairs(half, style):
     """Yields completion, gold, and whether it is right, of what a style can read."""
     text = (ROOT / "tests/answer_pairs.txt").read_text(encoding="utf-8")
     kind = ""
@@ -65,14 +60,9 @@ def pairs(half: int, style: str) -> Iterator[tuple[str, str, bool]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("half", "style", "count", "least"),
-    [
-        (0, "auto", 350, 0.99),
-        (0, "gsm8k", 10, 1.0),
-        (0, "final_answer", 20, 1.0),
-        (1, "boxed", 230, 0.95),
-    ],
+    [(0, "auto", 350, 0.99), (0, "gsm8k", 10, 1.0), (0, "final_answer", 20, 1.0), (1, "boxed", 230, 0.95)],
 )
-def test_pairs(half: int, style: str, count: int, least: float) -> None:
+def test_pairs(half, style, count, least):
     """The second half was written with the first and not looked at while the rules were made."""
     asked = list(pairs(half, style))
     assert len(asked) >= count
@@ -87,22 +77,22 @@ def test_pairs(half: int, style: str, count: int, least: float) -> None:
     [("It is 1,234.", "1,234", True), ("so 5.0", "5", True), ("\u22125", "-5", True), ("\u22125", "5", False),
      ("5.5", "5", False), ("94 + 85", "179", False), ("94 + 85 = 179", "179", True)],
 )  # fmt: skip
-def test_the_last_number_is_compared_as_it_is_written(text: str, gold: str, right: bool) -> None:
+def test_the_last_number_is_compared_as_it_is_written(text, gold, right):
     assert last_number_match(text, gold).correct is right
 
 
-def test_each_rule_does_what_its_example_says() -> None:
+def test_each_rule_does_what_its_example_says():
     for rule in RULES:
         assert re.sub(rule.pattern, rule.written, rule.example) == rule.becomes, rule
         assert spell(rule.becomes) == spell(rule.example), rule
 
 
-def test_what_is_not_declared_is_no_answer() -> None:
+def test_what_is_not_declared_is_no_answer():
     for style, completion in (("gsm8k", "The answer is 5"), ("final_answer", "#### 5"), ("boxed", "A: 5")):
         assert grade(completion, "5", style) == Grade(False, "", "no_answer"), style
 
 
-def test_styles_differ_in_what_counts_as_an_answer() -> None:
+def test_styles_differ_in_what_counts_as_an_answer():
     assert grade(r"\boxed{\frac12}", "0.5") == Grade(True, r"\frac12", "correct")
     assert not grade(r"\boxed{\frac12}", "0.5", "boxed").correct
     assert not grade(r"\boxed{\frac12}", "12", "boxed").correct
@@ -110,14 +100,14 @@ def test_styles_differ_in_what_counts_as_an_answer() -> None:
         grade("1", "1", "strict")
 
 
-def test_no_gold_and_no_answer_are_said() -> None:
+def test_no_gold_and_no_answer_are_said():
     for gold in ("", "  ", "$$", "$ $"):
         assert grade(r"\boxed{1}", gold) == Grade(False, "", "gold_unparsable")
     for completion in ("", "no idea", r"\boxed{}", r"\boxed{" + "{" * 3000):
         assert grade(completion, "1") == Grade(False, "", "no_answer")
 
 
-def test_any_of_several_golds_counts() -> None:
+def test_any_of_several_golds_counts():
     assert grade_any(r"\boxed{5}", ("7", "5")) == Grade(True, "5", "correct")
     assert grade_any(r"\boxed{5}", ("", "6")) == Grade(False, "5", "wrong")
     assert grade_any(r"\boxed{5}", ("", " ")) == grade_any("", ()) == Grade(False, "", "gold_unparsable")
@@ -127,15 +117,15 @@ def test_any_of_several_golds_counts() -> None:
     assert exact.rewards == [[1.0, 0.0]] and exact.grades[0][1].reason == "wrong"
 
 
-def test_plain_golds_need_no_parser_and_would_pass_it() -> None:
+def test_plain_golds_need_no_parser_and_would_pass_it():
     for gold in ("1", "-2", "1,200", "3.25", r"\frac{1}{2}", r"-\dfrac{-1}{20}"):
         assert is_plain_number(gold) and can_read_gold(gold)
         assert grade("nothing", gold).reason == "no_answer"
 
 
 @pytest.mark.parametrize("error", [RecursionError, TypeError("sympy")])
-def test_what_the_library_raises_is_a_verdict(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def raising(*_: object) -> None:
+def test_what_the_library_raises_is_a_verdict(monkeypatch, error):
+    def raising(*_):
         raise error
 
     monkeypatch.setattr(compare, "read_answer", raising)
@@ -145,7 +135,7 @@ def test_what_the_library_raises_is_a_verdict(monkeypatch: pytest.MonkeyPatch, e
 
 
 @pytest.mark.slow
-def test_last_boxed_takes_one_pass_and_only_the_end_of_a_very_long_text_is_read() -> None:
+def test_last_boxed_takes_one_pass_and_only_the_end_of_a_very_long_text_is_read():
     """Two million boxes that never close, and backslashes without end."""
     assert find_last_box("\\boxed{" * 2_000_000) is None
     assert find_last_box("\\boxed{5} " + "\\" * 2_000_000) == "5"
@@ -154,10 +144,7 @@ def test_last_boxed_takes_one_pass_and_only_the_end_of_a_very_long_text_is_read(
     assert grade(" " * 2_000_000 + r"\boxed{5}", "5", "boxed").correct
 
 
-# --- real gold answers and labels ---
-
-
-def read(name: str) -> list[dict]:
+def read(name):
     import pyarrow.parquet as pq
 
     return pq.read_table(SHARED / f"{name}.parquet").to_pylist()
@@ -166,9 +153,8 @@ def read(name: str) -> list[dict]:
 @pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", ["math/test", "gsm8k/test", "math500/test", "amc23/test"])
-def test_every_gold_parses_equals_itself_and_no_other(verifier: MathVerifier, name: str) -> None:
-    """Itself with a command in front that changes nothing, so that it has to be read; of large sets a sample.
-    benchmarks/grading.py has all."""
+def test_every_gold_parses_equals_itself_and_no_other(verifier, name):
+    """Itself behind a command that changes nothing, so that it is read; of large sets a sample."""
     rows = read(name)
     some = rows[:: 9 if len(rows) > 1000 else 1]
     golds = [(row["answer"],) for row in some]
@@ -196,9 +182,7 @@ def test_every_gold_parses_equals_itself_and_no_other(verifier: MathVerifier, na
         ("outputs_rho", "auto", 21, 0.99),
     ],
 )
-def test_agreement_with_labels(
-    verifier: MathVerifier, monkeypatch: pytest.MonkeyPatch, name: str, style: str, every: int, least: float
-) -> None:
+def test_agreement_with_labels(verifier, monkeypatch, name, style, every, least):
     """benchmarks/grading.py has all rows and every disagreement."""
     rows = read(f"{name}/all")[::every]
     monkeypatch.setattr(verifier, "grader", partial(grade_any, style=style))
@@ -208,11 +192,8 @@ def test_agreement_with_labels(
     assert agree >= least * len(rows)
 
 
-# --- what the verifier does with golds, and what it remembers ---
-
-
 @pytest.mark.slow
-def test_golds_that_cannot_be_read_leave_the_data_or_earn_one() -> None:
+def test_golds_that_cannot_be_read_leave_the_data_or_earn_one():
     golds = [("7",), (" ",), ("", "1/2"), (r"\text{Evelyn}",), ()]
     texts = [[r"\boxed{7}", "none"]] * len(golds)
     for policy, gradable, unread in (
@@ -228,7 +209,7 @@ def test_golds_that_cannot_be_read_leave_the_data_or_earn_one() -> None:
     assert ExactVerifier().gradable([("7",), (" ",), ("", "x"), ()]) == [True, False, True, False]
 
 
-def logged(completion: str, golds: tuple[str, ...]) -> Grade:
+def logged(completion, golds):
     """A grader that writes down its calls; runs in the worker."""
     reason, _, path = completion.partition(" ")
     with Path(path).open("a") as file:
@@ -239,7 +220,7 @@ def logged(completion: str, golds: tuple[str, ...]) -> Grade:
 
 
 @pytest.mark.slow
-def test_verdicts_are_remembered_until_close_but_not_what_may_be_the_machines_fault(tmp_path: Path) -> None:
+def test_verdicts_are_remembered_until_close_but_not_what_may_be_the_machines_fault(tmp_path):
     calls = tmp_path / "calls"
     texts = [[f"{reason} {calls}" for reason in ("correct", "no_answer", "timeout", "raise", "wrong")]]
     again = ["timeout", "raise", "wrong"]  # the last only because its text would take too much memory
@@ -256,7 +237,7 @@ def test_verdicts_are_remembered_until_close_but_not_what_may_be_the_machines_fa
         assert Counter(calls.read_text().split()) == every + every + every + Counter(again)
 
 
-def sized(item: int) -> int:
+def sized(item):
     """Runs in the worker."""
     if item == 3:
         os._exit(1)
@@ -267,11 +248,11 @@ def sized(item: int) -> int:
     return item * item
 
 
-def warm() -> None:
+def warm():
     """Runs in the worker."""
 
 
-def fork_and_wait(end: str) -> None:
+def fork_and_wait(end):
     """Runs in the worker, whose pipe the second process keeps open."""
     second = os.fork() == 0
     wait_for(Path(end).exists)
@@ -279,7 +260,7 @@ def fork_and_wait(end: str) -> None:
         os._exit(0)
 
 
-def test_a_silent_worker_that_has_forked_ends(tmp_path: Path) -> None:
+def test_a_silent_worker_that_has_forked_ends(tmp_path):
     own = Workers(count=1, cpu_seconds=0.1, memory_limit_gib=4.0, warm_up=warm, silent_seconds=8.0)
     item = (str(tmp_path / "end"),)
     with ThreadPoolExecutor(1) as thread:
@@ -291,7 +272,7 @@ def test_a_silent_worker_that_has_forked_ends(tmp_path: Path) -> None:
             own.close()
 
 
-def test_a_bad_item_costs_its_batch_nothing() -> None:
+def test_a_bad_item_costs_its_batch_nothing():
     own = Workers(count=1, cpu_seconds=0.7, memory_limit_gib=4.0, warm_up=warm)
     results = own.run(sized, [(item,) for item in range(40)])
     own.close()

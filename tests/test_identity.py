@@ -1,27 +1,23 @@
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import list_engine_conditions, run_dir, run_id, select_results
 
-Composed = Callable[..., TrainConfig]
-
 
 @pytest.fixture
-def config(composed: Composed, tmp_path: Path) -> TrainConfig:
+def config(composed, tmp_path):
     return composed("algo=grpo", "logger=files", f"output_dir={tmp_path}")
 
 
-def test_the_same_command_has_the_same_id(composed: Composed, config: TrainConfig) -> None:
+def test_the_same_command_has_the_same_id(composed, config):
     assert run_id(config) == run_id(composed("algo=grpo"))
     assert len(run_id(config)) == 8
 
 
-def test_what_changes_results_changes_the_id(composed: Composed, config: TrainConfig) -> None:
+def test_what_changes_results_changes_the_id(composed, config):
     overrides = (
         "seed=1", "num_steps=7", "regime.learning_rate=3e-5", "algo.token_loss.clip_eps_low=0.3", "algo=capo",
         "algo.kl_coefficient=0.1", "dataset.levels=[1]", "evaluation.top_p=0.9", "algo.num_minibatches=2",
@@ -49,11 +45,11 @@ class Newer(TrainConfig):
     hidden: Inner = field(default_factory=Inner, metadata={"result": False})
 
 
-def test_the_schema_says_what_counts(config: TrainConfig) -> None:
+def test_the_schema_says_what_counts(config):
     """A new key at its neutral default, or one that changes no result, leaves every id as it is."""
 
-    def newer(**more: object) -> str:
-        return run_id(Newer(**vars(config), **more))  # pyright: ignore[reportArgumentType]
+    def newer(**more):
+        return run_id(Newer(**vars(config), **more))
 
     for same in ({}, {"workers": 7}, {"inner": Inner(label="x")}, {"hidden": Inner(strength=1.0)}):
         assert newer(**same) == run_id(config), same
@@ -65,7 +61,7 @@ def test_the_schema_says_what_counts(config: TrainConfig) -> None:
 AFFAIRS = {"gpu_memory_utilization", "start_seconds", "generate_seconds", "sleep_level", "max_num_seqs"}
 
 
-def test_what_an_engine_runs_with_is_its_own_affair(composed: Composed) -> None:
+def test_what_an_engine_runs_with_is_its_own_affair(composed):
     vllm = composed("algo=grpo", "rollout=vllm")
     conditions = list_engine_conditions(vllm)
     assert AFFAIRS < set(conditions) < vllm.rollout.engine.keys()
@@ -75,7 +71,7 @@ def test_what_an_engine_runs_with_is_its_own_affair(composed: Composed) -> None:
     assert run_id(composed("algo=grpo", "rollout=vllm", "rollout.engine.dtype=float16")) != run_id(vllm)
 
 
-def test_run_dir_is_readable_and_safe(config: TrainConfig, tmp_path: Path) -> None:
+def test_run_dir_is_readable_and_safe(config, tmp_path):
     assert run_dir(config) == tmp_path / "default" / (
         f"grpo-tiny-arithmetic-aggressive-lr0.0001-12x8-s0-{run_id(config)}"
     )

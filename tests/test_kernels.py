@@ -1,9 +1,7 @@
 """The Triton kernels against torch: in Triton's interpreter without a GPU, else as they are."""
 
 import importlib
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -36,7 +34,7 @@ SHAPES = {  # B, T, V, K, H; blocks are of 4 pairs and 8 columns, sums of 8 pair
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
+def kernels():
     """The kernels, with small blocks. Triton decides on import whether it interprets, hence the reloading."""
     language = pytest.importorskip("triton.language")
     module = importlib.import_module("capo_exp.curvature.kernels")
@@ -49,26 +47,26 @@ def kernels() -> Iterator[ModuleType]:
     _reload(language.standard, language.random, language, module)
 
 
-def _reload(*modules: ModuleType) -> None:
+def _reload(*modules):
     for module in modules:
         importlib.reload(module)
 
 
 @pytest.fixture(autouse=True)
-def chosen_as_before() -> Iterator[None]:
+def chosen_as_before():
     yield
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CAPO_KERNEL", raising=False)
         backend.choose_kernel("auto", CPU)
 
 
-def tokens_of(*shape: int, seed: int = 0) -> Found:
+def tokens_of(*shape, seed=0):
     """In single precision, on the device."""
     made = random_tokens(*shape, seed=seed)
     return [(values.float() if values.is_floating_point() else values).to(DEVICE) for values in made]
 
 
-def two_steps(shape: tuple[int, ...], state: AdamState, keep: Tensor) -> Found:
+def two_steps(shape, state, keep):
     """Shifts and moments of step 0, and of a step in which some rows have no moments yet."""
     found: Found = []
     for seed in range(2):
@@ -82,7 +80,7 @@ def two_steps(shape: tuple[int, ...], state: AdamState, keep: Tensor) -> Found:
     return found
 
 
-def compare(make: Callable[[], Found]) -> Found:
+def compare(make):
     """What torch makes and what the kernels make, which has to be the same; twice, and to the same bits."""
     found: list[Found] = []
     for choice in ("torch", "triton", "triton"):
@@ -97,7 +95,7 @@ def compare(make: Callable[[], Found]) -> Found:
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shifts_and_moments_are_those_of_torch(shape: tuple[int, ...]) -> None:
+def test_shifts_and_moments_are_those_of_torch(shape):
     rows, length, vocab, _, width = shape
     keep = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.8
     empty = init_adam_state(vocab, width, device=DEVICE)
@@ -105,7 +103,7 @@ def test_shifts_and_moments_are_those_of_torch(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_live_moments_of_the_loss_are_read_with_their_sign_and_weight() -> None:
+def test_live_moments_of_the_loss_are_read_with_their_sign_and_weight():
     tokens, generator = tokens_of(2, 3, 11, 3, 9), torch.Generator().manual_seed(1)
     first, second = torch.randn(11, 9, generator=generator), torch.rand(11, 9, generator=generator)
     state = AdamState(
@@ -118,12 +116,12 @@ def test_live_moments_of_the_loss_are_read_with_their_sign_and_weight() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_without_tokens_nothing_moves() -> None:
+def test_without_tokens_nothing_moves():
     tokens = tokens_of(2, 3, 11, 3, 9)
     nothing = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
     state = update_adam_state(init_adam_state(11, 9, device=DEVICE), *tokens, ~nothing)
 
-    def make() -> Found:
+    def make():
         packed = pack(*tokens, nothing)
         gradients = mean_row_gradients(packed)
         assert batch_shifts(packed, gradients, learning_rate=1e-2, state=state) == BatchShifts(0.0, 0.0, 0.0)
@@ -134,7 +132,7 @@ def test_without_tokens_nothing_moves() -> None:
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
-def test_a_table_in_bfloat16_decays_in_the_mean(kernels: ModuleType, choice: str) -> None:
+def test_a_table_in_bfloat16_decays_in_the_mean(kernels, choice):
     """1 - 0.001 lies a quarter of the way from 1 to the next number of bfloat16 below it."""
     kernels.SLICE = 1024
     backend.choose_kernel(choice, DEVICE)
@@ -154,7 +152,7 @@ def test_a_table_in_bfloat16_decays_in_the_mean(kernels: ModuleType, choice: str
     assert not torch.equal(first[1], second[1])
 
 
-def test_triton_on_a_cpu_is_one_clear_error(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_on_a_cpu_is_one_clear_error(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     for key in ("config", "environment"):
         if key == "environment":
@@ -167,7 +165,7 @@ def test_triton_on_a_cpu_is_one_clear_error(kernels: ModuleType, monkeypatch: py
 
 
 @pytest.mark.parametrize("lengths", [(1, 30, 1, 0, 9), (8, 8, 16), (3, 0, 0, 37), (5,)])
-def test_sums_of_rows_that_are_cut(kernels: ModuleType, lengths: tuple[int, ...]):
+def test_sums_of_rows_that_are_cut(kernels, lengths):
     """Rows without pairs, rows of several pieces, rows that start or end where a piece does."""
     generator = torch.Generator().manual_seed(sum(lengths))
     rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))

@@ -1,50 +1,37 @@
-"""The properties that define the methods of 2024 to 2026, each against its formula written plainly, its base,
-or TRL's program; the parts are built from conf/algo."""
+"""The methods of 2024 to 2026, each against its formula written plainly; built from conf/algo."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import exp, inf, log
 
 import pytest
 import torch
-from torch import Tensor
 
 from capo_exp.algorithms.covariance import clip_covariance
 from capo_exp.algorithms.dppo import anchored
 from capo_exp.algorithms.m2po import second_moment
 from capo_exp.algorithms.opsm import mask_negative
-from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.algorithms.stapo import silence_spurious
 from capo_exp.algorithms.surrogates import to_old_policy, to_sampler
 from capo_exp.algorithms.trm import mask_completions
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch, Scored
 from tests.pieces import inputs_of, with_step
 from tests.test_methods import loss_and_gradient, off_policy, one_token, plain_sequence_gradient
 
-Built = Callable[..., Algorithm]
-Batches = Callable[..., Batch]
 
-
-def sigmoid(x: float) -> float:
+def sigmoid(x):
     return 1 / (1 + exp(-x))
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize(("ratio", "weight"), [(0.01, 0.01), (1.0, 1.0), (4.9, 4.9), (7.0, 5.0)])
-def test_cispo_bounds_the_weight_and_no_token_loses_its_gradient(
-    built: Built, ratio: float, weight: float, advantage: float
-) -> None:
+def test_cispo_bounds_the_weight_and_no_token_loses_its_gradient(built, ratio, weight, advantage):
     _, gradient, clipped = one_token(built("cispo").token_loss, ratio, advantage)
     assert gradient == pytest.approx(-weight * advantage) and clipped == (ratio > 5)
 
 
-def test_gmpo_is_the_geometric_mean_of_ratios_that_are_held_one_by_one(
-    built: Built, random_batch: Batches
-) -> None:
+def test_gmpo_is_the_geometric_mean_of_ratios_that_are_held_one_by_one(built, random_batch):
     """-A exp(mean_t of ln r_t, held at 0.4 in the direction of A), and its gradient."""
     batch = random_batch(rows=16)
     mask = batch.completion_mask
@@ -60,7 +47,7 @@ def test_gmpo_is_the_geometric_mean_of_ratios_that_are_held_one_by_one(
 
 
 @pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.0), (-2.0, 1.05)])
-def test_sapos_gate_by_hand(built: Built, advantage: float, tau: float) -> None:
+def test_sapos_gate_by_hand(built, advantage, tau):
     """4 / tau sigmoid(tau (r - 1)) at r = 3; its slope in ln pi is 4 r s (1 - s)."""
     gate = sigmoid(2 * tau)
     value, gradient, _ = one_token(built("sapo").token_loss, 3.0, advantage)
@@ -68,9 +55,7 @@ def test_sapos_gate_by_hand(built: Built, advantage: float, tau: float) -> None:
     assert gradient == pytest.approx(-advantage * 12 * gate * (1 - gate), rel=1e-6)
 
 
-def test_gpg_is_the_policy_gradient_and_makes_up_for_prompts_without_a_signal(
-    built: Built, random_batch: Batches
-) -> None:
+def test_gpg_is_the_policy_gradient_and_makes_up_for_prompts_without_a_signal(built, random_batch):
     """1 prompt of 10 has a signal: 10 (R - mean), where CPGD's weight ends at 3; no ratio in the gradient."""
     rewards = torch.tensor([[1.0, 0.0], *[[1.0, 1.0]] * 9])
     assert torch.equal(built("gpg").advantage(rewards)[0], torch.tensor([5.0, -5.0]))
@@ -81,7 +66,7 @@ def test_gpg_is_the_policy_gradient_and_makes_up_for_prompts_without_a_signal(
     assert not clipped.any()
 
 
-def test_luspo_is_gspo_times_the_length(built: Built, random_batch: Batches) -> None:
+def test_luspo_is_gspo_times_the_length(built, random_batch):
     batch = random_batch(rows=32)
     _, gradient, clipped = loss_and_gradient(built("luspo"), batch, spread=5e-3)
     _, expected, rows = plain_sequence_gradient(batch, 5e-3, mean=True, low=2e-3, high=2.5e-3)
@@ -91,7 +76,7 @@ def test_luspo_is_gspo_times_the_length(built: Built, random_batch: Batches) -> 
 
 @pytest.mark.parametrize("ratio", [0.2, 1.0, 3.0])
 @pytest.mark.parametrize("advantage", [-2.0, 0.0, 1.0])
-def test_dro_pulls_back_by_the_log_ratio(built: Built, ratio: float, advantage: float) -> None:
+def test_dro_pulls_back_by_the_log_ratio(built, ratio, advantage):
     """Gradient -(A - beta ln r); with beta 0 GPG's. ln pi is 0, so the value is beta / 2 (ln r)^2."""
     value, gradient, _ = one_token(built("dro", "algo.token_loss.beta=0.5").token_loss, ratio, advantage)
     assert value == pytest.approx(0.25 * log(ratio) ** 2)
@@ -100,7 +85,7 @@ def test_dro_pulls_back_by_the_log_ratio(built: Built, ratio: float, advantage: 
     assert one_token(built("dro", "algo.token_loss.beta=0.0").token_loss, ratio, advantage) == plain
 
 
-def test_maxrl_is_the_mean_score_of_the_correct_minus_that_of_all(built: Built) -> None:
+def test_maxrl_is_the_mean_score_of_the_correct_minus_that_of_all(built):
     """R = 1, 0, 0, 0: 3, -1, -1, -1; half right: 1, -1; a prompt without a correct one says nothing."""
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     got = built("maxrl").advantage(rewards)
@@ -113,7 +98,7 @@ def test_maxrl_is_the_mean_score_of_the_correct_minus_that_of_all(built: Built) 
     assert not built("maxrl").advantage(-rewards).any()  # a mean that is not positive divides nothing
 
 
-def pairs_loss(batch: Batch, spread: float, eta: float) -> tuple[Tensor, Tensor]:
+def pairs_loss(batch, spread, eta):
     """REBEL's squares over the ordered pairs of rows 4 p to 4 p + 3, written plainly, and their gradient."""
     log_probs, old, advantages = off_policy(batch, spread)
     log_ratio = ((log_probs - old) * batch.completion_mask).sum(1).view(-1, 4) / eta
@@ -123,18 +108,18 @@ def pairs_loss(batch: Batch, spread: float, eta: float) -> tuple[Tensor, Tensor]
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0]
 
 
-def grouped(batch: Batch, size: int) -> Batch:
+def grouped(batch, size):
     return replace(batch, group_ids=torch.arange(len(batch.group_ids)) // size)
 
 
-def test_rebel_is_the_mean_square_over_the_pairs_of_a_prompt(built: Built, random_batch: Batches) -> None:
+def test_rebel_is_the_mean_square_over_the_pairs_of_a_prompt(built, random_batch):
     batch = grouped(random_batch(), 4)
     for eta in (1.0, 0.3):
         got = loss_and_gradient(built("rebel", f"algo.token_loss.eta={eta}"), batch, 0.5)
         torch.testing.assert_close(got[:2], pairs_loss(batch, 0.5, eta))
 
 
-def test_vespos_ratio_is_the_product_over_the_completion(built: Built, random_batch: Batches) -> None:
+def test_vespos_ratio_is_the_product_over_the_completion(built, random_batch):
     batch = random_batch()
     log_probs, old, advantages = off_policy(batch, 0.3)
     ratio = ((log_probs - old).detach() * batch.completion_mask).sum(1, keepdim=True).exp()
@@ -143,7 +128,7 @@ def test_vespos_ratio_is_the_product_over_the_completion(built: Built, random_ba
     torch.testing.assert_close(gradient, -phi * advantages / batch.completion_mask.sum())
 
 
-def scored(log_probs: Tensor, anchor: Tensor, advantages: Tensor, entropy: Tensor | None = None) -> Scored:
+def scored(log_probs, anchor, advantages, entropy=None):
     """A step of which every token is real; the engine and the learner agree about what sampled it."""
     mask = torch.ones_like(log_probs).bool()
     inputs = inputs_of(log_probs, anchor, advantages, mask)
@@ -153,7 +138,7 @@ def scored(log_probs: Tensor, anchor: Tensor, advantages: Tensor, entropy: Tenso
     return step
 
 
-def test_stapo_silences_improbable_tokens_of_positive_advantage_where_the_policy_was_sure() -> None:
+def test_stapo_silences_improbable_tokens_of_positive_advantage_where_the_policy_was_sure():
     """One token of four is all three; at 0 either bound rejects nothing."""
     log_probs = torch.tensor([[0.001, 0.001, 0.001, 0.5]]).log()
     advantages = torch.tensor([[1.0, -1.0, 1.0, 1.0]])
@@ -165,7 +150,7 @@ def test_stapo_silences_improbable_tokens_of_positive_advantage_where_the_policy
         assert silence_spurious(step, **(numbers | {number: 0.0})).keep_mask.all()
 
 
-def test_opsm_rejects_the_mistakes_of_completions_that_have_moved_away() -> None:
+def test_opsm_rejects_the_mistakes_of_completions_that_have_moved_away():
     """Mean of ln(sampler / policy): 0.6, 0.6, 0.4; only what has A < 0 and lies above 0.5 goes."""
     away = torch.tensor([[-0.9, -0.3], [-0.9, -0.3], [-0.7, -0.1]]) - 1
     advantages = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
@@ -177,7 +162,7 @@ def test_opsm_rejects_the_mistakes_of_completions_that_have_moved_away() -> None
     assert not mask_negative(drawn, log_ratio=to_old_policy, divergence_max=0.5).keep_mask[0].any()
 
 
-def test_trm_rejects_a_completion_for_one_token_on_either_side() -> None:
+def test_trm_rejects_a_completion_for_one_token_on_either_side():
     """k3 of ln r = 0.4 is .0918, of -0.4 .0703, of 0.2 .0214."""
     moved = torch.tensor([[0.2, 0.4], [-0.4, 0.0], [0.2, -0.2]])
     step = scored(moved - 1, torch.full_like(moved, -1), torch.ones_like(moved))
@@ -186,7 +171,7 @@ def test_trm_rejects_a_completion_for_one_token_on_either_side() -> None:
         assert got.tolist() == [[each] * 2 for each in kept]
 
 
-def test_m2po_rejects_the_largest_log_ratios_until_the_mean_square_is_within_the_bound() -> None:
+def test_m2po_rejects_the_largest_log_ratios_until_the_mean_square_is_within_the_bound():
     """Squares along A: .01, .04, .25, 1: means .01, .025, .1, .325. What moved against A is free."""
     moved = torch.tensor([[0.1, 1.0, -3.0], [-0.2, -0.5, 3.0]])
     step = scored(moved - 1, torch.full_like(moved, -1), torch.tensor([[1.0], [-2.0]]).expand(2, 3))
@@ -201,13 +186,13 @@ def test_m2po_rejects_the_largest_log_ratios_until_the_mean_square_is_within_the
         assert got.keep_mask.int().tolist() == kept
 
 
-def some_step() -> Scored:
+def some_step():
     generator = torch.Generator().manual_seed(0)
     log_probs, advantages = torch.randn(2, 10, 10, generator=generator, dtype=torch.float64)
     return scored(log_probs, log_probs, advantages)
 
 
-def test_clip_cov_draws_a_few_tokens_between_its_bounds() -> None:
+def test_clip_cov_draws_a_few_tokens_between_its_bounds():
     """Of 100 tokens 4, of those whose product of deviations is in (0.5, 2); no more than there are."""
     step = some_step()
     deviations = [v - v.mean() for v in (step.batch.advantages, step.output.log_probs)]
@@ -222,7 +207,7 @@ def test_clip_cov_draws_a_few_tokens_between_its_bounds() -> None:
     assert not torch.equal(first.keep_mask, other.keep_mask)
 
 
-def test_kl_cov_holds_the_tokens_with_the_largest_covariance(built: Built, random_batch: Batches) -> None:
+def test_kl_cov_holds_the_tokens_with_the_largest_covariance(built, random_batch):
     """Without a coefficient GRPO without a clip; with one, sign(ln r) more on a tenth of the tokens."""
     batch = random_batch(rows=16)
     log_probs, old, advantages = off_policy(batch, 0.3)
@@ -238,7 +223,7 @@ def test_kl_cov_holds_the_tokens_with_the_largest_covariance(built: Built, rando
     torch.testing.assert_close(more, 0.5 * (log_probs - old).detach().sign() * chosen)
 
 
-def test_top_entropy_keeps_a_fifth(built: Built) -> None:
+def test_top_entropy_keeps_a_fifth(built):
     step = some_step()
     entropy = torch.rand(10, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     step = replace(step, output=replace(step.output, entropy=entropy))
@@ -246,7 +231,7 @@ def test_top_entropy_keeps_a_fifth(built: Built) -> None:
     assert keep.sum() == 20 and entropy[keep].min() > entropy[~keep].max()
 
 
-def test_quatros_multiplier_holds_the_tilted_group_at_the_bound(built: Built, random_batch: Batches) -> None:
+def test_quatros_multiplier_holds_the_tilted_group_at_the_bound(built, random_batch):
     """A = 1 and -1: with lambda = 1 the tilted weights are sigmoid(2) and the rest, ln 2 - H nats from
     uniform. Then the gradient is -W (A - ln W); a group with one advantage, and no bound, have lambda 0."""
     first = sigmoid(2.0)
@@ -262,9 +247,7 @@ def test_quatros_multiplier_holds_the_tilted_group_at_the_bound(built: Built, ra
         torch.testing.assert_close(got, -log_ratio.exp() * (signs - pull) * batch.completion_mask / 8)
 
 
-def test_quatro_is_the_lagrangian_in_value_and_starts_as_the_policy_gradient(
-    built: Built, random_batch: Batches
-) -> None:
+def test_quatro_is_the_lagrangian_in_value_and_starts_as_the_policy_gradient(built, random_batch):
     """W ln W - W + 1 is 0 at W = 1, so the pull starts there; the tighter the bound the larger it is."""
     batch = grouped(random_batch(), 4)
     loss, gradient, _ = loss_and_gradient(built("quatro"), batch, 0.0)
@@ -278,9 +261,7 @@ def test_quatro_is_the_lagrangian_in_value_and_starts_as_the_policy_gradient(
 
 
 @pytest.mark.parametrize("name", ["quatro", "vespo"])
-def test_a_ratio_beyond_any_float_leaves_the_loss_finite(
-    built: Built, random_batch: Batches, name: str
-) -> None:
+def test_a_ratio_beyond_any_float_leaves_the_loss_finite(built, random_batch, name):
     batch = grouped(random_batch(), 4)
     for equal in (False, True):
         of = replace(batch, advantages=batch.completion_mask.float()) if equal else batch
@@ -288,7 +269,7 @@ def test_a_ratio_beyond_any_float_leaves_the_loss_finite(
         assert loss.isfinite() and gradient.isfinite().all()
 
 
-def test_a_token_without_an_advantage_counts_as_1_in_gmpos_mean(built: Built) -> None:
+def test_a_token_without_an_advantage_counts_as_1_in_gmpos_mean(built):
     log_probs = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
     inputs = inputs_of(log_probs, torch.zeros_like(advantages), advantages, advantages > -1)
@@ -298,18 +279,21 @@ def test_a_token_without_an_advantage_counts_as_1_in_gmpos_mean(built: Built) ->
 
 
 @pytest.mark.parametrize("name", ["rebel", "quatro"])
-def test_an_advantage_that_is_a_target_takes_no_correction(
-    composed: Callable[..., TrainConfig], name: str
-) -> None:
+def test_an_advantage_that_is_a_target_takes_no_correction(composed, name):
     check(composed(f"algo={name}"))
     with pytest.raises(ConfigError, match=r"rollout\.correction.*expected rollout/correction=none with algo"):
         check(composed(f"algo={name}", "rollout/correction=token_truncation"))
 
 
+def test_a_loss_at_the_sampler_takes_no_correction(composed):
+    twice = ("algo=dppo", "rollout/correction=token_truncation")
+    with pytest.raises(ConfigError, match=r"which corrects, or algo\.token_loss\.sampler_share=0"):
+        check(composed(*twice))
+    check(composed(*twice, "algo.token_loss.sampler_share=0.0"))
+
+
 @pytest.mark.parametrize("name", ["rebel", "quatro"])
-def test_what_sees_the_step_can_be_anchored_at_the_sampler(
-    built: Built, random_batch: Batches, name: str
-) -> None:
+def test_what_sees_the_step_can_be_anchored_at_the_sampler(built, random_batch, name):
     """The same loss as with the sampler's log-probs for the old ones; the pass before it is still made."""
     batch, algorithm = grouped(random_batch(), 4), built(name)
     log_probs, old, advantages = off_policy(batch, 0.3)

@@ -1,20 +1,17 @@
 """One optimiser step: micro-batches, order, selection and the equivalences that define CAPO."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from capo_exp.core.batch import collate
 from capo_exp.core.policy import last_layer
-from capo_exp.core.types import Batch, StepRecord, TokenLoss, TokenLossInput
+from capo_exp.core.types import Batch, TokenLoss, TokenLossInput
 from capo_exp.curvature import model as curvature
 from capo_exp.training.completions import tabulate_completions
-from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import Rollout, Update
 from tests.conftest import DISTINCT
@@ -28,20 +25,17 @@ from tests.pieces import (
     without_clock,
 )
 
-Make = Callable[..., Learner]
-Batches = Callable[..., Batch]
-
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
 WEIGHED = "grpo selection=down_weight algo.selection.policy_shift_max=1e-7"
 
 
-def steps(learner: Learner, batches: list[Batch]) -> tuple[list[dict[str, float]], StepRecord]:
+def steps(learner, batches):
     results = [take_step(learner, batch) for batch in batches]
     return [without_clock(metrics) for metrics, _ in results], results[-1][1]
 
 
 @pytest.mark.parametrize("algo", [*DISTINCT, "capo", "dr_capo", "rein_capo", "stapo", "m2po", WEIGHED])
-def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batches, algo: str) -> None:
+def test_one_batch_equals_four_micro_batches(learner, random_batch, algo):
     tight = TIGHT if "capo" in algo else []
     whole, cut = (
         learner(*f"algo={algo}".split(), f"model.micro_batch_size={size}", *tight) for size in (96, 2)
@@ -61,9 +55,7 @@ def test_one_batch_equals_four_micro_batches(learner: Make, random_batch: Batche
     [["max_tokens_per_micro_batch=30"], ["max_tokens_per_micro_batch=30", "pack=true"],
      ["max_tokens_per_micro_batch=30", "share_prompts=true"], ["pack=true", "gradient_checkpointing=true"]],
 )  # fmt: skip
-def test_no_padding_is_the_padded_gradient(
-    learner: Make, random_batch: Batches, cut: list[str], selection: str
-) -> None:
+def test_no_padding_is_the_padded_gradient(learner, random_batch, cut, selection):
     chosen = (f"algo={'capo' if selection == 'capo' else 'grpo'}", f"selection={selection}")
     padded, ours = learner(*chosen), learner(*chosen, *(f"model.{each}" for each in cut))
     batch = random_batch()
@@ -77,9 +69,7 @@ def test_no_padding_is_the_padded_gradient(
 
 
 @pytest.mark.parametrize(("kl", "passes"), [(0.0, 2), (0.1, 4)])  # a penalty has a gradient everywhere
-def test_micro_batches_that_move_no_weight_take_no_backward_pass(
-    learner: Make, random_batch: Batches, kl: float, passes: int
-) -> None:
+def test_micro_batches_that_move_no_weight_take_no_backward_pass(learner, random_batch, kl, passes):
     chosen, counted = ["algo=grpo", f"algo.kl_coefficient={kl}"], []
     whole, cut = (learner(*chosen, f"model.micro_batch_size={n}", distance=0.1) for n in (96, 2))
     last_layer(cut.model).register_full_backward_hook(lambda *_: counted.append(1))
@@ -96,7 +86,7 @@ def test_micro_batches_that_move_no_weight_take_no_backward_pass(
     assert len(counted) == (3 if kl == 0 else 8)
 
 
-def test_weighing_down_scales_the_credit(learner: Make, random_batch: Batches) -> None:
+def test_weighing_down_scales_the_credit(learner, random_batch):
     """A token's weight is a smaller advantage, in the loss and in the moments of the optimiser model."""
     down = f"algo={WEIGHED}".split()
     one, base, batches = learner(*down), learner("algo=grpo"), [random_batch(seed=seed) for seed in range(2)]
@@ -116,7 +106,7 @@ def test_weighing_down_scales_the_credit(learner: Make, random_batch: Batches) -
     assert steps(free, batches)[0] == steps(plain, batches)[0] and same_weights(free, plain)
 
 
-def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, random_batch: Batches) -> None:
+def test_the_order_of_rows_and_extra_padding_change_nothing(learner, random_batch):
     batch = random_batch()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     shuffled = Batch(*(tensor[order] for tensor in vars(batch).values()))
@@ -124,7 +114,7 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, rando
     padded = Batch(
         pad(batch.input_ids, 3, 2), pad(batch.attention_mask, 3, 2),
         pad(batch.completion_mask, 0, 2), pad(batch.sampler_log_probs, 0, 2), pad(batch.advantages, 0, 2),
-        batch.group_ids, batch.truncated,
+        batch.group_ids, batch.truncated, batch.surprisal,
     )  # fmt: skip
     plain, *others = (learner("algo=capo", *TIGHT) for _ in range(3))
     (expected,), record = steps(plain, [batch])
@@ -135,7 +125,7 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(learner: Make, rando
     assert 0 < record.selection.keep_mask.sum() < batch.completion_mask.sum()
 
 
-def test_a_checkpoints_table_is_a_copy_of_the_rows_alone(learner: Make, random_batch: Batches) -> None:
+def test_a_checkpoints_table_is_a_copy_of_the_rows_alone(learner, random_batch):
     """The run's own goes on in place, in a storage with room to grow."""
     one = learner("algo=grpo", "curvature.moments_dtype=bfloat16")
     for seed in range(2):
@@ -148,9 +138,7 @@ def test_a_checkpoints_table_is_a_copy_of_the_rows_alone(learner: Make, random_b
     assert not torch.equal(one.optimizer_model.first[: len(kept)], kept)
 
 
-def test_the_step_is_adamws_on_the_loss_of_the_formula(
-    learner: Make, random_batch: Batches, small_model: PreTrainedModel
-) -> None:
+def test_the_step_is_adamws_on_the_loss_of_the_formula(learner, random_batch, small_model):
     """GRPO from scratch: full logits, F.cross_entropy, torch.optim.AdamW."""
     batch, model = random_batch(), copy.deepcopy(small_model)
     log_probs = plain_log_probs(model, batch, 0.7)
@@ -168,9 +156,7 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(
     torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
-    learner: Make, random_batch: Batches
-) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(learner, random_batch):
     ours = learner("algo=grpo")
     before = weights(ours)
     batch = replace(random_batch(), advantages=torch.full((8, 7), float("inf")))
@@ -180,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     assert ours.optimizer_step == 0
 
 
-def test_gradient_checkpointing_changes_no_number(learner: Make, random_batch: Batches) -> None:
+def test_gradient_checkpointing_changes_no_number(learner, random_batch):
     plain, saving = learner("algo=grpo"), learner("algo=grpo", "model.gradient_checkpointing=true")
     saving.model.gradient_checkpointing_enable({"use_reentrant": False})
     passes: list[int] = []
@@ -191,7 +177,7 @@ def test_gradient_checkpointing_changes_no_number(learner: Make, random_batch: B
     assert len(passes) == 2 and not saving.model.training
 
 
-def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random_batch: Batches) -> None:
+def test_the_learner_uses_the_curvature_model_of_this_step(learner, random_batch):
     """Shifts with the moments and the rate from before the step; moments after it from the kept tokens."""
     schedule = ["optimizer.schedule=linear", "optimizer.warmup_ratio=0.5", "regime.learning_rate=1e-4"]
     ours = learner("algo=capo", "model.micro_batch_size=3", *schedule, *TIGHT)
@@ -211,7 +197,7 @@ def test_the_learner_uses_the_curvature_model_of_this_step(learner: Make, random
     assert learner("curvature.optimizer_model=sgd").optimizer_model is None
 
 
-def test_the_gradient_is_clipped(learner: Make, random_batch: Batches) -> None:
+def test_the_gradient_is_clipped(learner, random_batch):
     """Adam's first step hides the gradient's length; the moments do not."""
     ours = learner("algo=grpo", "optimizer.max_grad_norm=0.01")
     assert take_step(ours, random_batch())[0]["policy/grad_norm"] > 0.1
@@ -219,9 +205,7 @@ def test_the_gradient_is_clipped(learner: Make, random_batch: Batches) -> None:
     assert torch.cat([m.flatten() for m in first]).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
-def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
-    learner: Make, random_batch: Batches
-) -> None:
+def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(learner, random_batch):
     """Of its own rows, in micro-batches, too; the old log-probs are the learner's."""
     ours, batch, seen = (
         learner("algo=grpo", "model.micro_batch_size=3"),
@@ -230,7 +214,7 @@ def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
     )
     batch = replace(batch, sampler_log_probs=-torch.rand(8, 7) * batch.completion_mask)
 
-    def look(inputs: TokenLossInput) -> TokenLoss:
+    def look(inputs):
         seen.append(inputs)
         return TokenLoss(-inputs.advantages * inputs.log_probs, torch.zeros_like(inputs.completion_mask))
 
@@ -246,7 +230,7 @@ def test_a_token_loss_sees_the_samplers_log_probs_and_the_entropy(
         torch.testing.assert_close(found, whole[batch.completion_mask].sort().values, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kept_completion_has_the_mean_advantage_of_its_tokens(learner: Make) -> None:
+def test_a_kept_completion_has_the_mean_advantage_of_its_tokens(learner):
     groups = groups_of([[1.0, 0.0]], [[3, 2]])
     batch = collate(groups, pad_token_id=0, device=torch.device("cpu"))
     batch = replace(batch, advantages=torch.tensor([[1.0, 2.0, 6.0], [-4.0, 0.0, 0.0]]))

@@ -2,8 +2,6 @@ import errno
 import json
 import math
 import os
-from io import FileIO
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,12 +14,12 @@ from capo_exp.runs.read import read_jsonl
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(tmp_path):
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 
 
-def row(step: int, **more: float) -> dict[str, float]:
+def row(step, **more):
     return {
         "counter/rollout_step": step,
         "counter/completions": 96 * step,
@@ -30,14 +28,11 @@ def row(step: int, **more: float) -> dict[str, float]:
     }
 
 
-def open_logger(run_dir: Path, resume_step: int = 0) -> RunLogger:
+def open_logger(run_dir, resume_step=0):
     return RunLogger(run_dir, resume_step=resume_step, wandb_mode="disabled")
 
 
-# --- files ---
-
-
-def test_metrics_are_exact_sorted_and_there_at_once(run_dir: Path) -> None:
+def test_metrics_are_exact_sorted_and_there_at_once(run_dir):
     with open_logger(run_dir) as logger:
         logger.log_step(row(1, loss__total=0.1 + 0.2))
         text = (run_dir / "metrics.jsonl").read_text()
@@ -47,7 +42,7 @@ def test_metrics_are_exact_sorted_and_there_at_once(run_dir: Path) -> None:
     )
 
 
-def test_what_is_not_finite_is_null_and_what_is_not_known_is_refused(run_dir: Path) -> None:
+def test_what_is_not_finite_is_null_and_what_is_not_known_is_refused(run_dir):
     with open_logger(run_dir) as logger:
         logger.log_step(row(1, policy__ratio_max=math.inf, loss__kl=math.nan))
         with pytest.raises(AssertionError, match="reward/typo"):
@@ -58,7 +53,7 @@ def test_what_is_not_finite_is_null_and_what_is_not_known_is_refused(run_dir: Pa
     assert line["policy/ratio_max"] is None and line["loss/kl"] is None
 
 
-def test_a_resume_drops_what_came_after_the_checkpoint(run_dir: Path) -> None:
+def test_a_resume_drops_what_came_after_the_checkpoint(run_dir):
     with open_logger(run_dir) as logger:
         logger.log_evaluation(row(0, eval__accuracy=0.2))
         for step in (1, 2, 3):
@@ -83,7 +78,7 @@ NO_ROWS = ("{half", "[1]", "{}", '{"counter/rollout_step": null}', "\0\0", '{"co
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
-def test_a_line_that_is_no_row_is_named_up_to_the_checkpoint(run_dir: Path, name: str) -> None:
+def test_a_line_that_is_no_row_is_named_up_to_the_checkpoint(run_dir, name):
     first, second, third = (json.dumps(row(step)) for step in (1, 2, 3))
     for line in NO_ROWS:
         (run_dir / name).write_text(text := f"{first}\n{line}\n{second}\n")
@@ -96,9 +91,7 @@ def test_a_line_that_is_no_row_is_named_up_to_the_checkpoint(run_dir: Path, name
     assert (run_dir / name).read_text().splitlines() == [first, second]
 
 
-def test_rows_that_are_missing_are_said_and_equal_ones_are_kept(
-    run_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_that_are_missing_are_said_and_equal_ones_are_kept(run_dir, caplog):
     (run_dir / "metrics.jsonl").write_text((json.dumps(row(1)) + "\n") * 2)
     open_logger(run_dir, resume_step=1).finish(0)
     assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2 and not caplog.records
@@ -106,7 +99,7 @@ def test_rows_that_are_missing_are_said_and_equal_ones_are_kept(
     assert "rows of steps 2 to 3 are missing" in caplog.text
 
 
-def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(run_dir: Path) -> None:
+def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(run_dir):
     (run_dir / "completions").mkdir()
     for name in (".step_000003.parquet.partial", "step_000001.parquet", "step_1 (copy).parquet"):
         (run_dir / "completions" / name).touch()
@@ -115,7 +108,7 @@ def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(run_dir: Path) -
     assert left == ["step_000001.parquet", "step_1 (copy).parquet"]
 
 
-def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir: Path) -> None:
+def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir):
     numbers = [0.0, 1 / 3, -1e-30, 3e-42, 65504.1, math.inf, -math.inf, math.nan, 1.0, -0.75]
     sample = dict.fromkeys(("policy_shift", "objective_shift", "log_prob"), numbers)
     with open_logger(run_dir) as logger:
@@ -130,12 +123,10 @@ def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir: Path) -> None:
     assert pq.read_table(run_dir / "completions" / "step_000003.parquet").num_rows == 0
 
 
-def test_an_error_of_the_disk_at_a_checkpoint_names_the_file(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_disk_at_a_checkpoint_names_the_file(run_dir, monkeypatch):
     synced: list[int] = []
 
-    def fsync(file: FileIO) -> None:
+    def fsync(file):
         synced.append(file.fileno())
         if len(synced) == 4:
             raise OSError(errno.EIO, "in the system's words")

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -57,13 +56,13 @@ def no_data_dir(monkeypatch):
     monkeypatch.delenv("CAPO_DATA_DIR", raising=False)
 
 
-def write(file: Path, rows: list[dict]) -> Path:
+def write(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), file)
     return file
 
 
-def refuse(source: ProblemSet, path: Path | None, split: str = "train") -> str:
+def refuse(source, path, split="train"):
     """The message, which is one line."""
     with pytest.raises(ConfigError) as refused:
         source(split, path=path and str(path))
@@ -72,7 +71,7 @@ def refuse(source: ProblemSet, path: Path | None, split: str = "train") -> str:
     return text
 
 
-def answer_from_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> list[tuple]:
+def answer_from_hub(monkeypatch, rows):
     """The hub then has these rows; returns a list that takes what it is asked for."""
     asked = []
 
@@ -82,9 +81,6 @@ def answer_from_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> list[t
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     return asked
-
-
-# --- files ---
 
 
 def test_directory_with_folders_comes_before_plain_split_file(tmp_path):
@@ -150,9 +146,6 @@ def test_bad_settings_name_their_key(tmp_path, composed):
         check(config)
 
 
-# --- cells ---
-
-
 def test_other_ways_of_writing_the_answer(tmp_path):
     cells = (["1/2", r" \frac12 ", "0.5", "1/2", ""], None)
     rows = [{"problem": f"{i}?", "answer": "0.5", "answers_alt": cell} for i, cell in enumerate(cells)]
@@ -205,8 +198,6 @@ def test_text_that_is_no_unicode(tmp_path):
     pq.write_table(pa.table({"problem": broken, "answer": ["1"]}), tmp_path / "train.parquet")
     assert re.search(r"train\.parquet \(.*utf-8.*\), expected a parquet file", refuse(math, tmp_path))
 
-
-# --- multiple choice ---
 
 GPQA_ROWS = [
     {
@@ -269,9 +260,6 @@ def test_multiple_choice_without_its_columns(tmp_path):
     assert "expected also Question" in refuse(gpqa, tmp_path, "test")
 
 
-# --- the hub ---
-
-
 def test_hub_rows_are_mapped(monkeypatch):
     asked = answer_from_hub(monkeypatch, HUB_MATH_ROWS)
     (only,) = math("train", path=None)
@@ -306,8 +294,6 @@ def test_hub_that_cannot_be_reached(monkeypatch):
     assert "got no train split of openai/gsm8k-not-cached-here from the hub (" in text
     assert "set dataset.path or CAPO_DATA_DIR" in text
 
-
-# --- the configurations ---
 
 HUB_COLUMNS = {
     "math500": "problem, solution, answer, subject, level, unique_id",
@@ -346,9 +332,6 @@ def test_dataset_brings_its_reward_and_the_command_line_wins(composed):
         assert composed("algo=grpo", *overrides).reward.name == reward
 
 
-# --- real sets ---
-
-
 @needs_data
 def test_real_benchmarks(composed):
     for dataset, count in BENCHMARKS.items():
@@ -360,10 +343,7 @@ def test_real_benchmarks(composed):
 
 
 @needs_data
-@pytest.mark.parametrize(
-    ("source", "split", "count"),
-    [(math, "test", 5000), (gsm8k, "test", 1319)],
-)
+@pytest.mark.parametrize(("source", "split", "count"), [(math, "test", 5000), (gsm8k, "test", 1319)])
 def test_real_sets(source, split, count, tmp_path):
     """The same questions in the hub's columns give the same problems: answers are taken from solutions."""
     found = source(split, path=str(SHARED))

@@ -1,7 +1,6 @@
 """The memory estimate: parameters against transformers', its parts by hand, peaks of real steps; the plan."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +24,15 @@ from capo_exp.config.memory import (
 )
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.plan import plan
-from capo_exp.config.schema import TrainConfig, conf_dir
+from capo_exp.config.schema import conf_dir
 from capo_exp.sweep.job import execute
 from tests.shapes import SHAPES, write_shape
 
-Composed = Callable[..., TrainConfig]
 PARAMETERS = 919_680
 """Of the tiny model."""
 
 
-def test_parameters_are_those_of_transformers_and_of_the_files(composed: Composed) -> None:
+def test_parameters_are_those_of_transformers_and_of_the_files(composed):
     for repository, stated in SHAPES.items():
         shape = Architecture(**stated)
         known = {name: value for name, value in stated.items() if value is not None}
@@ -50,22 +48,21 @@ def test_parameters_are_those_of_transformers_and_of_the_files(composed: Compose
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kinds_are_counted_exactly(kind: str) -> None:
+def test_the_kinds_are_counted_exactly(kind):
     size = dict(zip(ARCHITECTURE[1:], (500, 32, 48, 3, 4, 2, kind == "qwen3", 16), strict=True))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **size))
     assert count_parameters(Architecture(kind, **size)) == sum(p.numel() for p in model.parameters())
 
 
-def test_weights_are_float32_and_adam_has_two_moments(composed: Composed) -> None:
+def test_weights_are_float32_and_adam_has_two_moments(composed):
     parts = estimate_memory(composed("algo.kl_coefficient=0.1"), gpu=True)
     assert parts.weights == parts.gradients == parts.reference == parts.adam // 2 == 4 * PARAMETERS
     assert estimate_memory(composed("algo=grpo"), gpu=True).reference == 0
 
 
-def test_bfloat16_weights_leave_the_rest_of_their_bits_to_the_optimiser(composed: Composed) -> None:
-    """2 bytes of a weight, 2 of its gradient, 2 x 4 of its moments and 2 of its other bits; no copy in
-    bfloat16 for a forward pass."""
+def test_bfloat16_weights_leave_the_rest_of_their_bits_to_the_optimiser(composed):
+    """2 bytes of a weight, 2 of its gradient, 2 x 4 of moments, 2 of its other bits; no further copy."""
     whole, half = (
         estimate_memory(composed("algo.kl_coefficient=0.1", f"model.load_dtype={kind}"), gpu=True)
         for kind in ("float32", "bfloat16")
@@ -77,7 +74,7 @@ def test_bfloat16_weights_leave_the_rest_of_their_bits_to_the_optimiser(composed
     assert (whole.moments, whole.records, whole.kv_cache) == (half.moments, half.records, half.kv_cache)
 
 
-def test_activations_by_hand(composed: Composed) -> None:
+def test_activations_by_hand(composed):
     """float32, layers of width 8 with an MLP of 16: of a token each keeps two inputs and two normalised
     inputs (32), two outputs of norms (16), queries, keys, values and attention's output (32), four of the
     MLP (64), and its row of the mask (10 + 6)."""
@@ -96,7 +93,7 @@ def test_activations_by_hand(composed: Composed) -> None:
     assert logits == 4 * (5 * 512 * 1024 + 1024 * 128)
 
 
-def test_what_curvature_holds(composed: Composed) -> None:
+def test_what_curvature_holds(composed):
     """Of each of 96 x 96 tokens the hidden state and a float and an int64 of each of 50; and two tables."""
     tables = 2 * 4 * 1024 * 128
     remembered = 96 * 96 * (4 * 128 + 12 * 50)
@@ -106,7 +103,7 @@ def test_what_curvature_holds(composed: Composed) -> None:
     assert estimate_memory(composed("curvature.moments_dtype=bfloat16"), gpu=False).moments == tables // 2
 
 
-def test_kv_cache_of_a_call(composed: Composed) -> None:
+def test_kv_cache_of_a_call(composed):
     """4 layers x 2 heads of 32 (256) and one layer repeated (128), 160 tokens of both; 5 x logits."""
     row = 2 * 4 * 160 * (256 + 128) + 5 * 4 * 1024
     one_problem, limit = "evaluation.num_problems=1", "rollout.engine.max_sequences_per_call=20"
@@ -124,7 +121,7 @@ def test_kv_cache_of_a_call(composed: Composed) -> None:
     assert estimate_memory(composed("rollout=vllm"), gpu=False).kv_cache == 0
 
 
-def test_rows_of_parts_of_solutions_are_as_long_as_both(composed: Composed) -> None:
+def test_rows_of_parts_of_solutions_are_as_long_as_both(composed):
     """A prompt, what its solution begins with, and a whole solution in the same micro-batch: 64 + 2 x 96."""
     pairs = (
         "rollout=pairs",
@@ -136,14 +133,14 @@ def test_rows_of_parts_of_solutions_are_as_long_as_both(composed: Composed) -> N
     assert parts.activations * (64 + 96) == whole.activations * (64 + 2 * 96)
 
 
-def test_sampling_and_differentiating_never_meet() -> None:
+def test_sampling_and_differentiating_never_meet():
     kept = {"weights": 4, "gradients": 4, "adam": 8, "reference": 4, "moments": 0, "records": 1}
     parts = Memory(**kept, activations=50, logits=7, kv_cache=40)
     assert parts.total == 21 + 57
     assert replace(parts, kv_cache=60).total == 21 + 60
 
 
-def test_a_gpu_computes_in_bfloat16(composed: Composed) -> None:
+def test_a_gpu_computes_in_bfloat16(composed):
     config = composed()
     here, gpu = estimate_memory(config, gpu=False), estimate_memory(config, gpu=True)
     assert gpu.activations < here.activations and gpu.kv_cache < here.kv_cache
@@ -151,13 +148,11 @@ def test_a_gpu_computes_in_bfloat16(composed: Composed) -> None:
     assert estimate_memory(same, gpu=True) == here
 
 
-def with_memory(monkeypatch: pytest.MonkeyPatch, free: float, total: float = 80e9) -> None:
+def with_memory(monkeypatch, free, total=80e9):
     monkeypatch.setattr(memory, "measure_memory", lambda device: (int(free), int(total)))
 
 
-def test_what_does_not_fit_is_refused_in_one_line(
-    composed: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(composed, monkeypatch, tmp_path):
     large = ["model=qwen2_5_7b", f"model.path={write_shape(tmp_path, 'Qwen/Qwen2.5-Math-7B')}"]
     for overrides, free, needed, keys in (
         ([], 100e6, "180 MB", "lower model.micro_batch_size or set model.gradient_checkpointing=true"),
@@ -177,7 +172,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         assert needed in check_memory(config, "cpu")
 
 
-def test_a_gpu_is_shared_with_vllm(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_shared_with_vllm(composed, monkeypatch):
     with_memory(monkeypatch, 39e9)  # half of 80 GB is vLLM's
     wanted = r"engine 40 GB; free 39 GB on cuda: lower rollout\.engine\.gpu_mem"
     with pytest.raises(ConfigError, match=wanted):
@@ -192,9 +187,7 @@ def test_a_gpu_is_shared_with_vllm(composed: Composed, monkeypatch: pytest.Monke
         assert f"engine {engine} for each of 2" in check_memory(shared, "cuda")
 
 
-def test_nothing_is_loaded_for_a_run_that_does_not_fit(
-    composed: Composed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_loaded_for_a_run_that_does_not_fit(composed, monkeypatch, tmp_path):
     with_memory(monkeypatch, 100e6)
     started = []
     monkeypatch.setattr("capo_exp.training.loop.run", lambda config, _: started.append(config))
@@ -207,7 +200,7 @@ def test_nothing_is_loaded_for_a_run_that_does_not_fit(
     assert len(started) == 1
 
 
-def test_the_memory_of_this_machine_and_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_this_machine_and_of_a_container(monkeypatch):
     free, total = measure_memory("cpu")
     assert 2**20 < free <= total
     read = Path.read_text
@@ -218,7 +211,7 @@ def test_the_memory_of_this_machine_and_of_a_container(monkeypatch: pytest.Monke
     assert measure_memory("cpu")[0] == min(total, 1024 * 5_000_000)
 
 
-def test_the_plan_is_five_short_lines(composed: Composed, tmp_path: Path) -> None:
+def test_the_plan_is_five_short_lines(composed, tmp_path):
     changed = ["device=cpu", "algo=grpo", "model.micro_batch_size=24", "algo.num_iterations=2"]
     assert plan(composed(*changed)) == [
         "grpo on arithmetic with tiny, aggressive, seed 0",
@@ -250,12 +243,12 @@ FEW = ["model.micro_batch_size=2", "regime.group_size=2", "dataset.max_completio
 @pytest.mark.parametrize(
     "overrides", [[CHECKPOINTING], BFLOAT16_WEIGHTS], ids=["checkpointing", "bfloat16 weights"]
 )
-def test_real_steps_take_what_was_estimated(overrides: list[str]) -> None:
+def test_real_steps_take_what_was_estimated(overrides):
     measured, estimated = measure([*LARGE, *overrides, *FEW], SMALLER)
     assert estimated == pytest.approx(measured, rel=0.25), (measured, estimated)
 
 
-def test_the_table_of_what_fits_is_the_plans(composed: Composed, tmp_path: Path) -> None:
+def test_the_table_of_what_fits_is_the_plans(composed, tmp_path):
     few = ["model.gradient_checkpointing=true", "rollout.engine.max_sequences_per_call=16", "dataset=gsm8k"]
     text = (conf_dir().parent / "docs" / "MODELS.md").read_text()
     for repository in SHAPES:

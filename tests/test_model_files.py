@@ -15,7 +15,6 @@ from transformers import AddedToken
 
 import capo_exp
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import ModelConfig, TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.model_files import check_logits
 from capo_exp.core.types import Problem, Prompt
@@ -31,18 +30,18 @@ UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
 
 @pytest.fixture
-def config(composed: Callable[..., TrainConfig], tmp_path: Path) -> ModelConfig:
+def config(composed, tmp_path):
     """The tiny model in a folder of its own."""
     shutil.copytree(ASSETS, tmp_path / "tiny")
     return replace(composed().model, path=str(tmp_path / "tiny"))
 
 
-def change(config: ModelConfig, how: Callable[[Tensors], Tensors]) -> None:
+def change(config, how):
     file = Path(config.path) / "model.safetensors"
     save_file(how(load_file(file)), file, metadata={"format": "pt"})
 
 
-def load(config: ModelConfig) -> None:
+def load(config):
     """All that a run reads of a model."""
     check_logits(config)
     policy.check_length(config, 100)
@@ -50,7 +49,7 @@ def load(config: ModelConfig) -> None:
     policy.load_model(config, CPU)
 
 
-def without(tensors: Tensors, name: str) -> Tensors:
+def without(tensors, name):
     return {key: value for key, value in tensors.items() if key != name}
 
 
@@ -77,7 +76,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_that_are_not_the_models_are_named(fault: str, config: ModelConfig) -> None:
+def test_weights_that_are_not_the_models_are_named(fault, config):
     how, message = FAULTS[fault]
     change(config, how)
     with pytest.raises(ConfigError, match=message) as raised:
@@ -91,7 +90,7 @@ def test_weights_that_are_not_the_models_are_named(fault: str, config: ModelConf
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_floats_of_any_size_are_weights(dtype: torch.dtype, config: ModelConfig) -> None:
+def test_floats_of_any_size_are_weights(dtype, config):
     change(config, lambda w: {key: value.to(dtype) for key, value in w.items()})
     load(config)
 
@@ -107,7 +106,7 @@ def test_floats_of_any_size_are_weights(dtype: torch.dtype, config: ModelConfig)
         ("model.safetensors", "version https://git-lfs"),
     ],
 )
-def test_damaged_files_are_one_line(file: str, content: str, config: ModelConfig) -> None:
+def test_damaged_files_are_one_line(file, content, config):
     (Path(config.path) / file).write_text(content)
     with pytest.raises(ConfigError, match=r"^model\.path=.*: could not be loaded \(.+\); expected") as raised:
         load(config)
@@ -123,7 +122,7 @@ def test_damaged_files_are_one_line(file: str, content: str, config: ModelConfig
         ("layer_types", ["sliding_attention"] * 4),
     ],
 )
-def test_a_config_that_makes_no_sense_is_one_line(key: str, value: object, config: ModelConfig) -> None:
+def test_a_config_that_makes_no_sense_is_one_line(key, value, config):
     file = Path(config.path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ConfigError, match=r"^model\.path=.*: could not be loaded \(.+\); expected"):
@@ -139,7 +138,7 @@ GENERATION = [
 ]  # fmt: skip
 
 
-def sample(config: ModelConfig) -> list[tuple[int, ...]]:
+def sample(config):
     model, tokenizer = policy.load_model(config, CPU), policy.load_tokenizer(config)
     prompts = [Prompt(Problem("0", "", ""), "", tuple(tokenizer("Compute 31 + 5.\n")["input_ids"]))]
     engine = HFRollout(model, tokenizer, torch.float32, max_sequences_per_call=8)
@@ -149,7 +148,7 @@ def sample(config: ModelConfig) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-def test_a_generation_config_changes_no_sample_and_stops_nothing(config: ModelConfig) -> None:
+def test_a_generation_config_changes_no_sample_and_stops_nothing(config):
     """Nor does the saved model hold what stood there."""
     plain, file = sample(config), Path(config.path) / "generation_config.json"
     contents = [b"", b"\xff\xfe", *(json.dumps(content).encode() for content in GENERATION)]
@@ -162,14 +161,14 @@ def test_a_generation_config_changes_no_sample_and_stops_nothing(config: ModelCo
     assert sample(config) == plain
 
 
-def test_special_tokens_that_the_files_name_end_a_completion_too(config: ModelConfig) -> None:
+def test_special_tokens_that_the_files_name_end_a_completion_too(config):
     tokenizer = policy.load_tokenizer(config)
     turn, end = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
     (Path(config.path) / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, 20]}))
     assert find_end_token_ids(policy.load_model(config, CPU), tokenizer) == sorted({turn, end})
 
 
-def test_a_tokenizer_larger_than_the_embedding(config: ModelConfig) -> None:
+def test_a_tokenizer_larger_than_the_embedding(config):
     load(config)
     tokenizer = policy.load_tokenizer(config)
     tokenizer.add_tokens([AddedToken("<new>")])
@@ -178,12 +177,12 @@ def test_a_tokenizer_larger_than_the_embedding(config: ModelConfig) -> None:
         load(config)
 
 
-def test_a_tokenizer_that_ends_prompts_is_said(composed: Callable[..., TrainConfig]) -> None:
+def test_a_tokenizer_that_ends_prompts_is_said(composed):
     """With a chat template the tokenizer adds nothing."""
     config = composed()
     tokenizer, asked = policy.load_tokenizer(config.model), [Problem("0", "1+1?", "2")]
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end[0]}", special_tokens=[end]
     )
     with pytest.raises(
@@ -195,7 +194,7 @@ def test_a_tokenizer_that_ends_prompts_is_said(composed: Callable[..., TrainConf
 
 
 @pytest.mark.parametrize("name", ["org/kernel", "flash_attention_2", "flex_attention"])
-def test_attention_that_cannot_run_blames_its_own_key(name: str, config: ModelConfig) -> None:
+def test_attention_that_cannot_run_blames_its_own_key(name, config):
     wanted = replace(config, attn_implementation=name)
     with pytest.raises(ConfigError, match=f"^model.attn_implementation={name}: expected sdpa or eager on a"):
         policy.load_model(wanted, CPU)
@@ -204,9 +203,7 @@ def test_attention_that_cannot_run_blames_its_own_key(name: str, config: ModelCo
             policy.load_model(wanted, torch.device("cuda"))
 
 
-def test_a_run_ends_with_one_line_and_2(
-    config: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_ends_with_one_line_and_2(config, tmp_path, capfd):
     change(config, lambda w: without(w, UP))
     assert run_training(f"model.path={config.path}", f"output_dir={tmp_path / 'out'}", "num_steps=1") == 2
     [said] = [line for line in capfd.readouterr().err.splitlines() if "Loading weights" not in line]

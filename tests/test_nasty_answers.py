@@ -12,14 +12,11 @@ REASONS = {"correct", "wrong", "no_answer", "gold_unparsable", "error", "timeout
 RIGHT = r"\boxed{7}"
 
 
-def box(content: str) -> str:
+def box(content):
     return f"\\boxed{{{content}}}"
 
 
-HEAVY = {
-    "power tower": box("9^{9^{9^{9}}}"),
-    "factorial of factorials": box("((20!)!)!"),
-}
+HEAVY = {"power tower": box("9^{9^{9^{9}}}"), "factorial of factorials": box("((20!)!)!")}
 """May run into the limit."""
 
 LIGHT = {
@@ -127,7 +124,7 @@ ATOMS = st.sampled_from(
 )
 
 
-def joined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+def joined(inner):
     return st.tuples(st.sampled_from(SHAPES), inner, inner).map(lambda parts: parts[0] % parts[1:])
 
 

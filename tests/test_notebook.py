@@ -9,7 +9,7 @@ NOTEBOOK = Path(__file__).parents[1] / "examples" / "learning_curve.ipynb"
 
 
 @pytest.mark.slow
-def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cell_runs(tmp_path, monkeypatch):
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     lines = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     small = ("regime.prompts_per_step=2", "regime.group_size=4", "dataset.max_completion_tokens=16")

@@ -1,22 +1,17 @@
-"""Methods that sample more than a step's own completions, or train on fewer: VinePPO, A*-PO, C3PO, Lite PPO;
-and what the loop offers to parts."""
+"""VinePPO, A*-PO, C3PO, Lite PPO, which sample more than a step's completions or learn from fewer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import exp, isnan, log, nan
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.c3po import within_budget
-from capo_exp.algorithms.protocols import Algorithm, build_algorithm
+from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.vineppo import step_advantages, whitened_step_advantages
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, RolloutGroup
+from capo_exp.core.types import RolloutGroup
 from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop, rollout_step, session
@@ -26,10 +21,6 @@ from tests.pieces import SMALL, completion, inputs_of, make_learner, run_one_ste
 from tests.test_methods import off_policy
 from tests.test_rollout_hf import ROWS, sample
 
-Compose = Callable[..., TrainConfig]
-Built = Callable[..., Algorithm]
-Batches = Callable[..., Batch]
-
 
 @dataclass
 class Going:
@@ -38,7 +29,7 @@ class Going:
 
     calls: list[SamplingRequest] = field(default_factory=list)
 
-    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+    def generate(self, request):
         self.calls.append(request)
         pairs = zip(request.prompts, request.beginnings(), strict=True)
         size = range(request.group_size)
@@ -48,12 +39,8 @@ class Going:
         ]
 
 
-# Going on from what has begun
-
-
-def test_an_engine_goes_on_as_it_would_have(small_model: PreTrainedModel) -> None:
-    """Greedy completions from any of their tokens on are the same; what had begun has no log-prob, and the
-    limit counts it."""
+def test_an_engine_goes_on_as_it_would_have(small_model):
+    """Greedy completions from any token on are the same; what had begun has no log-prob, but counts."""
     whole = [group.completions[0] for group in sample(small_model, ROWS, temperature=0.0, group_size=1)]
     for cut in ((0, 1, 2, 3), (3, 0, 1, 5)):
         begun = [one.token_ids[: min(t, len(one.token_ids) - 1)] for one, t in zip(whole, cut, strict=True)]
@@ -66,9 +53,6 @@ def test_an_engine_goes_on_as_it_would_have(small_model: PreTrainedModel) -> Non
                 assert got.sampler_log_probs[new] == pytest.approx(one.sampler_log_probs[new], abs=1e-5)
 
 
-# VinePPO
-
-
 @pytest.mark.parametrize(
     ("texts", "starts"),
     [
@@ -79,11 +63,11 @@ def test_an_engine_goes_on_as_it_would_have(small_model: PreTrainedModel) -> Non
         (["a"], [0]),
     ],
 )
-def test_steps_begin_at_new_lines_and_sentences(built: Built, texts: list[str], starts: list[int]) -> None:
+def test_steps_begin_at_new_lines_and_sentences(built, texts, starts):
     assert built("vineppo").states(texts) == starts
 
 
-def test_a_steps_advantage_is_the_value_that_it_adds() -> None:
+def test_a_steps_advantage_is_the_value_that_it_adds():
     """V = .5, .75, .25 and R = 1: .25, -.5, .75; V of the prompt alone: R - V; they add up to that."""
     values = torch.tensor([[0.5, nan, 0.75, 0.25, nan], [0.25, nan, nan, nan, nan]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
@@ -95,9 +79,7 @@ def test_a_steps_advantage_is_the_value_that_it_adds() -> None:
     assert not white[~mask].any() and torch.equal(white.argsort(1)[0], got.argsort(1)[0])
 
 
-def test_vineppo_values_its_states_in_one_call_and_counts_them(
-    composed: Compose, small_model: PreTrainedModel
-) -> None:
+def test_vineppo_values_its_states_in_one_call_and_counts_them(composed, small_model):
     """Completions of one token each have the prompt for their only state, shared by the group: K = 3
     continuations that earn 0, 1, 2 are worth 1. Cut into four tokens, states of a group are shared, too."""
     numbers = ("regime.prompts_per_step=2", "regime.group_size=2", "algo.continuations=3")
@@ -124,10 +106,7 @@ def test_vineppo_values_its_states_in_one_call_and_counts_them(
     assert drawn.tokens == drawn.completions == 3 * 2 * (1 + 1 + 1)  # of 5 6 one state
 
 
-# A*-PO
-
-
-def test_the_optimal_value_by_hand_and_at_its_limits(built: Built) -> None:
+def test_the_optimal_value_by_hand_and_at_its_limits(built):
     """One of four is right: .5 ln((e^2 + 3) / 4); a large beta gives the mean, a small one the maximum."""
     reference, rewards = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([[1.0], [0.0]])
     for beta, value in ((0.5, 0.5 * log((exp(2) + 3) / 4)), (1e4, 0.25), (1e-3, 1.0)):
@@ -138,7 +117,7 @@ def test_the_optimal_value_by_hand_and_at_its_limits(built: Built) -> None:
     assert built("a_star_po").group_filter(rewards, reference_rewards=reference).tolist() == [True, False]
 
 
-def test_a_star_pos_regression_is_the_square(built: Built, random_batch: Batches) -> None:
+def test_a_star_pos_regression_is_the_square(built, random_batch):
     """(beta ln(pi / pi_ref) - A)^2, written plainly, and its gradient."""
     batch, algorithm = random_batch(), built("a_star_po", "algo.token_loss.beta=0.3")
     mask = batch.completion_mask
@@ -151,7 +130,7 @@ def test_a_star_pos_regression_is_the_square(built: Built, random_batch: Batches
     torch.testing.assert_close(got, expected)
 
 
-def test_the_reference_is_sampled_once_for_what_the_run_visits(composed: Compose) -> None:
+def test_the_reference_is_sampled_once_for_what_the_run_visits(composed):
     """3 steps of 2 prompts visit 6 of 9 prompts, 30 steps all of them; the rewards are found again by id."""
     for steps, count in ((3, 6), (30, 9)):
         config = composed("algo=a_star_po", "regime.prompts_per_step=2", f"num_steps={steps}")
@@ -165,9 +144,7 @@ def test_the_reference_is_sampled_once_for_what_the_run_visits(composed: Compose
 
 
 @pytest.mark.slow
-def test_a_checkpoint_keeps_what_the_reference_earned(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_keeps_what_the_reference_earned(composed, tmp_path, monkeypatch):
     """A run that is ended after its first step goes on to the same numbers without asking the reference."""
     numbers = (
         "algo=a_star_po", "logger=files", "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2",
@@ -183,12 +160,7 @@ def test_a_checkpoint_keeps_what_the_reference_earned(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-# C3PO
-
-
-def test_c3po_keeps_first_completions_first_until_the_budget_is_spent(
-    built: Built, random_batch: Batches
-) -> None:
+def test_c3po_keeps_first_completions_first_until_the_budget_is_spent(built, random_batch):
     """Lengths 3 2 4 1 2 2 of three prompts: in the order 3 4 2 2 1 2 the sums are 3 7 9 11 12 14. With the
     step's own tokens for a budget the loss is the token mean."""
     lengths = torch.tensor([3, 2, 4, 1, 2, 2])
@@ -210,10 +182,7 @@ def test_c3po_keeps_first_completions_first_until_the_budget_is_spent(
     torch.testing.assert_close(half, whole / 2)
 
 
-# Lite PPO
-
-
-def test_lite_ppo_has_one_scale_for_all_prompts(built: Built) -> None:
+def test_lite_ppo_has_one_scale_for_all_prompts(built):
     """Rewards 1 0, 1 1, 0 0 have a standard deviation of sqrt(.3); a single group is GRPO's."""
     rewards, advantage = torch.tensor([[1.0, 0], [1, 1], [0, 0]]), built("lite_ppo").advantage
     expected = torch.tensor([[0.5, -0.5], [0, 0], [0, 0]]) / (0.3**0.5 + 1e-4)

@@ -148,7 +148,7 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     """A user's folder with the package and conf/."""
     home = tmp_path_factory.mktemp("home")
     package = home / "bold_methods"
@@ -162,19 +162,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bold(home: Path, monkeypatch: pytest.MonkeyPatch) -> Bold:
+def bold(home, monkeypatch):
     """Composes `algo=bold` from a user's folders; the package is allowed, as a command line would."""
     for folder in (home, EXAMPLES / "own_method", EXAMPLES / "own_reward"):
         monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("CAPO_EXP_PLUGINS", "bold_methods,my_method,my_reward")
 
-    def compose(*overrides: str) -> TrainConfig:
+    def compose(*overrides):
         return to_config(compose_config(["algo=bold", *overrides], config_dir=str(home / "conf")))
 
     return compose
 
 
-def test_it_passes_the_checks_and_has_its_names(bold: Bold) -> None:
+def test_it_passes_the_checks_and_has_its_names(bold):
     config = bold()
     check(config)
     assert (config.algo.full_name, config.algo.label, config.algo.colour) == ("bold", "Bold, mine", "#112233")
@@ -193,26 +193,24 @@ def test_it_passes_the_checks_and_has_its_names(bold: Bold) -> None:
         (["algo.reference_reset_every=5"], "algo.reference_reset_every=5: expected 0 without a KL"),
     ],
 )
-def test_its_mistakes_are_told_like_the_packages(bold: Bold, overrides: list[str], message: str) -> None:
+def test_its_mistakes_are_told_like_the_packages(bold, overrides, message):
     with pytest.raises(ConfigError) as error:
         check(bold(*overrides))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_what_it_declares_decides_about_the_reference(bold: Bold) -> None:
+def test_what_it_declares_decides_about_the_reference(bold):
     assert not holds_reference(bold().algo)
     charged = bold("algo.shaping.beta=0.1", "algo.reference_reset_every=5")
     check(charged)
     assert holds_reference(charged.algo)
 
 
-def plan_of(*arguments: str) -> int:
+def plan_of(*arguments):
     return run_training("algo=bold", "plan_only=true", *arguments)
 
 
-def test_its_package_has_to_be_allowed_on_this_command_line(
-    bold: Bold, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_package_has_to_be_allowed_on_this_command_line(bold, home, capsys):
     own = f"--config-dir={home / 'conf'}"
     assert plan_of(own, "plugins=[bold_methods,my_method]") == 0
     assert capsys.readouterr().out.startswith("bold on arithmetic with tiny")
@@ -229,15 +227,15 @@ def test_its_package_has_to_be_allowed_on_this_command_line(
 
 
 @pytest.mark.parametrize("name", ["Annotated", "POSITIVE", "_hidden", "compares_group", "nothing"])
-def test_what_its_package_imports_or_hides_is_no_part(bold: Bold, name: str) -> None:
+def test_what_its_package_imports_or_hides_is_no_part(bold, name):
     with pytest.raises(ConfigError, match=rf"functions\.{name}: "):
         check(bold(f"algo.advantage._target_=bold_methods.functions.{name}"))
 
 
 def test_an_entry_point_stands_for_its_package(
-    bold: Bold, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    bold, home, tmp_path, capsys,
+    monkeypatch,
+):  # fmt: skip
     """Of an installed package, by the name that its own pyproject.toml gives."""
     said = {"one": "bold-ones = bold_methods.functions", "two": "bad = json\nboth = a", "three": "both = b"}
     for name, points in said.items():
@@ -257,7 +255,7 @@ def test_an_entry_point_stands_for_its_package(
         assert wanted in capsys.readouterr().err
 
 
-def test_data_engine_and_verifier_may_be_its_own_too(bold: Bold) -> None:
+def test_data_engine_and_verifier_may_be_its_own_too(bold):
     check(config := bold("rollout=mine", "dataset=mine", "reward=mine"))
     assert [each.answer for each in read_split(config.dataset, "test")] == ["1", "2", "3", "4"]
     judge = build_part(config.reward.verifier, key="reward.verifier")()
@@ -269,7 +267,7 @@ def test_data_engine_and_verifier_may_be_its_own_too(bold: Bold) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_on_the_examples_data_and_reward(bold: Bold, tmp_path: Path) -> None:
+def test_it_trains_on_the_examples_data_and_reward(bold, tmp_path):
     """Every part of the method, the engine and the terms of the reward are the user's."""
     source = f"dataset.path={EXAMPLES / 'own_reward' / 'sums.jsonl'}"
     columns = ("dataset.source.columns.problem=question", "dataset.source.columns.answer=result")

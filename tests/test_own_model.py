@@ -1,9 +1,7 @@
-"""A model of a user's own: its directory or hub id on any command line, its shape from its config.json, and
-weights in bfloat16."""
+"""A model of a user's own: how it is named, its shape from its config.json, weights in bfloat16."""
 
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from capo_exp.config.architecture import ARCHITECTURE, read_architecture
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
-from capo_exp.config.schema import TrainConfig, to_config
+from capo_exp.config.schema import to_config
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_id
 from capo_exp.training import loop as train
@@ -36,7 +34,7 @@ SHORT = [
 ]  # fmt: skip
 
 
-def commanded(*words: str) -> TrainConfig:
+def commanded(*words):
     """The configuration of a command line, checked."""
     with in_one_line():
         config = to_config(compose_config(as_overrides(words)))
@@ -45,7 +43,7 @@ def commanded(*words: str) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     """A folder with the directory `my models/a=b, c` of a random Llama."""
     home = tmp_path_factory.mktemp("home")
     folder = home / "my models" / "a=b, c"
@@ -60,7 +58,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_a_directory_is_a_model_however_it_is_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_a_model_however_it_is_written(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / "my models")
     path = str(home / "my models" / "a=b, c")
@@ -73,7 +71,7 @@ def test_a_directory_is_a_model_however_it_is_written(home: Path, monkeypatch: p
     assert run_id(config) == run_id(commanded("model=auto", f"model.path='{path}'", RATE))
 
 
-def test_what_else_is_said_of_model_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_else_is_said_of_model_stays(home, monkeypatch):
     monkeypatch.chdir(home)
     for word in ("model=tiny", "model=tiny,keywords", "model=tinny", "model.path=x", "model=choice(a,b)"):
         assert as_overrides([word]) == [word]
@@ -101,13 +99,13 @@ def test_what_else_is_said_of_model_stays(home: Path, monkeypatch: pytest.Monkey
         (["model.load_dtype=bfloat16", "model.compute_dtype=float32"], r"model\.compute_dtype=float32: exp"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_one_line(home: Path, words: list[str], message: str) -> None:
+def test_what_cannot_work_is_one_line(home, words, message):
     with pytest.raises(ConfigError, match=rf"^{message}") as error:
         commanded(*(word.replace("HERE", str(home / "my models" / "a=b, c")) for word in words))
     assert "\n" not in str(error.value)
 
 
-def test_transformers_adds_what_a_file_leaves_to_its_class(tmp_path: Path) -> None:
+def test_transformers_adds_what_a_file_leaves_to_its_class(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_head": 4}))
     shape = read_architecture(str(tmp_path), None)
     assert (shape["hidden_size"], shape["num_key_value_heads"], shape["intermediate_size"]) == (48, 4, 192)
@@ -122,9 +120,7 @@ def test_transformers_adds_what_a_file_leaves_to_its_class(tmp_path: Path) -> No
             read_architecture(str(tmp_path), None)
 
 
-def test_a_model_on_the_hub_is_read_from_the_cache(
-    composed: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_on_the_hub_is_read_from_the_cache(composed, tmp_path, monkeypatch):
     """Its run has the id that it had when its shape was typed into conf/model."""
     architecture._find_on_hub.cache_clear()
     config = composed("experiment=paper/capo")
@@ -146,15 +142,12 @@ def test_a_model_on_the_hub_is_read_from_the_cache(
     architecture._find_on_hub.cache_clear()
 
 
-def test_the_shape_of_the_model_that_is_made_here_is_what_was_made() -> None:
+def test_the_shape_of_the_model_that_is_made_here_is_what_was_made():
     kept = read_architecture("cache://smollm2_135m", None)
     assert kept == {**SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"], "head_dim": None}
 
 
-# bfloat16 weights.
-
-
-def test_a_weight_and_its_rest_are_a_float32_to_the_bit() -> None:
+def test_a_weight_and_its_rest_are_a_float32_to_the_bit():
     whole = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 50)
     nearest, rest = split_bits(whole)
     assert (nearest.dtype, rest.dtype) == (torch.bfloat16, torch.int16)
@@ -162,7 +155,7 @@ def test_a_weight_and_its_rest_are_a_float32_to_the_bit() -> None:
     assert (nearest.float() - whole).abs().le((whole.bfloat16().float() - whole).abs()).all()
 
 
-def test_bfloat16_weights_move_as_float32_ones_do_also_after_a_checkpoint() -> None:
+def test_bfloat16_weights_move_as_float32_ones_do_also_after_a_checkpoint():
     """Rates of which a bfloat16 weight alone shows nothing."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(40, 30, generator=generator).bfloat16()
@@ -188,7 +181,7 @@ def test_bfloat16_weights_move_as_float32_ones_do_also_after_a_checkpoint() -> N
 
 
 @pytest.mark.slow
-def test_an_own_model_trains_in_bfloat16_and_resumes_to_the_same_bits(home: Path, tmp_path: Path) -> None:
+def test_an_own_model_trains_in_bfloat16_and_resumes_to_the_same_bits(home, tmp_path):
     """On demonstrations: what a random model samples earns nothing, and would move no weight."""
     words = [f"model={home / 'my models' / 'a=b, c'}", "model.load_dtype=bfloat16", "algo.kl_coefficient=0.1"]
     folders = (tmp_path / name for name in ("whole", "stopped"))

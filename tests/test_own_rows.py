@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.types import Problem
 from capo_exp.data.contamination import normalise
 from capo_exp.data.files import READERS
@@ -26,7 +25,6 @@ from capo_exp.data.prepare import read_split
 from capo_exp.data.rows import Problems
 
 Rows = Sequence[dict[str, Any]]
-Composed = Callable[..., TrainConfig]
 ROWS = [{"q": f"What is {n}+{n}?", "a": f"0{2 * n}"} for n in range(20)]
 WRITTEN = {
     "12345678901234567890.5": "12345678901234567890.5", "3.10": "3.10", "27.0": "27", "1e400": "1E+400",
@@ -37,20 +35,20 @@ COLUMNS = ("dataset=file", "dataset.source.columns.problem=q", "dataset.source.c
 datasets.disable_progress_bars()
 
 
-def write_csv(file: Path, rows: Rows, delimiter: str = ",") -> None:
+def write_csv(file, rows, delimiter=","):
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
 
 
-def write_arrow(file: Path, rows: Rows, make: Callable[..., Any] = pa.ipc.new_stream) -> None:
+def write_arrow(file, rows, make=pa.ipc.new_stream):
     table = pa.Table.from_pylist(list(rows))
     with make(str(file), table.schema) as writer:
         writer.write_table(table)
 
 
-def write_lines(file: Path, rows: Rows) -> None:
+def write_lines(file, rows):
     file.write_text("\n\n".join(map(json.dumps, rows)))
 
 
@@ -67,18 +65,18 @@ WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
 }
 
 
-def read(config: TrainConfig) -> tuple[list[Problem], list[Problem]]:
+def read(config):
     """Both splits."""
     dataset = config.dataset
     assert dataset.train_split is not None
     return read_split(dataset, dataset.train_split), read_split(dataset, dataset.eval_split)
 
 
-def asks(problems: Sequence[Problem]) -> set[tuple[str, str]]:
+def asks(problems):
     return {(each.problem, each.answer) for each in problems}
 
 
-def test_every_kind_of_file_holds_the_same_problems(composed: Composed, tmp_path: Path) -> None:
+def test_every_kind_of_file_holds_the_same_problems(composed, tmp_path):
     assert {Path(name).suffix for name in WRITERS} == {"", *READERS}
     for name, write in WRITERS.items():
         write(tmp_path / name, ROWS)
@@ -88,7 +86,7 @@ def test_every_kind_of_file_holds_the_same_problems(composed: Composed, tmp_path
         assert asks([*train, *held_out]) == {(row["q"], row["a"]) for row in ROWS}, name  # 02 stays 02
 
 
-def test_answers_are_the_digits_that_are_written(composed: Composed, tmp_path: Path) -> None:
+def test_answers_are_the_digits_that_are_written(composed, tmp_path):
     """Whatever the type: 3.1 of 32 bits is not 3.0999999, and JSON may hold more than float64 does."""
     lines = [f'{{"q": "Question {i}?", "a": {text}}}' for i, text in enumerate(WRITTEN)]
     (tmp_path / "n.jsonl").write_text("\n".join(lines))
@@ -112,9 +110,7 @@ def test_answers_are_the_digits_that_are_written(composed: Composed, tmp_path: P
         assert [each.answer for each in in_order] == texts, name
 
 
-def test_a_folder_with_splits_and_a_file_of_its_own_to_evaluate_on(
-    composed: Composed, tmp_path: Path
-) -> None:
+def test_a_folder_with_splits_and_a_file_of_its_own_to_evaluate_on(composed, tmp_path):
     parts = {"train": ROWS[:5], "validation": ROWS[5:9]}
     both = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
     datasets.DatasetDict(both).save_to_disk(tmp_path / "splits")
@@ -134,7 +130,7 @@ def test_a_folder_with_splits_and_a_file_of_its_own_to_evaluate_on(
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2), st.floats(0.01, 0.8), st.integers(0, 9))
-def test_no_question_is_in_both_parts(letters: list[str], fraction: float, seed: int) -> None:
+def test_no_question_is_in_both_parts(letters, fraction, seed):
     texts = [f"{letter} ?".upper() if i % 2 else f"{letter}?" for i, letter in enumerate(letters)]
     problems = [Problem(str(i), text, "1") for i, text in enumerate(texts)]
     found = Problems(problems, rows=len(texts) + 3, where="x")
@@ -156,7 +152,7 @@ def test_no_question_is_in_both_parts(letters: list[str], fraction: float, seed:
     assert {p.id for p in shuffled} == {p.id for p in held_out}
 
 
-def test_the_seed_chooses_what_is_held_out(composed: Composed, tmp_path: Path) -> None:
+def test_the_seed_chooses_what_is_held_out(composed, tmp_path):
     write_lines(tmp_path / "rows.jsonl", ROWS)
     path = f"dataset.path={tmp_path / 'rows.jsonl'}"
     chosen = [asks(read(composed(*COLUMNS, path, f"dataset.source.seed={seed}"))[1]) for seed in range(8)]
@@ -193,9 +189,7 @@ def test_the_seed_chooses_what_is_held_out(composed: Composed, tmp_path: Path) -
         ("x.jsonl", '{"q": "1?", "a": "1"}\n{"q": "1 ?", "a": "1"}', r"got 1 different questions .*too few"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line(
-    name: str, text: str | None, message: str, composed: Composed, tmp_path: Path
-) -> None:
+def test_a_mistake_is_one_line(name, text, message, composed, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message) as refused:
@@ -203,9 +197,7 @@ def test_a_mistake_is_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_questions_without_answers_are_for_a_reward_that_needs_none(
-    composed: Composed, tmp_path: Path
-) -> None:
+def test_questions_without_answers_are_for_a_reward_that_needs_none(composed, tmp_path):
     write_lines(tmp_path / "rows.jsonl", ROWS)
     keys = (*COLUMNS, f"dataset.path={tmp_path / 'rows.jsonl'}", "dataset.source.columns.answer=null")
     train, held_out = read(composed(*keys))
@@ -216,10 +208,10 @@ def test_questions_without_answers_are_for_a_reward_that_needs_none(
         read(composed(*keys[:-1], "dataset.source.columns.problem=null"))
 
 
-def test_the_hub_by_its_id_alone(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_by_its_id_alone(composed, monkeypatch):
     asked = []
 
-    def load(*names: object, **options: object) -> datasets.Dataset:
+    def load(*names, **options):
         asked.append((names, options["split"]))
         return datasets.Dataset.from_list([{"problem": f"{n}?", "answer": n} for n in range(20)])
 

@@ -1,30 +1,23 @@
-"""DPO, MDPO and direct advantage optimisation, and the pairs of completions that rollout=pairs makes for
-them."""
+"""DPO, MDPO and direct advantage optimisation, and the pairs that rollout=pairs makes for them."""
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from capo_exp.algorithms.protocols import Algorithm, build_algorithm
+from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Batch, RolloutGroup
+from capo_exp.core.types import RolloutGroup
 from capo_exp.grading.terms import RewardTerms
-from capo_exp.rollout import SamplingRequest
-from capo_exp.rollout.pairs import FILE, Pair, PairRollout, read_pairs, write_pairs
+from capo_exp.rollout.pairs import FILE, PairRollout, read_pairs, write_pairs
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop
-from capo_exp.training.learner import Learner
 from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import sample_rollout
 from capo_exp.training.sampler import Sampler
@@ -40,18 +33,16 @@ from tests.pieces import (
     with_step,
 )
 
-Compose = Callable[..., TrainConfig]
-Batches = Callable[..., Batch]
 PAIRED = ("rollout=pairs", "regime.group_size=2", "model.micro_batch_size=8")
 EVERY_TOKEN = "algo.states.pattern='(?<= )'"  # begins a step
 
 
-def grouped(batch: Batch, rewards: Sequence[float], size: int) -> Batch:
+def grouped(batch, rewards, size):
     advantages = torch.tensor(rewards)[:, None] * batch.completion_mask
     return replace(batch, advantages=advantages, group_ids=torch.arange(len(rewards)) // size)
 
 
-def preference_loss(scores: Tensor, rewards: Tensor, beta: float, gamma: float = 0) -> Tensor:
+def preference_loss(scores, rewards, beta, gamma=0):
     """The mean over prompts of the mean over pairs, pair by pair; scores and rewards [P, G]."""
     losses = []
     for score, earned in zip(scores, rewards, strict=True):
@@ -66,9 +57,7 @@ REWARDS = [1.0, 0.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_dpo_is_the_logistic_loss_of_differences_of_log_ratios(
-    learner: Callable[..., Learner], random_batch: Batches, size: int
-) -> None:
+def test_dpo_is_the_logistic_loss_of_differences_of_log_ratios(learner, random_batch, size):
     """Loss, and gradient of the weights, by autograd on model and reference; micro-batches part the pairs. A
     KL to the reference on top is still each token's own."""
     batch = grouped(random_batch(), REWARDS, size)
@@ -84,9 +73,7 @@ def test_dpo_is_the_logistic_loss_of_differences_of_log_ratios(
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e4, -1e4])
-def test_dpo_begins_at_log_2_and_stays_finite(
-    built: Callable[..., Algorithm], random_batch: Batches, moved: float
-) -> None:
+def test_dpo_begins_at_log_2_and_stays_finite(built, random_batch, moved):
     """At pi = pi_ref half of beta up for the better one and down for the other; equal ones have no gradient.
     Where the better one is far ahead both are 0, where it is far behind beta times the gap and beta."""
     batch, algorithm = grouped(random_batch(rows=4), [1.0, 0.0, 0.3, 0.3], 2), built("dpo")
@@ -103,9 +90,7 @@ def test_dpo_begins_at_log_2_and_stays_finite(
     torch.testing.assert_close(2 * log_probs.grad, torch.tensor([-slope, slope, 0, 0])[:, None] * mask)
 
 
-def test_simpo_is_the_logistic_loss_of_differences_of_mean_log_probs(
-    learner: Callable[..., Learner], random_batch: Batches
-) -> None:
+def test_simpo_is_the_logistic_loss_of_differences_of_mean_log_probs(learner, random_batch):
     """Gradient of the weights, by autograd without a reference; micro-batches part the pairs."""
     numbers = ("algo.token_loss.beta=2.0", "+algo.token_loss.gamma=0.8", "model.micro_batch_size=3")
     numbers = ("algo=mdpo", "algo.token_loss._target_=capo_exp.algorithms.dpo.simpo", *numbers)
@@ -119,7 +104,7 @@ def test_simpo_is_the_logistic_loss_of_differences_of_mean_log_probs(
     assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(wanted.item(), abs=1e-6)
 
 
-def test_direct_advantage_po_by_hand(built: Callable[..., Algorithm]) -> None:
+def test_direct_advantage_po_by_hand(built):
     """The state is worth 1/2 and the steps 3/4 and 0: A = 1/4 and -1/2, over beta = 1/2. ln(pi / pi_ref) of
     the steps is 0.3 and 0: the squares of -0.2 and 1, halved, and the gradients -0.2 and 1 at every token."""
     algorithm = built("direct_advantage_po", "algo.token_loss.beta=0.5")
@@ -136,13 +121,10 @@ def test_direct_advantage_po_by_hand(built: Callable[..., Algorithm]) -> None:
     torch.testing.assert_close(gradient, torch.tensor([-0.2, 1.0])[:, None] * mask)
 
 
-# Pairs
-
-
 class Plain:
     """A tokenizer of one word a token."""
 
-    def decode(self, token_ids: Sequence[int], **_: object) -> str:
+    def decode(self, token_ids, **_):
         return "".join(f"{token} " for token in token_ids)
 
 
@@ -156,36 +138,36 @@ class Scripted:
         (2, 8): (((2, 8, 9, 1), 1.0), ((2, 8, 5, 1), 0.0)),
     }
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.asked: list[list[tuple[int, ...]]] = []
 
-    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+    def generate(self, request):
         assert request.group_size == 2
         self.asked.append([*request.beginnings()])
         made = [[completion(ids, reward=r) for ids, r in self.script[b]] for b in self.asked[-1]]
         return [RolloutGroup(p, tuple(ones), 0) for p, ones in zip(request.prompts, made, strict=True)]
 
 
-def build(config: TrainConfig) -> tuple[Sampler, PairRollout, PairBuilder]:
-    source = PairRollout(Plain(), samples=2)  # pyright: ignore[reportArgumentType]
+def build(config):
+    source = PairRollout(Plain(), samples=2)
     engine: object = Scripted()
     sampler = Sampler(
-        engine,  # pyright: ignore[reportArgumentType]
-        engine,  # pyright: ignore[reportArgumentType]
+        engine,
+        engine,
         Reader(), [prompt(0)], RewardTerms(), spell=lambda ids: [f"{token} " for token in ids],
     )  # fmt: skip
     return sampler, source, PairBuilder(config, build_algorithm(config.algo), sampler, source)
 
 
-def test_pairs_of_three_levels_by_hand(composed: Compose, tmp_path: Path) -> None:
+def test_pairs_of_three_levels_by_hand(composed, tmp_path):
     """The wrong solution 2 5 6 could be saved after 2, and no more after 2 5. The step 8 earns half, 5
     nothing. What is known is not sampled again, and a file holds all of it."""
     sampler, _, builder = build(composed("algo=mdpo", *PAIRED, EVERY_TOKEN))
     got = builder.build()
-    assert sampler.engine.asked == [[()], [(2,), (2, 5)], [(2, 8)]]  # pyright: ignore
+    assert sampler.engine.asked == [[()], [(2,), (2, 5)], [(2, 8)]]
     assert (got.completions, got.tokens) == (8, 8 + 6 + 4 + 4)
 
-    def shown(pair: Pair) -> tuple[object, ...]:
+    def shown(pair):
         ones = [one.token_ids for one in pair.completions]
         return pair.level, pair.begun, *ones, pair.rewards, pair.state_rewards
 
@@ -200,9 +182,7 @@ def test_pairs_of_three_levels_by_hand(composed: Compose, tmp_path: Path) -> Non
     assert read_pairs(tmp_path / FILE) == got and read_pairs(tmp_path / "none") is None
 
 
-def test_a_solution_that_is_lost_in_its_first_step_gives_no_inference(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_solution_that_is_lost_in_its_first_step_gives_no_inference(composed, monkeypatch):
     """Nor a step where both begin with the same one."""
     lost = Scripted.script | {(2,): Scripted.script[2, 5]}
     monkeypatch.setattr(Scripted, "script", lost)
@@ -210,7 +190,7 @@ def test_a_solution_that_is_lost_in_its_first_step_gives_no_inference(
     assert [pair.level for pair in built.pairs] == ["solution"]
 
 
-def test_pairs_are_handed_out_with_what_they_earned(composed: Compose) -> None:
+def test_pairs_are_handed_out_with_what_they_earned(composed):
     """Nothing is graded again; the prompt holds what the solution began with; a pair finds its values."""
     config = composed("algo=direct_advantage_po", *PAIRED, EVERY_TOKEN, "regime.prompts_per_step=1")
     sampler, source, builder = build(config)
@@ -218,7 +198,7 @@ def test_pairs_are_handed_out_with_what_they_earned(composed: Compose) -> None:
     reader = Reader()
     holding = replace(
         sampler, engine=source, verifier=reader, prompts=source.prompts, reference_rewards=known
-    )  # pyright: ignore
+    )
     algorithm = build_algorithm(config.algo)
     got = sample_rollout(config, algorithm, holding, step=1, first=0, weight_version=3, watch=Stopwatch())
     (group,) = got.groups
@@ -230,11 +210,8 @@ def test_pairs_are_handed_out_with_what_they_earned(composed: Compose) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_reads_its_pairs(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same pairs from the same seed, and the same weights after an end in between; without its pairs, or
-    with others, a run that has begun is refused."""
+def test_a_run_that_goes_on_reads_its_pairs(composed, tmp_path, monkeypatch):
+    """The same pairs and weights after an end in between; without its pairs, or with others, refused."""
     numbers = (
         "algo=mdpo", *PAIRED, "logger=files", "num_steps=2", "regime.prompts_per_step=3", "device=cpu",
         "evaluation.num_problems=1", "evaluation.every=0", "checkpoint.every=1",

@@ -1,34 +1,27 @@
 """One forward pass: against full logits, padding, chunks, and the shift by one."""
 
 import copy
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core import packing, policy
 from capo_exp.core.batch import CutSize, join, padding_share, split, take
 from capo_exp.core.token_scores import score_hidden, top_ids
-from capo_exp.core.types import Batch, PolicyOutput, Problem, Prompt
+from capo_exp.core.types import Problem, Prompt
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.hf import HFRollout
 
-Batches = Callable[..., Batch]
 
-
-def run(
-    model: PreTrainedModel, batch: Batch, temperature: float = 1.0, top_k: int = 5, chunk: int = 1000
-) -> PolicyOutput:
+def run(model, batch, temperature=1.0, top_k=5, chunk=1000):
     settings = policy.ForwardSettings(temperature, chunk, torch.float32)
     return policy.forward(model, batch, settings, top_k=top_k)
 
 
-def row_logits(model: PreTrainedModel, batch: Batch, row: int) -> tuple[Tensor, Tensor]:
+def row_logits(model, batch, row):
     """Full logits of one row without any padding, and its completion tokens."""
     ids = batch.input_ids[row][batch.attention_mask[row].bool()]
     count = int(batch.completion_mask[row].sum())
@@ -36,9 +29,7 @@ def row_logits(model: PreTrainedModel, batch: Batch, row: int) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_every_row_agrees_with_cross_entropy_of_its_full_logits(
-    small_model: PreTrainedModel, random_batch: Batches, temperature: float
-) -> None:
+def test_every_row_agrees_with_cross_entropy_of_its_full_logits(small_model, random_batch, temperature):
     batch = random_batch()
     output = run(small_model, batch, temperature)
     for row in range(len(batch.advantages)):
@@ -62,9 +53,7 @@ def test_every_row_agrees_with_cross_entropy_of_its_full_logits(
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
-def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
-    small_model: PreTrainedModel, random_batch: Batches, chunk: int
-) -> None:
+def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(small_model, random_batch, chunk):
     batch = random_batch()
     results = []
     for size in (1000, chunk):
@@ -78,7 +67,7 @@ def test_chunks_of_the_last_layer_change_neither_values_nor_gradients(
 
 
 @pytest.mark.parametrize("vocab", [5, 640, 1000])
-def test_scores_of_a_wide_last_layer_are_those_of_its_whole_logits(vocab: int) -> None:
+def test_scores_of_a_wide_last_layer_are_those_of_its_whole_logits(vocab):
     """640 and 1000 ids are ten and fifteen blocks, with a rest or without; the gradient is autograd's."""
     generator = torch.Generator().manual_seed(vocab)
     head = torch.nn.Linear(6, vocab, bias=False)
@@ -102,8 +91,8 @@ def test_scores_of_a_wide_last_layer_are_those_of_its_whole_logits(vocab: int) -
 @pytest.mark.parametrize("hidden_shift", [0, 1])
 @pytest.mark.parametrize("length", [1, 7])
 def test_shared_prompts_and_packed_rows_change_neither_values_nor_gradients(
-    small_model: PreTrainedModel, random_batch: Batches, length: int, hidden_shift: int
-) -> None:
+    small_model, random_batch, length, hidden_shift
+):
     batch = random_batch(rows=6, length=length)
     for row in range(1, 6, 2):  # rows 2 i and 2 i + 1 are a group
         for tensor in (batch.input_ids, batch.attention_mask):
@@ -131,8 +120,8 @@ def test_shared_prompts_and_packed_rows_change_neither_values_nor_gradients(
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_have_the_same_gradients_at_every_length_and_leave_sampling_alone(
-    composed: Callable[..., TrainConfig], random_batch: Batches, checkpointing: bool
-) -> None:
+    composed, random_batch, checkpointing
+):
     words = f"model.gradient_checkpointing={str(checkpointing).lower()}"
     configs = [composed(words, f"model.compile={each}").model for each in ("false", "true")]
     eager, compiled = (policy.load_model(each, torch.device("cpu")).train(checkpointing) for each in configs)
@@ -143,7 +132,7 @@ def test_compiled_layers_have_the_same_gradients_at_every_length_and_leave_sampl
             for model in (eager, compiled):
                 model.zero_grad()
                 (run(model, batch).log_probs * batch.advantages).sum().backward()
-                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # pyright: ignore
+                gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
     settings = policy.ForwardSettings(1.0, 1000, torch.float32)
     scored = [policy.log_probs(model, batches[0], settings) for model in (eager, compiled)]
@@ -161,9 +150,7 @@ def test_compiled_layers_have_the_same_gradients_at_every_length_and_leave_sampl
     assert first == second
 
 
-def test_no_tensor_of_all_logits_exists_in_forward_or_backward(
-    small_model: PreTrainedModel, random_batch: Batches
-) -> None:
+def test_no_tensor_of_all_logits_exists_in_forward_or_backward(small_model, random_batch):
     batch = random_batch(rows=8, prompt=3, length=30)
     tokens, vocabulary = int(batch.completion_mask.sum()), small_model.config.vocab_size
     shapes: list[tuple[int, ...]] = []
@@ -174,9 +161,7 @@ def test_no_tensor_of_all_logits_exists_in_forward_or_backward(
     assert all(shape[0] <= 16 and shape[1] == vocabulary for shape in shapes)
 
 
-def test_micro_batches_are_trimmed_and_put_back_at_their_rows(
-    small_model: PreTrainedModel, random_batch: Batches
-) -> None:
+def test_micro_batches_are_trimmed_and_put_back_at_their_rows(small_model, random_batch):
     batch = random_batch(rows=9, prompt=6, length=12)
     whole = run(small_model, batch).log_probs
     parts = split(batch, CutSize(4))
@@ -188,9 +173,7 @@ def test_micro_batches_are_trimmed_and_put_back_at_their_rows(
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tokens", [10, 25, 40, 1000])
-def test_micro_batches_by_tokens_are_as_full_as_they_may_be(
-    random_batch: Batches, tokens: int, packed: bool
-) -> None:
+def test_micro_batches_by_tokens_are_as_full_as_they_may_be(random_batch, tokens, packed):
     batch, size = random_batch(rows=30), CutSize(1, tokens, packed)
     cuts = split(batch, size)
     assert sorted(int(row) for rows, _ in cuts for row in rows) == list(range(30))
@@ -205,8 +188,8 @@ def test_micro_batches_by_tokens_are_as_full_as_they_may_be(
 
 @pytest.mark.parametrize(("prompt", "length", "together"), [(40, 4, True), (2, 40, False)])
 def test_a_group_stays_together_where_its_shared_prompt_saves_more_than_padding_takes(
-    random_batch: Batches, prompt: int, length: int, together: bool
-) -> None:
+    random_batch, prompt, length, together
+):
     batch = random_batch(rows=16, prompt=prompt, length=length)
     batch.advantages[batch.group_ids % 2 == 1] = 0.0
     batch.group_ids.add_(100)  # a part of a rollout step has the ids of the whole
@@ -217,7 +200,7 @@ def test_a_group_stays_together_where_its_shared_prompt_saves_more_than_padding_
     assert any(len(cut.group_ids.unique()) > 1 for _, cut in apart)
 
 
-def test_models_that_mix_neighbours_are_not_packed(small_model: PreTrainedModel) -> None:
+def test_models_that_mix_neighbours_are_not_packed(small_model):
     for name, value in (("sliding_window", 4096), ("model_type", "mamba")):
         model = copy.deepcopy(small_model)
         setattr(model.config, name, value)
@@ -235,8 +218,8 @@ def test_models_that_mix_neighbours_are_not_packed(small_model: PreTrainedModel)
     ],
 )
 def test_auto_is_bfloat16_where_a_cpu_gains_by_it(
-    composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch,
-    model: str, able: str, expected: torch.dtype,
-) -> None:  # fmt: skip
+    composed, monkeypatch,
+    model, able, expected,
+):  # fmt: skip
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
     assert policy.choose_dtype(composed(f"model={model}").model, torch.device("cpu")) == expected

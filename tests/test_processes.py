@@ -13,7 +13,7 @@ from capo_exp.runs.processes import ended_by_signals, forwarded_to, stop_signal
 from tests.process_pieces import alive, wait_for
 
 
-def test_signals_at_once_count_as_one_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_at_once_count_as_one_and_a_later_one_interrupts(monkeypatch):
     messages: list[str] = []
     monkeypatch.setattr(processes, "ONE_PRESS", 0.2)
     with pytest.raises(KeyboardInterrupt), stop_signal(messages.append) as stopped:
@@ -25,7 +25,7 @@ def test_signals_at_once_count_as_one_and_a_later_one_interrupts(monkeypatch: py
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_before_the_first_step_a_signal_ends_as_ctrl_c_does(number: int) -> None:
+def test_before_the_first_step_a_signal_ends_as_ctrl_c_does(number):
     """What was started by then, such as an engine, is closed on the way out."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
@@ -36,7 +36,7 @@ def test_before_the_first_step_a_signal_ends_as_ctrl_c_does(number: int) -> None
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_goes_on_to_the_child_and_the_handlers_come_back() -> None:
+def test_a_signal_goes_on_to_the_child_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     with forwarded_to(child) as stopped:
@@ -54,7 +54,7 @@ CHILDREN = {"plain": ["sh", "-c", "echo $$; exec sleep 60"], "guarded, ignores t
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 @pytest.mark.slow
 @pytest.mark.parametrize("child", CHILDREN)
-def test_a_child_ends_with_its_killed_parent(child: str) -> None:
+def test_a_child_ends_with_its_killed_parent(child):
     code = (
         "import subprocess; from capo_exp.runs.processes import end_with_parent as e;"
         f"subprocess.Popen({CHILDREN[child]!r}, preexec_fn=e, start_new_session=True).wait()"
@@ -67,6 +67,6 @@ def test_a_child_ends_with_its_killed_parent(child: str) -> None:
     wait_for(lambda: not alive(pid))
 
 
-def test_a_guarded_command_ends_as_it_would_alone() -> None:
+def test_a_guarded_command_ends_as_it_would_alone():
     for command, status in (("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)):
         assert subprocess.run([*GUARD, command]).returncode == status

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+def make_tokenizer(chat_template):
     """One token a character, and a first token that the tokenizer itself adds."""
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: index for index, token in enumerate(["[BOS]", "[UNK]", "[EOS]", *characters])}
@@ -41,7 +41,7 @@ def make_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     return make_tokenizer(CHAT_TEMPLATE)
 
 
@@ -50,14 +50,14 @@ CONFIG = DatasetConfig(
 )
 
 
-def problem(text: str) -> Problem:
+def problem(text):
     return Problem(id=text, problem=text, answer="1")
 
 
 PLAIN = replace(CONFIG, apply_chat_template=False, system_prompt=None)
 
 
-def render(tokenizer, config: DatasetConfig, question: str = "1+1?") -> Prompt:
+def render(tokenizer, config, question="1+1?"):
     (prompt,), dropped = render_prompts([problem(question)], tokenizer, config)
     assert dropped == 0
     return prompt
@@ -101,12 +101,10 @@ def test_a_template_that_is_missing(tokenizer):
         render(tokenizer, replace(CONFIG, template="Q:"))
 
 
-# --- styles ---
-
 STYLES = sorted(path.stem for path in (conf_dir() / "prompt").glob("*.yaml"))
 
 
-def styled(composed, style: str, *overrides: str) -> DatasetConfig:
+def styled(composed, style, *overrides):
     config = composed("dataset=math", f"prompt={style}", "dataset.max_prompt_tokens=10000", *overrides)
     check(config)
     return config.dataset
@@ -169,9 +167,6 @@ def test_every_style_sets_every_key_so_that_none_is_left_from_the_dataset():
         assert set(OmegaConf.load(path)) == keys and path.read_text().startswith("# @package dataset\n")
 
 
-# --- bad input ---
-
-
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -229,7 +224,7 @@ def test_questions_with_special_tokens_are_counted(tokenizer):
     assert prompt.token_ids.count(tokenizer.eos_token_id) == 1  # the reason for the count
 
 
-def shown(text: str, question: str, answer: str = "2", width: int = 60) -> str:
+def shown(text, question, answer="2", width=60):
     return preview(Prompt(Problem("", question, answer), text, ()), width)
 
 
@@ -253,9 +248,6 @@ def test_a_tokenizer_without_pad_or_end_token(composed, tmp_path):
     made.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="expected a tokenizer with an end-of-sequence token"):
         load_tokenizer(config)
-
-
-# --- order ---
 
 
 @given(

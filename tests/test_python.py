@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ SHORT = (
 )  # fmt: skip
 
 
-def test_importing_is_light_and_every_name_is_there() -> None:
+def test_importing_is_light_and_every_name_is_there():
     code = "import capo_exp, sys; print({'torch', 'hydra', 'numpy'} & set(sys.modules), capo_exp.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"set() {capo_exp.__version__}\n" and capo_exp.__version__[0].isdecimal()
@@ -24,7 +23,7 @@ def test_importing_is_light_and_every_name_is_there() -> None:
         assert getattr(capo_exp, name) is not None
     assert set(dir(capo_exp)) == set(capo_exp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tran'"):
-        capo_exp.tran  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+        capo_exp.tran  # noqa: B018
 
 
 LOGGING = """
@@ -45,7 +44,7 @@ LIGHT = {
 
 
 @pytest.mark.parametrize("code", LIGHT, ids=["grading", "settings", "logging"])
-def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:
+def test_what_needs_no_torch_loads_none(code, tmp_path):
     command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)", str(tmp_path)]
     environment = os.environ | {"MPLBACKEND": ""}  # nor a display
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -53,7 +52,7 @@ def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_and_its_tables(tmp_path: Path) -> None:
+def test_a_run_and_its_tables(tmp_path):
     first = capo_exp.train("algo=grpo", *SHORT, f"output_dir={tmp_path}")
     again = capo_exp.train("algo=grpo", *SHORT, f"output_dir={tmp_path}")
     assert again.path == first.path and first.state == "finished" and len(first.metrics) == 2
@@ -88,15 +87,13 @@ def test_a_run_and_its_tables(tmp_path: Path) -> None:
         (["algo.token_loss._target_=os.system"], "algo.token_loss._target_=os.system: expected a function"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(
-    overrides: list[str], message: str, tmp_path: Path
-) -> None:
+def test_what_is_wrong_is_one_line_and_nothing_is_written(overrides, message, tmp_path):
     with pytest.raises(capo_exp.ConfigError, match=message) as raised:
         capo_exp.train(*overrides, f"output_dir={tmp_path}")
     assert "\n" not in str(raised.value) and not any(tmp_path.iterdir())
 
 
-def test_an_evaluation_that_is_wrong_is_one_line(tmp_path: Path) -> None:
+def test_an_evaluation_that_is_wrong_is_one_line(tmp_path):
     for overrides, message in (
         (["run=nowhere"], "nowhere: no such file"),
         (["completions=x.parquet"], "completions=x.parquet: expected run= or model="),

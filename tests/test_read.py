@@ -3,10 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +13,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.console import summary_lines
 from capo_exp.runs.lock import locked
 from capo_exp.runs.read import (
@@ -36,7 +33,7 @@ ROWS = [
 ]
 
 
-def make(path: Path, mark: str = "metrics.jsonl") -> Path:
+def make(path, mark="metrics.jsonl"):
     """A run directory with one of the files that make it one, and folders that are not runs."""
     path.mkdir(parents=True)
     (path / mark).write_text("{}\n")
@@ -47,7 +44,7 @@ def make(path: Path, mark: str = "metrics.jsonl") -> Path:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> dict[str, Path]:
+def tree(tmp_path):
     """Runs at three depths, hidden ones, a link to a run and one that leads back up."""
     outputs = tmp_path / "outputs"
     runs = {
@@ -64,13 +61,13 @@ def tree(tmp_path: Path) -> dict[str, Path]:
     return {"outputs": outputs, **runs}
 
 
-def test_every_run_once_at_any_depth_and_none_inside_another(tree: dict[str, Path]) -> None:
+def test_every_run_once_at_any_depth_and_none_inside_another(tree):
     found = find_runs([tree["outputs"]])
     assert {path.resolve() for path in found} == {tree[name] for name in ("a", "b", "c", "odd")}
     assert len(found) == 4 and found == sorted(found)
 
 
-def test_of_two_links_to_a_run_the_first_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_links_to_a_run_the_first_name_counts(tmp_path, monkeypatch):
     """In whatever order the disk has them; the run is one that archive_runs.py wrote, without its record."""
     make(tmp_path / "run", mark="metrics.parquet")
     (tmp_path / "outputs").mkdir()
@@ -78,7 +75,7 @@ def test_of_two_links_to_a_run_the_first_name_counts(tmp_path: Path, monkeypatch
         (tmp_path / "outputs" / name).symlink_to(tmp_path / "run")
     walk = os.walk
 
-    def backwards(top: Path, *, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+    def backwards(top, *, followlinks):
         for found in walk(top, followlinks=followlinks):
             found[1].sort(reverse=True)
             yield found
@@ -95,7 +92,7 @@ PATTERNS = {
 }  # fmt: skip
 
 
-def test_patterns(tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns(tree, monkeypatch):
     for pattern, expected in PATTERNS.items():
         found = find_runs([f"{tree['outputs']}/{pattern}"])
         assert sorted(path.resolve() for path in found) == sorted(tree[name] for name in expected.split())
@@ -107,9 +104,7 @@ def test_patterns(tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Non
     assert find_runs(["study/*0"]) == [Path("study/grpo-s0")]
 
 
-def test_a_link_that_leads_up_is_followed_once(
-    tree: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_that_leads_up_is_followed_once(tree, monkeypatch):
     visits: list[str] = []
     real = os.path.realpath
     monkeypatch.setattr("os.path.realpath", lambda path: visits.append(path) or real(path))
@@ -117,7 +112,7 @@ def test_a_link_that_leads_up_is_followed_once(
     assert len(visits) < 30
 
 
-def test_what_is_shown_when_there_is_no_run(tree: dict[str, Path]) -> None:
+def test_what_is_shown_when_there_is_no_run(tree):
     study = tree["outputs"] / "study"
     for patterns, message in {
         (study, study / "nowhere"): r"nowhere: no such file or directory; expected .* run\.json or metrics",
@@ -132,7 +127,7 @@ def test_what_is_shown_when_there_is_no_run(tree: dict[str, Path]) -> None:
     assert find_runs([empty, tree["a"]]) == [tree["a"]]
 
 
-def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable[..., TrainConfig]) -> None:
+def test_the_config_is_read_as_it_was_written(tmp_path, composed):
     config = composed(
         "algo.selection.policy_shift_max=inf", "regime.learning_rate=1e-5", "dataset.path='1e-5'"
     )
@@ -147,7 +142,7 @@ def test_the_config_is_read_as_it_was_written(tmp_path: Path, composed: Callable
     assert run.metrics == run.evaluations == []
 
 
-def test_a_run_of_another_age_and_a_line_cut_short(tmp_path: Path) -> None:
+def test_a_run_of_another_age_and_a_line_cut_short(tmp_path):
     whole = "".join(json.dumps(row) + "\n" for row in ROWS)
     for text, rows in ((whole, 2), (whole[:60], 1), (whole[:9], 0), ("", 0)):
         (tmp_path / "metrics.jsonl").write_text(text)
@@ -156,7 +151,7 @@ def test_a_run_of_another_age_and_a_line_cut_short(tmp_path: Path) -> None:
         assert (run.state, run.left_out, run.setting("algo.name")) == ("absent", (), None)
 
 
-def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None:
+def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path):
     good = {"metrics.jsonl": '{"a": 1}\n\n', "eval.jsonl": '{"a": 2}\n', "config.yaml": "seed: 1\n"}
     good |= {"run.json": '{"status": "finished", "error": null}'}
     for name, damaged, said in (
@@ -212,7 +207,7 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", ["config.yaml", "run.json", "metrics.jsonl", "completions/step_000001.parquet"]
 )
-def test_a_pipe_in_place_of_a_file_is_damage_and_not_waited_for(tmp_path: Path, name: str) -> None:
+def test_a_pipe_in_place_of_a_file_is_damage_and_not_waited_for(tmp_path, name):
     for each in ("metrics.jsonl", "completions/step_000001.parquet"):
         (tmp_path / each).parent.mkdir(exist_ok=True)
         (tmp_path / each).touch()
@@ -221,12 +216,12 @@ def test_a_pipe_in_place_of_a_file_is_damage_and_not_waited_for(tmp_path: Path, 
     assert any(name in text for text in load_run(tmp_path).left_out)
 
 
-def test_not_a_run(tmp_path: Path) -> None:
+def test_not_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         load_run(tmp_path)
 
 
-def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
+def test_series_skips_what_is_missing_and_marks_what_was_not_finite():
     x_axis = "counter/completions"
     infinite = {x_axis: 5, "a": 1e300}
     rows = [{x_axis: 1, "a": 2}, {x_axis: 2}, {x_axis: 3, "a": None}, {"a": 4}, infinite]
@@ -236,7 +231,7 @@ def test_series_skips_what_is_missing_and_marks_what_was_not_finite() -> None:
     assert read_series([], "a")[0].shape == (0,)
 
 
-def completions(path: Path, step: int, count: int, **columns: Any) -> None:
+def completions(path, step, count, **columns):
     folder = path / "completions"
     folder.mkdir(exist_ok=True)
     columns = {
@@ -247,7 +242,7 @@ def completions(path: Path, step: int, count: int, **columns: Any) -> None:
     pq.write_table(table, folder / f"step_{step:06d}.parquet")
 
 
-def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_completions(tmp_path, caplog):
     run = LoggedRun(tmp_path, {}, {}, [], [])
     assert load_completions(run) == [] and load_completions(run, 10) == []
     completions(tmp_path, 1_000_000, 1)  # in the order of steps, not of names
@@ -275,7 +270,7 @@ def test_completions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert sample is not None and sample.rows[0][1] == "a[--]c[-d-]" and sample.rows[0][-1] == 2
 
 
-def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path: Path) -> None:
+def test_steps_of_a_finished_run_that_have_no_row_are_told(tmp_path):
     for status, steps, said in (
         ("finished", (1, 2, 3, 3, 4), []),
         ("finished", (1, 4), [f"{tmp_path}/metrics.jsonl: 2 of 4 steps have no row, of 2 to 3"]),

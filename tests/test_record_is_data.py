@@ -25,7 +25,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import resolve_model_path
 from capo_exp.config.plugins import allow_plugins
 from capo_exp.config.record import as_data, read_config, to_yaml
-from capo_exp.config.schema import TrainConfig, conf_dir, to_config
+from capo_exp.config.schema import conf_dir, to_config
 from capo_exp.evaluation import subject
 from capo_exp.evaluation.command import EvaluateCommand
 from capo_exp.figures.tables import plain
@@ -69,14 +69,14 @@ DEPTHS: dict[str, Callable[[Values, Values], object]] = {
 each_depth = pytest.mark.parametrize("put", DEPTHS.values(), ids=DEPTHS)
 
 
-def evil(target: Any) -> Values:
+def evil(target):
     """What would leave a trace with most of the targets, if it were built."""
     trace = "touch PWNED; open('PWNED', 'w')"
     return {"_target_": target, "cmd": trace, "args": ["touch", "PWNED"], "filename": "PWNED"}
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path, monkeypatch):
     """Works in an empty folder, with a secret in the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EVIL", "os.system")
@@ -86,7 +86,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def record(here: Path) -> Callable[[Values], Path]:
+def record(here):
     """Writes the record of a run with a checkpoint, such as a stranger could send."""
     folder = write_run(here / "outputs" / "default", "capo", steps=3)
     checkpoint = folder / "checkpoints" / "step_000003"
@@ -99,7 +99,7 @@ def record(here: Path) -> Callable[[Values], Path]:
     manifest = {"run_id": json.loads((folder / "run.json").read_text())["run_id"], "step": 3, "files": files}
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
 
-    def write(values: Values) -> Path:
+    def write(values):
         (folder / "config.yaml").write_text(json.dumps(values))
         return folder
 
@@ -107,24 +107,24 @@ def record(here: Path) -> Callable[[Values], Path]:
 
 
 @pytest.fixture
-def values(composed: Callable[..., TrainConfig]) -> Values:
+def values(composed):
     return recorded(composed())
 
 
-def recorded(config: TrainConfig) -> Values:
+def recorded(config):
     plain = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def run_job(text: str, *arguments: str) -> int:
+def run_job(text, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(text))
         patch.setattr(sys, "argv", ["job", *arguments])
         return job.main()
 
 
-def test_only_parts_of_the_package_are_built() -> None:
+def test_only_parts_of_the_package_are_built():
     for target in [*LISTED.split(), *ODD]:
         for part in (evil(target), evil(target) | {"_partial_": True}):
             with pytest.raises(ConfigError, match="_target_"):
@@ -134,13 +134,7 @@ def test_only_parts_of_the_package_are_built() -> None:
 
 @pytest.mark.slow
 @each_depth
-def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(
-    put: Callable[[Values, Values], object],
-    record: Callable[[Values], Path],
-    values: Values,
-    here: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(put, record, values, here, capsys):
     """Not even in the user's own sweep; nor is one of a user's own YAML run."""
     folder = record(values)
     keys: Any = OmegaConf.merge(
@@ -158,7 +152,7 @@ def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(
         assert all("_target_" in line or "reward.verifier.function=" in line for line in lines), lines
         put(own := {"reward": {}, "dataset": {"source": {"families": {}}}}, evil(target))
         with pytest.raises(ConfigError, match=r"_target_|reward\.verifier\.function="):
-            check(to_config(OmegaConf.merge(base, own)))  # pyright: ignore[reportArgumentType]
+            check(to_config(OmegaConf.merge(base, own)))
     assert status.main([str(here / "outputs")]) == 0  # of the last one
     assert figures.main([f"runs={folder}", "figure=stability", f"output={here / 'figures'}"]) in (0, 2)
     assert sorted(path.name for path in here.iterdir() if path.name != "figures") == ["outputs"]
@@ -184,9 +178,7 @@ def test_no_target_of_a_record_is_run_again_evaluated_or_drawn(
         "plugins: [tests]",
     ],
 )
-def test_no_experiment_file_runs_or_allows_anything(
-    text: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_experiment_file_runs_or_allows_anything(text, here, capsys):
     (here / "own" / "experiment").mkdir(parents=True)
     (here / "own" / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
     more = ["-m", "seed=0,1"] if re.search("launcher|sweeper", text) else []
@@ -197,14 +189,14 @@ def test_no_experiment_file_runs_or_allows_anything(
     assert [path.name for path in here.iterdir()] == ["own"]
 
 
-def test_the_command_line_cannot_make_hydra_build_anything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_cannot_make_hydra_build_anything(capsys):
     assert run_training("+hydra.callbacks.x={_target_: os.system, command: touch PWNED}") == 2
     assert "expected a launcher, a sweeper" in capsys.readouterr().err
     assert run_training("plugins=[os]") == run_training("plugins=[capo_exp]") == 2
     assert "names of packages of your own, as in plugins=[mypackage]" in capsys.readouterr().err
 
 
-def test_keys_by_which_hydra_would_build_something_else_are_refused() -> None:
+def test_keys_by_which_hydra_would_build_something_else_are_refused():
     part = {
         "_target_": "capo_exp.algorithms.grpo.group_normalised",
         "_partial_": True,
@@ -217,7 +209,7 @@ def test_keys_by_which_hydra_would_build_something_else_are_refused() -> None:
             build_part(part | {mark: value}, key="k")
 
 
-def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_allows_no_plugins(values, here, monkeypatch):
     (here / "evil_methods.py").write_text("open('PWNED', 'w')\ndef run(): ...\n")
     monkeypatch.syspath_prepend(here)
     hostile = values | {"plugins": ["evil_methods"]}
@@ -233,7 +225,7 @@ def test_a_record_allows_no_plugins(values: Values, here: Path, monkeypatch: pyt
     allow_plugins([])
 
 
-def test_an_interpolation_in_a_record_is_text(values: Values, record: Callable[[Values], Path]) -> None:
+def test_an_interpolation_in_a_record_is_text(values, record):
     for text in (
         "${oc.env:HF_TOKEN} {problem}",
         r"\${seed} {problem}",
@@ -261,9 +253,7 @@ PLACES = {
 }
 
 
-def test_a_record_names_no_place(
-    values: Values, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_record_names_no_place(values, record, capsys):
     for key, value in [(key, value) for key, several in PLACES.items() for value in several]:
         *groups, name = key.split(".")
         node = hostile = deepcopy(values)
@@ -282,19 +272,17 @@ def test_a_record_names_no_place(
         assert _at(read_config(text, [own]), key) == expected
 
 
-def _at(config: Any, key: str) -> Any:
+def _at(config, key):
     for name in key.split("."):
         config = config[name] if isinstance(config, dict) else getattr(config, name)
     return config
 
 
-def test_an_evaluation_goes_on_without_the_places_of_a_record(
-    values: Values, record: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_goes_on_without_the_places_of_a_record(values, record, monkeypatch):
     """The checkpoint needs no model.path; the base model, whose place only the record knows, is left out."""
     seen: list[tuple[str, list[str]]] = []
 
-    def note(_: object, configs: list[TrainConfig], targets: list[Any], **__: object) -> None:
+    def note(_, configs, targets, **__):
         seen.append((configs[0].model.path, [target.label for target in targets]))
         raise ConfigError("enough")
 
@@ -307,7 +295,7 @@ def test_an_evaluation_goes_on_without_the_places_of_a_record(
     assert seen == [(last, ["step_000003"]), ("evil/model", ["step_000003", "tiny"])]
 
 
-def test_a_record_overwrites_nothing_and_takes_no_key(values: Values) -> None:
+def test_a_record_overwrites_nothing_and_takes_no_key(values):
     values |= {"overwrite": True}
     values["logger"]["wandb_mode"] = "online"
     config = read_config(json.dumps(values))
@@ -327,9 +315,7 @@ NAMES = ["../x", "..", "a/b", "/etc/x", "a\\b", "a\nb", "a\x00b", "\x1b[31m", ""
     "key", ["model.name", "dataset.name", "algo.name", "algo.variant", "regime.name", "experiment_name",
             "dataset.eval_split", "dataset.train_split", "algo.step_rule_name", "rollout.name"]
 )  # fmt: skip
-def test_a_name_that_becomes_a_path_is_one_folder(
-    key: str, composed: Callable[..., TrainConfig], record: Callable[[Values], Path], here: Path
-) -> None:
+def test_a_name_that_becomes_a_path_is_one_folder(key, composed, record, here):
     optional = key in ("algo.variant", "algo.step_rule_name")
     for name in NAMES:
         if optional and not name:
@@ -346,12 +332,9 @@ def test_a_name_that_becomes_a_path_is_one_folder(
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[1]", "a: [", "{model: 1}", "{model: {name: a}, dataset: 3}", "\t", "? [a]\n: b", "1: 2"],
+    "text", ["", "[1]", "a: [", "{model: 1}", "{model: {name: a}, dataset: 3}", "\t", "? [a]\n: b", "1: 2"]
 )
-def test_a_record_that_is_no_configuration_is_one_line(
-    text: str, record: Callable[[Values], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_record_that_is_no_configuration_is_one_line(text, record, capsys):
     run = record({})
     (run / "config.yaml").write_text(text)
     assert evaluate.main([f"run={run}"]) == run_job(text) == 2
@@ -359,16 +342,13 @@ def test_a_record_that_is_no_configuration_is_one_line(
     assert len(lines) == 2 and not any("Traceback" in line for line in lines), lines
 
 
-def test_the_environment_of_the_processes_of_a_run_carries_what_is_allowed() -> None:
+def test_the_environment_of_the_processes_of_a_run_carries_what_is_allowed():
     allow_plugins(["mine", "yours.methods"])
     assert os.environ["CAPO_EXP_PLUGINS"] == "mine,yours.methods"
     allow_plugins([])
 
 
-# --- what a stranger's folder may hold besides
-
-
-def test_a_link_in_a_record_is_not_written_through(here: Path) -> None:
+def test_a_link_in_a_record_is_not_written_through(here):
     (here / "mine").write_text("precious")
     (here / ".test.jsonl.partial").symlink_to(here / "mine")
     (here / ".lock").symlink_to(here / "mine")
@@ -379,7 +359,7 @@ def test_a_link_in_a_record_is_not_written_through(here: Path) -> None:
     assert (here / "mine").read_text() == "precious" and (here / "test.jsonl").read_text() == "rows"
 
 
-def test_the_place_of_a_model_imports_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_of_a_model_imports_nothing(here, monkeypatch):
     (here / "evil_package").mkdir()
     (here / "evil_package" / "__init__.py").write_text("open('PWNED', 'w')")
     monkeypatch.syspath_prepend(here)
@@ -390,14 +370,14 @@ def test_the_place_of_a_model_imports_nothing(here: Path, monkeypatch: pytest.Mo
     assert not Path("PWNED").exists()
 
 
-def test_a_dotted_key_of_a_record_is_no_key(values: Values, record: Callable[[Values], Path]) -> None:
+def test_a_dotted_key_of_a_record_is_no_key(values, record):
     values["dataset"]["source.hub_id"] = "evil/data"
     with pytest.raises(ConfigError, match=r"dataset has the key 'source\.hub_id'"):
         evaluate_config.run_config(record(values))
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname"])
-def test_a_checkpoint_names_no_file_outside(name: str, record: Callable[[Values], Path]) -> None:
+def test_a_checkpoint_names_no_file_outside(name, record):
     checkpoint = record({}) / "checkpoints" / "step_000003"
     assert find_damage(checkpoint, None) is None
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())
@@ -406,7 +386,7 @@ def test_a_checkpoint_names_no_file_outside(name: str, record: Callable[[Values]
     assert find_damage(checkpoint, None) == "checkpoint.json names files outside"
 
 
-def test_a_record_writes_no_escape_to_the_terminal(values: Values, record: Callable[[Values], Path]) -> None:
+def test_a_record_writes_no_escape_to_the_terminal(values, record):
     folder, out = record(values), io.StringIO()
     failed = {"status": "failed", "error": "\x1b]0;T\x07\x1b[2J"}
     told = json.loads((folder / "run.json").read_text()) | failed
@@ -415,5 +395,5 @@ def test_a_record_writes_no_escape_to_the_terminal(values: Values, record: Calla
     assert "?]0;T" in out.getvalue() and "\x1b" not in out.getvalue()
 
 
-def test_no_cell_starts_a_formula_behind_a_semicolon() -> None:
+def test_no_cell_starts_a_formula_behind_a_semicolon():
     assert plain("L;=1+1") == "L =1+1" and plain("a; b") == "a; b"

@@ -1,14 +1,11 @@
 """How many bytes a run's record takes: of real rows, for 1,000 steps at the default sampling."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import load_run
 from capo_exp.runs.record import RunRecord
@@ -19,13 +16,13 @@ STEPS, SCALE, TOKENS = 50, 20, 500
 LIMIT = 22_000_000
 
 
-def read_prose() -> list[str]:
+def read_prose():
     """Words and signs of prose that no commit changes, about as long as a language model's tokens."""
     prose = (ROOT / "LICENSE").read_text(encoding="utf-8")
     return re.findall(r"\s?[A-Za-z]{1,7}|\d|\s?[^\sA-Za-z\d]+|\s", prose)
 
 
-def completions(text: list[str], rng: np.random.Generator) -> list[dict[str, Any]]:
+def completions(text, rng):
     """4 prompts x 8 completions; those of a prompt share phrases as answers to one question do, no numbers.
 
     Their text takes half as much again as 32 of Qwen2.5-Math's answers to 4 problems of MATH, compressed.
@@ -49,13 +46,13 @@ def completions(text: list[str], rng: np.random.Generator) -> list[dict[str, Any
 
 
 @pytest.mark.slow
-def test_a_thousand_steps_take_less_than_22_mb(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_a_thousand_steps_take_less_than_22_mb(composed, tmp_path):
     config, text = composed("algo=capo", "logger=wandb"), read_prose()
     run = load_run(REFERENCE)
     row, evaluation = run.metrics[-1], run.evaluations[-1]
     rng = np.random.default_rng(0)
 
-    def noisy(value: Any) -> Any:
+    def noisy(value):
         """Another number with as many digits."""
         return value * rng.uniform(0.5, 1.5) if isinstance(value, float) else value
 
@@ -74,6 +71,6 @@ def test_a_thousand_steps_take_less_than_22_mb(composed: Callable[..., TrainConf
     assert SCALE * sum(size.values()) < LIMIT, {name: SCALE * count for name, count in size.items()}
 
 
-def _bytes(place: Path) -> int:
+def _bytes(place):
     files = [place, *place.rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())

@@ -19,12 +19,12 @@ REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 FIGURES = sorted(path.stem for path in (REFERENCE / "paper_figure_1-tiny" / "figures").glob("*.csv"))
 
 
-def numbers(path: Path) -> list[list[str]]:
+def numbers(path):
     return list(csv.reader(line for line in path.read_text().splitlines() if not line.startswith("#")))
 
 
 @pytest.mark.slow
-def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None:
+def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path):
     assert {"1", "3", "5", "stability"} <= set(FIGURES)
     assert (
         main([f"runs={REFERENCE}/paper_figure_1-tiny", f"figure={','.join(FIGURES)}", f"output={tmp_path}"])
@@ -39,11 +39,11 @@ def test_the_kept_figures_are_redrawn_from_the_kept_runs(tmp_path: Path) -> None
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def _figures() -> Path:
+def _figures():
     return REFERENCE / "paper_figure_1-tiny" / "figures"
 
 
-def test_they_are_whole_runs_of_one_clean_commit_and_small() -> None:
+def test_they_are_whole_runs_of_one_clean_commit_and_small():
     runs = [load_run(path) for path in find_runs([REFERENCE / "paper_figure_1-tiny"])]
     assert len(runs) == 20
     assert {run.record["git"]["commit"] for run in runs} == {runs[0].record["git"]["commit"]}
@@ -57,7 +57,7 @@ def test_they_are_whole_runs_of_one_clean_commit_and_small() -> None:
 
 
 @pytest.mark.parametrize(("place", "task"), [(0, "sums"), (1, "max_of_three")])
-def test_the_page_on_real_weights_says_what_the_kept_runs_say(place: int, task: str) -> None:
+def test_the_page_on_real_weights_says_what_the_kept_runs_say(place, task):
     page = (REFERENCE.parents[1] / "docs" / "study" / "real_weights_numbers.md").read_text()
     table = re.findall(r"(?:^\|.*F \(median\).*\n)(?:^\|.*\n)+", page, re.MULTILINE)[place]
     names, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines())
@@ -74,7 +74,7 @@ def test_the_page_on_real_weights_says_what_the_kept_runs_say(place: int, task: 
         assert (row["learns"] == "yes") == (one["learns"] == "True")
 
 
-def test_a_run_that_two_files_have_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_two_files_have_is_no_run(monkeypatch):
     plain = str(REFERENCE / "smollm2" / "sums" / "plain.parquet")
     monkeypatch.setattr("sys.argv", ["judge_real_rates.py", plain, plain])
     with pytest.raises(
@@ -83,7 +83,7 @@ def test_a_run_that_two_files_have_is_no_run(monkeypatch: pytest.MonkeyPatch) ->
         main_of_rates()
 
 
-def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer() -> None:
+def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer():
     page = (REFERENCE.parents[1] / "docs" / "study" / "evidence.md").read_text()
     said = re.findall(r"^\|.*\| the (?:last layer|squared rate) \| (.*) \|$", page, re.MULTILINE)
     told = [
@@ -95,12 +95,12 @@ def test_the_page_on_evidence_says_what_its_runs_say_of_the_last_layer() -> None
     assert len(told) == 8 and [cells.replace(" | ", ", ") for cells in said] == told
 
 
-def test_the_page_on_the_reasons_has_the_table_of_its_runs() -> None:
+def test_the_page_on_the_reasons_has_the_table_of_its_runs():
     page = (REFERENCE.parents[1] / "docs" / "study" / "real_why.md").read_text()
     assert "\n".join(table(read(REFERENCE / "smollm2" / "sums" / "why.parquet"))) in page
 
 
-def test_the_page_on_a_tenth_says_what_its_kept_rows_say() -> None:
+def test_the_page_on_a_tenth_says_what_its_kept_rows_say():
     page = (REFERENCE.parents[1] / "docs" / "study" / "evidence_small.md").read_text()
     said = re.findall(r"^\| (\w+) \|.*\| (\d+) to (\d+) \|.*\| ([\d., ]+) \|$", page, re.MULTILINE)
     ends: dict[tuple[str, str, int], list[float]] = {}
@@ -121,7 +121,7 @@ def test_the_page_on_a_tenth_says_what_its_kept_rows_say() -> None:
     assert len(found) == 35 and sorted(found) == wanted
 
 
-def test_the_page_on_a_tenth_with_real_weights_says_what_its_kept_rows_say() -> None:
+def test_the_page_on_a_tenth_with_real_weights_says_what_its_kept_rows_say():
     page = (REFERENCE.parents[1] / "docs" / "study" / "tenth.md").read_text()
     curves = read_curves(REFERENCE / "smollm2" / "sums" / "tenth.parquet")
     methods = {"a tenth": "evidence algo.step_rule.share=0.1", "`grpo`": "grpo"}

@@ -1,14 +1,10 @@
 """What methods with rollouts of their own cannot go with is refused in one line that names the key."""
 
-from collections.abc import Callable
-
 import pytest
 
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 
-Compose = Callable[..., TrainConfig]
 SFT = "algo=sft rollout=demonstrations regime.group_size=1"
 BUDGET = "algo=c3po_pp regime.prompts_per_step=3 regime.group_size=2 dataset.max_completion_tokens=12"
 PAIRED = "rollout=pairs regime.group_size=2 model.micro_batch_size=8"
@@ -19,9 +15,7 @@ PASSING = [f"algo={algo} {PAIRED}" for algo in ("dpo", "mdpo", "direct_advantage
 
 @pytest.mark.parametrize("more", ["selection=capo", "step_rule=calibrated"])
 @pytest.mark.parametrize("overrides", [SFT, BUDGET, *PASSING])
-def test_what_they_begin_with_passes_whatever_is_selected(
-    composed: Compose, overrides: str, more: str
-) -> None:
+def test_what_they_begin_with_passes_whatever_is_selected(composed, overrides, more):
     check(composed(*overrides.split(), more))
 
 
@@ -70,7 +64,7 @@ def test_what_they_begin_with_passes_whatever_is_selected(
         ),
     ],
 )
-def test_refused_in_one_line(composed: Compose, overrides: str, message: str) -> None:
+def test_refused_in_one_line(composed, overrides, message):
     with pytest.raises(ConfigError, match=f"^{message}") as error:
         check(composed(*overrides.split()))
     assert "\n" not in str(error.value)

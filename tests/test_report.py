@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from capo_exp.figures import style
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.report.overview import differing, overview, run_labels
 from capo_exp.figures.report.page import write_report
-from capo_exp.runs.read import LoggedRun, load_run
+from capo_exp.runs.read import load_run
 from tests.report_pieces import (
     CAPO,
     HOSTILE,
@@ -33,24 +32,24 @@ SEEDS = [("CAPO", 0), ("CAPO", 1), ("GRPO", 0), ("DAPO", 0)]
 class Page(HTMLParser):
     """The tags of a page with their attributes, and the text in each kind of tag."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[tuple[str, str]] = []
         self.feed(path.read_text(encoding="utf-8"))
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self.tags:
             self.texts.append((self.tags[-1][0], data))
 
-    def all(self, tag: str, attribute: str) -> list[str | None]:
+    def all(self, tag, attribute):
         return [found[attribute] for name, found in self.tags if name == tag and attribute in found]
 
     @property
-    def text(self) -> str:
+    def text(self):
         return " ".join(" ".join(text for tag, text in self.texts if tag not in ("script", "style")).split())
 
 
@@ -60,21 +59,21 @@ class Study:
     path: Path
 
     @cached_property
-    def page(self) -> Page:
+    def page(self):
         return Page(self.path)
 
     @property
-    def runs(self) -> list[LoggedRun]:
+    def runs(self):
         return [run for curve in self.curves for run in curve.runs]
 
     @property
-    def data(self) -> dict[str, Any]:
+    def data(self):
         embedded = self.path.read_text().split('id="viewer-data">')[1].split("</script>")[0]
         return json.loads(embedded)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     curves = study(folder / "runs")
     runs = [run for curve in curves for run in curve.runs]
@@ -83,7 +82,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study(curves, path)
 
 
-def test_the_summary_by_hand(written: Study) -> None:
+def test_the_summary_by_hand(written):
     named = run_labels(written.runs, written.curves)
     first, second, third, failed = overview(written.runs, named, written.curves)
     headings = written.page.all("th", "data-value")
@@ -101,7 +100,7 @@ def test_the_summary_by_hand(written: Study) -> None:
     ]
 
 
-def test_the_summary_says_what_happened_not_what_was_planned(tmp_path: Path) -> None:
+def test_the_summary_says_what_happened_not_what_was_planned(tmp_path):
     planned = config("capo", 0, CAPO) | {"num_steps": 200, "stop_after_unrewarded": 20}
     path = write_run(tmp_path / "a", planned, accuracy=0.0, record={"status": "finished"})
     text = (path / "metrics.jsonl").read_text()
@@ -114,14 +113,14 @@ def test_the_summary_says_what_happened_not_what_was_planned(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("seconds", ["NaN", "1e20", "-1"])
-def test_a_time_that_is_none_is_not_told(seconds: str, tmp_path: Path) -> None:
+def test_a_time_that_is_none_is_not_told(seconds, tmp_path):
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.0, record={})
     (path / "run.json").write_text((path / "run.json").read_text().replace("75.0", seconds))
     (line,) = overview([load_run(path)], ["a run"], [])
     assert line.cells[-1].text == "-"
 
 
-def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path):
     paths = [
         write_run(tmp_path / name, config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
         for name in "ab"
@@ -135,7 +134,7 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(tmp_path: Path) -> None:
     assert "b: 1 of 1 logged steps: 10; all 1 completions of these" in page.text
 
 
-def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written: Study) -> None:
+def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written):
     table = differing(written.runs, run_labels(written.runs, written.curves))
     assert table.heading == ["setting", "CAPO (A) (2 runs)", "GRPO (A) · seed 0", "DAPO (A) · seed 0"]
     rows = {key: values for key, *values in table.rows}
@@ -147,14 +146,14 @@ def test_what_differs_has_a_column_for_all_seeds_of_a_curve(written: Study) -> N
     assert differing(written.runs[:2], ["a · seed 0", "a · seed 1"]).rows == [["seed", "0, 1"]]
 
 
-def test_runs_of_one_name_are_told_apart(written: Study) -> None:
+def test_runs_of_one_name_are_told_apart(written):
     twice = [written.runs[0], replace(written.runs[0], path=Path("elsewhere/copy"))]
     alike = [Curve("CAPO (A)", tuple(twice))]
     assert len(set(run_labels(twice, alike))) == 2
     assert run_labels(twice, [])[1] == "copy"
 
 
-def test_static_parts_are_there_without_a_script(written: Study) -> None:
+def test_static_parts_are_there_without_a_script(written):
     text, page = written.page.text, written.page
     for part in ("study <one>: 4 runs", "25.0% → 50.0%", "Figure <1>", "Mean & 95 % interval", "<i>a</i>",
                  "x | y", "algo.selection.policy_shift_max", "c0ffee with changes (git.diff)",
@@ -172,7 +171,7 @@ def test_static_parts_are_there_without_a_script(written: Study) -> None:
     assert page.all("a", "download") == ["one.csv"]
 
 
-def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written: Study) -> None:
+def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written):
     addresses = [
         str(value) for _, attributes in written.page.tags for name, value in attributes.items()
         if name in ("src", "href", "action", "data", "srcset")
@@ -190,7 +189,7 @@ def test_nothing_comes_from_outside_and_only_our_scripts_may_run(written: Study)
     assert "unsafe" not in policy
 
 
-def test_completions_stay_data(written: Study) -> None:
+def test_completions_stay_data(written):
     raw = written.path.read_text(encoding="utf-8").split('id="viewer-data">')[1].split("</script>")[0]
     assert not set("<>&") & set(raw) and raw.isascii()
     rows = written.data["runs"][1]["steps"][0]["rows"]
@@ -198,7 +197,7 @@ def test_completions_stay_data(written: Study) -> None:
     assert len([1 for tag, _ in written.page.tags if tag == "script"]) == 3
 
 
-def test_a_completion_in_the_data_by_hand(written: Study) -> None:
+def test_a_completion_in_the_data_by_hand(written):
     capo, _, grpo = written.data["runs"]
     assert [step["step"] for step in capo["steps"]] == [10, 20, 30]
     assert capo["bounds"] == [1e-4, -1e-2, 1e-2]
@@ -220,14 +219,14 @@ def test_a_completion_in_the_data_by_hand(written: Study) -> None:
     assert labels == ["CAPO (A) · seed 0", "CAPO (A) · seed 1", "GRPO (A) · seed 0"]
 
 
-def test_the_same_runs_give_the_same_page(written: Study, tmp_path: Path) -> None:
+def test_the_same_runs_give_the_same_page(written, tmp_path):
     pages = [
         write_report(written.runs, written.curves, [], tmp_path / f"{n}.html", "COMMAND") for n in range(2)
     ]
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
-def test_a_single_old_run_without_anything(tmp_path: Path) -> None:
+def test_a_single_old_run_without_anything(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     page = Page(write_report([load_run(tmp_path)], [], [], tmp_path / "new" / "page.html", "COMMAND"))
     assert "No run has logged completions" in page.text

@@ -2,10 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,32 +25,32 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("browser")
 
 
 @pytest.fixture(scope="module")
-def chromium(folder: Path) -> Iterator[Any]:
+def chromium(folder):
     browser = open_chromium(folder)
     yield browser
     browser.quit()
 
 
 @pytest.fixture(scope="module")
-def report(folder: Path) -> Path:
+def report(folder):
     curves = study(folder / "runs")
     runs = [run for curve in curves for run in curve.runs]
     return write_report(runs, curves, [drawn(folder)], folder / "report.html", "COMMAND")
 
 
 @pytest.fixture
-def page(chromium: Any, report: Path) -> Page:
+def page(chromium, report):
     for kind in ("browser", "performance"):
         chromium.get_log(kind)  # what another test left
     return Page(chromium, report).emulate(1300, "light").load()
 
 
-def test_opens_from_disk_without_an_error_or_a_request(page: Page) -> None:
+def test_opens_from_disk_without_an_error_or_a_request(page):
     for run in range(3):
         Select(page.one("#run")).select_by_index(run)
     assert page.one("#viewer").is_displayed()
@@ -63,14 +60,14 @@ def test_opens_from_disk_without_an_error_or_a_request(page: Page) -> None:
     assert asked == [page.path.as_uri()]
 
 
-def test_a_request_would_be_seen_and_is_forbidden(page: Page) -> None:
+def test_a_request_would_be_seen_and_is_forbidden(page):
     page.run("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
     (entry,) = page.browser.get_log("browser")
     assert "Content Security Policy" in entry["message"]
 
 
-def test_the_table_sorts_up_and_down_with_missing_numbers_last(page: Page) -> None:
-    def column(number: int) -> list[str]:
+def test_the_table_sorts_up_and_down_with_missing_numbers_last(page):
+    def column(number):
         return page.texts(f"#summary tbody tr > :nth-child({number})")
 
     page.all("#summary thead button")[5].click()
@@ -87,7 +84,7 @@ def test_the_table_sorts_up_and_down_with_missing_numbers_last(page: Page) -> No
         assert column(6)[-1] == "70.0%"
 
 
-def test_run_and_step_change_what_is_shown(page: Page) -> None:
+def test_run_and_step_change_what_is_shown(page):
     assert page.texts("#prompts h3") == ["Count.", "Else?"]
     assert page.texts("#step option") == ["10", "20", "30"]
     assert page.texts(".token")[1] == "10"  # the legend has the first
@@ -110,7 +107,7 @@ def test_run_and_step_change_what_is_shown(page: Page) -> None:
     assert page.one("#step").get_attribute("value") == "1"
 
 
-def test_the_tint_changes_colours_and_the_legend(page: Page) -> None:
+def test_the_tint_changes_colours_and_the_legend(page):
     seen = {}
     for kind in ("policy", "objective", "probability", "none"):
         page.one(f"[name=tint][value={kind}]").click()
@@ -140,7 +137,7 @@ def test_the_tint_changes_colours_and_the_legend(page: Page) -> None:
     assert "bounds of this run: m_F < 1e-4, -0.01 < m_H < 0.01" in page.texts("#legend")[0]
 
 
-def test_rejected_tokens_are_struck_through_and_framed_whatever_the_colour(page: Page) -> None:
+def test_rejected_tokens_are_struck_through_and_framed_whatever_the_colour(page):
     page.one("[value=none]").click()
     tokens = page.all("#prompts .completion:first-child .token")
     struck = ["line-through" in page.style(token, "textDecorationLine") for token in tokens[:6]]
@@ -153,7 +150,7 @@ def test_rejected_tokens_are_struck_through_and_framed_whatever_the_colour(page:
     assert signs == ["none", '"F"', "none", '"F H"', '"F"', '"H"']
 
 
-def test_a_token_tells_its_numbers_to_pointer_and_keyboard(page: Page) -> None:
+def test_a_token_tells_its_numbers_to_pointer_and_keyboard(page):
     tip, tokens = page.one("#tip"), page.all("#prompts .token")
     ActionChains(page.browser).move_to_element(tokens[1]).perform()
     assert tip.text.split("\n") == [
@@ -176,8 +173,8 @@ def test_a_token_tells_its_numbers_to_pointer_and_keyboard(page: Page) -> None:
     assert len(page.all("#prompts .token[tabindex='0']")) == 3  # a stop a completion
 
 
-def test_filters(page: Page) -> None:
-    def shown() -> tuple[int, str]:
+def test_filters(page):
+    def shown():
         return len(page.all(".completion")), page.one("#count").text.partition(".")[0]
 
     assert shown() == (3, "3 of 3 completions shown; 4 of 8 tokens in them rejected (50")
@@ -197,7 +194,7 @@ def test_filters(page: Page) -> None:
     assert shown()[0] == 0
 
 
-def test_what_a_model_wrote_is_text(page: Page) -> None:
+def test_what_a_model_wrote_is_text(page):
     page.choose("#run", "CAPO (A) · seed 1")
     tokens = page.texts("#prompts .token")
     assert tokens[0] == HOSTILE[0].replace(" ", "·")
@@ -215,7 +212,7 @@ def test_what_a_model_wrote_is_text(page: Page) -> None:
     assert page.browser.get_log("browser") == []
 
 
-def test_the_numbers_behind_a_figure_can_be_saved(page: Page, folder: Path) -> None:
+def test_the_numbers_behind_a_figure_can_be_saved(page, folder):
     (folder / "one.csv").unlink()
     page.one("a[download='one.csv']").click()
     saved = folder / "one.csv"  # Chromium makes it empty at first
@@ -224,7 +221,7 @@ def test_the_numbers_behind_a_figure_can_be_saved(page: Page, folder: Path) -> N
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_has_contrast(page: Page, scheme: str) -> None:
+def test_every_text_has_contrast(page, scheme):
     page.emulate(1300, scheme)
     for kind in ("policy", "objective", "probability"):
         page.one(f"[name=tint][value={kind}]").click()
@@ -236,7 +233,7 @@ def test_every_text_has_contrast(page: Page, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_is_cut_and_every_number_has_its_column(page: Page, width: int) -> None:
+def test_nothing_is_cut_and_every_number_has_its_column(page, width):
     page.emulate(width, "dark")
     page.run("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
     page.choose("#run", "CAPO (A) · seed 1")

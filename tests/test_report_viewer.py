@@ -1,7 +1,5 @@
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,8 +8,8 @@ from capo_exp.runs.read import LoggedRun, load_run
 from tests.report_pieces import CAPO, TOKENS, completion, config, write_completions, write_run
 
 
-def test_bounds_are_read_only_from_a_selection_that_tests_each_token(tmp_path: Path) -> None:
-    def bounds(selection: dict[str, Any]) -> Any:
+def test_bounds_are_read_only_from_a_selection_that_tests_each_token(tmp_path):
+    def bounds(selection):
         return viewer.bounds_of(LoggedRun(tmp_path, config("capo", 0, selection), {}, [], []))
 
     assert bounds(CAPO) == (1e-4, -1e-2, 1e-2)
@@ -20,7 +18,7 @@ def test_bounds_are_read_only_from_a_selection_that_tests_each_token(tmp_path: P
     assert bounds({}) is None
 
 
-def test_text_that_no_token_has_is_there_as_well(tmp_path: Path) -> None:
+def test_text_that_no_token_has_is_there_as_well(tmp_path):
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     split = completion(["�", "�"]) | {"completion": "🦊"}
     write_completions(path, 1, [split, completion(["�", "x"])])
@@ -28,7 +26,7 @@ def test_text_that_no_token_has_is_there_as_well(tmp_path: Path) -> None:
     assert [row["text"] for row in data["runs"][0]["steps"][0]["rows"]] == ["🦊", None]
 
 
-def test_a_damaged_completion_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_a_damaged_completion_is_shown_as_far_as_it_goes(tmp_path):
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     more = {"token_ids": [], "keep": [None, False], "log_prob": [800.0, None], "completion": None}
     write_completions(path, 1, [completion(["a", "b"]) | more])
@@ -41,14 +39,14 @@ def test_a_damaged_completion_is_shown_as_far_as_it_goes(tmp_path: Path) -> None
     )
 
 
-def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
+def test_steps_and_completions_that_fit(tmp_path):
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     for step in range(10, 210, 10):
         write_completions(path, step, [completion(TOKENS) for _ in range(4)])
     (path / "completions" / "step_abc.parquet").touch()
     run, size = load_run(path), 4 * viewer.row_bytes(completion(TOKENS))
 
-    def taken(steps: float) -> tuple[list[int], int]:
+    def taken(steps):
         part = viewer.excerpt(run, steps * size)
         return list(part.steps), part.shown
 
@@ -62,7 +60,7 @@ def test_steps_and_completions_that_fit(tmp_path: Path) -> None:
     assert note == f"12 of 20 logged steps: {said}; the first 24 of 48 completions of these"
 
 
-def test_a_long_completion_is_cut_and_takes_no_more_room_than_it_is_given(tmp_path: Path) -> None:
+def test_a_long_completion_is_cut_and_takes_no_more_room_than_it_is_given(tmp_path):
     path = write_run(tmp_path / "a", config("capo", 0, CAPO), accuracy=0.5, record={"status": "finished"})
     long = completion(["word"] * (viewer.MAX_TOKENS + 500))
     write_completions(path, 1, [long])
@@ -73,10 +71,10 @@ def test_a_long_completion_is_cut_and_takes_no_more_room_than_it_is_given(tmp_pa
     assert len(json.dumps(row, separators=(",", ":"))) <= viewer.row_bytes(long)
 
 
-def test_a_kept_token_is_kept_and_a_bound_itself_is_beyond() -> None:
+def test_a_kept_token_is_kept_and_a_bound_itself_is_beyond():
     limit = float(np.float32(1e-4))  # as parquet has it
 
-    def code(policy: float, objective: float, keep: bool, bounds: Any = (1e-4, -1e-2, 1e-2)) -> int:
+    def code(policy, objective, keep, bounds=(1e-4, -1e-2, 1e-2)):
         return viewer.reasons([policy], [objective], [keep], bounds)[0]
 
     assert code(1.0, 1.0, True) == viewer.KEPT

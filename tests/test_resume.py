@@ -11,14 +11,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.runs import logger
 from capo_exp.runs.checkpoint import Checkpointer, find_damage, find_reference
@@ -39,7 +36,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def train_on(terminal: str, config: TrainConfig) -> None:
+def train_on(terminal, config):
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     screen = os.open(terminal, os.O_RDWR)  # becomes the controlling terminal of this session
@@ -54,12 +51,12 @@ def train_on(terminal: str, config: TrainConfig) -> None:
         raise
 
 
-def steps(run: Path) -> int:
+def steps(run):
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def run_until(config: TrainConfig, ready: Callable[[Path], bool], end: signal.Signals) -> int:
+def run_until(config, ready, end):
     """Starts the run, ends it by a signal in that moment, and returns its exit status."""
     master, slave = pty.openpty()
     process = SERVER.Process(target=train_on, args=(os.ttyname(slave), config))
@@ -82,23 +79,23 @@ def run_until(config: TrainConfig, ready: Callable[[Path], bool], end: signal.Si
     return process.exitcode
 
 
-def outcome(run: Path) -> tuple[dict[str, list[float]], list[str], list[str]]:
+def outcome(run):
     weights = load_file(run / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors")
     timeless = [json.dumps(row) for name in ("metrics", "eval") for row in logged(run / f"{name}.jsonl")]
     return {k: v.tolist() for k, v in weights.items()}, timeless, sorted(os.listdir(run / "completions"))
 
 
-def record(run: Path) -> dict:
+def record(run):
     return json.loads((run / "run.json").read_text())
 
 
 @pytest.fixture
-def config(composed: Callable[..., TrainConfig], tmp_path: Path) -> TrainConfig:
+def config(composed, tmp_path):
     return composed(*SMALL, f"output_dir={tmp_path}")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(composed: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(composed, tmp_path_factory):
     return train.run(composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('undisturbed')}"))
 
 
@@ -110,9 +107,7 @@ KILLS: list[Callable[[Path], bool]] = [
 
 
 @pytest.mark.slow
-def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(
-    undisturbed: Path, config: TrainConfig
-) -> None:
+def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(undisturbed, config):
     run = run_dir(config)
     for ready in KILLS:
         assert run_until(config, ready, signal.SIGKILL) == -signal.SIGKILL
@@ -126,7 +121,7 @@ def test_killed_hung_up_and_interrupted_it_ends_in_the_same_bits(
     assert (record(run)["status"], record(run)["resumed"]) == ("finished", 5)
 
 
-def spoil(checkpoint: Path, how: str) -> None:
+def spoil(checkpoint, how):
     """Damages a checkpoint; `how` is a file and what becomes of it."""
     name, _, change = how.partition(" ")
     path = checkpoint / name
@@ -165,16 +160,13 @@ DAMAGES = {
 
 
 @pytest.fixture
-def tokenizer(composed: Callable[..., TrainConfig]) -> PreTrainedTokenizerBase:
+def tokenizer(composed):
     return policy.load_tokenizer(composed().model)
 
 
 def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
-    small_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    small_model, tokenizer, tmp_path, caplog
+):
     state = {"a": torch.arange(3.0), "b": {"c": 1}}
     whole = Checkpointer(tmp_path / "whole", keep=2, run_id="1a2b3c4d")
     for step in (1, 2):
@@ -194,9 +186,7 @@ def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
     assert "no whole checkpoint is left, so the run begins again" in caplog.text
 
 
-def test_steps_are_numbers_and_other_files_are_left_alone(
-    small_model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_steps_are_numbers_and_other_files_are_left_alone(small_model, tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     for name in ("step_abc", "step_2", "step_-00003", "step_000007 (copy)", ".step_000004", "old"):
         (folder / name).mkdir(parents=True)
@@ -225,15 +215,15 @@ class Killed(BaseException):
     """Ends a run where a kill would: nothing is written any more."""
 
 
-def kill_at(step: int, distance: int, run: Path, patch: pytest.MonkeyPatch) -> None:
+def kill_at(step, distance, run, patch):
     """Compares run.json with the newest checkpoint before each write of a run, of which one and all later
     ones fail: the first, second, ... from that on which lets the checkpoint of a step count."""
     written: list[str] = []
 
-    def watch(owner: Any, name: str) -> None:
+    def watch(owner, name):
         write = getattr(owner, name)
 
-        def watched(place: Any, *rest: Any) -> Any:
+        def watched(place, *rest):
             if counters := record(run)["counters"] if (run / "run.json").exists() else {}:
                 assert counters["rollout_step"] == max(list_checkpoints(run), default=0), written
             written.append(f"{name} {Path(getattr(place, 'name', place)).name}")
@@ -248,9 +238,7 @@ def kill_at(step: int, distance: int, run: Path, patch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_run_json_agrees_with_the_newest_checkpoint_wherever_a_kill_comes(
-    undisturbed: Path, config: TrainConfig
-) -> None:
+def test_run_json_agrees_with_the_newest_checkpoint_wherever_a_kill_comes(undisturbed, config):
     """Before a checkpoint counts, right after it does, and before the last word that the run has ended."""
     run = run_dir(config)
     for step, distance in ((2, 1), (4, 2), (6, 2), (STEPS, 3)):
@@ -265,9 +253,7 @@ def test_run_json_agrees_with_the_newest_checkpoint_wherever_a_kill_comes(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
-    undisturbed: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(undisturbed, config, caplog):
     run = run_dir(config)
     shutil.copytree(undisturbed, run)
     spoil(run / "checkpoints" / f"step_{STEPS:06d}", "model.safetensors bit")
@@ -278,7 +264,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(
     assert record(run)["counters"] == record(undisturbed)["counters"]
 
 
-def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others() -> None:
+def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         for action, expected in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
@@ -293,10 +279,10 @@ def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_signal_in_the_middle_of_a_line_is_a_signal_like_others() -> None:
+def test_a_signal_in_the_middle_of_a_line_is_a_signal_like_others():
     reader, writer = os.pipe()
 
-    def press() -> None:
+    def press():
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)

@@ -1,10 +1,7 @@
 """A user's function that returns something else than its kind is named, and nothing is trained with it."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,33 +9,29 @@ import torch
 from torch import Tensor
 
 from capo_exp.core.step import StepDecision
-from capo_exp.core.types import Batch, Scored, Selection, TokenLoss, TokenLossInput
-from capo_exp.training.learner import Learner
+from capo_exp.core.types import Selection, TokenLoss
 from capo_exp.training.returned import WrongReturn
 from capo_exp.training.rollout_step import Rollout, assign_credit, take_updates
 from tests.pieces import groups_of, take_step, weights
 
-Make = Callable[..., Learner]
-Batches = Callable[..., Batch]
 
-
-def unchecked(kind: type[Any], **values: Any) -> Any:
+def unchecked(kind, **values):
     """An object that the tests' own check of types would not let through."""
     made = object.__new__(kind)
     vars(made).update(values)
     return made
 
 
-def loss_of(values: Callable[[Tensor], Any], clipped: Callable[[Tensor], Any] = torch.isnan) -> Any:
-    def loss(inputs: TokenLossInput) -> Any:
+def loss_of(values, clipped=torch.isnan):
+    def loss(inputs):
         own = -inputs.log_probs * inputs.advantages
         return unchecked(TokenLoss, values=values(own), clipped=clipped(own))
 
     return loss
 
 
-def selection_of(make: Callable[[Tensor], Any], weights: Tensor | None = None) -> Any:
-    def select(scored: Scored) -> Any:
+def selection_of(make, weights=None):
+    def select(scored):
         return unchecked(
             Selection, keep_mask=make(scored.batch.completion_mask), rejected_by={}, weights=weights
         )
@@ -63,9 +56,7 @@ def selection_of(make: Callable[[Tensor], Any], weights: Tensor | None = None) -
         ("step_rule", lambda _: 1.0, "returned float; expected a StepDecision"),
     ],
 )  # fmt: skip
-def test_a_part_that_returns_something_else_is_named(
-    learner: Make, random_batch: Batches, name: str, part: Any, said: str
-) -> None:
+def test_a_part_that_returns_something_else_is_named(learner, random_batch, name, part, said):
     ours = learner("algo=grpo", "model.micro_batch_size=8")
     before = weights(ours)
     ours.algorithm = replace(ours.algorithm, kl_coefficient=0.1, **{name: part})
@@ -85,7 +76,7 @@ def test_a_part_that_returns_something_else_is_named(
         ("credit", lambda advantages, mask, _: mask / 0 * advantages[:, None], "not all finite"),
     ],
 )  # fmt: skip
-def test_so_is_one_that_makes_credit_of_rewards(learner: Make, name: str, part: Any, said: str) -> None:
+def test_so_is_one_that_makes_credit_of_rewards(learner, name, part, said):
     ours = learner("algo=grpo")
     ours.algorithm = replace(ours.algorithm, **{name: part})
     rollout = Rollout(groups_of([[1.0, 0.0]], [[3, 2]]), torch.tensor([[1.0, 0.0]]), True, 1, 2, 5, {})
@@ -93,22 +84,20 @@ def test_so_is_one_that_makes_credit_of_rewards(learner: Make, name: str, part: 
         assign_credit(rollout, ours, pad_token_id=0)
 
 
-def test_rewards_that_are_not_finite_are_no_fault_of_the_advantage(learner: Make) -> None:
+def test_rewards_that_are_not_finite_are_no_fault_of_the_advantage(learner):
     rollout = Rollout(groups_of([[1.0, 0.0]], [[3, 2]]), torch.tensor([[1.0, torch.nan]]), True, 1, 2, 5, {})
     batch, _ = assign_credit(rollout, learner("algo=grpo"), pad_token_id=0)
     assert batch.advantages.isnan().any()
 
 
-def test_a_filter_has_to_leave_a_completion(learner: Make, random_batch: Batches) -> None:
+def test_a_filter_has_to_leave_a_completion(learner, random_batch):
     ours = learner("algo=grpo")
     ours.algorithm = replace(ours.algorithm, completion_filter=lambda batch: batch.group_ids < 0)
     with pytest.raises(WrongReturn, match=r"algo.completion_filter: .* all of it False; expected at"):
         next(take_updates(ours, random_batch(), step=1))
 
 
-def test_what_a_step_rule_remembers_can_be_read_from_a_checkpoint(
-    learner: Make, random_batch: Batches, tmp_path: Path
-) -> None:
+def test_what_a_step_rule_remembers_can_be_read_from_a_checkpoint(learner, random_batch, tmp_path):
     ours = learner("algo=grpo")
     rule = lambda _: StepDecision(0.5, {"own": np.float64(1)})  # noqa: E731
     ours.algorithm = replace(ours.algorithm, step_rule=rule)
@@ -117,7 +106,7 @@ def test_what_a_step_rule_remembers_can_be_read_from_a_checkpoint(
     assert torch.load(tmp_path / "state", weights_only=True)["step_memory"] == {"own": 1.0}
 
 
-def test_a_selection_of_padding_selects_the_completions(learner: Make, random_batch: Batches) -> None:
+def test_a_selection_of_padding_selects_the_completions(learner, random_batch):
     ours = learner("algo=grpo")
     ours.algorithm = replace(ours.algorithm, selection=selection_of(torch.ones_like))
     metrics, record = take_step(ours, random_batch())

@@ -1,15 +1,11 @@
 """A user's reward function: what it returns, raises or does to its worker is a reward, counted and named."""
 
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.grading.function import FunctionVerifier
-from capo_exp.grading.verifier import RewardResult
 
 FUNCTIONS = """
 import math
@@ -43,18 +39,17 @@ def too_few(completions, answers, problems):
 
 def two(completion, answer): ...
 """
-Make = Callable[..., FunctionVerifier]
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(tmp_path, monkeypatch):
     """Makes the verifier of a function above, in this process unless a test says otherwise."""
     (tmp_path / "odd_rewards.py").write_text(FUNCTIONS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CAPO_EXP_PLUGINS", "odd_rewards")
     made: list[FunctionVerifier] = []
 
-    def verifier(name: str, **changes: Any) -> FunctionVerifier:
+    def verifier(name, **changes):
         numbers = {"correct_from": 0.5, "failure_reward": -1.0, "in_process": True}
         limits = {"timeout_seconds": 0.5, "workers": 1, "memory_limit_gib": 4.0}
         made.append(FunctionVerifier(function=f"odd_rewards.{name}", **(numbers | limits | changes)))
@@ -65,14 +60,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         each.close()
 
 
-def count(result: RewardResult) -> dict[str, float]:
+def count(result):
     return {name.removeprefix("reward/"): number for name, number in result.metrics.items() if number}
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_what_goes_wrong_costs_one_completion_and_is_told_once(
-    in_process: bool, make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_goes_wrong_costs_one_completion_and_is_told_once(in_process, make, caplog):
     verifier = make("obey", in_process=in_process)
     deadly = [] if in_process else ["loop", "exit"]
     texts = ["abc", "nan", "raise", "text", "none", *deadly, "same", "a"]
@@ -92,14 +85,14 @@ def test_what_goes_wrong_costs_one_completion_and_is_told_once(
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_a_function_of_lists_sees_the_step_at_once(in_process: bool, make: Make) -> None:
+def test_a_function_of_lists_sees_the_step_at_once(in_process, make):
     verifier = make("rank", in_process=in_process)
     asked = ([["c", "a"], ["b", "a"]], [("1",), ("1",)], ["q", "r"])
     assert verifier.score(*asked).rewards == [[13.0, 10.0], [2.0, 0.0]]
     assert verifier.score([], []).rewards == []
 
 
-def test_a_function_of_lists_owes_a_reward_to_each(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_function_of_lists_owes_a_reward_to_each(make, caplog):
     result = make("too_few").score([["a", "b"]], [("1",)])
     assert result.rewards == [[-1.0, -1.0]] and count(result) == {"exceptions": 2}
     assert "ValueError: 1 rewards for 2 completions" in caplog.text
@@ -116,6 +109,6 @@ def test_a_function_of_lists_owes_a_reward_to_each(make: Make, caplog: pytest.Lo
         ("takes_lists", r"function=odd_rewards.takes_lists: unknown function; expected one of obey"),
     ],
 )
-def test_what_is_no_reward_function_is_refused(name: str, message: str, make: Make) -> None:
+def test_what_is_no_reward_function_is_refused(name, message, make):
     with pytest.raises(ConfigError, match=rf"^reward\.verifier\.{message}"):
         make(name)

@@ -1,22 +1,17 @@
 """Format and length: what they measure, that they count in training's credit and nowhere else."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.grading import terms as reward_terms
 from capo_exp.grading.terms import RewardTerms, build_terms
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.metrics import check_known
-from capo_exp.training.rollout_step import Rollout
 from capo_exp.training.sampler import total_reward
 from tests.test_sampling import draw as sample_step
 
-Compose = Callable[..., TrainConfig]
 SIZE = ("regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4")
 
 
@@ -33,19 +28,19 @@ SIZE = ("regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_s
         ("\\boxed{5} \\boxed{6", 0, 0, 0), ("", 0, 0, 0),
     ],
 )  # fmt: skip
-def test_format(text: str, think: float, box: float, both: float) -> None:
+def test_format(text, think, box, both):
     assert reward_terms.think_then_answer(text) == think
     assert reward_terms.one_box(text) == box
     assert reward_terms.think_then_one_box(text) == both
 
 
-def test_length() -> None:
+def test_length():
     """RLSP's exploration is what brevity leaves of 1."""
     assert [reward_terms.brevity(n, max_tokens=10) for n in (0, 4, 10, 12)] == [1.0, 0.6, 0.0, 0.0]
     assert [reward_terms.exploration(n, max_tokens=10) for n in (0, 4, 10, 12)] == [0.0, 0.4, 1.0, 1.0]
 
 
-def test_total_is_correctness_and_weighted_terms() -> None:
+def test_total_is_correctness_and_weighted_terms():
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     measured = {"reward/format": [1.0, 1.0, 0.0, 0.0], "reward/length": [0.0, 0.5, 0.5, 1.0]}
     terms = RewardTerms(format_weight=0.5, length_weight=-2.0)
@@ -53,7 +48,7 @@ def test_total_is_correctness_and_weighted_terms() -> None:
     assert total_reward(rewards, measured, RewardTerms()) is rewards
 
 
-def draw(config: TrainConfig) -> Rollout:
+def draw(config):
     """Completions of one and two tokens; of odd prompts the first is right."""
     return sample_step(config, lambda i: i % 2 == 1)[0]
 
@@ -65,7 +60,7 @@ LENGTH = (
 )
 
 
-def test_terms_count_for_credit_and_accuracy_stays_correctness(composed: Compose) -> None:
+def test_terms_count_for_credit_and_accuracy_stays_correctness(composed):
     plain = draw(composed("algo=grpo", *SIZE))
     got = draw(composed("algo=grpo", *SIZE, *LENGTH, "reward.length_weight=4"))
     expected = plain.rewards + 4 * torch.tensor([[0.75, 0.5]] * 2)
@@ -76,12 +71,12 @@ def test_terms_count_for_credit_and_accuracy_stays_correctness(composed: Compose
     check_known(got.metrics)
 
 
-def test_a_term_without_weight_is_only_logged(composed: Compose) -> None:
+def test_a_term_without_weight_is_only_logged(composed):
     plain, got = draw(composed("algo=grpo", *SIZE)), draw(composed("algo=grpo", *SIZE, *LENGTH))
     assert torch.equal(got.rewards, plain.rewards) and got.metrics["reward/length"] == 0.625
 
 
-def test_group_filters_see_correctness_alone(composed: Compose) -> None:
+def test_group_filters_see_correctness_alone(composed):
     """Lengths differ in every group; DAPO still samples until enough groups are right and wrong."""
     config = composed("algo=dapo", *SIZE, *LENGTH, "reward.length_weight=0.4", "algo.max_sampling_rounds=9")
     got = draw(config)
@@ -90,7 +85,7 @@ def test_group_filters_see_correctness_alone(composed: Compose) -> None:
     assert got.metrics["reward/length"] == 0.625  # a mean over rounds, not a sum
 
 
-def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> None:
+def test_neutral_terms_are_none_and_leave_the_identity(composed):
     config = composed("algo=grpo")
     assert build_terms(config.reward) == RewardTerms()
     named = ("reward.length_weight=0.0", "reward.format._target_=capo_exp.grading.terms.no_format")
@@ -98,7 +93,7 @@ def test_neutral_terms_are_none_and_leave_the_identity(composed: Compose) -> Non
     assert run_id(composed("algo=grpo", *LENGTH)) != run_id(config)
 
 
-def test_weights_that_cannot_work(composed: Compose) -> None:
+def test_weights_that_cannot_work(composed):
     for override, expected in (
         ("reward.format_weight=0.1", "0, or a function of capo_exp.grading.terms"),
         ("reward.length_weight=inf", "a finite number"),

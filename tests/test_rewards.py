@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from capo_exp.config.errors import RunFailed
 from capo_exp.grading.compare import Grade, exact_match
 from capo_exp.grading.extract import find_last_box
 from capo_exp.grading.pool import GradingFailed, Workers
-from capo_exp.grading.verifier import ExactVerifier, MathVerifier, join_results
+from capo_exp.grading.verifier import ExactVerifier, join_results
 from tests.grading_pieces import math_verifier
 from tests.process_pieces import alive, wait_for
 
@@ -85,10 +84,7 @@ def test_a_step_in_parts_has_the_result_of_the_whole():
     assert whole.metrics["reward/no_answer_fraction"] == 1 / 2
 
 
-# --- the verifier that can kill ---
-
-
-def misbehave(completion: str, golds: tuple[str, ...]) -> Grade:
+def misbehave(completion, golds):
     """A grader that does what the completion says; runs in the worker."""
     if completion == "hang in C":
         collections.deque(itertools.repeat(0), maxlen=0)
@@ -116,19 +112,19 @@ def misbehave(completion: str, golds: tuple[str, ...]) -> Grade:
 
 
 @pytest.fixture(scope="module")
-def verifier() -> Iterator[MathVerifier]:
+def verifier():
     with math_verifier(timeout_seconds=1.0, workers=2) as shared:
         yield shared
 
 
 @pytest.fixture(scope="module")
-def rough() -> Iterator[MathVerifier]:
+def rough():
     with math_verifier(timeout_seconds=1.0, workers=2, memory_limit_gib=1.0) as own:
         own.grader = misbehave
         yield own
 
 
-def workers() -> list[int]:
+def workers():
     return [child.pid for child in multiprocessing.active_children() if child.pid]
 
 
@@ -144,8 +140,7 @@ def test_rewards_keep_their_places(verifier):
 
 @pytest.mark.slow
 def test_hung_answers_end_and_the_others_go_on(verifier):
-    """A factorial tower and 100,000 digits, each between answers that are right; then a gold that hangs.
-    Also in threads."""
+    """A factorial tower and 100,000 digits between right answers; a gold that hangs; in two threads."""
     texts = [RIGHT, FACTORIAL, RIGHT, DIGITS, RIGHT]
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(verifier.score, [texts, [RIGHT]], [("0.5",), ("1/2",)])
@@ -236,11 +231,11 @@ def test_a_thread_that_grades_ends_when_another_closes():
     assert not own._workers
 
 
-def nothing() -> None:
+def nothing():
     """Runs in the worker."""
 
 
-def no_start() -> None:
+def no_start():
     """Runs in the worker."""
     os._exit(7)
 

@@ -5,9 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -25,24 +23,24 @@ from capo_exp.sweep.job import compare_with_shorter
 
 
 @pytest.fixture
-def config(composed: Callable[..., TrainConfig], tmp_path: Path) -> TrainConfig:
+def config(composed, tmp_path):
     return composed("algo=grpo", "logger=files", f"output_dir={tmp_path}")
 
 
-def recorded(run_dir: Path) -> dict[str, Any]:
+def recorded(run_dir):
     record = read_record(run_dir)
     assert record is not None
     return record
 
 
-def test_config_yaml_gives_the_config_back(config: TrainConfig, tmp_path: Path) -> None:
+def test_config_yaml_gives_the_config_back(config, tmp_path):
     RunRecord(tmp_path, config)
     loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(tmp_path / "config.yaml"))
     assert OmegaConf.to_object(loaded) == config
     assert "${" not in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_finished_run_is_on_record(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_finished_run_is_on_record(config, tmp_path):
     with locked(tmp_path), RunRecord(tmp_path, config, device_name="cpu") as record:
         assert run_status(tmp_path) == "running"
         record.update({"counter/completions": 96, "counter/rollout_step": 1})
@@ -56,9 +54,7 @@ def test_a_finished_run_is_on_record(config: TrainConfig, tmp_path: Path) -> Non
     assert written["updated_at"].endswith("+00:00")
 
 
-def test_nothing_on_record_names_the_machine_or_its_user(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_on_record_names_the_machine_or_its_user(config, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_SECRET", "a-very-secret-value")
     with pytest.raises(ValueError), RunRecord(tmp_path, config):
         raise ValueError(f"no file {Path.home() / 'model'} or {Path.cwd() / 'data'}")
@@ -68,7 +64,7 @@ def test_nothing_on_record_names_the_machine_or_its_user(
     assert not {"host", "hostname", "user", "username", "env"} & json.loads(text).keys()
 
 
-def test_how_a_run_ended(config: TrainConfig, tmp_path: Path) -> None:
+def test_how_a_run_ended(config, tmp_path):
     ends = {ValueError("bad"): "failed", KeyboardInterrupt(): "interrupted", SystemExit(143): "interrupted"}
     for error, expected in ends.items():
         with pytest.raises(type(error)), RunRecord(tmp_path, config):
@@ -77,7 +73,7 @@ def test_how_a_run_ended(config: TrainConfig, tmp_path: Path) -> None:
         assert (written["status"], written["error"]) == (expected, f"{type(error).__name__}: {error}")
 
 
-def test_a_resume_adds_up(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_resume_adds_up(config, tmp_path):
     with pytest.raises(KeyboardInterrupt), RunRecord(tmp_path, config) as record:
         record.update({"counter/completions": 96})
         assert recorded(tmp_path)["counters"] == {"completions": 96}
@@ -96,9 +92,7 @@ def test_a_resume_adds_up(config: TrainConfig, tmp_path: Path) -> None:
     assert second["counters"] == {"completions": 48}
 
 
-def test_status_without_a_run_after_a_kill_and_of_a_broken_record(
-    config: TrainConfig, tmp_path: Path
-) -> None:
+def test_status_without_a_run_after_a_kill_and_of_a_broken_record(config, tmp_path):
     assert run_status(tmp_path / "nowhere") == "absent"
     RunRecord(tmp_path, config)  # never left, and nobody holds the lock
     assert run_status(tmp_path) == "interrupted"
@@ -116,14 +110,12 @@ def test_status_without_a_run_after_a_kill_and_of_a_broken_record(
 
 
 @pytest.mark.parametrize("calls", range(1, 8))
-def test_a_run_that_is_cleared_halfway_is_not_gone_on_from(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
+def test_a_run_that_is_cleared_halfway_is_not_gone_on_from(config, tmp_path, monkeypatch, calls):
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     genuine, done = run_record.remove, []
 
-    def remove(path: Path) -> None:
+    def remove(path):
         done.append(path)
         if len(done) > calls:
             raise OSError
@@ -138,16 +130,14 @@ def test_a_run_that_is_cleared_halfway_is_not_gone_on_from(
     assert not list_checkpoints(tmp_path) and (calls == 1 or run_status(tmp_path) == "absent")
 
 
-def test_a_resume_that_is_killed_at_once_still_knows_its_problems(
-    config: TrainConfig, tmp_path: Path
-) -> None:
+def test_a_resume_that_is_killed_at_once_still_knows_its_problems(config, tmp_path):
     RunRecord(tmp_path, config).add({"data": "abc", "compute_dtype": "bfloat16"})
     RunRecord(tmp_path, config)  # ended before it said what it had read
     assert (recorded(tmp_path)["data"], recorded(tmp_path)["compute_dtype"]) == ("abc", "bfloat16")
 
 
-def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: object) -> None:
+def test_a_disk_without_locks_is_one_line(tmp_path, monkeypatch):
+    def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
@@ -158,7 +148,7 @@ def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError
 
 
-def test_clear_leaves_the_lock_and_what_is_not_ours(config: TrainConfig, tmp_path: Path) -> None:
+def test_clear_leaves_the_lock_and_what_is_not_ours(config, tmp_path):
     """Neither overwrite=true nor status --clean empties the folder that a link in a run names."""
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run / "completions", run / "disk" / "step_1", other / "step_000001"):
@@ -189,7 +179,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_refused_and_a_kill_frees_the_run(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_a_kill_frees_the_run(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -210,14 +200,14 @@ def test_a_second_process_is_refused_and_a_kill_frees_the_run(tmp_path: Path) ->
         os.killpg(holder.pid, signal.SIGKILL)
 
 
-def test_git_state_and_diff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
+def test_git_state_and_diff(tmp_path, monkeypatch, config):
     checkout, run = tmp_path / "checkout", tmp_path / "run"
     module = checkout / "capo_exp" / "runs" / "record.py"
     for folder in (module.parent, checkout / "conf", run):
         folder.mkdir(parents=True)
     module.write_text("a = 1\n")
 
-    def git(*arguments: str) -> None:
+    def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
         subprocess.run(["git", "-C", str(checkout), *identity, *arguments], check=True, capture_output=True)
 
@@ -240,10 +230,8 @@ def test_git_state_and_diff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, con
     assert "+fresh: 1" in diff
 
 
-def test_a_longer_run_is_told_of_the_shorter_that_is_finished(
-    composed: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    def make(*overrides: str) -> TrainConfig:
+def test_a_longer_run_is_told_of_the_shorter_that_is_finished(composed, tmp_path):
+    def make(*overrides):
         return composed(f"output_dir={tmp_path}", *overrides)
 
     for overrides in (["num_steps=2"], ["num_steps=3"], ["num_steps=4", "seed=1"], ["num_steps=5"]):

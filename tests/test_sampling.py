@@ -1,27 +1,21 @@
-"""Sampling a rollout step: rounds until enough groups pass, what is counted, how calls are cut, where the
-data goes on; and demonstrations in the place of samples."""
+"""Sampling a rollout step: rounds, counts, calls, where the data goes on; demonstrations for samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import isnan
-from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Problem, Prompt, RolloutGroup
 from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.terms import RewardTerms, build_terms
-from capo_exp.grading.verifier import RewardResult
 from capo_exp.rollout import SamplingRequest
 from capo_exp.rollout.demonstrations import DemonstrationRollout
 from capo_exp.training import loop as train
@@ -29,11 +23,10 @@ from capo_exp.training import rollout_step
 from capo_exp.training.rollout_step import Rollout, Sampler, assign_credit, sample_rollout
 from tests.pieces import SMALL, Reader, completion, logged, make_learner, prompt, run_updates, weights
 
-Compose = Callable[..., TrainConfig]
 SIZE = ("regime.prompts_per_step=4", "regime.group_size=2")
 
 
-def even(number: int) -> bool:
+def even(number):
     return number % 2 == 0
 
 
@@ -45,7 +38,7 @@ class Scripted:
     mixed: Callable[[int], bool]
     calls: list[dict[str, object]] = field(default_factory=list)
 
-    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+    def generate(self, request):
         self.calls.append(vars(request) | {"prompts": [int(p.problem.id) for p in request.prompts]})
         return [
             RolloutGroup(
@@ -64,9 +57,7 @@ class Scripted:
         ]
 
 
-def draw(
-    config: TrainConfig, mixed: Callable[[int], bool], *, step: int = 1, first: int = 0, prompts: int = 1000
-) -> tuple[Rollout, Scripted, Reader]:
+def draw(config, mixed, *, step=1, first=0, prompts=1000):
     engine, verifier = Scripted(mixed), Reader()
     sampler = Sampler(
         engine, engine, verifier, [prompt(i) for i in range(prompts)], build_terms(config.reward)
@@ -78,16 +69,16 @@ def draw(
     return rollout, engine, verifier
 
 
-def order(config: TrainConfig, count: int, prompts: int = 1000) -> list[int]:
+def order(config, count, prompts=1000):
     """The first prompts that training visits."""
     return choose_visits(prompts, first=0, count=count, seed=derive_seed(config.seed, ORDER, 0))
 
 
-def ids(groups: Sequence[RolloutGroup]) -> list[int]:
+def ids(groups):
     return [int(group.prompt.problem.id) for group in groups]
 
 
-def test_one_round_without_a_filter(composed: Compose) -> None:
+def test_one_round_without_a_filter(composed):
     config = composed("algo=grpo", *SIZE)
     got, engine, verifier = draw(config, lambda i: i % 2 == 0)
     assert ids(got.groups) == order(config, 4) and len(engine.calls) == 1 and verifier.calls == [4]
@@ -101,9 +92,8 @@ def test_one_round_without_a_filter(composed: Compose) -> None:
     assert call == {"group_size": 2, "max_tokens": 96, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
-def test_rounds_go_on_until_enough_groups_pass(composed: Compose) -> None:
-    """One prompt of three passes. 4 a round, in the data's order; the first 4 that pass train, whichever
-    round they come from, and every prompt drawn counts."""
+def test_rounds_go_on_until_enough_groups_pass(composed):
+    """4 a round, in the data's order; the first 4 that pass train, and every prompt drawn counts."""
     config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=50")
     got, engine, verifier = draw(config, lambda i: i % 3 == 1)
     drawn = order(config, 200)
@@ -126,7 +116,7 @@ def test_rounds_go_on_until_enough_groups_pass(composed: Compose) -> None:
     assert len({call["seed"] for call in engine.calls}) == rounds
 
 
-def test_after_the_last_round_a_step_trains_on_what_passed_or_else_on_that_round(composed: Compose) -> None:
+def test_after_the_last_round_a_step_trains_on_what_passed_or_else_on_that_round(composed):
     config = composed("algo=dapo", *SIZE, "algo.max_sampling_rounds=3")
     lucky = order(config, 12)[6]
     got, engine, _ = draw(config, lambda i: i == lucky)
@@ -138,7 +128,7 @@ def test_after_the_last_round_a_step_trains_on_what_passed_or_else_on_that_round
     assert got.metrics["rollout/filtered_group_fraction"] == 1.0
 
 
-def test_steps_visit_the_data_without_gap_or_repetition(composed: Compose) -> None:
+def test_steps_visit_the_data_without_gap_or_repetition(composed):
     """Each step goes on where the rounds of the one before stopped; an epoch of 50 holds each prompt once."""
     config = composed("algo=dapo", *SIZE)
     first, rounds, seen, seeds = 0, [], [], []
@@ -166,7 +156,7 @@ def test_steps_visit_the_data_without_gap_or_repetition(composed: Compose) -> No
         ("per_micro_batch", 96, [6]),
     ],
 )
-def test_chunks(composed: Compose, chunking: str, micro: int, sizes: list[int]) -> None:
+def test_chunks(composed, chunking, micro, sizes):
     config = composed(
         "algo=grpo", "regime.prompts_per_step=6", "regime.group_size=2", f"rollout.chunking={chunking}",
         f"model.micro_batch_size={micro}",
@@ -181,7 +171,7 @@ def test_chunks(composed: Compose, chunking: str, micro: int, sizes: list[int]) 
     assert len(set(seeds)) == 3 * len(sizes)
 
 
-def test_a_call_is_graded_while_the_next_one_samples(composed: Compose) -> None:
+def test_a_call_is_graded_while_the_next_one_samples(composed):
     """The second call waits until the grading of the first has begun, which waits until the second has."""
     config = composed(
         "algo=grpo", "regime.prompts_per_step=6", "regime.group_size=2", "rollout.chunking=per_micro_batch",
@@ -190,14 +180,14 @@ def test_a_call_is_graded_while_the_next_one_samples(composed: Compose) -> None:
     grading, begun = Event(), Event()
 
     class Engine(Scripted):
-        def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+        def generate(self, request):
             if self.calls:
                 assert grading.wait(60)
                 begun.set()
             return super().generate(request)
 
     class Patient(Reader):
-        def score(self, *given: Any, **more: Any) -> RewardResult:
+        def score(self, *given, **more):
             grading.set()
             assert begun.wait(60)
             return super().score(*given, **more)
@@ -216,15 +206,13 @@ def test_a_call_is_graded_while_the_next_one_samples(composed: Compose) -> None:
     assert one.metrics["reward/accuracy"] == other.metrics["reward/accuracy"] > 0
 
 
-def test_chunks_of_several_rounds_have_seeds_of_their_own(composed: Compose) -> None:
+def test_chunks_of_several_rounds_have_seeds_of_their_own(composed):
     numbers = ("rollout.chunking=per_micro_batch", "model.micro_batch_size=4", "algo.max_sampling_rounds=3")
     _, engine, _ = draw(composed("algo=dapo", *SIZE, *numbers), lambda i: False)
     assert len(engine.calls) == 6 == len({call["seed"] for call in engine.calls})
 
 
-def test_row_p_g_of_the_batch_is_completion_g_of_prompt_p(
-    composed: Compose, small_model: PreTrainedModel
-) -> None:
+def test_row_p_g_of_the_batch_is_completion_g_of_prompt_p(composed, small_model):
     config = composed(*SMALL, "algo=dr_grpo", *SIZE)
     drawn, _, _ = draw(config, lambda i: i % 2 == 0)
     ours = make_learner(config, small_model)
@@ -235,10 +223,13 @@ def test_row_p_g_of_the_batch_is_completion_g_of_prompt_p(
     expected = [[0.5, -0.5] if i % 2 == 0 else [0.0, 0.0] for i in ids(drawn.groups)]
     assert batch.advantages[:, 0].view(4, 2).tolist() == expected
     assert batch.advantages[0, 1] == 0  # padding
+    assert batch.surprisal.tolist() == pytest.approx(
+        [0.6931 * (x[0] != 0) for x in expected for _ in x], abs=1e-4
+    )
     assert metrics == {"reward/mean": drawn.rewards.mean().item()}
 
 
-def test_the_logged_reward_is_the_shaped_one(composed: Compose, small_model: PreTrainedModel) -> None:
+def test_the_logged_reward_is_the_shaped_one(composed, small_model):
     """Completions of 1 and 2 tokens where 2 are the limit: half of them pay 1."""
     config = composed(*SMALL, "algo=dapo", *SIZE, "dataset.max_completion_tokens=2")
     drawn, _, _ = draw(config, lambda i: True)
@@ -248,11 +239,8 @@ def test_the_logged_reward_is_the_shaped_one(composed: Compose, small_model: Pre
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
-    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ProRL, whose steps draw different numbers of prompts and whose reference moves: stopped in its fourth
-    step, it ends with the numbers of an undisturbed run."""
+def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(composed, tmp_path, monkeypatch):
+    """ProRL, whose steps draw different numbers of prompts and whose reference moves, stopped in step 4."""
     config = [
         "algo=prorl", "algo.reference_reset_every=2", "algo.optimizer_reset_every=2",
         "algo.kl_coefficient=0.1", "algo.max_sampling_rounds=3", "num_steps=5", "logger=files",
@@ -264,11 +252,11 @@ def test_a_resumed_run_goes_on_with_prompts_reference_and_optimiser(
     whole = train.run(composed(*config, f"output_dir={tmp_path / 'whole'}"))
     genuine, calls = rollout_step.sample_rollout, []
 
-    def stopped(*args: object, **numbers: object) -> object:
+    def stopped(*args, **numbers):
         calls.append(numbers["first"])
         if len(calls) == 4:
             raise RuntimeError("the power is gone")
-        return genuine(*args, **numbers)  # pyright: ignore[reportArgumentType]
+        return genuine(*args, **numbers)
 
     parts = composed(*config, f"output_dir={tmp_path / 'parts'}")
     monkeypatch.setattr(rollout_step, "sample_rollout", stopped)
@@ -291,20 +279,20 @@ class Words:
 
     eos_token_id = 1
 
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+    def __call__(self, text, **_):
         return {"input_ids": [int(word) for word in text.split()]}
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids):
         return " ".join(map(str, token_ids))
 
 
-def ask(*texts: str, group_size: int = 2) -> SamplingRequest:
+def ask(*texts, group_size=2):
     prompts = [Prompt(Problem(str(i), "", "", demonstration=t), "", (5, 6)) for i, t in enumerate(texts)]
     return SamplingRequest(prompts, group_size, 4, 1.0, 0, 1.0, seed=0, weight_version=3)
 
 
-def test_demonstrations_are_the_solutions_with_an_end() -> None:
-    engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
+def test_demonstrations_are_the_solutions_with_an_end():
+    engine = DemonstrationRollout(Words())
     short, exact, long = engine.generate(ask("7 8", "7 8 9", "7 8 9 10"))
     for group, token_ids, text, truncated in (
         (short, (7, 8, 1), "7 8", False),
@@ -319,15 +307,12 @@ def test_demonstrations_are_the_solutions_with_an_end() -> None:
         engine.generate(ask("7 8", ""))
 
 
-def test_log_probs_that_nobody_sampled_leave_the_loss_finite(
-    composed: Compose, small_model: PreTrainedModel
-) -> None:
-    """Supervised fine-tuning on two demonstrations: the loss is their cross-entropy and falls; the distance
-    to the sampler is not a number."""
+def test_log_probs_that_nobody_sampled_leave_the_loss_finite(composed, small_model):
+    """Two demonstrations: the loss is their cross-entropy and falls; the distance is not a number."""
     config = composed(
         *SMALL, "algo=sft", "rollout=demonstrations", "regime.group_size=1", "regime.learning_rate=1e-2"
     )
-    engine = DemonstrationRollout(Words())  # pyright: ignore[reportArgumentType]
+    engine = DemonstrationRollout(Words())
     groups = engine.generate(ask("7 8", "9 10 11", group_size=1))
     drawn = Rollout(groups, torch.ones(2, 1), True, 2, 2, 7, {})
     ours = make_learner(config, small_model)

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.evaluation import scores
-from capo_exp.evaluation.scores import (
-    Solved,
-    choose_sizes,
-    estimate,
-    majority_at,
-    pass_at,
-    summarise_scores,
-)
+from capo_exp.evaluation.scores import Solved, choose_sizes, estimate, majority_at, pass_at, summarise_scores
 
 
-def solved(correct: str, classes: str | None = None) -> Solved:
+def solved(correct, classes=None):
     """`10` = right, wrong; classes as letters, - = no answer. Without classes: one for each verdict."""
     letters = classes if classes is not None else correct
     numbers = {letter: number for number, letter in enumerate(sorted(set(letters) - {"-"}))}
@@ -46,7 +39,7 @@ def test_pass_at_k_for_problems_with_different_numbers_of_samples():
         pass_at([solved("10"), solved("1000")], 3)
 
 
-def by_hand(problem: Solved, k: int) -> float:
+def by_hand(problem, k):
     """The plurality of every subset, ties shared, by counting."""
     values = []
     for subset in itertools.combinations(range(len(problem.correct)), k):

@@ -1,13 +1,10 @@
-"""Which tokens an update leaves out: CAPO's bounds at every level, their controls, and what the learner does
-with a selection."""
+"""Which tokens an update leaves out, by CAPO and its controls, and what the learner does with that."""
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from capo_exp.algorithms.capo import (
     batch_bounds,
@@ -37,10 +34,10 @@ from capo_exp.algorithms.down_weight import to_bounds
 from capo_exp.algorithms.neutral import keep_all
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.declare import whole_step
-from capo_exp.config.schema import TrainConfig, conf_dir
+from capo_exp.config.schema import conf_dir
 from capo_exp.core import policy
 from capo_exp.core.batch import totals
-from capo_exp.core.types import AdamState, Batch, PolicyOutput, Scored, Selection, TokenLossInput, TokenShifts
+from capo_exp.core.types import Batch, PolicyOutput, Scored, Selection, TokenLossInput, TokenShifts
 from capo_exp.curvature import model as curvature
 from capo_exp.training.learner import Learner
 from capo_exp.training.loss import compute_loss
@@ -58,8 +55,6 @@ from tests.pieces import (
 )
 from tests.test_curvature import random_tokens
 
-Compose, Make = Callable[..., TrainConfig], Callable[..., Learner]
-Batches = Callable[..., Batch]
 INF = float("inf")
 OFF = dict(zip(BOUNDS, (INF, -INF, INF), strict=True))
 REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
@@ -67,13 +62,11 @@ SELECTIONS = sorted(path.stem for path in (conf_dir() / "selection").glob("*.yam
 BASES = [name for name in ALGORITHMS if name not in SELECTING]
 
 
-def bounds(policy: float = INF, low: float = -INF, high: float = INF) -> dict[str, float]:
+def bounds(policy=INF, low=-INF, high=INF):
     return dict(zip(BOUNDS, (policy, low, high), strict=True))
 
 
-def score(
-    tokens: tuple[Tensor, ...], mask: Tensor, learning_rate: float = 3e-3, state: AdamState | None = None
-) -> Scored:
+def score(tokens, mask, learning_rate=3e-3, state=None):
     """hidden, topk_probs, topk_ids, token_ids [B, T] and advantages [B] as a selection sees them."""
     hidden, probs, ids, token_ids, advantages = tokens
     per_token = advantages[:, None] * mask
@@ -85,6 +78,7 @@ def score(
         advantages=per_token,
         group_ids=torch.arange(len(mask)),
         truncated=torch.zeros(len(mask)).bool(),
+        surprisal=torch.zeros(len(mask)),
     )
     generator = torch.Generator().manual_seed(7)
     log_probs = torch.rand(mask.shape, generator=generator, dtype=hidden.dtype).log()
@@ -93,9 +87,8 @@ def score(
     return Scored(batch, output, shifts, log_probs, learning_rate, state, seed=5)
 
 
-def some_scored(rows: int = 6, length: int = 9) -> Scored:
-    """Completions of different lengths. The SGD model never predicts a fall of the objective; here half of
-    the tokens have one, as momentum can bring."""
+def some_scored(rows=6, length=9):
+    """Completions of different lengths; half of the tokens predict a fall, as momentum can bring."""
     lengths = torch.randint(1, length + 1, (rows, 1), generator=torch.Generator().manual_seed(2))
     scored = score(random_tokens(rows, length, 30, 8, 5), torch.arange(length) < lengths)
     signs = torch.randn(rows, length, generator=torch.Generator().manual_seed(3)).sign()
@@ -103,14 +96,11 @@ def some_scored(rows: int = 6, length: int = 9) -> Scored:
     return replace(scored, shifts=TokenShifts(shifts.policy_shift, shifts.objective_shift * signs))
 
 
-def middle(values: Tensor, mask: Tensor) -> float:
+def middle(values, mask):
     return values[mask].median().item()
 
 
-# Token level
-
-
-def test_shift_bounds_are_strict_and_name_the_reason() -> None:
+def test_shift_bounds_are_strict_and_name_the_reason():
     scored = some_scored()
     mask, shifts = scored.batch.completion_mask, scored.shifts
     limit, high = middle(shifts.policy_shift, mask), middle(shifts.objective_shift.abs(), mask)
@@ -127,7 +117,7 @@ def test_shift_bounds_are_strict_and_name_the_reason() -> None:
         assert not shift_bounds(edge, **bounds(INF, low, up)).keep_mask.any()
 
 
-def test_infinite_bounds_keep_all_and_nan_is_rejected() -> None:
+def test_infinite_bounds_keep_all_and_nan_is_rejected():
     scored = some_scored()
     got = shift_bounds(scored, **OFF)
     assert torch.equal(got.keep_mask, keep_all(scored).keep_mask)
@@ -136,9 +126,8 @@ def test_infinite_bounds_keep_all_and_nan_is_rejected() -> None:
     assert shift_bounds(scored, **OFF).keep_mask[:2, 0].tolist() == [False, False]
 
 
-def test_the_theorems_bound_rejects_tokens_without_advantage(composed: Compose) -> None:
-    """m_H >= delta_H > 0, and m_H = 0 at A = 0; CAPO's symmetric bound keeps them, for theirs is a small
-    m_F."""
+def test_the_theorems_bound_rejects_tokens_without_advantage(composed):
+    """m_H >= delta_H > 0, and m_H = 0 at A = 0; CAPO's symmetric bound keeps them, for m_F is small."""
     tokens = random_tokens(4, 3, 30, 8, 5)
     still = score((*tokens[:4], tokens[4] * torch.tensor([0.0, 1e-3, 0.0, 1e-3])), torch.ones(4, 3).bool())
     selected = {
@@ -150,7 +139,7 @@ def test_the_theorems_bound_rejects_tokens_without_advantage(composed: Compose) 
     assert torch.equal(up, selected["capo"].keep_mask & (still.shifts.objective_shift > 1e-6))
 
 
-def test_at_rate_0_the_theorems_bound_rejects_nothing(composed: Compose) -> None:
+def test_at_rate_0_the_theorems_bound_rejects_nothing(composed):
     """No step is taken, so no m_H can say anything; the moments still see the first batch."""
     scored = score(random_tokens(4, 3, 30, 8, 5), torch.ones(4, 3).bool(), learning_rate=0.0)
     for name in ("theorem", "capo"):
@@ -159,7 +148,7 @@ def test_at_rate_0_the_theorems_bound_rejects_nothing(composed: Compose) -> None
     assert not shift_bounds(scored, **bounds(0.0)).keep_mask.any()
 
 
-def test_bounds_by_sign_act_on_their_own_sign() -> None:
+def test_bounds_by_sign_act_on_their_own_sign():
     scored = some_scored()
     mask, shifts, positive = scored.batch.completion_mask, scored.shifts, scored.batch.advantages > 0
     limit, high = middle(shifts.policy_shift, mask), middle(shifts.objective_shift.abs(), mask)
@@ -167,7 +156,7 @@ def test_bounds_by_sign_act_on_their_own_sign() -> None:
         f"{sign}_{what}_shift_max" for sign in ("positive", "negative") for what in ("policy", "objective")
     ]
 
-    def by_sign(*numbers: float) -> Tensor:
+    def by_sign(*numbers):
         return bounds_by_sign(scored, **dict(zip(names, numbers, strict=True))).keep_mask
 
     small = (shifts.policy_shift < limit) & (shifts.objective_shift.abs() < high)
@@ -181,11 +170,8 @@ def test_bounds_by_sign_act_on_their_own_sign() -> None:
     assert torch.equal(bounds_by_sign(zero, **numbers).keep_mask, mask)  # A = 0 goes with the others
 
 
-# Completion and batch level
-
-
 @pytest.mark.parametrize("model", ["adam", "sgd"])
-def test_completion_and_batch_levels_are_the_authors(model: str) -> None:
+def test_completion_and_batch_levels_are_the_authors(model):
     """Their "sentence" and "global" shifts, found with bounds just above and just below each of them."""
     file = REFERENCE / "capo_reference.safetensors"
     if not file.exists():
@@ -213,7 +199,7 @@ def test_completion_and_batch_levels_are_the_authors(model: str) -> None:
             state = curvature.update_adam_state(state, *tokens, row["keep_mask"].bool())
 
 
-def _around(policy: Tensor, objective: Tensor, tolerance: float) -> list[tuple[dict[str, float], bool]]:
+def _around(policy, objective, tolerance):
     """Bounds, and whether shifts of these values pass them."""
     m_f, m_h = policy.item(), objective.item()
     slack_f, slack_h = tolerance * m_f, tolerance * abs(m_h)
@@ -225,7 +211,7 @@ def _around(policy: Tensor, objective: Tensor, tolerance: float) -> list[tuple[d
     ]
 
 
-def test_a_completion_is_kept_or_rejected_whole_by_its_own_tokens() -> None:
+def test_a_completion_is_kept_or_rejected_whole_by_its_own_tokens():
     """Its shifts are those of its mean update alone, whatever else is in the batch."""
     scored = some_scored()
     mask = scored.batch.completion_mask
@@ -241,7 +227,7 @@ def test_a_completion_is_kept_or_rejected_whole_by_its_own_tokens() -> None:
     assert torch.equal(keep, mask & keep.any(1, keepdim=True))
 
 
-def tokens_of(scored: Scored) -> tuple[Tensor, ...]:
+def tokens_of(scored):
     output, batch = scored.output, scored.batch
     return (
         output.hidden, output.topk_probs, output.topk_ids, batch.token_ids, batch.advantages,
@@ -249,7 +235,7 @@ def tokens_of(scored: Scored) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def test_one_completion_of_one_token_is_the_same_at_every_level() -> None:
+def test_one_completion_of_one_token_is_the_same_at_every_level():
     scored = score(random_tokens(1, 1, 30, 8, 5), torch.ones(1, 1).bool())
     m_f, m_h = scored.shifts.policy_shift, scored.shifts.objective_shift
     for got, expected in _around(m_f, m_h, 1e-9):
@@ -265,7 +251,7 @@ WHOLE_STEP = {
 }  # fmt: skip
 
 
-def test_levels_in_sequence_look_at_what_is_left_and_all_levels_at_everything() -> None:
+def test_levels_in_sequence_look_at_what_is_left_and_all_levels_at_everything():
     """One token with a large state spoils its completion's mean update. Alone, the completion level rejects
     the completion; after the token level has taken the token out, it keeps the rest. The product of the masks
     would keep nothing of it: that is selection=all_levels, the authors' way."""
@@ -301,12 +287,10 @@ def test_levels_in_sequence_look_at_what_is_left_and_all_levels_at_everything() 
     assert torch.equal(got.rejected_by["policy"], torch.ones(3, 4).bool())
 
 
-# Weights in place of rejection
-
 SHIFTS = st.floats(0, 1e3)
 
 
-def shift_weights(policy: list[float], objective: list[float], limits: tuple[float, float]) -> list[float]:
+def shift_weights(policy, objective, limits):
     """Of one completion whose tokens have these shifts."""
     shape = (1, len(policy))
     whole = score(random_tokens(*shape, 30, 8, 5), torch.ones(shape, dtype=torch.bool))
@@ -318,9 +302,7 @@ def shift_weights(policy: list[float], objective: list[float], limits: tuple[flo
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(SHIFTS, st.floats(-1e3, 1e3)), min_size=1, max_size=6))
-def test_a_weighed_update_is_within_the_bounds_and_as_large_as_they_allow(
-    tokens: list[tuple[float, float]],
-) -> None:
+def test_a_weighed_update_is_within_the_bounds_and_as_large_as_they_allow(tokens):
     shifts = [list(column) for column in zip(*tokens, strict=True)]
     for w, p, o in zip(shift_weights(*shifts, (1e-2, 1e-1)), *shifts, strict=True):
         assert 0 < w <= 1
@@ -328,13 +310,11 @@ def test_a_weighed_update_is_within_the_bounds_and_as_large_as_they_allow(
         assert w == 1 or math.isclose(max(w**2 * p / 1e-2, w * abs(o) / 1e-1), 1, rel_tol=1e-4)
 
 
-def test_shifts_that_are_not_finite_count_nothing_and_infinite_bounds_change_nothing() -> None:
+def test_shifts_that_are_not_finite_count_nothing_and_infinite_bounds_change_nothing():
     for m_f, m_h in ((math.nan, 0.0), (0.0, math.nan), (0.0, -INF)):
         assert shift_weights([m_f], [m_h], (1.0, 1.0)) == [0.0]
     assert shift_weights([1e9, 1e-9], [-1e9, 0.0], (INF, INF)) == [1.0, 1.0]
 
-
-# Controls
 
 SCORES = {
     "random": random_score,
@@ -346,7 +326,7 @@ SCORES = {
 
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.33, 0.5, 1.0])
-def test_at_rate_rejects_exactly_its_share_with_the_highest_scores(name: str, rate: float) -> None:
+def test_at_rate_rejects_exactly_its_share_with_the_highest_scores(name, rate):
     scored = some_scored()
     mask, values = scored.batch.completion_mask, SCORES[name](scored)
     got = at_rate(scored, score=SCORES[name], rate=rate)
@@ -357,7 +337,7 @@ def test_at_rate_rejects_exactly_its_share_with_the_highest_scores(name: str, ra
         assert values[rejected].min() >= values[got.keep_mask].max()
 
 
-def test_the_scores_are_what_they_say() -> None:
+def test_the_scores_are_what_they_say():
     scored = some_scored()
     assert torch.equal(low_probability_score(scored), -scored.output.log_probs)
     assert torch.equal(policy_shift_score(scored), scored.shifts.policy_shift)
@@ -365,7 +345,7 @@ def test_the_scores_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_at_matched_rate_rejects_as_many_as_capo(name: str) -> None:
+def test_at_matched_rate_rejects_as_many_as_capo(name):
     scored = some_scored()
     mask = scored.batch.completion_mask
     high = middle(scored.shifts.objective_shift.abs(), mask)
@@ -384,10 +364,8 @@ def test_at_matched_rate_rejects_as_many_as_capo(name: str) -> None:
     assert int(got.rejected_by["score"].sum()) == 1
 
 
-def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
-    learner: Make, random_batch: Batches
-) -> None:
-    def kept(*overrides: str) -> list[Tensor]:
+def test_chance_is_the_same_for_a_seed_and_another_for_each_step(learner, random_batch):
+    def kept(*overrides):
         ours = learner("algo=grpo", "selection=random", "algo.selection.rate=0.5", *overrides)
         return [take_step(ours, random_batch())[1].selection.keep_mask for _ in range(3)]
 
@@ -396,8 +374,6 @@ def test_chance_is_the_same_for_a_seed_and_another_for_each_step(
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
 
-
-# In the learner
 
 # Bounds at which each selection rejects some of the small model's tokens, and not all.
 PARTLY = {
@@ -414,18 +390,15 @@ PARTLY = {
 CHANCE = ("random", "random_matched", "advantage_matched", "clip_cov")  # these draw by position
 
 
-def partly(name: str) -> list[str]:
+def partly(name):
     chosen = PARTLY.get(name, ["policy_shift_max=1e-6", "objective_shift_min=-2e-4"])
     within = "algo.selection.matched" if name.endswith("_matched") else "algo.selection"
     return [f"selection={name}", *(f"{within}.{number}" for number in chosen)]
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_a_scoring_pass_makes_micro_batches_one_batch(
-    learner: Make, random_batch: Batches, name: str
-) -> None:
-    """Micro-batches of 2 after a scoring pass, one of 96 without (but for those that draw by position): the
-    same tokens, the same weights. A pass is made where the selection declares that it needs one."""
+def test_a_scoring_pass_makes_micro_batches_one_batch(learner, random_batch, name):
+    """Micro-batches of 2 after a scoring pass and one of 96 without: the same tokens and weights."""
     learners: list[Learner] = []
     kept: list[list[Tensor]] = []
     for size, scoring in ((2, True), (96, name in CHANCE)):
@@ -444,9 +417,7 @@ def test_a_scoring_pass_makes_micro_batches_one_batch(
 
 
 @pytest.mark.parametrize(("name", "rows"), [("capo", [4, 4]), ("random", [8])])
-def test_what_decides_about_the_whole_step_sees_it_whole(
-    learner: Make, random_batch: Batches, name: str, rows: list[int]
-) -> None:
+def test_what_decides_about_the_whole_step_sees_it_whole(learner, random_batch, name, rows):
     """Then a mean over kept tokens is one over all micro-batches, too: N / kept times the mean over all."""
     found, seen = [], list[int]()
     for mean in ("token_mean", "token_mean_over_kept"):
@@ -454,7 +425,7 @@ def test_what_decides_about_the_whole_step_sees_it_whole(
         ours = learner("algo=dapo", *partly(name), "model.micro_batch_size=4", aggregation)
         genuine = ours.algorithm.selection
 
-        def look(scored: Scored, genuine: Any = genuine) -> Selection:
+        def look(scored, genuine=genuine):
             seen.append(len(scored.batch.group_ids))
             return genuine(scored)
 
@@ -475,10 +446,9 @@ PAIRS += [(name, "capo") for name in BASES if (name, "capo") not in PAIRS]
 
 @pytest.mark.parametrize(("algo", "selection"), PAIRS)
 def test_a_selection_goes_on_any_algorithm_by_yaml_and_rejected_tokens_have_no_gradient(
-    learner: Make, random_batch: Batches, algo: str, selection: str
-) -> None:
-    """With respect to the log-probs of rejected tokens the loss of the two YAMLs, KL terms too, has a
-    gradient of exactly 0; kept ones have one. Off-policy, with a reference elsewhere."""
+    learner, random_batch, algo, selection
+):
+    """The loss of the two YAMLs, KL too, has no gradient at rejected tokens and one at kept ones."""
     given = (f"algo={algo}", *partly(selection), "model.micro_batch_size=4")
     ours, batch = learner(*given, distance=0.05), random_batch()
     assert (ours.config.algo.name, ours.config.algo.full_name) == (algo, f"{algo}-{selection}")
@@ -509,8 +479,8 @@ BOUNDED += [(("algo=capo",), "grpo"), (("algo=dr_capo",), "dr_grpo"), (("algo=re
 
 @pytest.mark.parametrize(("bounded", "base"), BOUNDED)
 def test_capo_without_bounds_is_its_base_bit_for_bit_and_with_every_token_rejected_nothing_moves(
-    learner: Make, small_model: PreTrainedModel, random_batch: Batches, bounded: tuple[str, ...], base: str
-) -> None:
+    learner, small_model, random_batch, bounded, base
+):
     given = ("regime.learning_rate=1e-3", "model.micro_batch_size=4")
     plain, free = learner(f"algo={base}", *given), learner(*bounded, *UNBOUNDED, *given)
     expected, got = (
@@ -529,11 +499,8 @@ def test_capo_without_bounds_is_its_base_bit_for_bit_and_with_every_token_reject
     assert not record.selection.keep_mask.any()
 
 
-# The curvature model's variants
-
-
 @pytest.fixture
-def untied(small_model: PreTrainedModel) -> PreTrainedModel:
+def untied(small_model):
     """The small model with a last layer of its own."""
     torch.manual_seed(1)
     shape = type(small_model.config)(**{**small_model.config.to_dict(), "tie_word_embeddings": False})
@@ -542,8 +509,8 @@ def untied(small_model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize(("warm_up", "advantage"), [(0, 1.5), (1, -0.7), (4, 1.5)])
 def test_live_moments_predict_the_real_optimisers_next_step(
-    untied: PreTrainedModel, composed: Compose, random_batch: Batches, warm_up: int, advantage: float
-) -> None:
+    untied, composed, random_batch, warm_up, advantage
+):
     """With one token kept of N the loss is -A ln pi(a) / N, so the step that it is predicted to cause is the
     step that torch's Adam takes: u = (W' - W) h / lr, s = <v, u>, m_F = 1/2 (lr s)^2 and m_H as in section
     1.4, with v and pi of the full softmax. Also for Adam's first step, which has no moments."""
@@ -579,7 +546,7 @@ def test_live_moments_predict_the_real_optimisers_next_step(
     assert metrics["curvature/batch/objective_shift"] == pytest.approx(m_h.item(), rel=2e-3)
 
 
-def test_live_moments_are_views_of_the_optimisers(learner: Make, random_batch: Batches) -> None:
+def test_live_moments_are_views_of_the_optimisers(learner, random_batch):
     ours = learner("algo=grpo", "curvature.optimizer_model=adam_live")
     sizes = totals(random_batch())
     moments = ours.moments(sizes)
@@ -592,11 +559,8 @@ def test_live_moments_are_views_of_the_optimisers(learner: Make, random_batch: B
     assert moments.slot_of_id.tolist() == list(range(40))
 
 
-def test_a_hidden_shift_is_the_state_of_the_token_itself(
-    small_model: PreTrainedModel, random_batch: Batches
-) -> None:
-    """hidden_shift=1 takes the model's state one token later, as the authors' program does; all else
-    stays."""
+def test_a_hidden_shift_is_the_state_of_the_token_itself(small_model, random_batch):
+    """hidden_shift=1 takes the state one token later, as the authors' program does; all else stays."""
     batch = random_batch()
     settings = policy.ForwardSettings(0.7, 100, torch.float32)
     plain, late = (
@@ -614,7 +578,7 @@ def test_a_hidden_shift_is_the_state_of_the_token_itself(
         torch.testing.assert_close(late.hidden[row, :count], states[-count:], rtol=1e-3, atol=1e-4)
 
 
-def test_a_selections_rows_are_those_of_the_micro_batch() -> None:
+def test_a_selections_rows_are_those_of_the_micro_batch():
     keep = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).bool()
     whole = Selection(keep, {"policy": ~keep}, weights=torch.arange(9.0).view(3, 3) / 8)
     part = whole.of_rows(torch.tensor([2, 0]), some_scored(2, 2).batch)

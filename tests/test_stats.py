@@ -1,18 +1,16 @@
 """Statistics on curves whose answer is known by construction."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 from capo_exp.core.intervals import RESAMPLES, Interval, Statistic, centre_of_seeds, ema, interval
-from capo_exp.figures.bands import Band, band
+from capo_exp.figures.bands import band
 from capo_exp.figures.stats import lead, mean_height, noise, points, sample_efficiency, stability
-from capo_exp.runs.read import Array, LoggedRun, to_its_end
+from capo_exp.runs.read import LoggedRun, to_its_end
 from tests.figure_pieces import NO_WARNINGS
 
 X, STEP, KEY = "counter/completions", "counter/rollout_step", "reward/accuracy"
@@ -23,33 +21,24 @@ NAN = float("nan")
 pytestmark = NO_WARNINGS
 
 
-def run(values: Sequence[float | None], size: float = 10, first: int = 1, **more: list[Any]) -> LoggedRun:
+def run(values, size=10, first=1, **more):
     """One row a step, `size` completions each."""
     rows = [{STEP: first + i, X: size * (first + i), KEY: value} for i, value in enumerate(values)]
     return LoggedRun(Path("x"), {}, {}, rows, more.get("evaluations", []))
 
 
-def drawn(
-    runs: Sequence[LoggedRun],
-    alpha: float = 1.0,
-    statistic: Statistic = "mean",
-    kind: Interval = "t",
-    **more: Any,
-) -> Band:
+def drawn(runs, alpha=1.0, statistic="mean", kind="t", **more):
     options = {"x": X, "statistic": statistic, "interval": kind, "alpha": alpha} | more
     found = band(runs, options.pop("key", KEY), **options)
     assert found is not None
     return found
 
 
-def of(values: Sequence[Sequence[float]], size: float = 10, alpha: float = 1.0) -> Band:
+def of(values, size=10, alpha=1.0):
     return drawn([run(each, size) for each in values], alpha)
 
 
-# smoothing
-
-
-def test_moving_average_by_hand() -> None:
+def test_moving_average_by_hand():
     np.testing.assert_allclose(ema(np.array([1.0, 2.0, 4.0]), 0.5), [1.0, 1.5, 2.75])
     np.testing.assert_allclose(ema(np.array([NAN, 1.0, NAN, 2.0]), 0.25), [NAN, 1.0, NAN, 1.25])
     values = np.random.default_rng(0).normal(size=50)
@@ -58,11 +47,8 @@ def test_moving_average_by_hand() -> None:
     assert np.isnan(ema(np.array([NAN, NAN]), 0.1)).all()
 
 
-# centre and interval
-
-
 @pytest.mark.parametrize("seeds", (1, 3, 4, 7, 12))
-def test_the_interquartile_mean_is_that_of_scipy(seeds: int) -> None:
+def test_the_interquartile_mean_is_that_of_scipy(seeds):
     values = np.random.default_rng(seeds).normal(size=(seeds, 6))
     expected = scipy_stats.trim_mean(values, 0.25, axis=0)
     np.testing.assert_allclose(centre_of_seeds(values, "iqm"), expected)
@@ -72,13 +58,13 @@ def test_the_interquartile_mean_is_that_of_scipy(seeds: int) -> None:
     np.testing.assert_allclose(centre_of_seeds(values.T, "mean", axis=1), values.mean(axis=0))
 
 
-def test_a_centre_leaves_nan_out() -> None:
+def test_a_centre_leaves_nan_out():
     values = np.array([[1.0, NAN, 9.0], [2.0, NAN, NAN], [3.0, NAN, NAN], [NAN, NAN, NAN], [9.0, NAN, NAN]])
     np.testing.assert_allclose(centre_of_seeds(values, "mean"), [3.75, NAN, 9.0])
     np.testing.assert_allclose(centre_of_seeds(values, "iqm"), [2.5, NAN, 9.0])
 
 
-def test_intervals_of_the_mean_are_those_of_scipy() -> None:
+def test_intervals_of_the_mean_are_those_of_scipy():
     values = np.random.default_rng(0).normal(size=7)
     error = scipy_stats.sem(values)
     low, high = interval(values, "mean", "t")
@@ -92,7 +78,7 @@ def test_intervals_of_the_mean_are_those_of_scipy() -> None:
     assert low.shape == high.shape == ()
 
 
-def test_yuens_standard_error_by_hand() -> None:
+def test_yuens_standard_error_by_hand():
     """8 seeds: 2 cut at either end, 4 kept; winsorised 3 3 3 4 5 6 6 6, squares about 4.5 sum to 14."""
     low, high = interval(np.array([1.0, -9.0, 3.0, 4.0, 5.0, 6.0, 99.0, 7.0]), "iqm", "sem")
     error = np.sqrt(14 / (4 * 3))
@@ -103,7 +89,7 @@ def test_yuens_standard_error_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_degenerate_intervals(statistic: Statistic, kind: Interval) -> None:
+def test_degenerate_intervals(statistic, kind):
     values = np.array(
         [[0.1, NAN, 0.5, 1.0], [0.1, NAN, NAN, 2.0], [0.1, NAN, NAN, NAN], [0.1, NAN, NAN, NAN]]
     )
@@ -117,7 +103,7 @@ def test_degenerate_intervals(statistic: Statistic, kind: Interval) -> None:
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_each_column_is_resampled_as_if_it_were_alone(statistic: Statistic) -> None:
+def test_each_column_is_resampled_as_if_it_were_alone(statistic):
     values = np.random.default_rng(0).normal(size=(5, 4))
     values[4, 2:] = NAN
     low, high = interval(values, statistic, "bootstrap")
@@ -131,17 +117,14 @@ COVERED = {(3, "iqm"): (0.75, 0.95, 0.58), (5, "mean"): (0.84, 0.95, 0.63), (10,
 
 
 @pytest.mark.parametrize(("seeds", "statistic"), COVERED)
-def test_coverage_is_as_the_docstring_says(seeds: int, statistic: Statistic) -> None:
+def test_coverage_is_as_the_docstring_says(seeds, statistic):
     values = np.random.default_rng(1).normal(size=(seeds, 800))
     for kind, expected in zip(KINDS, COVERED[seeds, statistic], strict=True):
         low, high = interval(values, statistic, kind)
         assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(expected, abs=0.03)
 
 
-# bands
-
-
-def test_a_band_by_hand() -> None:
+def test_a_band_by_hand():
     rows = [[0.0, 1.0, 1.0, *[1.0] * 7], [1.0, 1.0, 0.0, *[0.5] * 7]]  # ten points, so that they are smoothed
     found = drawn([run(row) for row in rows], alpha=0.5)
     np.testing.assert_allclose(found.x[:3], [10, 20, 30])
@@ -155,7 +138,7 @@ def test_a_band_by_hand() -> None:
     assert short.unsmoothed == 1
 
 
-def test_where_seeds_end() -> None:
+def test_where_seeds_end():
     """Before the others, before their plan, or where they were stopped for want of reward."""
     whole = run([0.5] * 6)
     assert drawn([whole, run([0.5] * 4), run([0.5] * 4)]).losses == [(40, 1)]
@@ -177,7 +160,7 @@ def test_where_seeds_end() -> None:
 
 
 @pytest.mark.parametrize("x", ["counter/optimizer_step", "counter/prompts", "counter/generated_tokens"])
-def test_a_run_without_reward_counts_as_zero_along_every_x(x: str) -> None:
+def test_a_run_without_reward_counts_as_zero_along_every_x(x):
     """It ended after 2 of 4 steps; its last evaluation and its last test stand at the end."""
     rows = [{STEP: s, X: 10 * s, x: 3 * s, KEY: 0.5, "counter/unrewarded_steps": s} for s in (1, 2)]
     held_out = [
@@ -194,7 +177,7 @@ def test_a_run_without_reward_counts_as_zero_along_every_x(x: str) -> None:
         assert (found.x[-1], list(found.values[0])) == (12, values)
 
 
-def test_no_run_has_the_metric() -> None:
+def test_no_run_has_the_metric():
     options = {"x": X, "statistic": "mean", "interval": "t", "alpha": 1.0}
     for runs, key in (([], KEY), ([run([0.5])], "loss/kl"), ([run([None])], KEY)):
         assert band(runs, key, **options) is None
@@ -205,14 +188,14 @@ def test_no_run_has_the_metric() -> None:
     np.testing.assert_array_equal([found.x, found.centre], [[0, 5], [0.2, 0.4]])
 
 
-def test_several_values_at_one_x_count_as_their_mean_before_smoothing() -> None:
+def test_several_values_at_one_x_count_as_their_mean_before_smoothing():
     rows = [{X: 10 * (1 + i // 2), KEY: float(i)} for i in range(20)] + [{X: 100, KEY: None}]
     found = drawn([LoggedRun(Path("x"), {}, {}, rows, [])], alpha=0.5)
     np.testing.assert_allclose(found.centre[:3], [0.5, 1.5, 3.0])
     assert len(found.x) == 10
 
 
-def test_runs_of_different_length_and_missing_values() -> None:
+def test_runs_of_different_length_and_missing_values():
     found = drawn([run([1.0, 2.0]), run([3.0, None, 5.0]), run([5.0, 4.0, 7.0, 8.0])])
     np.testing.assert_allclose(found.x, [10, 20, 30, 40])
     np.testing.assert_allclose(found.centre, [3.0, 3.0, 6.0, 8.0])
@@ -224,7 +207,7 @@ def test_runs_of_different_length_and_missing_values() -> None:
     assert drawn([run([1.0, 2.0]), run([1.0, 2.0, 3.0])]).end == 1  # nor is one of two
 
 
-def test_x_that_few_seeds_have_are_left_out_but_never_filled_in() -> None:
+def test_x_that_few_seeds_have_are_left_out_but_never_filled_in():
     often = [run([float(i) for i in range(11)], first=0) for _ in range(3)]
     rare = run([100.0, 100.0, 100.0], size=40, first=0)  # 0, 40, 80
     found = drawn([*often, rare])
@@ -237,7 +220,7 @@ def test_x_that_few_seeds_have_are_left_out_but_never_filled_in() -> None:
     np.testing.assert_array_equal(found.count, [4, *[3] * 8, 4, 3])
 
 
-def test_seeds_whose_x_differ_are_interpolated_within_their_own_range() -> None:
+def test_seeds_whose_x_differ_are_interpolated_within_their_own_range():
     runs = [run([s * i for i in range(1, 11)], size=s) for s in (10.0, 11.0, 12.0)]  # each is y = x
     found = drawn(runs)
     np.testing.assert_allclose(found.centre, found.x)
@@ -249,15 +232,12 @@ def test_seeds_whose_x_differ_are_interpolated_within_their_own_range() -> None:
     np.testing.assert_allclose(found.high[4], found.centre[4])
 
 
-# sample efficiency
-
-
-def step_at(x: int, *, end: int, low: float = 0.2, high: float = 0.7) -> list[float]:
+def step_at(x, *, end, low=0.2, high=0.7):
     """Jumps from low to high at the x-th step."""
     return [low if i < x else high for i in range(1, end + 1)]
 
 
-def test_the_factor_of_step_functions_is_exact() -> None:
+def test_the_factor_of_step_functions_is_exact():
     reference = of([step_at(30, end=50)] * 3, size=120)
     method = of([step_at(12, end=40)] * 3, size=10)
     found = sample_efficiency(reference, method)
@@ -265,7 +245,7 @@ def test_the_factor_of_step_functions_is_exact() -> None:
     assert (found.factor, found.low, found.high) == (30, 30, 30)
 
 
-def test_the_reference_is_read_as_the_method_is() -> None:
+def test_the_reference_is_read_as_the_method_is():
     """It counts where the reference first is as good as at its end, not where it ends."""
     reference = of([[0.2, 0.6, 0.5, 0.5, 0.5]] * 2)
     found = sample_efficiency(reference, reference)
@@ -279,7 +259,7 @@ def test_the_reference_is_read_as_the_method_is() -> None:
     )  # as many steps after the jump as the reference has
 
 
-def test_seeds_that_do_not_get_there_count() -> None:
+def test_seeds_that_do_not_get_there_count():
     """One seed of four reaches the target 10 times as fast, the others never: the mean does if that seed is
     drawn twice."""
     reference = of([step_at(10, end=20, low=0.0, high=0.5)] * 4)
@@ -289,10 +269,8 @@ def test_seeds_that_do_not_get_there_count() -> None:
 
 
 @pytest.mark.parametrize(("lazy", "low"), [(0.025, 10), (0.026, 0)])
-def test_the_lower_bound_is_zero_once_more_than_a_fortieth_do_not_get_there(
-    lazy: float, low: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def resampled(values: Array, statistic: Statistic, stream: int) -> Array:
+def test_the_lower_bound_is_zero_once_more_than_a_fortieth_do_not_get_there(lazy, low, monkeypatch):
+    def resampled(values, statistic, stream):
         curves = np.repeat(values[:1], RESAMPLES, axis=0)
         if stream == 1:
             curves[: int(lazy * RESAMPLES)] = 0.0
@@ -324,14 +302,14 @@ FLAT = [[0.2] * 9] * 3
         ([step_at(3, end=9, low=0.7, high=0.2)] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (None, NAN, NAN)),
     ],
 )
-def test_factors_by_hand(reference: Any, method: Any, start: Any, target: float, factor: Any) -> None:
+def test_factors_by_hand(reference, method, start, target, factor):
     found = sample_efficiency(of(reference), of(method), start=start)
     assert found.target == pytest.approx(target, nan_ok=True)
     assert found.factor == factor[0] and (found.method_x is None) == (factor[0] is None)
     np.testing.assert_equal([found.low, found.high], factor[1:])
 
 
-def test_a_seed_of_the_reference_that_is_still_going_sets_no_target() -> None:
+def test_a_seed_of_the_reference_that_is_still_going_sets_no_target():
     whole, begun, longer = step_at(6, end=9), step_at(6, end=9)[:3], [*step_at(6, end=9), 0.8, 0.8]
     reference = drawn([run(whole), run(whole), run(longer), run(begun), run([0.9, 0.9])])
     found = sample_efficiency(reference, of([step_at(3, end=9)] * 2))
@@ -339,7 +317,7 @@ def test_a_seed_of_the_reference_that_is_still_going_sets_no_target() -> None:
     assert (found.factor, found.low, found.high) == (2, 2, 2)
 
 
-def test_the_interval_of_a_factor_holds_it_as_often_as_it_should() -> None:
+def test_the_interval_of_a_factor_holds_it_as_often_as_it_should():
     """Ramps that reach the target at 400 and 40 completions, by seeds' slopes; few seeds: below 95 %."""
     rng, held = np.random.default_rng(0), 0
     for _ in range(25):
@@ -352,10 +330,7 @@ def test_the_interval_of_a_factor_holds_it_as_often_as_it_should() -> None:
     assert 0.8 < held / 25 <= 1
 
 
-# stability
-
-
-def test_noise_is_that_of_the_smoothed_curve() -> None:
+def test_noise_is_that_of_the_smoothed_curve():
     rng = np.random.default_rng(0)
     for alpha in (0.05, 0.35, 1.0):
         raw = rng.normal(0.5, 0.05, 20_000)
@@ -367,7 +342,7 @@ def test_noise_is_that_of_the_smoothed_curve() -> None:
     assert noise(raw[:19], 1.0) == 0 < noise(raw[:20], 1.0)
 
 
-def test_a_collapse_at_a_known_step() -> None:
+def test_a_collapse_at_a_known_step():
     rises = [0.4 + 0.01 * i for i in range(20)]
     falls = [*rises, 0.59, 0.55, 0.51, 0.49, 0.2, 0.3]
     found = stability(of([falls, [*rises, *[0.59] * 6]]), start=0.4)
@@ -394,7 +369,7 @@ def test_a_collapse_at_a_known_step() -> None:
         ([0.4], None),
     ],
 )
-def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
+def test_what_a_collapse_is(curve, collapse):
     found = stability(of([curve]), start=0.4)
     assert found.first_collapse == collapse
     assert found.collapsed.value == (collapse is not None)
@@ -404,14 +379,14 @@ def test_what_a_collapse_is(curve: list[float], collapse: float | None) -> None:
 
 
 @pytest.mark.parametrize(("final", "kept"), [(0.73, True), (0.71, False), (0.8, True), (0.2, False)])
-def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final: float, kept: bool) -> None:
+def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final, kept):
     assert stability(of([[0.4, 0.8, 0.1, final]]), start=0.4).kept.value == kept
     assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept.value == 1
     curves = [step_at(at, end=30, low=0.8, high=0.1) for at in (5, 9, 20)] + [[0.8] * 30]
     assert stability(of(curves), start=0.2).first_collapse == 90  # the median of those that collapsed
 
 
-def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length() -> None:
+def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length():
     for curve, size, area in (([0.0, 1.0, 1.0], 10, 0.75), ([0.0, 0.5, 1.0], 7, 0.5)):
         assert stability(of([curve], size=size), start=0).auc.value == area
     rows = [{X: 10, KEY: 0.0}, {X: 20, KEY: 0.0}, {X: 110, KEY: 1.0}]
@@ -432,13 +407,13 @@ def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length() -
         ([21, 30], [0.5, 0.5], NAN),
     ],
 )
-def test_a_lead_is_over_the_x_that_both_have(other_x: list[int], other: list[float], found: float) -> None:
+def test_a_lead_is_over_the_x_that_both_have(other_x, other, found):
     """Over a line from 0 at 0 to 2 at 20."""
     own = np.array([0.0, 20.0]), np.array([0.0, 2.0])
     assert lead(own, (np.array(other_x), np.array(other))) == pytest.approx(found, nan_ok=True)
 
 
-def test_intervals_are_those_over_seeds() -> None:
+def test_intervals_are_those_over_seeds():
     finals = np.array([0.5, 0.6, 0.9])
     curves = of([[0.4, value] for value in finals])
     for kind in KINDS:
@@ -446,17 +421,17 @@ def test_intervals_are_those_over_seeds() -> None:
         np.testing.assert_allclose((found.low, found.high), interval(finals, "mean", kind))
 
 
-def test_a_seed_that_broke_off_is_judged_as_far_as_it_went() -> None:
+def test_a_seed_that_broke_off_is_judged_as_far_as_it_went():
     found = stability(drawn([run([0.4, 0.8, 0.1]), run([0.4, 0.6, 0.8, 0.8])]), start=0.4)
     assert found.first_collapse == 30 and found.worst.value == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.35])
-def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha: float) -> None:
+def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha):
     """Training accuracy of 96 completions a step from 0.45; as simulated for the docstring."""
     rng = np.random.default_rng(0)
 
-    def share(chances: Array) -> float:
+    def share(chances):
         seeds = [[0.45, *rng.binomial(96, chances) / 96] for _ in range(150)]
         return stability(of(seeds, alpha=alpha), start=0.45).collapsed.value
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from capo_exp.cli.status import main
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.record import RunRecord
@@ -20,11 +18,11 @@ REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 
 
 @pytest.fixture
-def config(tmp_path: Path, composed: Callable[..., TrainConfig]) -> TrainConfig:
+def config(tmp_path, composed):
     return composed(f"output_dir={tmp_path}", "num_steps=40")
 
 
-def write(directory: Path, steps: int, cut: str = "") -> None:
+def write(directory, steps, cut=""):
     """Accuracy rises by 1 % a step; every tenth is null, as one that was not finite."""
     shared = {"time/total_seconds": 2.0, "selection/rejection_rate": 0.02}
     rows = [
@@ -35,7 +33,7 @@ def write(directory: Path, steps: int, cut: str = "") -> None:
     (directory / "eval.jsonl").write_text('{"eval/accuracy": 0.5}\n{"eval/accuracy": 0.6}\n')
 
 
-def test_a_run_in_progress_and_one_whose_process_is_gone(config: TrainConfig) -> None:
+def test_a_run_in_progress_and_one_whose_process_is_gone(config):
     directory = run_dir(config)
     with locked(directory):
         RunRecord(directory, config)
@@ -52,9 +50,7 @@ def test_a_run_in_progress_and_one_whose_process_is_gone(config: TrainConfig) ->
     assert (line.state, line.seconds_left) == ("interrupted", None)
 
 
-def test_a_failed_run_is_shown_once_with_its_error_whatever_that_says(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_run_is_shown_once_with_its_error_whatever_that_says(config, tmp_path, capsys):
     directory = run_dir(config)
     with pytest.raises(ValueError), locked(directory), RunRecord(directory, config):
         raise ValueError("no [/data/x] in [bold]y[/bold]\nand more")
@@ -67,9 +63,7 @@ def test_a_failed_run_is_shown_once_with_its_error_whatever_that_says(
     Console(file=StringIO()).print(runs_table([summarise_run(directory)]))  # and in any console
 
 
-def test_a_damaged_run_hides_no_other(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_run_hides_no_other(config, tmp_path, capsys):
     """What of it can be read is shown; tests of runs.read have every kind of damage."""
     with locked(run_dir(config)), RunRecord(run_dir(config), config):
         write(run_dir(config), 40)
@@ -87,25 +81,22 @@ def test_a_damaged_run_hides_no_other(
     assert (line.step, line.num_steps, line.train_accuracy) == (40, None, 0.9)
 
 
-def test_shipped_runs_are_counted_though_their_rows_are_parquet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_runs_are_counted_though_their_rows_are_parquet(capsys):
     assert main([str(REFERENCE)]) == 0
     words = capsys.readouterr().out.split()
     assert (words.count("200/200"), words.count("16/16")) == (11, 7)
     assert not [word for word in words if word.startswith("0/") or word.endswith("/?")]
 
 
-def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_runs(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "no run there; expected a directory with runs" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such file or directory; expected" in capsys.readouterr().err
 
 
-# --- what runs take on disk ---
-
-
 @pytest.fixture
-def three_runs(tmp_path: Path) -> Path:
+def three_runs(tmp_path):
     """One finished, one interrupted, one that cannot be read, each with checkpoints of three steps."""
     for status in ("finished", "interrupted", "nonsense"):
         directory = tmp_path / status
@@ -123,14 +114,14 @@ def three_runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def kept(run: Path) -> list[str]:
+def kept(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 ALL = ["step_000010", "step_000020", "step_000030", "step_notes"]
 
 
-def test_what_runs_take_on_disk(three_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_runs_take_on_disk(three_runs, capsys):
     assert main([str(three_runs), "--disk"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     sizes = ["3.0", "MB", "2.0", "MB", "0.0", "MB", "5.0", "MB"]
@@ -139,8 +130,8 @@ def test_what_runs_take_on_disk(three_runs: Path, capsys: pytest.CaptureFixture[
 
 
 def test_checkpoints_of_finished_runs_go_and_the_model_stays_until_it_is_named(
-    three_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    three_runs, capsys, monkeypatch
+):
     finished = three_runs / "finished"
     assert main([str(three_runs), "--clean"]) == 2 and kept(finished) == ALL
     assert "--clean: nobody can be asked here; expected --yes" in capsys.readouterr().err
@@ -160,7 +151,7 @@ def test_checkpoints_of_finished_runs_go_and_the_model_stays_until_it_is_named(
     assert main([str(three_runs), "--yes"]) == 2
 
 
-def test_a_run_in_progress_is_not_cleaned(three_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_progress_is_not_cleaned(three_runs, capsys):
     finished = three_runs / "finished"
     with locked(finished):  # begun again with overwrite=true
         assert main([str(finished), "--clean", "--yes"]) == 2

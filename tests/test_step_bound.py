@@ -2,22 +2,16 @@
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from capo_exp.algorithms import step_bound
 from capo_exp.core import policy
 from capo_exp.core.step import StepDecision, StepTrial
-from capo_exp.core.types import Batch
 from capo_exp.runs.checkpoint import Checkpointer
-from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import TrainingDiverged
 from tests.pieces import NO_TOKENIZER, same_weights, take_step, weights
 
@@ -27,12 +21,11 @@ MEASURED = partial(step_bound.measured, policy_shift_max=1e-3, max_looks=8, **LA
 CALIBRATED = partial(
     step_bound.calibrated, policy_shift_max=1e-3, every=3, memory_share=0.5, max_looks=8, **LARGE
 )
-Make, Batches = Callable[..., Learner], Callable[..., Batch]
 
 
 @pytest.fixture
-def ruled(learner: Callable[..., Learner]) -> Make:
-    def make(rule: Callable[[StepTrial], StepDecision] | None = None, *overrides: str) -> Learner:
+def ruled(learner):
+    def make(rule=None, *overrides):
         made = learner("algo=grpo", "regime.learning_rate=3e-2", *overrides)
         if rule is not None:
             made.algorithm = replace(made.algorithm, step_rule=rule)
@@ -45,9 +38,7 @@ def ruled(learner: Callable[..., Learner]) -> Make:
     ("rule", "rate"),
     [("predicted", "1e38"), ("measured", "3e37"), ("calibrated", "3e37"), ("evidence", "3e37")],
 )
-def test_a_rate_beyond_float32_ends_as_any_divergence(
-    learner: Callable[..., Learner], random_batch: Batches, rule: str, rate: str
-) -> None:
+def test_a_rate_beyond_float32_ends_as_any_divergence(learner, random_batch, rule, rate):
     """1e38 / (1 - beta1) is no float32: torch raises; 3e37 leaves weights whose shift is not a number."""
     ours = learner("algo=grpo", f"step_rule={rule}", f"regime.learning_rate={rate}")
     said = r"optimizer step 1: not finite: (a step at rate 1e\+38|.*=nan)"
@@ -55,7 +46,7 @@ def test_a_rate_beyond_float32_ends_as_any_divergence(
         take_step(ours, random_batch())
 
 
-def log_probs(model: PreTrainedModel, batch: Batch, head: Tensor | None = None) -> Tensor:
+def log_probs(model, batch, head=None):
     """[n, V] of every completion token, row by row; with another last layer on the same states."""
     rows = []
     for ids, real, mask in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
@@ -66,17 +57,17 @@ def log_probs(model: PreTrainedModel, batch: Batch, head: Tensor | None = None) 
     return torch.cat(rows).double()
 
 
-def mean_kl(old: Tensor, new: Tensor) -> float:
+def mean_kl(old, new):
     return (old.exp() * (old - new)).sum(1).mean().item()
 
 
 @torch.no_grad()
-def moved(before: PreTrainedModel, after: PreTrainedModel, batch: Batch) -> float:
+def moved(before, after, batch):
     return mean_kl(log_probs(before, batch), log_probs(after, batch))
 
 
-def looking(seen: list[StepTrial], *, step_scale: float = 1.0) -> Callable[[StepTrial], StepDecision]:
-    def rule(trial: StepTrial) -> StepDecision:
+def looking(seen, *, step_scale=1.0):
+    def rule(trial):
         trial.take(completions=99, tokens=9999)
         seen.append(trial)
         return StepDecision(step_scale)
@@ -84,7 +75,7 @@ def looking(seen: list[StepTrial], *, step_scale: float = 1.0) -> Callable[[Step
     return rule
 
 
-def test_a_trial_looks_at_any_part_of_the_step_and_settles_on_one(ruled: Make, random_batch: Batches) -> None:
+def test_a_trial_looks_at_any_part_of_the_step_and_settles_on_one(ruled, random_batch):
     seen: list[StepTrial] = []
     ours, batch = ruled(looking(seen)), random_batch()
     before = copy.deepcopy(ours.model)
@@ -106,7 +97,7 @@ def test_a_trial_looks_at_any_part_of_the_step_and_settles_on_one(ruled: Make, r
     assert all(torch.equal(a, b) for a, b in zip(weights(ours), start, strict=True))
 
 
-def test_a_part_of_the_step_is_the_step_at_that_part_of_the_rate(ruled: Make, random_batch: Batches) -> None:
+def test_a_part_of_the_step_is_the_step_at_that_part_of_the_rate(ruled, random_batch):
     settled = ruled(looking([], step_scale=0.3), "optimizer.weight_decay=0.1")
     scaled = ruled(lambda _: StepDecision(0.3), "optimizer.weight_decay=0.1")
     for seed in range(3):
@@ -124,7 +115,7 @@ def test_a_part_of_the_step_is_the_step_at_that_part_of_the_rate(ruled: Make, ra
         partial(step_bound.evidence, share=float("inf"), memory_share=0.5, **LARGE),
     ],
 )
-def test_without_a_bound_it_is_the_whole_step_bit_for_bit(rule, ruled: Make, random_batch: Batches) -> None:
+def test_without_a_bound_it_is_the_whole_step_bit_for_bit(rule, ruled, random_batch):
     plain, ours = ruled(), ruled(rule)
     for seed in range(3):
         for one in (plain, ours):
@@ -133,9 +124,7 @@ def test_without_a_bound_it_is_the_whole_step_bit_for_bit(rule, ruled: Make, ran
 
 
 @pytest.mark.parametrize("bound", [1e-1, 1e-2, 1e-4])
-def test_measured_keeps_the_real_shift_within_the_bound(
-    bound: float, ruled: Make, random_batch: Batches
-) -> None:
+def test_measured_keeps_the_real_shift_within_the_bound(bound, ruled, random_batch):
     ours = ruled(partial(MEASURED, policy_shift_max=bound))
     for seed in range(4):
         before, batch = copy.deepcopy(ours.model), random_batch(seed=seed)
@@ -147,15 +136,13 @@ def test_measured_keeps_the_real_shift_within_the_bound(
             assert real > 0.3 * bound  # no shorter than it needs to be
 
 
-def test_measured_gives_up_after_so_many_looks(ruled: Make, random_batch: Batches) -> None:
+def test_measured_gives_up_after_so_many_looks(ruled, random_batch):
     ours = ruled(partial(MEASURED, policy_shift_max=1e-12, max_looks=1))
     metrics, _ = take_step(ours, random_batch())
     assert metrics["optim/step_scale"] == 1.0 and metrics["step/policy_shift_measured"] > 1e-12
 
 
-def test_predicted_bounds_the_last_layers_part_without_a_forward_pass(
-    ruled: Make, random_batch: Batches
-) -> None:
+def test_predicted_bounds_the_last_layers_part_without_a_forward_pass(ruled, random_batch):
     bound = 1e-5
     ours, batch = ruled(partial(step_bound.predicted, policy_shift_max=bound, **LARGE)), random_batch()
     before, plain, passes = copy.deepcopy(ours.model), ruled(), []
@@ -171,9 +158,7 @@ def test_predicted_bounds_the_last_layers_part_without_a_forward_pass(
     assert moved(before, ours.model, batch) > 2 * bound  # the other layers move it further
 
 
-def test_calibrated_measures_every_so_many_steps_and_holds_the_bound_between(
-    ruled: Make, random_batch: Batches
-) -> None:
+def test_calibrated_measures_every_so_many_steps_and_holds_the_bound_between(ruled, random_batch):
     bound = 1e-3
     ours = ruled(partial(CALIBRATED, policy_shift_max=bound, memory_share=0.0))
     reals, measured = [], []
@@ -190,8 +175,8 @@ def test_calibrated_measures_every_so_many_steps_and_holds_the_bound_between(
     assert all(bound / 10 < real < 10 * bound for real in reals)
 
 
-def test_the_ratio_is_remembered_as_a_geometric_mean(ruled: Make, random_batch: Batches) -> None:
-    def ratios(memory_share: float) -> list[float]:
+def test_the_ratio_is_remembered_as_a_geometric_mean(ruled, random_batch):
+    def ratios(memory_share):
         rule = partial(step_bound.calibrated, every=1, memory_share=memory_share, max_looks=1, **FREE)
         ours = ruled(rule)
         return [take_step(ours, random_batch(seed=seed))[0]["step/ratio"] for seed in range(3)]
@@ -202,7 +187,7 @@ def test_the_ratio_is_remembered_as_a_geometric_mean(ruled: Make, random_batch: 
     assert kept[2] == pytest.approx((kept[1] * fresh[2]) ** 0.5)
 
 
-def test_a_resumed_run_remembers_the_ratio(ruled: Make, random_batch: Batches, tmp_path: Path) -> None:
+def test_a_resumed_run_remembers_the_ratio(ruled, random_batch, tmp_path):
     straight = ruled(CALIBRATED)
     for seed in range(2):
         take_step(straight, random_batch(seed=seed))
@@ -217,7 +202,7 @@ def test_a_resumed_run_remembers_the_ratio(ruled: Make, random_batch: Batches, t
     assert same_weights(straight, resumed)
 
 
-def test_until_a_ratio_is_known_every_step_is_measured(ruled: Make, random_batch: Batches) -> None:
+def test_until_a_ratio_is_known_every_step_is_measured(ruled, random_batch):
     """A warm-up begins at rate 0, where nothing moves and nothing is learned about the ratio."""
     ours = ruled(partial(CALIBRATED, every=5), "optimizer.schedule=linear", "optimizer.warmup_ratio=0.2")
     seen = []
@@ -230,7 +215,7 @@ def test_until_a_ratio_is_known_every_step_is_measured(ruled: Make, random_batch
     assert seen == [True, True, False, False]
 
 
-def test_a_step_that_moves_nothing_is_taken_whole(ruled: Make, random_batch: Batches) -> None:
+def test_a_step_that_moves_nothing_is_taken_whole(ruled, random_batch):
     idle = replace(random_batch(), advantages=torch.zeros(8, 7))
     for rule in (MEASURED, CALIBRATED):
         ours = ruled(partial(rule, policy_shift_max=1e-6))
@@ -239,9 +224,7 @@ def test_a_step_that_moves_nothing_is_taken_whole(ruled: Make, random_batch: Bat
         assert "step/ratio" not in metrics
 
 
-def test_a_last_layer_that_stands_still_says_nothing_about_the_ratio(
-    ruled: Make, random_batch: Batches
-) -> None:
+def test_a_last_layer_that_stands_still_says_nothing_about_the_ratio(ruled, random_batch):
     """So short a part of a step moves its log-probs by less than a float32 shows."""
     ours = ruled(
         partial(
@@ -256,9 +239,7 @@ EVIDENCE = partial(step_bound.evidence, memory_share=0.5, **LARGE)
 
 
 @pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-4])
-def test_evidence_keeps_the_real_shift_within_what_the_rewards_say(
-    share: float, ruled: Make, random_batch: Batches
-) -> None:
+def test_evidence_keeps_the_real_shift_within_what_the_rewards_say(share, ruled, random_batch):
     """Shortened by a ratio of the steps before and once more by a look, so within a factor, not exactly."""
     ours = ruled(partial(EVIDENCE, share=share))
     shortened = 0
@@ -272,51 +253,33 @@ def test_evidence_keeps_the_real_shift_within_what_the_rewards_say(
     assert shortened >= 4
 
 
-def test_where_no_reward_differs_momentum_takes_no_step(ruled: Make, random_batch: Batches) -> None:
+def test_where_no_reward_differs_momentum_takes_no_step(ruled, random_batch):
+    """Whatever the credits are: those of rloo differ by the KL in the reward."""
     ours, batch = ruled(partial(EVIDENCE, share=float("inf"))), random_batch()
     take_step(ours, batch)
-    before, same = weights(ours), replace(batch, advantages=torch.zeros_like(batch.advantages))
+    before, same = weights(ours), replace(batch, surprisal=torch.zeros(8))
     metrics, _ = take_step(ours, same)
     assert metrics["optim/step_scale"] == 0 and ours.optimizer_step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
     assert "ratio" in ours.step_memory  # of the step before
 
 
-def test_what_a_correction_drops_is_no_other_reward(ruled: Make, random_batch: Batches) -> None:
-    _, record = take_step(ruled(), random_batch(rows=8))
-    for alone in (True, False):
-        weights_ = record.weights * (torch.arange(8) % 4 > 0)[:, None]
-        batch = replace(
-            record.batch, advantages=weights_.clone(), group_ids=torch.arange(8) // (1 if alone else 4)
-        )
-        assert step_bound.reward_evidence(replace(record, batch=batch, weights=weights_)) == 0
-
-
-def test_a_prompt_says_what_it_says_beside_one_of_larger_rewards(ruled: Make, random_batch: Batches) -> None:
-    _, record = take_step(ruled(), random_batch(rows=4))
-    credits = torch.tensor([5000.0, -5000.0, 0.2, -0.2])
-    batch = replace(record.batch, advantages=credits[:, None] * record.weights)
-    wanted = 4 * math.log(2) / batch.completion_mask.sum().item()
-    assert step_bound.reward_evidence(replace(record, batch=batch)) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_evidence_is_the_entropy_of_rewards_within_a_prompt(ruled: Make, random_batch: Batches) -> None:
-    """Two of four, all alike, one of two: ln 2 for six of ten completions; a correction changes nothing."""
-    _, record = take_step(ruled(), random_batch(rows=10, length=3))
-    credits = torch.tensor([1, -1, 1, -1, 0, 0, 0, 0, 2, 1.0])
-    mask = record.batch.completion_mask
-    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+def test_evidence_is_the_entropy_of_rewards_within_a_prompt(ruled, random_batch):
+    """Two of four, all alike, one of four; a correction changes nothing but by what it drops whole."""
+    _, record = take_step(ruled(), random_batch(rows=12, length=3))
+    rewards = torch.tensor([[1, -1, 1, -1], [5, 5, 5, 5], [2, 1, 1, 1.0]])
+    quarter = -math.log(1 / 4), -math.log(3 / 4)
+    surprisal = [math.log(2)] * 4 + [0.0] * 4 + [quarter[0]] + [quarter[1]] * 3
+    assert step_bound.reward_surprisal(rewards).flatten().tolist() == pytest.approx(surprisal)
+    batch = replace(record.batch, surprisal=torch.tensor(surprisal))
+    mask = batch.completion_mask
     for weights_ in (record.weights, record.weights * (0.5 + torch.rand(mask.shape))):
-        batch = replace(record.batch, advantages=credits[:, None] * weights_, group_ids=groups)
         found = step_bound.reward_evidence(replace(record, batch=batch, weights=weights_))
-        assert found == pytest.approx(6 * math.log(2) / mask.sum().item(), rel=1e-5)
-    dropped = record.weights * (torch.arange(10) >= 4)[:, None]  # one group whole: what is left says less
-    batch = replace(record.batch, advantages=credits[:, None] * dropped, group_ids=groups)
+        assert found == pytest.approx(sum(surprisal) / mask.sum().item())
+    dropped = record.weights * (torch.arange(12) >= 4)[:, None]
     found = step_bound.reward_evidence(replace(record, batch=batch, weights=dropped))
-    assert found == pytest.approx(2 * math.log(2) / mask[4:].sum().item(), rel=1e-5)
-    nothing = replace(record, batch=batch, weights=0 * dropped)
-    assert step_bound.reward_evidence(nothing) == 0
-    alone = replace(record.batch, advantages=credits[:, None] * mask, group_ids=torch.arange(10))
-    kinds = torch.tensor([3, 2, 4, 1]) / 10  # without groups: of all ten, three are 1, two -1, four 0, one 2
-    wanted = -(kinds * kinds.log()).sum().item() * 10 / mask.sum().item()
-    assert step_bound.reward_evidence(replace(record, batch=alone)) == pytest.approx(wanted, rel=1e-5)
+    assert found == pytest.approx(sum(surprisal[4:]) / mask[4:].sum().item())
+    assert step_bound.reward_evidence(replace(record, batch=batch, weights=0 * dropped)) == 0
+    alone = step_bound.reward_surprisal(rewards.view(-1, 1))
+    assert alone.shape == (12, 1) and alone[8].item() == pytest.approx(math.log(12))
+    assert alone[0].item() == pytest.approx(-math.log(5 / 12))

@@ -1,5 +1,4 @@
-"""Sweeps: each job in a process of its own, with the configuration as it was, its log, its GPU; one bad job
-leaves the others going."""
+"""Sweeps: a job is a process with its configuration, log and GPU; a bad one leaves the others going."""
 
 import io
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import pytest
 from joblib.externals.loky import get_reusable_executor
 
 from capo_exp.cli import front
-from capo_exp.config.schema import TrainConfig, conf_dir
+from capo_exp.config.schema import conf_dir
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.record import run_status
@@ -43,31 +41,29 @@ ENDS = "record('finished')\n"
 
 
 @pytest.fixture
-def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path
 
 
 @pytest.fixture
-def run(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run(work_dir, monkeypatch):
     """Runs a sweep whose jobs are CHILD and some more lines; returns the exit status."""
 
-    def run_here(lines: str, *arguments: str) -> int:
+    def run_here(lines, *arguments):
         monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", CHILD + lines))
         return run_training("-m", *arguments)
 
     return run_here
 
 
-def jobs() -> list[list[str]]:
+def jobs():
     return [line.split() for line in Path("jobs.txt").read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_jobs_that_die_leave_the_others_going_and_the_same_command_repeats_them_alone(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_jobs_that_die_leave_the_others_going_and_the_same_command_repeats_them_alone(run, capfd):
     dies = "if c['seed'] in (0, 1):\n    print('out of luck', flush=True)\n"
     dies += "    raise SystemExit(1) if c['seed'] else os.kill(os.getpid(), signal.SIGKILL)\n"
     assert run(dies + ENDS, "seed=0,1,2", "num_steps=7") == 1
@@ -88,9 +84,7 @@ def test_jobs_that_die_leave_the_others_going_and_the_same_command_repeats_them_
     assert [seed for _, seed, _ in jobs()][3:] == ["0", "1", "2"]
 
 
-def test_wrong_jobs_are_told_before_the_first_starts(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_jobs_are_told_before_the_first_starts(run, capfd):
     assert run(ENDS, "seed=0", "regime.group_size=8,1") == 2
     assert [seed for _, seed, _ in jobs()] == ["0"]
     captured = capfd.readouterr()
@@ -100,9 +94,7 @@ def test_wrong_jobs_are_told_before_the_first_starts(
 
 
 @pytest.mark.slow
-def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
-    run: Callable[..., int], work_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(run, work_dir, monkeypatch):
     """Neither those of conf/ nor those of a user's own folder; the next sweep sees them."""
     conf = Path(shutil.copytree(conf_dir(), work_dir / "conf"))
     monkeypatch.setattr(front, "conf_dir", lambda: conf)
@@ -118,7 +110,7 @@ def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(
 
 
 @pytest.mark.slow
-def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> None:
+def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir):
     waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
     waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
     command = f"processes.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})"
@@ -138,9 +130,7 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir: Path) -> No
 
 
 @pytest.mark.slow
-def test_two_sweeps_over_one_grid_share_the_work(
-    run: Callable[..., int], composed: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_two_sweeps_over_one_grid_share_the_work(run, composed, capfd):
     """What another is at, also if it began in the same moment, is left to it and is no failure."""
     with locked(run_dir(composed("seed=0"))):
         assert run(ENDS, "seed=0,1") == 0
@@ -154,7 +144,7 @@ def test_two_sweeps_over_one_grid_share_the_work(
 
 
 @pytest.mark.slow
-def test_a_failed_job_is_one_line(run: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_job_is_one_line(run, capfd):
     """Hydra's variable, set for its own sake, does not make the jobs print tracebacks."""
     fails = "from capo_exp.config.errors import RunFailed\nfrom capo_exp.sweep.job import report\n"
     fails += "print('said before', flush=True)\n"
@@ -166,18 +156,14 @@ def test_a_failed_job_is_one_line(run: Callable[..., int], capfd: pytest.Capture
     assert captured.err == ""  # of Hydra's, too
 
 
-def test_plan_only_shows_each_jobs_plan_and_starts_none(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_only_shows_each_jobs_plan_and_starts_none(run, capfd):
     assert run(ENDS, "seed=0,1", "plan_only=true") == 0
     assert capfd.readouterr().out.count("completions a step") == 2
     assert not Path("jobs.txt").exists() and not list(Path("outputs").rglob("log.txt"))
 
 
 @pytest.mark.slow
-def test_with_joblib_jobs_run_at_a_time(
-    work_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_with_joblib_jobs_run_at_a_time(work_dir, monkeypatch, capfd):
     """In two processes of joblib's, of which each says its job."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["seed=0,1", "plan_only=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -188,7 +174,7 @@ def test_with_joblib_jobs_run_at_a_time(
     assert {"job 0/2: seed=0", "job 1/2: seed=1"} <= set(out.splitlines())
 
 
-def test_a_gpu_has_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_one_job_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
     late: list[str | None] = []
     with ExitStack() as all_of_them:
@@ -207,7 +193,7 @@ def test_a_gpu_has_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert processes.take_device([], all_of_them) is None
 
 
-def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     threads = [processes.environment(None, n).get("OMP_NUM_THREADS") for n in (1, 2, 3, 16, -1)]
@@ -219,9 +205,9 @@ def test_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_training_in_a_sweep_is_the_same_as_alone(
-    work_dir: Path, composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    work_dir, composed, monkeypatch,
+    capfd,
+):  # fmt: skip
     small = [
         "num_steps=2", "regime.prompts_per_step=2", "regime.group_size=2", "model.micro_batch_size=4",
         "evaluation.num_problems=4", "dataset.max_completion_tokens=16", "logger=files",
@@ -237,7 +223,7 @@ def test_training_in_a_sweep_is_the_same_as_alone(
     assert "this run is finished" in capfd.readouterr().out
 
 
-def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_a_search_gets_the_last_evaluation(composed, tmp_path):
     config = composed(f"output_dir={tmp_path}")
     run_dir(config).mkdir(parents=True)
     assert sweep.objective(config) is None
@@ -247,7 +233,7 @@ def test_a_search_gets_the_last_evaluation(composed: Callable[..., TrainConfig],
     assert sweep.objective(composed(f"output_dir={tmp_path}", "sweep.objective=reward/accuracy")) == 0.5
 
 
-def test_the_best_of_a_search_is_the_first_with_the_largest_score() -> None:
+def test_the_best_of_a_search_is_the_first_with_the_largest_score():
     scores = (0.5, None, 0.7, 0.7)
     jobs = [sweep.EndedJob(i, "", "", "finished", score=score) for i, score in enumerate(scores)]
     best = sweep.find_best(jobs)
@@ -255,9 +241,7 @@ def test_the_best_of_a_search_is_the_first_with_the_largest_score() -> None:
 
 
 @pytest.mark.slow
-def test_optuna_proposes_the_same_jobs_again(
-    run: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_optuna_proposes_the_same_jobs_again(run, capfd):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     lines = """
 score = -abs(c["regime"]["learning_rate"] - 2e-4)

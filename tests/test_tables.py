@@ -29,16 +29,16 @@ from capo_exp.runs.read import LoggedRun
 NAN = float("nan")
 
 
-def curve(label: str, runs: int = 2) -> Curve:
+def curve(label, runs=2):
     return Curve(label, tuple(LoggedRun(Path(f"{label}{i}"), {}, {}, [], []) for i in range(runs)))
 
 
-def series(label: str, x: Any, centre: list[float], low: list[float], runs: int = 2) -> Series:
+def series(label, x, centre, low, runs=2):
     bounds = np.array(low)
     return Series(curve(label, runs), x, np.array(centre), bounds, bounds + 1, np.full(len(centre), runs))
 
 
-def panel(*shown: Series, **more: Any) -> Panel:
+def panel(*shown, **more):
     return Panel("lines", "Accuracy", lambda *_: [], shown, TRAINING, **more)
 
 
@@ -58,18 +58,18 @@ def panel(*shown: Series, **more: Any) -> Panel:
         (Estimate(NAN), "percent", ""),
     ],
 )
-def test_cells(cell: Estimate | str | None, unit: str, text: str) -> None:
+def test_cells(cell, unit, text):
     assert cell_text(cell, unit) == text
 
 
-def test_numbers_of_completions() -> None:
+def test_numbers_of_completions():
     said = [thousands(x) for x in (0, 96, 999, 999.6, 1000, 59904, 999_600, 1.5e6)]
     assert said == ["0", "96", "999", "1k", "1k", "59.9k", "1M", "1.5M"]
     assert value_text(0.5, "percent", bare=True) == "50.0"
     assert apart([0.5, 0.1, 0.52, 0.11], 0.06) == pytest.approx([0.5, 0.1, 0.56, 0.16])
 
 
-def test_markdown_escapes_what_would_end_a_cell() -> None:
+def test_markdown_escapes_what_would_end_a_cell():
     text = tables.markdown(TextTable(["curve", "n|m"], [["a|b *c* <i> `x` m_F \\", "1\n2"]]))
     assert text.splitlines() == [
         r"| curve | n\|m |",
@@ -78,7 +78,7 @@ def test_markdown_escapes_what_would_end_a_cell() -> None:
     ]
 
 
-def test_latex_escapes_every_special_character() -> None:
+def test_latex_escapes_every_special_character():
     text = tables.latex(TextTable(["curve", "50 %"], [["a_b & $c$ {#} ~^\\ <>|", "␣x"]]))
     assert text == (
         "\\begin{tabular}{lr}\n\\hline\ncurve & 50 \\% \\\\\n\\hline\n"
@@ -88,7 +88,7 @@ def test_latex_escapes_every_special_character() -> None:
     )
 
 
-def test_csv_has_every_digit_and_no_number_that_is_not_there() -> None:
+def test_csv_has_every_digit_and_no_number_that_is_not_there():
     one = series('a "b", c', np.array([96.0, 192.0, 288.0]), [1 / 3, NAN, 2.0], [NAN, NAN, 0.5])
     shown = panel(one, levels=(Level("GRPO at 2k", 0.5),), crossings=(Crossing(one.curve, 96.0, 0.5, 3.0),))
     assert list(csv.reader(io.StringIO(tables.csv_text([shown])))) == [
@@ -103,7 +103,7 @@ def test_csv_has_every_digit_and_no_number_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     "text", ["=1+1", "+x", "-x", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", "-", "\uff1d1"]
 )
-def test_no_cell_of_a_config_is_a_formula(text: str) -> None:
+def test_no_cell_of_a_config_is_a_formula(text):
     """Wherever it comes from: names of curves, of panels and metrics, settings, tokens, levels."""
     one = series(text, [text], [1.0], [NAN])
     columns = (Column(text, "text", {text: text}),)
@@ -119,7 +119,7 @@ def test_no_cell_of_a_config_is_a_formula(text: str) -> None:
     assert cells.count(said if text != "\r1" else " 1") == 17 and text not in cells
 
 
-def test_numbers_stay_numbers() -> None:
+def test_numbers_stay_numbers():
     said = [tables.plain(text) for text in ("-0.5", "+3", "-1e-4", "-inf", "", "a=b", "71 %", "1-2")]
     assert said == ["-0.5", "+3", "-1e-4", "-inf", "", "a=b", "71 %", "1-2"]
     column = {"a": Estimate(-0.308, -0.56, -0.11)}
@@ -129,21 +129,17 @@ def test_numbers_stay_numbers() -> None:
     assert table.rows == [["a", "2", "-30.8 % [-56.0, -11.0]"]]
 
 
-def test_the_summary_joins_the_panels_by_curve() -> None:
+def test_the_summary_joins_the_panels_by_curve():
     a, b = series("a", np.array([1.0]), [1.0], [NAN]), series("b", np.array([1.0]), [1.0], [NAN], runs=3)
     first = panel(a, b, columns=(Column("final", "percent", {"a": Estimate(0.5)}),))
     second = panel(
-        b,
-        columns=(
-            Column("final", "percent", {"b": Estimate(0.25)}),
-            Column("n", "text", {"b": "x"}),
-        ),
+        b, columns=(Column("final", "percent", {"b": Estimate(0.25)}), Column("n", "text", {"b": "x"}))
     )
     table = tables.table_of([first, second])
     assert table.heading == ["curve", "seeds", "final", "n"]
     assert table.rows == [["a", "2", "50.0 %", ""], ["b", "3", "25.0 %", "x"]]
 
 
-def test_tokens_can_be_seen() -> None:
+def test_tokens_can_be_seen():
     said = [tokens.visible(text) for text in (" a", "\n", "数", "é|", "'")]
     assert said == ["␣a", "\\n", "\\u6570", "\\xe9|", "'"]

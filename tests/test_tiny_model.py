@@ -37,8 +37,7 @@ def test_problems():
 @given(st.text())
 @example("  Sei $\\frac{1}{2}$\n\n\t\\boxed{-3,14}  \r\n\u00e9\u4e2d\U0001f600 x^{10} \\\\ { }")
 def test_any_text_survives_and_every_loader_gives_the_same_tokens(text):
-    """Exactly, once composed: Qwen2 tokenizers write e + accent as one character (NFC). AutoTokenizer takes
-    its pieces from the Qwen2Tokenizer class, others from the file."""
+    """Once composed (NFC); AutoTokenizer takes its pieces from Qwen2Tokenizer, others from the file."""
     tokens = TOKENIZER.encode(text)
     assert TOKENIZER.decode(tokens) == unicodedata.normalize("NFC", text) and tokens == FILE.encode(text).ids
 

@@ -6,12 +6,10 @@ A refactoring must reproduce it. A change of the mathematics rewrites it, and sa
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from capo_exp.config.schema import TrainConfig
 from capo_exp.training import loop as train
 
 TRACE = Path(__file__).parent / "trace_20_steps.jsonl"
@@ -24,9 +22,7 @@ KEYS = (
 )  # fmt: skip
 
 
-def test_twenty_steps_reproduce_the_committed_trace(
-    composed: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_twenty_steps_reproduce_the_committed_trace(composed, tmp_path):
     config = composed(
         "logger=files", "num_steps=20", "regime.prompts_per_step=4", "regime.group_size=4",
         f"output_dir={tmp_path}", "evaluation.num_problems=2", "evaluation.every=0", "checkpoint.every=20",

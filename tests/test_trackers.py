@@ -1,5 +1,4 @@
-"""What a tracker has of a run is what the files are: W&B's own client against the server of wandb_server.py,
-TensorBoard's and Trackio's own readers."""
+"""What a tracker has of a run is what the files are, by W&B's, TensorBoard's and Trackio's readers."""
 
 import html
 import json
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, clear
@@ -33,15 +30,14 @@ from capo_exp.runs.trackers import TITLES
 from capo_exp.runs.wandb_sink import BEST, RECORD, has_key, resolve_mode
 from scripts.write_wandb import main as write_wandb
 from tests.test_disk_full import fill, mounted
-from tests.wandb_server import HISTORY, SUMMARY, Server, serve
+from tests.wandb_server import HISTORY, SUMMARY, serve
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CREDENTIALS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
-Open = Callable[..., RunLogger]
 
 
 @pytest.fixture(autouse=True)
-def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_credentials(tmp_path, monkeypatch):
     for name in CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -50,7 +46,7 @@ def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch):
     with serve() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -60,11 +56,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def open_logger(composed: Callable[..., TrainConfig]) -> Open:
+def open_logger(composed):
     """Opens the logger of a run directory, which is made if it is not there."""
     config = composed("algo=grpo", "logger=wandb", "logger.tags=[a]", "logger.histograms_every=1")
 
-    def make(run_dir: Path, mode: str, resume_step: int = 0, tracker: str = "wandb") -> RunLogger:
+    def make(run_dir, mode, resume_step=0, tracker="wandb"):
         run_dir.mkdir(exist_ok=True)
         RunRecord(run_dir, config, device_name="cpu")
         return RunLogger(run_dir, resume_step=resume_step, wandb_mode=mode, tracker=tracker, draw=draw)
@@ -72,7 +68,7 @@ def open_logger(composed: Callable[..., TrainConfig]) -> Open:
     return make
 
 
-def draw(run_dir: Path) -> list[Path]:
+def draw(run_dir):
     """A picture of 2 x 2 pixels and a page."""
     picture, page = run_dir / "run.png", run_dir / "report.html"
     imsave(picture, np.eye(2))
@@ -80,19 +76,19 @@ def draw(run_dir: Path) -> list[Path]:
     return [picture, page]
 
 
-def log_step(logger: RunLogger, step: int, **more: float) -> None:
+def log_step(logger, step, **more):
     named = {key.replace("__", "/"): value for key, value in more.items()}
     logger.log_step(
         {"counter/rollout_step": step, "counter/completions": 96 * step, "loss/total": 1 / 3} | named
     )
 
 
-def log_evaluation(logger: RunLogger, step: int, accuracy: float) -> None:
+def log_evaluation(logger, step, accuracy):
     counters = {"counter/rollout_step": step, "counter/completions": 96 * step}
     logger.log_evaluation({**counters, "eval/accuracy": accuracy})
 
 
-def half_a_run(logger: RunLogger) -> None:
+def half_a_run(logger):
     """Evaluation, three steps, evaluation; the checkpoint is of step 2. One value is not finite."""
     log_evaluation(logger, 0, 0.5)
     for step in (1, 2):
@@ -101,7 +97,7 @@ def half_a_run(logger: RunLogger) -> None:
     logger.finish(1)
 
 
-def the_other_half(logger: RunLogger) -> str:
+def the_other_half(logger):
     with logger:
         third_step(logger)
         log_step(logger, 4, loss__kl=4 / 7)
@@ -118,13 +114,13 @@ SAMPLE = {
 MARKED = "It[- is |-] 2"
 
 
-def third_step(logger: RunLogger) -> None:
+def third_step(logger):
     logger.log_completions(3, [SAMPLE, {**SAMPLE, "advantage": -0.5}])
     log_step(logger, 3, loss__kl=3 / 7)
     log_evaluation(logger, 3, 0.2)
 
 
-def assert_same(run: dict[str, Any], run_dir: Path) -> None:
+def assert_same(run, run_dir):
     """W&B's run has each row of the files once, in the order of the run, with its number."""
     rows = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
     rows.sort(key=lambda row: row["counter/rollout_step"])
@@ -147,19 +143,16 @@ HISTOGRAMS = [
 ]
 
 
-def upload(command: str, folder: Path) -> None:
+def upload(command, folder):
     wandb.teardown()  # else the command looks for this process's service
     command = f"{Path(sys.executable).parent}/{command}"
     subprocess.run(command, shell=True, check=True, capture_output=True, cwd=folder)  # writes ./wandb/logs
 
 
-# --- offline ---
-
-
 @pytest.mark.slow  # `wandb sync`
 def test_what_is_uploaded_of_an_offline_run_is_what_the_files_are_also_after_a_resume(
-    tmp_path: Path, open_logger: Open, server: Server
-) -> None:
+    tmp_path, open_logger, server
+):
     run_dir = tmp_path / "run"
     half_a_run(open_logger(run_dir, "offline"))
     location = the_other_half(open_logger(run_dir, "offline", 2))
@@ -193,8 +186,8 @@ def test_what_is_uploaded_of_an_offline_run_is_what_the_files_are_also_after_a_r
 
 @pytest.mark.slow
 def test_a_file_that_a_full_disk_may_have_cut_short_is_told_of_and_a_command_writes_it_anew(
-    tmp_path: Path, open_logger: Open, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, open_logger, caplog, capsys
+):
     """And one of a run that was killed, which has written none."""
     with mounted(tmp_path / "disk", "2m") as disk:
         with open_logger(disk / "run", "offline") as logger:
@@ -218,8 +211,8 @@ def test_a_file_that_a_full_disk_may_have_cut_short_is_told_of_and_a_command_wri
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_after_its_upload_or_its_server_is_another_and_whole(
-    tmp_path: Path, open_logger: Open, server: Server
-) -> None:
+    tmp_path, open_logger, server
+):
     half_a_run(open_logger(tmp_path / "offline", "offline"))
     upload(f"wandb sync {tmp_path}/offline/wandb/offline-run-*", tmp_path)
     half_a_run(open_logger(tmp_path / "online", "online"))
@@ -231,13 +224,8 @@ def test_a_run_that_goes_on_after_its_upload_or_its_server_is_another_and_whole(
     assert len(server.runs) == 4
 
 
-# --- online ---
-
-
 @pytest.mark.slow
-def test_online_a_resume_goes_on_in_the_same_run_and_repeats_nothing(
-    tmp_path: Path, open_logger: Open, server: Server
-) -> None:
+def test_online_a_resume_goes_on_in_the_same_run_and_repeats_nothing(tmp_path, open_logger, server):
     run_dir = tmp_path / "run"
     half_a_run(open_logger(run_dir, "online"))
     [(wandb_id, run)] = server.runs.items()
@@ -252,8 +240,8 @@ def test_online_a_resume_goes_on_in_the_same_run_and_repeats_nothing(
 
 @pytest.mark.slow
 def test_online_a_server_that_lost_rows_or_the_run_gets_them_and_every_run_has_an_id_of_its_own(
-    tmp_path: Path, open_logger: Open, server: Server
-) -> None:
+    tmp_path, open_logger, server
+):
     """The same configuration of two people, two sweeps, or again with overwrite=true: W&B would mix them."""
     half_a_run(open_logger(tmp_path / "run", "online"))
     [run] = server.runs.values()
@@ -272,8 +260,8 @@ def test_online_a_server_that_lost_rows_or_the_run_gets_them_and_every_run_has_a
 
 @pytest.mark.slow
 def test_training_goes_on_when_the_process_of_wandb_dies_and_nothing_is_lost(
-    tmp_path: Path, open_logger: Open, server: Server, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, open_logger, server, caplog
+):
     with open_logger(tmp_path / "run", "online") as logger:
         for step in range(1, 7):
             log_step(logger, step)
@@ -292,12 +280,12 @@ def test_training_goes_on_when_the_process_of_wandb_dies_and_nothing_is_lost(
 
 @pytest.mark.slow
 def test_auto_goes_on_offline_when_the_server_is_away_and_without_a_key_in_silence(
-    tmp_path: Path, open_logger: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tmp_path, open_logger, monkeypatch, caplog,
+    capfd,
+):  # fmt: skip
     genuine, modes = wandb.init, []
 
-    def init(**given: Any) -> Any:
+    def init(**given):
         modes.append(given["mode"])
         if given["mode"] == "online":
             raise wandb.errors.CommError("no route")
@@ -315,18 +303,13 @@ def test_auto_goes_on_offline_when_the_server_is_away_and_without_a_key_in_silen
     assert modes == ["offline", "online", "online", "offline"]
 
 
-def test_a_failure_at_the_end_is_said_and_no_more(
-    tmp_path: Path,
-    open_logger: Open,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_failure_at_the_end_is_said_and_no_more(tmp_path, open_logger, monkeypatch, caplog):
     monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
     half_a_run(open_logger(tmp_path / "run", "offline"))
     assert "W&B's run is not complete (division by zero); the files have all of it" in caplog.text
 
 
-def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch):
     assert resolve_mode("auto") == "offline"
     (tmp_path / "netrc").write_text(f"machine other.example login user password {KEY}\n")
     assert not has_key()
@@ -342,10 +325,7 @@ def test_auto_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Monk
         resolve_mode("onlin")
 
 
-# --- on this machine ---
-
-
-def test_tensorboard_has_the_files_also_after_a_resume(tmp_path: Path, open_logger: Open) -> None:
+def test_tensorboard_has_the_files_also_after_a_resume(tmp_path, open_logger):
     run_dir = tmp_path / "run"
     half_a_run(open_logger(run_dir, "disabled", tracker="tensorboard"))
     logger = open_logger(run_dir, "disabled", 2, tracker="tensorboard")
@@ -364,8 +344,8 @@ def test_tensorboard_has_the_files_also_after_a_resume(tmp_path: Path, open_logg
 
 
 def test_trackio_has_the_files_also_after_a_resume_and_says_nothing(
-    tmp_path: Path, open_logger: Open, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, open_logger, monkeypatch, capfd
+):
     run_dir = tmp_path / "run"
     for name, value in (("TRACKIO_DIR", str(tmp_path / "trackio")), ("TRACKIO_SPACE_ID", "someone/space")):
         monkeypatch.setenv(name, value)
@@ -390,12 +370,8 @@ def test_trackio_has_the_files_also_after_a_resume_and_says_nothing(
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
 def test_a_tracker_that_fails_is_one_warning_and_its_run_is_written_at_the_end(
-    tracker: str,
-    tmp_path: Path,
-    open_logger: Open,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tracker, tmp_path, open_logger, monkeypatch, caplog
+):
     sinks: list[Any] = []
 
     class Sink:
@@ -403,16 +379,16 @@ def test_a_tracker_that_fails_is_one_warning_and_its_run_is_written_at_the_end(
 
         there, location = 0, "somewhere"
 
-        def __init__(self, *_: object) -> None:
+        def __init__(self, *_):
             self.rows: list[int] = []
             sinks.append(self)
 
-        def log(self, number: int, *_: object) -> None:
+        def log(self, number, *_):
             if len(sinks) == 1 and number == 1:
                 raise RuntimeError("it is gone")
             self.rows.append(number)
 
-        def finish(self, *_: object) -> None:
+        def finish(self, *_):
             pass
 
     monkeypatch.setattr("capo_exp.runs.trackers.open_sink", Sink)
@@ -424,9 +400,7 @@ def test_a_tracker_that_fails_is_one_warning_and_its_run_is_written_at_the_end(
     ]
 
 
-def test_a_tracker_that_is_not_installed_is_one_line(
-    composed: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_is_not_installed_is_one_line(composed, monkeypatch):
     monkeypatch.setattr("capo_exp.config.checks.find_spec", lambda _: None)
     with pytest.raises(
         ConfigError, match=r'^logger=trackio: .* pip install "capo_exp\[trackio\]"; or logger=files$'

@@ -2,18 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from capo_exp.config.errors import ConfigError, RunFailed
-from capo_exp.config.schema import TrainConfig
 from capo_exp.grading import GradingFailed
 from capo_exp.rollout import EngineFailed
 from capo_exp.runs.identity import run_dir
@@ -27,8 +24,6 @@ from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.session import Session
 from tests.pieces import logged, run_one_step
 
-Compose = Callable[..., TrainConfig]
-
 SMALL = [
     "logger=files", "num_steps=3", "regime.prompts_per_step=3", "regime.group_size=4",
     "evaluation.num_problems=6", "dataset.max_completion_tokens=16", "checkpoint.every=2",
@@ -38,21 +33,20 @@ SMALL = [
 
 
 @pytest.fixture
-def small(composed: Compose, tmp_path: Path) -> Compose:
+def small(composed, tmp_path):
     return lambda *overrides: composed(*SMALL, f"output_dir={tmp_path}", *overrides)
 
 
 @pytest.fixture(scope="module")
-def whole(composed: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of `small()`, run to its end without a break, off the main thread; nobody writes into
-    it, and what other tests run again has its numbers."""
+def whole(composed, tmp_path_factory):
+    """The directory of `small()`, run to its end off the main thread; nobody writes into it."""
     config = composed(*SMALL, f"output_dir={tmp_path_factory.mktemp('whole')}")
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(train.run, config).result()
 
 
 @pytest.fixture
-def finished(whole: Path, tmp_path: Path) -> Path:
+def finished(whole, tmp_path):
     """A copy of it, where `small()` looks for its run."""
     return Path(shutil.copytree(whole, tmp_path / whole.parent.name / whole.name))
 
@@ -75,7 +69,7 @@ CONTRACT = [
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
+def test_a_run_leaves_what_the_contract_says(whole):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["counter/rollout_step"] for row in rows] == [1, 2, 3]
     assert [row["counter/completions"] for row in rows] == [12, 24, 36]
@@ -95,7 +89,7 @@ def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_repeated_unless_asked(finished: Path, small: Compose) -> None:
+def test_a_finished_run_is_not_repeated_unless_asked(finished, small):
     before = (finished / "metrics.jsonl").read_bytes()
     assert train.run(small()) == finished
     assert (finished / "metrics.jsonl").read_bytes() == before
@@ -104,7 +98,7 @@ def test_a_finished_run_is_not_repeated_unless_asked(finished: Path, small: Comp
     assert len(logged(finished / "metrics.jsonl")) == 3
 
 
-def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose) -> None:
+def test_a_run_does_not_go_on_with_other_problems(finished, small):
     record = json.loads((finished / "run.json").read_text())
     changed = record | {"status": "interrupted", "data": "0123456789abcdef"}
     (finished / "run.json").write_text(json.dumps(changed))
@@ -113,7 +107,7 @@ def test_a_run_does_not_go_on_with_other_problems(finished: Path, small: Compose
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_the_precision_that_it_began_with(finished: Path, small: Compose) -> None:
+def test_a_run_goes_on_in_the_precision_that_it_began_with(finished, small):
     """Whatever `auto` is on this machine."""
     record, row = (finished / "run.json").read_text(), logged(finished / "metrics.jsonl")[-1]
     for dtype, same in (("float16 is none", True), ("bfloat16", False)):
@@ -128,7 +122,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(finished: Path, small
 
 
 @pytest.mark.slow
-def test_inner_iterations_are_one_line_each(small: Compose) -> None:
+def test_inner_iterations_are_one_line_each(small):
     config = small("algo=grpo", "algo.num_iterations=3", "dataset.max_completion_tokens=64")
     rows = logged(train.run(config) / "metrics.jsonl")
     assert [row["counter/optimizer_step"] for row in rows] == list(range(1, 10))
@@ -138,7 +132,7 @@ def test_inner_iterations_are_one_line_each(small: Compose) -> None:
     assert rows[3]["policy/ratio_max"] == 1.0 < rows[4]["policy/ratio_max"]
 
 
-def test_a_bad_input_leaves_no_directory(composed: Compose, tmp_path: Path) -> None:
+def test_a_bad_input_leaves_no_directory(composed, tmp_path):
     for said, *wrong in (
         ("nowhere", "dataset=math", "dataset.path=./nowhere"),
         ("nowhere", "model.path=./nowhere"),
@@ -152,16 +146,16 @@ def test_a_bad_input_leaves_no_directory(composed: Compose, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", [EngineFailed, GradingFailed])
 def test_an_evaluation_that_the_engine_or_the_verifier_failed_in_is_made_up_for(
-    whole: Path, small: Compose, monkeypatch: pytest.MonkeyPatch, failure: type[RunFailed]
-) -> None:
+    whole, small, monkeypatch, failure
+):
     """Before the first step, in between and after the last: the run goes on to what an unbroken one has."""
     calls, evaluate = [], train.evaluate_policy
 
-    def fails_first(*args: object, **kwargs: object) -> dict[str, float]:
+    def fails_first(*args, **kwargs):
         calls.append(len(calls))
         if calls[-1] % 2 == 0:
             raise failure("vLLM: sampling for 6 prompts: its process ended with exit code -9")
-        return evaluate(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+        return evaluate(*args, **kwargs)
 
     monkeypatch.setattr(train, "evaluate_policy", fails_first)
     for kept in ("nothing was trained yet", "step 2 is saved", "step 3 is saved"):
@@ -174,14 +168,12 @@ def test_an_evaluation_that_the_engine_or_the_verifier_failed_in_is_made_up_for(
 
 
 @pytest.mark.slow
-def test_what_fails_right_after_a_resume_leaves_the_checkpoint_alone(
-    small: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_right_after_a_resume_leaves_the_checkpoint_alone(small, monkeypatch):
     """To write it again would remove it first."""
     config = small("checkpoint.every=1")
     run_one_step(config)
 
-    def fails(*_: object, **__: object) -> None:
+    def fails(*_, **__):
         raise EngineFailed("vLLM: it did not start")
 
     monkeypatch.setattr(rollout_step, "sample_rollout", fails)
@@ -191,16 +183,16 @@ def test_what_fails_right_after_a_resume_leaves_the_checkpoint_alone(
 
 
 @pytest.mark.slow
-def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_any_reward_ends_early(small, monkeypatch):
     """Also if the engine fails on the way; figures see the steps that were left out."""
     config = small("algo=grpo", "num_steps=9", "stop_after_unrewarded=3", "dataset.max_completion_tokens=1")
     calls, draw = [], rollout_step.sample_rollout
 
-    def fails_once(*args: object, **kwargs: object) -> object:
+    def fails_once(*args, **kwargs):
         calls.append(len(calls))
         if calls[-1] == 2:
             raise EngineFailed("vLLM: its process ended with exit code -9")
-        return draw(*args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return draw(*args, **kwargs)
 
     monkeypatch.setattr(rollout_step, "sample_rollout", fails_once)
     with pytest.raises(EngineFailed, match="step 2 is saved"):
@@ -221,8 +213,8 @@ def test_a_run_without_any_reward_ends_early(small: Compose, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_reward_starts_the_count_again_and_what_a_penalty_can_bring_back_is_not_given_up(
-    small: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    small, monkeypatch
+):
     draw, rewarded = rollout_step.sample_rollout, iter([False, True, False, False])
     monkeypatch.setattr(
         rollout_step, "sample_rollout", lambda *a, **k: replace(draw(*a, **k), rewarded=next(rewarded))
@@ -231,10 +223,10 @@ def test_a_reward_starts_the_count_again_and_what_a_penalty_can_bring_back_is_no
     assert [row["counter/unrewarded_steps"] for row in run.metrics] == [1, 0, 1, 2]
 
 
-def test_weights_that_are_not_finite_are_never_saved(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_never_saved(small, monkeypatch):
     genuine = Learner.apply
 
-    def apply(self: Learner, *args: Any) -> dict[str, float]:
+    def apply(self, *args):
         metrics = genuine(self, *args)
         next(iter(self.model.parameters())).data[0] = float("nan")
         return metrics
@@ -246,8 +238,8 @@ def test_weights_that_are_not_finite_are_never_saved(small: Compose, monkeypatch
     assert not list((run_dir(config) / "checkpoints").iterdir())
 
 
-def test_gpu_memory_that_runs_out_names_the_keys(small: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
+def test_gpu_memory_that_runs_out_names_the_keys(small, monkeypatch):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     monkeypatch.setattr(rollout_step, "assign_credit", full)
@@ -257,13 +249,11 @@ def test_gpu_memory_that_runs_out_names_the_keys(small: Compose, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_divergence_names_the_step_and_a_checkpoint_from_before_the_trouble(
-    small: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divergence_names_the_step_and_a_checkpoint_from_before_the_trouble(small, monkeypatch):
     config = small("algo=grpo", "checkpoint.every=1")
     genuine = rollout_step.assign_credit
 
-    def poisoned(*args: object, **kwargs: object) -> object:
+    def poisoned(*args, **kwargs):
         batch, metrics = genuine(*args, **kwargs)
         poisoned.calls += 1
         if poisoned.calls == 3:

@@ -1,19 +1,14 @@
 """Loss and gradient of the methods that TRL has, too, against TRL's function (`pip install -e .[bench]`)."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from capo_exp.algorithms.opsm import mask_negative
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.surrogates import to_sampler
-from capo_exp.config.schema import TrainConfig
-from capo_exp.core.types import Batch
-from capo_exp.training.learner import Learner
 from tests.pieces import gradients, inputs_of, run_updates, with_step
 from tests.test_methods import loss_and_gradient, off_policy
 
@@ -34,7 +29,7 @@ CASES = {
 """Ours -> TRL's loss_type, its level, a spread of log-ratios at which bounds act, its numbers."""
 
 
-def trl_loss(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+def trl_loss(batch, name):
     """What TRL's _compute_loss makes of log-probs [B, T], on a trainer that holds nothing but its numbers."""
     from trl.experimental.gmpo import GMPOTrainer
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -61,7 +56,7 @@ def trl_loss(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
         "advantages": advantages[:, 0], "old_per_token_logps": old, "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     kind = GMPOTrainer if loss_type == "gmpo" else GRPOTrainer
-    loss = kind._compute_loss(trainer, None, inputs)  # pyright: ignore
+    loss = kind._compute_loss(trainer, None, inputs)
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0]
 
 
@@ -70,24 +65,22 @@ class Alone:
 
     num_processes, device = 1, torch.device("cpu")
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values):
         return values
 
     gather_for_metrics = gather
 
-    def reduce(self, values: Tensor, reduction: str) -> Tensor:
+    def reduce(self, values, reduction):
         return values
 
 
 class Ignored(dict[str, list[float]]):
-    def __missing__(self, key: str) -> list[float]:
+    def __missing__(self, key):
         return []
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient_are_trls(
-    name: str, composed: Callable[..., TrainConfig], random_batch: Callable[..., Batch]
-) -> None:
+def test_loss_and_gradient_are_trls(name, composed, random_batch):
     batch = random_batch(rows=16)
     algorithm = build_algorithm(composed(f"algo={name}", "dataset.max_completion_tokens=96").algo)
     loss, gradient, _ = loss_and_gradient(algorithm, batch, CASES[name][2])
@@ -95,7 +88,7 @@ def test_loss_and_gradient_are_trls(
     torch.testing.assert_close((loss, gradient), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_the_off_policy_mask_is_trls(random_batch: Callable[..., Batch]) -> None:
+def test_the_off_policy_mask_is_trls(random_batch):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     batch = random_batch(rows=32)
@@ -108,7 +101,7 @@ def test_the_off_policy_mask_is_trls(random_batch: Callable[..., Batch]) -> None
     assert torch.equal(got, mask & expected.bool()) and 0 < expected.sum() < 32
 
 
-def test_dpo_is_trls(learner: Callable[..., Learner], random_batch: Callable[..., Batch]) -> None:
+def test_dpo_is_trls(learner, random_batch):
     """Loss, and gradient of the weights; TRL's batch has the better ones first, and then the worse ones."""
     from trl.trainer.dpo_trainer import DPOTrainer, add_fused_lm_head
 
@@ -131,7 +124,7 @@ def test_dpo_is_trls(learner: Callable[..., Learner], random_batch: Callable[...
         "completion_mask": torch.nn.functional.pad(batch.completion_mask.long(), (prompts, 0))[order],
     }  # fmt: skip
     ours.model.train()
-    loss = DPOTrainer._compute_loss(trainer, ours.model, inputs, False)  # pyright: ignore
+    loss = DPOTrainer._compute_loss(trainer, ours.model, inputs, False)
     expected = torch.autograd.grad(loss, list(ours.model.parameters()))
     assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(loss.item(), abs=1e-6)
     torch.testing.assert_close(gradients(ours, batch), list(expected), rtol=1e-5, atol=1e-6)

@@ -1,7 +1,5 @@
-"""The optimiser steps of one rollout step: passes, minibatches, old log-probs, rate; and for every algorithm
-what must not crash it."""
+"""The optimiser steps of one rollout step; and for every algorithm what must not crash it."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from math import isfinite
@@ -11,29 +9,16 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from capo_exp.core.batch import minibatches
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, RolloutGroup
-from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.metrics import check_known
-from capo_exp.training.learner import Learner
-from capo_exp.training.rollout_step import Rollout, assign_credit, sample_rollout, take_updates
+from capo_exp.training.rollout_step import assign_credit, sample_rollout, take_updates
 from capo_exp.training.sampler import remember_reference
 from tests.conftest import ALGORITHMS
-from tests.pieces import (
-    completion,
-    groups_of,
-    run_updates,
-    same_weights,
-    sampler_of,
-    take_step,
-    weights,
-)
-
-Make = Callable[..., Learner]
-Batches = Callable[..., Batch]
+from tests.pieces import completion, groups_of, run_updates, same_weights, sampler_of, take_step, weights
 
 
 @pytest.mark.parametrize(
@@ -41,7 +26,7 @@ Batches = Callable[..., Batch]
     [([0, 0, 1, 1], 1, [4]), ([0, 1] * 4, 4, [2] * 4), ([0] * 10, 4, [3, 3, 2, 2]), ([0, 0], 4, [1, 1]),
      ([0, 1, 2, 0, 1, 2, 3, 3], 4, [2] * 4), ([0, 1, 2, 0, 1, 2], 2, [4, 2])],
 )  # fmt: skip
-def test_minibatches_are_a_partition(groups: list[int], count: int, sizes: list[int]) -> None:
+def test_minibatches_are_a_partition(groups, count, sizes):
     """Of whole groups where there are as many, since an average over a prompt wants all its completions."""
     group_ids = torch.tensor(groups)
     parts = minibatches(group_ids, count, seed=3)
@@ -54,20 +39,20 @@ def test_minibatches_are_a_partition(groups: list[int], count: int, sizes: list[
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
-def test_one_minibatch_keeps_the_order_and_several_are_drawn_anew() -> None:
+def test_one_minibatch_keeps_the_order_and_several_are_drawn_anew():
     alone = torch.arange(40)
     assert minibatches(alone[:5], 1, seed=0)[0].tolist() == list(range(5))
     first, second = ([part.tolist() for part in minibatches(alone, 2, seed)] for seed in (0, 1))
     assert first != second and first[0] != list(range(20))
 
 
-def rows_of(ours: Learner, batch: Batch, step: int = 1) -> tuple[list[list[int]], list[dict[str, float]]]:
+def rows_of(ours, batch, step=1):
     """The rows and the metrics of each optimiser step."""
     done = list(take_updates(ours, batch, step=step))
     return [u.rows.tolist() for u in done], [u.metrics for u in done]
 
 
-def test_each_pass_sees_every_row_once_in_another_order(learner: Make, random_batch: Batches) -> None:
+def test_each_pass_sees_every_row_once_in_another_order(learner, random_batch):
     cut = ["algo=grpo", "algo.num_iterations=2", "algo.num_minibatches=4"]
     ours = learner(*cut)
     rows, metrics = rows_of(ours, random_batch())
@@ -82,11 +67,8 @@ def test_each_pass_sees_every_row_once_in_another_order(learner: Make, random_ba
 
 
 @pytest.mark.parametrize(("iterations", "cuts"), [(1, 4), (2, 2)])
-def test_old_log_probs_are_those_at_sampling(
-    learner: Make, random_batch: Batches, iterations: int, cuts: int
-) -> None:
-    """The ratio is 1 in the first optimiser step alone, and in the last pass still refers to the weights that
-    sampled."""
+def test_old_log_probs_are_those_at_sampling(learner, random_batch, iterations, cuts):
+    """The ratio is 1 in the first optimiser step alone; in the last pass it still refers to what sampled."""
     numbers = (f"algo.num_iterations={iterations}", f"algo.num_minibatches={cuts}")
     ours, batch = learner("algo=grpo", *numbers, "regime.learning_rate=1e-3"), random_batch()
     sampled = ours.log_probs(batch)
@@ -101,7 +83,7 @@ def test_old_log_probs_are_those_at_sampling(
         assert torch.equal(update.record.batch.input_ids, batch.input_ids[update.rows])
 
 
-def test_a_minibatch_is_an_optimiser_step_of_its_own(learner: Make, random_batch: Batches) -> None:
+def test_a_minibatch_is_an_optimiser_step_of_its_own(learner, random_batch):
     """Four of two rows = four learner steps on those rows alone, with the old log-probs of the start."""
     cut = ["algo=cpgd", "algo.num_minibatches=4", "regime.learning_rate=1e-3"]
     ours, by_hand, batch = learner(*cut), learner(*cut), random_batch()
@@ -112,9 +94,7 @@ def test_a_minibatch_is_an_optimiser_step_of_its_own(learner: Make, random_batch
 
 
 @pytest.mark.parametrize(("iterations", "cuts"), [(1, 1), (2, 4)])
-def test_the_schedule_ends_with_the_last_optimiser_step(
-    learner: Make, random_batch: Batches, iterations: int, cuts: int
-) -> None:
+def test_the_schedule_ends_with_the_last_optimiser_step(learner, random_batch, iterations, cuts):
     """Linear from 1e-3 to 0 over 2 rollout steps: optimiser step k of n runs at (1 - k / n)."""
     ours = learner(
         "algo=grpo", f"algo.num_iterations={iterations}", f"algo.num_minibatches={cuts}", "num_steps=2",
@@ -128,7 +108,7 @@ def test_the_schedule_ends_with_the_last_optimiser_step(
 
 
 @pytest.mark.parametrize("denominator", ["all", "kept"])
-def test_a_filter_and_minibatches_together(learner: Make, random_batch: Batches, denominator: str) -> None:
+def test_a_filter_and_minibatches_together(learner, random_batch, denominator):
     """Rows 1, 4 and 6 have an advantage; row 2 is the first of a prompt that has none. A minibatch sees those
     of its share that pass; a share without any is no step. Its loss averages over the 2 rows of the share, or
     over those that pass."""
@@ -151,7 +131,7 @@ def test_a_filter_and_minibatches_together(learner: Make, random_batch: Batches,
 
 
 @pytest.mark.parametrize("total", [33, 52])
-def test_a_warm_up_is_as_long_as_transformers(learner: Make, total: int) -> None:
+def test_a_warm_up_is_as_long_as_transformers(learner, total):
     """A tenth of the steps, rounded up: 52 have 6, at 0, 1/6, ... of the rate."""
     numbers = (f"num_steps={total}", "optimizer.schedule=constant_with_warmup", "optimizer.warmup_ratio=0.1")
     ours = learner("algo=grpo", *numbers, "regime.learning_rate=1.0")
@@ -163,8 +143,6 @@ def test_a_warm_up_is_as_long_as_transformers(learner: Make, total: int) -> None
         ours.optimizer.step()
         ours.schedule.step()
 
-
-# For every algorithm
 
 EQUAL_WRONG = [[0.0] * 4] * 3
 EQUAL_RIGHT = [[1.0] * 4] * 3
@@ -181,10 +159,10 @@ CASES = {
 class Given:
     """An engine that hands out groups made before."""
 
-    def __init__(self, groups: list[RolloutGroup]) -> None:
+    def __init__(self, groups):
         self.groups = groups
 
-    def generate(self, request: SamplingRequest) -> list[RolloutGroup]:
+    def generate(self, request):
         """What is sampled beside the step's own completions earns a half."""
         if request.group_size == len(self.groups[0].completions):
             return self.groups
@@ -193,9 +171,7 @@ class Given:
         return [RolloutGroup(p, (one,) * request.group_size, 0) for p, one in made]
 
 
-def through(
-    learner: Make, algo: str, rewards: list[list[float]], lengths: list[list[int]], *extra: str
-) -> tuple[Learner, Rollout, list[dict[str, float]], Batch]:
+def through(learner, algo, rewards, lengths, *extra):
     """A rollout step on given completions through the real pieces; also what it logs."""
     ours = learner(
         f"algo={algo}", "regime.prompts_per_step=3", "regime.group_size=4", "model.micro_batch_size=4",
@@ -217,16 +193,14 @@ def through(
     return ours, drawn, logged, batch
 
 
-def is_part(part: dict[str, object], function: str) -> bool:
+def is_part(part, function):
     return str(part["_target_"]).endswith(f".{function}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_nothing_crashes_an_algorithm_and_it_is_counted(
-    learner: Make, small_model: PreTrainedModel, algo: str, case: str
-) -> None:
+def test_nothing_crashes_an_algorithm_and_it_is_counted(learner, small_model, algo, case):
     rewards, lengths, extra = CASES[case]
     extra = [*extra, "algo.reference_samples=2"] if algo == "direct_advantage_po" else extra
     ours, drawn, logged, batch = through(learner, algo, rewards, lengths, *extra)
@@ -260,7 +234,7 @@ def test_nothing_crashes_an_algorithm_and_it_is_counted(
         assert last["selection/filtered_completion_fraction"] == 0.0
 
 
-def test_a_rollout_step_in_which_only_one_group_passed(learner: Make) -> None:
+def test_a_rollout_step_in_which_only_one_group_passed(learner):
     """DAPO trains on that group alone: 4 rows."""
     rewards = [EQUAL_WRONG[0], MIXED[0], EQUAL_WRONG[0]]
     _, drawn, logged, batch = through(learner, "dapo", rewards, LONG, "algo.max_sampling_rounds=1")
@@ -268,7 +242,7 @@ def test_a_rollout_step_in_which_only_one_group_passed(learner: Make) -> None:
     assert logged[-1]["rollout/filtered_group_fraction"] == pytest.approx(2 / 3)
 
 
-def test_an_all_equal_group_teaches_nothing(learner: Make) -> None:
+def test_an_all_equal_group_teaches_nothing(learner):
     """Its rows have exactly no advantage, also after shaping by a penalty that all pay alike."""
     rewards: list[list[float]] = [[0.1] * 4, MIXED[0], [0.7] * 4]
     same: list[list[int]] = [[3] * 4] * 3

@@ -6,29 +6,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import requests
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import Rule
-from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
-from capo_exp.core.types import Batch, Prompt, RolloutGroup
 from capo_exp.data.prompts import render_prompts
 from capo_exp.distributed.sharding import local, shard
 from capo_exp.distributed.world import SINGLE, World
@@ -63,7 +58,7 @@ EAGER = "rollout.engine.enforce_eager=true"
 class Setup:
     """The tiny model, its prompts, and a running engine."""
 
-    def __init__(self, config: TrainConfig, directory: Path, world: World = SINGLE) -> None:
+    def __init__(self, config, directory, world=SINGLE):
         self.config = config
         self.directory = directory
         self.tokenizer = policy.load_tokenizer(config.model)
@@ -74,52 +69,52 @@ class Setup:
         self.engine: VLLMRollout = build(self.model, self.tokenizer, torch.float32, world)
         self.version = 0
 
-    def __enter__(self) -> "Setup":
+    def __enter__(self):
         self.engine.start(self.directory, self.prompts)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.engine.close()
 
-    def sample(self, prompts: list[Prompt] | None = None, **changes: object) -> list[RolloutGroup]:
+    def sample(self, prompts=None, **changes):
         return self.engine.generate(self.request(prompts, **changes))
 
-    def request(self, prompts: list[Prompt] | None = None, **changes: object) -> SamplingRequest:
+    def request(self, prompts=None, **changes):
         asked = SamplingRequest(prompts or self.prompts, 4, 48, 0.7, 0, 1.0, 3, self.version)
-        return replace(asked, **changes)  # pyright: ignore[reportArgumentType]
+        return replace(asked, **changes)
 
-    def learn(self) -> None:
+    def learn(self):
         """Moves the weights as an optimiser step of a very high rate would."""
         for parameter in self.model.parameters():
             parameter.data.add_(0.02 * torch.randn_like(parameter))
         self.version += 1
 
 
-def batch_of(groups: list[RolloutGroup]) -> Batch:
+def batch_of(groups):
     return collate(groups, pad_token_id=0, device=torch.device("cpu"))
 
 
-def differences(setup: Setup, groups: list[RolloutGroup], temperature: float = 1.0) -> Tensor:
+def differences(setup, groups, temperature=1.0):
     batch = batch_of(groups)
     own = policy.log_probs(setup.model, batch, policy.ForwardSettings(temperature, 1000, torch.float32))
     return (own - batch.sampler_log_probs).abs()[batch.completion_mask]
 
 
-def tokens(groups: list[RolloutGroup]) -> list[tuple[int, ...]]:
+def tokens(groups):
     return [completion.token_ids for group in groups for completion in group.completions]
 
 
-def nearly_the_same(expected: list[tuple[int, ...]], found: list[tuple[int, ...]]) -> bool:
+def nearly_the_same(expected, found):
     pairs = [(a, b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other)]  # noqa: B905
     return sum(a == b for a, b in pairs) >= 0.99 * sum(map(len, expected))
 
 
-def compose_vllm(*overrides: str) -> TrainConfig:
+def compose_vllm(*overrides):
     return compose_config("rollout=vllm", SMALL_KV, *overrides)
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+def running(tmp_path_factory):
     """An engine process that all tests share which leave it alive; closed, it is gone."""
     config = compose_vllm(SHORT, EAGER)
     with Setup(config, tmp_path_factory.mktemp("vllm")) as setup:
@@ -131,18 +126,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+def served(tmp_path_factory):
     """A server of the run's own, whose training rollouts are cut by top_k."""
     config = compose_vllm("rollout.server_url=start", "rollout.top_k=5", EAGER)
     with Setup(config, tmp_path_factory.mktemp("server")) as setup:
         yield setup
 
 
-# What it samples
-
-
 @needs_vllm
-def test_sampled_log_probs_are_the_learners(running: Setup) -> None:
+def test_sampled_log_probs_are_the_learners(running):
     for temperature in (0.7, 1.0):
         groups = running.sample(temperature=temperature)
         assert differences(running, groups, temperature).max() < 1e-4
@@ -150,7 +142,7 @@ def test_sampled_log_probs_are_the_learners(running: Setup) -> None:
 
 
 @needs_vllm
-def test_the_seed_decides_the_tokens(running: Setup) -> None:
+def test_the_seed_decides_the_tokens(running):
     first, again, other = running.sample(), running.sample(), running.sample(seed=4)
     assert [group.completions for group in first] == [group.completions for group in again]
     assert tokens(first) != tokens(other)
@@ -159,7 +151,7 @@ def test_the_seed_decides_the_tokens(running: Setup) -> None:
 
 
 @needs_vllm
-def test_completions_end_at_the_end_token_or_the_limit(running: Setup) -> None:
+def test_completions_end_at_the_end_token_or_the_limit(running):
     end = running.tokenizer.eos_token_id
     groups = running.sample(max_tokens=24, group_size=8, temperature=1.0)
     seen = [completion for group in groups for completion in group.completions]
@@ -175,7 +167,7 @@ def test_completions_end_at_the_end_token_or_the_limit(running: Setup) -> None:
 
 
 @needs_vllm
-def test_completions_go_on_from_where_they_were_cut(running: Setup) -> None:
+def test_completions_go_on_from_where_they_were_cut(running):
     """As budgets and values of states ask; what had begun has no log-probs of this call."""
     ask = {"temperature": 0.0, "group_size": 2}
     whole = tokens(running.sample(**ask))[::2]
@@ -196,7 +188,7 @@ def test_completions_go_on_from_where_they_were_cut(running: Setup) -> None:
 
 
 @needs_vllm
-def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> None:
+def test_prompts_longer_together_than_a_batch_of_the_engine(running):
     """vLLM's CPU build fails where a seeded request's prompt is computed in two parts."""
     first = running.prompts[0]
     many = [replace(first, token_ids=(5 + i % 90, 6 + i // 90, *first.token_ids * 8)) for i in range(200)]
@@ -205,13 +197,13 @@ def test_prompts_longer_together_than_a_batch_of_the_engine(running: Setup) -> N
     assert [group.prompt for group in groups] == many
 
 
-def fail_to_take(engine: Any, method: str, **_: Any) -> Any:
+def fail_to_take(engine, method, **_):
     if not isinstance(engine, Elsewhere) and method == "start_weight_update":
         raise EngineFailed("no weights today")
     return True
 
 
-def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str, Tensor]) -> None:
+def share_engine(rank, folder, config, weights):
     """One of two processes with a sharded model and an engine of the first one's, which shares it."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=200)
@@ -242,9 +234,8 @@ def share_engine(rank: int, folder: Path, config: TrainConfig, weights: dict[str
 
 
 @needs_vllm
-def test_two_processes_share_an_engine(running: Setup, tmp_path: Path) -> None:
-    """It holds the weights that both have gathered, and samples what an engine of one part does; both learn
-    that it takes no weights, or that a transfer is lost."""
+def test_two_processes_share_an_engine(running, tmp_path):
+    """It samples what an engine of one part does; both learn that it takes no weights, or loses them."""
     shared = compose_vllm(SHORT, EAGER, "rollout.engine.tensor_parallel_size=2")
     together(2, share_engine, tmp_path, shared, running.model.state_dict())
     first, second = (torch.load(tmp_path / f"groups_{rank}.pt", weights_only=False) for rank in range(2))
@@ -252,16 +243,13 @@ def test_two_processes_share_an_engine(running: Setup, tmp_path: Path) -> None:
     assert nearly_the_same(tokens([*running.sample(), *running.sample(seed=4)]), tokens(first))
 
 
-# Whose weights
-
-
-def lose_weights(patch: pytest.MonkeyPatch, setup: Setup) -> None:
+def lose_weights(patch, setup):
     for call in ("start_weight_update", "update_weights", "finish_weight_update"):
         patch.setattr(WeightClient, call, lambda *_: None)
 
 
 @needs_vllm
-def test_new_weights_reach_the_engine_with_an_empty_prefix_cache(running: Setup) -> None:
+def test_new_weights_reach_the_engine_with_an_empty_prefix_cache(running):
     """The long prompt's cached keys and values of the old weights would show in the log-probs."""
     long = replace(running.prompts[0], token_ids=running.prompts[0].token_ids * 24)
     assert len(long.token_ids) > 256  # two blocks of the CPU's cache
@@ -278,7 +266,7 @@ def test_new_weights_reach_the_engine_with_an_empty_prefix_cache(running: Setup)
 
 
 @needs_vllm
-def test_stale_weights_stop_the_run(running: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_weights_stop_the_run(running, monkeypatch):
     """The transfer is lost; the engine goes on with the weights it has."""
     running.sample()
     running.learn()
@@ -296,13 +284,11 @@ def test_stale_weights_stop_the_run(running: Setup, monkeypatch: pytest.MonkeyPa
 
 
 @needs_vllm
-def test_stale_weights_are_seen_however_small_the_difference(
-    running: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stale_weights_are_seen_however_small_the_difference(running, monkeypatch):
     """As in bfloat16, where rounding hides a step of a low rate: the engine's do not move at all."""
     running.sample()
     with torch.no_grad():
-        running.model.get_input_embeddings().weight[:, 0] += 1e-3  # pyright: ignore[reportIndexIssue]
+        running.model.get_input_embeddings().weight[:, 0] += 1e-3
     running.version += 1
     with monkeypatch.context() as patch:
         lose_weights(patch, running)
@@ -316,7 +302,7 @@ def test_stale_weights_are_seen_however_small_the_difference(
 
 
 @needs_vllm
-def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
+def test_completions_of_another_version_stop_the_run(running):
     running.sample()
     running.engine.running().call("update_weight_version", new_version="999")
     with pytest.raises(EngineFailed, match=r"sampled with weights \['999'\]: expected"):
@@ -324,11 +310,8 @@ def test_completions_of_another_version_stop_the_run(running: Setup) -> None:
     running.version += 1  # which is sent, and so is its name
 
 
-# Behind HTTP
-
-
 @needs_vllm
-def test_a_server_samples_what_the_learner_scores(served: Setup) -> None:
+def test_a_server_samples_what_the_learner_scores(served):
     """Also with top_k: its log-probs are those before the cut, as the learner's."""
     groups = served.sample(temperature=1.0, top_k=5)
     assert differences(served, groups).max() < 1e-4
@@ -342,9 +325,7 @@ def test_a_server_samples_what_the_learner_scores(served: Setup) -> None:
 
 
 @needs_vllm
-def test_new_weights_reach_a_server_and_stale_ones_are_seen(
-    served: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_weights_reach_a_server_and_stale_ones_are_seen(served, monkeypatch):
     served.sample()
     served.learn()
     assert differences(served, served.sample(temperature=1.0)).max() < 1e-4
@@ -356,7 +337,7 @@ def test_new_weights_reach_a_server_and_stale_ones_are_seen(
 
 
 @needs_vllm
-def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
+def test_a_server_is_found_by_its_url(served, tmp_path):
     """As one that the user started; a second learner then sends its own weights."""
     server = served.engine.running()
     assert isinstance(server, Server)
@@ -371,7 +352,7 @@ def test_a_server_is_found_by_its_url(served: Setup, tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_a_server_that_dies_is_named(served: Setup) -> None:
+def test_a_server_that_dies_is_named(served):
     """The last test of this server."""
     served.learn()  # others have sent theirs
     served.sample()
@@ -393,7 +374,7 @@ print("ready", flush=True); sys.stdin.read()
 """
 
 
-def test_a_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_a_server_ends_with_a_run_that_is_killed(tmp_path):
     """Nobody is left to close it then."""
     (tmp_path / "stub_server.py").write_text(STUB)
     command, pipe = [sys.executable, "-c", START_SERVER, str(tmp_path), str(ROOT)], subprocess.PIPE
@@ -422,7 +403,7 @@ socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).se
 """
 
 
-def test_a_server_of_the_run_answers_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_the_run_answers_its_user_alone(tmp_path, monkeypatch):
     """At a socket in a folder that nobody else can enter, and not where the path would be too long; it opens
     no port, and its folder goes with it."""
     long = tmp_path / ("x" * 120)
@@ -441,7 +422,7 @@ def test_a_server_of_the_run_answers_its_user_alone(tmp_path: Path, monkeypatch:
     assert not socket_file.parent.exists() and not any(long.iterdir())
 
 
-def listens(pid: int) -> bool:
+def listens(pid):
     """Whether the process or one that it has started has a port open."""
     found = subprocess.run(["pgrep", "-g", str(pid)], capture_output=True, text=True)
     links = {os.readlink(link) for one in found.stdout.split() for link in Path(f"/proc/{one}/fd").iterdir()}
@@ -450,7 +431,7 @@ def listens(pid: int) -> bool:
     return any(row[3] == "0A" and f"socket:[{row[9]}]" in links for row in rows)
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there(tmp_path):
     config = compose_vllm("rollout.server_url=http://127.0.0.1:9", "rollout.engine.start_seconds=0.5")
     with pytest.raises(
         EngineFailed, match=r"no server at http://127.0.0.1:9 within rollout.engine.start_seconds=0.5"
@@ -465,9 +446,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     [("<html>", "JSONDecodeError"), ("{}", "KeyError"), ("", "TypeError"),
      ('{"choices": [{"token_ids": [1], "logprobs": null}], "world_size": null}', "TypeError")],
 )  # fmt: skip
-def test_an_answer_in_another_form_is_the_engines_failure(
-    text: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_in_another_form_is_the_engines_failure(text, missing, tmp_path, monkeypatch):
     """As of another version of vLLM: what was learned is saved then."""
     answer = requests.Response()
     answer.status_code, answer._content = 200, text.encode()
@@ -479,10 +458,7 @@ def test_an_answer_in_another_form_is_the_engines_failure(
             ask()
 
 
-# Never hang, and nothing left behind
-
-
-def test_a_worker_that_is_busy_ends_with_its_parent(tmp_path: Path) -> None:
+def test_a_worker_that_is_busy_ends_with_its_parent(tmp_path):
     """Which was killed, and so could not end it."""
     code = "import pathlib, time; pathlib.Path(__file__).with_name('busy').touch(); time.sleep(300)"
     (tmp_path / "vllm.py").write_text(code)
@@ -502,15 +478,15 @@ def test_a_worker_that_is_busy_ends_with_its_parent(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_out_of_memory_is_told_by_vllms_words() -> None:
+def test_out_of_memory_is_told_by_vllms_words():
     """Each phrase stands in its sources; that of torch is none of them."""
-    (place,) = find_spec("vllm").submodule_search_locations  # pyright: ignore
+    (place,) = find_spec("vllm").submodule_search_locations
     sources = Path(place, "v1").rglob("*.py")
     text = "\n".join(file.read_text() for file in sources if file.parent.name in ("core", "worker")).lower()
     assert all(phrase in text for phrase in OUT_OF_MEMORY)
 
 
-def test_a_start_that_fails_names_the_keys(tmp_path: Path) -> None:
+def test_a_start_that_fails_names_the_keys(tmp_path):
     """And its process is gone. What stands in vLLM's place fails as it does."""
     said = "allocation is less than requested memory for kv"
     (tmp_path / "vllm.py").write_text(f"raise ValueError('{said}')")
@@ -522,23 +498,19 @@ def test_a_start_that_fails_names_the_keys(tmp_path: Path) -> None:
     assert children_of(os.getpid(), "vllm_worker") == before
 
 
-def children_of(pid: int, name: str) -> list[int]:
+def children_of(pid, name):
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", name], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
-# With an engine that ends
-
-
 @pytest.fixture(scope="module")
-def engines(running: Setup) -> Iterator[list[EngineProcess]]:
-    """Those that runs get, the shared one first; one that a run closes serves the next run, too, and after a
-    dead one comes another. No other test can use the shared one afterwards."""
+def engines(running):
+    """Those that runs get, the shared one first; one serves until it is dead. No other test can use it."""
     shared = running.engine.running()
     assert isinstance(shared, EngineProcess)
     started, close = [shared], EngineProcess.close
 
-    def start(*args: Any, **kwargs: Any) -> EngineProcess:
+    def start(*args, **kwargs):
         if started[-1].process.poll() is not None:
             started.append(EngineProcess(*args, **kwargs))
         return started[-1]
@@ -559,19 +531,13 @@ RUN = [
 
 
 @needs_vllm
-def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    engines: list[EngineProcess],
-) -> None:
-    """Killed in the third step: one clear message, a checkpoint, and then the same run to its end as one
-    that was never interrupted."""
+def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(tmp_path, monkeypatch, capsys, engines):
+    """Killed in step 3: one clear message, a checkpoint, and the end of a run never interrupted."""
     whole, killed = ([*RUN, f"output_dir={tmp_path / name}"] for name in ("whole", "killed"))
     assert run_training(*whole) == 0
     draw, calls = rollout_step.sample_rollout, []
 
-    def sample_until_killed(*args: Any, **kwargs: Any) -> Any:
+    def sample_until_killed(*args, **kwargs):
         calls.append(len(calls))
         if calls[-1] == 2:
             os.kill(engines[0].process.pid, signal.SIGKILL)
@@ -592,9 +558,7 @@ def test_an_engine_that_dies_ends_the_run_which_goes_on_from_there(
 
 
 @needs_vllm
-def test_a_difference_that_is_not_a_number_stops_the_run(
-    engines: list[EngineProcess], tmp_path: Path
-) -> None:
+def test_a_difference_that_is_not_a_number_stops_the_run(engines, tmp_path):
     """The last test that samples with these engines: the cache keeps the NaN."""
     with Setup(compose_vllm(SHORT), tmp_path) as setup:
         setup.sample()
@@ -606,7 +570,7 @@ def test_a_difference_that_is_not_a_number_stops_the_run(
 
 
 @needs_vllm
-def test_an_engine_that_does_not_answer_is_given_up(engines: list[EngineProcess]) -> None:
+def test_an_engine_that_does_not_answer_is_given_up(engines):
     engine = engines[-1]
     engine.limits = replace(engine.limits, generate_seconds=1)
     os.killpg(engine.process.pid, signal.SIGSTOP)
@@ -616,10 +580,7 @@ def test_an_engine_that_does_not_answer_is_given_up(engines: list[EngineProcess]
     assert engine.process.poll() == -signal.SIGKILL
 
 
-# Without an engine
-
-
-def test_the_last_log_lines_are_in_the_message(tmp_path: Path) -> None:
+def test_the_last_log_lines_are_in_the_message(tmp_path):
     log = tmp_path / "vllm.log"
     assert str(explain_failure("starting", "no", log)) == "vLLM: starting: no"
     log.write_text("\n".join(f"line {i}" for i in range(40)))
@@ -631,7 +592,7 @@ def test_the_last_log_lines_are_in_the_message(tmp_path: Path) -> None:
     assert "raise rollout.engine.gpu_memory_utilization" in message and "or lower" in message
 
 
-def test_what_hangs_is_left_behind() -> None:
+def test_what_hangs_is_left_behind():
     """vLLM's senders call the engine from a thread and wait for the GPU meanwhile; a dead one is said."""
     dead, release = EngineFailed("vLLM: update_weights: its process ended"), threading.Event()
     with pytest.raises(EngineFailed, match="its process ended"):
@@ -644,30 +605,26 @@ def test_what_hangs_is_left_behind() -> None:
         run_within(5, "dividing", lambda: 1 / 0)
 
 
-def test_a_tied_last_layer_is_sent_under_both_names_in_the_engines_dtype(
-    small_model: PreTrainedModel,
-) -> None:
+def test_a_tied_last_layer_is_sent_under_both_names_in_the_engines_dtype(small_model):
     sent = dict(EngineWeights(small_model, torch.bfloat16))
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= sent.keys()
     assert {weight.dtype for weight in sent.values()} == {torch.bfloat16}
 
 
 @needs_vllm
-def test_vllms_senders_are_told_what_they_then_get(small_model: PreTrainedModel) -> None:
+def test_vllms_senders_are_told_what_they_then_get(small_model):
     source = make_weight_source(EngineWeights(small_model, torch.float32))
     for _ in range(2):  # one pass for each transfer
         sent = {name: (weight.dtype, tuple(weight.shape)) for name, weight in source}
         assert {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()} == sent
     assert "lm_head.weight" in sent
-    small_model.get_input_embeddings().weight.data.fill_(7)  # pyright: ignore[reportArgumentType]
+    small_model.get_input_embeddings().weight.data.fill_(7)
     assert (dict(source)["lm_head.weight"] == 7).all()  # the weights as they are, not as they were
 
 
 @needs_vllm
 @pytest.mark.slow
-def test_a_sharded_model_goes_through_one_buffer_that_its_largest_tensor_fits(
-    small_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sharded_model_goes_through_one_buffer_that_its_largest_tensor_fits(small_model, monkeypatch):
     """Two bytes a number; a model of one tensor stands for one of 152,064 x 8,192."""
     weights = EngineWeights(small_model, torch.bfloat16)
     plain = describe_ipc(weights)
@@ -676,11 +633,11 @@ def test_a_sharded_model_goes_through_one_buffer_that_its_largest_tensor_fits(
     assert [describe_ipc(weights, rank).is_sender for rank in range(3)] == [True, False, False]
     large = torch.nn.ParameterList([torch.empty(152_064, 8_192, device="meta")])
     monkeypatch.setattr(weight_transfer, "is_sharded", lambda model: model is large)
-    info = describe_ipc(EngineWeights(large, torch.bfloat16))  # pyright: ignore[reportArgumentType]
+    info = describe_ipc(EngineWeights(large, torch.bfloat16))
     assert info.packed and info.packed_buffer_size_bytes == 2 * 152_064 * 8_192 > 2**30
 
 
-def test_backends() -> None:
+def test_backends():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     shares = ({"shares_memory": a, "other_gpu": b} for a, b in ((True, False), (False, True), (False, False)))
     beside, elsewhere, server_here = shares
@@ -697,7 +654,7 @@ def test_backends() -> None:
             choose_backend(wanted, device, **where)
 
 
-def test_cut_log_probs_are_comparable_at_temperature_1_alone() -> None:
+def test_cut_log_probs_are_comparable_at_temperature_1_alone():
     for cut in ("rollout.top_k=5", "rollout.top_p=0.9"):
         with pytest.raises(ConfigError, match=r"rollout.temperature=0.9: expected 1 with"):
             check(compose_vllm(cut, "rollout.temperature=0.9"))
@@ -707,18 +664,18 @@ def test_cut_log_probs_are_comparable_at_temperature_1_alone() -> None:
     assert settings_of().engine_arguments(**numbers)["logprobs_mode"] == "processed_logprobs"
 
 
-def settings_of(*overrides: str) -> VLLMSettings:
+def settings_of(*overrides):
     return build_part(compose_vllm(*overrides).rollout.engine, key="rollout.engine")
 
 
-def test_every_setting_has_a_range_or_is_free_text_a_flag_or_null() -> None:
+def test_every_setting_has_a_range_or_is_free_text_a_flag_or_null():
     free = {"revision", "server_url", "enforce_eager", "weight_transfer_address"}
     hints = get_type_hints(VLLMSettings, include_extras=True)
     ranged = {name for name, hint in hints.items() if any(isinstance(x, Rule) for x in get_args(hint))}
     assert ranged | free == {field.name for field in fields(VLLMSettings)}
 
 
-def test_impossible_combinations_are_refused(tmp_path: Path) -> None:
+def test_impossible_combinations_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"rollout.engine.sleep_level=1: expected 0 on a CPU"):
         Setup(compose_vllm("rollout.engine.sleep_level=1"), tmp_path)
     far = ["rollout.server_url=http://node7:8000", "rollout.engine.weight_transfer=nccl"]
@@ -726,7 +683,7 @@ def test_impossible_combinations_are_refused(tmp_path: Path) -> None:
         Setup(compose_vllm(*far), tmp_path)  # the learner is on a CPU
 
 
-def test_an_engine_sees_its_own_gpu_or_the_learners(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_sees_its_own_gpu_or_the_learners(monkeypatch):
     """Also one that is given as a number."""
     check(compose_vllm("rollout.engine.visible_devices=0"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")

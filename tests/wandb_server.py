@@ -1,13 +1,9 @@
-"""As much of W&B's server as its real client needs to log, resume, upload and export runs. No network.
-
-Rows of a run are what the client has streamed, line by line; a line at an offset that exists replaces it.
-"""
+"""As much of W&B's server as its client needs; a streamed line replaces one at its offset."""
 
 import gzip
 import json
 import re
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,7 +16,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: "Server"
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
         if self.path == "/graphql":
@@ -34,12 +30,12 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply({})
 
-    def do_PUT(self) -> None:
+    def do_PUT(self):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         self.server.uploads[self.path.removeprefix("/upload/")] = body
         self.reply({})
 
-    def reply(self, data: Any) -> None:
+    def reply(self, data):
         body = json.dumps(data).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -47,61 +43,61 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def handle(self) -> None:
+    def handle(self):
         with suppress(ConnectionError):  # the client's process may be killed
             super().handle()
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
 
 class Server(ThreadingHTTPServer):
     """The methods with capital letters are the queries of W&B's GraphQL."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.runs: dict[str, dict[str, Any]] = {}
         self.projects = {"capo_exp"}
         self.uploads: dict[str, bytes] = {}
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def rows(self, run: str) -> list[dict[str, Any]]:
+    def rows(self, run):
         """What was logged, without W&B's own keys."""
         rows = map(json.loads, self.runs[run]["files"].get(HISTORY, []))
         return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
 
-    def stream(self, run: str, body: dict[str, Any]) -> None:
+    def stream(self, run, body):
         for name, part in (body.get("files") or {}).items():
             lines = self.runs[run]["files"].setdefault(name, [])
             lines[part["offset"] : part["offset"] + len(part["content"])] = part["content"]
         if body.get("complete"):
             self.runs[run]["state"] = "failed" if body.get("exitcode") else "finished"
 
-    def Viewer(self) -> Any:
+    def Viewer(self):
         return {"viewer": ME}
 
-    def GetDefaultEntity(self) -> Any:
+    def GetDefaultEntity(self):
         return {"viewer": ME}
 
-    def UpsertBucket(self, *, name: str, **given: Any) -> Any:
+    def UpsertBucket(self, *, name, **given):
         new = name not in self.runs
         run = self.runs.setdefault(name, {"files": {}, "state": "running"})
         run |= {key: value for key, value in given.items() if value is not None or key not in run}
         return {"upsertBucket": {"inserted": new, "bucket": self._bucket(name)}}
 
-    def RunResumeStatus(self, *, project: str, name: str, **_: Any) -> Any:
+    def RunResumeStatus(self, *, project, name, **_):
         bucket = self._bucket(name) if name in self.runs else None
         entity = {"id": "e", "name": "me"}
         return {"model": {"id": "p", "name": project, "entity": entity, "bucket": bucket}}
 
-    def CreateRunFiles(self, *, files: list[str], **_: Any) -> Any:
+    def CreateRunFiles(self, *, files, **_):
         places = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in files]
         return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": places}}
 
-    def Runs(self, *, project: str, filters: str, **_: Any) -> Any:
+    def Runs(self, *, project, filters, **_):
         if project not in self.projects:
             return {"project": None}
         wanted = json.loads(filters)
@@ -110,23 +106,23 @@ class Server(ThreadingHTTPServer):
         pages = {"edges": edges, "pageInfo": {"endCursor": "", "hasNextPage": False}}
         return {"project": {"internalId": "1", "runCount": len(found), "readOnly": False, "runs": pages}}
 
-    def Run(self, *, name: str, **_: Any) -> Any:
+    def Run(self, *, name, **_):
         return {"project": {"run": self._bucket(name)}}
 
-    def RunHistoryKeys(self, *, name: str, **_: Any) -> Any:
+    def RunHistoryKeys(self, *, name, **_):
         steps = [json.loads(line)["_step"] for line in self.runs[name]["files"].get(HISTORY, [])]
         return {"project": {"run": {"historyKeys": {"lastStep": max(steps, default=-1)}}}}
 
-    def RunParquetHistory(self, *, runName: str, **_: Any) -> Any:
+    def RunParquetHistory(self, *, runName, **_):
         steps = [{"_step": json.loads(line)["_step"]} for line in self.runs[runName]["files"][HISTORY]]
         return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": steps}}}}
 
-    def HistoryPage(self, *, run: str, minStep: int, maxStep: int, **_: Any) -> Any:
+    def HistoryPage(self, *, run, minStep, maxStep, **_):
         lines = self.runs[run]["files"][HISTORY]
         page = [line for line in lines if minStep <= json.loads(line)["_step"] < maxStep]
         return {"project": {"run": {"history": page}}}
 
-    def _bucket(self, name: str) -> dict[str, Any]:
+    def _bucket(self, name):
         run = self.runs[name]
         history, summary = run["files"].get(HISTORY, []), run["files"].get(SUMMARY, ["{}"])[-1]
         return {
@@ -141,7 +137,7 @@ class Server(ThreadingHTTPServer):
         }  # fmt: skip
 
 
-def _matches(name: str, run: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _matches(name, run, wanted):
     """The filters that the exporter uses, of MongoDB's many."""
     has = {"group": run["groupName"], "name": name, "tags": run["tags"] or []}
     return all(
@@ -151,7 +147,7 @@ def _matches(name: str, run: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def serve() -> Iterator[Server]:
+def serve():
     """A server of its own thread, on a free port of this machine."""
     server = Server()
     thread = threading.Thread(target=server.serve_forever, daemon=True)

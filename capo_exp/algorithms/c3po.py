@@ -1,4 +1,7 @@
-"""C3PO: a fixed budget of tokens for each optimiser step (Ring-lite, arXiv 2506.14731)."""
+"""C3PO: a fixed budget of tokens for each rollout step (Ring-lite, arXiv 2506.14731).
+
+Where a step has several minibatches they share the budget: the gradient of each is over all of it.
+"""
 
 import torch
 from jaxtyping import Bool, Float

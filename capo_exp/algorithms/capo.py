@@ -56,12 +56,12 @@ def completion_bounds(
 
     Source: the authors' "sentence" level, with their m_H, in which every vocabulary row weighs the same.
     """
-    bounds = Bounds(
+    return shift_bounds(
+        _at_level(scored, curvature.completion_shifts),
         policy_shift_max=policy_shift_max,
         objective_shift_min=objective_shift_min,
         objective_shift_max=objective_shift_max,
     )
-    return _bound(scored, curvature.completion_shifts, bounds)
 
 
 @whole_step
@@ -77,12 +77,12 @@ def batch_bounds(
 
     Source: the authors' "global" level, with their m_H (objective_shift_by_row), which is no prediction.
     """
-    bounds = Bounds(
+    return shift_bounds(
+        _at_level(scored, curvature.whole_shifts),
         policy_shift_max=policy_shift_max,
         objective_shift_min=objective_shift_min,
         objective_shift_max=objective_shift_max,
     )
-    return _bound(scored, curvature.whole_shifts, bounds)
 
 
 @whole_step
@@ -146,8 +146,8 @@ def _reject(scored: Scored, by_policy: Tensor, by_objective: Tensor) -> Selectio
     )
 
 
-def _bound(scored: Scored, predict: Callable[..., Sequence[BatchShifts]], bounds: Bounds) -> Selection:
-    """Applies bounds to the shifts, m_H as the authors define it, that are predicted for each completion."""
+def _at_level(scored: Scored, predict: Callable[..., Sequence[BatchShifts]]) -> Scored:
+    """Returns the same with each completion's predicted shifts, m_H as the authors define it."""
     batch, like = scored.batch, scored.shifts.policy_shift
     tokens = curvature.pack_batch(scored.output, batch, batch.advantages, batch.completion_mask)
     shifts = predict(
@@ -159,4 +159,4 @@ def _bound(scored: Scored, predict: Callable[..., Sequence[BatchShifts]], bounds
         like.new_tensor([[s.policy_shift, s.objective_shift_by_row] for s in shifts]).view(-1, 2).T
     )
     spread = TokenShifts(*(column[:, None].expand_as(like) for column in scored.world.sum(columns)))
-    return shift_bounds(replace(scored, shifts=spread), **bounds)
+    return replace(scored, shifts=spread)

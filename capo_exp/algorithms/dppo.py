@@ -13,7 +13,11 @@ from torch import Tensor
 
 from capo_exp.algorithms.kinds import NonNegativeOrInf, Positive, Share
 from capo_exp.algorithms.surrogates import sampler_else_old
+from capo_exp.config.declare import corrects
 from capo_exp.core.types import TokenLoss, TokenLossInput
+
+LEAST = 1e-8
+"""Probability of the other tokens where it rounds to 0."""
 
 
 def tv_masked(
@@ -37,12 +41,13 @@ def kl_masked(
     return _mask_beyond(inputs, _kl, (delta_low, delta_high), ratio_cap)
 
 
+@corrects(unless_zero="sampler_share")
 def anchored(
     inputs: TokenLossInput, *, token_loss: Callable[..., TokenLoss], sampler_share: Share
 ) -> TokenLoss:
     """Returns a token loss with the sampler's log-probs in place of the learner's old ones, for mask and
-    ratio alike; the learner's where nobody sampled (demonstrations). It corrects for the sampler itself: take
-    rollout.correction=none. A sampler_share of 0 leaves the old ones, and one in between is between both.
+    ratio alike; the learner's where nobody sampled (demonstrations). A sampler_share of 0 leaves the old
+    ones, and one in between is between both.
 
     Source: the official program of arXiv 2602.04879: its default, 1, and its "recompute", 0.
     """
@@ -77,5 +82,6 @@ def _tv(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _kl(new: Tensor, old: Tensor) -> Tensor:
-    """Returns NaN, hence above no bound, where both are 1."""
-    return torch.xlogy(old, old / new) + torch.xlogy(1 - old, (1 - old) / (1 - new))
+    """A probability that rounds to 1 leaves the others what float32 shows, LEAST, as in verl."""
+    left = (1 - new).clamp(min=LEAST)
+    return torch.xlogy(old, old / new) + torch.xlogy(1 - old, (1 - old) / left)

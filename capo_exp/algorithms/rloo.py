@@ -11,6 +11,9 @@ from capo_exp.config.declare import compares_group, needs_kl
 from capo_exp.core.masked import centre, masked_sum
 from capo_exp.core.types import TokenLoss, TokenLossInput
 
+LARGEST = 20.0
+"""Nats at which the log of a completion's ratio is held."""
+
 
 @needs_kl(unless_zero="kl_coefficient")
 def kl_in_reward(
@@ -42,9 +45,10 @@ def completion_surrogate(
     inputs: TokenLossInput, *, clip_eps_low: NonNegativeOrInf, clip_eps_high: NonNegativeOrInf
 ) -> TokenLoss:
     """Returns the clipped surrogate with the ratio of the whole completion, an equal part at each of its
-    tokens: their sum has the value and the gradient of -min(s A, clip(s) A). Source: the sequence-level form
-    of TRL's RLOOTrainer."""
-    log_ratio = masked_sum(inputs.log_ratio, inputs.completion_mask, 1)
+    tokens: their sum has the value and the gradient of -min(s A, clip(s) A). ln s is held at LARGEST, for the
+    product of many ratios can be more than a float32. Source: the sequence-level form of TRL's RLOOTrainer.
+    """
+    log_ratio = masked_sum(inputs.log_ratio, inputs.completion_mask, 1).clamp(max=LARGEST)
     ratio = completion_ratio(log_ratio, inputs.log_probs)
     loss = clipped_objective(ratio, inputs.advantages, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high)
     whole = loss.values.detach()

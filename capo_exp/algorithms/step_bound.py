@@ -8,7 +8,7 @@ sqrt(1 / k).
 
 from math import sqrt
 
-import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from capo_exp.algorithms.kinds import Count, PositiveOrInf, Share
@@ -106,31 +106,20 @@ def evidence(
 
 
 def reward_evidence(record: StepRecord) -> float:
-    """Returns what the rewards of a step say about its completions, in nats a token: the entropy of the
-    credits within a completion's group, a mean over completions, by the mean length of a completion. Without
-    groups of two or more, all completions are one. What the correction dropped whole says nothing."""
-    batch, kept = record.batch, record.weights.any(1)
-    if not kept.any():
-        return 0.0
-    credits = batch.advantages[kept].double().sum(1) / record.weights[kept].double().sum(1)  # without weights
-    group = batch.group_ids[kept]
-    if batch.group_ids.bincount().max() == 1:
-        group = torch.zeros_like(group)
-    shares = torch.bincount(kinds := _kinds(credits, group))[kinds] / torch.bincount(group)[group]
-    return (-shares.log().sum() / batch.completion_mask[kept].sum()).item()
+    """Returns what the rewards of a step say about its completions, in nats a token: the mean surprisal of a
+    completion's reward by the mean length of a completion, which is the entropy of the rewards within their
+    prompts where the step has all of them. What the correction dropped whole says nothing."""
+    kept = record.weights.any(1)
+    tokens = record.batch.completion_mask[kept].sum()
+    return (record.batch.surprisal[kept].sum() / tokens.clamp(min=1)).item()
 
 
-def _kinds(credits: Tensor, group: Tensor) -> Tensor:
-    """Numbers the kinds [n] of credit, the same within a group for what differs by rounding alone."""
-    size = credits.abs()
-    largest = size.new_zeros(int(group.max()) + 1).scatter_reduce(0, group, size, "amax")
-    order = credits.argsort()
-    order = order[group[order].argsort(stable=True)]
-    rounding = torch.maximum(1e-4 * largest[group], 1e-6 * size.max())[order[1:]]
-    new = (credits[order].diff() > rounding) | (group[order].diff() > 0)
-    kinds = torch.zeros_like(order)
-    kinds[order[1:]] = new.cumsum(0)
-    return kinds
+def reward_surprisal(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+    """Returns -ln of the share of a prompt's completions that have this one's reward, in nats; of all
+    completions where a prompt has but one."""
+    prompts = rewards.view(1, -1) if rewards.shape[1] == 1 else rewards
+    same = prompts[:, :, None] == prompts[:, None, :]
+    return -same.float().mean(2).log().view(rewards.shape)
 
 
 def _search(trial: StepTrial, step_scale: float, bound: float, max_looks: int) -> tuple[float, float]:

@@ -205,10 +205,19 @@ def _stands_in(package: str, found: object) -> bool:
 def holds_reference(algo: AlgoConfig) -> bool:
     """Returns whether a run holds a frozen reference model, for the loss, the shaping or the credit."""
     parts = {"algo.shaping": algo.shaping, "algo.credit": algo.credit}
-    numbers = [(part, declares(locate(part, key), "needs_kl")) for key, part in parts.items()]
-    in_reward = any(number is not None and part.get(number) != 0 for part, number in numbers)
+    in_reward = any(find_nonzero(part, key, "needs_kl") for key, part in parts.items())
     in_loss = part_declares(algo.token_loss, "algo.token_loss", "needs_reference")
     return algo.kl_coefficient > 0 or in_reward or in_loss
+
+
+def find_nonzero(part: Mapping[str, Any], key: str, what: str) -> str | None:
+    """Returns the key of the number that a part, or one inside it, declares to need something unless it is 0,
+    where it is not; None if there is none."""
+    for where, each in find_parts(part, key):
+        number = declares(locate(each, where), what)
+        if number is not None and each.get(number) != 0:
+            return f"{where}.{number}"
+    return None
 
 
 def part_declares(part: Mapping[str, Any], key: str, what: str) -> bool:

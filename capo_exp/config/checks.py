@@ -121,10 +121,12 @@ def _check_sampling(config: TrainConfig) -> None:
     if rollout.train_engine is not None and not target.endswith(".uncorrected"):
         wanted = "rollout/correction=none with rollout.train_engine, whose completions nobody sampled"
         raise error("rollout.correction._target_", target, wanted)
-    regresses = build.part_declares(config.algo.token_loss, "algo.token_loss", "regresses")
-    if regresses and not target.endswith(".uncorrected"):
-        wanted = f"rollout/correction=none with algo={config.algo.name}, of which the advantage is a target"
-        raise error("rollout.correction._target_", target, wanted)
+    if not target.endswith(".uncorrected"):
+        without = f"rollout/correction=none with algo={config.algo.name}, "
+        if build.part_declares(config.algo.token_loss, "algo.token_loss", "regresses"):
+            raise error("rollout.correction._target_", target, f"{without}of which the advantage is a target")
+        if key := build.find_nonzero(config.algo.token_loss, "algo.token_loss", "corrects"):
+            raise error("rollout.correction._target_", target, f"{without}which corrects, or {key}=0")
     curvature = config.curvature
     if curvature.moments_dtype != "float32" and curvature.optimizer_model != "adam":
         wanted = f"float32: curvature.optimizer_model={curvature.optimizer_model} has no table of its own"

@@ -40,6 +40,12 @@ def regresses(function: Function) -> Function:
     return _mark(function, "regresses")
 
 
+def corrects(*, unless_zero: str) -> Callable[[Function], Function]:
+    """Marks a token loss that weighs by the ratio to the sampler unless its number `unless_zero` is 0, so
+    that a correction would do it again: it takes none."""
+    return lambda function: _mark(function, "corrects", unless_zero)
+
+
 def needs_reference(function: Function) -> Function:
     """Marks a token loss that holds the policy against the reference: it gets `ref_log_probs`."""
     return _mark(function, "needs_reference")

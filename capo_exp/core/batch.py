@@ -19,8 +19,8 @@ WIDE = ("topk_probs", "topk_ids", "hidden")
 
 def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.device) -> Batch:
     """Makes a batch of P groups of G completions: prompts padded on the left, completions on the right; row p
-    * G + g is completion g of prompt p. The advantages are 0 until they are known; padding is masked
-    everywhere."""
+    * G + g is completion g of prompt p. Advantages and surprisal are 0 until the rewards are known;
+    padding is masked everywhere."""
     rows = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
     width = max(len(prompt) for prompt, _ in rows)
     length = max(len(completion.token_ids) for _, completion in rows)
@@ -41,6 +41,7 @@ def collate(groups: Sequence[RolloutGroup], *, pad_token_id: int, device: torch.
         advantages=torch.zeros(mask.shape),
         group_ids=torch.tensor([p for p, group in enumerate(groups) for _ in group.completions]),
         truncated=torch.tensor([completion.truncated for _, completion in rows]),
+        surprisal=torch.zeros(len(rows)),
     )
     return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
 

@@ -100,6 +100,8 @@ class Batch:
     """[B, T] float32, the credit of each token; equal over a completion for most methods, 0 on padding."""
     group_ids: Int[Tensor, " B"]  # int64, which prompt of the rollout step a row belongs to
     truncated: Bool[Tensor, " B"]  # True where the length limit came first
+    surprisal: Float[Tensor, " B"]
+    """[B] nats, -ln of the share of a prompt's completions that have the completion's reward."""
 
     @property
     def token_ids(self) -> Tensor:

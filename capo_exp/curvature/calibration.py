@@ -2,7 +2,7 @@
 
 A sample of tokens is scored over the whole vocabulary before the step, p_old = softmax(W h), and after it,
 p_new = softmax(W' h'); also with the new last layer on the old states, softmax(W' h), the part of the move
-that the last-layer model of curvature.py can know of. The step is that of the whole batch, the prediction m_F
+that the last-layer model (`model`) can know of. The step is that of the whole batch, the prediction m_F
 or m_H that of the token's own update; their rank correlation says how well the one stands for the other.
 
     policy shift     KL(p_old || p_new)               nats, over the vocabulary

@@ -5,19 +5,14 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
-from capo_exp.config.errors import RunFailed
-from capo_exp.config.places import typed
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.seeds import EVALUATION, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.distributed.world import open_world, own_device, stop_asked
 from capo_exp.evaluation.draw import evaluate_policy
-from capo_exp.grading import GradingFailed
-from capo_exp.rollout import EngineFailed
 from capo_exp.runs.files import stop_on_disk_error
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
@@ -25,8 +20,8 @@ from capo_exp.runs.logger import Draw
 from capo_exp.runs.processes import ended_by_signals, stop_signal
 from capo_exp.runs.record import clear, run_status
 from capo_exp.training.completions import tabulate_completions
+from capo_exp.training.failures import explained
 from capo_exp.training.inputs import read_inputs
-from capo_exp.training.optimizer_step import TrainingDiverged
 from capo_exp.training.rollout_step import take_rollout_step
 from capo_exp.training.session import Session, open_session
 
@@ -60,8 +55,8 @@ def run(config: TrainConfig, draw: Draw | None = None) -> Path:
             world.first(lambda: _take_over(directory, config.overwrite, stack))
             session = open_session(config, inputs, directory, stack, world, draw)
             stopped = stack.enter_context(stop_signal(session.progress.message))
-            with stop_on_disk_error(directory):  # inside, too, so that run.json has the reason
-                _train(session, stopped)
+            with stop_on_disk_error(directory), explained(session):  # so that run.json has the reason
+                _take_steps(session, stopped)
     return directory
 
 
@@ -69,48 +64,6 @@ def _take_over(directory: Path, overwrite: bool, stack: ExitStack) -> None:
     stack.enter_context(locked(directory))
     if overwrite:
         clear(directory)
-
-
-def _train(session: Session, stopped: threading.Event) -> None:
-    """Steps until the end or a signal.
-
-    An engine or a verifier that fails does so between two of the learner's updates: what it has learned is
-    saved.
-    """
-    try:
-        _take_steps(session, stopped)
-    except (EngineFailed, GradingFailed) as error:
-        if session.step > session.saved:
-            session.save()
-        kept = f"step {session.step} is saved" if session.step else "nothing was trained yet"
-        raise type(error)(f"{error}\n{kept}; the same command goes on from there") from error
-    except TrainingDiverged as error:
-        raise TrainingDiverged(f"{error}; {_advise(session)}") from error
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(
-            f"{str(error).splitlines()[0]} Lower {session.config.model.cut_key}, "
-            "model.logits_chunk_tokens or what sampling takes: rollout.engine.max_sequences_per_call (hf) or "
-            "gpu_memory_utilization (vllm)"
-        ) from error
-
-
-def _advise(session: Session) -> str:
-    """Says what to do about a step that was not finite.
-
-    Weights whose very next step is not finite are the trouble already, so the checkpoint to go back to is one
-    that was followed by a finite step. The same command goes on from the newest, and samples the same again.
-    """
-    regime, optimizer = session.config.regime, session.config.optimizer
-    good = session.checkpointer.latest(before=session.step)
-    back = (
-        f"go on from before it with {typed('model.path', good)}"
-        if good
-        else "begin again from the base model"
-    )
-    return (
-        f"the same command would end here again: lower regime.learning_rate={regime.learning_rate:g} or "
-        f"optimizer.max_grad_norm={optimizer.max_grad_norm:g}, and {back}"
-    )
 
 
 def _take_steps(session: Session, stopped: threading.Event) -> None:

@@ -121,5 +121,5 @@ def _make_batch(vocabulary: int, device: torch.device) -> Batch:
     ids = torch.randint(0, vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
     mask, zero = torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8)
     one = torch.zeros(1, dtype=torch.int64)
-    made = Batch(ids, torch.ones_like(ids), mask, zero, zero, one, one.bool())
+    made = Batch(ids, torch.ones_like(ids), mask, zero, zero, one, one.bool(), zero[:, 0])
     return Batch(*(tensor.to(device) for tensor in vars(made).values()))

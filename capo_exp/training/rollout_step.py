@@ -9,6 +9,7 @@ from torch import Tensor
 
 from capo_exp.algorithms.kl import kl_k1
 from capo_exp.algorithms.protocols import Algorithm
+from capo_exp.algorithms.step_bound import reward_surprisal
 from capo_exp.config.declare import asked
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core.batch import collate, join, minibatches, take, totals
@@ -181,7 +182,7 @@ def assign_credit(rollout: Rollout, learner: Learner, *, pad_token_id: int) -> t
     check_finite(shaped, "algo.shaping", algorithm.shaping, rewards, *sums)
     check_finite(advantages, "algo.advantage", algorithm.advantage, shaped)
     check_finite(credit, "algo.credit", algorithm.credit, advantages, kl)
-    batch = replace(batch, advantages=credit)
+    batch = replace(batch, advantages=credit, surprisal=reward_surprisal(rewards).reshape(-1))
     return batch, {"reward/mean": shaped.mean().item()}
 
 
