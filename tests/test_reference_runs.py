@@ -123,16 +123,17 @@ def test_the_page_on_a_tenth_says_what_its_kept_rows_say():
 
 def test_the_page_on_a_tenth_with_real_weights_says_what_its_kept_rows_say():
     page = (REFERENCE.parents[1] / "docs" / "study" / "tenth.md").read_text()
-    curves = read_curves(REFERENCE / "smollm2" / "sums" / "tenth.parquet")
+    tasks = [read_curves(REFERENCE / "smollm2" / task / "tenth.parquet") for task in ("sums", "max_of_three")]
     methods = {"a tenth": "evidence algo.step_rule.share=0.1", "`grpo`": "grpo"}
     number, row = r" ([\d.]+) \|", r"^\| (a tenth|`grpo`), (\S+) \| (\d+) \|"
     row += rf"{number * 3} no \| [^|]+ \|{number} [\d.]+ \| ([\d, ]+) \|$"
-    said = re.findall(row, page, re.MULTILINE)
-    for method, rate, seed, *cells in said:
-        curve = curves[methods[method], float(rate), int(seed)]
-        found = measure(curve, base=0.0)
-        assert not found.collapsed
-        tenths = ", ".join(f"{100 * fmean(curve[i : i + 5]):.0f}" for i in range(0, 50, 5))
-        numbers = [f"{each:.3f}" for each in (found.final, found.peak, found.end)]
-        assert cells == [*numbers, f"{reach(curve, 0.6):.0f}", tenths], (method, seed)
-    assert len(said) == len(curves) == 6
+    for part, curves, size in zip(page.split("On max_of_three:"), tasks, (6, 3), strict=True):
+        said = re.findall(row, part, re.MULTILINE)
+        for method, rate, seed, *cells in said:
+            curve = curves[methods[method], float(rate), int(seed)]
+            found = measure(curve, base=0.0)
+            assert not found.collapsed
+            tenths = ", ".join(f"{100 * fmean(curve[i : i + 5]):.0f}" for i in range(0, 50, 5))
+            numbers = [f"{each:.3f}" for each in (found.final, found.peak, found.end)]
+            assert cells == [*numbers, f"{reach(curve, 0.6):.0f}", tenths], (method, seed)
+        assert len(said) == len(curves) == size
