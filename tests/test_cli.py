@@ -141,7 +141,9 @@ def subprocess_run(*arguments, cwd, code="", **env):
         ("~algo ~algo.advantage", "algo.advantage: ~algo leaves nothing that holds it; expected one"),
         ("~algo=capo algo.label=x", "algo.label: ~algo=capo leaves nothing that holds it; expected one"),
         ("algo.name.x.y=1", "algo.name.x.y=1: expected algo.name=, text, with no keys in it"),
+        ("prompt=123", "prompt=123: expected one of few_shot, plain"),
         ("reward=[exact]", "reward=[exact]: expected a choice of reward; expected one of exact"),
+        ("hydra.job.chdir=true", "hydra.job.chdir=true: expected output_dir=..., below which each run makes"),
         ("hydra.run.dir=X", "hydra.run.dir=X: expected output_dir=..., below which each run makes"),
         ("-m seed=0,1 output_dir=/proc/x", "/proc/x: No such file or directory; expected output_dir"),
         ("seed=0,1", "Ambiguous value for argument 'seed=0,1'"),
@@ -189,6 +191,12 @@ def test_wrong_configuration_is_one_line_and_status_2(run, trained, arguments, l
             "regime: {group_sise: 3}",
             "regime.group_sise: unknown key; nearest: regime.group_size (In 'experiment/x')",
         ),
+        ("num_step: 3", "num_step: unknown key; nearest: num_steps (In 'experiment/x')"),
+        ("algo: grpo", "In 'experiment/x': ValidationError raised while composing config: Merge error: str"),
+        (
+            "hydra: {run: {dir: X}}",
+            "experiment/x.yaml: hydra.run.dir=X: expected output_dir=..., below",
+        ),
         ("regime: {group_size: abc}", "regime.group_size: In 'experiment/x': ValidationError"),
         ("regime: [", "while parsing a flow node"),
         ("defaults: [{override /algo: grppo}]", "algo=grppo: unknown choice"),
@@ -201,6 +209,19 @@ def test_wrong_yaml_is_one_line_too(run, trained, tmp_path, text, line):
     result = run("-cd", str(tmp_path / "conf"), "experiment=x")
     assert result.err.startswith(line) and result.err.count("\n") == 1, result.err
     assert (result.status, trained) == (2, [])
+
+
+def test_a_choice_without_its_package_is_told_what_it_lacks(run, tmp_path):
+    (tmp_path / "selection").mkdir()
+    (tmp_path / "selection" / "mine.yaml").write_text("_target_: x.y\n")
+    result = run("-cd", str(tmp_path), "selection=mine")
+    assert result.status == 2 and "which has to begin with the line `# @package`" in result.err
+
+
+def test_experiments_that_each_sweep_are_no_jobs_of_another_sweep(run, trained, work_dir):
+    several = run("-m", "experiment=paper/figure_1,paper/figure_5", "scale=tiny", "plan_only=true")
+    assert several.status != 0 and not trained
+    assert "job 0 cannot run: seed=range(5): expected one of them, since this is one run\n" in several.err
 
 
 def test_trains_with_the_typed_configuration_and_ends_with_the_status_of_what_came(run, trained, work_dir):

@@ -249,7 +249,7 @@ def test_versions_that_do_not_fit(composed, monkeypatch, overrides, versions, se
         (["regime.group_size=1"], "regime.group_size=1: expected at least 2"),
         (
             ["experiment=paper/figure_1", "scale=tiny"],
-            "seed=range(5): expected one of them, since this command takes one run",
+            "seed=range(5): expected one of them, since this is one run",
         ),
     ],
 )

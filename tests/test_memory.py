@@ -179,7 +179,11 @@ def test_a_gpu_is_shared_with_vllm(composed, monkeypatch):
         check_memory(composed("rollout=vllm"), "cuda")
     for elsewhere in ("rollout.server_url=http://a:1", "rollout.engine.visible_devices='1'"):
         assert "engine" not in check_memory(composed("rollout=vllm", elsewhere), "cuda")
-    assert "engine" not in check_memory(composed("rollout=vllm", "rollout.engine.sleep_level=1"), "cuda")
+    asleep = composed("rollout=vllm", "rollout.engine.sleep_level=1")
+    used = estimate_memory(asleep, gpu=True)
+    awake = 40e9 - used.gradients - used.activations - used.logits  # which a step no longer has
+    with pytest.raises(ConfigError, match=f"engine {awake / 1e9:.0f} GB; free 39 GB"):
+        check_memory(asleep, "cuda")
     with_memory(monkeypatch, 1e15)
     known = ["rollout=vllm", "distributed=fsdp2", "rollout.engine.kv_cache_gib=0.001"]
     for size, engine in ((1, "4.8 MB"), (2, "2.9 MB")):  # 3.7 MB of weights, and a KV cache on each GPU

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_exp.config.checks import check
+from capo_exp.config.checks import check, check_trains
 from capo_exp.config.errors import ConfigError
 from capo_exp.core.types import Problem
 from capo_exp.data.contamination import normalise
 from capo_exp.data.files import READERS
 from capo_exp.data.own_rows import divide
 from capo_exp.data.prepare import read_split
-from capo_exp.data.rows import Problems
+from capo_exp.data.rows import Problems, read_hub
 
 Rows = Sequence[dict[str, Any]]
 ROWS = [{"q": f"What is {n}+{n}?", "a": f"0{2 * n}"} for n in range(20)]
@@ -195,6 +195,27 @@ def test_a_mistake_is_one_line(name, text, message, composed, tmp_path):
     with pytest.raises(ConfigError, match=message) as refused:
         read(composed(*COLUMNS, f"dataset.path={tmp_path / name}"))
     assert "\n" not in str(refused.value)
+
+
+def test_a_cell_of_any_length_is_read(composed, tmp_path):
+    write_csv(tmp_path / "x.csv", [{"q": "long " * 40_000, "a": "1"}, {"q": "short", "a": "2"}])
+    problems, held_out = read(composed(*COLUMNS, f"dataset.path={tmp_path / 'x.csv'}"))
+    assert len(problems) == len(held_out) == 1
+
+
+def test_a_dataset_that_is_a_script_is_told(tmp_path):
+    script = tmp_path / "scripted" / "scripted.py"
+    script.parent.mkdir()
+    script.write_text("")
+    with pytest.raises(ConfigError, match=r"got no train split of .*scripts are no longer supported"):
+        read_hub(str(script.parent), config=None, split="train", revision=None, expected="expected another")
+
+
+def test_the_rows_to_train_on_stand_in_train_where_the_others_have_a_file(composed):
+    apart = ("dataset=file", "dataset.path=a", "dataset.source.eval_path=b")
+    check_trains(composed(*apart))
+    with pytest.raises(ConfigError, match=r"dataset\.train_split=train_sft: expected train beside"):
+        check_trains(composed(*apart, "dataset.train_split=train_sft"))
 
 
 def test_questions_without_answers_are_for_a_reward_that_needs_none(composed, tmp_path):

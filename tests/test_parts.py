@@ -17,7 +17,7 @@ from capo_exp.config.declare import compares_group, declares, needs_kl, ordered,
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import AT_LEAST_1, FINITE, POSITIVE, SHARE, Rule, one_of
 from capo_exp.config.schema import conf_dir
-from capo_exp.config.signature import find_faults, read_settings
+from capo_exp.config.signature import check_settings, find_faults, read_settings
 
 
 class Bounds(TypedDict):
@@ -54,6 +54,15 @@ def refusal(part: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as error:
         build_part(part, key="algo.selection")
     return str(error.value)
+
+
+def test_two_numbers_in_order_may_be_left_to_the_function() -> None:
+    @ordered("low", "high")
+    def by_default(*, low: float = 0.1, high: float = 0.2) -> None: ...
+
+    check_settings(by_default, {"low": 0.15}, "algo.selection")
+    with pytest.raises(ConfigError, match=r"algo\.selection\.low=0\.3: expected at most high=0\.2"):
+        check_settings(by_default, {"low": 0.3}, "algo.selection")
 
 
 def test_binds_the_numbers_of_functions_and_classes() -> None:

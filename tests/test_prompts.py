@@ -94,11 +94,9 @@ def test_long_prompts_are_dropped_and_counted_and_the_order_stays(tokenizer):
         render_prompts(asked[:2], tokenizer, replace(config, max_prompt_tokens=2))
 
 
-def test_a_template_that_is_missing(tokenizer):
+def test_a_template_that_is_missing():
     with pytest.raises(ConfigError, match=r"or dataset\.apply_chat_template=false"):
         render(make_tokenizer(None), CONFIG)
-    with pytest.raises(ConfigError, match=r"template='Q:', expected text with \{problem\} in it"):
-        render(tokenizer, replace(CONFIG, template="Q:"))
 
 
 STYLES = sorted(path.stem for path in (conf_dir() / "prompt").glob("*.yaml"))
@@ -278,6 +276,3 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else():
     # What a resumed run relies on: numpy's PCG64 from (seed, epoch).
     order = [choose_visits(5, first=3 * step, count=3, seed=0) for step in range(4)]
     assert order == [[2, 4, 3], [0, 1, 1], [4, 3, 0], [2, 4, 2]]
-    for problems, start, count in ((0, 0, 1), (1, 0, 0), (1, -1, 1)):
-        with pytest.raises(ValueError, match="expected sizes of at least 1 and a first draw of at least 0"):
-            choose_visits(problems, first=start, count=count, seed=0)

@@ -83,7 +83,7 @@ def test_a_run_and_its_tables(tmp_path):
     [
         (["algo=capoo"], "algo=capoo: unknown choice"),
         (["seed=0,1"], "seed"),
-        (["experiment=study/criterion"], "expected one of them, since this command takes one run"),
+        (["experiment=study/criterion"], "expected one of them, since this is one run"),
         (["algo.token_loss._target_=os.system"], "algo.token_loss._target_=os.system: expected a function"),
     ],
 )
@@ -91,6 +91,12 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(overrides, message, tm
     with pytest.raises(capo_exp.ConfigError, match=message) as raised:
         capo_exp.train(*overrides, f"output_dir={tmp_path}")
     assert "\n" not in str(raised.value) and not any(tmp_path.iterdir())
+
+
+def test_a_folder_of_ones_own_is_one_that_is_there(tmp_path):
+    for folder in (tmp_path / "no", f"{tmp_path}/no"):
+        with pytest.raises(capo_exp.ConfigError, match="no such folder"):
+            capo_exp.train("algo=grpo", config_dir=folder)
 
 
 def test_an_evaluation_that_is_wrong_is_one_line(tmp_path):

@@ -48,6 +48,8 @@ def test_what_they_begin_with_passes_whatever_is_selected(composed, overrides, m
         ),
         (f"{BUDGET} rollout=pairs", "algo.rollout_tokens=36: expected null with rollout.train_engine"),
         (f"{BUDGET} algo.max_age=0", "algo.max_age=0: expected an integer of at least 1"),
+        ("rollout=demonstrations", "algo=capo: expected algo=sft regime.group_size=1 with rollout=demonstr"),
+        ("algo=dapo algo.shaping.cache=1000", "algo.shaping.cache=1000: expected at most max_length=96"),
         ("algo=mdpo", "rollout=hf: expected rollout=pairs with algo.pair_levels"),
         (f"algo=dpo {PAIRED} regime.group_size=4", "regime.group_size=4: expected 2 with rollout=pairs"),
         (f"algo=dpo {PAIRED} algo.pair_levels=[step]", "algo.states._target_=.*where a step begins"),

@@ -10,6 +10,9 @@ from capo_exp.grading.function import FunctionVerifier
 FUNCTIONS = """
 import math
 import os
+from decimal import Decimal
+
+import numpy as np
 
 from capo_exp import takes_lists
 
@@ -22,7 +25,8 @@ def obey(completion, answer, problem):
             pass
     if completion == "exit":
         os._exit(3)
-    known = {"nan": math.nan, "text": "1", "none": None, "same": float(completion == "same")}
+    known = {"nan": math.nan, "text": "1", "none": None, "same": True, "numpy": np.bool_(True)}
+    known["decimal"] = Decimal("0.5")
     return known[completion] if completion in known else len(completion) / len(answer)
 
 
@@ -68,12 +72,12 @@ def count(result):
 def test_what_goes_wrong_costs_one_completion_and_is_told_once(in_process, make, caplog):
     verifier = make("obey", in_process=in_process)
     deadly = [] if in_process else ["loop", "exit"]
-    texts = ["abc", "nan", "raise", "text", "none", *deadly, "same", "a"]
+    texts = ["abc", "nan", "raise", "text", "none", *deadly, "numpy", "decimal", "same", "a"]
     with caplog.at_level(logging.WARNING):
         result = verifier.score([texts, ["same"]], [("1234",), ("x", "y")], ["what?", "why?"])
         verifier.score([["raise"]], [("1",)])
     failed = [-1.0] * (4 + len(deadly))
-    assert result.rewards == [[0.75, *failed, 1.0, 0.25], [1.0]]
+    assert result.rewards == [[0.75, *failed, 1.0, 0.5, 1.0, 0.25], [1.0]]
     expected = {"exceptions": 1, "not_a_number": 3} | ({} if in_process else {"timeouts": 1, "crashes": 1})
     assert count(result) == expected
     verdicts = [grade.reason for grade in result.grades[0]]

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_exp.algorithms.kinds import Count
+from capo_exp.config.declare import ordered
 from capo_exp.core.types import Scored, Selection
 
 
@@ -13,6 +14,7 @@ def mixed_rewards(rewards: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     return (rewards != rewards[:, :1]).any(1)
 
 
+@ordered("cache", "max_length")
 def overlong_penalty(
     rewards: Float[Tensor, "P G"],
     lengths: Float[Tensor, "P G"],

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from filecmp import cmp
 from glob import iglob
@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from capo_exp.config.build import check_target, find_parts
-from capo_exp.config.choices import without_hydra
-from capo_exp.config.errors import ConfigError, error
+from capo_exp.config.choices import refuse_sweep, without_hydra
+from capo_exp.config.errors import error
 from capo_exp.config.plugins import allow_plugins
 from capo_exp.config.record import walk
 from capo_exp.config.schema import conf_dir, expected_type, register
@@ -25,8 +25,11 @@ from capo_exp.config.schema import conf_dir, expected_type, register
 HYDRAS = r"hydra\._internal\.core_plugins\.[\w.]+|hydra_plugins\.[\w.]+|optuna\.samplers\.\w+"
 """What Hydra may build of its own nodes: launchers, sweepers and their samplers."""
 
-MAKES_NODES = r"\$\{(?!(?:mul|add|div|now|oc\.env|hydra):|\.*[\w.\[\]]+\})"
+MAKES_NODES = r"\$\{(?!(?:mul|add|div|last_name|now|oc\.env|hydra):|\.*[\w.\[\]]+\})"
 """Begins an interpolation that could hide a _target_ in a text, as oc.create and its like do."""
+
+PLACES = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
+OWN_PLACE = "output_dir=..., below which each run makes a folder of its own"
 
 
 def entries(value: str) -> list[str]:
@@ -49,8 +52,8 @@ def guard(words: Sequence[str], folders: Sequence[str]) -> None:
     given = [word.lstrip("+").partition("=")[::2] for word in words]
     allow_plugins(entries(([""] + [value for key, value in given if key == "plugins"])[-1]))
     for key, value in given:
-        if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
-            raise error(key, value, "output_dir=..., below which each run makes a folder of its own")
+        if key in PLACES:
+            raise error(key, value, OWN_PLACE)
         if key.startswith("hydra"):
             for target in re.findall(r"_target_['\"]?\s*[=:]\s*['\"]?([^\s,}'\"]*)", f"{key}={value}"):
                 if not re.fullmatch(HYDRAS, target):
@@ -87,12 +90,14 @@ def _check_folder(folder: str) -> None:
         tree = list(walk(values))
         for said in (text, *(said for _, *pair in tree for said in pair if isinstance(said, str))):
             if strange := re.search(MAKES_NODES, said):
-                wanted = "${key}, or one of mul, add, div, now, oc.env, hydra"
+                wanted = "${key}, or one of mul, add, div, last_name, now, oc.env, hydra"
                 raise error(path, said[strange.start() :][:40], wanted)
         for key, part in find_parts(values, "", part=False):
             if "_target_" in part and not re.fullmatch(HYDRAS, str(part["_target_"])):
                 check_target({"_target_": part["_target_"]}, key=f"{path}: {key.lstrip('.')}")
-        for _, name, value in tree:
+        for where, name, value in tree:
+            if where in PLACES:
+                raise error(f"{path}: {where}", value, OWN_PLACE)
             if name.lstrip("+~").startswith(("hydra.", "hydra/")) or name in ("()", "env_set"):
                 raise error(f"{path}: {name}", value, "no such key in a file: the command line can set it")
             if name == "class" and value not in ("logging.StreamHandler", "logging.NullHandler"):
@@ -124,13 +129,6 @@ def _compose(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
             path.prepend("command-line", f"file://{Path(config_dir).absolute()}", "main")
             loader.repository.initialize_sources(path)
         return compose("config", list(overrides), return_hydra_config=True)
-
-
-def refuse_sweep(swept: Mapping[Any, Any], arguments: Sequence[str]) -> None:
-    """Raises ConfigError for a key that an experiment sweeps over, where one run is asked for."""
-    for key, values in swept.items():
-        if not any(argument.startswith(f"{key}=") for argument in arguments):
-            raise ConfigError(f"{key}={values}: expected one of them, since this command takes one run")
 
 
 def find_choices(group: str, config_dir: str | None = None) -> list[str]:

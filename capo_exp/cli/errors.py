@@ -75,9 +75,11 @@ class _Composing:
         if match := re.match(r"Could not override '([^']+)'", text):
             return self._unknown_key(match[1])
         if text.startswith("Config group override"):  # algo=null: Hydra does not name it
-            said = (re.fullmatch(r"[~+]*([\w/]+)[^=]*=(.*)", a) for a in sys.argv[1:])
-            groups = [m for m in said if m and is_group(m[1]) and set(entries(m[2])) - {*find_choices(m[1])}]
-            return "; ".join(f"{m[0]}: {suggest('', find_choices(m[1]))}" for m in groups[:1])
+            said = (re.fullmatch(r"[~+]*([\w/]+)(?:@[^=]*)?=(.*)", a) for a in sys.argv[1:])
+            groups = [m for m in said if m and (conf_dir() / m[1]).is_dir()]
+            wrong = [m for m in groups if set(entries(m[2])) - {*find_choices(m[1])}]
+            told = (f"{m[0]}: {suggest('', find_choices(m[1]))}" for m in wrong)
+            return next(told, _first_line(error))
         if match := re.match(r"Error merging override ~([^=]+)", text):
             return f"~{match[1]}: a key that cannot be left out; expected {match[1]}=, {self._type(match[1])}"
         if match := re.match(r"Error merging override (\+*)([^=]+)=(.*)", text, re.DOTALL):
@@ -89,9 +91,15 @@ class _Composing:
                 return str(wrong_value(key, match[3], expected))
             return f"{key}={match[3]}: {_first_line(error.__cause__ or error)}"
         match = re.search(r"full_key: (\S+)", text)
+        if match and re.search(r"Key '\S+' not in '", text):
+            where = text.partition(":")[0]  # In 'experiment/x'
+            if (conf_dir() / match[1]).is_dir():
+                where += f", which has to begin with the line `# @package` of the files of conf/{match[1]}"
+            return f"{self._unknown_key(match[1])} ({where})"
+        if choice := re.search(r"str is not a subclass of \w+\. value: (.*)", text):
+            wanted = f"expected a choice below defaults, as in `- override /algo: {choice[1].strip()}`"
+            return f"{_first_line(error)}; {wanted}"
         if match and self._type(match[1].partition(".")[0]):
-            if re.search(r"Key '\S+' not in '", text):
-                return f"{self._unknown_key(match[1])} ({text.partition(':')[0]})"  # In 'experiment/x'
             kind = self._type(match[1])
             return f"{match[1]}: {_first_line(error)}" + (f"; expected {kind}" if kind else "")
         if match or not isinstance(error, SAID):

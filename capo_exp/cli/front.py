@@ -23,7 +23,6 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from capo_exp.cli.compose import refuse_sweep
 from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.words import (
     FLAGS,
@@ -37,6 +36,7 @@ from capo_exp.cli.words import (
     write_value,
 )
 from capo_exp.config.checks import check_ranges
+from capo_exp.config.choices import refuse_sweep
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import quoted
 from capo_exp.config.schema import TrainConfig, conf_dir, register, to_config

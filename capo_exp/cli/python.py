@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capo_exp.cli.compose import compose_run, guard
+from capo_exp.cli.compose import compose_run
 from capo_exp.cli.errors import in_one_line
 from capo_exp.cli.evaluate import LINE, evaluate_job, find_jobs
 from capo_exp.cli.evaluate_config import read_command
 from capo_exp.cli.front import argv, compose_command, draw_run
-from capo_exp.cli.words import as_overrides
+from capo_exp.cli.words import as_overrides, split_flags
 from capo_exp.config.errors import ConfigError, error
 from capo_exp.config.schema import to_config
 from capo_exp.runs.identity import run_dir
@@ -38,7 +38,8 @@ def train(*overrides: str, config_dir: str | None = None) -> LoggedRun:
         RunFailed: the run could not go on; its message says where the same call does.
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
-    guard(overrides, [config_dir] if config_dir else [])
+    folder = [f"--config-dir={config_dir}"] if config_dir else []
+    split_flags([*overrides, *folder], ("--config-dir",))
     with argv(overrides), in_one_line():
         config = to_config(compose_run(as_overrides(overrides, config_dir), config_dir=config_dir))
     execute(config, draw_run)

@@ -57,7 +57,11 @@ def check_trains(config: TrainConfig) -> None:
         ConfigError: dataset.train_split is null, or the package of logger is missing.
     """
     check_tracker(config.logger.name)
-    if config.dataset.train_split is None:
+    source, split = config.dataset.source, config.dataset.train_split
+    if split != "train" and source.get("eval_path") is not None:
+        wanted = "train beside dataset.source.eval_path, in which every other split is looked for"
+        raise error("dataset.train_split", split, wanted)
+    if split is None:
         wanted = f"a dataset with a training split, such as math; {config.dataset.name} is to evaluate on"
         raise error("dataset.train_split", None, wanted)
 
@@ -224,9 +228,9 @@ def _check_algorithm(config: TrainConfig) -> None:
     """Compares what the parts declare with the rest of the configuration."""
     algo = config.algo
     advantage = build.locate(algo.advantage, "algo.advantage")
+    compared = f"{advantage.__name__} compares the completions of a prompt"
     if config.regime.group_size == 1 and declares(advantage, "compares_group"):
-        wanted = f"at least 2, since {advantage.__name__} compares the completions of a prompt"
-        raise error("regime.group_size", 1, wanted)
+        raise error("regime.group_size", 1, f"at least 2, since {compared}")
     compares = build.part_declares(algo.token_loss, "algo.token_loss", "compares_group")
     if algo.num_minibatches > 1 and compares:
         wanted = f"1 with algo={algo.name}, whose loss compares the completions of a prompt"
@@ -236,6 +240,10 @@ def _check_algorithm(config: TrainConfig) -> None:
     _check_samples(config)
     _check_budget(config)
     _check_pairs(config)
+    demonstrated = str((config.rollout.train_engine or {}).get("_target_")).endswith(".DemonstrationRollout")
+    if demonstrated and declares(advantage, "compares_group"):
+        wanted = f"algo=sft regime.group_size=1 with rollout=demonstrations: {compared}, here all alike"
+        raise error("algo", algo.name, wanted)
 
 
 def _check_samples(config: TrainConfig) -> None:

@@ -1,11 +1,14 @@
 """What Hydra knows of a composed configuration: the choices of its groups, and the name that they give it."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+
+from capo_exp.config.errors import ConfigError
 
 NAMING = ("experiment", "scale", "hparams_search")
 """Groups whose choices make `experiment_name`, in this order."""
@@ -19,8 +22,17 @@ def name_choices(root: DictConfig) -> str:
     return "-".join([experiment.replace("/", "_"), *others])
 
 
+def refuse_sweep(swept: Mapping[Any, Any], overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a key that an experiment sweeps over and the overrides of one run do not set."""
+    given = [override.lstrip("+").partition("=")[0] for override in overrides]
+    for key, values in swept.items():
+        if key not in given:
+            raise ConfigError(f"{key}={values}: expected one of them, since this is one run")
+
+
 def without_hydra(config: DictConfig) -> DictConfig:
-    """Removes Hydra's own node, and with it the choices, once `experiment_name` has been read off them."""
+    """Removes Hydra's own node, and with it the choices, once what names them has been read off it."""
+    HydraConfig.instance().set_config(config)
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.experiment_name = config.experiment_name

@@ -15,6 +15,8 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.schema import TrainConfig
 
 FLOAT, HALF = 4, 2
+GPUS = ("nvidia[0-9]*", "kfd", "dxg")
+"""Files in /dev: CUDA, ROCm, Windows' Linux."""
 """Bytes of a float32 and a bfloat16."""
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Values of model_type whose parameters are counted exactly; those of others as if they were of the first."""
@@ -149,10 +151,10 @@ def sequences_at_once(config: TrainConfig) -> int:
 
 
 def estimate_engine(config: TrainConfig, *, gpu: bool, total: int) -> int:
-    """Estimates what vLLM holds while the learner trains, on each device of it, which has `total` bytes."""
+    """Estimates what vLLM holds while it is awake, on each device of it, which has `total` bytes."""
     engine, url = config.rollout.engine, config.rollout.server_url
     elsewhere = url not in (None, "start") or engine.get("visible_devices") is not None
-    if not config.rollout.is_vllm or elsewhere or engine["sleep_level"]:
+    if not config.rollout.is_vllm or elsewhere:
         return 0
     if gpu and engine["kv_cache_gib"] is None:
         return int(engine["gpu_memory_utilization"] * total)
@@ -167,7 +169,7 @@ def engine_weights(config: TrainConfig) -> int:
 
 def find_device(name: str) -> str:
     """Resolves `auto`: cpu or cuda, where the learner computes. Imports torch only where a GPU may be."""
-    if name != "auto" or not any(Path("/dev").glob("nvidia[0-9]*")):
+    if name != "auto" or not any(path for kind in GPUS for path in Path("/dev").glob(kind)):
         return name.replace("auto", "cpu")
     import torch
 
@@ -199,6 +201,8 @@ def check_memory(config: TrainConfig, device: str) -> str:
     """
     gpu, (free, total) = device != "cpu", measure_memory(device)
     memory, engine = estimate_memory(config, gpu=gpu), estimate_engine(config, gpu=gpu, total=total)
+    if config.rollout.is_vllm and config.rollout.engine["sleep_level"]:  # it wakes where a step has nothing
+        engine = max(0, engine - memory.gradients - memory.activations - memory.logits)
     beside = f", engine {human(engine)}" if engine else ""
     processes = config.distributed.processes
     each = f" for each of {processes} processes" if processes > 1 else ""

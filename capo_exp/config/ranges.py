@@ -53,6 +53,10 @@ def _compiles(pattern: str) -> bool:
     return False
 
 
+TEMPLATE = Rule(
+    lambda v: "{problem}" in v and not re.search(r"\\n(?![a-z])", v),
+    r"text with {problem} in it, and line breaks where \n stands: write $'...' in a shell, or a YAML file",
+)
 LEVELS = ("solution", "inference", "step")
 """Of which rollout=pairs makes pairs."""
 OFF = "infinite = off: inf on the command line, .inf in YAML"

@@ -175,7 +175,7 @@ class DatasetConfig:
     system_prompt: str | None = MISSING
     apply_chat_template: bool = MISSING
     # User message; {problem} is replaced.
-    template: str = setting(ranges.Rule(lambda v: "{problem}" in v, "text with {problem} in it"))
+    template: str = setting(ranges.TEMPLATE)
     # Worked examples before the problem, each with `problem` and `solution`; as text or as turns of the chat.
     examples: list[Part] = setting(default=list)
     max_prompt_tokens: int = setting(ranges.COUNT)  # longer prompts are dropped and counted

@@ -60,10 +60,10 @@ def check_settings(function: Callable[..., Any], part: Mapping[str, Any], key: s
     for name, setting in settings.items():
         if name not in part and setting.default is setting.empty and _has_range(setting.annotation):
             raise ConfigError(f"{key}.{name}: no value; {part['_target_']} needs one here")
-    ordered = declares(function, "ordered")
-    if ordered and part[ordered[0]] > part[ordered[1]]:
-        low, high = ordered
-        raise error(f"{key}.{low}", part[low], f"at most {high}={part[high]}")
+    if ordered := declares(function, "ordered"):
+        least, most = (part.get(name, settings[name].default) for name in ordered)
+        if least > most:
+            raise error(f"{key}.{ordered[0]}", least, f"at most {ordered[1]}={most}")
     if not part.get("_partial_"):
         try:
             inspect.signature(function).bind(**{name: None for name in part if name[0] != "_"})

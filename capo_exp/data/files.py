@@ -92,6 +92,7 @@ def _to_row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_csv(file: Path) -> Rows:
     """Reads every cell as text, so that 007, 1.50 and None stay what they are."""
+    csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         check_columns(table.fieldnames or [], f"{file}: ")

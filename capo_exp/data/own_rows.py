@@ -8,14 +8,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 
 from capo_exp.config.errors import ConfigError, error, suggest
 from capo_exp.config.ranges import AT_LEAST_0, INNER_SHARE, one_of
 from capo_exp.data.contamination import normalise
 from capo_exp.data.files import read_splits
 from capo_exp.data.math_problems import ANSWER_FORMATS, OWN_COLUMNS, OWN_EXTRA_COLUMNS, to_problems
-from capo_exp.data.rows import Problems, Rows, Table, read_hub
+from capo_exp.data.rows import Problems, Table, read_hub
 
 Columns = Mapping[str, str | None]
 """Field of Problem -> column; null = there is none."""
@@ -160,7 +160,10 @@ def _to_problems(table: Table, columns: Columns, answer_format: str) -> Problems
 
 def _check_kinds(table: Table, field: str, column: str) -> None:
     """Refuses a column of texts and numbers side by side, and mappings and others where text is due."""
-    first = {kind: row for row, kind in reversed([*_find_kinds(table.rows, column)])}
+    first: dict[str, int] = {}
+    for number, row in enumerate(table.rows, 1):
+        if (cell := row[column]) is not None:
+            first.setdefault(KINDS.get(type(cell), type(cell).__name__), number)
     key = f"dataset.source.columns.{field}={column}"
     if len(first) > 1:
         (one, row), (other, further) = sorted(first.items(), key=lambda pair: pair[1])[:2]
@@ -169,8 +172,3 @@ def _check_kinds(table: Table, field: str, column: str) -> None:
         )
     if "a mapping" in first or (field == "problem" and first and "text" not in first):
         raise ConfigError(f"{key}: {next(iter(first))} in row {next(iter(first.values()))}; expected text")
-
-
-def _find_kinds(rows: Rows, column: str) -> list[tuple[int, str]]:
-    cells: list[tuple[int, Any]] = [(number, row[column]) for number, row in enumerate(rows, 1)]
-    return [(row, KINDS.get(type(cell), type(cell).__name__)) for row, cell in cells if cell is not None]

@@ -34,7 +34,7 @@ def render_prompts(
         The prompts that are short enough, in order, and how many were dropped.
 
     Raises:
-        ConfigError: no placeholder in the template, no chat template in the tokenizer or one that refuses the
+        ConfigError: no chat template in the tokenizer or one that refuses the
             messages, an end token behind every prompt, or no prompt left.
     """
     texts = _render_texts([problem.problem for problem in problems], tokenizer, dataset_config)
@@ -103,8 +103,6 @@ def _encode(
 def _render_texts(
     questions: list[str], tokenizer: PreTrainedTokenizerBase, config: DatasetConfig
 ) -> list[str]:
-    if PLACEHOLDER not in config.template:
-        raise ConfigError(f"got dataset.template={config.template!r}, expected text with {PLACEHOLDER} in it")
     messages = [_fill(config, question) for question in questions]
     if not config.apply_chat_template:
         before = _examples_as_text(tokenizer, config)
@@ -173,15 +171,8 @@ def choose_visits(num_problems: int, *, first: int, count: int, seed: int) -> li
     Epoch e visits every problem once, in the permutation drawn from (seed, e); draws walk through the endless
     sequence of epochs, so one step may hold the end of an epoch and the start of the next. A function of its
     arguments alone: resuming needs no more than the number of draws so far.
-
-    Raises:
-        ValueError: sizes below 1, or a negative first draw.
     """
-    if num_problems < 1 or count < 1 or first < 0:
-        raise ValueError(
-            f"got num_problems={num_problems}, count={count}, first={first}; "
-            "expected sizes of at least 1 and a first draw of at least 0"
-        )
+    assert num_problems > 0 and count > 0 and first >= 0
     epochs = range(first // num_problems, (first + count - 1) // num_problems + 1)
     orders = [np.random.default_rng([seed, epoch]).permutation(num_problems) for epoch in epochs]
     start = first - epochs[0] * num_problems

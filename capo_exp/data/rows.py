@@ -162,7 +162,7 @@ def read_hub(hub_id: str, *, config: str | None, split: str, revision: str | Non
         rows = read_table(found.with_format("arrow")[:], hub_id)
     except ConfigError:
         raise
-    except (OSError, ValueError, DatasetsError) as failure:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as failure:  # RuntimeError: it is a script
         reason = brief(failure)
         raise ConfigError(
             f"got no {split} split of {hub_id} from the hub ({reason}), {expected}"

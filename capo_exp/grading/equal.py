@@ -192,7 +192,7 @@ def _uncertainty(value: Any) -> Any:
 def _places(decimal: sp.Float) -> int:
     """Returns how many digits stand behind the point, zeros at the end too where they were written."""
     written = -int(Decimal(str(decimal)).as_tuple().exponent)
-    return _digits(decimal)[1] if decimal._prec == PARSED else max(written, _digits(decimal)[1])
+    return _digits(decimal)[1] if decimal._prec == PARSED else written
 
 
 def _digits(decimal: sp.Float) -> tuple[int, int]:
@@ -212,11 +212,15 @@ def _same_formula(gold: Any, answer: Any) -> bool:
     """Compares at points, positive and negative; by rules where that says nothing."""
     one, other = exact(gold), exact(answer)
     symbols = sorted(one.free_symbols | other.free_symbols, key=str)
-    said = []
+    said, inside = [], not one.has(sp.Abs) and not other.has(sp.Abs)
     for first, step in WHOLE if one.has(sp.floor, sp.ceiling) else POINTS:
         values = {symbol: first + place * step for place, symbol in enumerate(symbols)}
         left, right = one.subs(values).doit(), other.subs(values).doit()
         near = None if left.free_symbols or right.free_symbols else _relative_difference(left, right)
+        real = near is not None and bool(left.is_real and right.is_real)
+        if said and inside and not real:  # beyond where logarithms and roots are defined
+            continue
+        inside = inside and real
         said.append(bool(near < SAME) if near is not None else left == right and not left.has(*NOWHERE))
         if near is not None and not said[0]:
             return False

@@ -22,7 +22,7 @@ _LETTER = re.compile(r"(?:option |choice )?\(?([A-J])(?:\)|[.:,](?=\s|$)|$|(?= (
 def read_answer(text: str, style: str) -> Answer | None:
     """Reads the answer of a completion: the last box, else what the style declares; see compare.grade."""
     box = find_last_box(text)
-    if box is not None and box.strip():
+    if box is not None:
         return read_formula("-" * has_minus(text, box) + box, malformed=style != "boxed")
     if style == "gsm8k":
         return _after_hashes(text)
@@ -128,14 +128,14 @@ _BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\(?!f?box)[\s\S]|[{}]")
 
 
 def find_last_box(text: str) -> str | None:
-    r"""Returns the content of the last \boxed{...} or \fbox{...} whose braces balance; None if there is none.
-    One pass."""
+    r"""Returns the content of the last \boxed{...} or \fbox{...} whose braces balance and that holds
+    something, for a prompt that is repeated says "within \boxed{}"; None if there is none. One pass."""
     starts = [place for place in (text.find(r"\boxed"), text.find(r"\fbox")) if place >= 0]
     open_braces, found = [], (-1, -1)
     for token in _BRACES.finditer(text, min(starts)) if starts else ():
         if token.group() == "}":
             began = open_braces.pop() if open_braces else -1
-            if began > found[0]:
+            if began > found[0] and text[began : token.start()].strip():
                 found = (began, token.start())
         elif token.group()[-1] == "{" and token.group() != r"\{":  # \{ and \} are text, not braces
             open_braces.append(token.end() if len(token.group()) > 1 else -1)

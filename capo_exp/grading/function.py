@@ -9,9 +9,9 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from numbers import Real
 from typing import Annotated, Any, Self
 
 from capo_exp.config.build import REWARD, locate_reward
@@ -67,7 +67,7 @@ class FunctionVerifier:
         self._function = locate_reward(function, f"reward.verifier.{REWARD}")
         self._correct_from, self._failure_reward = correct_from, failure_reward
         limits = {"count": workers, "cpu_seconds": timeout_seconds, "memory_limit_gib": memory_limit_gib}
-        warm_up = partial(_import, self._function.__module__)
+        warm_up = partial(import_module, self._function.__module__)
         pool = partial(Workers, **limits, warm_up=warm_up, silent_seconds=SILENT_SECONDS)
         self._workers = None if in_process else pool()
 
@@ -167,13 +167,10 @@ def reward_all(function: Callable[..., Any], items: Sequence[tuple[str, str, str
 
 def to_number(value: object) -> Outcome:
     """Returns a reward as a float, or that it is none: NaN, infinite, or of another type."""
-    if isinstance(value, Real) and math.isfinite(value):
-        return float(value)
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, str | bytes) and math.isfinite(number := float(value)):  # pyright: ignore[reportArgumentType]
+            return number
     return Failed("not_a_number", f"it returned {value!r}"[:200] + f" ({type(value).__name__})")
-
-
-def _import(module: str) -> None:
-    import_module(module)
 
 
 def _caught(function: Callable[..., Any], item: Item) -> Any:

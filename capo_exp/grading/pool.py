@@ -60,7 +60,7 @@ class Workers:
         count: int,
         cpu_seconds: float,
         memory_limit_gib: float,
-        warm_up: Callable[[], None],
+        warm_up: Callable[[], object],
         silent_seconds: float = SILENT_SECONDS,
     ) -> None:
         """Starts nothing yet.
@@ -185,7 +185,7 @@ class Workers:
 
 
 def _serve(
-    pipe: Connection, cpu_seconds: float, memory_limit_gib: float, warm_up: Callable[[], None]
+    pipe: Connection, cpu_seconds: float, memory_limit_gib: float, warm_up: Callable[[], object]
 ) -> None:
     """Answers items until the parent is gone. Says None when it is ready, else why it cannot be."""
     for number in (signal.SIGINT, signal.SIGHUP):  # the parent's, who ends its workers

@@ -34,6 +34,11 @@ class Swap(NamedTuple):
 
 
 RULES = (
+    Swap(r"\\(?:underline|bm|bold|(?:text)?color\s*\{\w+\})\s*\{([^{}]*)\}", r"\1", r"\underline{7}", "7"),
+    Swap(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", "(0,1) U (2,3)", r"(0,1) \cup (2,3)"),
+    Swap(r"(?<=\d)\s*x\s*(?=10\s*\^)", r" \\times ", "3 x 10^8", r"3 \times 10^8"),
+    Swap(r"^(?:\\text\s*\{)?\s*[Aa]ll real numbers\s*\}?$", r"\\mathbb{R}",
+         "all real numbers", r"\mathbb{R}"),
     Swap(r"\\(?:display|text)style\b\s*|\\(?:left|right)(?=[][()|]|\\[{}])", "", r"\left(5", "(5"),
     Swap(r"^\$+([^$]+?)\$+$", r"\1", "$5$", "5"),
     Swap(r"^[*_`]+|[*_`]+$", "", "**3/4**", "3/4"),

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config.checks import check
-from capo_exp.config.choices import without_hydra
+from capo_exp.config.choices import refuse_sweep, without_hydra
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, to_config
@@ -97,7 +97,9 @@ def _find_wrong(loader: Any, config: DictConfig, jobs: Sequence[list[str]], wron
     began = time.monotonic()
     for number, overrides in enumerate(jobs):
         try:
-            check(to_config(without_hydra(loader.load_sweep_config(config, overrides))))
+            job = loader.load_sweep_config(config, overrides)  # several experiments may each sweep
+            refuse_sweep(job.hydra.sweeper.params or {}, overrides)
+            check(to_config(without_hydra(job)))
         except ConfigError as error:
             wrong[number] = str(error)
             sys.stderr.write(f"job {number} cannot run: {error}\n")
