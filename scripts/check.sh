@@ -8,6 +8,6 @@ lint-imports
 pyright &
 types=$!
 site=$(mktemp -d)
-NO_MKDOCS_2_WARNING=1 PYTHONPATH=. mkdocs build --quiet --strict --site-dir "$site"
+NO_MKDOCS_2_WARNING=1 PYTHONPATH=. mkdocs build --strict --site-dir "$site"
 rm -rf "$site"
 wait "$types"

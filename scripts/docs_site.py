@@ -12,6 +12,7 @@ import omegaconf
 from capo_exp.config.schema import TrainConfig, conf_dir, expected_type
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURE = "outputs/reference/paper_figure_1-tiny/figures/1.png"
 PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 HEAD = """# Configuration
 
@@ -24,6 +25,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the generated pages; mkdocs calls it."""
     from mkdocs.structure.files import File
 
+    files.append(File.generated(config, PICTURE, abs_src_path=str(ROOT / PICTURE)))
     texts = {name: (ROOT / file).read_text(encoding="utf-8") for name, file in PAGES.items()}
     for name, text in (texts | {"CONFIG.md": config_page()}).items():
         files.append(File.generated(config, name, content=text.replace("](docs/", "](")))
@@ -32,8 +34,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Keeps the words of a link to a file outside docs/, which a site does not have; mkdocs calls it."""
+    markdown = markdown.replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")
     outside = (
-        r"\[([^]]+)\]\((?:\.\./)*(?:conf|outputs|examples|capo_exp|scripts|tests|CITATION|LICENSE)[^)]*\)"
+        r"(?<!!)\[([^]]+)\]\((?:\.\./)*(?:conf|outputs|examples|capo_exp|scripts|tests|CITATION|LICENSE)[^)]*\)"
     )
     return re.sub(outside, r"\1", markdown)
 

@@ -46,11 +46,11 @@ class RewardResult:
     """Rewards of one rollout step."""
 
     rewards: list[list[float]]
-    """[P][G], 0 or 1, or what a user's function returns."""
+    """[P, G] 0 or 1, or what a user's function returns."""
     metrics: dict[str, float]
     """Counts completions by what went wrong, and has the fraction without an answer."""
     grades: list[list[Grade]]
-    """[P][G], what the rewards were made from."""
+    """[P, G] what the rewards were made from."""
 
 
 def join_results(parts: Sequence[RewardResult]) -> RewardResult:

@@ -31,7 +31,7 @@ METRICS: dict[str, str] = {
     "counter/rollout_step": "Rollout rounds done; 0 = before training.",
     "counter/optimizer_step": "Optimiser updates done.",
     "counter/prompts": "Prompts drawn for training, those of filtered groups too.",
-    "counter/completions": "Completions sampled for training; the x axis of every figure.",
+    "counter/completions": "Completions sampled for training; the x axis of figures.",
     "counter/generated_tokens": "Tokens sampled for training.",
     "counter/unrewarded_steps": "Rollout steps in a row, up to this one, without any reward.",
     "counter/reference_resets": "How often the reference has become the policy.",
