@@ -67,8 +67,8 @@ class AlgoConfig:
     variant: str = setting(ranges.NAME_OR_EMPTY, default="")  # what selection=... put on top
     label: str = setting(ranges.ONE_LINE, default="", result=False)  # empty = from name, variant
     colour: str = setting(ranges.COLOUR, default="", result=False)  # in figures, as the label
-    marker: str = setting(ranges.MARKER, default="", result=False)
-    group_filter: Part = setting(default=_neutral("all_groups"))
+    marker: str = setting(ranges.MARKER, default="", result=False)  # in figures, as the label
+    group_filter: Part = setting(default=_neutral("all_groups"))  # which prompts count as sampled
     max_sampling_rounds: int = setting(ranges.COUNT, default=1)  # until enough groups pass
     # Tokens sampled in a rollout step; what has not ended by then goes on in the next one; null = no limit.
     rollout_tokens: int | None = setting(ranges.or_null(ranges.COUNT), default=None)
@@ -77,27 +77,27 @@ class AlgoConfig:
     reference_samples: int = setting(ranges.COUNT_OR_0, default=0)
     # Completions sampled on from each state of a completion, to estimate its value; 0 = none.
     continuations: int = setting(ranges.COUNT_OR_0, default=0)
-    states: Part = setting(default=_neutral("prompt_alone"))
+    states: Part = setting(default=_neutral("prompt_alone"))  # which states continuations value
     # Of what rollout=pairs makes pairs: solution, inference, step; [] = solution.
     pair_levels: list[str] = setting(ranges.PAIR_LEVELS, default=list)
-    shaping: Part = setting(default=_neutral("unshaped"))
-    advantage: Part = setting(like="algorithms.grpo.group_normalised")
-    credit: Part = setting(default=_neutral("every_token"))
-    completion_filter: Part = setting(default=_neutral("all_completions"))
+    shaping: Part = setting(default=_neutral("unshaped"))  # of rewards
+    advantage: Part = setting(like="algorithms.grpo.group_normalised")  # of rewards
+    credit: Part = setting(default=_neutral("every_token"))  # of a token
+    completion_filter: Part = setting(default=_neutral("all_completions"))  # which ones the learner sees
     # Which completions a loss averages over after the filter.
     filter_denominator: str = setting(ranges.one_of("all", "kept"), default="all")
     num_iterations: int = setting(ranges.COUNT, default=1)  # passes over the batch of a rollout step
     num_minibatches: int = setting(ranges.COUNT, default=1)  # optimiser steps a pass
-    selection: Part = setting(default=_neutral("keep_all"))
-    token_loss: Part = setting(like="algorithms.grpo.clipped_surrogate")
-    kl_estimator: Part = setting(default=_neutral("kl_k3", "algorithms.kl"))
+    selection: Part = setting(default=_neutral("keep_all"))  # which tokens take part
+    token_loss: Part = setting(like="algorithms.grpo.clipped_surrogate")  # loss of a token
+    kl_estimator: Part = setting(default=_neutral("kl_k3", "algorithms.kl"))  # in the loss
     kl_coefficient: float = setting(ranges.NON_NEGATIVE, default=0.0)  # of a KL in the loss
     # Rollout steps until the reference becomes the policy, and until Adam's moments start again; 0 = never.
     reference_reset_every: int = setting(ranges.COUNT_OR_0, default=0)
     optimizer_reset_every: int = setting(ranges.COUNT_OR_0, default=0)
-    aggregation: Part = setting(like="algorithms.aggregation.token_mean")
+    aggregation: Part = setting(like="algorithms.aggregation.token_mean")  # of tokens into the loss
     step_rule_name: str = setting(ranges.NAME_OR_EMPTY, default="")  # what step_rule=... put on top
-    step_rule: Part = setting(default=_neutral("full_step"))
+    step_rule: Part = setting(default=_neutral("full_step"))  # how much of a step to take
 
     @property
     def full_name(self) -> str:
@@ -125,8 +125,8 @@ class ModelConfig:
     # auto = bfloat16 autocast on a GPU, on a CPU that multiplies it (AMX, AVX-512) from a hidden size of 512
     # on, and wherever the weights are bfloat16; else float32
     compute_dtype: str = setting(ranges.one_of("auto", "float32", "bfloat16"))
-    attn_implementation: str = setting(ranges.ATTENTION)
-    gradient_checkpointing: bool = MISSING
+    attn_implementation: str = setting(ranges.ATTENTION)  # as transformers names it
+    gradient_checkpointing: bool = MISSING  # less memory, a slower pass
     share_prompts: bool = setting(default=False)  # the learner computes a prompt once for its completions
     # The conservative regime's rate for this model; null = not known: regime.learning_rate has to be given
     reference_learning_rate: float | None = setting(ranges.or_null(ranges.POSITIVE))
@@ -166,20 +166,20 @@ class DatasetConfig:
     source: Part = setting(like="data.math_problems.ProblemSet")  # (split) -> list[Problem]
     # null = a set to evaluate on, which nothing trains on
     train_split: str | None = setting(ranges.NAME_OR_NULL)
-    eval_split: str = setting(ranges.NAME)
+    eval_split: str = setting(ranges.NAME)  # for evaluations
     # Which are the first num_problems of an evaluation.
     eval_order: str = setting(ranges.one_of("file", "shuffled"), default="file")
     levels: list[str] = setting(default=list)  # difficulties to train on, as in [3,4,5]; [] = all
     types: list[str] = setting(default=list)  # families or subjects to train on; [] = all
     prompt_style: str = setting(default="own", result=False)  # name of the choice prompt=; a label
-    system_prompt: str | None = MISSING
-    apply_chat_template: bool = MISSING
+    system_prompt: str | None = MISSING  # null = none
+    apply_chat_template: bool = MISSING  # else plain text
     # User message; {problem} is replaced.
     template: str = setting(ranges.TEMPLATE)
     # Worked examples before the problem, each with `problem` and `solution`; as text or as turns of the chat.
     examples: list[Part] = setting(default=list)
     max_prompt_tokens: int = setting(ranges.COUNT)  # longer prompts are dropped and counted
-    max_completion_tokens: int = setting(ranges.COUNT)
+    max_completion_tokens: int = setting(ranges.COUNT)  # where it is cut off
 
     @property
     def longest_row(self) -> int:
@@ -191,8 +191,8 @@ class DatasetConfig:
 class RegimeConfig:
     name: str = setting(ranges.NAME)
     learning_rate: float = setting(ranges.LEARNING_RATE)  # peak of the schedule
-    prompts_per_step: int = setting(ranges.COUNT)
-    group_size: int = setting(ranges.COUNT)
+    prompts_per_step: int = setting(ranges.COUNT)  # of a rollout step
+    group_size: int = setting(ranges.COUNT)  # completions a prompt
 
 
 @dataclass
@@ -205,9 +205,9 @@ class RolloutConfig:
     train_engine: Part | None = setting(like="rollout.demonstrations.DemonstrationRollout")
     # One call of the engine a rollout step, or one a micro-batch.
     chunking: str = setting(ranges.one_of("per_step", "per_micro_batch"))
-    temperature: float = setting(ranges.TEMPERATURE)
+    temperature: float = setting(ranges.TEMPERATURE)  # of sampling and of log-probs
     top_k: int = setting(ranges.COUNT_OR_0)  # 0 = off
-    top_p: float = setting(ranges.TOP_P)
+    top_p: float = setting(ranges.TOP_P)  # nucleus
     # Weights the credit where sampler and learner differ; rollout/correction=
     correction: Part = setting(like="algorithms.correction.uncorrected")
 
@@ -227,25 +227,25 @@ class RewardConfig:
     """Total reward = verifier + format_weight x format + length_weight x length; see grading/terms.py."""
 
     name: str = setting(ranges.NAME)
-    verifier: Part = setting(like="grading.verifier.ExactVerifier")
+    verifier: Part = setting(like="grading.verifier.ExactVerifier")  # scores completions
     format: Part = setting(default=_neutral("no_format", "grading.terms"))  # (text) -> 0..1
     format_weight: float = setting(ranges.FINITE, default=0.0)  # 0 = the term is only logged
     length: Part = setting(default=_neutral("no_length", "grading.terms"))  # (tokens) -> number
-    length_weight: float = setting(ranges.FINITE, default=0.0)
+    length_weight: float = setting(ranges.FINITE, default=0.0)  # of brevity
 
 
 @dataclass
 class OptimizerConfig:
     name: str = setting(ranges.NAME)
-    betas: list[float] = setting(ranges.BETAS)
-    eps: float = setting(ranges.EPS)
-    weight_decay: float = setting(ranges.WEIGHT_DECAY)
-    max_grad_norm: float = setting(ranges.POSITIVE_OR_INF)
+    betas: list[float] = setting(ranges.BETAS)  # AdamW's
+    eps: float = setting(ranges.EPS)  # AdamW's
+    weight_decay: float = setting(ranges.WEIGHT_DECAY)  # AdamW's
+    max_grad_norm: float = setting(ranges.POSITIVE_OR_INF)  # clips the gradient
     # The schedules of transformers.get_scheduler that need no further numbers.
     schedule: str = setting(ranges.one_of(
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "inverse_sqrt"
     ))  # fmt: skip
-    warmup_ratio: float = setting(ranges.Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"))
+    warmup_ratio: float = setting(ranges.Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"))  # share of steps
 
 
 @dataclass
@@ -254,10 +254,10 @@ class CurvatureConfig:
 
     # adam = moments of its own | adam_live = the optimiser's | sgd
     optimizer_model: str = setting(ranges.one_of("adam", "adam_live", "sgd"))
-    top_k: int = setting(ranges.COUNT)
+    top_k: int = setting(ranges.COUNT)  # ids of a token's support
     hidden_shift: int = setting(ranges.HIDDEN_SHIFT)  # 1 = the state one token late
-    betas: list[float] = setting(ranges.OPEN_BETAS)
-    eps: float = setting(ranges.EPS)
+    betas: list[float] = setting(ranges.OPEN_BETAS)  # of the model's moments
+    eps: float = setting(ranges.EPS)  # of the model's moments
     # of adam's own table; bfloat16 halves it and rounds
     moments_dtype: str = setting(ranges.one_of("float32", "bfloat16"), default="float32")
     # auto = triton on a GPU, torch elsewhere; they differ by rounding alone
@@ -272,10 +272,10 @@ class CurvatureConfig:
 @dataclass
 class EvaluationConfig:
     every: int = setting(ranges.COUNT_OR_0)  # rollout steps; 0 = only before and after training
-    num_problems: int = setting(ranges.COUNT)
+    num_problems: int = setting(ranges.COUNT)  # held out
     samples: int = setting(ranges.COUNT)  # completions per problem
     temperature: float = setting(ranges.TEMPERATURE_OR_0)  # 0 = greedy
-    top_p: float = setting(ranges.TOP_P, default=1.0)
+    top_p: float = setting(ranges.TOP_P, default=1.0)  # nucleus
 
 
 @dataclass
@@ -286,11 +286,11 @@ class CheckpointConfig:
 
 @dataclass
 class LoggerConfig:
-    name: str = setting(ranges.TRACKER)
+    name: str = setting(ranges.TRACKER)  # tracker beside the files
     # auto = online with a key, offline without
     wandb_mode: str = setting(ranges.one_of("auto", "online", "offline", "disabled"))
-    project: str = setting(ranges.PROJECT)
-    tags: list[str] = setting(ranges.TAGS)
+    project: str = setting(ranges.PROJECT)  # of the tracker
+    tags: list[str] = setting(ranges.TAGS)  # of W&B's run
     completions_every: int = setting(ranges.COUNT_OR_0)  # rollout steps between samples; 0 = never
     completions_groups: int = setting(ranges.COUNT)  # prompts per sample
     # Rollout steps between histograms of the samples' m_F, m_H and advantages in a tracker; 0 = never.
@@ -311,7 +311,7 @@ class DistributedConfig:
 
     name: str = setting(ranges.one_of("single", "fsdp2"), default="single", result=False)
     processes: int = setting(ranges.COUNT, default=1, result=False)  # of a node, a GPU each
-    nodes: int = setting(ranges.COUNT, default=1, result=False)
+    nodes: int = setting(ranges.COUNT, default=1, result=False)  # machines
     # What layers are gathered and computed in; bfloat16 takes a third less traffic.
     gather: str = setting(ranges.one_of("float32", "bfloat16"), default="float32")
     timeout_seconds: float = setting(ranges.POSITIVE, default=1800.0, result=False)  # for the others
@@ -341,9 +341,9 @@ class TrainConfig:
     # Rollout steps in a row without a reward that end a run; 0 = none do.
     stop_after_unrewarded: int = setting(ranges.COUNT_OR_0, result=False)
     seed: int = setting(ranges.Rule(lambda v: 0 <= v < 2**32, "an integer in [0, 2**32)"))
-    device: str = setting(ranges.DEVICE)
+    device: str = setting(ranges.DEVICE)  # of the learner
     experiment_name: str = setting(ranges.FOLDER, result=False)  # folder under output_dir
-    output_dir: str = setting(ranges.not_empty("a directory"), result=False)
+    output_dir: str = setting(ranges.not_empty("a directory"), result=False)  # root of the run directories
     overwrite: bool = setting(result=False)  # start again although a run with this identity exists
     plan_only: bool = setting(result=False)  # print the plan and stop
     # Packages of a user's own that `_target_` may name; only the command line can allow them.
