@@ -662,7 +662,7 @@ def test_a_checkpoint_keeps_a_moved_reference(learner, random_batch, tmp_path):
     assert saved is not None and kept is not None
     models = (type(kept).from_pretrained(place).eval() for place in (path, saved))
     again = Learner(*models, ours.algorithm, ours.config, torch.float32)
-    state = keeper.restore(path, torch.device("cpu"))
+    state = keeper.restore(path)
     assert state["counters"] == {"counter/completions": 7}
     again.load_state_dict(state)
     assert again.reference_resets == 1 and again.reference is not None

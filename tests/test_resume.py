@@ -23,7 +23,8 @@ from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.processes import stop_signal
 from capo_exp.training import loop as train
-from tests.pieces import NO_TOKENIZER, logged
+from capo_exp.training.learner import Learner
+from tests.pieces import NO_TOKENIZER, logged, take_step
 from tests.process_pieces import SERVER
 
 STEPS = 48  # each ending lets one checkpoint more be written, on a busy machine many
@@ -172,7 +173,7 @@ def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
     for step in (1, 2):
         saved = whole.save(step, state, small_model, tokenizer, small_model)
     assert whole.latest() == saved and find_reference(saved) == saved / "reference"
-    assert whole.restore(saved, torch.device("cpu"))["a"].tolist() == [0, 1, 2]
+    assert whole.restore(saved)["a"].tolist() == [0, 1, 2]
     for how, said in DAMAGES.items():
         shutil.copytree(tmp_path / "whole", tmp_path / how)
         spoil(tmp_path / how / "checkpoints" / "step_000002", how)
@@ -184,6 +185,24 @@ def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_named(
     (tmp_path / how / "checkpoints" / "step_000001" / "checkpoint.json").unlink()
     assert Checkpointer(tmp_path / how, keep=2, run_id="1a2b3c4d").latest() is None
     assert "no whole checkpoint is left, so the run begins again" in caplog.text
+
+
+def test_a_gpu_never_holds_a_state_twice(learner, random_batch, tokenizer, tmp_path):
+    """It is read to the CPU, and what is taken over goes to the weights' device, for which meta stands."""
+    ours = learner("algo=capo")
+    take_step(ours, random_batch())
+    keeper = Checkpointer(tmp_path, keep=1, run_id="1a2b3c4d")
+    state = keeper.restore(keeper.save(1, ours.state_dict(), ours.model, tokenizer))
+    table, moments = state["optimizer_model"], state["optimizer"]["state"][0]
+    tensors = [*table.values(), *moments.values()]
+    assert {value.device.type for value in tensors if isinstance(value, torch.Tensor)} == {"cpu"}
+    with torch.device("meta"):
+        model = type(ours.model)(ours.model.config)
+    there = Learner(model, None, ours.algorithm, ours.config, torch.float32)
+    there.load_state_dict(state)
+    assert {there.optimizer_model.first.device.type, there.optimizer_model.slot_of_id.device.type} == {"meta"}
+    devices = {name: value.device.type for name, value in next(iter(there.optimizer.state.values())).items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def test_steps_are_numbers_and_other_files_are_left_alone(small_model, tmp_path, caplog):

@@ -195,7 +195,7 @@ def test_a_resumed_run_remembers_the_ratio(ruled, random_batch, tmp_path):
     path = checkpointer.save(2, straight.state_dict(), straight.model, NO_TOKENIZER)
     resumed = ruled(CALIBRATED)
     resumed.model.load_state_dict(straight.model.state_dict())
-    resumed.load_state_dict(checkpointer.restore(path, torch.device("cpu")))
+    resumed.load_state_dict(checkpointer.restore(path))
     assert resumed.step_memory == straight.step_memory and resumed.step_memory["since"] == 2
     for one in (straight, resumed):
         take_step(one, random_batch(seed=2))

@@ -295,7 +295,7 @@ def round_trip(
         restored = _on_cpu(policy.load_model(config.model, torch.device("cpu"), weights=saved))
         model.load_state_dict(restored)
         second = learner()
-        second.load_state_dict(checkpointer.restore(saved, model.device))
+        second.load_state_dict(checkpointer.restore(saved))
     take_optimizer_step(second, given)
     off, step = _distance(_on_cpu(model), expected), _distance(restored, expected)
     if not off <= (0 if model.device.type == "cpu" else GPU_DRIFT * step):

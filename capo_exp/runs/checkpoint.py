@@ -21,7 +21,6 @@ from capo_exp.distributed.world import SINGLE, World
 from capo_exp.runs.files import list_checkpoints, name_disk_error, remove, write_json
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -180,16 +179,15 @@ class Checkpointer:
         partial.rename(target)
         _flush(self._folder)
 
-    def restore(
-        self, path: Path, device: "torch.device", model: "PreTrainedModel | None" = None
-    ) -> dict[str, Any]:
-        """Reads the state of a checkpoint, without the weights; its tensors are on `device`. The optimiser's
-        moments are shared out as the weights of `model` are, however many processes wrote them."""
+    def restore(self, path: Path, model: "PreTrainedModel | None" = None) -> dict[str, Any]:
+        """Reads the state of a checkpoint, without the weights; its tensors are on the CPU, for a GPU would
+        hold them twice while they are taken over. The optimiser's moments are shared out as the weights of
+        `model` are, however many processes wrote them."""
         import torch
 
         from capo_exp.distributed.sharding import place_moments
 
-        state = torch.load(path / _STATE, map_location=device, weights_only=True)
+        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         if model is not None:
             shards = path / _SHARDS
             place_moments(state["optimizer"], model, shards if shards.is_dir() else None)

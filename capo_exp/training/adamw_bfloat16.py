@@ -41,7 +41,7 @@ class AdamWBfloat16(torch.optim.AdamW):
         for index, kept in state_dict["state"].items():
             device = weights[index].device
             self.state[weights[index]] = {
-                name: value.clone().to("cpu" if name == "step" else device) for name, value in kept.items()
+                name: value.to("cpu" if name == "step" else device) for name, value in kept.items()
             }
 
     def reset(self) -> None:

@@ -154,8 +154,9 @@ class Learner:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        moments = state["optimizer_model"]
-        self.optimizer_model = moments and copy_moments(AdamState(**moments))
+        device, kept = self.model.device, (state["optimizer_model"] or {}).items()
+        own: Any = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept}
+        self.optimizer_model = AdamState(**own) if own else None
 
     @property
     def _passes(self) -> Passes:

@@ -181,7 +181,7 @@ def open_session(
     engine = build_engine(config, inputs, model, world)
     share_out(config, world, model, reference)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype, world)
-    state = {} if latest is None else checkpointer.restore(latest, inputs.device, model)
+    state = {} if latest is None else checkpointer.restore(latest, model)
     counters = state.get("counters", {})
     step: int = counters.get(names.STEP, 0)
     if state:
