@@ -220,7 +220,7 @@ def compare_blocks(job, world):
     with (inputs := reading.read_inputs(config, world)).verifier:
         model = policy.load_model(config.model, inputs.device)
         engine = reading.build_engine(config, inputs, model, world)
-        reading.share_out(config, world, model, None)
+        reading.share_out(config, world, model)
         asked = {"group_size": 2, "seed": (0, 0, 0), "weight_version": 0}
         requests = make_requests(config, inputs.data.train[:9], **asked)
         wanted = sample(engine, requests, SINGLE)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from inspect import Signature, signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from capo_exp.cli.compose import find_choices
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import estimate_memory
+from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts, split
 from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
 from capo_exp.rollout.dealt import sample
@@ -28,6 +30,7 @@ from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.identity import run_id
 from capo_exp.runs.record import run_status
 from capo_exp.sweep import launch
+from capo_exp.training import inputs, session
 from tests.conftest import ALGORITHMS
 from tests.distributed_job import expect, train_as_given, work
 from tests.pieces import SMALL
@@ -224,6 +227,18 @@ def test_processes_share_what_is_sharded(composed):
         assert getattr(eight, part) == getattr(one, part) // 8
     assert (eight.moments, eight.logits) == (one.moments, one.logits)
     assert one.gathered == 0 < eight.gathered < one.weights
+
+
+def test_no_gpu_holds_two_whole_models_beside_an_engine(composed, tmp_path, monkeypatch):
+    config, calls = composed(*RUN, "algo.kl_coefficient=0.1"), []
+    load = policy.load_model
+    monkeypatch.setattr(policy, "load_model", lambda *a, **k: calls.append("load") or load(*a, **k))
+    monkeypatch.setattr(inputs, "shard", lambda *_, **__: calls.append("shard"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty cache"))
+    monkeypatch.setattr(HFRollout, "start", lambda *_: calls.append("start"))
+    with ExitStack() as stack:
+        session.open_session(config, inputs.read_inputs(config), tmp_path, stack)
+    assert calls == ["load", "shard", "load", "shard", "empty cache", "start"]
 
 
 def test_an_engine_that_is_asked_for_nothing_samples_nothing():

@@ -20,7 +20,7 @@ SCORE = "score_tokens"
 """Method of a sharded model: the body of every forward pass. What goes past it would read shards."""
 
 
-def shard(model: PreTrainedModel, world: World, *, gather: str, body: Callable[..., Any]) -> PreTrainedModel:
+def shard(model: PreTrainedModel, world: World, *, gather: str, body: Callable[..., Any]) -> None:
     """Shares the model's weights out, in place.
 
     Args:
@@ -48,7 +48,6 @@ def shard(model: PreTrainedModel, world: World, *, gather: str, body: Callable[.
             module.set_force_sum_reduction_for_comms(True)
     setattr(model, SCORE, MethodType(body, model))
     register_fsdp_forward_method(model, SCORE)
-    return model
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

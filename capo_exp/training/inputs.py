@@ -65,13 +65,10 @@ def read_inputs(config: TrainConfig, world: World = SINGLE, device: torch.device
     return Inputs(tokenizer, data, verifier, problems, algorithm, device, dtype)
 
 
-def share_out(
-    config: TrainConfig, world: World, model: PreTrainedModel, reference: PreTrainedModel | None
-) -> None:
-    """Shards the model, and the reference, if the run is spread over processes."""
-    for each in (model, reference) if config.distributed.name != "single" else ():
-        if each is not None:
-            shard(each, world, gather=config.distributed.gather, body=policy.score_tokens)
+def share_out(config: TrainConfig, world: World, model: PreTrainedModel | None) -> None:
+    """Shards a model, if there is one and the run is spread over processes."""
+    if model is not None and config.distributed.name != "single":
+        shard(model, world, gather=config.distributed.gather, body=policy.score_tokens)
 
 
 def load_reference(config: TrainConfig, inputs: Inputs, weights: Path | None) -> PreTrainedModel | None:

@@ -177,9 +177,10 @@ def open_session(
     if latest is not None:
         inputs = _as_begun(config, inputs, directory, world)
     model = policy.load_model(config.model, inputs.device, weights=latest)
-    reference = load_reference(config, inputs, find_reference(latest))
     engine = build_engine(config, inputs, model, world)
-    share_out(config, world, model, reference)
+    share_out(config, world, model)  # before another whole model is on the device
+    reference = load_reference(config, inputs, find_reference(latest))
+    share_out(config, world, reference)
     learner = Learner(model, reference, inputs.algorithm, config, inputs.compute_dtype, world)
     state = {} if latest is None else checkpointer.restore(latest, model)
     counters = state.get("counters", {})
@@ -193,6 +194,7 @@ def open_session(
     record, logger, progress = opened or [Silent()] * 3
     for line in (*inputs.data.lines(), *_show_first(inputs.data.train)):
         progress.message(line)
+    torch.cuda.empty_cache()  # an engine of its own takes what the device has left
     world.together(lambda: engine.start(_engine_folder(directory, world), inputs.data.train))
     if latest is not None:
         progress.message(f"goes on after step {step}, from {latest}")
