@@ -1,5 +1,7 @@
 """The optimiser steps of one rollout step; and for every algorithm what must not crash it."""
 
+import pickle
+import weakref
 from dataclasses import replace
 from itertools import chain
 from math import isfinite
@@ -11,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from capo_exp.core.batch import minibatches
+from capo_exp.core.batch import WIDE, join_shared, minibatches, narrow
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, RolloutGroup
 from capo_exp.runs.metrics import check_known
+from capo_exp.training import passes
 from capo_exp.training.rollout_step import assign_credit, sample_rollout, take_updates
 from capo_exp.training.sampler import remember_reference
 from tests.conftest import ALGORITHMS
@@ -81,6 +84,31 @@ def test_old_log_probs_are_those_at_sampling(learner, random_batch, iterations, 
         assert update.record is not None
         torch.testing.assert_close(update.record.old_log_probs, sampled[update.rows], rtol=1e-4, atol=1e-5)
         assert torch.equal(update.record.batch.input_ids, batch.input_ids[update.rows])
+
+
+@pytest.mark.parametrize("words", ["algo.num_iterations=2", "selection=m2po", "algo.num_minibatches=2"])
+def test_hidden_states_are_gone_when_the_next_ones_are_made(learner, random_batch, monkeypatch, words):
+    """Also those of a scoring pass before the gradient; what is kept of an update holds none."""
+    ours, seen = learner("algo=grpo", words), []
+
+    def join(*given):
+        assert not any(hidden() is not None for hidden in seen)
+        joined = join_shared(*given)
+        seen.append(weakref.ref(joined.output.hidden))
+        return joined
+
+    monkeypatch.setattr(passes, "join_shared", join)
+    done = list(take_updates(ours, random_batch(), step=1))
+    assert len(seen) == 2
+    records = [update.record.output for update in done if update.record is not None]
+    assert not any(getattr(output, name).untyped_storage().nbytes() for output in records for name in WIDE)
+
+
+def test_a_narrow_record_travels_without_its_hidden_states(learner, random_batch):
+    """A pickle holds the whole storage of a view."""
+    record = take_step(learner("algo=grpo"), random_batch())[1]
+    sizes = [len(pickle.dumps(one)) for one in (record, narrow(record))]
+    assert sizes[0] - sizes[1] >= record.output.hidden.nbytes > 0
 
 
 def test_a_minibatch_is_an_optimiser_step_of_its_own(learner, random_batch):

@@ -200,6 +200,14 @@ def join_records(pieces: Sequence[tuple[Tensor, Value]], batch: Batch) -> Value:
     return merge([record for _, record in pieces])
 
 
+def narrow(record: Any) -> Any:
+    """Returns a record whose output has 0 in place of K and H: tensors of their own, for a view would keep
+    all of what it is of."""
+    output = vars(record.output).items()
+    empty = {name: value.new_empty(*value.shape[:2], 0) for name, value in output if name in WIDE}
+    return replace(record, output=replace(record.output, **empty))
+
+
 def join_shared(
     pieces: Sequence[tuple[Tensor, Value]],
     outputs: Sequence[tuple[Tensor, PolicyOutput]],
@@ -216,7 +224,7 @@ def join_shared(
     """
     if world.size == 1:
         return join_records(pieces, batch)
-    shares = world.together(lambda: [(rows.cpu(), _move(_narrow(record), "cpu")) for rows, record in pieces])
+    shares = world.together(lambda: [(rows.cpu(), _move(narrow(record), "cpu")) for rows, record in pieces])
     everyone = [piece for share in shares for piece in share]
     joined: Any = _move(join_records(everyone, _move(batch, "cpu")), batch.input_ids.device)
     own = torch.cat([rows for rows, _ in outputs]).sort().values
@@ -228,12 +236,6 @@ def join_shared(
 
     kept = {name: wide(name) for name in WIDE}
     return replace(joined, output=replace(joined.output, rows=own, **kept))
-
-
-def _narrow(record: Any) -> Any:
-    return replace(
-        record, output=replace(record.output, **{n: vars(record.output)[n][..., :0] for n in WIDE})
-    )
 
 
 def _move(value: Any, device: torch.device | str) -> Any:

@@ -76,15 +76,7 @@ class Learner:
         """Makes the gradient of the tokens that the algorithm selects; the optimiser has not stepped then."""
         if not self.algorithm.scoring_pass:
             return self._gradient(given, lambda _, scored: self._select(scored), watch)
-        with watch("scoring"):
-            scored = self._passes.score(given, self._step_model(given.totals))
-            selection = self._select(scored)
-        if declares_inside(self.algorithm.token_loss, "whole_step"):
-            if declares_inside(self.algorithm.token_loss, "needs_reference"):
-                reference = self.reference_log_probs(given.batch, scored.output.log_probs)
-                scored = replace(scored, ref_log_probs=reference)
-            given = replace(given, scored=scored)
-        return self.backward_selected(given, selection, watch)
+        return self.backward_selected(*self._score(given, watch), watch)
 
     def backward_selected(self, given: StepInput, selection: Selection, watch: Stopwatch) -> Gradient:
         """Makes the gradient with a selection [B, T] of the whole step in place of the algorithm's."""
@@ -166,6 +158,19 @@ class Learner:
     def _select(self, scored: Scored) -> Selection:
         part = self.algorithm.selection
         return as_selection(part(scored), scored.batch.completion_mask, "algo.selection", part)
+
+    def _score(self, given: StepInput, watch: Stopwatch) -> tuple[StepInput, Selection]:
+        """Makes the scoring pass, of which the gradient holds no more than it needs: hidden states are
+        large."""
+        with watch("scoring"):
+            scored = self._passes.score(given, self._step_model(given.totals))
+            selection = self._select(scored)
+        if declares_inside(self.algorithm.token_loss, "whole_step"):
+            if declares_inside(self.algorithm.token_loss, "needs_reference"):
+                reference = self.reference_log_probs(given.batch, scored.output.log_probs)
+                scored = replace(scored, ref_log_probs=reference)
+            given = replace(given, scored=scored)
+        return given, selection
 
     def _gradient(self, given: StepInput, select: SelectRows, watch: Stopwatch) -> Gradient:
         return self._passes.gradient(given, self._step_model(given.totals), select, watch)

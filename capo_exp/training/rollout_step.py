@@ -12,7 +12,7 @@ from capo_exp.algorithms.protocols import Algorithm
 from capo_exp.algorithms.step_bound import reward_surprisal
 from capo_exp.config.declare import asked
 from capo_exp.config.schema import TrainConfig
-from capo_exp.core.batch import collate, join, minibatches, take, totals
+from capo_exp.core.batch import collate, join, minibatches, narrow, take, totals
 from capo_exp.core.seeds import MINIBATCH, ORDER, ROLLOUT, derive_seed
 from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import Batch, RolloutGroup, StepInput, StepRecord, UnfinishedGroup
@@ -48,7 +48,7 @@ class Update:
 
     rows: Tensor  # [b] rows of the batch that it saw
     metrics: dict[str, float]
-    record: StepRecord | None  # What it saw; only of the last pass, for a batch's hidden states are large
+    record: StepRecord | None  # What it saw, without a K or an H; only of the last pass
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,7 @@ def take_updates(learner: Learner, batch: Batch, *, step: int) -> Iterator[Updat
             sizes = totals(take(batch, part if algorithm.filter_denominator == "all" else rows))
             given = StepInput(take(batch, rows), sizes, None if stored is None else stored[rows])
             metrics, record = take_optimizer_step(learner, given)
+            record = narrow(record)  # the hidden states of a batch are large, and the next pass makes its own
             metrics["selection/filtered_completion_fraction"] = filtered
             if stored is None:  # one minibatch: its rows and record are all there is
                 stored = join([(rows, record.old_log_probs)], batch.completion_mask)
