@@ -24,16 +24,24 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.config.ranges import Rule
 from capo_exp.core import policy
 from capo_exp.core.batch import collate
+from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.prompts import render_prompts
 from capo_exp.distributed.sharding import local, shard
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.rollout import EngineFailed, SamplingRequest, vllm, weight_transfer
 from capo_exp.rollout.dealt import sample
-from capo_exp.rollout.vllm import VLLMRollout, engine_environment
-from capo_exp.rollout.vllm_process import OUT_OF_MEMORY, Elsewhere, EngineProcess, Request, explain_failure
+from capo_exp.rollout.vllm import VLLMRollout
+from capo_exp.rollout.vllm_process import (
+    OUT_OF_MEMORY,
+    Elsewhere,
+    EngineProcess,
+    Request,
+    engine_environment,
+    explain_failure,
+)
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
-from capo_exp.rollout.weight_proof import WeightProbe
+from capo_exp.rollout.weight_proof import MOVED, WeightProbe, WeightProof
 from capo_exp.rollout.weight_transfer import (
     EngineWeights,
     WeightClient,
@@ -299,6 +307,18 @@ def test_stale_weights_are_seen_however_small_the_difference(running, monkeypatc
     running.sample()
     running.version += 1
     running.sample()  # nothing has changed, for either: no reason to stop
+
+
+def test_stale_weights_are_seen_however_slowly_the_learner_moves(small_model):
+    """Two lost steps, of which neither is enough alone; between them the engine said the same."""
+    prompt = Prompt(Problem("0", "", ""), "", (2, 5))
+    proof, step, tolerance = WeightProof(small_model, torch.float32, [prompt]), 0.6 * MOVED, 1.0
+    probes = [WeightProbe(torch.tensor([number * step]), torch.zeros(1)) for number in range(3)]
+    for number in (0, 1):
+        proof.judge(probes[number], number, "float32", tolerance)
+    with pytest.raises(EngineFailed, match=r"step 2 .* expected the engine's to change with the learner's"):
+        proof.judge(probes[2], 2, "float32", tolerance)
+    proof.judge(WeightProbe(torch.ones(1), torch.ones(1)), 3, "float32", tolerance)  # they have come
 
 
 @needs_vllm

@@ -5,43 +5,39 @@ its log-probs of some prompts are compared with the learner's. It starts with ra
 but the learner's can pass.
 """
 
-import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import nan
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capo_exp.config.errors import ConfigError, error
+from capo_exp.core.seeds import derive_seed
 from capo_exp.core.types import Completion, Prompt, RolloutGroup
 from capo_exp.distributed.world import SINGLE, World
 from capo_exp.rollout import EngineFailed, SamplingRequest
 from capo_exp.rollout.hf import find_end_token_ids
-from capo_exp.rollout.vllm_process import Elsewhere, Enduring, EngineProcess, Request, Response
+from capo_exp.rollout.vllm_process import (
+    Elsewhere,
+    Enduring,
+    Engine,
+    EngineProcess,
+    Request,
+    Response,
+    engine_environment,
+)
 from capo_exp.rollout.vllm_server import Server, start_server
 from capo_exp.rollout.vllm_settings import VLLMSettings
-from capo_exp.rollout.weight_proof import WeightProbe, choose_probe_prompts, probe_weights
+from capo_exp.rollout.weight_proof import WeightProof
 from capo_exp.rollout.weight_transfer import EngineWeights, WeightClient, choose_backend, make_sender
 
 LOG_FILE = "vllm.log"
 GENERATION_CONFIG = "vllm_generation_config"
 """Folder in the run's directory."""
-MOVED = 0.1
-"""Share of max_probe_difference by which the learner's log-probs have moved for certain, rounding apart."""
-
-
-class Engine(Protocol):
-    """A running vLLM: EngineProcess or Server."""
-
-    def generate(self, requests: Sequence[Request]) -> list[Response]: ...
-    def call(self, method: str, **arguments: Any) -> Any: ...
-    def close(self) -> None: ...
 
 
 class VLLMRollout:
@@ -98,13 +94,11 @@ class VLLMRollout:
             wanted = "this machine's name as the server's node reaches it"
             raise error("rollout.engine.weight_transfer_address", address, wanted)
         self._arguments = settings.engine_arguments(dtype=self._dtype, backend=self._backend, on_cpu=on_cpu)
-        self._name = uuid.uuid4().hex[:8]
+        self._name = uuid.uuid4().hex[:8]  # Names weights that are this learner's, on whichever server
         self._engine: Engine | None = None
         self._version: int | None = None
         """Of the weights that the engine is proven to hold."""
         self._asleep = False
-        self._probe_prompts: list[Prompt] = []
-        self._last_probe: WeightProbe | None = None
         self._metrics = {"time/transfer_seconds": 0.0, "mismatch/probe_difference": 0.0}
 
     def start(self, directory: Path, prompts: Sequence[Prompt]) -> None:
@@ -114,7 +108,7 @@ class VLLMRollout:
             EngineFailed: if it cannot be started within its limit.
         """
         settings, log = self.settings, directory / LOG_FILE
-        self._probe_prompts = choose_probe_prompts(prompts)
+        self._proof = WeightProof(self._model, self._compute_dtype, prompts)
         world_size = settings.tensor_parallel_size
         if not self._world.leads:
             self._engine = Elsewhere()
@@ -123,9 +117,8 @@ class VLLMRollout:
             world_size = self._engine.world_size()
             found, wanted = self._engine.log_probs_mode(), self._arguments["logprobs_mode"]
             if found != wanted:
-                raise ConfigError(
-                    f"{settings.server_url} runs with --logprobs-mode {found}: expected {wanted}"
-                )
+                said = f"{settings.server_url} runs with --logprobs-mode {found}: expected {wanted}"
+                raise ConfigError(said)
         else:
             # In the place of the model's own file, which vLLM reads otherwise, whatever stands there.
             own = directory / GENERATION_CONFIG
@@ -165,12 +158,11 @@ class VLLMRollout:
             "stop_token_ids": self._ends,
             "ignore_eos": True,  # _ends has it
         }
-        requests: list[Request] = []
         known = zip(request.prompts, request.beginnings(), request.room(), strict=True)
-        for i, (prompt, begun, room) in enumerate(known):
-            seed = int(np.random.SeedSequence([request.seed, i]).generate_state(1)[0])
-            own = {"max_tokens": room, "seed": seed}
-            requests.append(Request((*prompt.token_ids, *begun), params | own))
+        requests = [
+            Request((*p.token_ids, *ids), params | {"max_tokens": room, "seed": derive_seed(request.seed, i)})
+            for i, (p, ids, room) in enumerate(known)
+        ]
         responses = self.running().generate(requests)
         triples = zip(request.prompts, request.beginnings(), responses, strict=True)
         return [self._to_group(request, *triple) for triple in triples]
@@ -200,14 +192,10 @@ class VLLMRollout:
         assert self._engine is not None, "start() comes first, close() last"
         return self._engine
 
-    def _label(self, version: int) -> str:
-        """Names weights that are this learner's, on whichever server."""
-        return f"{self._name}:{version}"
-
     def _to_group(
         self, request: SamplingRequest, prompt: Prompt, begun: tuple[int, ...], response: Response
     ) -> RolloutGroup:
-        label = self._label(request.weight_version)
+        label = f"{self._name}:{request.weight_version}"
         versions = {version for sampled in response.completions for version in sampled.weight_versions}
         if versions != {label}:
             wanted = f"expected {label}; does another run use this server?"
@@ -257,58 +245,16 @@ class VLLMRollout:
             engine.call("wake_up", tags=["weights"])
         if stale:
             self._send()
-            engine.call("update_weight_version", new_version=self._label(version))
+            engine.call("update_weight_version", new_version=f"{self._name}:{version}")
         if self._asleep:
             engine.call("wake_up", tags=["kv_cache"])
             self._asleep = False
         if stale:
             cleared = engine.call("reset_prefix_cache")
-            self._prove(version)
+            probe = self._proof.look(engine.generate)
+            if self._world.leads:  # the others have forwarded their part
+                self._metrics["mismatch/probe_difference"] = probe.difference.mean().item()
+                tolerance = self.settings.max_probe_difference[self._dtype]
+                self._proof.judge(probe, version, self._dtype, tolerance)
             if not cleared:
                 raise EngineFailed("vLLM: its prefix cache could not be reset after new weights")
-
-    def _prove(self, version: int) -> None:
-        """Raises EngineFailed, with step and size of the difference, if weights are not the learner's."""
-        probe = probe_weights(self.running().generate, self._model, self._compute_dtype, self._probe_prompts)
-        if not self._world.leads:
-            return  # it has forwarded its part
-        before, self._last_probe = self._last_probe, probe
-        mean, largest = probe.difference.mean().item(), probe.difference.max().item()
-        self._metrics["mismatch/probe_difference"] = mean
-        tolerance = self.settings.max_probe_difference[self._dtype]
-        expected = f"on average at most rollout.engine.max_probe_difference.{self._dtype}={tolerance:g}"
-        if before is not None and probe.only_learner_moved(before, by=MOVED * tolerance):
-            expected = "the engine's to change with the learner's"
-        elif mean <= tolerance:
-            return
-        raise EngineFailed(
-            f"vLLM: its weights are not the learner's: after optimiser step {version} log-probs differ by "
-            f"{mean:.3g} nats on average, {largest:.3g} at most; expected {expected}"
-        )
-
-
-def engine_environment(
-    device: torch.device, visible_devices: str | int | None, count: int = 1
-) -> dict[str, str]:
-    """Returns the variables of an engine that belongs to the run; what the user has set stays.
-
-    Args:
-        device: the learner's.
-        visible_devices: GPUs of the engine; None = the learner's, and those behind it.
-        count: how many the engine takes.
-    """
-    wanted = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    if count > 1:
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else its CPU build wants a NUMA node for each part
-    environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    if device.type != "cpu":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        here = device.index or 0
-        known = list(map(str, range(here + count))) if visible == [""] else visible
-        own = ",".join(known[here : here + count])
-        environment["CUDA_VISIBLE_DEVICES"] = str(own if visible_devices is None else visible_devices)
-    return environment

@@ -19,10 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from capo_exp.rollout import EngineFailed
 from capo_exp.rollout.vllm_settings import VLLMSettings
+
+if TYPE_CHECKING:
+    import torch
 
 REQUESTS = ("init_weight_transfer_engine", "update_weights")
 """Methods of vLLM's `LLM` that take their arguments as one dict."""
@@ -81,6 +84,14 @@ def explain_failure(what: str, reason: str, log_file: Path) -> EngineFailed:
     return EngineFailed("\n    ".join([f"vLLM: {what}: {reason}{log}", *lines]))
 
 
+class Engine(Protocol):
+    """A running vLLM: EngineProcess or Server."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]: ...
+    def call(self, method: str, **arguments: Any) -> Any: ...
+    def close(self) -> None: ...
+
+
 class Elsewhere:
     """Stands for an engine that another process of the block owns: knows no log-prob, agrees to all else."""
 
@@ -98,7 +109,7 @@ class Elsewhere:
 class Enduring(Elsewhere):
     """Asks an engine until it fails, and keeps the error: from then on it is as if it were elsewhere."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failure: EngineFailed | None = None
 
@@ -115,6 +126,35 @@ class Enduring(Elsewhere):
             return action() if self.failure is None else None
         except EngineFailed as error:
             self.failure = error
+
+
+def engine_environment(
+    device: "torch.device", visible_devices: str | int | None, count: int = 1
+) -> dict[str, str]:
+    """Returns the variables of an engine that belongs to the run; what the user has set stays.
+
+    Args:
+        device: the learner's.
+        visible_devices: GPUs of the engine; None = the learner's, and those behind it.
+        count: how many the engine takes.
+    """
+    import torch
+
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    if count > 1:
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else its CPU build wants a NUMA node for each part
+    environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    if device.type != "cpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        here = device.index or 0
+        known = list(map(str, range(here + count))) if visible == [""] else visible
+        own = ",".join(known[here : here + count])
+        environment["CUDA_VISIBLE_DEVICES"] = str(own if visible_devices is None else visible_devices)
+    return environment
 
 
 class EngineProcess:

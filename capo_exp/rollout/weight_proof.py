@@ -16,6 +16,8 @@ from capo_exp.rollout.vllm_process import Request, Response
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 128
 """At most, the last of each prompt."""
+MOVED = 0.1
+"""Share of max_probe_difference by which the learner's log-probs have moved for certain, rounding apart."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +39,56 @@ class WeightProbe:
         return moved and torch.equal(self.engine, before.engine)
 
 
-def probe_weights(
-    generate: Callable[[Sequence[Request]], list[Response]],
-    model: PreTrainedModel,
-    compute_dtype: torch.dtype,
-    prompts: Sequence[Prompt],
-) -> WeightProbe:
-    """Returns both log-probs of the prompts' last tokens, at temperature 1.
+class WeightProof:
+    """Compares an engine with the learner after each transfer, and with what both said before."""
 
-    Args:
-        generate: the engine's.
-        model: the learner's.
-        compute_dtype: the learner's.
-        prompts: have two tokens or more.
-    """
-    params = {"n": 1, "temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
-    responses = generate([Request(prompt.token_ids, params) for prompt in prompts])
-    groups = [_as_completion(p, r.prompt_log_probs) for p, r in zip(prompts, responses, strict=True)]
-    batch = collate(groups, pad_token_id=0, device=model.device)
-    own = policy.log_probs(model, batch, policy.ForwardSettings(1.0, PROBE_TOKENS, compute_dtype))
-    return WeightProbe(own[batch.completion_mask], batch.sampler_log_probs[batch.completion_mask])
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype, prompts: Sequence[Prompt]) -> None:
+        """Chooses the first few prompts that can prove anything.
 
+        Raises:
+            EngineFailed: if none has two tokens.
+        """
+        self._model, self._compute_dtype = model, compute_dtype
+        self._prompts = [prompt for prompt in prompts if len(prompt.token_ids) > 1][:PROBE_PROMPTS]
+        if not self._prompts:
+            raise EngineFailed(
+                "vLLM: prompts of one token cannot prove its weights: expected 2 tokens or more"
+            )
+        self._before: WeightProbe | None = None
+        """The first one of those that the engine has answered alike since."""
 
-def choose_probe_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Returns the first few prompts that can prove anything.
+    def look(self, generate: Callable[[Sequence[Request]], list[Response]]) -> WeightProbe:
+        """Returns both log-probs of the prompts' last tokens, at temperature 1; `generate` is the engine's,
+        and every process forwards its part of sharded weights."""
+        params = {"n": 1, "temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+        responses = generate([Request(prompt.token_ids, params) for prompt in self._prompts])
+        pairs = zip(self._prompts, responses, strict=True)
+        groups = [_as_completion(prompt, response.prompt_log_probs) for prompt, response in pairs]
+        batch = collate(groups, pad_token_id=0, device=self._model.device)
+        settings = policy.ForwardSettings(1.0, PROBE_TOKENS, self._compute_dtype)
+        own = policy.log_probs(self._model, batch, settings)
+        return WeightProbe(own[batch.completion_mask], batch.sampler_log_probs[batch.completion_mask])
 
-    Raises:
-        EngineFailed: if none has two tokens.
-    """
-    chosen = [prompt for prompt in prompts if len(prompt.token_ids) > 1][:PROBE_PROMPTS]
-    if not chosen:
-        raise EngineFailed("vLLM: prompts of one token cannot prove its weights: expected 2 tokens or more")
-    return chosen
+    def judge(self, probe: WeightProbe, step: int, dtype: str, tolerance: float) -> None:
+        """Judges the engine's weights after an optimiser step: by the size of the difference, and by whether
+        they have changed at all since the learner's moved; many small steps add up.
+
+        Raises:
+            EngineFailed: if they are not the learner's.
+        """
+        before = self._before
+        if before is None or not torch.equal(probe.engine, before.engine):
+            self._before = probe
+        mean, largest = probe.difference.mean().item(), probe.difference.max().item()
+        expected = f"on average at most rollout.engine.max_probe_difference.{dtype}={tolerance:g}"
+        if before is not None and probe.only_learner_moved(before, by=MOVED * tolerance):
+            expected = "the engine's to change with the learner's"
+        elif mean <= tolerance:
+            return
+        raise EngineFailed(
+            f"vLLM: its weights are not the learner's: after optimiser step {step} log-probs differ by "
+            f"{mean:.3g} nats on average, {largest:.3g} at most; expected {expected}"
+        )
 
 
 def _as_completion(prompt: Prompt, log_probs: Sequence[float]) -> RolloutGroup:
