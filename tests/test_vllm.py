@@ -632,12 +632,15 @@ def test_a_tied_last_layer_is_sent_under_both_names_in_the_engines_dtype(small_m
 
 
 @needs_vllm
-def test_vllms_senders_are_told_what_they_then_get(small_model):
+def test_vllms_senders_are_told_what_they_then_get(small_model, monkeypatch):
+    """Before any weight is gathered: each transfer asks for it."""
     source = make_weight_source(EngineWeights(small_model, torch.float32))
     for _ in range(2):  # one pass for each transfer
-        sent = {name: (weight.dtype, tuple(weight.shape)) for name, weight in source}
-        assert {meta.name: (meta.dtype, meta.shape) for meta in source.metadata()} == sent
-    assert "lm_head.weight" in sent
+        sent = [(name, weight.dtype, tuple(weight.shape)) for name, weight in source]
+        with monkeypatch.context() as patch:
+            patch.delattr(weight_transfer, "full")
+            assert [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()] == sent
+    assert "lm_head.weight" in [name for name, *_ in sent]
     small_model.get_input_embeddings().weight.data.fill_(7)
     assert (dict(source)["lm_head.weight"] == 7).all()  # the weights as they are, not as they were
 

@@ -161,7 +161,8 @@ def make_weight_source(weights: EngineWeights) -> Any:
 
     class AllWeights(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in weights]
+            every = weights.model.named_parameters(remove_duplicate=False)  # nothing is gathered for it
+            return [ParamMeta(name, weights.dtype, tuple(weight.shape)) for name, weight in every]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return iter(weights)
