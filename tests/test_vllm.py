@@ -11,7 +11,9 @@ from datetime import timedelta
 from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
+from unittest.mock import create_autospec
 
 import pytest
 import requests
@@ -319,6 +321,21 @@ def test_stale_weights_are_seen_however_slowly_the_learner_moves(small_model):
     with pytest.raises(EngineFailed, match=r"step 2 .* expected the engine's to change with the learner's"):
         proof.judge(probes[2], 2, "float32", tolerance)
     proof.judge(WeightProbe(torch.ones(1), torch.ones(1)), 3, "float32", tolerance)  # they have come
+
+
+def test_a_sleeping_engine_finds_what_the_learner_no_longer_needs(tmp_path, monkeypatch):
+    """Its weights what an optimiser step took, its KV cache the copies that were made to be sent."""
+    engine, calls = Setup(compose_vllm(), tmp_path).engine, []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    call = lambda name, tags=(), **_: calls.extend([name, *tags]) or True  # noqa: E731
+    engine._engine, engine._asleep = SimpleNamespace(call=call, generate=None), True
+    engine._send, engine._proof = lambda: calls.append("send"), create_autospec(WeightProof, instance=True)
+    engine._proof.look.return_value = WeightProbe(torch.zeros(1), torch.zeros(1))
+    engine._synchronise(1)
+    assert calls == [
+        "empty", "wake_up", "weights", "send", "update_weight_version", "empty", "wake_up", "kv_cache",
+        "reset_prefix_cache",
+    ]  # fmt: skip
 
 
 @needs_vllm

@@ -247,6 +247,7 @@ class VLLMRollout:
             self._send()
             engine.call("update_weight_version", new_version=f"{self._name}:{version}")
         if self._asleep:
+            self._world.together(torch.cuda.empty_cache)  # the copies that were sent
             engine.call("wake_up", tags=["kv_cache"])
             self._asleep = False
         if stale:
