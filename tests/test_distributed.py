@@ -22,9 +22,10 @@ from capo_exp.cli.compose import find_choices
 from capo_exp.config.checks import check
 from capo_exp.config.errors import ConfigError, RunFailed
 from capo_exp.config.memory import estimate_memory
+from capo_exp.config.schema import DistributedConfig
 from capo_exp.core import policy
 from capo_exp.core.batch import CutSize, deal_cuts, split
-from capo_exp.distributed.world import SINGLE, World, count_sharing, torchrun_size
+from capo_exp.distributed.world import SINGLE, World, count_sharing, own_device, torchrun_size
 from capo_exp.rollout.dealt import sample
 from capo_exp.rollout.hf import HFRollout
 from capo_exp.runs.identity import run_id
@@ -227,6 +228,16 @@ def test_processes_share_what_is_sharded(composed):
         assert getattr(eight, part) == getattr(one, part) // 8
     assert (eight.moments, eight.logits) == (one.moments, one.logits)
     assert one.gathered == 0 < eight.gathered < one.weights
+
+
+def test_the_gpu_of_a_process_is_torchs_current_one(monkeypatch):
+    """Which is what it synchronises; also the second GPU of a single process."""
+    seen, alone, spread = [], DistributedConfig(), DistributedConfig(name="fsdp2")
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for config, name in ((alone, "cuda:1"), (spread, "cuda"), (alone, "cuda"), (spread, "cpu")):
+        seen.append(own_device(config, torch.device(name)))
+    assert seen == [torch.device(name) for name in ("cuda:1", "cuda:1", "cuda:3", "cuda:3", "cuda", "cpu")]
 
 
 def test_no_gpu_holds_two_whole_models_beside_an_engine(composed, tmp_path, monkeypatch):

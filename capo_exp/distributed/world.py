@@ -152,13 +152,15 @@ def torchrun_size(config: DistributedConfig) -> DistributedConfig:
 
 
 def own_device(config: DistributedConfig, device: "torch.device") -> "torch.device":
-    """Returns the process's own GPU where the learner computes on GPUs: that of its number on the node."""
-    if config.name == "single" or device.type == "cpu":
+    """Returns the process's own GPU where the learner computes on GPUs: of several processes that of its
+    number on the node. It becomes torch's current one, which is what a stopwatch waits for."""
+    if device.type == "cpu":
         return device
     import torch
 
-    own = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(own)
+    own = device if config.name == "single" else torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    if own.index is not None:
+        torch.cuda.set_device(own)
     return own
 
 
