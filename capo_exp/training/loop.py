@@ -117,14 +117,10 @@ def _evaluate(session: Session) -> None:
     watch = Stopwatch()
     with watch("total"):
         metrics = evaluate_policy(
-            session.engine,
-            session.inputs.verifier,
-            session.inputs.data.held_out,
-            session.config,
+            session.engine, session.inputs.verifier, session.inputs.data.held_out, session.config,
             seed=derive_seed(session.config.seed, EVALUATION, session.step),
-            weight_version=session.learner.optimizer_step,
-            world=session.world,
-        )
+            weight_version=session.learner.optimizer_step, world=session.world,
+        )  # fmt: skip
     line = metrics | session.counters()
     session.logger.log_evaluation(line | {"time/total_seconds": watch.seconds["total"]})
     session.progress.evaluation(line)
