@@ -36,6 +36,7 @@ from capo_exp.rollout.vllm import VLLMRollout
 from capo_exp.rollout.vllm_process import (
     OUT_OF_MEMORY,
     Elsewhere,
+    Enduring,
     EngineProcess,
     Request,
     engine_environment,
@@ -213,6 +214,10 @@ def fail_to_take(engine, method, **_):
     return True
 
 
+def fail_to_send():
+    raise EngineFailed("lost on the way")
+
+
 def share_engine(rank, folder, config, weights):
     """One of two processes with a sharded model and an engine of the first one's, which shares it."""
     torch.set_num_threads(1)
@@ -235,8 +240,13 @@ def share_engine(rank, folder, config, weights):
             broken.setattr(type(setup.engine.running()), "call", fail_to_take)
             with pytest.raises(EngineFailed, match="no weights today"):
                 sample(setup.engine, [setup.request()], world)
-        setup.version += 1
         lose_weights(patch, setup)
+        with patch.context() as broken:  # after the last one is gathered, in one of the two
+            send = setup.engine._send
+            broken.setattr(setup.engine, "_send", lambda: send() or (world.is_first and fail_to_send()))
+            with pytest.raises(EngineFailed, match="lost on the way"):
+                sample(setup.engine, [setup.request()], world)
+        setup.version += 1
         with pytest.raises(EngineFailed, match=r"its weights are not the learner's"):
             sample(setup.engine, [setup.request()], world)
     torch.save(groups, folder / f"groups_{rank}.pt")
@@ -640,6 +650,20 @@ def test_what_hangs_is_left_behind():
     assert run_within(5, "adding", lambda: 2) == 2
     with pytest.raises(EngineFailed, match="vLLM: dividing: ZeroDivisionError: division by zero"):
         run_within(5, "dividing", lambda: 1 / 0)
+
+
+def test_a_refusal_that_is_kept_ends_a_transfer_that_waits_in_vain():
+    """As of a server elsewhere, where several processes gather: the sender waits for what never comes."""
+
+    def refuse(method, **_):
+        raise EngineFailed(f"vLLM: {method}: no")
+
+    kept, release = Enduring(SimpleNamespace(call=refuse)), threading.Event()
+    client = WeightClient(lambda: kept)
+    send = lambda: client.update_weights({}) or release.wait()  # noqa: E731
+    with pytest.raises(EngineFailed, match="vLLM: update_weights: no"):
+        run_within(20, "sending", send, failed=lambda: client.failure)
+    release.set()
 
 
 def test_a_tied_last_layer_is_sent_under_both_names_in_the_engines_dtype(small_model):

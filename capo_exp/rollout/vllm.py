@@ -131,7 +131,7 @@ class VLLMRollout:
             )
         self._send = make_sender(
             self._backend,
-            WeightClient(lambda method, **arguments: self.running().call(method, **arguments)),
+            WeightClient(self.running),
             EngineWeights(self._model, getattr(torch, self._dtype)),
             address=settings.weight_transfer_address,
             world_size=world_size,
@@ -244,7 +244,7 @@ class VLLMRollout:
             self._world.together(torch.cuda.empty_cache)
             engine.call("wake_up", tags=["weights"])
         if stale:
-            self._send()
+            self._world.together(self._send)  # if it fails in one, nobody waits for that one later
             engine.call("update_weight_version", new_version=f"{self._name}:{version}")
         if self._asleep:
             self._world.together(torch.cuda.empty_cache)  # the copies that were sent

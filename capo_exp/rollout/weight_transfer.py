@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from capo_exp.config.errors import ConfigError
 from capo_exp.distributed.sharding import full, is_sharded
 from capo_exp.rollout import EngineFailed
+from capo_exp.rollout.vllm_process import Engine
 
 CHUNK_BYTES = 64 * 2**20
 POLL_SECONDS = 0.1
@@ -27,13 +28,18 @@ POLL_SECONDS = 0.1
 class WeightClient:
     """The engine's side of the conversation: vLLM's VLLMWeightSyncClient.
 
-    It remembers how it failed: vLLM's senders call it from a thread, and wait for the GPU.
+    It remembers how the engine failed: vLLM's senders call it from a thread, and wait for the GPU.
     """
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        """Takes what calls a method of the engine: its name, and arguments by theirs."""
-        self._call = call
-        self.failure: EngineFailed | None = None
+    def __init__(self, running: Callable[[], Engine]) -> None:
+        """Takes what returns the engine, at times an Enduring."""
+        self._running = running
+        self._failure: EngineFailed | None = None
+
+    @property
+    def failure(self) -> EngineFailed | None:
+        """What the engine has failed with: raised, or kept."""
+        return self._failure or getattr(self._running(), "failure", None)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._ask("init_weight_transfer_engine", init_info=init_info)
@@ -49,9 +55,9 @@ class WeightClient:
 
     def _ask(self, method: str, **arguments: Any) -> None:
         try:
-            self._call(method, **arguments)
+            self._running().call(method, **arguments)
         except EngineFailed as error:
-            self.failure = error
+            self._failure = error
             raise
 
 
@@ -135,7 +141,9 @@ def make_sender(
                 torch.cuda.synchronize()  # vLLM copies on streams of its own: the update has to be done
                 return action()
 
-        return run_within(seconds, what, on_its_gpu, failed=lambda: client.failure)
+        # Another backend's sender ends by itself, and must not be left while other processes gather with it.
+        failed = (lambda: client.failure) if backend == "nccl" else (lambda: None)
+        return run_within(seconds, what, on_its_gpu, failed=failed)
 
     sender = limited(f"joining the engine for {backend} transfers", join)
     return lambda: limited(f"sending weights by {backend}", sender.send_weights)
