@@ -23,7 +23,7 @@ from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.subject import weights_digest
-from capo_exp.evaluation.table import BenchmarkScore, gains
+from capo_exp.evaluation.table import BenchmarkScore, gains, results_table, test_rows
 from capo_exp.figures.__main__ import main as figures
 from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.runs.lock import locked
@@ -377,6 +377,24 @@ def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(monkeypa
     assert {(c.rollout.is_vllm, c.dataset.template) for c in seen} == {(True, "{problem} $x")}
 
 
+def test_the_base_of_a_run_that_began_with_anothers_step_has_a_label_of_its_own(
+    trained, tmp_path, monkeypatch
+):
+    seen = []
+
+    def record(command, configs, targets, **_):
+        seen.extend(target.label for target in targets)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evaluate_model, "evaluate_targets", record)
+    second = shutil.copytree(trained, tmp_path / "second", ignore=shutil.ignore_patterns("evaluations"))
+    text = (second / "config.yaml").read_text()
+    assert "  name: tiny\n" in text
+    (second / "config.yaml").write_text(text.replace("  name: tiny\n", "  name: step_000002\n"))
+    assert main([f"run={second}"]) == 2
+    assert seen == ["step_000002", "base step_000002"]
+
+
 def test_runs_that_cannot_be_evaluated(trained, tmp_path, capsys, monkeypatch):
     steps = r"checkpoint=7: expected last, all, or one of the steps 1, 2"
     assert steps in refused(capsys, f"run={trained}", "checkpoint=7")
@@ -469,6 +487,21 @@ def test_gains_are_differences_on_the_same_problems():
     own = result("own", 5, {"x": 0.5, "y": 1.0, "z": 1.0})
     assert gains([own], [base])["b"].value == pytest.approx(1 / 3)
     assert gains([base], [base]) == {}
+
+
+def test_a_run_that_began_with_anothers_step_of_the_same_name_gains_what_it_gained():
+    def result(step, accuracy):
+        average = {"value": accuracy, "low": accuracy, "high": accuracy}
+        scores = {"samples": 1, "problems": 2, "average": average, "pass_at": {"1": average}}
+        scores |= {"majority_at": {}, "no_answer_fraction": 0.0}
+        return BenchmarkScore("step_000100", step, None, "b", "b-1", scores, {"x": accuracy, "y": accuracy})
+
+    results = [result(100, 0.75), result(0, 0.25)]
+    shown = [list(column.cells) for column in results_table(results).columns[:4]]
+    assert [str(cell) for cell in shown[0]] == ["step_000100", "step_000100 - base", "step_000100"]
+    assert str(shown[3][1]).startswith("50.0")
+    rows = [(row["counter/rollout_step"], row["test/accuracy"]) for row in test_rows(results, [])]
+    assert rows == [(0, 0.25), (100, 0.75)]
 
 
 def test_a_file_that_is_none(tmp_path, capsys):

@@ -198,7 +198,9 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     if root.is_symlink():
         raise ConfigError(f"{root} is a link, which is not followed; expected output=DIR beside it")
     shared = Path(command.output) if command.output else here.parent.parent / "evaluations"
-    base = [WeightSet(str(run["model"]["name"]), None, 0, 0, shared)] if command.base else []
+    name = str(run["model"]["name"])
+    label = f"base {name}" if name in (found[step].name for step in steps) else name
+    base = [WeightSet(label, None, 0, 0, shared)] if command.base else []
     rows = [row for row in logged.metrics if {names.STEP, names.COMPLETIONS} <= row.keys()]
     drawn = {int(row[names.STEP]): row[names.COMPLETIONS] for row in rows}
     return [*(WeightSet(found[step].name, found[step], step, drawn.get(step), root) for step in steps), *base]

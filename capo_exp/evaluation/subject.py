@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from capo_exp.config.build import build_part
 from capo_exp.config.checks import check_ranges
 from capo_exp.config.errors import ConfigError
+from capo_exp.config.places import slug
 from capo_exp.config.record import as_data
 from capo_exp.config.schema import DatasetConfig, TrainConfig
 from capo_exp.core import policy
@@ -192,7 +193,7 @@ def _evaluate(
         )  # fmt: skip
         return draw_completions(subject.engine(prompts), request)
 
-    folder = target.root / f"{target.label}-{subject.weights[:8]}" / f"{name}-{card_digest(card)}"
+    folder = target.root / f"{slug(target.label)}-{subject.weights[:8]}" / f"{name}-{card_digest(card)}"
     told = _progress(f"{target.label} {name}", len(prompts))
     scores = evaluate_benchmark(folder, card, benchmark, sample, overwrite=command.overwrite, told=told)
     failed = [f"{count} {reason}" for reason, count in scores["reasons"].items() if reason in FAILED]

@@ -32,8 +32,8 @@ def results_table(results: Sequence[BenchmarkScore]) -> Table:
     table = Table(box=None, pad_edge=False)
     measures = (f"avg@{n} [95 %]", f"pass@{n} [95 %]", f"maj@{n} [95 %]")
     _add_columns(table, ["model", "benchmark"], ["problems", *measures, "tokens", "truncated", "no answer"])
-    for model in dict.fromkeys(result.model for result in results):
-        own = [result for result in results if result.model == model]
+    for own in _by_weights(results):
+        model = own[0].model
         for result in own:
             table.add_row(Text(model), Text(result.benchmark), *_cells(result.scores))
         if len(own) > 1:
@@ -42,6 +42,14 @@ def results_table(results: Sequence[BenchmarkScore]) -> Table:
             for name, gain in gained.items():
                 table.add_row(Text(f"{model} - base"), Text(name), "", str(gain))
     return table
+
+
+def _by_weights(results: Sequence[BenchmarkScore]) -> list[list[BenchmarkScore]]:
+    """A run that began with another's step_000100 has a step of this name, too."""
+    found: dict[tuple[str, int | None], list[BenchmarkScore]] = {}
+    for result in results:
+        found.setdefault((result.model, result.step), []).append(result)
+    return list(found.values())
 
 
 def _add_columns(table: Table, labels: Sequence[str], numbers: Sequence[str]) -> None:
@@ -95,8 +103,8 @@ def test_rows(results: Sequence[BenchmarkScore], before: Sequence[Mapping[str, A
     rows: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
     for row in (row for row in before if {"cards", "counter/rollout_step"} <= row.keys()):
         rows[tuple(row["cards"]), row["counter/rollout_step"]] = dict(row)
-    for model in dict.fromkeys(result.model for result in results if result.step is not None):
-        own = sorted((result for result in results if result.model == model), key=lambda result: result.card)
+    for same in _by_weights([result for result in results if result.step is not None]):
+        own = sorted(same, key=lambda result: result.card)
         step, cards = own[0].step or 0, [result.card for result in own]
         known = {} if own[0].completions is None else {"counter/completions": own[0].completions}
         rows.pop((tuple(cards), step), None)
