@@ -65,6 +65,12 @@ def test_what_changes_no_training_makes_no_other_curve(make):
         assert len(curve.runs) == 2, override
 
 
+def test_a_server_of_its_own_and_other_limits_of_the_engine_make_no_other_curve(make):
+    shared = ("algo=grpo", "rollout=vllm")
+    other = ("rollout.server_url=http://localhost:8", "rollout.engine.gpu_memory_utilization=0.7", "seed=1")
+    assert shape(curves([make(*shared), make(*shared, *other)], mix=False)) == [("GRPO (A)", [0, 1])]
+
+
 @pytest.mark.parametrize(
     ("override", "labelled"),
     [

@@ -63,7 +63,7 @@ AFFAIRS = {"gpu_memory_utilization", "start_seconds", "generate_seconds", "sleep
 
 def test_what_an_engine_runs_with_is_its_own_affair(composed):
     vllm = composed("algo=grpo", "rollout=vllm")
-    conditions = list_engine_conditions(vllm)
+    conditions = list_engine_conditions(vllm.rollout.engine)
     assert AFFAIRS < set(conditions) < vllm.rollout.engine.keys()
     more = dict.fromkeys(conditions, 9)
     other = dataclasses.replace(vllm.rollout, engine=vllm.rollout.engine | more)

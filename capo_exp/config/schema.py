@@ -195,6 +195,9 @@ class RegimeConfig:
     group_size: int = setting(ranges.COUNT)  # completions a prompt
 
 
+VLLM_ENGINE = "capo_exp.rollout.vllm_settings.VLLMSettings"
+
+
 @dataclass
 class RolloutConfig:
     name: str = setting(ranges.NAME)
@@ -219,7 +222,7 @@ class RolloutConfig:
     @property
     def is_vllm(self) -> bool:
         """Is true where sampling happens in an engine of its own, beside the learner."""
-        return self.engine.get("_target_") == "capo_exp.rollout.vllm_settings.VLLMSettings"
+        return self.engine.get("_target_") == VLLM_ENGINE
 
 
 @dataclass

@@ -45,7 +45,7 @@ def make_card(
 
     config, prompts, where = benchmark.config, benchmark.prompts, benchmark.where
     dataset, model, engine = config.dataset, config.model, config.rollout.engine
-    not_engine = {*NOT_ENGINE, *list_engine_conditions(config)}
+    not_engine = {*NOT_ENGINE, *list_engine_conditions(engine)}
     template = str(subject.tokenizer.chat_template)
     return {
         "benchmark": dataset.name,

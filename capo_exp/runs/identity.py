@@ -7,6 +7,7 @@ a neutral default therefore leaves every id as it is.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import omegaconf
 
 from capo_exp.config.build import locate
 from capo_exp.config.places import slug
-from capo_exp.config.schema import TrainConfig
+from capo_exp.config.schema import VLLM_ENGINE, TrainConfig
 
 
 @cache
@@ -36,11 +37,11 @@ def read_schema(schema: type = TrainConfig, prefix: str = "") -> tuple[frozenset
     return frozenset(left_out), neutral
 
 
-def list_engine_conditions(config: TrainConfig) -> list[str]:
+def list_engine_conditions(engine: Mapping[str, Any]) -> list[str]:
     """Returns the settings of rollout.engine that change no result, as the dataclass of rollout=vllm says."""
-    if not config.rollout.is_vllm:
+    if engine.get("_target_") != VLLM_ENGINE:
         return []
-    settings: Any = locate(config.rollout.engine, "rollout.engine")
+    settings: Any = locate(engine, "rollout.engine")
     return [field.name for field in fields(settings) if not field.metadata.get("result", True)]
 
 
@@ -53,7 +54,7 @@ def run_id(config: TrainConfig) -> str:
 def select_results(config: TrainConfig) -> dict[str, Any]:
     """Returns the config as plain values without what changes no result and what is neutral."""
     left_out, neutral = read_schema(type(config))
-    left_out |= {f"rollout.engine.{name}" for name in list_engine_conditions(config)}
+    left_out |= {f"rollout.engine.{name}" for name in list_engine_conditions(config.rollout.engine)}
 
     def counted(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from capo_exp.config.architecture import ARCHITECTURE
 from capo_exp.config.errors import ConfigError
-from capo_exp.runs.identity import read_schema
+from capo_exp.runs.identity import list_engine_conditions, read_schema
 from capo_exp.runs.read import LoggedRun
 
 Settings = dict[str, Any]
@@ -64,6 +64,9 @@ def results(run: LoggedRun) -> Settings:
     if not run.config:
         return {}
     left_out, neutral = read_schema()
+    engine = run.setting("rollout.engine")
+    if isinstance(engine, dict):
+        left_out |= {f"rollout.engine.{name}" for name in list_engine_conditions(engine)}
     known = dict(flat(run.config))
     known |= {key: value for key, value in flat(NEUTRAL | neutral) if key not in known}
     found = {key: value for key, value in known.items() if not is_within(key, tuple(left_out))}
