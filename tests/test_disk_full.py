@@ -112,6 +112,8 @@ def test_other_errors_stay_what_they_are(tmp_path):
         expected = f"{tmp_path}, or the output of this command, could not be written: {os.strerror(number)} ."
         with pytest.raises(RunFailed, match=expected), stop_on_disk_error(tmp_path):
             raise OSError(number, "in the library's words")
+    with pytest.raises(RunFailed, match="without overwrite=true goes on"), stop_on_disk_error(tmp_path, True):
+        raise OSError(errno.EIO, "in the library's words")
 
 
 def test_a_row_and_a_file_are_written_whole_or_not_at_all(tmp_path):

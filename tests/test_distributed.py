@@ -309,7 +309,7 @@ def test_the_first_process_ends_first(error, status, waits, told, tmp_path, monk
 def test_a_stopped_run_is_no_killed_one(tmp_path):
     """Although torchrun ends the other processes."""
     ends = {0: SimpleNamespace(exitcode=-signal.SIGTERM), 1: SimpleNamespace(exitcode=launch.INTERRUPTED)}
-    assert isinstance(launch._explain(ends, tmp_path), KeyboardInterrupt)
+    assert isinstance(launch._explain(ends, tmp_path, ""), KeyboardInterrupt)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

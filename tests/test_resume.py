@@ -283,6 +283,19 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_run_json_agrees(undisturbed,
     assert record(run)["counters"] == record(undisturbed)["counters"]
 
 
+def test_a_run_that_slurm_starts_again_goes_on_although_it_was_to_begin_anew(
+    composed, tmp_path, monkeypatch, capsys
+):
+    config = composed(*SMALL, "num_steps=2", "overwrite=true", f"output_dir={tmp_path}")
+    monkeypatch.setattr(train, "stop_asked", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    assert "saved after step 1; the same command without overwrite=true goes on" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert [row["counter/rollout_step"] for row in logged(train.run(config) / "metrics.jsonl")] == [1, 2]
+    assert "goes on after step 1" in capsys.readouterr().out
+
+
 def test_nohup_is_respected_and_a_hang_up_is_a_signal_like_others():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

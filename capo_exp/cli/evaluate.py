@@ -11,7 +11,7 @@ from capo_exp.cli import front
 from capo_exp.cli.compose import find_choices
 from capo_exp.cli.evaluate_config import benchmark_config, read_command, run_config
 from capo_exp.config.build import build_part
-from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.errors import ConfigError, RunFailed, same_command
 from capo_exp.config.places import quoted, slug
 from capo_exp.config.record import find_unnamed, refuse_place
 from capo_exp.config.schema import TrainConfig
@@ -38,7 +38,6 @@ Exit status: 0, 1 = the engine or the disk failed, 2 = wrong input, 130 = interr
 """
 OTHERS = ("model.", "dataset.", "prompt", "device", "rollout", "reward", "plugins")
 """Beginnings of the keys of the training configuration that an evaluation depends on."""
-KEPT = "parts that are done are kept, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,21 @@ LINE = front.CommandLine("evaluate", EvaluateCommand, _usage, others=OTHERS)
 def show_scores(given: EvaluateCommand) -> int:
     """Evaluates what the command names, shows the scores and returns the exit status."""
     command = read_command(given)
+    kept = f"parts that are done are kept, and {same_command(command.overwrite)} goes on from there"
     try:
         if command.completions is not None:
             _show_stored(Path(command.completions), command)
         else:
             _show_jobs(command)
     except KeyboardInterrupt:
-        sys.stderr.write(f"stopped; {KEPT}\n")
+        sys.stderr.write(f"stopped; {kept}\n")
         return 130
     except RunFailed as failed:
-        raise RunFailed(f"{failed}; {KEPT}") from failed
+        raise RunFailed(f"{failed}; {kept}") from failed
     except OSError as error:
         if find_disk_error(error) is None:
             raise
-        sys.stderr.write(f"{error}; {KEPT}\n")
+        sys.stderr.write(f"{error}; {kept}\n")
         return 1
     return 0
 

@@ -25,6 +25,11 @@ def error(key: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(f"{key}={text if len(text) <= 200 else f'{text[:200]}...'}: expected {expected}")
 
 
+def same_command(overwrite: bool) -> str:
+    """Returns what goes on with what is there: with overwrite=true it would begin again."""
+    return "the same command without overwrite=true" if overwrite else "the same command"
+
+
 def printable(text: object) -> str:
     """Returns a text that cannot steer a terminal; its lines stay."""
     return "".join(each if each.isprintable() or each == "\n" else "?" for each in str(text))

@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.errors import ConfigError, RunFailed, same_command
 
 STOPS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
@@ -117,7 +117,7 @@ def name_disk_error(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_disk_error(run_dir: Path) -> Iterator[None]:
+def stop_on_disk_error(run_dir: Path, overwrite: bool = False) -> Iterator[None]:
     """Ends a run whose disk takes no more in one line that says where it goes on.
 
     Raises:
@@ -135,7 +135,8 @@ def stop_on_disk_error(run_dir: Path) -> Iterator[None]:
         what = named or f"{run_dir}, or the output of this command,"
         raise RunFailed(
             f"{what} could not be written: {os.strerror(number)}{_state(run_dir)}. "
-            "Make room, or mend the disk or its permissions; then the same command goes on from there"
+            "Make room, or mend the disk or its permissions; "
+            f"then {same_command(overwrite)} goes on from there"
         ) from error
 
 

@@ -83,6 +83,13 @@ def find_shorter(config: TrainConfig) -> dict[int, Path]:
     return found
 
 
+def begins_anew(config: TrainConfig) -> bool:
+    """Returns whether overwrite=true still holds: where Slurm or torchrun starts the command again, the run
+    goes on."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return config.overwrite and all(os.environ.get(name, "0") == "0" for name in counts)
+
+
 def clear(run_dir: Path) -> None:
     """Removes what an earlier run left, for overwrite=true, and nothing else. Call it inside `locked`.
 

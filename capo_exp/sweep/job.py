@@ -24,7 +24,7 @@ from capo_exp.distributed.world import is_worker, torchrun_size
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.logger import Draw, try_to_draw
-from capo_exp.runs.record import find_shorter, run_status
+from capo_exp.runs.record import begins_anew, find_shorter, run_status
 from capo_exp.sweep.launch import launch, node_number
 
 SHORT_ERRORS = "CAPO_EXP_SHORT_ERRORS"
@@ -50,7 +50,7 @@ def execute(config: TrainConfig, draw: Draw) -> None:
     sys.stdout.flush()
     if config.plan_only:
         return
-    if run_status(run_dir(config)) == "finished" and not config.overwrite:
+    if run_status(run_dir(config)) == "finished" and not begins_anew(config):
         sys.stdout.write("this run is finished; overwrite=true repeats it\n")
         show(run_dir(config), draw)
         return

@@ -17,7 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.errors import ConfigError, RunFailed, same_command
 from capo_exp.config.plugins import allowed_plugins
 from capo_exp.config.record import read_config, to_yaml
 from capo_exp.config.schema import DistributedConfig, TrainConfig
@@ -73,7 +73,7 @@ def launch(config: TrainConfig, task: str) -> str:
         said = folder / SEEN
         return said.read_text(encoding="utf-8") if said.exists() else ""
     except ChildFailedError as failure:
-        raise _explain(failure.failures, folder) from None
+        raise _explain(failure.failures, folder, same_command(config.overwrite)) from None
     finally:
         os.environ.pop(FOLDER, None)
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,7 +130,7 @@ def _first_host() -> str | None:
     return JobEnvironment().hostnames[0]
 
 
-def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
+def _explain(failures: Mapping[int, Any], folder: Path, again: str) -> Exception:
     """Returns the error of a run whose processes failed: what one of them says, or a kill, which is silent;
     torchrun kills those, too, that do not end when another has failed."""
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
@@ -143,12 +143,10 @@ def _explain(failures: Mapping[int, Any], folder: Path) -> Exception:
     killed = {rank: -code for rank, code in codes.items() if code < 0}
     for rank, number in killed.items():
         name = signal.Signals(number).name
-        return RunFailed(
-            f"process {rank} was ended by {name}; the same command goes on from the last checkpoint"
-        )
+        return RunFailed(f"process {rank} was ended by {name}; {again} goes on from the last checkpoint")
     return RunFailed(
         f"processes {sorted(codes)} lost the others, or waited longer than distributed.timeout_seconds; "
-        "the same command goes on from the last checkpoint"
+        f"{again} goes on from the last checkpoint"
     )
 
 

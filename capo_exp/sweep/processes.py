@@ -16,6 +16,7 @@ from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import InProgress, locked
 from capo_exp.runs.processes import end_with_parent, forwarded_to
+from capo_exp.runs.record import begins_anew
 
 COMMAND = (sys.executable, "-m", "capo_exp.sweep.job")
 POLL_SECONDS = 0.2
@@ -29,7 +30,7 @@ def wait_for_job(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> 
     """
     log_file = run_dir(config) / "log.txt"
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("wb" if config.overwrite else "ab") as log:
+    with log_file.open("wb" if begins_anew(config) else "ab") as log:
         log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         log.flush()
         end = log.tell()

@@ -26,14 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config.checks import check
 from capo_exp.config.choices import refuse_sweep, without_hydra
-from capo_exp.config.errors import ConfigError
+from capo_exp.config.errors import ConfigError, same_command
 from capo_exp.config.plan import plan
 from capo_exp.config.schema import TrainConfig, to_config
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import is_locked
 from capo_exp.runs.read import read_jsonl
-from capo_exp.runs.record import run_status
+from capo_exp.runs.record import begins_anew, run_status
 from capo_exp.sweep.job import report
 from capo_exp.sweep.processes import environment, read_last_line, say, take_device, wait_for_job
 from capo_exp.sweep.table import RunSummary, console, runs_table, summarise_run
@@ -88,7 +88,8 @@ class Submission(Callback):
             jobs = list_jobs(config, loader)
             _find_wrong(loader, config, jobs, wrong)
         shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-        about = {"count": len(jobs), "shared": sorted(shared), "wrong": wrong}
+        again = same_command(any("overwrite=true" in job for job in jobs))
+        about = {"count": len(jobs), "shared": sorted(shared), "wrong": wrong, "again": again}
         write_atomic(folder / "jobs.json", json.dumps(about))
 
 
@@ -179,7 +180,7 @@ def _run(config: TrainConfig, number: int, *, parallel: int) -> str:
         say("\n".join(plan(config)))
         return "planned"
     directory = run_dir(config)
-    if run_status(directory) == "finished" and not config.overwrite:
+    if run_status(directory) == "finished" and not begins_anew(config):
         say("this run is finished; overwrite=true repeats it")
         return "finished"
     if is_locked(directory):
@@ -215,7 +216,8 @@ def conclude() -> bool:
     """Shows what came of the jobs and removes what they shared; returns False for a sweep without a job."""
     folder, results = Path(os.environ.pop(FOLDER, "")), []
     if folder.name:
-        count = _jobs(folder)["count"]
+        about = _jobs(folder)
+        count = about["count"]
         results = [EndedJob(**json.loads(path.read_text())) for path in sorted(folder.glob("result_*.json"))]
         shutil.rmtree(folder, ignore_errors=True)
         if shown := [result for result in results if result.state != "planned"]:
@@ -224,7 +226,7 @@ def conclude() -> bool:
                 say(f"best {best.objective}: {best.score:.4g}, job {best.number}: {best.title}")
                 say(f"its directory: {best.directory}")
         if 0 < len(results) < count:
-            say(f"{count - len(results)} of {count} jobs have not run; the same command goes on")
+            say(f"{count - len(results)} of {count} jobs have not run; {about['again']} goes on")
     return not folder.name or bool(results)
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from capo_exp.config.errors import RunFailed
+from capo_exp.config.errors import RunFailed, same_command
 from capo_exp.config.places import typed
 from capo_exp.grading import GradingFailed
 from capo_exp.rollout import EngineFailed
@@ -26,7 +26,8 @@ def explained(session: Session) -> Iterator[None]:
         if session.step > session.saved:
             session.save()
         kept = f"step {session.step} is saved" if session.step else "nothing was trained yet"
-        raise type(error)(f"{error}\n{kept}; the same command goes on from there") from error
+        again = same_command(session.config.overwrite)
+        raise type(error)(f"{error}\n{kept}; {again} goes on from there") from error
     except TrainingDiverged as error:
         raise TrainingDiverged(f"{error}; {_advise(session)}") from error
     except torch.OutOfMemoryError as error:

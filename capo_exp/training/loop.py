@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from capo_exp.config.errors import same_command
 from capo_exp.config.schema import TrainConfig
 from capo_exp.core import policy
 from capo_exp.core.seeds import EVALUATION, derive_seed
@@ -18,7 +19,7 @@ from capo_exp.runs.identity import run_dir
 from capo_exp.runs.lock import locked
 from capo_exp.runs.logger import Draw
 from capo_exp.runs.processes import ended_by_signals, stop_signal
-from capo_exp.runs.record import clear, run_status
+from capo_exp.runs.record import begins_anew, clear, run_status
 from capo_exp.training.completions import tabulate_completions
 from capo_exp.training.failures import explained
 from capo_exp.training.inputs import read_inputs
@@ -43,19 +44,20 @@ def run(config: TrainConfig, draw: Draw | None = None) -> Path:
         KeyboardInterrupt: after a signal, once the step is done and saved.
     """
     directory = run_dir(config)
-    if run_status(directory) == "finished" and not config.overwrite:
+    if run_status(directory) == "finished" and not begins_anew(config):
         return directory
     disable_progress_bar()  # transformers' bars for weights of a second would tear the live line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries end in one ConfigError
     device = own_device(config.distributed, policy.choose_device(config.device))
     with open_world(config, device) as world:
         inputs = read_inputs(config, world, device)
-        with ended_by_signals(), stop_on_disk_error(directory), ExitStack() as stack:
+        with ended_by_signals(), stop_on_disk_error(directory, config.overwrite), ExitStack() as stack:
             stack.enter_context(inputs.verifier)
-            world.first(lambda: _take_over(directory, config.overwrite, stack))
+            world.first(lambda: _take_over(directory, begins_anew(config), stack))
             session = open_session(config, inputs, directory, stack, world, draw)
             stopped = stack.enter_context(stop_signal(session.progress.message))
-            with stop_on_disk_error(directory), explained(session):  # so that run.json has the reason
+            # so that run.json has the reason
+            with stop_on_disk_error(directory, config.overwrite), explained(session):
                 _take_steps(session, stopped)
     return directory
 
@@ -84,7 +86,7 @@ def _take_steps(session: Session, stopped: threading.Event) -> None:
         if last or stop or _due(session.step, config.checkpoint.every):
             session.save()
         if stop and not last:
-            goes_on = "the same command goes on from there"
+            goes_on = f"{same_command(config.overwrite)} goes on from there"
             session.progress.message(f"stopped and saved after step {session.step}; {goes_on}")
             raise KeyboardInterrupt
     if session.step < config.num_steps:
