@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from capo_exp.cli.evaluate import main
 from capo_exp.cli.evaluate_config import benchmark_config, run_config
 from capo_exp.config.errors import ConfigError, RunFailed
+from capo_exp.config.plugins import PLUGINS
 from capo_exp.config.schema import TrainConfig, conf_dir
 from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
@@ -475,8 +476,30 @@ def test_a_reward_function_that_was_edited_is_another_grader(tmp_path, monkeypat
         (tmp_path / "edited_reward.py").write_text(f"def score(text, answer, problem): return {body}\n")
         function = import_module("edited_reward").score
         monkeypatch.setattr("capo_exp.evaluation.card.locate_reward", lambda *_, found=function: found)
-        said.append(describe_grader({"_target_": "x", "function": "edited_reward.score"}))
+        said.append(describe_grader({"_target_": "capo_exp.x", "function": "edited_reward.score"}))
     assert said[0] != said[1] and said[0]["code"] == said[1]["code"]
+
+
+def test_a_verifier_of_ones_own_is_another_grader_by_each_of_its_numbers_and_by_its_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(PLUGINS, "own_verifier")
+    (tmp_path / "own_verifier.py").write_text("class Mine: ...\ndef near(text, gold): ...\n")
+
+    def card(tolerance, target="own_verifier.Mine", **more):
+        match = {"_target_": "own_verifier.near", "_partial_": True, "tolerance": tolerance}
+        return describe_grader({"_target_": target, "_partial_": True, "match": match, **more})
+
+    first = card(0.1)
+    assert card(0.1, workers=9) == first != card(0.5)
+    exact = "capo_exp.grading.verifier.ExactVerifier"
+    assert card(0.1, exact) != card(0.5, exact)
+    with (tmp_path / "own_verifier.py").open("a") as file:
+        file.write("# edited\n")
+    assert card(0.1) != first
+    shipped = describe_grader({"_target_": exact, "_partial_": True})
+    assert shipped.keys() == {"verifier", "packages", "code"}
 
 
 def test_gains_are_differences_on_the_same_problems():

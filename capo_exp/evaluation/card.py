@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capo_exp.config.build import REWARD, locate_reward
+from capo_exp.config.build import REWARD, find_parts, locate, locate_reward, names_reward
 from capo_exp.config.places import resolve_model_path
 from capo_exp.grading import compare
 from capo_exp.runs.identity import list_engine_conditions
@@ -27,10 +27,8 @@ NOT_ENGINE = ("_partial_", "model_path", "revision", "dtype", "max_model_len", "
 NAMES = ("model.", "dataset.path", "dataset.source", "dataset.hub_", "prompt.style", "version.")
 """Entries without a say in the digest: problems are known by their contents, and the folder above is named
 after the weights."""
-GRADER_KEYS = (
-    "style", "timeout_seconds", "memory_limit_gib", "unparsable_gold", "function", "correct_from",
-    "failure_reward",
-)  # fmt: skip
+NOT_GRADER = ("_partial_", "workers", "in_process")
+"""Of reward.verifier and its parts: what changes no verdict."""
 GRADER_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
 
 
@@ -108,13 +106,31 @@ def card_digest(card: Card) -> str:
 
 
 def describe_grader(verifier: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a verdict depends on: the settings of `reward.verifier`, its packages, and our code."""
-    settings = {key: value for key, value in verifier.items() if key in GRADER_KEYS}
+    """Returns what a verdict depends on: the settings of `reward.verifier`, its packages, our code, and the
+    files of what is not ours."""
+    settings = _settings(verifier)
     versions = {"packages": _versions(GRADER_PACKAGES), "code": _code()}
-    if name := verifier.get("function"):
-        file = inspect.getsourcefile(locate_reward(name, f"reward.verifier.{REWARD}"))
-        versions["function_code"] = _digest(Path(file or os.devnull).read_text(encoding="utf-8"))[:8]
-    return {"verifier": verifier["_target_"], **settings, **versions}
+    for key, part in find_parts(verifier, "reward.verifier"):
+        if names_reward(part):
+            versions["function_code"] = _file_digest(locate_reward(part[REWARD], f"{key}.{REWARD}"))
+        elif not part["_target_"].startswith("capo_exp."):
+            versions[f"{part['_target_']} code"] = _file_digest(locate(part, key))
+    return {"verifier": settings.pop("_target_"), **settings, **versions}
+
+
+def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _settings(value) if isinstance(value, Mapping) else value
+        for key, value in part.items()
+        if key not in NOT_GRADER
+    }
+
+
+def _file_digest(located: Any) -> str:
+    with suppress(TypeError):  # it has none
+        file = Path(inspect.getsourcefile(located) or os.devnull)
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return ""
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
