@@ -110,8 +110,10 @@ def test_edits_made_while_the_sweep_runs_do_not_reach_its_jobs(run, work_dir, mo
 
 
 @pytest.mark.slow
-def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir):
-    waits = "signal.signal(signal.SIGINT, lambda *_: (record('interrupted'), os._exit(130)))\n"
+@pytest.mark.parametrize(("state", "status"), [("interrupted", 130), ("finished", 0)])
+def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir, state, status):
+    """Also if it comes in the job's last step."""
+    waits = f"signal.signal(signal.SIGINT, lambda *_: (record('{state}'), os._exit({status})))\n"
     waits += "pathlib.Path('ready').touch(); time.sleep(60)\n"
     command = f"processes.COMMAND = ({sys.executable!r}, '-c', {CHILD + waits!r})"
     start = f"from capo_exp.sweep import processes; {command}\n"
@@ -124,8 +126,8 @@ def test_an_interrupt_lets_the_job_end_and_starts_no_other(work_dir):
     assert process.returncode == 130, out
     assert len(jobs()) == 1
     (directory,) = Path("outputs/default").glob("capo-*")
-    assert run_status(directory) == "interrupted"
-    assert "0: seed=0" in out and "interrupted" in out
+    assert run_status(directory) == state
+    assert "0: seed=0" in out and state in out[out.index("0: seed=0") :]
     assert "1 of 2 jobs have not run; the same command goes on" in out
 
 

@@ -26,7 +26,7 @@ def wait_for_job(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> 
     """Runs the job to its end, its output in the log and on the console if nothing else writes there.
 
     Raises:
-        KeyboardInterrupt: if this process was told to stop; the job was, too, and has ended.
+        KeyboardInterrupt: if this process was told to stop; the job was, too, and has ended with this code.
     """
     log_file = run_dir(config) / "log.txt"
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def wait_for_job(config: TrainConfig, env: Mapping[str, str], *, echo: bool) -> 
             _copy(output, echo)
             time.sleep(POLL_SECONDS)
         _copy(output, echo)
-    if stopped.is_set() and code != 0:
-        raise KeyboardInterrupt
+    if stopped.is_set():
+        raise KeyboardInterrupt(code)
     return code
 
 

@@ -163,8 +163,9 @@ def run_job(cfg: DictConfig) -> float | None:
     except Exception as error:
         _record(EndedJob(hydra.job.num, title, "", "failed", str(error)))
         raise JobFailed(report(error)) from None
-    except KeyboardInterrupt:
-        _record(EndedJob(hydra.job.num, title, directory, "interrupted"))
+    except KeyboardInterrupt as stop:
+        state = "finished" if stop.args == (0,) else "interrupted"  # 0: told to stop in its last step
+        _record(EndedJob(hydra.job.num, title, directory, state))
         raise
     details = read_last_line(Path(directory) / "log.txt") if failed else ""
     ended = EndedJob(hydra.job.num, title, directory, "failed" if failed else state, details)
