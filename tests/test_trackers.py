@@ -27,7 +27,7 @@ from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, clear
 from capo_exp.runs.trackers import TITLES
-from capo_exp.runs.wandb_sink import BEST, RECORD, has_key, resolve_mode
+from capo_exp.runs.wandb_sink import BEST, RECORD, _wandb_id, has_key, resolve_mode
 from scripts.write_wandb import main as write_wandb
 from tests.test_disk_full import fill, mounted
 from tests.wandb_server import HISTORY, SUMMARY, serve
@@ -258,6 +258,13 @@ def test_online_a_server_that_lost_rows_or_the_run_gets_them_and_every_run_has_a
         assert len(server.runs) == number
 
 
+def test_an_online_id_that_a_full_disk_left_empty_is_made_anew(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "online_id").touch()
+    made = _wandb_id(tmp_path, "1a2b", "online")
+    assert made.startswith("1a2b-") and _wandb_id(tmp_path, "1a2b", "online") == made
+
+
 @pytest.mark.slow
 def test_training_goes_on_when_the_process_of_wandb_dies_and_nothing_is_lost(
     tmp_path, open_logger, server, caplog
@@ -365,6 +372,11 @@ def test_trackio_has_the_files_also_after_a_resume_and_says_nothing(
     assert [row["completion"] for row in sampled["completions"]["_value"]] == [MARKED] * 2
     assert sum(sampled[HISTOGRAMS[0]]["values"]) == 6
     assert "file_path" in rows[-1]["run/run"]
+    (tmp_path / "other").mkdir()
+    half_a_run(open_logger(tmp_path / "other" / "run", "disabled", tracker="trackio"))
+    ids = [(folder / "run" / "trackio_id").read_text() for folder in (tmp_path, tmp_path / "other")]
+    first, second = (SQLiteStorage.get_logs("capo_exp", "run", run_id=each) for each in ids)
+    assert len(first) == len(rows) and len(second) > 0  # of one name, each keeps its own
     assert capfd.readouterr() == ("", "")
 
 

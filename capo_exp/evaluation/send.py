@@ -53,7 +53,7 @@ def _open(tracker: str, project: str, folder: Path, name: str, card: dict[str, A
         return WandbSink(folder, resolve_mode("auto"), stats=False, table_rows=EXAMPLES, **about)
     if tracker == "tensorboard":
         return TensorBoardSink(folder, "card", json.dumps(card, indent=2, ensure_ascii=False), step)
-    return TrackioSink(project, name, "evaluations", card)
+    return TrackioSink(folder, project, name, "evaluations", card)
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "test") -> list[tuple[str, float]]:

@@ -62,6 +62,16 @@ def write_json(path: Path, fields: Any) -> None:
     write_atomic(path, json.dumps(fields, indent=2) + "\n")
 
 
+def keep_id(path: Path, new: str) -> str:
+    """Returns the id in a file; one that is absent, or empty after a kill or a full disk, gets the new id."""
+    with suppress(FileNotFoundError), open_regular(path) as file:
+        if kept := file.read().decode():
+            return kept
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, new)
+    return new
+
+
 def append_line(file: FileIO, line: str) -> None:
     """Appends a line to a file, the whole of it or nothing; raises an OSError that names the file."""
     data, end = line.encode(), file.seek(0, os.SEEK_END)

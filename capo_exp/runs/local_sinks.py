@@ -5,13 +5,14 @@ Both are written anew from the files when a run goes on, so `there` is 0.
 
 import io
 import re
+import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from capo_exp.runs.files import remove
+from capo_exp.runs.files import keep_id, remove
 from capo_exp.runs.samples import Sample
 
 
@@ -55,14 +56,16 @@ class TrackioSink:
 
     there = 0
 
-    def __init__(self, project: str, name: str, group: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, name: str, group: str, config: dict[str, Any]) -> None:
+        """Opens it; FOLDER/trackio_id tells it from a run of the same name that has another folder."""
         from trackio.run import Run
         from trackio.sqlite_storage import SQLiteStorage
 
         self.location, self._x = f"trackio show --project {shlex.quote(project)}", 0
-        SQLiteStorage.delete_run(project, name)
+        own = keep_id(folder / "trackio_id", secrets.token_hex(16))
+        SQLiteStorage.delete_run(project, name, own)
         # trackio.init would follow TRACKIO_SPACE_ID to a Space.
-        self._run = Run(None, project, None, name=name, group=group, config=config)
+        self._run = Run(None, project, None, name=name, run_id=own, group=group, config=config)
 
     def log(self, number: int, x: int, row: Mapping[str, float], sample: Sample | None) -> None:
         """Sends a row with its completions and histograms to Trackio's thread, which writes it."""

@@ -140,4 +140,4 @@ def open_sink(run_dir: Path, name: str, mode: str) -> Sink:
     if name == "tensorboard":
         return TensorBoardSink(run_dir, "config", (run_dir / "config.yaml").read_text(encoding="utf-8"))
     config = read_yaml(run_dir / "config.yaml")
-    return TrackioSink(config["logger"]["project"], run_dir.name, config["experiment_name"], config)
+    return TrackioSink(run_dir, config["logger"]["project"], run_dir.name, config["experiment_name"], config)

@@ -16,6 +16,7 @@ import numpy as np
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.runs import metrics as names
+from capo_exp.runs.files import keep_id
 from capo_exp.runs.parse import read_yaml
 from capo_exp.runs.record import read_record
 from capo_exp.runs.samples import Sample
@@ -199,11 +200,5 @@ def _wandb_id(run_dir: Path, run_id: str, mode: str) -> str:
 
     An online run keeps its id. An offline one is always new: of an earlier one the server may have a part.
     """
-    kept = run_dir / "wandb" / "online_id"
-    if mode == "online" and kept.exists():
-        return kept.read_text(encoding="utf-8")
     new = f"{run_id}-{secrets.token_hex(2)}"
-    if mode == "online":
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(new, encoding="utf-8")
-    return new
+    return keep_id(run_dir / "wandb" / "online_id", new) if mode == "online" else new
