@@ -22,7 +22,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.runs.read import LoggedRun, find_runs, load_run
+from capo_exp.runs.read import LoggedRun, find_runs, list_samples, load_run
 
 
 @dataclass
@@ -32,6 +32,22 @@ class Settings:
     runs: str = MISSING  # as python -m capo_exp.figures takes them
     output: Path = MISSING
     samples: int = 1  # runs of each algorithm and regime whose completions are kept
+
+
+COPIED = ("config.yaml", "run.json", "eval.jsonl", "evaluations/test.jsonl")
+
+
+def check_links(run: LoggedRun) -> None:
+    """Checks that all that is copied of a run is the run's own, and no file elsewhere that it links to.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    folders, metrics = ("evaluations", "completions"), ("metrics.jsonl", "metrics.parquet")
+    places = [run.path / name for name in (*folders, *COPIED, *metrics)]
+    for place in (*places, *list_samples(run.path).values()):
+        if place.is_symlink():
+            raise ConfigError(f"{place} is a link, which is not followed; put what it leads to in its place")
 
 
 def check_targets(runs: Sequence[LoggedRun], output: Path) -> None:
@@ -56,8 +72,8 @@ def archive(run: LoggedRun, folder: Path, *, completions: bool) -> None:
     target = folder / run.name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for name in ("config.yaml", "run.json", "eval.jsonl", "evaluations/test.jsonl"):
-        if (run.path / name).exists():
+    for name in COPIED:
+        if (run.path / name).is_file():  # and no pipe
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(run.path / name, target / name)
     keys = sorted({key for row in run.metrics for key in row})
@@ -65,8 +81,10 @@ def archive(run: LoggedRun, folder: Path, *, completions: bool) -> None:
         key: [math.nan if row.get(key, 0) is None else row.get(key) for row in run.metrics] for key in keys
     }
     pq.write_table(pa.table(numbers), target / "metrics.parquet", compression="zstd")
-    if completions and (run.path / "completions").exists():
-        shutil.copytree(run.path / "completions", target / "completions")
+    if completions and (samples := list_samples(run.path).values()):
+        (target / "completions").mkdir()
+        for path in samples:
+            shutil.copyfile(path, target / "completions" / path.name)
 
 
 def main(arguments: list[str]) -> int:
@@ -77,6 +95,8 @@ def main(arguments: list[str]) -> int:
         assert isinstance(settings, Settings)
         runs = [load_run(os.path.abspath(path)) for path in find_runs(settings.runs.split(","))]
         check_targets(runs, settings.output)
+        for run in runs:
+            check_links(run)
     except (ConfigError, OmegaConfBaseException) as error:
         sys.stderr.write(f"{str(error).splitlines()[0]}; expected runs=DIR output=DIR [samples=N]\n")
         return 2

@@ -69,6 +69,23 @@ def test_no_copy_takes_the_place_of_a_run_or_of_another_copy(
     assert (tmp_path / "kept" / "a" / "metrics.parquet").exists()
 
 
+def test_what_a_strangers_run_links_to_is_not_copied(tmp_path, capsys):
+    secret = tmp_path / "secret"
+    secret.write_text("algo: {name: hidden}\n")
+    run = tmp_path / "outputs" / "a"
+    make_run(run, "capo")
+    (run / "completions" / "notes").symlink_to(secret)
+    arguments = [f"runs={tmp_path}/outputs", f"output={tmp_path}/kept"]
+    assert main(arguments) == 0
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(secret)
+    assert main(arguments) == 2
+    assert "config.yaml is a link, which is not followed" in capsys.readouterr().err
+    assert not [
+        path for path in tmp_path.glob("kept/**/*") if path.is_file() and b"hidden" in path.read_bytes()
+    ]
+
+
 def test_wrong_arguments_are_one_line(capsys):
     for arguments, text in ((["runs=nowhere", "output=x"], "nowhere: no such"), (["run=x"], "'run'")):
         assert main(arguments) == 2

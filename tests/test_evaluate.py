@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -412,6 +413,12 @@ def test_runs_that_cannot_be_evaluated(trained, tmp_path, capsys, monkeypatch):
     bare.mkdir()
     (bare / "run.json").write_text("{}")
     assert "no readable config.yaml" in refused(capsys, f"run={bare}")
+    os.mkfifo(bare / "config.yaml")  # of a stranger, which would be waited for
+    assert "no readable config.yaml ([Errno 22] no regular file" in refused(capsys, f"run={bare}")
+    os.mkfifo(bare / "scores.json")
+    with pytest.raises(ConfigError, match="no regular file"):
+        benchmark.read_scores(bare)
+    (bare / "config.yaml").unlink()
     (bare / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
     monkeypatch.setattr(evaluate_model, "draw_completions", None)  # told before anything is sampled
     told = refused(capsys, f"run={trained},{bare}", "samples=3")

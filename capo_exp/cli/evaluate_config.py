@@ -18,6 +18,7 @@ from capo_exp.config.ranges import NAME, apply
 from capo_exp.config.record import as_data, find_unnamed, read_values, refuse_place
 from capo_exp.config.schema import TrainConfig, conf_dir, to_config
 from capo_exp.evaluation.command import EvaluateCommand
+from capo_exp.runs.files import open_regular
 
 PROMPT_KEYS: dict[str, Any] = {
     "prompt_style": "own", "system_prompt": None, "template": "", "apply_chat_template": False,
@@ -153,7 +154,8 @@ def run_config(directory: Path) -> dict[str, Any]:
         ConfigError: there is none, or it is no configuration of a run.
     """
     try:
-        text = (directory / "config.yaml").read_text(encoding="utf-8")
+        with open_regular(directory / "config.yaml") as file:
+            text = file.read().decode()
     except (OSError, ValueError) as error:
         raise ConfigError(f"run={directory}: no readable config.yaml ({error}); expected a run") from error
     plain = read_values(text, f"run={directory}")

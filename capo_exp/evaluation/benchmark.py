@@ -26,7 +26,7 @@ from capo_exp.evaluation.card import Card
 from capo_exp.evaluation.scores import Row, score_rows
 from capo_exp.evaluation.stored import write_rows
 from capo_exp.grading.verifier import Verifier
-from capo_exp.runs.files import remove, write_json
+from capo_exp.runs.files import open_regular, remove, write_json
 from capo_exp.runs.lock import InProgress, is_locked, locked
 from capo_exp.runs.parse import is_parquet, read_rows
 
@@ -132,10 +132,17 @@ def _answered_rows(parts: Path, card: Card, benchmark: Benchmark, sample: Sample
 
 
 def read_scores(folder: Path) -> Scores | None:
-    """Returns scores.json, or None before all is done; a damaged one is made anew."""
-    with suppress(FileNotFoundError, ValueError):
-        if isinstance(found := json.loads((folder / "scores.json").read_bytes()), dict):
-            return found
+    """Returns scores.json, or None before all is done; a damaged one is made anew.
+
+    Raises:
+        ConfigError: what stands there cannot be read.
+    """
+    try:
+        with suppress(FileNotFoundError, ValueError), open_regular(folder / "scores.json") as file:
+            if isinstance(found := json.loads(file.read()), dict):
+                return found
+    except OSError as error:
+        raise ConfigError(f"{error}; remove it, or use output=DIR") from error
     return None
 
 
