@@ -380,8 +380,9 @@ def test_suites_overrides_and_a_folder_of_ones_own_reach_each_benchmark(monkeypa
 
 
 def test_the_base_of_a_run_that_began_with_anothers_step_has_a_label_of_its_own(
-    trained, tmp_path, monkeypatch
+    trained, tmp_path, monkeypatch, capsys
 ):
+    """And whose problems only its record knows: it is said that nothing is known of them."""
     seen = []
 
     def record(command, configs, targets, **_):
@@ -392,8 +393,11 @@ def test_the_base_of_a_run_that_began_with_anothers_step_has_a_label_of_its_own(
     second = shutil.copytree(trained, tmp_path / "second", ignore=shutil.ignore_patterns("evaluations"))
     text = (second / "config.yaml").read_text()
     assert "  name: tiny\n" in text
-    (second / "config.yaml").write_text(text.replace("  name: tiny\n", "  name: step_000002\n"))
-    assert main([f"run={second}"]) == 2
+    text = text.replace("  name: tiny\n", "  name: step_000002\n").replace("  path: null", "  path: /my/data")
+    (second / "config.yaml").write_text(text)
+    assert main([f"run={second}", "benchmarks=gsm8k"]) == 2
+    told = "not known whether training had seen the benchmarks: dataset.path stands in the record only"
+    assert told in capsys.readouterr().err
     assert seen == ["step_000002", "base step_000002"]
 
 

@@ -15,7 +15,7 @@ from capo_exp.config.errors import ConfigError, RunFailed, same_command
 from capo_exp.config.places import quoted, slug
 from capo_exp.config.record import find_unnamed, refuse_place
 from capo_exp.config.schema import TrainConfig
-from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
+from capo_exp.evaluation.command import UNSEEN, EvaluateCommand, WeightSet, tell
 from capo_exp.runs import metrics as names
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import find_disk_error, list_checkpoints
@@ -163,8 +163,10 @@ def _run_jobs(command: EvaluateCommand) -> list[EvaluationJob]:
             if key.startswith(("model.", "rollout.", "dataset.")):
                 tell(f"{directory.name}: left out: {refuse_place(key, value)}")
         places = find_unnamed(run, command.overrides, replaced=False)  # the record's own values
-        known = not any(key.startswith("dataset.") for key, _ in places)
-        jobs.append(EvaluationJob(directory.name, configs, targets, run["dataset"] if known else None))
+        hidden = [key for key, _ in places if key.startswith("dataset.")]
+        if hidden:
+            tell(f"{directory.name}: {UNSEEN}: {hidden[0]} stands in the record only")
+        jobs.append(EvaluationJob(directory.name, configs, targets, None if hidden else run["dataset"]))
     return jobs
 
 

@@ -18,6 +18,7 @@ from capo_exp.config.ranges import (
 )
 from capo_exp.config.schema import setting
 
+UNSEEN = "not known whether training had seen the benchmarks"
 CHECKPOINT = Rule(lambda v: v in ("last", "all") or v.isdecimal(), "last, all or a step")
 
 

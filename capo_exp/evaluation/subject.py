@@ -30,7 +30,7 @@ from capo_exp.data.prompts import render_prompts
 from capo_exp.data.rows import Problems
 from capo_exp.evaluation.benchmark import Benchmark, Told, evaluate_benchmark
 from capo_exp.evaluation.card import card_digest, make_card
-from capo_exp.evaluation.command import EvaluateCommand, WeightSet, tell
+from capo_exp.evaluation.command import UNSEEN, EvaluateCommand, WeightSet, tell
 from capo_exp.evaluation.draw import draw_completions
 from capo_exp.evaluation.send import send_evaluation
 from capo_exp.evaluation.table import BenchmarkScore
@@ -170,7 +170,7 @@ def _overlaps(benchmarks: Sequence[Benchmark], trained_on: Mapping[str, Any] | N
         check_ranges(dataset, "dataset.")
         train = read_split(dataset, dataset.train_split)
     except (ConfigError, OmegaConfBaseException) as error:
-        return [f"not known whether training had seen the benchmarks: {error}"]
+        return [f"{UNSEEN}: {error}"]
     counts = {
         each.config.dataset.name: len(find_overlap([prompt.problem for prompt in each.prompts], train))
         for each in benchmarks
