@@ -78,6 +78,7 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path):
     (tmp_path / "run.json").write_text(
         json.dumps({"name": "grpo-tiny", "wall_seconds": 61.0, "tracker": "wandb sync here\x1b"})
     )
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
     words = "\n".join(summary_lines(tmp_path))
     for expected in (
         "grpo-tiny", "20.0% -> 40.0%, best 40.0%", "20.0%, mean of the last 3 steps", "288", "3,000",
@@ -87,6 +88,8 @@ def test_the_summary_says_what_came_out_and_where_it_is(tmp_path):
     assert "checkpoints" not in words and "\x1b" not in words
     (tmp_path / "metrics.jsonl").write_text("")
     assert any("best 40.0%" in line for line in summary_lines(tmp_path))  # without steps
+    (tmp_path / "wandb" / "offline-run-1").rmdir()  # as a kill at the end leaves it
+    assert any(f"python scripts/write_wandb.py {tmp_path}" in line for line in summary_lines(tmp_path))
 
 
 def test_a_terminal_that_was_closed_ends_nothing():

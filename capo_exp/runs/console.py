@@ -18,6 +18,7 @@ from capo_exp.runs import metrics as names
 from capo_exp.runs.live import live_table
 from capo_exp.runs.read import RECENT, LoggedRow, load_run, values
 from capo_exp.runs.record import MEDIA
+from capo_exp.runs.wandb_sink import write_command
 
 SHOWN = {
     names.TRAIN_ACCURACY: "acc {:.1%}",
@@ -140,6 +141,8 @@ def summary_lines(run_dir: Path) -> list[str]:
     rows += [("files", " ".join(files)), ("directory", str(run_dir))]
     rows += [("left out", text) for text in run.left_out]
     if location := run.record.get("tracker") or run.record.get("wandb"):  # older runs have the second
+        if location.startswith("wandb sync ") and not list((run_dir / "wandb").glob("offline-run-*")):
+            location = f"W&B's run was not written; this does: {write_command(run_dir)}"
         rows.append(("tracker", location))
     lines = [str(run.record.get("name", run_dir.name)), *(f"{label:18} {value}" for label, value in rows)]
     return [printable(line.replace("\n", "?")) for line in lines]

@@ -8,7 +8,6 @@ here can stop a training run. `python scripts/write_wandb.py DIR` writes the W&B
 
 import logging
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from capo_exp.runs.local_sinks import TensorBoardSink, TrackioSink
 from capo_exp.runs.parse import read_yaml
 from capo_exp.runs.read import LoggedRow
 from capo_exp.runs.samples import Sample, read_logged, read_sample
-from capo_exp.runs.wandb_sink import open_training, resolve_mode, sync_command
+from capo_exp.runs.wandb_sink import open_training, resolve_mode, sync_command, write_command
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Tracker:
         except Exception as error:
             again = ""
             if self._name == "wandb":
-                again = f", `python scripts/write_wandb.py {shlex.quote(str(self._run_dir))}` writes it"
+                again = f", `{write_command(self._run_dir)}` writes it"
             whole = "the files have all of it"
             log.warning("%s's run is not complete (%s); %s%s", TITLES[self._name], error, whole, again)
 

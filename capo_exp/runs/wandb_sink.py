@@ -168,6 +168,11 @@ def sync_command(folder: Path) -> str:
     return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
 
 
+def write_command(folder: Path) -> str:
+    """Returns the command that writes the offline run of a run directory anew."""
+    return f"python scripts/write_wandb.py {shlex.quote(str(folder))}"
+
+
 def _quiet_settings(*, stats: bool) -> Any:
     """Returns settings with which W&B says nothing, and sends no more than it is given and, with `stats`, the
     load of the machine."""
