@@ -235,6 +235,16 @@ def test_a_search_gets_the_last_evaluation(composed, tmp_path):
     assert sweep.objective(composed(f"output_dir={tmp_path}", "sweep.objective=reward/accuracy")) == 0.5
 
 
+def test_a_run_that_another_process_is_at_has_no_score_yet(run, composed, monkeypatch):
+    directory, ended = run_dir(composed("seed=0")), []
+    directory.mkdir(parents=True)
+    (directory / "eval.jsonl").write_text('{"eval/accuracy": 0.25}\n')
+    monkeypatch.setattr(sweep, "_record", ended.append)
+    with locked(directory):
+        run(ENDS, "seed=0")
+    assert [(job.state, job.score) for job in ended] == [("running", None)]
+
+
 def test_the_best_of_a_search_is_the_first_with_the_largest_score():
     scores = (0.5, None, 0.7, 0.7)
     jobs = [sweep.EndedJob(i, "", "", "finished", score=score) for i, score in enumerate(scores)]

@@ -159,7 +159,7 @@ def run_job(cfg: DictConfig) -> float | None:
         directory = str(run_dir(config))
         state = _run(config, hydra.job.num, parallel=int(hydra.launcher.get("n_jobs") or 1))
         failed = state not in ("finished", "planned", "running")
-        score = 0.0 if failed or config.plan_only else objective(config)
+        score = objective(config) if state == "finished" else None if state == "running" else 0.0
     except Exception as error:
         _record(EndedJob(hydra.job.num, title, "", "failed", str(error)))
         raise JobFailed(report(error)) from None
