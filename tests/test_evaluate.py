@@ -25,7 +25,8 @@ from capo_exp.evaluation import benchmark
 from capo_exp.evaluation import subject as evaluate_model
 from capo_exp.evaluation.card import describe_grader
 from capo_exp.evaluation.subject import weights_digest
-from capo_exp.evaluation.table import BenchmarkScore, gains, results_table, test_rows
+from capo_exp.evaluation.table import BenchmarkScore, gains, results_table
+from capo_exp.evaluation.table import test_rows as rows_on_record
 from capo_exp.figures.__main__ import main as figures
 from capo_exp.grading.verifier import ExactVerifier
 from capo_exp.runs.lock import locked
@@ -429,6 +430,21 @@ def test_runs_that_cannot_be_evaluated(trained, tmp_path, capsys, monkeypatch):
     assert "bare: no checkpoint there; expected a run that has saved one" in told
 
 
+def test_a_checkpoint_that_training_removes_meanwhile_is_left_out(trained, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    evaluate = evaluate_model._evaluate
+
+    def removes_it(*given):
+        shutil.rmtree(run / "checkpoints" / "step_000002", ignore_errors=True)
+        return evaluate(*given)
+
+    monkeypatch.setattr(evaluate_model, "_evaluate", removes_it)
+    assert main([f"run={run}", "checkpoint=all", "samples=1", "num_problems=2"]) == 0
+    captured = capsys.readouterr()
+    assert "step_000002 is left out: checkpoint.json is missing" in captured.err
+    assert "step_000001 - base" in captured.out and "step_000002" not in captured.out
+
+
 def write(path, table):
     pq.write_table(pa.Table.from_pylist(table), path)
     return path
@@ -534,7 +550,7 @@ def test_a_run_that_began_with_anothers_step_of_the_same_name_gains_what_it_gain
     shown = [list(column.cells) for column in results_table(results).columns[:4]]
     assert [str(cell) for cell in shown[0]] == ["step_000100", "step_000100 - base", "step_000100"]
     assert str(shown[3][1]).startswith("50.0")
-    rows = [(row["counter/rollout_step"], row["test/accuracy"]) for row in test_rows(results, [])]
+    rows = [(row["counter/rollout_step"], row["test/accuracy"]) for row in rows_on_record(results, [])]
     assert rows == [(0, 0.25), (100, 0.75)]
 
 

@@ -102,6 +102,8 @@ def evaluate_job(command: EvaluateCommand, job: EvaluationJob) -> list["Benchmar
         results.append(result)
         if len(results) % len(job.configs) == 0 and job.targets[0].step is not None:  # a run's
             _write_test_rows(job.targets[0].root, results)
+    if not results:
+        raise RunFailed(f"{job.title}: none of its checkpoints is left")
     return results
 
 
@@ -178,8 +180,8 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
     """
     from capo_exp.runs.read import load_run
 
-    logged = load_run(directory)
-    found, owner = list_checkpoints(directory), logged.record.get("run_id")
+    found, logged = list_checkpoints(directory), load_run(directory)  # in this order while training goes on
+    owner = logged.record.get("run_id")
     while command.checkpoint == "last" and found and (damage := find_damage(found[max(found)], owner)):
         tell(f"{found.pop(max(found))} is not used: {damage}")
     if not found:
@@ -191,7 +193,8 @@ def _targets(command: EvaluateCommand, directory: Path, run: Mapping[str, Any]) 
         known = ", ".join(map(str, sorted(found)))
         raise ConfigError(f"checkpoint={command.checkpoint}: expected last, all, or one of the steps {known}")
     for step in steps:
-        if command.checkpoint != "last" and (damage := find_damage(found[step], owner)):
+        damage = find_damage(found[step], owner) if command.checkpoint != "last" else None
+        if damage and found[step].is_dir():  # else training has just removed it
             raise ConfigError(
                 f"checkpoint={command.checkpoint}: {found[step]}: {damage}; expected a whole one"
             )

@@ -37,6 +37,7 @@ from capo_exp.evaluation.table import BenchmarkScore
 from capo_exp.grading.verifier import Verifier
 from capo_exp.rollout import RolloutEngine, SamplingRequest
 from capo_exp.rollout.hf import find_end_token_ids
+from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.parse import read_rows
 
 NOT_FACTS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
@@ -141,7 +142,13 @@ def evaluate_targets(
         for line in _overlaps(benchmarks, trained_on):
             tell(line)
         for target in targets:
-            subject.load(target.weights)
+            try:
+                subject.load(target.weights)
+            except Exception:
+                if target.weights is None or not (damage := find_damage(target.weights, None)):
+                    raise
+                tell(f"{target.label} is left out: {damage}")  # training goes on, and has removed it
+                continue
             for benchmark in benchmarks:
                 yield _evaluate(command, subject, target, benchmark)
 
