@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from capo_exp.runs.read import read_jsonl
 from capo_exp.runs.record import RunRecord, clear
 from capo_exp.runs.trackers import TITLES
 from capo_exp.runs.wandb_sink import BEST, RECORD, _wandb_id, has_key, resolve_mode
+from scripts.archive_runs import main as archive_runs
 from scripts.write_wandb import main as write_wandb
 from tests.test_disk_full import fill, mounted
 from tests.wandb_server import HISTORY, SUMMARY, serve
@@ -61,7 +63,7 @@ def open_logger(composed):
     config = composed("algo=grpo", "logger=wandb", "logger.tags=[a]", "logger.histograms_every=1")
 
     def make(run_dir, mode, resume_step=0, tracker="wandb"):
-        run_dir.mkdir(exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         RunRecord(run_dir, config, device_name="cpu")
         return RunLogger(run_dir, resume_step=resume_step, wandb_mode=mode, tracker=tracker, draw=draw)
 
@@ -258,6 +260,20 @@ def test_online_a_server_that_lost_rows_or_the_run_gets_them_and_every_run_has_a
         assert len(server.runs) == number
 
 
+def test_of_an_archived_run_all_rows_are_written(tmp_path, open_logger, monkeypatch):
+    half_a_run(open_logger(tmp_path / "outputs" / "run", "disabled", tracker="files"))
+    assert archive_runs([f"runs={tmp_path}/outputs", f"output={tmp_path}/kept"]) == 0
+    rows = []
+    sink = SimpleNamespace(
+        there=0, log=lambda _, x, row, sample: rows.append((x, sample)), finish=lambda *_: 0
+    )
+    monkeypatch.setattr("capo_exp.runs.trackers.open_sink", lambda *_: sink)
+    assert write_wandb([f"{tmp_path}/kept"]) == 0
+    assert [(x, sample is not None) for x, sample in rows] == [
+        (0, False), (96, False), (192, False), (288, True), (288, False)
+    ]  # fmt: skip
+
+
 def test_an_online_id_that_a_full_disk_left_empty_is_made_anew(tmp_path):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "online_id").touch()
@@ -372,7 +388,6 @@ def test_trackio_has_the_files_also_after_a_resume_and_says_nothing(
     assert [row["completion"] for row in sampled["completions"]["_value"]] == [MARKED] * 2
     assert sum(sampled[HISTOGRAMS[0]]["values"]) == 6
     assert "file_path" in rows[-1]["run/run"]
-    (tmp_path / "other").mkdir()
     half_a_run(open_logger(tmp_path / "other" / "run", "disabled", tracker="trackio"))
     ids = [(folder / "run" / "trackio_id").read_text() for folder in (tmp_path, tmp_path / "other")]
     first, second = (SQLiteStorage.get_logs("capo_exp", "run", run_id=each) for each in ids)

@@ -167,7 +167,7 @@ def load_run(run_dir: Path | str) -> LoggedRun:
     record = _or_empty(lambda: read_record(path) or {}, left_out)
     wrong = [key for key, kind in RECORD_TYPES.items() if key in record and not isinstance(record[key], kind)]
     left_out += [f"{path}/run.json: {key} is {json.dumps(record.pop(key))[:40]}" for key in wrong]
-    metrics = rows("metrics.jsonl") or _or_empty(lambda: _archived(path / "metrics.parquet"), left_out)
+    metrics = rows("metrics.jsonl") or _or_empty(lambda: read_archived(path / "metrics.parquet"), left_out)
     left_out += _lost(path, record, metrics or [])
     tests = rows("evaluations/test.jsonl")  # those of the benchmarks tested last; others are other questions
     tests = [row for row in tests if row.get("cards") == tests[-1].get("cards")]
@@ -291,7 +291,7 @@ def find_samples(run_dir: Path) -> dict[int, Path]:
     return found
 
 
-def _archived(path: Path) -> list[LoggedRow]:
+def read_archived(path: Path) -> list[LoggedRow]:
     """Returns rows from what scripts/archive_runs.py made of them: no value is no key, NaN is null."""
     rows = read_rows(path) if os.path.exists(path) else []
     known = [{key: value for key, value in row.items() if value is not None} for row in rows]

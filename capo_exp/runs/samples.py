@@ -9,7 +9,7 @@ import numpy as np
 
 from capo_exp.runs import metrics as names
 from capo_exp.runs.parse import is_parquet
-from capo_exp.runs.read import Array, LoggedRow, read_completions, read_jsonl
+from capo_exp.runs.read import Array, LoggedRow, read_archived, read_completions, read_jsonl
 
 COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "truncated", "rejected")
 """Of a tracker's table; the last says how many tokens were rejected."""
@@ -29,7 +29,8 @@ class Sample:
 
 def read_logged(run_dir: Path) -> list[LoggedRow]:
     """Returns the rows of both files as they were logged: an evaluation after the training step before it."""
-    rows = [*read_jsonl(run_dir / "metrics.jsonl"), *read_jsonl(run_dir / "eval.jsonl")]
+    metrics = read_jsonl(run_dir / "metrics.jsonl") or read_archived(run_dir / "metrics.parquet")
+    rows = [*metrics, *read_jsonl(run_dir / "eval.jsonl")]
     return sorted(rows, key=lambda row: row[names.STEP])  # which keeps the order within a step
 
 
