@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import slug
+from capo_exp.config.record import as_data
 from capo_exp.runs import metrics as names
 from capo_exp.runs.files import write_atomic, write_json
 from capo_exp.runs.record import read_record
@@ -126,8 +127,8 @@ def export(run: Any, output: Path, settings: Sequence[str] = ()) -> str:
         return f"{folder}: there"
     history = split(run.scan_history())
     folder.mkdir(parents=True, exist_ok=True)
-    config = OmegaConf.merge(OmegaConf.create(dict(run.config)), OmegaConf.from_dotlist(list(settings)))
-    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(config))
+    config = OmegaConf.merge(as_data(dict(run.config)), OmegaConf.from_dotlist(as_data(settings)))
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     for name, rows in (("metrics.jsonl", history.metrics), ("eval.jsonl", history.evaluations)):
         write_atomic(folder / name, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
     record = _record(run, history) | {"fetched": {**now, "dropped": history.dropped}}

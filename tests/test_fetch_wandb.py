@@ -12,6 +12,7 @@ from capo_exp.runs.files import write_atomic
 from capo_exp.runs.identity import run_name
 from capo_exp.runs.logger import RunLogger
 from capo_exp.runs.metrics import METRICS
+from capo_exp.runs.parse import read_yaml
 from capo_exp.runs.read import load_run, read_jsonl
 from capo_exp.runs.record import RunRecord, read_record, run_status
 from capo_exp.training import loop as train
@@ -236,6 +237,7 @@ def test_folders_of_runs_with_one_name_and_of_runs_trained_here(tmp_path):
     write_atomic(own / "run.json", json.dumps({"status": "finished"}))
     with pytest.raises(ValueError, match=f"{own} was trained here; expected another folder"):
         export(Run([], name="own"), tmp_path)
-    export(Run([], name="../../x", group=".."), tmp_path / "out")
+    export(Run([], name="../../x", group="..", config={"template": "${}^2"}), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"p", "out"}
-    assert (tmp_path / "out" / "unnamed" / "x" / "run.json").exists()
+    fetched = tmp_path / "out" / "unnamed" / "x"
+    assert (fetched / "run.json").exists() and read_yaml(fetched / "config.yaml") == {"template": "${}^2"}

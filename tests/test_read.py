@@ -179,6 +179,8 @@ def test_what_is_damaged_is_named_and_hides_nothing_else(tmp_path):
         ("metrics.jsonl", f'{{"a": 1}}\n{{"a": {10**400}}}\n', "line 2: a is 1"),
         ("eval.jsonl", '{"a": 2}\n{"a": "b"}\n', r'eval\.jsonl, line 2: a is "b", expected a number'),
         ("evaluations/test.jsonl", "[1]\n", r"test\.jsonl, line 1: got \[1\], expected a JSON object"),
+        ("evaluations/test.jsonl", '{"cards": null}\n', "line 1: cards is null, expected a list of texts"),
+        ("evaluations/test.jsonl", '{"cards": [{}]}\n', "line 1: cards is "),
         ("completions/step_000002.parquet", "PAR1 cut", "step_000002.parquet is not a parquet file"),
         ("metrics.parquet", "PAR1 cut", "metrics.parquet cannot be read as parquet"),
     ):

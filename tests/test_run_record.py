@@ -228,6 +228,11 @@ def test_git_state_and_diff(tmp_path, monkeypatch, config):
     diff = (run / "git.diff").read_text()
     assert "+a = 2" in diff
     assert "+fresh: 1" in diff
+    ask = run_record._git
+    monkeypatch.setattr(
+        run_record, "_git", lambda *given, **ok: None if given[1] == "diff" else ask(*given, **ok)
+    )
+    assert read_git_state(run) == {"commit": clean["commit"], "dirty": None}
 
 
 def test_a_longer_run_is_told_of_the_shorter_that_is_finished(composed, tmp_path):

@@ -48,13 +48,17 @@ def _row(line: bytes) -> LoggedRow:
 
 
 def check_row(row: LoggedRow) -> None:
-    """Raises ValueError for a value that is neither number nor null, or a counter that is not finite."""
+    """Raises ValueError for a value that is neither number nor null, cards that are no texts, or a counter
+    that is not finite."""
     for key, value in row.items():
-        fits = value is None or _is_number(value) or (key == "cards" and isinstance(value, list))
+        fits, expected = value is None or _is_number(value), "a number"
+        if key == "cards":
+            fits = isinstance(value, list) and all(isinstance(card, str) for card in value)
+            expected = "a list of texts"
         if key.startswith("counter/"):
             fits = _is_number(value) and math.isfinite(value)
         if not fits:
-            raise ValueError(f"{key} is {json.dumps(value, default=str)[:40]}, expected a number")
+            raise ValueError(f"{key} is {json.dumps(value, default=str)[:40]}, expected {expected}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

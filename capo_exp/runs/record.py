@@ -204,18 +204,21 @@ def _without_folders(text: str) -> str:
 
 
 def read_git_state(run_dir: Path) -> dict[str, Any] | None:
-    """Returns commit and dirty flag of this package's checkout; what was not committed goes to git.diff."""
+    """Returns commit and dirty flag of this package's checkout, null where git fails; what was not committed
+    goes to git.diff."""
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None  # no git, no checkout, or installed below somebody else's checkout
     root = here.parents[2]
     commit = (_git(root, "rev-parse", "HEAD") or "").strip()
-    diff = _git(root, "diff", commit or "--cached", "--", "capo_exp", "conf") or ""
-    unknown = _git(root, "ls-files", "--others", "--exclude-standard", "--", "capo_exp", "conf") or ""
-    for path in unknown.splitlines():
-        diff += _git(root, "diff", "--no-index", "--", os.devnull, path, ok=1) or ""
+    unknown = _git(root, "ls-files", "--others", "--exclude-standard", "--", "capo_exp", "conf")
+    diffs = [_git(root, "diff", commit or "--cached", "--", "capo_exp", "conf")]
+    for path in (unknown or "").splitlines():
+        diffs.append(_git(root, "diff", "--no-index", "--", os.devnull, path, ok=1))
+    diff = "".join(filter(None, diffs))
     write_atomic(run_dir / "git.diff", diff) if diff else (run_dir / "git.diff").unlink(missing_ok=True)
-    return {"commit": commit or None, "dirty": bool(diff)}
+    silent = unknown is None or None in diffs  # git failed, or took too long
+    return {"commit": commit or None, "dirty": bool(diff) or (None if silent else False)}
 
 
 def _git(folder: Path, *arguments: str, ok: int = 0) -> str | None:
