@@ -92,6 +92,16 @@ def test_a_resume_adds_up(config, tmp_path):
     assert second["counters"] == {"completions": 48}
 
 
+def test_commits_that_made_the_earlier_steps_stay_on_record(config, tmp_path, monkeypatch):
+    for commit in "aabc":
+        monkeypatch.setattr(run_record, "read_git_state", lambda _, commit=commit: {"commit": commit})
+        RunRecord(tmp_path, config).update({"counter/rollout_step": ord(commit)})
+    record = recorded(tmp_path)
+    earlier = [(each["git"]["commit"], each["counters"]["rollout_step"]) for each in record["earlier"]]
+    assert earlier == [("a", ord("a")), ("b", ord("b"))] and record["git"] == {"commit": "c"}
+    assert all(each["packages"] and each["updated_at"] for each in record["earlier"])
+
+
 def test_status_without_a_run_after_a_kill_and_of_a_broken_record(config, tmp_path):
     assert run_status(tmp_path / "nowhere") == "absent"
     RunRecord(tmp_path, config)  # never left, and nobody holds the lock

@@ -39,6 +39,11 @@ PACKAGES = (
 )  # fmt: skip
 
 
+MADE_BY = ("git", "device", "packages")
+"""Of run.json: what makes the steps. Where a resume finds it changed, what it was, and the counters up to
+which it was so, go to `earlier`."""
+
+
 def read_record(run_dir: Path) -> dict[str, Any] | None:
     """Returns run.json as it is on disk; None if the run has never started.
 
@@ -149,6 +154,10 @@ class RunRecord:
             "packages": {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES},
             "git": read_git_state(run_dir),
         }
+        earlier = found if isinstance(found := known.get("earlier"), list) else []
+        if known and any(known.get(key) != self._fields[key] for key in MADE_BY):
+            earlier = [*earlier, {key: known.get(key) for key in (*MADE_BY, "counters", "updated_at")}]
+        self._fields |= {"earlier": earlier} if earlier else {}
         write_atomic(run_dir / "config.yaml", to_yaml(config))
         self.add({})
 
