@@ -20,7 +20,7 @@ from capo_exp.figures.panel import cell_text
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.figures.tokens import count_tokens
 from capo_exp.runs.read import load_run, to_its_end
-from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_run, write_study
+from tests.figure_pieces import FIGURE_1, NO_WARNINGS, PAPER, study_in, write_jsonl, write_run, write_study
 
 pytestmark = NO_WARNINGS
 
@@ -276,6 +276,18 @@ def test_time_is_shared_out(tmp_path):
         path.write_text(path.read_text().replace('total_seconds": 2.0', 'total_seconds": 0.0'))
     with pytest.raises(Lacking, match="no run has logged time/total_seconds"):
         compose("time", study_in(tmp_path))
+
+
+def test_updates_of_one_step_share_its_time(tmp_path):
+    """Four updates a step of 10 s, 2 of them sampling; each update 1.5 s of passes and 0.4 s of curvature."""
+    path = write_run(tmp_path, "capo", steps=3) / "metrics.jsonl"
+    spent = {"total": 10, "rollout": 2, "policy": 1.5, "curvature": 0.4}
+    spent = {f"time/{name}_seconds": seconds for name, seconds in spent.items()}
+    write_jsonl(path, [row | spent for row in load_run(path.parent).metrics for _ in range(4)])
+    *listed, seconds = rows(compose("time", study_in(tmp_path)).panels)
+    shares = {"sampling": 0.2, "forward and backward": 0.6, "curvature": 0.16, "other": 0.04}
+    assert {row["x"]: float(row["centre"]) for row in listed} == pytest.approx(shares)
+    assert seconds["centre"] == "10"
 
 
 def test_cards_that_are_no_names_are_told_apart(tmp_path):

@@ -15,7 +15,8 @@ from capo_exp.figures.labels import short
 from capo_exp.figures.panel import Column, Panel, Series, cell_text, format_values, list_rows, of_estimates
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
-from capo_exp.runs.read import LARGEST, LoggedRow, LoggedRun
+from capo_exp.runs import metrics as names
+from capo_exp.runs.read import LARGEST, LoggedRun
 
 TOTAL = "time/total_seconds"
 STAGES = {
@@ -37,42 +38,43 @@ SETTINGS = {
 
 def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
     """Returns the share of each stage in the time of a step, means over steps and seeds."""
-    timed = {curve.label: [rows for run in curve.runs if (rows := _timed(run))] for curve in drawn}
-    shown = [curve for curve in drawn if timed[curve.label]]
-    names = [*STAGES, "other"]
-    shares = {c.label: np.array(list(map(_shares, timed[c.label]))) for c in shown}
-    used = [i for i in range(len(names)) if any(table[:, i].any() for table in shares.values())]
-    per = {label: [study.over_seeds(table[:, i]) for i in used] for label, table in shares.items()}
-    means = {c.label: [float(np.mean([r[TOTAL] for r in rows])) for rows in timed[c.label]] for c in shown}
-    seconds = {label: study.over_seeds(np.array(each)) for label, each in means.items()}
+    timed = {c.label: np.array([spent for run in c.runs if (spent := _seconds(run))]) for c in drawn}
+    shown = [curve for curve in drawn if len(timed[curve.label])]
+    every = [*STAGES, "other"]
+    used = [i for i in range(len(every)) if any(timed[c.label][:, i].any() for c in shown)]
+    totals = {curve.label: timed[curve.label].sum(axis=1) for curve in shown}
+    per = {k: [study.over_seeds(timed[k][:, i] / total) for i in used] for k, total in totals.items()}
+    seconds = {label: study.over_seeds(total) for label, total in totals.items()}
     columns = [
-        Column(names[i], "percent", {label: row[at] for label, row in per.items()})
+        Column(every[i], "percent", {label: row[at] for label, row in per.items()})
         for at, i in enumerate(used)
     ]
     return Panel(
         "stages", title, _paint_stages, metric=study.settled(Metric(TOTAL, TOTAL, "percent")),
         height=0.9 + 0.36 * len(shown), columns=(Column("seconds a step", "seconds", seconds), *columns),
         series=tuple(
-            of_estimates(c, [names[i] for i in used], per[c.label], len(timed[c.label])) for c in shown
+            of_estimates(c, [every[i] for i in used], per[c.label], len(timed[c.label])) for c in shown
         ),
-        absent=tuple(curve.label for curve in drawn if not timed[curve.label]),
+        absent=tuple(curve.label for curve in drawn if curve not in shown),
     )  # fmt: skip
 
 
-def _timed(run: LoggedRun) -> list[LoggedRow]:
-    return [row for row in run.metrics if 0 < (row.get(TOTAL) or 0) < LARGEST]
+def _seconds(run: LoggedRun) -> list[float]:
+    """Returns the mean seconds of a rollout step in each stage and in the rest; none without times.
 
-
-def _shares(rows: Sequence[LoggedRow]) -> list[float]:
-    """Returns the share of each stage and of the rest in the time of all steps of a run."""
-    named = [sum(row.get(key) or 0.0 for row in rows) for key in STAGES.values()]
-    total = max(sum(row[TOTAL] for row in rows), sum(named))
-    return [*(seconds / total for seconds in named), 1.0 - sum(named) / total]
+    Rows of one step repeat its total and the first four stages; the others are an update's own.
+    """
+    rows = [row for row in run.metrics if 0 < (row.get(TOTAL) or 0) < LARGEST]
+    steps = list({row.get(names.STEP, i): row for i, row in enumerate(rows)}.values())
+    of = {key: steps if place < 4 else rows for place, key in enumerate(STAGES.values())}
+    named = [sum(row.get(key) or 0.0 for row in each) for key, each in of.items()]
+    rest = max(0.0, sum(row[TOTAL] for row in steps) - sum(named))
+    return [seconds / len(steps) for seconds in (*named, rest)] if steps else []
 
 
 def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    names, every = [str(name) for name in panel.series[0].x], [*STAGES, "other"]
-    faces = [style.STAGES[every.index(name) % len(style.STAGES)] for name in names]
+    used, every = [str(name) for name in panel.series[0].x], [*STAGES, "other"]
+    faces = [style.STAGES[every.index(name) % len(style.STAGES)] for name in used]
     edge: dict[str, Any] = {"edgecolor": style.REFERENCE, "linewidth": 0.5}
     for place, series in zip(list_rows(axes, panel.labels), panel.series, strict=True):
         left = 0.0
@@ -86,7 +88,7 @@ def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapp
         axes.text(1.01, place, seconds, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set(title=panel.title, xlabel="share of a rollout step; at the right its seconds", xlim=(0, 1))
     format_values(axes.xaxis, "percent")
-    return [Patch(label=name, facecolor=face, **edge) for name, face in zip(names, faces, strict=True)]
+    return [Patch(label=name, facecolor=face, **edge) for name, face in zip(used, faces, strict=True)]
 
 
 def settings_table(drawn: Sequence[Curve], title: str) -> Panel:
@@ -110,10 +112,10 @@ def _said(value: object) -> str:
 
 def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
     axes.axis("off")
-    names, columns = panel.labels, panel.columns
-    cells = [[cell_text(column.cells[name], column.unit) for column in columns] for name in names]
+    labels, columns = panel.labels, panel.columns
+    cells = [[cell_text(column.cells[name], column.unit) for column in columns] for name in labels]
     drawn = axes.table(
-        cells, rowLabels=names, colLabels=[column.heading for column in columns],
+        cells, rowLabels=labels, colLabels=[column.heading for column in columns],
         edges="horizontal", loc="center", cellLoc="right", colLoc="right", rowLoc="left", bbox=Bbox.unit(),
     )  # fmt: skip
     drawn.auto_set_font_size(False)
