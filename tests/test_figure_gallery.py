@@ -331,6 +331,24 @@ def test_stability_of_a_seed_that_breaks_down_and_one_that_does_not(tmp_path):
     assert "of fewer than 20 values noise is not known" in caption(shown)
 
 
+def test_updates_that_repeat_a_reward_hide_no_noise(tmp_path):
+    """Three updates a step, flat noise: along optimiser steps no seed collapses but by chance."""
+    rng = np.random.default_rng(0)
+    for seed in range(9):
+        path = write_run(tmp_path, "capo", seed, accuracy=lambda *_: rng.binomial(96, 0.45) / 96)
+        made = [
+            row | {"counter/optimizer_step": 3 * i + update}
+            for i, row in enumerate(load_run(path).metrics) for update in (1, 2, 3)
+        ]  # fmt: skip
+        write_jsonl(path / "metrics.jsonl", made)
+    write_run(tmp_path, "zero_learning_rate", steps=10, accuracy=lambda *_: 0.45)
+    study = study_in(tmp_path, smoothing=None, x="counter/optimizer_step")
+    (panel, *_) = compose("stability", study).panels
+    assert panel.columns[0].cells["CAPO (A)"].value == 0
+    (accuracy, *_) = compose("accuracy", study).panels
+    assert list(accuracy.series[0].x[:3]) == [0, 3, 6]
+
+
 def test_heat_map_cells(tmp_path):
     for rate in (0.1, 0.2):
         for prompts in (2, 4):

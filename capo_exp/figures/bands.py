@@ -106,8 +106,14 @@ def ended(run: LoggedRun, x: str) -> tuple[float, bool]:
 
 
 def _points(run: LoggedRun, key: str, x: str) -> tuple[Array, Array]:
-    """Returns x and values of one run, [n] each; x increasing, every value finite."""
-    at, value = read_series(run.evaluations if in_evaluations(key) else run.metrics, key, x=x)
+    """Returns x and values of one run, [n] each; x increasing, every value finite.
+
+    All updates of a rollout step have its reward, which is read once, at the last: it is one measurement.
+    """
+    rows = (
+        run.evaluations if in_evaluations(key) else (key.startswith("reward/") and run.steps) or run.metrics
+    )
+    at, value = read_series(rows, key, x=x)
     finite = np.isfinite(at) & np.isfinite(value)
     grid, place, count = np.unique(at[finite], return_inverse=True, return_counts=True)
     return grid, np.bincount(place, value[finite], len(grid)) / np.maximum(count, 1)

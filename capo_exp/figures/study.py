@@ -134,5 +134,5 @@ def _from_start(run: LoggedRun, metric: Metric, start: float) -> LoggedRun:
     points = [row[metric.x] for row in rows if metric.key in row and metric.x in row]
     if not points or 0 in points:
         return run
-    rows = [{metric.x: 0, metric.key: start}, *rows]
+    rows = [{names.STEP: 0, metric.x: 0, metric.key: start}, *rows]
     return replace(run, evaluations=rows) if evaluated else replace(run, metrics=rows)
