@@ -427,6 +427,34 @@ def test_the_best_rival_is_the_best_as_far_as_the_curve_goes(tmp_path):
     assert panels[-1].columns[0].cells["CAPO (A)"].value == pytest.approx(0.1)
 
 
+def test_a_seed_that_never_began_takes_no_rival_away(tmp_path):
+    """The best plain rate is 0.8, though its second seed failed before the first step."""
+    for rate, height in (("1e-4", 0.8), ("1e-5", 0.3)):
+        for seed in (1, 2):
+            write_run(
+                tmp_path, f"grpo_aggressive regime.learning_rate={rate}", seed,
+                steps=0 if rate == "1e-4" and seed == 2 else 6, accuracy=lambda *_, height=height: height,
+            )  # fmt: skip
+    write_study(tmp_path, ["capo"], seeds=3, steps=6, accuracy=lambda *_: 0.5)
+    panels = compose("criterion", study_in(tmp_path)).panels
+    lead = panels[-1].columns[0].cells["CAPO (A)"]
+    assert (lead.value, lead.low) == (pytest.approx(-0.3), None)
+
+
+def test_seeds_of_other_x_are_judged_by_their_own_points(tmp_path):
+    """Groups were filtered, so that seeds are drawn between their points: that takes noise off them."""
+    rng = np.random.default_rng(0)
+    for seed in range(12):
+        path = write_run(tmp_path, "capo", seed, accuracy=lambda *_: rng.binomial(96, 0.45) / 96)
+        x = np.cumsum(rng.integers(40, 97, 100)).tolist()
+        made = [row | {"counter/completions": at} for row, at in zip(load_run(path).metrics, x, strict=True)]
+        write_jsonl(path / "metrics.jsonl", made)
+    study = study_in(tmp_path)
+    (largest,) = [p for p in compose("stability", study).panels if p.title == "Peak"]
+    peaks = [max(row["reward/accuracy"] for row in run.metrics) for run in study.runs]
+    assert largest.columns[0].cells["CAPO (A)"].value == pytest.approx(np.mean(peaks))
+
+
 @pytest.mark.parametrize("name", ["criterion", "methods", "stability"])
 def test_bars_say_which_seeds_ended_early(name, tmp_path):
     """One of two, at half of its way: the final accuracy is where both still count."""
@@ -454,6 +482,17 @@ def test_a_method_ends_with_what_each_of_its_seeds_ends_with(tmp_path):
     panels = compose("methods", study_in(tmp_path)).panels
     (column,) = [c for panel in panels for c in panel.columns if panel.title == "Held-out, final"]
     assert column.cells["CAPO (A)"].value == pytest.approx(0.6)
+
+
+def test_what_a_method_ends_with_is_smoothed_as_its_caption_says(tmp_path):
+    """Twelve evaluations at 0.1, the last at 0.9, weight 0.1."""
+    write_run(tmp_path, "capo", steps=100, accuracy=lambda x, _: 0.9 if x == 100 * 96 else 0.1)
+    path = next(tmp_path.glob("*/eval.jsonl"))
+    evaluations = load_run(path.parent).evaluations
+    write_jsonl(path, [*(evaluations[0] | {"counter/completions": at} for at in (1, 2)), *evaluations[1:11]])
+    picture = compose("methods", study_in(tmp_path, smoothing=0.1))
+    assert picture.panels[0].columns[0].cells["CAPO (A)"].value == pytest.approx(0.1 + 0.1 * 0.8)
+    assert "EMA 0.1:" in caption(picture)
 
 
 def test_a_method_is_good_where_each_of_its_seeds_is(tmp_path):

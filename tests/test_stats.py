@@ -9,7 +9,17 @@ from scipy import stats as scipy_stats
 
 from capo_exp.core.intervals import RESAMPLES, Interval, Statistic, centre_of_seeds, ema, interval
 from capo_exp.figures.bands import band
-from capo_exp.figures.stats import lead, mean_height, noise, points, sample_efficiency, stability
+from capo_exp.figures.stats import (
+    collapse,
+    has_kept,
+    lead,
+    mean_height,
+    noise,
+    points,
+    sample_efficiency,
+    share,
+    worst,
+)
 from capo_exp.runs.read import LoggedRun, to_its_end
 from tests.figure_pieces import NO_WARNINGS
 
@@ -342,21 +352,21 @@ def test_noise_is_that_of_the_smoothed_curve():
     assert noise(raw[:19], 1.0) == 0 < noise(raw[:20], 1.0)
 
 
+def collapses(found, start):
+    """Where each seed does; None where it does not."""
+    return [collapse(*own, start, found.alpha) for own in points(found)]
+
+
 def test_a_collapse_at_a_known_step():
     rises = [0.4 + 0.01 * i for i in range(20)]
     falls = [*rises, 0.59, 0.55, 0.51, 0.49, 0.2, 0.3]
-    found = stability(of([falls, [*rises, *[0.59] * 6]]), start=0.4)
-    assert found.first_collapse == 240
-    assert found.collapsed.value == 0.5
-    expected = scipy_stats.binomtest(1, 2).proportion_ci(0.95, method="wilson")
-    assert (found.collapsed.low, found.collapsed.high) == (expected.low, expected.high)
-    assert found.kept == found.collapsed  # one of two again
-    assert found.peak.value == pytest.approx(0.59)
-    assert found.worst.value == pytest.approx((0.2 + 0.59) / 2)
+    assert collapses(of([falls, [*rises, *[0.59] * 6]]), 0.4) == [240, None]
+    expected, found = scipy_stats.binomtest(1, 2).proportion_ci(0.95, method="wilson"), share(1, 2)
+    assert (found.value, found.low, found.high) == (0.5, expected.low, expected.high)
 
 
 @pytest.mark.parametrize(
-    ("curve", "collapse"),
+    ("curve", "where"),
     [
         ([0.4, 0.6, 0.8, 0.61, 0.61], None),  # has lost less than half
         ([0.4, 0.6, 0.8, 0.59, 0.61], 40),
@@ -369,29 +379,22 @@ def test_a_collapse_at_a_known_step():
         ([0.4], None),
     ],
 )
-def test_what_a_collapse_is(curve, collapse):
-    found = stability(of([curve]), start=0.4)
-    assert found.first_collapse == collapse
-    assert found.collapsed.value == (collapse is not None)
-    assert found.peak.low is None and found.peak.value == max(curve)
+def test_what_a_collapse_is(curve, where):
+    assert collapses(of([curve]), 0.4) == [where]
     from_peak = curve[curve.index(max(curve)) :] if max(curve) >= 0.4 else curve
-    assert found.worst.value == min(from_peak)
+    assert worst(np.array(curve), 0.4) == min(from_peak)
 
 
 @pytest.mark.parametrize(("final", "kept"), [(0.73, True), (0.71, False), (0.8, True), (0.2, False)])
 def test_a_peak_is_kept_to_nine_tenths_of_its_accuracy(final, kept):
-    assert stability(of([[0.4, 0.8, 0.1, final]]), start=0.4).kept.value == kept
-    assert stability(of([[0.4, 0.6, 0.8]]), start=0.4).kept.value == 1
-    curves = [step_at(at, end=30, low=0.8, high=0.1) for at in (5, 9, 20)] + [[0.8] * 30]
-    assert stability(of(curves), start=0.2).first_collapse == 90  # the median of those that collapsed
+    assert has_kept(np.array([0.4, 0.8, 0.1, final])) == kept
+    assert has_kept(np.array([0.4, 0.6, 0.8]))
 
 
 def test_the_area_is_a_mean_height_at_any_spacing_over_each_seeds_own_length():
-    for curve, size, area in (([0.0, 1.0, 1.0], 10, 0.75), ([0.0, 0.5, 1.0], 7, 0.5)):
-        assert stability(of([curve], size=size), start=0).auc.value == area
-    rows = [{X: 10, KEY: 0.0}, {X: 20, KEY: 0.0}, {X: 110, KEY: 1.0}]
-    uneven = stability(drawn([LoggedRun(Path("x"), {}, {}, rows, [])]), start=0)
-    assert uneven.auc.value == pytest.approx(0.45)
+    x = np.array([10.0, 20.0, 110.0])
+    for curve, area in (([0.0, 0.0, 1.0], 0.45), ([0.0, 1.0, 1.0], 0.95)):
+        assert mean_height(x, np.array(curve)) == pytest.approx(area)
     found = [mean_height(*own) for own in points(of([[0.0, 1.0, 1.0], [0.2, 0.4, NAN], [NAN, 0.3, NAN]]))]
     assert found == pytest.approx([0.75, 0.3, 0.3])
 
@@ -413,17 +416,8 @@ def test_a_lead_is_over_the_x_that_both_have(other_x, other, found):
     assert lead(own, (np.array(other_x), np.array(other))) == pytest.approx(found, nan_ok=True)
 
 
-def test_intervals_are_those_over_seeds():
-    finals = np.array([0.5, 0.6, 0.9])
-    curves = of([[0.4, value] for value in finals])
-    for kind in KINDS:
-        found = stability(curves, start=0.4, kind=kind).peak
-        np.testing.assert_allclose((found.low, found.high), interval(finals, "mean", kind))
-
-
 def test_a_seed_that_broke_off_is_judged_as_far_as_it_went():
-    found = stability(drawn([run([0.4, 0.8, 0.1]), run([0.4, 0.6, 0.8, 0.8])]), start=0.4)
-    assert found.first_collapse == 30 and found.worst.value == pytest.approx(0.45)
+    assert collapses(drawn([run([0.4, 0.8, 0.1]), run([0.4, 0.6, 0.8, 0.8])]), 0.4) == [30, None]
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.35])
@@ -431,11 +425,11 @@ def test_noise_alone_is_no_collapse_and_a_real_one_is_found(alpha):
     """Training accuracy of 96 completions a step from 0.45; as simulated for the docstring."""
     rng = np.random.default_rng(0)
 
-    def share(chances):
+    def collapsed(chances):
         seeds = [[0.45, *rng.binomial(96, chances) / 96] for _ in range(150)]
-        return stability(of(seeds, alpha=alpha), start=0.45).collapsed.value
+        return np.mean([where is not None for where in collapses(of(seeds, alpha=alpha), 0.45)])
 
-    assert share(np.full(100, 0.45)) < 0.02
-    assert share(np.r_[np.linspace(0.45, 0.65, 40), np.full(60, 0.65)]) < 0.02
+    assert collapsed(np.full(100, 0.45)) < 0.02
+    assert collapsed(np.r_[np.linspace(0.45, 0.65, 40), np.full(60, 0.65)]) < 0.02
     lost = np.r_[np.linspace(0.45, 0.65, 40), np.linspace(0.65, 0.45, 10), np.full(50, 0.45)]
-    assert share(lost) > 0.95
+    assert collapsed(lost) > 0.95

@@ -1,6 +1,6 @@
 """The families of one number for each curve: in a list, and on a grid of learning rate and batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,21 +11,21 @@ from matplotlib.colors import Normalize, to_rgb
 
 from capo_exp.core.intervals import Estimate, seed_estimate
 from capo_exp.figures import style
-from capo_exp.figures.bands import Band, in_evaluations
+from capo_exp.figures.bands import Band
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
 from capo_exp.figures.panel import NAN, Column, Panel, format_values, list_rows, of_estimates, value_text
-from capo_exp.figures.stats import Points, lead, mean_height, points, stability
+from capo_exp.figures.stats import Points, collapse, has_kept, lead, mean_height, points, share, worst
 from capo_exp.figures.study import Metric, Study
 from capo_exp.figures.style import Look
-from capo_exp.runs.read import read_series
+from capo_exp.runs.read import Array
 
 Measure = Literal[
-    "final", "mean", "max", "worst", "peak", "auc", "collapsed", "kept", "first_collapse", "lead",
-    "until_good", "last",
+    "final", "mean", "max", "worst", "auc", "last", "collapsed", "kept", "first_collapse", "lead",
+    "until_good",
 ]  # fmt: skip
-"""How a curve becomes one number; stats.Stability has those that the functions here do not know."""
+"""How a curve becomes one number: `final` reads their centre, the others each seed."""
 GOOD = 0.9
 """Accuracy."""
 
@@ -54,23 +54,29 @@ def _one_number(
     study: Study, metric: Metric, curve: Curve, found: Band, measure: Measure
 ) -> tuple[Estimate | str, int]:
     """Returns the number, or why there is none, and of how many seeds it is."""
-    if measure in ("final", "mean", "max"):
-        seeds = int(found.count[found.end]) if measure == "final" else found.seeds
-        return reduced(study, found, measure), seeds
+    if measure == "final":
+        return reduced(study, found, measure), int(found.count[found.end])
     if measure == "lead":
         return _lead(study, metric, curve)
-    if measure == "last":
-        return _last(study, metric, curve), found.seeds
+    own, runs = list(_seeds(study, metric, curve).values()), len(curve.runs)
     if measure == "until_good":
-        return _until_good(study, found, len(curve.runs)), found.seeds
-    start = study.start_of(curve, metric)
-    first = float(found.centre[np.isfinite(found.centre)][0])
-    stable = stability(found, start=first if start is None else start, kind=study.interval)
-    if measure != "first_collapse":
-        return getattr(stable, measure), found.seeds
-    if stable.first_collapse is None:
-        return "none", 0
-    return Estimate(stable.first_collapse), round(stable.collapsed.value * found.seeds)
+        reached = [x[hit.argmax()] for x, y in own if (hit := y >= GOOD).any()]
+        some = f"{len(reached)} of {runs} seeds"
+        return study.over_seeds(np.array(reached)) if len(reached) == runs else some, len(own)
+    first = study.start_of(curve, metric)
+    start = float(found.centre[np.isfinite(found.centre)][0]) if first is None else first
+    of: dict[str, Callable[[Array, Array], float]] = {
+        "mean": lambda _, y: y.mean(), "max": lambda _, y: y.max(), "last": lambda _, y: y[-1],
+        "worst": lambda _, y: worst(y, start), "auc": mean_height,
+    }  # fmt: skip
+    if measure in of:
+        return study.over_seeds(np.array([of[measure](x, y) for x, y in own])), len(own)
+    falls = [x for each in own if (x := collapse(*each, start, found.alpha)) is not None]
+    if measure == "first_collapse":
+        return (Estimate(float(np.median(falls))), len(falls)) if falls else ("none", 0)
+    return share(len(falls) if measure == "collapsed" else sum(has_kept(y) for _, y in own), len(own)), len(
+        own
+    )
 
 
 def _lead(study: Study, metric: Metric, curve: Curve) -> tuple[Estimate | str, int]:
@@ -101,27 +107,10 @@ def _lead(study: Study, metric: Metric, curve: Curve) -> tuple[Estimate | str, i
     return (seed_estimate(leads, study.statistic, "t") if len(leads) else "no seed in common"), len(leads)
 
 
-def _last(study: Study, metric: Metric, curve: Curve) -> Estimate:
-    """Returns what each seed ends with, wherever that is: seeds may draw different numbers of completions."""
-    rows = [run.evaluations if in_evaluations(metric.key) else run.metrics for run in curve.runs]
-    found = [values for some in rows if (values := read_series(some, metric.key)[1]).size]
-    return study.over_seeds(np.array([values[-1] for values in found]))
-
-
-def _until_good(study: Study, found: Band, seeds: int) -> Estimate | str:
-    """Returns the first x at which a seed's curve is GOOD, over seeds; how many are, if some never are."""
-    reached = [found.x[hit.argmax()] for hit in found.values >= GOOD if hit.any()]
-    if len(reached) < seeds:
-        return f"{len(reached)} of {seeds} seeds"
-    return study.over_seeds(np.array(reached))
-
-
 def _seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, Points]:
-    found = study.band(curve, metric)
-    if found is None or found.seeds < len(curve.runs):
-        return {}
-    pairs = zip(curve.runs, points(found), strict=True)
-    return {run.setting("seed"): (x, y) for run, (x, y) in pairs if len(x)}
+    """Returns each seed's own curve, of those that have one."""
+    alone = {run.setting("seed"): study.band(replace(curve, runs=(run,)), metric) for run in curve.runs}
+    return {seed: points(band)[0] for seed, band in alone.items() if band}
 
 
 def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:

@@ -89,7 +89,7 @@ def figure_criterion(study: Study) -> list[Panel]:
         bar(SHARE, "Collapsed seeds", "collapsed"),
         bar(SHARE, "Seeds that kept their peak", "kept"),
         bar(REJECTED, "Rejected tokens", "mean"),
-        bar(TRAINING, "Peak", "peak"),
+        bar(TRAINING, "Peak", "max"),
         bar(TRAINING, "Final", "final"),
         bar(AREA, "Area under the curve", "auc"),
         bar(DIFFERENCE, "Lead over plain GRPO", "lead", "Lead over plain GRPO, points"),
@@ -103,7 +103,7 @@ def figure_stability(study: Study) -> list[Panel]:
         bar(SHARE, "Collapsed seeds", "collapsed"),
         bar(UNTIL, "First collapse", "first_collapse"),
         bar(AREA, "Area under the curve", "auc"),
-        bar(TRAINING, "Peak", "peak"),
+        bar(TRAINING, "Peak", "max"),
         bar(TRAINING, "Worst after the peak", "worst"),
         bar(TRAINING, "Final", "final"),
     ]

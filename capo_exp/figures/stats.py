@@ -1,19 +1,17 @@
 """Arrays in, numbers out: how much sooner a method gets somewhere, and how well it stays there."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from scipy import stats
 
-from capo_exp.core import intervals
-from capo_exp.core.intervals import LEVEL, RESAMPLES, Estimate, Interval, Statistic, centre_of_seeds
+from capo_exp.core.intervals import LEVEL, RESAMPLES, Estimate, Statistic, centre_of_seeds
 from capo_exp.figures.bands import Band
 from capo_exp.runs.read import Array
 
 NOISE_DROP = 8.0
-"""Standard deviations of its smoothed curve that a seed loses more than, if it collapsed; see `stability`."""
+"""Standard deviations of its smoothed curve that a seed loses more than, if it collapsed; see `collapse`."""
 FEW = 20
 """Values below which a curve's noise cannot be told from its shape."""
 Points = tuple[Array, Array]
@@ -32,18 +30,6 @@ class Factor:
     low: float
     """95 % interval; 0 if more than 2.5 % of the resamples do not reach the target; NaN below two seeds."""
     high: float
-
-
-@dataclass(frozen=True)
-class Stability:
-    """How stable one curve is, over its seeds."""
-
-    collapsed: Estimate  # Share of seeds; interval: Wilson's for a share
-    kept: Estimate  # Share of seeds that end with KEPT of their peak; likewise
-    first_collapse: float | None  # Median x of the collapses of those that collapsed; None if none did
-    worst: Estimate  # Lowest point from the seed's highest on
-    peak: Estimate
-    auc: Estimate  # Mean height of the curve: area under it over the length of x
 
 
 def sample_efficiency(reference: Band, method: Band, *, start: float | None = None) -> Factor:
@@ -104,47 +90,37 @@ def _resampled(values: Array, statistic: Statistic, stream: int) -> Array:
     )
 
 
-def stability(band: Band, *, start: float, kind: Interval = "t") -> Stability:
-    """Says how well a curve keeps what it has learned.
+def collapse(x: Array, y: Array, start: float, alpha: float) -> float | None:
+    """Returns where one seed, [n] each, collapses; None if it does not.
 
-    A seed has collapsed if its smoothed accuracy, after its peak, has lost at least half of what it had
-    gained by then, peak - start, and more than noise takes: NOISE_DROP standard deviations of its smoothed
-    curve, where it has FEW values or more. The collapse is the first such x. The peak is never below `start`,
-    so a run that breaks at once has collapsed; a run that later rises above its old peak has a new one, and
-    has not. A curve of fewer than FEW values can collapse by noise alone.
+    It has collapsed if its smoothed accuracy, after its peak, has lost at least half of what it had gained
+    by then, peak - start, and more than noise takes: NOISE_DROP standard deviations of its smoothed curve,
+    where it has FEW values or more. The collapse is the first such x. The peak is never below `start`, so a
+    run that breaks at once has collapsed; a run that later rises above its old peak has a new one, and has
+    not. A curve of fewer than FEW values can collapse by noise alone.
 
     With the bound on noise at most 1 % of seeds that learn nothing "collapse", if the curve begins with its
     accuracy before training, `start` (up to 20 % if it begins with the noise of one step); of runs that gain
     0.15 and lose all of it again, 99 % are found (simulated: 100 steps of 96 completions, smoothing 0.1).
-    `kind` is that of the intervals over seeds of worst, peak and auc.
     """
-    seeds = [(x, y) for x, y in points(band) if len(x)]
-    collapses = [x for own in seeds if (x := _collapse(*own, start, band.alpha)) is not None]
-    kept = sum(bool(y[-1] >= KEPT * y.max()) for _, y in seeds)
-
-    def over(of_seeds: Sequence[float]) -> Estimate:
-        return intervals.seed_estimate(np.array(of_seeds), band.statistic, kind)
-
-    return Stability(
-        collapsed=_share(len(collapses), len(seeds)),
-        kept=_share(kept, len(seeds)),
-        first_collapse=float(np.median(collapses)) if collapses else None,
-        worst=over([float(y[_from_peak(y, start)].min()) for _, y in seeds]),
-        peak=over([float(y.max()) for _, y in seeds]),
-        auc=over([mean_height(x, y) for x, y in seeds]),
-    )
-
-
-def _from_peak(y: Array, start: float) -> slice:
-    return slice(int(y.argmax()) if y.max() >= start else 0, None)
-
-
-def _collapse(x: Array, y: Array, start: float, alpha: float) -> float | None:
-    """Returns where one seed, [n] each, collapses; None if it does not."""
     height, after = max(float(y.max()), start), _from_peak(y, start)
     loss = height - y[after]
     fallen = (loss >= (height - start) / 2) & (loss > NOISE_DROP * noise(y, alpha))
     return float(x[after][fallen.argmax()]) if fallen.any() else None
+
+
+def worst(y: Array, start: float) -> float:
+    """Returns the lowest point of one seed, [n], from its highest on."""
+    return float(y[_from_peak(y, start)].min())
+
+
+def has_kept(y: Array) -> bool:
+    """Returns whether one seed, [n], ends with KEPT of its peak's accuracy, or more."""
+    return bool(y[-1] >= KEPT * y.max())
+
+
+def _from_peak(y: Array, start: float) -> slice:
+    return slice(int(y.argmax()) if y.max() >= start else 0, None)
 
 
 def points(band: Band) -> list[Points]:
@@ -164,7 +140,8 @@ def lead(own: Points, other: Points) -> float:
     return mean_height(grid, np.interp(grid, *own) - np.interp(grid, *other)) if len(grid) else np.nan
 
 
-def _share(count: int, seeds: int) -> Estimate:
+def share(count: int, seeds: int) -> Estimate:
+    """Returns the share of seeds with Wilson's interval."""
     wilson = stats.binomtest(count, seeds).proportion_ci(LEVEL, method="wilson")
     return Estimate(count / seeds, float(wilson.low), float(wilson.high))
 
