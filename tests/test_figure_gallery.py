@@ -157,6 +157,14 @@ def test_only_runs_at_rate_0_are_said_to_be_where_curves_start(tmp_path):
         assert (said in caption(compose("2", study_in(tmp_path)))) == (job != "capo")
 
 
+def test_where_curves_start_is_asked_once_of_all_runs(tmp_path, monkeypatch):
+    """Each asking goes through the settings of every run: with 300 of them a figure took minutes."""
+    asked = []
+    monkeypatch.setattr("capo_exp.figures.study.start_value", lambda *all_of: asked.append(all_of))
+    compose("stability", study_in(write_study(tmp_path, FIGURE_1, steps=3)))
+    assert len(asked) == 1
+
+
 def test_nothing_short_is_smoothed(tmp_path):
     jumps = {"capo": 9, "grpo_aggressive": 10}  # steps, and as many points
     for job, steps in jumps.items():
