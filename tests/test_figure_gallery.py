@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from capo_exp.core.intervals import seed_estimate
-from capo_exp.figures import style, tables
+from capo_exp.figures import output, style, tables
 from capo_exp.figures.curves import curves
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.page import caption, compose, draw_page
@@ -226,6 +226,19 @@ def test_a_curve_without_the_metric_is_named(tmp_path):
     assert "Left out: Entropy: not in GRPO (A)." in caption(shown)
     assert {row["curve"] for row in rows(shown.panels) if row["panel"] == "Entropy"} == {"CAPO (A)"}
     assert {row["curve"] for row in rows(shown.panels)} == {"CAPO (A)", "GRPO (A)"}
+
+
+def test_a_run_without_the_metric_is_named_and_not_counted(tmp_path):
+    """One of three seeds failed before its first step."""
+    for seed in range(3):
+        write_run(tmp_path, "capo", seed, steps=5 if seed else 0)
+    for name, titles in (("1", ["Training accuracy"]), ("time", ["Time of a step"])):
+        picture = compose(name, study_in(tmp_path))
+        said = [f"{title}: not in 1 of 3 runs of CAPO (A)" for title in titles]
+        assert list(picture.lacking) == said and said[0] in caption(picture)
+        assert " of n = 2 seeds; " in caption(picture)
+        assert [row[:2] for row in tables.table_of(picture.panels).rows] == [["CAPO (A)", "2"]]
+        assert output.provenance(picture, "")["seeds"] == {"CAPO (A)": 2}
 
 
 def test_what_is_lacking_is_said(tmp_path):

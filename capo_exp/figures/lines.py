@@ -170,7 +170,7 @@ def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool
         axes.fill_between(
             x, shown(series.low), shown(series.high), color=look.colour, alpha=0.16, linewidth=0
         )
-    few = [at for at, left in series.losses if 2 * left < len(series.curve.runs)]
+    few = [at for at, left in series.losses if 2 * left < series.drawn]
     solid = int(np.searchsorted(x, few[0], side="right")) if few else len(x)
     every = max(1, solid // MARKS)
     marked = list(range((1 + place) * every // 4, max(1, solid - 1), every)) or [0]

@@ -14,6 +14,7 @@ from matplotlib import rc_context
 
 from capo_exp.figures import page, style, tables
 from capo_exp.figures.page import Picture
+from capo_exp.figures.panel import count_drawn
 from capo_exp.runs.files import replace_file
 from capo_exp.runs.read import LoggedRun
 
@@ -84,7 +85,7 @@ def provenance(picture: Picture, command: str) -> dict[str, Any]:
         "figure": picture.name,
         "command": command,
         "runs": [_origin(run) for run in runs.values()],
-        "seeds": {curve.label: len(curve.runs) for curve in picture.curves},
+        "seeds": count_drawn(picture.panels),
         "statistic": study.statistic,
         "interval": study.interval,
         "smoothing": {metric.key: metric.smoothing for metric in metrics},

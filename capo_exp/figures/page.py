@@ -14,7 +14,7 @@ from capo_exp.figures.curves import Curve, order
 from capo_exp.figures.gallery import FIGURES
 from capo_exp.figures.labels import REGIMES, short
 from capo_exp.figures.lines import legend_entries
-from capo_exp.figures.panel import Panel, thousands
+from capo_exp.figures.panel import Panel, count_drawn, thousands
 from capo_exp.figures.paper import grouped
 from capo_exp.figures.study import Lacking, Study
 from capo_exp.runs import metrics as names
@@ -73,7 +73,14 @@ def compose(name: str, study: Study, keys: Sequence[str] = ()) -> Picture:
     reasons = [*dict.fromkeys(panel.lack for panel in empty if panel.lack), *metrics]
     if not panels:
         raise Lacking("; ".join(reasons))
-    absent = [f"{panel.title}: not in {', '.join(panel.absent)}" for panel in panels if panel.absent]
+    missing = [
+        (panel.title, [
+            *panel.absent,
+            *(f"{s.lost} of {len(s.curve.runs)} runs of {s.curve.label}" for s in panel.series if s.lost),
+        ])
+        for panel in panels
+    ]  # fmt: skip
+    absent = [f"{title}: not in {', '.join(those)}" for title, those in missing if those]
     runs = {s.curve.label: s.curve.runs for panel in panels for s in panel.series}
     damage = [text for same in runs.values() for run in same for text in run.left_out]
     return Picture(name, study, panels, (*reasons, *absent, *damage))
@@ -110,12 +117,14 @@ def _statistics(picture: Picture) -> str:
     if "tokens" in kinds:
         counted = {panel.labels[0]: int(panel.series[0].seeds[0]) for panel in picture.panels}
         return f"Counted in the logged completions of {count_seeds(counted)}"
-    seeds = count_seeds({curve.label: len(curve.runs) for curve in picture.curves})
+    counts = count_drawn(picture.panels)
+    seeds = count_seeds(counts)
     if "settings" in kinds:
         return f"Of {seeds}"
     signs = " and ".join(sign for kind, sign in SIGNS.items() if kind in kinds)
-    several = any(len(curve.runs) > 1 for curve in picture.curves)
-    interval = f"{signs}: {INTERVALS[study.interval]}" if several else "one seed, hence no interval"
+    interval = (
+        f"{signs}: {INTERVALS[study.interval]}" if max(counts.values()) > 1 else "one seed, hence no interval"
+    )
     return f"{STATISTICS[study.statistic]} of {seeds}; {interval}"
 
 
@@ -143,7 +152,7 @@ def _smoothing(panels: Sequence[Panel]) -> str:
     for panel in (panel for panel in panels if panel.kind in ("lines", "bars", "heat")):
         weight, label = panel.named.smoothing, panel.named.label
         raw = [series for series in panel.series if series.unsmoothed]
-        smooth = weight < 1 and any(series.unsmoothed < len(series.curve.runs) for series in panel.series)
+        smooth = weight < 1 and any(series.unsmoothed < series.drawn for series in panel.series)
         said.setdefault(f"EMA {weight:g}" if smooth else "not smoothed", {})[label] = None
         few += [f"{series.curve.label} ({label})" for series in raw] if smooth else []
     texts = [text + (f" ({', '.join(labels)})" if len(said) > 1 else "") for text, labels in said.items()]
@@ -166,7 +175,7 @@ def _losses(panels: Sequence[Panel], begin: str, end: str) -> str:
     for series in (one for one in every if one.losses):
         steps = [f"{count} from {thousands(x)}" for x, count in series.losses]
         steps = [*steps[:1], "...", steps[-1]] if len(steps) > 3 else steps
-        said[series.curve.label] = f"{series.curve.label} {len(series.curve.runs)}, {', '.join(steps)}"
+        said[series.curve.label] = f"{series.curve.label} {series.drawn}, {', '.join(steps)}"
     if not said:
         return ""
     stopped = any(one.stopped for one in every)

@@ -40,6 +40,12 @@ class Series:
     stopped: bool = False
     """Whether the seeds that ended have values beyond: those of a run that was stopped for want of reward."""
     unsmoothed: int = 0  # Seeds with too few points to be smoothed
+    lost: int = 0  # Runs of the curve without the metric
+
+    @property
+    def drawn(self) -> int:
+        """Returns how many runs of the curve have the metric."""
+        return len(self.curve.runs) - self.lost
 
     @property
     def numbers(self) -> Array:
@@ -120,16 +126,25 @@ def of_estimates(
 ) -> Series:
     """Returns a series of n named numbers, each from as many seeds, of the curve's band if it has one."""
     value, low, high = np.array([(e.value, e.low, e.high) for e in estimates], dtype=np.float64).T
-    return Series(curve, x, value, low, high, np.full(len(x), seeds), **_of_band(band) if band else {})
+    return Series(curve, x, value, low, high, np.full(len(x), seeds), **_of_band(curve, band, seeds))
 
 
 def of_band(curve: Curve, band: Band) -> Series:
     """Returns a curve over x."""
-    return Series(curve, band.x, band.centre, band.low, band.high, band.count, **_of_band(band))
+    return Series(curve, band.x, band.centre, band.low, band.high, band.count, **_of_band(curve, band))
 
 
-def _of_band(band: Band) -> dict[str, Any]:
-    return {"losses": tuple(band.losses), "stopped": band.stopped, "unsmoothed": band.unsmoothed}
+def _of_band(curve: Curve, band: Band | None, seeds: int = 0) -> dict[str, Any]:
+    if band is None:
+        return {"lost": len(curve.runs) - seeds}
+    told = {"losses": tuple(band.losses), "stopped": band.stopped, "unsmoothed": band.unsmoothed}
+    return told | {"lost": len(curve.runs) - band.seeds}
+
+
+def count_drawn(panels: Sequence[Panel]) -> dict[str, int]:
+    """Returns how many runs of each curve are drawn, by label; those of the panel that has most of them."""
+    every = [series for panel in panels for series in panel.series]
+    return {one.curve.label: max(s.drawn for s in every if s.curve.label == one.curve.label) for one in every}
 
 
 def thousands(x: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tokens
-from capo_exp.figures.panel import NAN, Panel, Series, cell_text, value_text
+from capo_exp.figures.panel import NAN, Panel, Series, cell_text, count_drawn, value_text
 
 CSV_HEADING = ("panel", "curve", "x", "centre", "low", "high", "seeds")
 LATEX = str.maketrans({
@@ -99,14 +99,13 @@ def table_of(panels: Sequence[Panel]) -> TextTable:
     """Returns one row for each curve, or for each rejected token."""
     if any(panel.kind == "tokens" for panel in panels):
         return _token_table(panels)
-    curves = {series.curve.label: series.curve for panel in panels for series in panel.series}
     columns: dict[tuple[str, str], dict[str, Estimate | str]] = {}
     for column in (column for panel in panels for column in panel.columns):
         columns.setdefault((column.heading, column.unit), {}).update(column.cells)
     units = [(unit, cells) for (_, unit), cells in columns.items()]
     rows = [
-        [plain(label), str(len(c.runs)), *(_cell(cells.get(label), unit) for unit, cells in units)]
-        for label, c in curves.items()
+        [plain(label), str(drawn), *(_cell(cells.get(label), unit) for unit, cells in units)]
+        for label, drawn in count_drawn(panels).items()
     ]
     return TextTable(["curve", "seeds", *(plain(name) for name, _ in columns)], rows)
 
