@@ -448,6 +448,21 @@ def test_the_best_rival_is_the_best_as_far_as_the_curve_goes(tmp_path):
     assert panels[-1].columns[0].cells["CAPO (A)"].value == pytest.approx(0.1)
 
 
+def test_other_problems_are_not_measured_against(tmp_path):
+    """With mix=true: CAPO and GRPO on one data set, GRPO in both regimes on an easy one."""
+    write_study(tmp_path, ["capo", "grpo_aggressive"], steps=6)
+    easy = [f"grpo_{regime} dataset.name=easy" for regime in ("aggressive", "conservative")]
+    write_study(tmp_path, easy, steps=6, accuracy=lambda x, _: 0.8 + 1e-5 * x)
+    study = study_in(tmp_path)
+    of_k = [curve.label for curve in study.curves if curve.run.setting("dataset.name") != "easy"]
+    assert len(of_k) == 2
+    factors = compose("1", study).panels[0].columns[-1].cells
+    assert {label for label, cell in factors.items() if cell == "other problems"} == set(of_k)
+    assert list(factors.values()).count("reference") == 1
+    leads = compose("criterion", study).panels[-1].columns[0].cells
+    assert leads[of_k[0]].value == pytest.approx(0) and leads[of_k[1]] == "the best rival"
+
+
 def test_a_seed_that_never_began_takes_no_rival_away(tmp_path):
     """The best plain rate is 0.8, though its second seed failed before the first step."""
     for rate, height in (("1e-4", 0.8), ("1e-5", 0.3)):

@@ -275,7 +275,7 @@ def test_seeds_that_do_not_get_there_count():
     reference = of([step_at(10, end=20, low=0.0, high=0.5)] * 4)
     method = of([step_at(1, end=20, low=0.0, high=1.0), [0.0] * 20, [0.0] * 20, [1e-9] * 20])
     found = sample_efficiency(reference, method)
-    assert (found.factor, found.low, found.high) == (None, 0, 10)
+    assert (found.factor, found.low, found.high) == (0, 0, 10)
 
 
 @pytest.mark.parametrize(("lazy", "low"), [(0.025, 10), (0.026, 0)])
@@ -297,26 +297,26 @@ FLAT = [[0.2] * 9] * 3
 @pytest.mark.parametrize(
     ("reference", "method", "start", "target", "factor"),
     [
-        ([step_at(3, end=9)] * 3, FLAT, None, 0.7, (None, 0, 0)),  # never gets there
+        ([step_at(3, end=9)] * 3, FLAT, None, 0.7, (0, 0, 0)),  # never gets there
         ([[0.2, 0.5]] * 2, [[0.6, 0.6]] * 2, None, 0.5, (2, 2, 2)),
         ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.55, 0.6, (1, 1, 1)),
-        ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.6, NAN, (None, NAN, NAN)),
+        ([[0.5, 0.6]] * 2, [[0.55, 0.6]] * 2, 0.6, NAN, (NAN, NAN, NAN)),
         # one seed of the reference gains, one loses: draws of twice the latter set no target, are left out
         ([[0.0, 0.5], [0.2, 0.1]], [[0.0, 0.6]] * 2, None, 0.3, (1, 1, 1)),
         ([step_at(4, end=9)], [step_at(2, end=9)] * 2, None, 0.7, (2, NAN, NAN)),  # one seed: no interval
         ([step_at(2, end=9)] * 2, [step_at(4, end=9)], None, 0.7, (0.5, NAN, NAN)),
-        ([[0.5, 0.4]], FLAT, None, NAN, (None, NAN, NAN)),
+        ([[0.5, 0.4]], FLAT, None, NAN, (NAN, NAN, NAN)),
         # a reference that stays, comes back or collapses sets no target, whatever the method does
-        ([[0.5] * 9] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (None, NAN, NAN)),
-        ([[0.5, 0.6, 0.4]] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (None, NAN, NAN)),
-        ([step_at(3, end=9, low=0.7, high=0.2)] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (None, NAN, NAN)),
+        ([[0.5] * 9] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (NAN, NAN, NAN)),
+        ([[0.5, 0.6, 0.4]] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (NAN, NAN, NAN)),
+        ([step_at(3, end=9, low=0.7, high=0.2)] * 3, [[0.5, 0.6, 0.9]] * 3, None, NAN, (NAN, NAN, NAN)),
     ],
 )
 def test_factors_by_hand(reference, method, start, target, factor):
     found = sample_efficiency(of(reference), of(method), start=start)
     assert found.target == pytest.approx(target, nan_ok=True)
-    assert found.factor == factor[0] and (found.method_x is None) == (factor[0] is None)
-    np.testing.assert_equal([found.low, found.high], factor[1:])
+    np.testing.assert_equal([found.factor, found.low, found.high], factor)
+    assert np.isinf(found.method_x) == (found.factor == 0)
 
 
 def test_a_seed_of_the_reference_that_is_still_going_sets_no_target():
@@ -325,6 +325,14 @@ def test_a_seed_of_the_reference_that_is_still_going_sets_no_target():
     found = sample_efficiency(reference, of([step_at(3, end=9)] * 2))
     assert reference.end == 8
     assert (found.factor, found.low, found.high) == (2, 2, 2)
+
+
+def test_a_survivor_alone_earns_no_factor():
+    """Four seeds of five die after two steps at 0.3, one goes on to 0.9."""
+    reference = of([[0.2, 0.4, 0.6]] * 2)
+    dead = [run([0.3, 0.3])] * 4
+    found = sample_efficiency(reference, drawn([*dead, run([0.3, 0.3, 0.5, 0.7, 0.9])]))
+    assert (found.factor, found.low, found.high) == (0, 0, 0)
 
 
 def test_the_interval_of_a_factor_holds_it_as_often_as_it_should():

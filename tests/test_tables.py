@@ -13,7 +13,6 @@ from capo_exp.figures import tables, tokens
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.panel import (
     Column,
-    Crossing,
     Level,
     Panel,
     Series,
@@ -23,6 +22,7 @@ from capo_exp.figures.panel import (
     value_text,
 )
 from capo_exp.figures.paper import TRAINING
+from capo_exp.figures.stats import Factor
 from capo_exp.figures.tables import TextTable
 from capo_exp.runs.read import LoggedRun
 
@@ -90,7 +90,9 @@ def test_latex_escapes_every_special_character():
 
 def test_csv_has_every_digit_and_no_number_that_is_not_there():
     one = series('a "b", c', np.array([96.0, 192.0, 288.0]), [1 / 3, NAN, 2.0], [NAN, NAN, 0.5])
-    shown = panel(one, levels=(Level("GRPO at 2k", 0.5),), crossings=(Crossing(one.curve, 96.0, 0.5, 3.0),))
+    shown = panel(
+        one, levels=(Level("GRPO at 2k", 0.5),), crossings=((one.curve, Factor(0.5, 96.0, 3.0, NAN, NAN)),)
+    )
     assert list(csv.reader(io.StringIO(tables.csv_text([shown])))) == [
         ["panel", "curve", "x", "centre", "low", "high", "seeds"],
         ["Accuracy", 'a "b", c', "96", "0.3333333333333333", "", "", "2"],

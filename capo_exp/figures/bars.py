@@ -17,7 +17,7 @@ from capo_exp.figures.labels import is_safe, method, short
 from capo_exp.figures.lines import reduced
 from capo_exp.figures.panel import NAN, Column, Panel, format_values, list_rows, of_estimates, value_text
 from capo_exp.figures.stats import Points, collapse, has_kept, lead, mean_height, points, share, worst
-from capo_exp.figures.study import Metric, Study
+from capo_exp.figures.study import Metric, Study, subject
 from capo_exp.figures.style import Look
 from capo_exp.runs.read import Array
 
@@ -80,13 +80,14 @@ def _one_number(
 
 
 def _lead(study: Study, metric: Metric, curve: Curve) -> tuple[Estimate | str, int]:
-    """Returns the area under a curve less that of the best plain GRPO of the same batch outside the
-    conservative regime, and of how many seeds: those that both have, each over the x that both have.
+    """Returns the area under a curve less that of the best plain GRPO of the same model, problems and batch
+    outside the conservative regime, and of how many seeds: those of both, each over the x that both have.
 
     Its interval is Student's, whatever the figure's are: docs/study/criterion.md.
     """
     plain = [one for one in study.curves if method(one.run) == "GRPO" and not is_safe(one.run)]
-    rivals = [one for one in plain if cell_of(one)[0] != 0 and cell_of(one)[1] == cell_of(curve)[1]]
+    alike = [one for one in plain if subject(one.run) == subject(curve.run)]
+    rivals = [one for one in alike if cell_of(one)[0] != 0 and cell_of(one)[1] == cell_of(curve)[1]]
     known = [(one, seeds) for one in rivals if (seeds := _seeds(study, metric, one))]
     if not known:
         return "no rival", 0

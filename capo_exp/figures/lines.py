@@ -18,7 +18,6 @@ from capo_exp.figures.bands import Band
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.panel import (
     Column,
-    Crossing,
     Level,
     Panel,
     Series,
@@ -29,7 +28,7 @@ from capo_exp.figures.panel import (
     value_text,
 )
 from capo_exp.figures.stats import Factor, sample_efficiency
-from capo_exp.figures.study import X_LABELS, Metric, Study
+from capo_exp.figures.study import X_LABELS, Metric, Study, subject
 from capo_exp.figures.style import Look
 from capo_exp.runs.read import Array
 
@@ -63,27 +62,29 @@ def lines(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, told
     found = study.bands_of(drawn, metric)
     shown = [curve for curve in drawn if curve.label in found]
     level = _reference_level(study, metric, told.reference, drawn) if shown else None
-    others = {curve.label: found[curve.label] for curve in shown if not study.is_reference(curve)}
-    factors = _efficiencies(study, metric, others) if told.efficiency and level else {}
+    others = [found[curve.label] for curve in shown if not study.is_reference(curve)]
+    factors = _efficiencies(study, metric, shown) if told.efficiency and level else {}
     heading = told.heading or title
     columns = [
         Column(f"{heading}, {how}", metric.unit, {k: reduced(study, found[k], how) for k in found})
         for how in told.summary
     ]
     if factors:
-        cells = {label: _factor_cell(factors[label]) if label in factors else "reference" for label in found}
+        cells = {
+            curve.label: _factor_cell(factors[curve.label]) if curve.label in factors
+            else "reference" if study.is_reference(curve) else "other problems"
+            for curve in shown
+        }  # fmt: skip
         columns.append(Column(f"{heading}, sample efficiency", "times", cells))
     return Panel(
         "lines", title, _paint, metric=metric, height=3.1, columns=tuple(columns),
         series=tuple(of_band(curve, found[curve.label]) for curve in shown),
         levels=(*([level] if level else []), *told.levels),
         crossings=tuple(
-            Crossing(curve, f.method_x, f.target, f.factor)
-            for curve in shown
-            if (f := factors.get(curve.label)) and f.method_x is not None and f.factor is not None
+            (curve, factor) for curve in shown if (factor := factors.get(curve.label)) and factor.factor > 0
         ),
         wants_reference=bool(told.reference),
-        x_max=max((float(band.x[-1]) for band in others.values()), default=None),
+        x_max=max((float(band.x[-1]) for band in others), default=None),
         absent=tuple(curve.label for curve in drawn if curve.label not in found),
     )  # fmt: skip
 
@@ -97,23 +98,26 @@ def _reference_level(study: Study, metric: Metric, where: str, drawn: Sequence[C
     label = next((one.label for one in drawn if study.is_reference(one)), curve.label)
     if where == "max":
         meaning = ": the largest value of its curve"
-        return Level(f"{label}, largest", float(np.nanmax(found.centre)), meaning)
+        return Level(f"{label}, largest", float(np.nanmax(found.centre[: found.end + 1])), meaning)
     last, along = found.end, X_LABELS.get(metric.x, metric.x)
     meaning = f", the end of {label}'s curve after {found.x[last]:,.0f} {along}"
     return Level(f"{label} at {thousands(found.x[last])}", float(found.centre[last]), meaning)
 
 
-def _efficiencies(study: Study, metric: Metric, others: Mapping[str, Band]) -> dict[str, Factor]:
-    reference = study.reference and study.band(study.reference, metric)
-    if study.reference is None or reference is None:
+def _efficiencies(study: Study, metric: Metric, shown: Sequence[Curve]) -> dict[str, Factor]:
+    """Returns the factors of the other curves of the reference's model and problems, by label."""
+    one = study.reference
+    reference = one and study.band(one, metric)
+    if one is None or reference is None:
         return {}
-    start = study.start_of(study.reference, metric)
-    return {label: sample_efficiency(reference, band, start=start) for label, band in others.items()}
+    start, alike = study.start_of(one, metric), [c for c in shown if subject(c.run) == subject(one.run)]
+    bands = {c.label: study.band(c, metric) for c in alike if not study.is_reference(c)}
+    return {k: sample_efficiency(reference, band, start=start) for k, band in bands.items() if band}
 
 
 def _factor_cell(factor: Factor) -> Estimate | str:
-    if factor.factor is None:
-        return "not reached" if np.isfinite(factor.target) else "reference does not improve"
+    if not factor.factor > 0:
+        return "reference does not improve" if np.isnan(factor.target) else "not reached"
     bounds = (factor.low, factor.high) if np.isfinite(factor.low) else ()
     return Estimate(factor.factor, *bounds)
 
@@ -198,19 +202,20 @@ def _draw_losses(axes: Axes, series: Series, colour: str) -> None:
             text.set_path_effects(HALO)
 
 
-def _draw_crossings(axes: Axes, crossings: Sequence[Crossing], looks: Mapping[str, Look]) -> None:
+def _draw_crossings(axes: Axes, crossings: Sequence[tuple[Curve, Factor]], looks: Mapping[str, Look]) -> None:
     """Draws a ring where a curve first reaches the line, and its factor; neighbours are set higher."""
     left, right = axes.get_xlim()
     above, before = 0, -np.inf
-    for crossing in sorted(crossings, key=lambda one: one.x):
-        place = (crossing.x - left) / (right - left)
+    for curve, factor in sorted(crossings, key=lambda pair: pair[1].method_x):
+        at = (factor.method_x, factor.target)
+        place = (at[0] - left) / (right - left)
         above = above + 1 if place - before < 0.09 else 0
         before = place
-        look = looks[crossing.curve.label]
-        axes.plot(crossing.x, crossing.y, "o", ms=7.5, mfc="none", mec=look.colour, mew=1.3, zorder=5)
+        look = looks[curve.label]
+        axes.plot(*at, "o", ms=7.5, mfc="none", mec=look.colour, mew=1.3, zorder=5)
         side, shift = ("right", -5) if place > 0.1 else ("left", 4)
         text = axes.annotate(
-            f"{crossing.factor:.3g}x", (crossing.x, crossing.y), xytext=(shift, 6 + 11 * above),
+            f"{factor.factor:.3g}x", at, xytext=(shift, 6 + 11 * above),
             textcoords="offset points", ha=side, color=look.colour, fontsize=9, fontweight="bold", zorder=6,
         )  # fmt: skip
         text.set_path_effects(HALO)

@@ -14,6 +14,7 @@ from capo_exp.core.intervals import Estimate
 from capo_exp.figures.bands import Band
 from capo_exp.figures.curves import Curve
 from capo_exp.figures.labels import short
+from capo_exp.figures.stats import Factor
 from capo_exp.figures.study import Metric
 from capo_exp.figures.style import Look
 from capo_exp.runs.read import Array
@@ -64,16 +65,6 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """Where a curve reaches the reference's line."""
-
-    curve: Curve
-    x: float
-    y: float
-    factor: float
-
-
-@dataclass(frozen=True)
 class Column:
     """One column of the table: a cell for each curve that has one, by its label."""
 
@@ -94,7 +85,7 @@ class Panel:
     height: float = 0.0  # Inches
     columns: tuple[Column, ...] = ()
     levels: tuple[Level, ...] = ()
-    crossings: tuple[Crossing, ...] = ()
+    crossings: tuple[tuple[Curve, Factor], ...] = ()  # Curves that reach the reference's line
     wants_reference: bool = False
     further: tuple[tuple[str, Series], ...] = ()  # Numbers beside the drawn ones, with their names
     x_max: float | None = None

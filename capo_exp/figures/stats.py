@@ -24,9 +24,9 @@ KEPT = 0.9
 class Factor:
     """How many times fewer completions a method needs than the reference, for the same accuracy."""
 
-    target: float  # That accuracy; NaN if the reference sets none, and then the rest is NaN or None
-    method_x: float | None  # None if the method never reaches the target
-    factor: float | None  # x of the reference over x of the method; 30 = the reference needs 30 times as many
+    target: float  # That accuracy; NaN if the reference sets none, and then so is the rest
+    method_x: float  # Infinite if the method never reaches the target
+    factor: float  # x of the reference over it, 0 likewise; 30 = the reference needs 30 times as many
     low: float
     """95 % interval; 0 if more than 2.5 % of the resamples do not reach the target; NaN below two seeds."""
     high: float
@@ -36,9 +36,9 @@ def sample_efficiency(reference: Band, method: Band, *, start: float | None = No
     """Compares the completions that reference and method, smoothed alike, need for the same accuracy.
 
     The target is the accuracy of the reference at its end (Band.end), of its seeds that get there. Both
-    curves are read in the same way: the first logged x > 0 at which the smoothed centre is at or above the
-    target. A target that is not above `start`, the accuracy before training (None = the reference's first
-    point), is none: any curve has it after its first step.
+    curves are read as far as their ends and in the same way: the first logged x > 0 at which the smoothed
+    centre is at or above the target. A target that is not above `start`, the accuracy before training (None
+    = the reference's first point), is none: any curve has it after its first step.
 
     The interval is the percentile bootstrap over seeds of both, each draw with a target of its own. A draw
     in which the method does not reach its target has factor 0; one without a target is left out. With few
@@ -46,20 +46,18 @@ def sample_efficiency(reference: Band, method: Band, *, start: float | None = No
     """
     at_end = np.isfinite(reference.values[:, reference.end])
     values = reference.values[at_end, : reference.end + 1]
-    ask = partial(_first_reached, reference.x[: reference.end + 1], method.x, start)
-    target, before, after = ask(centre_of_seeds(values, reference.statistic)[None], method.centre[None])
-    if np.isnan(target[0]):
-        return Factor(np.nan, None, None, np.nan, np.nan)
+    x, centre, seeds = (part[..., : method.end + 1] for part in (method.x, method.centre, method.values))
+    ask = partial(_first_reached, reference.x[: reference.end + 1], x, start)
+    found = ask(centre_of_seeds(values, reference.statistic)[None], centre[None])
+    target, before, after = (float(each[0]) for each in found)
     low, high = np.nan, np.nan
-    if min(len(values), method.seeds) >= 2:
-        draws = [_resampled(values, reference.statistic, 0), _resampled(method.values, method.statistic, 1)]
+    if np.isfinite(target) and min(len(values), method.seeds) >= 2:
+        draws = [_resampled(values, reference.statistic, 0), _resampled(seeds, method.statistic, 1)]
         targets, befores, afters = ask(*draws)
         factors, tails = (befores / afters)[np.isfinite(targets)], ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
         if len(factors):
             low, high = (float(q) for q in np.quantile(factors, tails, method="inverted_cdf"))
-    if not np.isfinite(after[0]):
-        return Factor(float(target[0]), None, None, low, high)
-    return Factor(float(target[0]), float(after[0]), float(before[0] / after[0]), low, high)
+    return Factor(target, after, before / after, low, high)
 
 
 def _first_reached(

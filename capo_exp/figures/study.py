@@ -54,6 +54,8 @@ class Study:
     x: str | None  # In place of the figures' own
     bands: dict[tuple[object, ...], Band | None] = field(default_factory=dict, repr=False, compare=False)
     """Those computed so far."""
+    starts: dict[tuple[str, str], float | None] = field(default_factory=dict, repr=False, compare=False)
+    """Where curves begin, likewise."""
 
     @property
     def reference(self) -> Curve | None:
@@ -94,8 +96,11 @@ class Study:
 
     def start_of(self, curve: Curve, metric: Metric) -> float | None:
         """Returns the value at x = 0, of runs at learning rate 0 with the same model and problems, if any."""
-        alike = [run for run in self.runs if _subject(run) == _subject(curve.run)]
-        return start_value(without_copies(alike), metric.key) if metric.start else None
+        key = (str(subject(curve.run)), metric.key)
+        if metric.start and key not in self.starts:
+            alike = [run for run in self.runs if subject(run) == subject(curve.run)]
+            self.starts[key] = start_value(without_copies(alike), metric.key)
+        return self.starts[key] if metric.start else None
 
     def band(self, curve: Curve, metric: Metric) -> Band | None:
         """Returns a settled metric of a curve, smoothed from its start point on; None if no run has it."""
@@ -123,7 +128,8 @@ def _shown(run: LoggedRun, key: str) -> str:
     return labels.method(run) or "none" if key == "method" else str(run.setting(key, "none"))
 
 
-def _subject(run: LoggedRun) -> tuple[object, object]:
+def subject(run: LoggedRun) -> tuple[object, object]:
+    """Returns the model and the problems: curves of others are not measured against each other."""
     return run.setting("model.name"), run.setting("dataset.name")
 
 

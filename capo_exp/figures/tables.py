@@ -65,9 +65,9 @@ def _csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
         yield from _series_rows(f"{panel.title}: {name}" if name else panel.title, series)
     for level in panel.levels:
         yield panel.title, level.label, "", _exact(level.y), "", "", ""
-    for crossing in panel.crossings:
-        name = f"{crossing.curve.label} reaches {panel.levels[0].label}"
-        yield panel.title, name, _exact(crossing.x), _exact(crossing.y), "", "", ""
+    for curve, factor in panel.crossings:
+        name = f"{curve.label} reaches {panel.levels[0].label}"
+        yield panel.title, name, _exact(factor.method_x), _exact(factor.target), "", "", ""
     for column in panel.columns:
         for label, cell in column.cells.items():
             if panel.kind == "settings":
