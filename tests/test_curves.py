@@ -9,7 +9,7 @@ import pytest
 from capo_exp.config.errors import ConfigError
 from capo_exp.figures import labels, style
 from capo_exp.figures.curves import curves, families, reference_of, start_value
-from capo_exp.figures.report.overview import differences
+from capo_exp.figures.report.overview import differing
 from capo_exp.runs.identity import run_id, run_name
 from capo_exp.runs.read import LoggedRun
 from tests.conftest import ALGORITHMS
@@ -249,18 +249,21 @@ def test_the_kind_of_device_counts_not_its_number(make):
     assert [curve.label for curve in found] == ["CAPO (A) device cpu", "CAPO (A) device gpu"]
 
 
-def test_differences(make):
+def test_what_differs(make):
     other = ("algo=grpo", "seed=1", "evaluation.every=5", "dataset.path=/b")
     runs = [make("algo=capo", "seed=0", "output_dir=/a"), make(*other)]
-    table = differences(runs)
-    assert table["algo.name"] == ["capo", "grpo"] and table["seed"] == [0, 1]
-    assert table["evaluation.every"] == [20, 5]
-    assert table["algo.selection.policy_shift_max"] == [1e-4, None]
+    heading, rows = vars(differing(runs, ["a", "b"])).values()
+    table = {key: values for key, *values in rows}
+    assert heading == ["setting", "a", "b"]
+    assert table["algo.name"] == ["capo", "grpo"] and table["seed"] == ["0", "1"]
+    assert table["evaluation.every"] == ["20", "5"]
+    assert table["algo.selection.policy_shift_max"] == ["0.0001", "-"]
     functions = ["capo_exp.algorithms.capo.shift_bounds", "capo_exp.algorithms.neutral.keep_all"]
     assert table["algo.selection._target_"] == functions
-    assert len(table) == 7 and next(iter(table)) == "algo.name"
-    assert differences([runs[0], runs[0]]) == {} == differences([])
-    assert "dataset.path" not in differences([replace(run, record={}) for run in runs])
+    assert len(table) == 7 and rows[0][0] == "algo.name"
+    assert differing([runs[0], runs[0]], ["a", "a"]).rows == []
+    bare = differing([replace(run, record={}) for run in runs], ["a", "b"])
+    assert "dataset.path" not in [key for key, *_ in bare.rows]
 
 
 def test_the_reference_is_the_plain_curve_with_most_seeds(make):

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from capo_exp.core.intervals import seed_estimate
 from capo_exp.figures import output, style, tables
-from capo_exp.figures.curves import curves
+from capo_exp.figures.curves import Curve, curves
 from capo_exp.figures.gallery import FIGURES, find_figure
 from capo_exp.figures.page import caption, compose, draw_page
 from capo_exp.figures.panel import cell_text
@@ -202,7 +203,9 @@ def test_a_run_stopped_for_want_of_reward_counts_as_zero_and_looks_ended(tmp_pat
     [series], [held_out] = (panel.series for panel in shown.panels)
     assert (series.x[-1], series.centre[-1], series.losses) == (9600, 0, ((1920, 0),))
     assert held_out.losses == ((1920, 0),)
-    assert "Cross: a seed ended there; stopped for want of reward, it counts as 0" in caption(shown)
+    said = "stopped for want of reward, it counts as 0 from there, in evaluations as it was last;"
+    assert f"Cross: a seed ended there; {said}" in caption(shown)
+    assert [run["steps"] for run in output.provenance(shown, "")["runs"]] == [20]
 
 
 def test_what_lies_beyond_the_axes_leaves_them_whole(tmp_path):
@@ -276,6 +279,24 @@ def test_rejected_tokens_are_counted(tmp_path):
     assert "Counted in the logged completions of n = 1 seed." in caption(damaged)
     assert tables.table_of(damaged.panels).rows[0][2:4] == ["1", "1"]
     assert "step_000010.parquet is not a parquet file." in caption(damaged)
+
+
+def test_who_rejected_no_token_is_named(tmp_path):
+    write_study(tmp_path, ["capo", "dr_capo"], seeds=1, steps=3)
+    for path in tmp_path.glob("dr_capo*/completions/*"):
+        path.unlink()
+    (lack,) = compose("rejected_tokens", study_in(tmp_path)).lacking
+    assert lack.startswith("Rejected by Dr. CAPO (A): no completions on disk")
+
+
+@pytest.mark.parametrize("name", ["rejected_tokens", "regimes", "settings"])
+def test_dollars_in_a_label_are_no_formula(name, tmp_path):
+    for rate in (0.1, 0.2):
+        path = write_run(tmp_path, f"capo regime.learning_rate={rate}", steps=3)
+        text = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(text.replace("label: CAPO", r"label: a$\foo$"))
+    figure = drawn(compose(name, study_in(tmp_path)))
+    assert any(r"a$\foo$" in axes.get_title("left") for axes in figure.axes) or name == "settings"
 
 
 def test_tokens_without_a_text_an_id_or_a_verdict(tmp_path):
@@ -402,6 +423,9 @@ def test_a_method_has_one_colour_everywhere_and_no_two_curves_look_the_same(ever
         assert len({look.colour for look in looks.values()}) == len(looks)
         for label, look in looks.items():
             seen.setdefault(label, set()).add(look.colour)
+    spelled = [replace(everything.curves[0].run, config={"algo": {"colour": c}}) for c in ("red", "#FF0000")]
+    one, other = style.looks([Curve(str(i), (run,)) for i, run in enumerate(spelled)]).values()
+    assert one != other and one.colour == "#ff0000"
     first = {name: seen[name] for name in ("CAPO (A)", "GRPO (A)", "GRPO")}
     assert first == {"CAPO (A)": {"#0072b2"}, "GRPO (A)": {"#d55e00"}, "GRPO": {"#753400"}}
 
@@ -497,7 +521,7 @@ def test_bars_say_which_seeds_ended_early(name, tmp_path):
     for seed, steps in enumerate((100, 50)):
         write_run(tmp_path, "capo", seed, steps=steps)
     picture = compose(name, study_in(tmp_path))
-    assert "counts as far as it went; seeds that go on: CAPO (A) 2, 1 from 4.8k." in caption(picture)
+    assert ". A seed counts as far as it went; seeds that go on: CAPO (A) 2, 1 from 4.8k." in caption(picture)
     (final,) = [row for row in rows(picture.panels) if row["panel"] in ("Final", "Training, final")]
     assert (float(final["centre"]), final["seeds"]) == (pytest.approx(0.41 + 0.048), "2")
 

@@ -4,7 +4,6 @@ import itertools
 import json
 
 import matplotlib.image
-import numpy as np
 import pytest
 import yaml
 from matplotlib import rc_context
@@ -12,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from capo_exp.figures import plots, style
-from capo_exp.figures.plots import outcome, plot_run, run_title, smoothing_window, trailing_mean
+from capo_exp.figures.plots import outcome, plot_run, run_title
 from capo_exp.runs.read import load_run
 from tests.figure_pieces import NO_WARNINGS, write_jsonl
 
@@ -66,7 +65,7 @@ def test_what_is_drawn(tmp_path):
         plots.draw_shifts(shifts, run)
         plots.draw_rejection(rejection, run)
         figure.draw_without_rendering()
-    assert accuracy.get_legend_handles_labels()[1] == ["training, mean of 2 steps", "held-out problems"]
+    assert accuracy.get_legend_handles_labels()[1] == ["training, EMA 0.1", "held-out problems"]
     assert accuracy.lines[0].get_xdata()[-1] == 40 * 96
     labels = shifts.get_legend_handles_labels()[1]
     assert labels == ["policy max", "policy p99", "policy mean", "|objective| max"]
@@ -98,7 +97,9 @@ def test_the_title_says_what_ran_and_how_it_ended(tmp_path):
     assert outcome(load_run(tmp_path)) == "failed"
 
 
-def test_smoothing_by_hand():
-    values = np.array([1.0, 2.0, np.nan, 6.0])
-    np.testing.assert_allclose(trailing_mean(values, 2), [1.0, 1.5, 2.0, 6.0])
-    assert [smoothing_window(n) for n in (0, 1, 39, 100, 5000)] == [1, 1, 1, 5, 20]
+def test_a_few_steps_are_not_smoothed_and_a_title_is_no_formula(tmp_path):
+    run = write_run(tmp_path, 9, CONFIG | {"algo": {"name": r"a$\foo$"}})
+    axes = Figure().subplots()
+    plots.draw_accuracy(axes, run)
+    assert axes.get_legend_handles_labels()[1][0] == "training, each step"
+    assert plot_run(tmp_path).is_file()

@@ -136,6 +136,19 @@ def test_what_stands_in_a_comment_neither_ends_it_nor_begins_a_formula(tmp_path,
         assert json.loads(text)["command"].endswith("a--b -->'")
 
 
+@pytest.mark.parametrize("label", ["![x](//e.vil/a)", "<img src=//e.vil/a>"])
+def test_no_label_makes_a_viewer_fetch_a_picture(label, tmp_path, run):
+    """Neither in the table nor in the caption, which names the longer curve."""
+    for seed, steps in enumerate((5, 4)):
+        path = write_run(tmp_path / "runs", "capo", seed, steps=steps)
+        config = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(config.replace("label: CAPO", f"label: '{label}'"))
+    assert run(f"runs={tmp_path / 'runs'}", "figure=accuracy", f"output={tmp_path}").status == 0
+    text = (tmp_path / "accuracy.md").read_text()
+    assert text.count("e.vil") > 2 and label not in text.replace("\\", "/")
+    assert not re.search(r"(?<!\\)\]\(|<img", text.split("-->")[1])
+
+
 def test_where_from_is_inside_every_file(study, tmp_path, run):
     command = [f"runs={study}/capo*,{study}/grpo*", "figure=1", f"output={tmp_path}", "interval=sem"]
     assert run(*command).status == 0

@@ -2,6 +2,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 from capo_exp.figures.report import viewer
 from capo_exp.runs.read import LoggedRun, load_run
@@ -37,6 +38,24 @@ def test_a_damaged_completion_is_shown_as_far_as_it_goes(tmp_path):
         "01",
         [1, None],
     )
+
+
+@pytest.mark.parametrize(
+    ("enough", "right"),
+    [
+        (None, [False, False, True, False]),
+        (0.4996, [False, True, True, False]),
+        (0, [True, True, True, False]),
+    ],
+)
+def test_what_was_right_is_what_the_run_counted_as_correct(enough, right, tmp_path):
+    settings = config("capo", 0, CAPO) | {"reward": {"verifier": {"correct_from": enough}}}
+    path = write_run(tmp_path / "a", settings, accuracy=0.5, record={"status": "finished"})
+    write_completions(
+        path, 1, [completion(TOKENS) | {"reward": reward} for reward in (0.4995, 0.5, 1.0, None)]
+    )
+    data = viewer.viewer_data(viewer.excerpts([load_run(path)]), ["a"])
+    assert [row["right"] for row in data["runs"][0]["steps"][0]["rows"]] == right
 
 
 def test_steps_and_completions_that_fit(tmp_path):

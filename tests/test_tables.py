@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from capo_exp.core.intervals import Estimate
 from capo_exp.figures import tables, tokens
@@ -16,8 +17,8 @@ from capo_exp.figures.panel import (
     Level,
     Panel,
     Series,
-    apart,
     cell_text,
+    label_levels,
     thousands,
     value_text,
 )
@@ -66,15 +67,20 @@ def test_numbers_of_completions():
     said = [thousands(x) for x in (0, 96, 999, 999.6, 1000, 59904, 999_600, 1.5e6)]
     assert said == ["0", "96", "999", "1k", "1k", "59.9k", "1M", "1.5M"]
     assert value_text(0.5, "percent", bare=True) == "50.0"
-    assert apart([0.5, 0.1, 0.52, 0.11], 0.06) == pytest.approx([0.5, 0.1, 0.56, 0.16])
+
+
+def test_labels_of_levels_stand_apart():
+    axes = Figure().subplots()
+    label_levels(axes, [(y, "", "k") for y in (0.5, 0.1, 0.52, 0.11)])
+    assert [text.xy[1] for text in axes.texts] == pytest.approx([0.1, 0.16, 0.5, 0.56])
 
 
 def test_markdown_escapes_what_would_end_a_cell():
-    text = tables.markdown(TextTable(["curve", "n|m"], [["a|b *c* <i> `x` m_F \\", "1\n2"]]))
+    text = tables.markdown(TextTable(["curve", "n|m"], [["a|b *c* <i> `x` m_F ![](y) \\", "1\n2"]]))
     assert text.splitlines() == [
         r"| curve | n\|m |",
         "| --- | ---: |",
-        r"| a\|b \*c\* &lt;i&gt; \`x\` m\_F \\ | 1 2 |",
+        r"| a\|b \*c\* &lt;i&gt; \`x\` m\_F !\[\](y) \\ | 1 2 |",
     ]
 
 
@@ -118,7 +124,7 @@ def test_no_cell_of_a_config_is_a_formula(text):
     table = tables.table_of(shown)
     cells += [cell for row in (table.heading, *table.rows) for cell in row]
     said = f"'{text}".translate(dict.fromkeys(map(ord, "\t\r\n"), " "))  # of one line
-    assert cells.count(said if text != "\r1" else " 1") == 17 and text not in cells
+    assert cells.count(said if text != "\r1" else " 1") == 19 and text not in cells
 
 
 def test_numbers_stay_numbers():
@@ -137,6 +143,7 @@ def test_the_summary_joins_the_panels_by_curve():
     second = panel(
         b, columns=(Column("final", "percent", {"b": Estimate(0.25)}), Column("n", "text", {"b": "x"}))
     )
+    assert ["Accuracy", "b, n", "", "x", "", "", ""] in csv.reader(io.StringIO(tables.csv_text([second])))
     table = tables.table_of([first, second])
     assert table.heading == ["curve", "seeds", "final", "n"]
     assert table.rows == [["a", "2", "50.0 %", ""], ["b", "3", "25.0 %", "x"]]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from capo_exp.core.intervals import Interval, Statistic, centre_of_seeds, ema
 from capo_exp.core.intervals import interval as bounds
 from capo_exp.runs import metrics as names
-from capo_exp.runs.read import Array, LoggedRun, read_series
+from capo_exp.runs.read import Array, LoggedRow, LoggedRun, read_series
 
 FEW_POINTS = 10
 """A seed with fewer points is not smoothed: the average would hardly leave its first."""
@@ -92,13 +92,14 @@ def band(
     )  # fmt: skip
 
 
-def ended(run: LoggedRun, x: str) -> tuple[float, bool]:
-    """Returns the x of a run's last step, infinite if it has not logged that, and whether more were planned.
+def taken(run: LoggedRun) -> list[LoggedRow]:
+    """Returns the rows of a run without those that runs.read.to_its_end has added."""
+    return [row for row in run.metrics if names.UNREWARDED_STEPS in row] or run.metrics
 
-    Steps that runs.read.to_its_end has added do not count.
-    """
-    counted = [row for row in run.metrics if names.UNREWARDED_STEPS in row] or run.metrics
-    last = counted[-1] if counted else {}
+
+def ended(run: LoggedRun, x: str) -> tuple[float, bool]:
+    """Returns the x of a run's last step, infinite if it did not log that, and whether more were planned."""
+    last = (taken(run) or [{}])[-1]
     stop, done = last.get(x), last.get(names.STEP)
     planned = run.setting("num_steps")
     cut = isinstance(planned, int) and done is not None and done < planned

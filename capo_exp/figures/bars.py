@@ -114,8 +114,8 @@ def _seeds(study: Study, metric: Metric, curve: Curve) -> dict[int, Points]:
     return {seed: points(band)[0] for seed, band in alone.items() if band}
 
 
-def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    axes.set(title=panel.title, xlabel=panel.named.label)
+def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> None:
+    axes.set(xlabel=panel.named.label)
     if panel.is_log:
         axes.set_xscale("log")
     for place, series in zip(list_rows(axes, panel.labels), panel.series, strict=True):
@@ -132,7 +132,6 @@ def _paint_bars(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappin
     axes.set_xlim(*panel.named.limits)
     if not any(np.isfinite(series.centre[0]) for series in panel.series):
         axes.set_xticks([])
-    return []
 
 
 def cell_of(curve: Curve) -> tuple[float, int]:
@@ -153,7 +152,7 @@ def heat(study: Study, drawn: Sequence[Curve], metric: Metric, title: str, measu
     return replace(listed, kind="heat", paint=_paint_heat, height=2.3)
 
 
-def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> None:
     """Draws learning rate up, completions a step to the right; cells without runs are hatched.
 
     The heat maps of a figure have both axes and the scale in common.
@@ -177,13 +176,12 @@ def _paint_heat(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappin
             bounds = (float(series.low[0]), float(series.high[0]))
             spread = " to ".join(value_text(bound, unit, bare=True) for bound in bounds)
             axes.text(x, y - 0.06, spread, ha="center", va="top", color=ink, fontsize=7)
-    axes.set(title=panel.title, xlabel="completions a step", ylabel="learning rate")
+    axes.set(xlabel="completions a step", ylabel="learning rate")
     axes.set_xticks(range(len(batches)), [f"{batch:,}" for batch in batches])
     axes.set_yticks(range(len(rates)), [short(rate) for rate in rates])
     axes.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(rates) - 0.5))
     axes.grid(False)
     axes.tick_params(length=0)
-    return []
 
 
 def ink_on(face: Any) -> str:

@@ -24,11 +24,6 @@ SHARE = replace(TRAINING, label="share of seeds", limits=(-0.05, 1.05))
 UNTIL = replace(TRAINING, label="training completions", unit="completions", limits=(0, None))
 AREA = replace(TRAINING, label="mean training accuracy")
 DIFFERENCE = replace(TRAINING, label="difference of mean accuracy, points", unit="points")
-LABELS = {
-    **{metric.key: metric.label for metric in (TRAINING, HELD_OUT, BENCHMARKS, REJECTED)},
-    **dict.fromkeys((f"{REJECTED.key}_policy", f"{REJECTED.key}_objective"), REJECTED.label),
-}
-"""What stands at the axis of a metric that figure=metrics was asked for."""
 
 
 def figure_accuracy(study: Study) -> list[Panel]:
@@ -144,7 +139,7 @@ def figure_metrics(study: Study, keys: Sequence[str] = ()) -> list[Panel]:
         "Groups without a signal": Metric("advantage/zero_group_fraction", "share of prompts", "percent"),
         "Sampler against learner, KL": Metric("mismatch/kl_k3", "k3 (nats)", log=True),
     }
-    asked = {key: Metric(key, LABELS.get(key, key)) for key in keys} or shown
+    asked = {key: Metric(key, key) for key in keys} or shown
     return [lines(study, drawn, replace(m, smoothing=0.2), title, Told()) for title, m in asked.items()]
 
 
@@ -188,6 +183,7 @@ class FigureSpec:
     alias: str = ""
 
 
+NORMS = "Of several updates at one x the gradient norm is the mean; the largest is the largest of these."
 HEIGHT = "The area is the mean height of the curve."
 COLLAPSE = f"""A seed has collapsed when its smoothed accuracy has lost half of what it had gained at its \
 peak, and more than noise would take (of fewer than {FEW} values noise is not known, and can do it alone)"""
@@ -216,7 +212,7 @@ FIGURES = {
     "5": FigureSpec("Rejected tokens", paper.figure_5, 3, alias="rejection"),
     "6": FigureSpec("Model of the optimiser", paper.figure_6, 3),
     "7": FigureSpec("Passes over a batch and PPO's clip", paper.figure_7),
-    "8": FigureSpec("KL to the reference", paper.figure_8),
+    "8": FigureSpec("KL to the reference", paper.figure_8, caption=NORMS),
     "accuracy": FigureSpec("Accuracy", figure_accuracy),
     "calibration": FigureSpec("Predicted against measured shifts", figure_calibration, 3, RANKS),
     "constraint": FigureSpec("Which bound", figure_constraint),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -131,7 +131,7 @@ def reduced(study: Study, found: Band, how: str) -> Estimate:
     return study.over_seeds(of(found.values[np.isfinite(found.values).any(axis=1)], axis=1))
 
 
-def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> None:
     """Draws centres over x with their bands, the levels, where curves cross the first, where seeds end."""
     metric = panel.named
     for place, series in enumerate(panel.series):
@@ -140,7 +140,7 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
         axes.axhline(level.y, zorder=1.5, **DASHED)
     if panel.is_log:
         axes.set_yscale("log")
-    axes.set(title=panel.title, xlabel=X_LABELS.get(metric.x, metric.x))
+    axes.set(xlabel=X_LABELS.get(metric.x, metric.x))
     axes.set_ylabel("" if metric.label.lower() == panel.title.lower() else metric.label)
     left = min(series.numbers[0] for series in panel.series)
     axes.set_xlim(0 if panel.x_max or left <= 0 else None, panel.x_max or None)
@@ -160,7 +160,6 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
     _draw_crossings(axes, panel.crossings, looks)
     for series in panel.series:
         _draw_losses(axes, series, looks[series.curve.label].colour)
-    return []
 
 
 def _draw_curve(axes: Axes, series: Series, look: Look, place: int, *, log: bool) -> None:

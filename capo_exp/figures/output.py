@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from capo_exp.figures import page, style, tables
 from capo_exp.figures.page import Picture
 from capo_exp.figures.panel import count_drawn
+from capo_exp.figures.plots import steps_done
 from capo_exp.runs.files import replace_file
 from capo_exp.runs.read import LoggedRun
 
@@ -57,7 +58,7 @@ def write_figure(picture: Picture, output: Path, command: str) -> DrawnFigure:
     def comments(mark: str) -> str:
         return f"{mark} capo_exp.figures: {' '.join(command.splitlines())}\n{mark} {line}\n"
 
-    inert = says.replace("![", "!\\[")  # a record's name may not make a viewer fetch a picture
+    inert = says.translate(tables.MARKDOWN)  # a record's name may not make a viewer fetch a picture
     files = {
         ".png": png,
         ".pdf": pdf,
@@ -97,4 +98,4 @@ def _origin(run: LoggedRun) -> dict[str, Any]:
     """Says a run's id, commit, whether the code had uncommitted changes, and how far the run was."""
     git = run.record.get("git") or {}
     said = {"id": run.record.get("run_id", run.name), "name": run.name}
-    return {**said, "commit": git.get("commit"), "dirty": git.get("dirty"), "steps": len(run.metrics)}
+    return {**said, "commit": git.get("commit"), "dirty": git.get("dirty"), "steps": steps_done(run)}

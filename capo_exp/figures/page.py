@@ -105,7 +105,7 @@ def caption(picture: Picture) -> str:
             any(panel.crossings for panel in panels),
         "Training accuracy at x = 0: of runs at learning rate 0": started,
         _losses(curves, "Cross: a seed ended there", ". Thin: fewer than half go on"): True,
-        _losses(numbers, "A seed that ended early counts as far as it went", ""): True,
+        _losses(numbers, "A seed counts as far as it went", ""): True,
         **{f"Left out: {text}": True for text in picture.lacking},
     }  # fmt: skip
     said = [text.removesuffix(".") for text, holds in sentences.items() if text and holds]
@@ -179,7 +179,11 @@ def _losses(panels: Sequence[Panel], begin: str, end: str) -> str:
     if not said:
         return ""
     stopped = any(one.stopped for one in every)
-    rest = "; stopped for want of reward, it counts as 0 from there" if stopped else ""
+    rest = (
+        "; stopped for want of reward, it counts as 0 from there, in evaluations as it was last"
+        if stopped
+        else ""
+    )
     return f"{begin}{rest}; seeds that go on: {'; '.join(said.values())}{end}"
 
 
@@ -195,7 +199,10 @@ def draw_page(picture: Picture) -> Figure:
         spare.remove()
     marks: list[Any] = list(legend_entries(panels, looks))
     for place, panel in enumerate(panels):
-        marks += panel.paint(grid[place], panel, panels, looks)
+        panel.paint(grid[place], panel, panels, looks)
+        marks += panel.marks
+        if panel.kind != "settings":
+            grid[place].set_title(panel.title, parse_math=False)
         left = panels[place - 1] if place % columns else None
         if left and panel.kind == left.kind == "bars" and panel.labels == left.labels:
             grid[place].tick_params(axis="y", labelleft=False)  # the panel to the left has the same list

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
@@ -20,8 +21,8 @@ from capo_exp.figures.style import Look
 from capo_exp.runs.read import Array
 
 Kind = Literal["lines", "bars", "heat", "stages", "tokens", "settings"]
-Painter = Callable[[Axes, "Panel", Sequence["Panel"], Mapping[str, Look]], list[Any]]
-"""Draws a panel on axes, given all panels of the figure and the looks by label; returns legend entries."""
+Painter = Callable[[Axes, "Panel", Sequence["Panel"], Mapping[str, Look]], None]
+"""Draws a panel on axes, all but its title, given all panels of the figure and the looks by label."""
 NAN = float("nan")
 LABEL_GAP = 0.06
 """Share of the height of axes that a line of small letters takes, about."""
@@ -89,6 +90,7 @@ class Panel:
     wants_reference: bool = False
     further: tuple[tuple[str, Series], ...] = ()  # Numbers beside the drawn ones, with their names
     x_max: float | None = None
+    marks: tuple[Patch, ...] = ()  # What the legend explains of it
     absent: tuple[str, ...] = ()  # Labels of curves that lack the metric
     lack: str = ""
     """Why there is nothing to draw, unless it is that no run has logged the metric."""
@@ -181,25 +183,16 @@ def format_values(axis: Axis, unit: str, *, log: bool = False) -> None:
         axis.set_major_formatter(EngFormatter(sep=""))
 
 
-def apart(places: Sequence[float], gap: float) -> list[float]:
-    """Returns the places with neighbours at least `gap` apart: moved up, from the lowest."""
-    result = [0.0] * len(places)
-    before = -np.inf
-    for i in sorted(range(len(places)), key=lambda i: places[i]):
-        before = result[i] = max(places[i], before + gap)
-    return result
-
-
 def label_levels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Writes texts at the right of the axes, each at its y, or as near as its neighbours leave room.
+    """Writes texts at the right of the axes, each at its y, or as near above as its neighbours leave room.
 
     Each label is its y, its text and its colour. Call it when the limits are settled.
     """
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = apart([float(to_axes.transform((axes.get_xlim()[1], y))[1]) for y, _, _ in labels], LABEL_GAP)
-    for place, (_, text, colour) in zip(places, labels, strict=True):
+    to_axes, before = axes.transData + axes.transAxes.inverted(), -np.inf
+    for y, text, colour in sorted(labels):
+        before = max(float(to_axes.transform((axes.get_xlim()[1], y))[1]), before + LABEL_GAP)
         axes.annotate(
-            text, (1, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
+            text, (1, before), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=8, color=colour,
         )  # fmt: skip
 

@@ -150,7 +150,7 @@ def figure_7(study: Study) -> list[Panel]:
 
 
 def figure_8(study: Study) -> list[Panel]:
-    """Draws a KL penalty in place of CAPO's selection, and the largest gradient norm."""
+    """Draws a KL penalty in place of CAPO's selection, and the largest of the steps' mean gradient norms."""
 
     def has_kl(run: LoggedRun) -> bool:
         return (run.setting("algo.kl_coefficient") or 0) > 0 and trains(run)

@@ -26,6 +26,7 @@ STAGES = {
     "curvature": "time/curvature_seconds", "update": "time/update_seconds",
     "calibration": "time/calibration_seconds",
 }  # fmt: skip
+EDGE: dict[str, Any] = {"edgecolor": style.REFERENCE, "linewidth": 0.5}
 SETTINGS = {
     "learning rate": "regime.learning_rate", "prompts": "regime.prompts_per_step",
     "group": "regime.group_size", "rollout steps": "num_steps", "passes": "algo.num_iterations",
@@ -56,6 +57,7 @@ def stages(study: Study, drawn: Sequence[Curve], title: str) -> Panel:
             of_estimates(c, [every[i] for i in used], per[c.label], len(timed[c.label])) for c in shown
         ),
         absent=tuple(curve.label for curve in drawn if curve not in shown),
+        marks=tuple(Patch(label=every[i], facecolor=style.STAGES[i], **EDGE) for i in used),
     )  # fmt: skip
 
 
@@ -72,23 +74,20 @@ def _seconds(run: LoggedRun) -> list[float]:
     return [seconds / len(steps) for seconds in (*named, rest)] if steps else []
 
 
-def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
-    used, every = [str(name) for name in panel.series[0].x], [*STAGES, "other"]
-    faces = [style.STAGES[every.index(name) % len(style.STAGES)] for name in used]
-    edge: dict[str, Any] = {"edgecolor": style.REFERENCE, "linewidth": 0.5}
+def _paint_stages(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> None:
     for place, series in zip(list_rows(axes, panel.labels), panel.series, strict=True):
         left = 0.0
-        for share, face in zip(series.centre, faces, strict=True):
-            axes.barh(place, share, 0.62, left=left, color=face, **edge)
+        for share, mark in zip(series.centre, panel.marks, strict=True):
+            face = mark.get_facecolor()
+            axes.barh(place, share, 0.62, left=left, color=face, **EDGE)
             if share > 0.05:
                 middle = {"ha": "center", "va": "center", "fontsize": 8, "color": ink_on(face)}
                 axes.text(left + share / 2, place, f"{share:.0%}", **middle)
             left += float(share)
         seconds = cell_text(panel.columns[0].cells[series.curve.label], "seconds")
         axes.text(1.01, place, seconds, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
-    axes.set(title=panel.title, xlabel="share of a rollout step; at the right its seconds", xlim=(0, 1))
+    axes.set(xlabel="share of a rollout step; at the right its seconds", xlim=(0, 1))
     format_values(axes.xaxis, "percent")
-    return [Patch(label=name, facecolor=face, **edge) for name, face in zip(used, faces, strict=True)]
 
 
 def settings_table(drawn: Sequence[Curve], title: str) -> Panel:
@@ -110,7 +109,7 @@ def _said(value: object) -> str:
     return "" if value is None or (isinstance(value, float) and np.isinf(value)) else short(value)
 
 
-def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> None:
     axes.axis("off")
     labels, columns = panel.labels, panel.columns
     cells = [[cell_text(column.cells[name], column.unit) for column in columns] for name in labels]
@@ -123,4 +122,3 @@ def _paint_table(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mappi
     for cell in drawn.get_celld().values():
         cell.set_edgecolor("#BBBBBB")
         cell.get_text().set_parse_math(False)
-    return []

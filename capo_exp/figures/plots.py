@@ -9,11 +9,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
-from numpy.lib.stride_tricks import sliding_window_view
 
-from capo_exp.core.intervals import centre_of_seeds
+from capo_exp.core.intervals import ema
 from capo_exp.figures import style
-from capo_exp.figures.bands import ended
+from capo_exp.figures.bands import FEW_POINTS, ended, taken
 from capo_exp.figures.labels import short
 from capo_exp.figures.panel import label_levels
 from capo_exp.runs import metrics as names
@@ -32,7 +31,7 @@ def plot_run(run_dir: Path | str) -> Path:
     with rc_context(style.SETTINGS):
         figure = Figure(figsize=(8.0, 8.6), layout="constrained")
         accuracy, shifts, rejection = figure.subplots(3, 1, sharex=True, height_ratios=[1.15, 1.15, 0.8])
-        figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(run_title(run), x=0.01, ha="left", fontsize=11, parse_math=False)
         rejection.xaxis.set_major_formatter(EngFormatter(sep=""))
         draw_accuracy(accuracy, run)
         draw_rejection(rejection, run)
@@ -70,18 +69,17 @@ def outcome(run: LoggedRun) -> str:
 
 
 def steps_done(run: LoggedRun) -> int:
-    """Returns the last rollout step that the run has logged."""
-    return int(max((row[names.STEP] for row in run.metrics if row.get(names.STEP) is not None), default=0))
+    """Returns the last rollout step that the run has taken."""
+    return int(max((row[names.STEP] for row in taken(run) if row.get(names.STEP) is not None), default=0))
 
 
 def draw_accuracy(axes: Axes, run: LoggedRun) -> None:
     """Draws training accuracy, raw and smoothed, and the evaluations as points."""
     colour = style.colour(run)
-    x, y = read_series(run.metrics, names.TRAIN_ACCURACY)
-    window = smoothing_window(len(y))
+    x, y = read_series(run.steps or run.metrics, names.TRAIN_ACCURACY)
     _line(axes, x, y, color=colour, linewidth=0.8, alpha=0.4)
-    label = f"training, mean of {window} steps" if window > 1 else "training, each step"
-    _line(axes, x, trailing_mean(y, window), color=colour, label=label)
+    label, weight = ("training, each step", 1.0) if len(y) < FEW_POINTS else ("training, EMA 0.1", 0.1)
+    _line(axes, x, ema(y, weight), color=colour, label=label)
     points = {"marker": "o", "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
     held_out = read_series(run.evaluations, names.EVAL_ACCURACY)
     _line(axes, *held_out, color="#222222", linewidth=1.0, label="held-out problems", **points)
@@ -130,17 +128,6 @@ def draw_rejection(axes: Axes, run: LoggedRun) -> None:
     axes.set(ylabel="share of tokens", ylim=(0, 1.15 * top or 0.01))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _head(axes, "Rejected tokens")
-
-
-def smoothing_window(steps: int) -> int:
-    """Returns the steps in the trailing mean: a twentieth of the run, at most 20."""
-    return max(1, min(20, steps // 20))
-
-
-def trailing_mean(values: Array, window: int) -> Array:
-    """Returns means of each value and those before it, `window` in all; skips NaN. [n] -> [n]."""
-    padded = np.concatenate([np.full(window, np.nan), values])
-    return centre_of_seeds(sliding_window_view(padded, window)[1:], "mean", axis=1)
 
 
 def _line(axes: Axes, x: Array, y: Array, **look: Any) -> None:

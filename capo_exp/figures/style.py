@@ -68,7 +68,7 @@ class Look:
 def colour(run: LoggedRun) -> str:
     """Returns the colour that every figure gives a run's method: its own, else one by its name."""
     own = logged(run, "colour")
-    return own if is_color_like(own) else _by_name(run, SPARE, OTHER)
+    return to_hex(own) if is_color_like(own) else _by_name(run, SPARE, OTHER)
 
 
 def marker(run: LoggedRun) -> str:
@@ -87,15 +87,12 @@ def looks(curves: Sequence[Curve]) -> dict[str, Look]:
 
     Curves of one colour have shades of it: the conservative regime dark ones, others the colour itself first.
     """
-    seen: Counter[tuple[str, str, bool]] = Counter()
-    shades: Counter[tuple[str, bool]] = Counter()
+    seen: Counter[tuple[str, bool]] = Counter()
     result = {}
     for curve in curves:
-        kind = (colour(curve.run), marker(curve.run), is_safe(curve.run))
-        hue = (kind[0], kind[2])
-        result[curve.label] = _look(shade(*hue, shades[hue]), *kind[1:], seen[kind])
-        seen[kind] += 1
-        shades[hue] += 1
+        hue = colour(curve.run), is_safe(curve.run)
+        result[curve.label] = _look(shade(*hue, seen[hue]), marker(curve.run), hue[1], seen[hue])
+        seen[hue] += 1
     return result
 
 

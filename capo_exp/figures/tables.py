@@ -19,7 +19,8 @@ LATEX = str.maketrans({
     ">": r"\textgreater{}", "|": r"\textbar{}", "\N{OPEN BOX}": r"\textvisiblespace{}",
 })  # fmt: skip
 MARKDOWN = str.maketrans({
-    "\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "<": "&lt;", ">": "&gt;", "\n": " ",
+    "\\": "\\\\", "|": r"\|", "*": r"\*", "_": r"\_", "`": r"\`", "[": r"\[", "]": r"\]", "\n": " ",
+    "<": "&lt;", ">": "&gt;",
 })  # fmt: skip
 
 
@@ -72,9 +73,9 @@ def _csv_rows(panel: Panel) -> Iterator[tuple[object, ...]]:
         for label, cell in column.cells.items():
             if panel.kind == "settings":
                 yield panel.title, label, column.heading, cell_text(cell, column.unit), "", "", ""
-            elif column.unit in ("seconds", "times") and isinstance(
-                cell, Estimate
-            ):  # told beside what is drawn
+            elif isinstance(cell, str):
+                yield panel.title, f"{label}, {column.heading}", "", cell, "", "", ""
+            elif column.unit in ("seconds", "times"):  # told beside what is drawn
                 bounds = (NAN if bound is None else bound for bound in (cell.low, cell.high))
                 yield panel.title, f"{label}, {column.heading}", "", *map(_exact, (cell.value, *bounds)), ""
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,13 +22,13 @@ TOP = 20
 
 def tokens(curve: Curve) -> Panel:
     """Returns the tokens of a curve that were rejected most often, by the share of their occurrences."""
-    counts = [count_tokens(run) for run in curve.runs]
+    title, counts = f"Rejected by {curve.label}", [count_tokens(run) for run in curve.runs]
     total, rejected = (sum(parts, Counter[str]()) for parts in zip(*counts, strict=True))
     counted_seeds = sum(bool(own) for own, _ in counts)
     if not rejected:
         none = "no completions on disk with their keep flags (logger.completions_every)"
         lack = "no token of the logged completions was rejected" if total else none
-        return Panel("tokens", curve.label, _paint, lack=lack)
+        return Panel("tokens", title, _paint, lack=f"{title}: {lack}")
     most = sorted(rejected, key=lambda text: (-rejected[text], text))[:TOP]
     top = sorted(most, key=lambda text: -rejected[text] / total[text])
     counted = {
@@ -45,7 +44,7 @@ def tokens(curve: Curve) -> Panel:
         for name, values in counted.items()
     ]
     series, further, height = (made[0][1],), tuple(made[1:]), 0.9 + 0.19 * len(top)
-    return Panel("tokens", curve.label, _paint, series, further=further, height=height)
+    return Panel("tokens", title, _paint, series, further=further, height=height)
 
 
 def count_tokens(run: LoggedRun) -> tuple[Counter[str], Counter[str]]:
@@ -67,7 +66,7 @@ def visible(text: str) -> str:
     return ascii(text)[1:-1].replace(" ", "\N{OPEN BOX}")
 
 
-def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
+def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str, Look]) -> None:
     """Draws the share of each token's occurrences, and the counts behind it."""
     series, counts = panel.series[0], dict(panel.further)
     places = list_rows(axes, list(series.x))
@@ -80,7 +79,6 @@ def _paint(axes: Axes, panel: Panel, panels: Sequence[Panel], looks: Mapping[str
         )  # fmt: skip
     axes.tick_params(axis="y", labelsize=8, labelfontfamily="monospace")
     right = 1.35 * float(series.centre.max())
-    axes.set(title=f"Rejected by {panel.title}", xlabel="share of the token's occurrences", xlim=(0, right))
+    axes.set(xlabel="share of the token's occurrences", xlim=(0, right))
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 1])
     format_values(axes.xaxis, "percent")
-    return []

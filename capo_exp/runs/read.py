@@ -43,6 +43,7 @@ SETTING_TYPES = {
     "regime.learning_rate": int | float, "algo.kl_coefficient": int | float, "algo.selection": dict,
     "algo.num_iterations": int, "algo.selection.policy_shift_max": int | float,
     "algo.selection.objective_shift_min": int | float, "algo.selection.objective_shift_max": int | float,
+    "reward.verifier.correct_from": int | float,
 }  # fmt: skip
 """What is relied on of config.yaml; one with other values is damaged."""
 

@@ -105,19 +105,14 @@ def _percent(share: float) -> Cell:
     return Cell(f"{share:.1%}", share)
 
 
-def differences(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
-    """Returns dotted config keys that are not the same in all runs, with each value; None where none is.
-
-    The seed is one of them, and so is how often a run is measured; keys that change no number of a run
-    (runs.record.NOT_RESULTS) and the folder of the problems are not.
-    """
-    table = list(map(results, runs))
-    return {key: [each.get(key) for each in table] for key in varying(table) if key != "dataset.path"}
-
-
 def differing(runs: Sequence[LoggedRun], named: Sequence[str]) -> TextTable:
-    """Returns what differs, a row a setting, a column for the runs that are alike but for their seed."""
-    table = differences(runs)
+    """Returns what differs, a row a setting, a column for the runs that are alike but for their seed.
+
+    How often a run is measured is such a setting; keys that change no number of a run
+    (runs.record.NOT_RESULTS) and the folder of the problems are not. What a run does not have is a dash.
+    """
+    every = list(map(results, runs))
+    table = {key: [each.get(key) for each in every] for key in varying(every) if key != "dataset.path"}
     seeds = table.pop("seed", None)
     columns: dict[tuple[str, ...], list[int]] = {}
     for place in range(len(runs)):

@@ -89,7 +89,7 @@ def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, An
     for label, part in zip(labels, taken, strict=True):
         bounds = bounds_of(part.run)
         steps = [
-            {"step": step, "rows": [_row(row, bounds, tokens, prompts) for row in rows]}
+            {"step": step, "rows": [_row(row, part.run, bounds, tokens, prompts) for row in rows]}
             for step, rows in part.steps.items()
         ]
         if steps:
@@ -104,7 +104,13 @@ def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, An
     }
 
 
-def _row(row: LoggedRow, bounds: Bounds | None, tokens: Places, prompts: Places) -> dict[str, Any]:
+def _row(
+    row: LoggedRow, run: LoggedRun, bounds: Bounds | None, tokens: Places, prompts: Places
+) -> dict[str, Any]:
+    enough = run.setting(
+        "reward.verifier.correct_from"
+    )  # what counted as correct; runs may be older than that
+    reward = row.get("reward")
     prompt = (str(row.get("prompt", "")), str(row.get("answer", "")), str(row.get("family", "")))
     ids, texts, text = row.get("token_ids") or [], row.get("tokens") or [], str(row.get("completion") or "")
     pairs = list(zip_longest(ids, texts))
@@ -116,6 +122,7 @@ def _row(row: LoggedRow, bounds: Bounds | None, tokens: Places, prompts: Places)
     return {
         "prompt": prompts.setdefault(prompt, len(prompts)),
         "reward": digits(row.get("reward")),
+        "right": reward is not None and bool(reward > 0.5 if enough is None else reward >= enough),
         "advantage": digits(row.get("advantage")),
         "truncated": bool(row.get("truncated", False)),
         "length": len(pairs),

@@ -91,10 +91,9 @@ function tokenNode(row, place) {
 }
 
 function completionNode(row, place) {
-  const right = row.reward > 0.5;
   const rejected = [...row.rejected].filter((code) => code !== "0").length;
   const facts = make("p", { class: "facts" },
-    make("b", { class: right ? "right" : "wrong" }, right ? "✓ correct" : "✗ wrong"),
+    make("b", { class: row.right ? "right" : "wrong" }, row.right ? "✓ correct" : "✗ wrong"),
     row.truncated ? make("b", { class: "cut" }, "✂ truncated") : "",
     make("span", {}, `reward ${number(row.reward)}`), make("span", {}, `advantage ${number(row.advantage, true)}`),
     make("span", {}, `${row.length} tokens, ${rejected} rejected`));
@@ -122,7 +121,7 @@ function wanted(row) {
   const [prompt, , family] = data.prompts[row.prompt];
   const searched = byId("search").value.toLowerCase();
   return (!byId("only-rejected").checked || /[^0]/.test(row.rejected))
-    && (!byId("only-wrong").checked || !(row.reward > 0.5))
+    && (!byId("only-wrong").checked || !row.right)
     && (!byId("family").value || family === byId("family").value)
     && (!searched || `${prompt}\n${texts(row)}`.toLowerCase().includes(searched));
 }
