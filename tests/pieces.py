@@ -32,6 +32,7 @@ from capo_exp.core.types import (
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult
+from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop, rollout_step
 from capo_exp.training.learner import Learner
 from capo_exp.training.optimizer_step import take_optimizer_step
@@ -153,6 +154,14 @@ def without_clock(row):
 def logged(path):
     """The rows of a .jsonl file without what the clock wrote."""
     return [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def assert_same_end(whole, ended):
+    """Something is learned in each step, and both runs end in the same rows and weights."""
+    rows = logged(whole / "metrics.jsonl")
+    assert logged(ended / "metrics.jsonl") == rows and all(row["policy/grad_norm"] > 0 for row in rows)
+    one, two = ((list_checkpoints(run)[2] / "model.safetensors").read_bytes() for run in (whole, ended))
+    assert one == two
 
 
 def run_updates(learner, batch, step=1):

@@ -27,7 +27,17 @@ from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop
 from capo_exp.training.rollout_step import sample_rollout, take_rollout_step
 from capo_exp.training.sampler import Sampler
-from tests.pieces import SMALL, Reader, even_first, logged, make_learner, prompt, run_one_step, same_weights
+from tests.pieces import (
+    SMALL,
+    Reader,
+    assert_same_end,
+    even_first,
+    logged,
+    make_learner,
+    prompt,
+    run_one_step,
+    same_weights,
+)
 from tests.test_rollout_hf import Tokenizer, engine, prompts
 
 SIZE = (
@@ -241,17 +251,20 @@ def test_a_run_goes_on_with_what_it_had_begun(composed, tmp_path):
         *SIZE, "logger=files", "num_steps=2", "evaluation.num_problems=1", "evaluation.every=0", "device=cpu",
         "checkpoint.every=1", "dataset.max_completion_tokens=48", "algo.rollout_tokens=60",
         "dataset.source.num_train=50", "dataset.source.num_eval=10",
+        "optimizer.warmup_ratio=0",
     )  # fmt: skip
     whole = loop.run(composed(*numbers, f"output_dir={tmp_path / 'whole'}"))
     config = composed(*numbers, f"output_dir={tmp_path / 'ended'}")
     run_one_step(config)
     ended = loop.run(config)
-    assert logged(whole / "metrics.jsonl") == logged(ended / "metrics.jsonl")
+    assert_same_end(whole, ended)
     assert logged(whole / "metrics.jsonl")[1]["rollout/resumed_tokens"] > 0
-    last = [list_checkpoints(run)[2] for run in (whole, ended)]
-    assert len({(path / "model.safetensors").read_bytes() for path in last}) == 1
-    one, two = (torch.load(path / "trainer_state.pt")["unfinished"] for path in last)
-    assert one == two != []
+    last = (list_checkpoints(run)[2] / "trainer_state.pt" for run in (whole, ended))
+    left = [torch.load(path)["unfinished"] for path in last]
+    scores = [[c.pop("sampler_log_probs") for group in each for c in group["completions"]] for each in left]
+    assert left[0] == left[1] != []
+    for one, two in zip(*scores, strict=True):  # a loaded weight lies elsewhere, which can move the last bit
+        assert one == pytest.approx(two, rel=1e-5, nan_ok=True)
 
 
 def test_an_engine_of_vllm_is_given_the_share(small_model):

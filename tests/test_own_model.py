@@ -23,7 +23,7 @@ from capo_exp.runs.identity import run_id
 from capo_exp.training import loop as train
 from capo_exp.training.adamw_bfloat16 import AdamWBfloat16, join_bits, split_bits
 from capo_exp.training.optimizer import reset_moments
-from tests.pieces import run_one_step
+from tests.pieces import assert_same_end, run_one_step
 from tests.shapes import SHAPES
 
 MATH_7B, RATE = "Qwen/Qwen2.5-Math-7B", "regime.learning_rate=1e-4"
@@ -187,7 +187,7 @@ def test_an_own_model_trains_in_bfloat16_and_resumes_to_the_same_bits(home, tmp_
     folders = (tmp_path / name for name in ("whole", "stopped"))
     configs = [commanded(*words, *SHORT, f"output_dir={folder}") for folder in folders]
     run_one_step(configs[1])
-    one, other = (list_checkpoints(train.run(config))[2] / "model.safetensors" for config in configs)
-    assert one.read_bytes() == other.read_bytes()
-    with safe_open(one, "pt") as file:
+    whole, stopped = map(train.run, configs)
+    assert_same_end(whole, stopped)
+    with safe_open(list_checkpoints(whole)[2] / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118

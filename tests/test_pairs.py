@@ -16,13 +16,13 @@ from capo_exp.core.timing import Stopwatch
 from capo_exp.core.types import RolloutGroup
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout.pairs import FILE, PairRollout, read_pairs, write_pairs
-from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop
 from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import sample_rollout
 from capo_exp.training.sampler import Sampler
 from tests.pieces import (
     Reader,
+    assert_same_end,
     completion,
     gradients,
     inputs_of,
@@ -216,6 +216,7 @@ def test_a_run_that_goes_on_reads_its_pairs(composed, tmp_path, monkeypatch):
         "algo=mdpo", *PAIRED, "logger=files", "num_steps=2", "regime.prompts_per_step=3", "device=cpu",
         "evaluation.num_problems=1", "evaluation.every=0", "checkpoint.every=1",
         "dataset.max_completion_tokens=48", "model.micro_batch_size=6", "rollout.train_engine.samples=4",
+        "optimizer.warmup_ratio=0",
     )  # fmt: skip
     whole = loop.run(composed(*numbers, f"output_dir={tmp_path / 'whole'}"))
     config = composed(*numbers, f"output_dir={tmp_path / 'ended'}")
@@ -230,7 +231,5 @@ def test_a_run_that_goes_on_reads_its_pairs(composed, tmp_path, monkeypatch):
             loop.run(config)
     pairs.replace(ended / FILE)
     monkeypatch.setattr(PairBuilder, "build", None)
-    loop.run(config)
+    assert_same_end(whole, loop.run(config))
     assert (ended / FILE).read_bytes() == (whole / FILE).read_bytes()
-    weights = [list_checkpoints(run)[2] / "model.safetensors" for run in (whole, ended)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
