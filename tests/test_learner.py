@@ -25,6 +25,10 @@ from tests.pieces import (
     without_clock,
 )
 
+MOVING = ("regime.learning_rate=1e-2", "optimizer.eps=1e-3")
+"""Weights that move by far more than rounding; a gradient of about 0 has no sign that Adam would follow."""
+HALF = ("algo.selection.policy_shift_max=0.017", "algo.selection.objective_shift_max=0.3")
+"""Of the tokens, at that rate."""
 TIGHT = ["algo.selection.policy_shift_max=1e-7", "algo.selection.objective_shift_min=-2e-4"]
 WEIGHED = "grpo selection=down_weight algo.selection.policy_shift_max=1e-7"
 
@@ -36,9 +40,10 @@ def steps(learner, batches):
 
 @pytest.mark.parametrize("algo", [*DISTINCT, "capo", "dr_capo", "rein_capo", "stapo", "m2po", WEIGHED])
 def test_one_batch_equals_four_micro_batches(learner, random_batch, algo):
-    tight = TIGHT if "capo" in algo else []
+    bounds = HALF if "capo" in algo else HALF[:1] if algo == WEIGHED else ()
     whole, cut = (
-        learner(*f"algo={algo}".split(), f"model.micro_batch_size={size}", *tight) for size in (96, 2)
+        learner(*f"algo={algo}".split(), f"model.micro_batch_size={size}", *MOVING, *bounds)
+        for size in (96, 2)
     )
     batches = [random_batch(seed=seed) for seed in range(2)]
     (first, record), (second, same) = steps(whole, batches), steps(cut, batches)
@@ -46,7 +51,7 @@ def test_one_batch_equals_four_micro_batches(learner, random_batch, algo):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-6)
     assert torch.equal(record.selection.keep_mask, same.selection.keep_mask)
     torch.testing.assert_close(weights(whole), weights(cut), rtol=1e-3, atol=1e-4)
-    assert first[-1]["selection/rejection_rate"] > 0 or not tight
+    assert all(0 < row["selection/rejection_rate"] < 1 for row in first) or "capo" not in algo
 
 
 @pytest.mark.parametrize("selection", ["capo", "completion"])  # the second with a scoring pass
@@ -70,7 +75,7 @@ def test_no_padding_is_the_padded_gradient(learner, random_batch, cut, selection
 
 @pytest.mark.parametrize(("kl", "passes"), [(0.0, 2), (0.1, 4)])  # a penalty has a gradient everywhere
 def test_micro_batches_that_move_no_weight_take_no_backward_pass(learner, random_batch, kl, passes):
-    chosen, counted = ["algo=grpo", f"algo.kl_coefficient={kl}"], []
+    chosen, counted = ["algo=grpo", f"algo.kl_coefficient={kl}", *MOVING], []
     whole, cut = (learner(*chosen, f"model.micro_batch_size={n}", distance=0.1) for n in (96, 2))
     last_layer(cut.model).register_full_backward_hook(lambda *_: counted.append(1))
     batch = random_batch()
@@ -116,7 +121,7 @@ def test_the_order_of_rows_and_extra_padding_change_nothing(learner, random_batc
         pad(batch.completion_mask, 0, 2), pad(batch.sampler_log_probs, 0, 2), pad(batch.advantages, 0, 2),
         batch.group_ids, batch.truncated, batch.surprisal,
     )  # fmt: skip
-    plain, *others = (learner("algo=capo", *TIGHT) for _ in range(3))
+    plain, *others = (learner("algo=capo", *MOVING, *HALF) for _ in range(3))
     (expected,), record = steps(plain, [batch])
     for other, changed in zip(others, (shuffled, padded), strict=True):
         (metrics,), _ = steps(other, [changed])
@@ -146,13 +151,11 @@ def test_the_step_is_adamws_on_the_loss_of_the_formula(learner, random_batch, sm
     loss = (values.sum(1) / batch.completion_mask.sum(1)).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
-    ours = learner(
-        "algo=grpo", "regime.learning_rate=1e-4", "rollout.temperature=0.7", "optimizer.max_grad_norm=1.0"
-    )
+    torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0).step()
+    ours = learner("algo=grpo", *MOVING, "rollout.temperature=0.7", "optimizer.max_grad_norm=1.0")
     metrics, _ = take_step(ours, batch)
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-4)
-    assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-3) and norm > 1
     torch.testing.assert_close(weights(ours), [p.detach() for p in model.parameters()], rtol=1e-4, atol=3e-5)
 
 

@@ -402,7 +402,7 @@ def test_a_scoring_pass_makes_micro_batches_one_batch(learner, random_batch, nam
     learners: list[Learner] = []
     kept: list[list[Tensor]] = []
     for size, scoring in ((2, True), (96, name in CHANCE)):
-        ours = learner("algo=grpo", *partly(name), f"model.micro_batch_size={size}")
+        ours = learner("algo=grpo", *partly(name), f"model.micro_batch_size={size}", "optimizer.eps=1e-3")
         assert ours.algorithm.scoring_pass == (name in WHOLE_STEP)
         select = ours.algorithm.selection
         bare = lambda scored, select=select: select(scored)  # noqa: E731
@@ -411,9 +411,9 @@ def test_a_scoring_pass_makes_micro_batches_one_batch(learner, random_batch, nam
         chosen = [take_step(ours, random_batch(seed=seed))[1].selection for seed in range(2)]
         kept.append([one.weighed(one.keep_mask.float()) for one in chosen])
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-3, atol=0)
-    torch.testing.assert_close(weights(learners[0]), weights(learners[1]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(learners[0]), weights(learners[1]), rtol=0, atol=1e-6)  # rate 1e-4
     shares = [keep.sum() / random_batch(seed=seed).completion_mask.sum() for seed, keep in enumerate(kept[0])]
-    assert max(shares) > 0 and min(shares) < 1, shares
+    assert any(0 < share < 1 for share in shares) or (name == "batch" and shares == [1, 0]), shares
 
 
 @pytest.mark.parametrize(("name", "rows"), [("capo", [4, 4]), ("random", [8])])
