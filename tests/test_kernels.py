@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.test_curvature import random_tokens
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Found = list[Tensor]
+KERNELS = ("along_adam", "along_rows", "sum_rows", "decay")
 SHAPES = {  # B, T, V, K, H; blocks are of 4 pairs and 8 columns, sums of 8 pairs
     "nothing divides": (1, 3, 7, 3, 11),
     "one pair a row": (1, 1, 9, 9, 5),
@@ -85,6 +87,7 @@ def compare(make):
     found: list[Found] = []
     for choice in ("torch", "triton", "triton"):
         backend.choose_kernel(choice, DEVICE)
+        assert (backend.find_kernels(torch.empty(0, device=DEVICE)) is None) == (choice == "torch")
         found.append(make())
     reference, first, second = found
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
@@ -93,13 +96,17 @@ def compare(make):
     return first
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shifts_and_moments_are_those_of_torch(shape):
+def test_shifts_and_moments_are_those_of_torch(kernels, monkeypatch, shape):
+    """And each kernel is called."""
+    called = {name: Mock(wraps=getattr(kernels, name)) for name in KERNELS}
+    for name, counted in called.items():
+        monkeypatch.setattr(kernels, name, counted)
     rows, length, vocab, _, width = shape
     keep = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.8
     empty = init_adam_state(vocab, width, device=DEVICE)
     assert compare(lambda: two_steps(shape, empty, keep))[0].numel()
+    assert [name for name, counted in called.items() if not counted.called] == []
 
 
 @pytest.mark.usefixtures("kernels")
