@@ -434,19 +434,20 @@ SMALL = (
     "evaluation.every=0", "evaluation.num_problems=1", "curvature.calibrate_completions=4",
     "curvature.calibrate_tokens=16", "dataset.source.num_train=64", "dataset.source.num_eval=8",
 )  # fmt: skip
-FEATURES = (
-    "algo=grpo step_rule=calibrated curvature.hidden_shift=1",
-    "rollout/correction=token_mask curvature.optimizer_model=adam_live",
-    "experiment=paper/calibration hydra.mode=RUN",  # measures
-    "experiment=study/diagnosis curvature.diagnose_every=1",
-    "setting=keywords algo=grpo model=keywords dataset=keywords",
-)
-"""Kinds of step that no other test runs; those of the learner and of selections have all methods."""
+FEATURES = {
+    "algo=grpo step_rule=calibrated curvature.hidden_shift=1": "step/policy_shift_measured",
+    "rollout/correction=token_mask curvature.optimizer_model=adam_live": "mismatch/dropped_fraction",
+    "experiment=paper/calibration hydra.mode=RUN": "calibration/tokens",
+    "experiment=study/diagnosis curvature.diagnose_every=1": "diagnosis/gradient/cosine",
+    "setting=keywords algo=grpo model=keywords dataset=keywords": "reward/accuracy",
+}
+"""Kinds of step that no other test runs, and what each measures; those of the learner and of selections have
+all methods."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", FEATURES)
-def test_every_kind_of_step_runs(overrides, tmp_path):
+@pytest.mark.parametrize(("overrides", "measure"), FEATURES.items())
+def test_every_kind_of_step_runs(overrides, measure, tmp_path):
     config = composed(*SMALL, *overrides.split(), f"output_dir={tmp_path}").config
     check(config)
     directory = train.run(config)
@@ -454,6 +455,7 @@ def test_every_kind_of_step_runs(overrides, tmp_path):
     assert rows[-1]["counter/optimizer_step"] == len(rows) >= 1
     for key in ("loss/total", "policy/grad_norm", "policy/entropy", "curvature/token/policy_shift/mean"):
         assert all(math.isfinite(row[key]) for row in rows), key
+    assert rows[-1].get(measure) is not None
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
 
 
