@@ -140,6 +140,8 @@ def test_two_tasks_of_submitit_are_the_nodes_of_one_run(tmp_path):
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("*/*/run.json")
     assert run_status(record.parent) == "finished"
+    shards = [*record.parent.glob("checkpoints/step_000002/trainer_state/shard-*")]
+    assert len(shards) == 2  # each process writes its own
 
 
 @pytest.mark.slow
