@@ -32,6 +32,7 @@ from capo_exp.core.types import (
 from capo_exp.grading.compare import Grade
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.grading.verifier import RewardResult
+from capo_exp.rollout import SamplingRequest
 from capo_exp.runs.files import list_checkpoints
 from capo_exp.training import loop, rollout_step
 from capo_exp.training.learner import Learner
@@ -209,6 +210,20 @@ def graded(rewards, metrics):
 def even_first(text):
     """1 if the first token is even; the small model's completions are numbers in place of text."""
     return float(int(text.split()[0]) % 2 == 0)
+
+
+@dataclass
+class Made:
+    """An engine that makes completion g of a prompt from what has begun; keeps what it was asked."""
+
+    make: Callable[[Prompt, tuple[int, ...], int], Completion]
+    calls: list[SamplingRequest] = field(default_factory=list)
+
+    def generate(self, request):
+        self.calls.append(request)
+        asked, size = zip(request.prompts, request.beginnings(), strict=True), range(request.group_size)
+        version = request.weight_version
+        return [RolloutGroup(p, tuple(self.make(p, ids, g) for g in size), version) for p, ids in asked]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """VinePPO, A*-PO, C3PO, Lite PPO, which sample more than a step's completions or learn from fewer."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import exp, isnan, log, nan
 
 import pytest
@@ -11,31 +11,26 @@ from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.algorithms.vineppo import step_advantages, whitened_step_advantages
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import RolloutGroup
-from capo_exp.rollout import SamplingRequest
 from capo_exp.training import loop, rollout_step, session
 from capo_exp.training.rollout_step import assign_credit, sample_rollout
 from capo_exp.training.sampler import remember_reference
-from tests.pieces import SMALL, assert_same_end, completion, inputs_of, make_learner, run_one_step, sampler_of
+from tests.pieces import (
+    SMALL,
+    Made,
+    assert_same_end,
+    completion,
+    inputs_of,
+    make_learner,
+    run_one_step,
+    sampler_of,
+)
 from tests.test_methods import off_policy
 from tests.test_rollout_hf import ROWS, sample
 
 
-@dataclass
-class Going:
-    """An engine that goes on with one token; completion g of a prompt, after n tokens that had begun, earns
-    n + g."""
-
-    calls: list[SamplingRequest] = field(default_factory=list)
-
-    def generate(self, request):
-        self.calls.append(request)
-        pairs = zip(request.prompts, request.beginnings(), strict=True)
-        size = range(request.group_size)
-        return [
-            RolloutGroup(p, tuple(completion([*ids, 3], reward=len(ids) + g) for g in size), 0)
-            for p, ids in pairs
-        ]
+def going():
+    """An engine that goes on with one token; completion g of a prompt, after n tokens, earns n + g."""
+    return Made(lambda _, ids, g: completion([*ids, 3], reward=len(ids) + g))
 
 
 def test_an_engine_goes_on_as_it_would_have(small_model):
@@ -83,7 +78,7 @@ def test_vineppo_values_its_states_in_one_call_and_counts_them(composed, small_m
     continuations that earn 0, 1, 2 are worth 1. Cut into four tokens, states of a group are shared, too."""
     numbers = ("regime.prompts_per_step=2", "regime.group_size=2", "algo.continuations=3")
     config = composed(*SMALL, "algo=vineppo", *numbers)
-    ours, engine = make_learner(config, small_model), Going()
+    ours, engine = make_learner(config, small_model), going()
     sampler = sampler_of(engine, 9)
     got = sample_rollout(
         config, ours.algorithm, sampler, step=1, first=0, weight_version=0, watch=Stopwatch()
@@ -133,7 +128,7 @@ def test_the_reference_is_sampled_once_for_what_the_run_visits(composed):
     """3 steps of 2 prompts visit 6 of 9 prompts, 30 steps all of them; the rewards are found again by id."""
     for steps, count in ((3, 6), (30, 9)):
         config = composed("algo=a_star_po", "regime.prompts_per_step=2", f"num_steps={steps}")
-        engine, algorithm = Going(), build_algorithm(config.algo)
+        engine, algorithm = going(), build_algorithm(config.algo)
         known, completions, tokens = remember_reference(config, algorithm, sampler_of(engine, 9))
         assert len(engine.calls) == 1 and completions == tokens == 8 * count
         assert list(known.reference_rewards.values()) == [[float(g) for g in range(8)]] * count

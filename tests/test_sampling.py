@@ -1,7 +1,6 @@
 """Sampling a rollout step: rounds, counts, calls, where the data goes on; demonstrations for samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import isnan
 from threading import Event
 
@@ -13,7 +12,7 @@ from capo_exp.config.errors import ConfigError
 from capo_exp.core import policy
 from capo_exp.core.seeds import ORDER, derive_seed
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import Problem, Prompt, RolloutGroup
+from capo_exp.core.types import Problem, Prompt
 from capo_exp.data.prompts import choose_visits
 from capo_exp.grading.terms import RewardTerms, build_terms
 from capo_exp.rollout import SamplingRequest
@@ -21,44 +20,28 @@ from capo_exp.rollout.demonstrations import DemonstrationRollout
 from capo_exp.training import loop as train
 from capo_exp.training import rollout_step
 from capo_exp.training.rollout_step import Rollout, Sampler, assign_credit, sample_rollout
-from tests.pieces import SMALL, Reader, completion, logged, make_learner, prompt, run_updates, weights
+from tests.pieces import SMALL, Made, Reader, completion, logged, make_learner, prompt, run_updates, weights
 
 SIZE = ("regime.prompts_per_step=4", "regime.group_size=2")
 
 
-def even(number):
-    return number % 2 == 0
+def scripted(mixed):
+    """Groups are mixed for the prompts it is told, and all wrong for the others; completion g of a prompt has
+    g + 1 tokens."""
+
+    def make(p, _, g):
+        reward = float(g == 0 and mixed(int(p.problem.id)))
+        return completion([3] * (g + 1), reward=reward, truncated=g == 1)
+
+    return Made(make)
 
 
-@dataclass
-class Scripted:
-    """An engine whose groups are mixed for the prompts it is told, and all wrong for the others; completion g
-    of a prompt has g + 1 tokens."""
-
-    mixed: Callable[[int], bool]
-    calls: list[dict[str, object]] = field(default_factory=list)
-
-    def generate(self, request):
-        self.calls.append(vars(request) | {"prompts": [int(p.problem.id) for p in request.prompts]})
-        return [
-            RolloutGroup(
-                p,
-                tuple(
-                    completion(
-                        [3] * (g + 1),
-                        reward=float(g == 0 and self.mixed(int(p.problem.id))),
-                        truncated=g == 1,
-                    )
-                    for g in range(request.group_size)
-                ),
-                request.weight_version,
-            )
-            for p in request.prompts
-        ]
+def asked(call):
+    return [int(p.problem.id) for p in call.prompts]
 
 
 def draw(config, mixed, *, step=1, first=0, prompts=1000):
-    engine, verifier = Scripted(mixed), Reader()
+    engine, verifier = scripted(mixed), Reader()
     sampler = Sampler(
         engine, engine, verifier, [prompt(i) for i in range(prompts)], build_terms(config.reward)
     )
@@ -86,10 +69,9 @@ def test_one_round_without_a_filter(composed):
     assert (got.prompts, got.completions, got.tokens) == (4, 8, 4 * (1 + 2))
     assert {group.weight_version for group in got.groups} == {7}
     assert got.rewarded
-    call = {
-        key: engine.calls[0][key] for key in ("group_size", "max_tokens", "temperature", "top_k", "top_p")
-    }
-    assert call == {"group_size": 2, "max_tokens": 96, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    (call,) = engine.calls
+    asked_for = (call.group_size, call.max_tokens, call.temperature, call.top_k, call.top_p)
+    assert asked_for == (2, 96, 1.0, 0, 1.0)
 
 
 def test_rounds_go_on_until_enough_groups_pass(composed):
@@ -101,7 +83,7 @@ def test_rounds_go_on_until_enough_groups_pass(composed):
     rounds = drawn.index(passing[3]) // 4 + 1
     assert ids(got.groups) == passing and got.rewards.tolist() == [[1.0, 0.0]] * 4
     assert 1 < rounds == len(engine.calls) == len(verifier.calls) < 50
-    assert [i for call in engine.calls for i in call["prompts"]] == drawn[: 4 * rounds]
+    assert [i for call in engine.calls for i in asked(call)] == drawn[: 4 * rounds]
     assert (got.prompts, got.completions, got.tokens) == (4 * rounds, 8 * rounds, 12 * rounds)
     passed = sum(i % 3 == 1 for i in drawn[: 4 * rounds])
     assert passed > 4  # the last round has one too many
@@ -113,7 +95,7 @@ def test_rounds_go_on_until_enough_groups_pass(composed):
     assert got.metrics["reward/timeouts"] == rounds and got.metrics["reward/no_answer_fraction"] == 0.25
     assert got.metrics["rollout/completion_length/mean"] == 1.5
     assert got.metrics["rollout/truncated_fraction"] == 0.5
-    assert len({call["seed"] for call in engine.calls}) == rounds
+    assert len({call.seed for call in engine.calls}) == rounds
 
 
 def test_after_the_last_round_a_step_trains_on_what_passed_or_else_on_that_round(composed):
@@ -123,7 +105,7 @@ def test_after_the_last_round_a_step_trains_on_what_passed_or_else_on_that_round
     assert ids(got.groups) == [lucky] and got.rewards.tolist() == [[1.0, 0.0]]
     assert len(engine.calls) == 3 and got.prompts == 12
     got, engine, _ = draw(config, lambda i: False)
-    assert ids(got.groups) == order(config, 12)[8:] == engine.calls[-1]["prompts"] and not got.rewarded
+    assert ids(got.groups) == order(config, 12)[8:] == asked(engine.calls[-1]) and not got.rewarded
     assert not got.rewards.any() and got.rewards.shape == (4, 2)
     assert got.metrics["rollout/filtered_group_fraction"] == 1.0
 
@@ -136,8 +118,8 @@ def test_steps_visit_the_data_without_gap_or_repetition(composed):
         got, engine, _ = draw(config, lambda i: i % 3 == 0, step=step, first=first, prompts=50)
         first += got.prompts
         rounds.append(len(engine.calls))
-        seen += [i for call in engine.calls for i in call["prompts"]]
-        seeds += [call["seed"] for call in engine.calls]
+        seen += [i for call in engine.calls for i in asked(call)]
+        seeds += [call.seed for call in engine.calls]
     assert len(set(rounds)) > 1 and first == len(seen) > 100
     assert seen == order(config, first, prompts=50)
     for start in range(0, first - 49, 50):
@@ -162,12 +144,12 @@ def test_chunks(composed, chunking, micro, sizes):
         f"model.micro_batch_size={micro}",
     )  # fmt: skip
     got, engine, verifier = draw(config, lambda i: True)
-    assert [len(call["prompts"]) for call in engine.calls] == sizes
+    assert [len(asked(call)) for call in engine.calls] == sizes
     assert ids(got.groups) == order(config, 6) and verifier.calls == [6]
     again = draw(config, lambda i: True)[1]
-    assert [call["seed"] for call in engine.calls] == [call["seed"] for call in again.calls]
+    assert [call.seed for call in engine.calls] == [call.seed for call in again.calls]
     others = [draw(config, lambda i: True, step=2)[1], draw(replace(config, seed=1), lambda i: True)[1]]
-    seeds = [call["seed"] for each in (engine, *others) for call in each.calls]
+    seeds = [call.seed for each in (engine, *others) for call in each.calls]
     assert len(set(seeds)) == 3 * len(sizes)
 
 
@@ -179,7 +161,7 @@ def test_a_call_is_graded_while_the_next_one_samples(composed):
     )  # fmt: skip
     grading, begun = Event(), Event()
 
-    class Engine(Scripted):
+    class Engine(Made):
         def generate(self, request):
             if self.calls:
                 assert grading.wait(60)
@@ -192,8 +174,8 @@ def test_a_call_is_graded_while_the_next_one_samples(composed):
             assert begun.wait(60)
             return super().score(*given, **more)
 
-    rollouts: list[Rollout] = []
-    for engine, verifier in ((Engine(even), Patient(beside_sampling=True)), (Scripted(even), Reader())):
+    even, rollouts = scripted(lambda i: i % 2 == 0), list[Rollout]()
+    for engine, verifier in ((Engine(even.make), Patient(beside_sampling=True)), (even, Reader())):
         sampler = Sampler(engine, engine, verifier, [prompt(i) for i in range(9)], RewardTerms())
         rollouts.append(
             sample_rollout(
@@ -209,7 +191,7 @@ def test_a_call_is_graded_while_the_next_one_samples(composed):
 def test_chunks_of_several_rounds_have_seeds_of_their_own(composed):
     numbers = ("rollout.chunking=per_micro_batch", "model.micro_batch_size=4", "algo.max_sampling_rounds=3")
     _, engine, _ = draw(composed("algo=dapo", *SIZE, *numbers), lambda i: False)
-    assert len(engine.calls) == 6 == len({call["seed"] for call in engine.calls})
+    assert len(engine.calls) == 6 == len({call.seed for call in engine.calls})
 
 
 def test_row_p_g_of_the_batch_is_completion_g_of_prompt_p(composed, small_model):
