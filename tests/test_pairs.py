@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from math import log
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.config.errors import ConfigError
 from capo_exp.core.batch import totals
 from capo_exp.core.timing import Stopwatch
-from capo_exp.core.types import RolloutGroup
 from capo_exp.grading.terms import RewardTerms
 from capo_exp.rollout.pairs import FILE, PairRollout, read_pairs, write_pairs
 from capo_exp.training import loop
@@ -21,6 +19,7 @@ from capo_exp.training.pairs import PairBuilder
 from capo_exp.training.rollout_step import sample_rollout
 from capo_exp.training.sampler import Sampler
 from tests.pieces import (
+    Made,
     Reader,
     assert_same_end,
     completion,
@@ -56,20 +55,33 @@ def preference_loss(scores, rewards, beta, gamma=0):
 REWARDS = [1.0, 0.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.3]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_dpo_is_the_logistic_loss_of_differences_of_log_ratios(learner, random_batch, size):
-    """Loss, and gradient of the weights, by autograd on model and reference; micro-batches part the pairs. A
-    KL to the reference on top is still each token's own."""
-    batch = grouped(random_batch(), REWARDS, size)
-    numbers = ("algo.token_loss.beta=0.7", "algo.kl_coefficient=0.1", "model.micro_batch_size=3")
-    ours, again = (learner("algo=dpo", *numbers, distance=0.05) for _ in range(2))
-    assert ours.reference is not None
-    log_ratio = plain_log_probs(ours.model, batch) - plain_log_probs(ours.reference, batch)
-    expected = preference_loss(log_ratio.sum(1).view(-1, size), torch.tensor(REWARDS).view(-1, size), 0.7)
-    expected = expected + 0.1 * (log_ratio + (-log_ratio).expm1()).sum(1).mean()
-    wanted = torch.autograd.grad(expected, list(ours.model.parameters()))
-    torch.testing.assert_close(gradients(ours, batch), list(wanted), rtol=1e-5, atol=1e-6)
-    assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(expected.item(), abs=1e-6)
+OWN = {
+    "dpo": ("algo=dpo", "algo.token_loss.beta=0.7", "algo.kl_coefficient=0.1"),
+    "simpo": (
+        "algo=mdpo", "algo.token_loss._target_=capo_exp.algorithms.dpo.simpo", "algo.token_loss.beta=2.0",
+        "+algo.token_loss.gamma=0.8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), [("dpo", 2), ("dpo", 4), ("simpo", 4)])
+def test_it_is_the_logistic_loss_of_differences(learner, random_batch, name, size):
+    """Of log-ratios, or of mean log-probs without a reference: loss, and gradient of the weights, by autograd
+    on the models; micro-batches part the pairs. A KL to the reference on top is still each token's own."""
+    batch, rewards = grouped(random_batch(), REWARDS, size), torch.tensor(REWARDS).view(-1, size)
+    ours, again = (learner(*OWN[name], "model.micro_batch_size=3", distance=0.05) for _ in range(2))
+    log_probs = plain_log_probs(ours.model, batch)
+    assert (ours.reference is None) == (name == "simpo")
+    if name == "simpo":
+        mean = log_probs.sum(1) / batch.completion_mask.sum(1)
+        wanted = preference_loss(mean.view(-1, size), rewards, 2.0, 0.8)
+    else:
+        log_ratio = log_probs - plain_log_probs(ours.reference, batch)
+        wanted = preference_loss(log_ratio.sum(1).view(-1, size), rewards, 0.7)
+        wanted = wanted + 0.1 * (log_ratio + (-log_ratio).expm1()).sum(1).mean()
+    expected = torch.autograd.grad(wanted, list(ours.model.parameters()))
+    torch.testing.assert_close(gradients(ours, batch), list(expected), rtol=1e-5, atol=1e-6)
+    assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(wanted.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e4, -1e4])
@@ -88,20 +100,6 @@ def test_dpo_begins_at_log_2_and_stays_finite(built, random_batch, moved):
     assert 2 * loss.item() == pytest.approx(value, rel=1e-6)  # one of two prompts has a pair
     assert log_probs.grad is not None
     torch.testing.assert_close(2 * log_probs.grad, torch.tensor([-slope, slope, 0, 0])[:, None] * mask)
-
-
-def test_simpo_is_the_logistic_loss_of_differences_of_mean_log_probs(learner, random_batch):
-    """Gradient of the weights, by autograd without a reference; micro-batches part the pairs."""
-    numbers = ("algo.token_loss.beta=2.0", "+algo.token_loss.gamma=0.8", "model.micro_batch_size=3")
-    numbers = ("algo=mdpo", "algo.token_loss._target_=capo_exp.algorithms.dpo.simpo", *numbers)
-    ours, again = (learner(*numbers) for _ in range(2))
-    batch = grouped(random_batch(), REWARDS, 4)
-    mean = plain_log_probs(ours.model, batch).sum(1) / batch.completion_mask.sum(1)
-    wanted = preference_loss(mean.view(-1, 4), torch.tensor(REWARDS).view(-1, 4), 2.0, 0.8)
-    grads = torch.autograd.grad(wanted, list(ours.model.parameters()))
-    torch.testing.assert_close(gradients(ours, batch), list(grads), rtol=1e-5, atol=1e-6)
-    assert ours.reference is None
-    assert run_updates(again, batch)[0][0]["loss/total"] == pytest.approx(wanted.item(), abs=1e-6)
 
 
 def test_direct_advantage_po_by_hand(built):
@@ -128,34 +126,20 @@ class Plain:
         return "".join(f"{token} " for token in token_ids)
 
 
-class Scripted:
-    """An engine whose two completions of each state are written down: tokens, and what they earn."""
-
-    script: ClassVar = {
-        (): (((2, 3, 4, 1), 1.0), ((2, 5, 6, 1), 0.0)),
-        (2,): (((2, 5, 7, 1), 0.0), ((2, 8, 9, 1), 1.0)),
-        (2, 5): (((2, 5, 6, 1), 0.0), ((2, 5, 9, 1), 0.0)),
-        (2, 8): (((2, 8, 9, 1), 1.0), ((2, 8, 5, 1), 0.0)),
-    }
-
-    def __init__(self):
-        self.asked: list[list[tuple[int, ...]]] = []
-
-    def generate(self, request):
-        assert request.group_size == 2
-        self.asked.append([*request.beginnings()])
-        made = [[completion(ids, reward=r) for ids, r in self.script[b]] for b in self.asked[-1]]
-        return [RolloutGroup(p, tuple(ones), 0) for p, ones in zip(request.prompts, made, strict=True)]
+SCRIPT = {
+    (): (((2, 3, 4, 1), 1.0), ((2, 5, 6, 1), 0.0)),
+    (2,): (((2, 5, 7, 1), 0.0), ((2, 8, 9, 1), 1.0)),
+    (2, 5): (((2, 5, 6, 1), 0.0), ((2, 5, 9, 1), 0.0)),
+    (2, 8): (((2, 8, 9, 1), 1.0), ((2, 8, 5, 1), 0.0)),
+}
+"""The two completions of each state: tokens, and what they earn."""
 
 
 def build(config):
     source = PairRollout(Plain(), samples=2)
-    engine: object = Scripted()
-    sampler = Sampler(
-        engine,
-        engine,
-        Reader(), [prompt(0)], RewardTerms(), spell=lambda ids: [f"{token} " for token in ids],
-    )  # fmt: skip
+    engine = Made(lambda _, begun, g: completion(SCRIPT[begun][g][0], reward=SCRIPT[begun][g][1]))
+    spell = lambda ids: [f"{token} " for token in ids]  # noqa: E731
+    sampler = Sampler(engine, engine, Reader(), [prompt(0)], RewardTerms(), spell=spell)
     return sampler, source, PairBuilder(config, build_algorithm(config.algo), sampler, source)
 
 
@@ -164,7 +148,7 @@ def test_pairs_of_three_levels_by_hand(composed, tmp_path):
     nothing. What is known is not sampled again, and a file holds all of it."""
     sampler, _, builder = build(composed("algo=mdpo", *PAIRED, EVERY_TOKEN))
     got = builder.build()
-    assert sampler.engine.asked == [[()], [(2,), (2, 5)], [(2, 8)]]
+    assert [[*call.beginnings()] for call in sampler.engine.calls] == [[()], [(2,), (2, 5)], [(2, 8)]]
     assert (got.completions, got.tokens) == (8, 8 + 6 + 4 + 4)
 
     def shown(pair):
@@ -184,8 +168,7 @@ def test_pairs_of_three_levels_by_hand(composed, tmp_path):
 
 def test_a_solution_that_is_lost_in_its_first_step_gives_no_inference(composed, monkeypatch):
     """Nor a step where both begin with the same one."""
-    lost = Scripted.script | {(2,): Scripted.script[2, 5]}
-    monkeypatch.setattr(Scripted, "script", lost)
+    monkeypatch.setitem(SCRIPT, (2,), SCRIPT[2, 5])
     built = build(composed("algo=mdpo", *PAIRED, EVERY_TOKEN))[2].build()
     assert [pair.level for pair in built.pairs] == ["solution"]
 
