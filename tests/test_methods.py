@@ -91,16 +91,27 @@ def plain_sequence_gradient(batch, spread, *, mean, low, high):
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0], clipped < unclipped
 
 
-def test_rloo_off_policy_has_the_gradient_of_the_clipped_completion(built, random_batch):
+@pytest.mark.parametrize(
+    ("name", "spread", "mean", "low", "high"),
+    [
+        ("rloo", 0.15, False, 0.2, 0.2),
+        ("gspo", 1e-3, True, 3e-4, 4e-4),
+        ("luspo", 5e-3, True, 2e-3, 2.5e-3),
+    ],
+)
+def test_a_ratio_of_the_completion_is_clipped_whole(built, random_batch, name, spread, mean, low, high):
+    """Value and gradient are those of -min(s A, clip(s) A); LUSPO's are times the length."""
     batch = random_batch(rows=32)
-    loss, gradient, clipped = loss_and_gradient(built("rloo"), batch, spread=0.15)
-    expected_loss, expected, rows = plain_sequence_gradient(batch, 0.15, mean=False, low=0.2, high=0.2)
-    torch.testing.assert_close(loss, expected_loss)
-    torch.testing.assert_close(gradient, expected)
-    assert 0 < rows.sum() < 32
     mask = batch.completion_mask
+    loss, gradient, clipped = loss_and_gradient(built(name), batch, spread)
+    wanted, expected, rows = plain_sequence_gradient(batch, spread, mean=mean, low=low, high=high)
+    if name == "luspo":
+        expected = expected * mask.sum(1, keepdim=True)
+    else:
+        torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(gradient, expected)
+    assert 0 < rows.sum() < 32 and not gradient[rows].any()
     assert torch.equal(clipped & mask, rows[:, None] & mask)  # all of a completion's tokens or none
-    assert not gradient[rows].any()
 
 
 def test_a_completion_far_from_where_it_was_sampled_has_finite_gradients(built):
@@ -112,18 +123,6 @@ def test_a_completion_far_from_where_it_was_sampled_has_finite_gradients(built):
         (gradient,) = torch.autograd.grad(loss.values.sum(), log_probs)
         assert loss.values.isfinite().all() and gradient.isfinite().all()
         assert gradient.any().item() is (sign < 0)
-
-
-def test_gspo_is_the_sequence_formula(built, random_batch):
-    """GSPO-token's value and gradient are those of -min(s A, clip(s) A), s = exp(mean_t ln r_t), eps of the
-    paper."""
-    batch = random_batch(rows=32)
-    loss, gradient, clipped = loss_and_gradient(built("gspo"), batch, spread=1e-3)
-    expected_loss, expected, rows = plain_sequence_gradient(batch, 1e-3, mean=True, low=3e-4, high=4e-4)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, expected)
-    assert 0 < rows.sum() < 32 and not gradient[rows].any()
-    assert torch.equal(clipped & batch.completion_mask, rows[:, None] & batch.completion_mask)
 
 
 @pytest.mark.parametrize("name", ["gspo", "rloo"])
@@ -291,15 +290,16 @@ def test_dapo_with_grpos_bounds_and_mean_is_grpo_bit_for_bit(learner, random_bat
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "gradient"),
+    ("ratio", "advantage", "value", "gradient"),
     [
-        (1.25, 1.0, -1.25), (1.29, 1.0, 0.0), (0.7, 1.0, -0.7), (0.81, -1.0, 0.81), (0.79, -1.0, 0.0),
-        (1.5, -1.0, 1.5),
+        (1.0, 2.0, -2.0, -2.0), (1.25, 1.0, -1.25, -1.25), (1.29, 1.0, -1.28, 0.0), (0.7, 1.0, -0.7, -0.7),
+        (0.81, -1.0, 0.81, 0.81), (0.79, -1.0, 0.8, 0.0), (1.5, -1.0, 1.5, 1.5),
     ],
 )  # fmt: skip
-def test_clip_higher_quadrants(built, ratio, advantage, gradient):
+def test_clip_higher_quadrants(built, ratio, advantage, value, gradient):
     """0.2 below, 0.28 above."""
-    assert one_token(built("dapo").token_loss, ratio, advantage)[1] == pytest.approx(gradient)
+    got = one_token(built("dapo").token_loss, ratio, advantage)
+    assert got == (pytest.approx(value), pytest.approx(gradient), gradient == 0)
 
 
 def test_the_overlong_penalty_is_piecewise_linear():
