@@ -42,37 +42,20 @@ def test_any_text_survives_and_every_loader_gives_the_same_tokens(text):
     assert TOKENIZER.decode(tokens) == unicodedata.normalize("NFC", text) and tokens == FILE.encode(text).ids
 
 
-def test_digits_stand_alone():
-    tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER.encode("1234+56=1290. \\boxed{1290}"))
-    assert all(len(token) == 1 for token in tokens if any(c.isdigit() for c in token))
-    assert not [
-        t for t in TOKENIZER.get_vocab() if any(c.isascii() and c.isdigit() for c in t) and len(t) > 1
-    ]
-
-
-def test_vocabulary_size(model):
-    assert TOKENIZER.encode("7") == TOKENIZER.convert_tokens_to_ids(["7"])  # nothing in front or behind
-    assert len(TOKENIZER) == model.config.vocab_size == 1024
-    assert sorted(TOKENIZER.get_vocab().values()) == list(range(1024))
-
-
-def test_special_tokens(model):
-    assert (TOKENIZER.eos_token, TOKENIZER.pad_token) == ("<|endoftext|>", "<|pad|>")
-    assert len(TOKENIZER.encode("<|im_start|><|im_end|>")) == 2
-    assert TOKENIZER.padding_side == "left"
+def test_the_tokenizer_fits_model_and_problems(model, test_problems):
+    words, encode = TOKENIZER.get_vocab(), TOKENIZER.encode
+    assert not [word for word in words if len(word) > 1 and any(c.isascii() and c.isdigit() for c in word)]
+    assert encode("7") == TOKENIZER.convert_tokens_to_ids(["7"])  # nothing in front or behind
+    assert len(TOKENIZER) == model.config.vocab_size == 1024 and sorted(words.values()) == list(range(1024))
+    marks = (TOKENIZER.eos_token, TOKENIZER.pad_token, TOKENIZER.padding_side)
+    assert marks == ("<|endoftext|>", "<|pad|>", "left") and len(encode("<|im_start|><|im_end|>")) == 2
     for config in (model.config, model.generation_config):
         assert (config.eos_token_id, config.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)
-
-
-def test_chat_template():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     text = TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-def test_lengths_in_tokens(test_problems):
     assert max(len(TOKENIZER.encode(p.problem)) for p in test_problems) <= DATASET["max_prompt_tokens"]
     lengths = [len(TOKENIZER.encode(p.demonstration)) for p in test_problems]
     assert max(lengths) <= 60 and 15 <= sum(lengths) / len(lengths) <= 50
