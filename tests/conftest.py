@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from jaxtyping import install_import_hook
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from capo_exp.config.architecture import fill_architecture
@@ -70,18 +72,10 @@ def small_model():
     """Two layers, random weights with real entropy, float32, evaluation mode."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
 
 
@@ -111,6 +105,16 @@ def random_batch():
     return make
 
 
+@pytest.fixture(scope="session")
+def reference():
+    """What the authors' program computed; see docs/PAPER_MAP.md."""
+    folder = os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference")
+    file = Path(folder) / "capo_reference.safetensors"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    return load_file(file)
+
+
 @pytest.fixture
 def learner(composed, small_model):
     """`learner("algo=capo", ...)` is one of a copy of the small model; see `tests.pieces.make_learner`."""
@@ -134,6 +138,11 @@ def built(composed):
 def composed():
     """`composed("algo=grpo", ...)` is the TrainConfig of that command line."""
     return compose_config
+
+
+@pytest.fixture
+def config(composed, tmp_path):
+    return composed("algo=grpo", "logger=files", f"output_dir={tmp_path}")
 
 
 def compose_config(*overrides):

@@ -14,6 +14,7 @@ from torch import Tensor
 from capo_exp.algorithms.protocols import build_algorithm
 from capo_exp.cli import front
 from capo_exp.config.build import holds_reference
+from capo_exp.config.errors import ConfigError
 from capo_exp.core import packing
 from capo_exp.core.batch import totals
 from capo_exp.core.step import StepDecision
@@ -73,6 +74,13 @@ def make_learner(config, model, *, distance=0.0):
             parameter.add_(distance * torch.randn(parameter.shape, generator=generator))
     model = packing.prepare_model(copy.deepcopy(model)) if config.model.pack else copy.deepcopy(model)
     return Learner(model, reference, build_algorithm(config.algo), config, torch.float32)
+
+
+def untied(model):
+    """A copy with a last layer of its own."""
+    model = copy.deepcopy(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
 
 
 def weights(learner):
@@ -146,6 +154,15 @@ def plain_log_probs(model, batch, temperature=1.0):
         log_probs = -torch.nn.functional.cross_entropy(logits, ids[-count:], reduction="none")
         rows.append(torch.nn.functional.pad(log_probs, (0, len(mask) - count)))
     return torch.stack(rows)
+
+
+def one_line(call, kind=ConfigError):
+    """What the error of a call says, in one line."""
+    with pytest.raises(kind) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text
+    return text
 
 
 def without_clock(row):

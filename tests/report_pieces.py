@@ -47,21 +47,13 @@ def completion(tokens, *, prompt="Count.", reward=1.0):
     """A row with the first shifts and decisions of the tables above, in turn."""
     places = [i % len(TOKENS) for i in range(len(tokens))]
     return {
-        "prompt": prompt,
-        "completion": "".join(tokens),
-        "answer": "3",
-        "family": "counting" if prompt == "Count." else "other",
-        "reward": reward,
-        "advantage": 2 * reward - 1,
-        "truncated": False,
-        "weight_version": 9,
-        "token_ids": [100 + i for i in range(len(tokens))],
-        "tokens": tokens,
-        "log_prob": [-0.5 * i for i in places],
-        "policy_shift": [SHIFTS[i] for i in places],
-        "objective_shift": [CHANGES[i] for i in places],
-        "keep": [KEEP[i] for i in places],
-    }
+        "prompt": prompt, "completion": "".join(tokens), "answer": "3",
+        "family": "counting" if prompt == "Count." else "other", "reward": reward,
+        "advantage": 2 * reward - 1, "truncated": False, "weight_version": 9,
+        "token_ids": [100 + i for i in range(len(tokens))], "tokens": tokens,
+        "log_prob": [-0.5 * i for i in places], "policy_shift": [SHIFTS[i] for i in places],
+        "objective_shift": [CHANGES[i] for i in places], "keep": [KEEP[i] for i in places],
+    }  # fmt: skip
 
 
 def old(row):

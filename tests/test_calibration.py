@@ -20,6 +20,7 @@ from capo_exp.curvature.calibration import (
     spearman,
 )
 from tests.conftest import VOCABULARY
+from tests.pieces import untied
 
 PREDICTED = 2e-3
 ALL = SampleSize(1000, 1000)
@@ -45,21 +46,9 @@ def record_of(model, batch, learning_rate=1e-2, temperature=1.0):
     mask = batch.completion_mask
     none = torch.zeros_like(mask)
     return StepRecord(
-        batch=batch,
-        output=output,
-        old_log_probs=output.log_probs,
-        weights=mask.float(),
-        kl=torch.zeros_like(output.log_probs),
-        shifts=shifts,
-        selection=Selection(mask),
-        clipped=none,
-    )
-
-
-def untied(model):
-    model = copy.deepcopy(model)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    return model
+        batch=batch, output=output, old_log_probs=output.log_probs, weights=mask.float(),
+        kl=torch.zeros_like(output.log_probs), shifts=shifts, selection=Selection(mask), clipped=none,
+    )  # fmt: skip
 
 
 def moved(model, size, only=""):

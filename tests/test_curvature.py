@@ -1,15 +1,12 @@
 """The last-layer model against autograd, torch.optim and the authors' program."""
 
 import inspect
-import os
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +23,6 @@ from capo_exp.curvature.model import (
     update_adam_state,
 )
 
-REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
 LR = 3e-3
 
 
@@ -41,12 +37,11 @@ def random_tokens(rows, length, vocab, support, width, seed=0):
     return hidden, probs / probs.sum(-1, keepdim=True), ids, token_ids, advantages
 
 
-@pytest.fixture(scope="module")
-def reference():
-    file = REFERENCE / "capo_reference.safetensors"
-    if not file.exists():
-        pytest.skip(f"{file} is not there")
-    return load_file(file)
+def recorded(reference, model, step):
+    """What the authors' program has of a step, its tokens and their mask."""
+    row = {key.split(".")[2]: value for key, value in reference.items() if key.startswith(f"{model}.{step}.")}
+    names = ("hidden", "topk_probs", "topk_ids", "actions", "advantages")
+    return row, tuple(row[name] for name in names), row["mask"].bool()
 
 
 def close(got, expected):
@@ -57,11 +52,7 @@ def close(got, expected):
 def test_parity_with_the_authors_program(reference, model):
     state = init_adam_state(300, 16, dtype=torch.float64) if model == "adam" else None
     for step in range(3):
-        row = {
-            key.split(".")[2]: value for key, value in reference.items() if key.startswith(f"{model}.{step}.")
-        }
-        tokens = (row["hidden"], row["topk_probs"], row["topk_ids"], row["actions"], row["advantages"])
-        mask = row["mask"].bool()
+        row, tokens, mask = recorded(reference, model, step)
         shifts = token_shifts(*tokens, LR, state)
         close(shifts.policy_shift[mask], row["policy_shift_token"][mask])
         close(shifts.objective_shift[mask], row["objective_shift_token"][mask])

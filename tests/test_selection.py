@@ -1,18 +1,14 @@
 """Which tokens an update leaves out, by CAPO and its controls, and what the learner does with that."""
 
 import math
-import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2ForCausalLM
 
 from capo_exp.algorithms.capo import (
     batch_bounds,
@@ -50,14 +46,14 @@ from tests.pieces import (
     run_updates,
     same_weights,
     take_step,
+    untied,
     watch_gradients,
     weights,
 )
-from tests.test_curvature import random_tokens
+from tests.test_curvature import random_tokens, recorded
 
 INF = float("inf")
 OFF = dict(zip(BOUNDS, (INF, -INF, INF), strict=True))
-REFERENCE = Path(os.environ.get("CAPO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
 SELECTIONS = sorted(path.stem for path in (conf_dir() / "selection").glob("*.yaml"))
 BASES = [name for name in ALGORITHMS if name not in SELECTING]
 
@@ -171,19 +167,11 @@ def test_bounds_by_sign_act_on_their_own_sign():
 
 
 @pytest.mark.parametrize("model", ["adam", "sgd"])
-def test_completion_and_batch_levels_are_the_authors(model):
+def test_completion_and_batch_levels_are_the_authors(reference, model):
     """Their "sentence" and "global" shifts, found with bounds just above and just below each of them."""
-    file = REFERENCE / "capo_reference.safetensors"
-    if not file.exists():
-        pytest.skip(f"{file} is not there")
-    values = load_file(file)
     state = curvature.init_adam_state(300, 16, dtype=torch.float64) if model == "adam" else None
     for step in range(3):
-        row = {
-            key.split(".")[2]: value for key, value in values.items() if key.startswith(f"{model}.{step}.")
-        }
-        tokens = tuple(row[n] for n in ("hidden", "topk_probs", "topk_ids", "actions", "advantages"))
-        mask = row["mask"].bool()
+        row, tokens, mask = recorded(reference, model, step)
         scored = score(tokens, mask, 3e-3, state)
         for b in range(4):
             only = (torch.arange(4) == b)[:, None] & mask
@@ -499,17 +487,9 @@ def test_capo_without_bounds_is_its_base_bit_for_bit_and_with_every_token_reject
     assert not record.selection.keep_mask.any()
 
 
-@pytest.fixture
-def untied(small_model):
-    """The small model with a last layer of its own."""
-    torch.manual_seed(1)
-    shape = type(small_model.config)(**{**small_model.config.to_dict(), "tie_word_embeddings": False})
-    return Qwen2ForCausalLM(shape).eval()
-
-
 @pytest.mark.parametrize(("warm_up", "advantage"), [(0, 1.5), (1, -0.7), (4, 1.5)])
 def test_live_moments_predict_the_real_optimisers_next_step(
-    untied, composed, random_batch, warm_up, advantage
+    small_model, composed, random_batch, warm_up, advantage
 ):
     """With one token kept of N the loss is -A ln pi(a) / N, so the step that it is predicted to cause is the
     step that torch's Adam takes: u = (W' - W) h / lr, s = <v, u>, m_F = 1/2 (lr s)^2 and m_H as in section
@@ -519,7 +499,7 @@ def test_live_moments_predict_the_real_optimisers_next_step(
         *SMALL, "algo=dapo", "curvature.optimizer_model=adam_live", "curvature.top_k=40",
         f"regime.learning_rate={rate}", "rollout.temperature=0.7", "optimizer.eps=1e-6",
     )  # fmt: skip
-    ours = make_learner(config, untied)
+    ours = make_learner(config, untied(small_model))
     assert ours.optimizer_model is None
     for seed in range(warm_up):
         take_step(ours, random_batch(seed=seed))
