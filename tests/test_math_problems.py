@@ -12,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from capo_exp.config.build import build_part
-from capo_exp.config.checks import check
-from capo_exp.config.errors import ConfigError
 from capo_exp.data.files import read_splits
 from capo_exp.data.math_problems import ProblemSet, read_last_box, to_problems
 from capo_exp.data.multiple_choice import ASK, letter_choices
 from capo_exp.data.rows import Table
 from tests.grading_pieces import SHARED, needs_data
+from tests.pieces import one_line
 
 BENCHMARKS = {"math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva": 272, "olympiadbench": 675}
 OWN_ROWS = [
@@ -34,13 +33,9 @@ HUB_MATH_ROWS = [
 HUB_GSM8K_ROWS = [{"question": "300*4?", "answer": "300*4=<<300*4=1200>>1200\n#### 1,200"}]
 MATH_COLUMNS = {"answer": "solution", "demonstration": "solution", "level": "level", "family": "type"}
 math = ProblemSet(
-    name="math",
-    hub_id="DigitalLearningGmbH/MATH-lighteval",
-    hub_config="default",
-    hub_revision="abc",
-    columns={"problem": "problem", **MATH_COLUMNS},
-    answer_format="last_boxed",
-)
+    name="math", hub_id="DigitalLearningGmbH/MATH-lighteval", hub_config="default", hub_revision="abc",
+    columns={"problem": "problem", **MATH_COLUMNS}, answer_format="last_boxed",
+)  # fmt: skip
 gsm8k = ProblemSet(
     name="gsm8k",
     hub_id="openai/gsm8k",
@@ -63,12 +58,7 @@ def write(file, rows):
 
 
 def refuse(source, path, split="train"):
-    """The message, which is one line."""
-    with pytest.raises(ConfigError) as refused:
-        source(split, path=path and str(path))
-    text = str(refused.value)
-    assert "\n" not in text
-    return text
+    return one_line(lambda: source(split, path=path and str(path)))
 
 
 def answer_from_hub(monkeypatch, rows):
@@ -136,14 +126,9 @@ def test_what_cannot_be_read_is_named_with_the_key_to_change(tmp_path, monkeypat
     assert "change dataset.path or dataset.source.columns" in text
 
 
-def test_bad_settings_name_their_key(tmp_path, composed):
+def test_bad_settings_name_their_key(tmp_path):
     text = refuse(replace(math, columns={"problem": "problem"}), tmp_path)
     assert "dataset.source.columns=problem: expected problem, answer and any of" in text
-    config = composed("algo=grpo", "dataset=math", "dataset.source.answer_format=boxed")
-    with pytest.raises(
-        ConfigError, match="answer_format=boxed: expected one of plain, last_boxed, after_hash"
-    ):
-        check(config)
 
 
 def test_other_ways_of_writing_the_answer(tmp_path):
@@ -160,17 +145,12 @@ def test_other_ways_of_writing_the_answer(tmp_path):
 @pytest.mark.parametrize(
     ("cells", "answers"),
     [
-        ([7, None, 9], ["7", "9"]),
-        ([27.0, float("nan"), None, 0.5], ["27", "0.5"]),
+        ([7, None, 9], ["7", "9"]), ([27.0, float("nan"), None, 0.5], ["27", "0.5"]),
         ([1e16, -3.0, float("inf")], ["10000000000000000", "-3"]),
-        ([["1", "2"], ["3"], [], None], ["1, 2", "3"]),
-        ([True], ["true"]),
-        ([{"value": "1"}, {"value": "2"}], None),
-        ([b"1", b"2"], None),
-        ([None, None], None),
-        ([], None),
+        ([["1", "2"], ["3"], [], None], ["1, 2", "3"]), ([True], ["true"]),
+        ([{"value": "1"}, {"value": "2"}], None), ([b"1", b"2"], None), ([None, None], None), ([], None),
     ],
-)
+)  # fmt: skip
 def test_answers_that_are_no_text(tmp_path, cells, answers):
     rows = [{"problem": f"{i}?", "answer": cell} for i, cell in enumerate(cells)]
     empty = pa.schema({"problem": pa.string(), "answer": pa.string()}).empty_table()
@@ -209,19 +189,15 @@ GPQA_ROWS = [
 ]  # fmt: skip
 WRONG = ["Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
 gpqa = ProblemSet(
-    name="gpqa",
-    hub_id=None,
-    hub_config=None,
-    hub_revision=None,
+    name="gpqa", hub_id=None, hub_config=None, hub_revision=None,
     columns={
         "id": "Record ID",
         "problem": "Question",
         "answer": "Correct Answer",
         "family": "High-level domain",
     },
-    answer_format="plain",
-    choices=partial(letter_choices, wrong=WRONG, seed=0),
-)
+    answer_format="plain", choices=partial(letter_choices, wrong=WRONG, seed=0),
+)  # fmt: skip
 
 
 def test_choices_have_letters_and_the_right_one_is_the_answer(tmp_path):

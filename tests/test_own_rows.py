@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from capo_exp.data.files import READERS
 from capo_exp.data.own_rows import divide
 from capo_exp.data.prepare import read_split
 from capo_exp.data.rows import Problems, read_hub
+from tests.pieces import one_line
 
 Rows = Sequence[dict[str, Any]]
 ROWS = [{"q": f"What is {n}+{n}?", "a": f"0{2 * n}"} for n in range(20)]
@@ -192,9 +194,8 @@ def test_the_seed_chooses_what_is_held_out(composed, tmp_path):
 def test_a_mistake_is_one_line(name, text, message, composed, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=message) as refused:
-        read(composed(*COLUMNS, f"dataset.path={tmp_path / name}"))
-    assert "\n" not in str(refused.value)
+    config = composed(*COLUMNS, f"dataset.path={tmp_path / name}")
+    assert re.search(message, one_line(lambda: read(config)))
 
 
 def test_a_cell_of_any_length_is_read(composed, tmp_path):
