@@ -22,7 +22,6 @@ from omegaconf import MISSING, OmegaConf
 from capo_exp.cli import front
 from capo_exp.cli.compose import compose_config, find_choices
 from capo_exp.cli.evaluate import LINE as EVALUATE
-from capo_exp.cli.words import as_overrides
 from capo_exp.config.errors import ConfigError
 from capo_exp.config.places import quoted, resolve_model_path, typed
 from capo_exp.config.ranges import AT_LEAST_1
@@ -405,8 +404,3 @@ def test_a_users_file_comes_before_the_packaged_one_and_is_told(work_dir, capsys
                              ["--config-dir", "own"]) == 140  # fmt: skip
     assert run_training(f"hydra.searchpath=[file://{work_dir}/own]") == 2
     assert "expected --config-dir, for conf/ has regime/aggressive.yaml" in capsys.readouterr().err
-
-
-def test_a_key_that_is_given_twice_is_told(capsys):
-    assert as_overrides(["seed=0,1", "algo=capo", "seed=5"]) == ["seed=0,1", "algo=capo", "seed=5"]
-    assert capsys.readouterr().err == "seed= is given 2 times; the last one counts\n"

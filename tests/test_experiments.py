@@ -478,9 +478,3 @@ def test_a_sweep_and_its_jobs_are_in_one_folder(tmp_path, monkeypatch, capsys, a
     assert {*seen} == ({folder} if expected else set())
     written = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert written == ([f"outputs/{folder}/multirun.yaml"] if expected else [])
-
-
-def test_parts_of_others_are_not_offered(capsys):
-    run_training("experiment=paper/figure_9")
-    error = capsys.readouterr().err
-    assert "nearest: paper/figure_" in error and "/_" not in error

@@ -1,20 +1,8 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-import pytest
-
 from capo_exp.config.schema import TrainConfig
 from capo_exp.runs.identity import list_engine_conditions, run_dir, run_id, select_results
-
-
-@pytest.fixture
-def config(composed, tmp_path):
-    return composed("algo=grpo", "logger=files", f"output_dir={tmp_path}")
-
-
-def test_the_same_command_has_the_same_id(composed, config):
-    assert run_id(config) == run_id(composed("algo=grpo"))
-    assert len(run_id(config)) == 8
 
 
 def test_what_changes_results_changes_the_id(composed, config):

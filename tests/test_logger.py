@@ -63,15 +63,17 @@ def test_a_resume_drops_what_came_after_the_checkpoint(run_dir):
     before = (run_dir / "metrics.jsonl").read_text().splitlines()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"counter/rollout_step": 4, "counter/compl')  # killed while writing
+    for name in (".step_000001.parquet.partial", "step_1 (copy).parquet"):
+        (run_dir / "completions" / name).touch()
     with open_logger(run_dir, resume_step=2) as logger:
         logger.log_step(row(3))
     assert (run_dir / "metrics.jsonl").read_text().splitlines() == before
     assert [line["counter/rollout_step"] for line in read_jsonl(run_dir / "eval.jsonl")] == [0]
     samples = sorted(path.name for path in (run_dir / "completions").iterdir())
-    assert samples == ["step_000001.parquet", "step_000002.parquet"]
+    assert samples == ["step_000001.parquet", "step_000002.parquet", "step_1 (copy).parquet"]
     open_logger(run_dir).finish(0)  # a fresh start
     assert (run_dir / "metrics.jsonl").read_text() == (run_dir / "eval.jsonl").read_text() == ""
-    assert not list((run_dir / "completions").iterdir())
+    assert [path.name for path in (run_dir / "completions").iterdir()] == ["step_1 (copy).parquet"]
 
 
 NO_ROWS = ("{half", "[1]", "{}", '{"counter/rollout_step": null}', "\0\0", '{"counter/rollout_step": "1x"}')
@@ -97,15 +99,6 @@ def test_rows_that_are_missing_are_said_and_equal_ones_are_kept(run_dir, caplog)
     assert len(read_jsonl(run_dir / "metrics.jsonl")) == 2 and not caplog.records
     open_logger(run_dir, resume_step=3).finish(0)
     assert "rows of steps 2 to 3 are missing" in caplog.text
-
-
-def test_what_a_kill_left_of_a_sample_goes_and_other_files_stay(run_dir):
-    (run_dir / "completions").mkdir()
-    for name in (".step_000003.parquet.partial", "step_000001.parquet", "step_1 (copy).parquet"):
-        (run_dir / "completions" / name).touch()
-    open_logger(run_dir, resume_step=2).finish(0)
-    left = sorted(path.name for path in (run_dir / "completions").iterdir())
-    assert left == ["step_000001.parquet", "step_1 (copy).parquet"]
 
 
 def test_floats_of_tokens_are_as_precise_as_bfloat16(run_dir):

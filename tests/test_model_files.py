@@ -98,14 +98,11 @@ def test_floats_of_any_size_are_weights(dtype, config):
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("config.json", "{"),
-        ("config.json", "[]"),
-        ("config.json", '{"model_type": "nosuch"}'),
-        ("tokenizer.json", "{"),
-        ("tokenizer_config.json", "[]"),
+        ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model_type": "nosuch"}'),
+        ("tokenizer.json", "{"), ("tokenizer_config.json", "[]"),
         ("model.safetensors", "version https://git-lfs"),
     ],
-)
+)  # fmt: skip
 def test_damaged_files_are_one_line(file, content, config):
     (Path(config.path) / file).write_text(content)
     with pytest.raises(ConfigError, match=r"^model\.path=.*: could not be loaded \(.+\); expected") as raised:
@@ -116,12 +113,10 @@ def test_damaged_files_are_one_line(file, content, config):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("max_position_embeddings", None),
-        ("hidden_act", "nosuch"),
-        ("dtype", "nosuch"),
+        ("max_position_embeddings", None), ("hidden_act", "nosuch"), ("dtype", "nosuch"),
         ("layer_types", ["sliding_attention"] * 4),
     ],
-)
+)  # fmt: skip
 def test_a_config_that_makes_no_sense_is_one_line(key, value, config):
     file = Path(config.path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))

@@ -119,8 +119,7 @@ def test_a_number_without_a_value() -> None:
 @pytest.mark.parametrize(
     ("kind", "right", "wrong"),
     [
-        (float, [1, 0.5], {"": "a number", True: "a number"}),
-        (bool, [True], {1: "true or false"}),
+        (float, [1, 0.5], {"": "a number", True: "a number"}), (bool, [True], {1: "true or false"}),
         (str, [""], {1: "text", None: "text"}),
         (
             Annotated[float, POSITIVE],
@@ -132,7 +131,7 @@ def test_a_number_without_a_value() -> None:
         (str | int | None, [None, "0,1", 2], {0.5: "text"}),
         (Annotated[str, one_of("a", "b")], ["a"], {"c": "one of a, b", 1: "one of a, b"}),
     ],
-)
+)  # fmt: skip
 def test_what_an_annotation_accepts(kind: Any, right: list[Any], wrong: dict[Any, str]) -> None:
     for value in right:
         assert not list(find_faults(kind, "k", value)), value

@@ -28,7 +28,6 @@ from capo_exp.config.record import as_data, read_config, to_yaml
 from capo_exp.config.schema import conf_dir, to_config
 from capo_exp.evaluation import subject
 from capo_exp.evaluation.command import EvaluateCommand
-from capo_exp.figures.tables import plain
 from capo_exp.runs.checkpoint import find_damage
 from capo_exp.runs.files import write_atomic
 from capo_exp.runs.lock import is_locked, locked
@@ -393,7 +392,3 @@ def test_a_record_writes_no_escape_to_the_terminal(values, record):
     (folder / "run.json").write_text(json.dumps(told))
     Console(file=out, width=200).print(runs_table([summarise_run(folder)]))
     assert "?]0;T" in out.getvalue() and "\x1b" not in out.getvalue()
-
-
-def test_no_cell_starts_a_formula_behind_a_semicolon():
-    assert plain("L;=1+1") == "L =1+1" and plain("a; b") == "a; b"

@@ -11,12 +11,8 @@ FUNCTIONS = """
 import math
 import os
 from decimal import Decimal
-
 import numpy as np
-
 from capo_exp import takes_lists
-
-
 def obey(completion, answer, problem):
     if completion == "raise":
         raise KeyError(problem)
@@ -28,19 +24,13 @@ def obey(completion, answer, problem):
     known = {"nan": math.nan, "text": "1", "none": None, "same": True, "numpy": np.bool_(True)}
     known["decimal"] = Decimal("0.5")
     return known[completion] if completion in known else len(completion) / len(answer)
-
-
 @takes_lists
 def rank(completions, answers, problems):
     order = sorted(completions)
     return [order.index(text) + 10 * (problem == "q") for text, problem in zip(completions, problems)]
-
-
 @takes_lists
 def too_few(completions, answers, problems):
     return [1.0]
-
-
 def two(completion, answer): ...
 """
 

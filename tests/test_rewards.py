@@ -33,18 +33,13 @@ RIGHT = r"so \boxed{\frac{1}{2}}"
 @pytest.mark.parametrize(
     ("text", "content"),
     [
-        (r"\boxed{1} and \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed {7}", "7"),
-        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-        (r"\boxed{a\\}", r"a\\"),
-        (r"\boxed{3} then \boxed{4", "3"),
-        (r"\boxed{3}. Put it within \boxed{}.", "3"),
-        (r"\boxed{}", None),
-        ("no box", None),
+        (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed {7}", "7"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."), (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed{3} then \boxed{4", "3"), (r"\boxed{}", None),
+        (r"\boxed{3}. Put it within \boxed{}.", "3"), ("no box", None),
         (r"\boxed{never closed", None),
     ],
-)
+)  # fmt: skip
 def test_last_boxed(text, content):
     assert find_last_box(text) == content
 
@@ -261,7 +256,6 @@ import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 from tests.grading_pieces import math_verifier
 from tests.test_rewards import misbehave
-
 def main():
     verifier = math_verifier(timeout_seconds=1.0, workers=1)
     verifier.grader = misbehave
@@ -274,7 +268,6 @@ def main():
             time.sleep(0.01)
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
-
 if __name__ == "__main__":
     main()
 """

@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from capo_exp.config.errors import ConfigError
-from capo_exp.config.schema import TrainConfig
 from capo_exp.runs import lock
 from capo_exp.runs import record as run_record
 from capo_exp.runs.disk import find_removable
@@ -22,22 +20,10 @@ from capo_exp.runs.record import RunRecord, clear, find_shorter, read_git_state,
 from capo_exp.sweep.job import compare_with_shorter
 
 
-@pytest.fixture
-def config(composed, tmp_path):
-    return composed("algo=grpo", "logger=files", f"output_dir={tmp_path}")
-
-
 def recorded(run_dir):
     record = read_record(run_dir)
     assert record is not None
     return record
-
-
-def test_config_yaml_gives_the_config_back(config, tmp_path):
-    RunRecord(tmp_path, config)
-    loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(tmp_path / "config.yaml"))
-    assert OmegaConf.to_object(loaded) == config
-    assert "${" not in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_finished_run_is_on_record(config, tmp_path):

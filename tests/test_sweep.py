@@ -158,12 +158,6 @@ def test_a_failed_job_is_one_line(run, capfd):
     assert captured.err == ""  # of Hydra's, too
 
 
-def test_plan_only_shows_each_jobs_plan_and_starts_none(run, capfd):
-    assert run(ENDS, "seed=0,1", "plan_only=true") == 0
-    assert capfd.readouterr().out.count("completions a step") == 2
-    assert not Path("jobs.txt").exists() and not list(Path("outputs").rglob("log.txt"))
-
-
 @pytest.mark.slow
 def test_with_joblib_jobs_run_at_a_time(work_dir, monkeypatch, capfd):
     """In two processes of joblib's, of which each says its job."""
