@@ -35,8 +35,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Keeps the words of a link to a file outside docs/, which a site does not have; mkdocs calls it."""
     markdown = markdown.replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")
-    outside = r"(?<!!)\[([^]]+)\]\((?:\.\./)*(?:conf|outputs|examples|capo_exp|scripts|tests|CITATION|LICENSE)[^)]*\)"
-    return re.sub(outside, r"\1", markdown)
+    folders = "conf|outputs|examples|capo_exp|scripts|tests|CITATION|LICENSE"
+    return re.sub(rf"(?<!!)\[([^]]+)\]\((?:\.\./)*(?:{folders})[^)]*\)", r"\1", markdown)
 
 
 def config_page() -> str:

@@ -263,8 +263,8 @@ def test_a_run_goes_on_with_what_it_had_begun(composed, tmp_path):
     left = [torch.load(path)["unfinished"] for path in last]
     scores = [[c.pop("sampler_log_probs") for group in each for c in group["completions"]] for each in left]
     assert left[0] == left[1] != []
-    for one, two in zip(*scores, strict=True):  # a loaded weight lies elsewhere, which can move the last bit
-        assert one == pytest.approx(two, rel=1e-5, nan_ok=True)
+    for one, two in zip(*scores, strict=True):
+        assert one == pytest.approx(two, rel=0, abs=0, nan_ok=True)
 
 
 def test_an_engine_of_vllm_is_given_the_share(small_model):

@@ -110,6 +110,8 @@ def load_model(config: ModelConfig, device: torch.device, weights: Path | None =
             output_loading_info=True,
         )
         model, found = loaded
+        for weight in model.parameters():  # a product's last bit depends on how a file's tensors are aligned
+            weight.data = weight.data.clone()
         model_files.check_weights(model, found, source, revision, subject)
         DynamicCache(config=model.config)  # which a config of wrong layers would stop when sampling begins
     if last_layer(model).bias is not None:
