@@ -277,7 +277,7 @@ def test_an_engine_of_vllm_is_given_the_share(small_model):
 
     fake: Any = SimpleNamespace(
         _synchronise=lambda version: None, _ends=[1], running=lambda: SimpleNamespace(generate=generate),
-        _label=lambda version: f"me:{version}", _tokenizer=Tokenizer(), _world=SINGLE,
+        _name="me", _tokenizer=Tokenizer(), _world=SINGLE,
     )  # fmt: skip
     fake._to_group = lambda *given: VLLMRollout._to_group(fake, *given)
     request = SamplingRequest(

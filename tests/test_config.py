@@ -44,9 +44,10 @@ def made(composed, tmp_path):
 )
 def test_every_choice_composes_and_passes(made, group):
     two = ("regime.prompts_per_step=48", "regime.group_size=2")
-    pairs = dict.fromkeys(("direct_advantage_po", "mdpo"), ("rollout=pairs", *two)) | {"pairs": two}
+    beside = dict.fromkeys(("direct_advantage_po", "mdpo"), ("rollout=pairs", *two))
+    beside |= {"pairs": two, "demonstrations": ("algo=sft", "regime.group_size=1")}
     for choice in choices(group):
-        config = made(f"{group}={choice}", *pairs.get(choice, ()))
+        config = made(f"{group}={choice}", *beside.get(choice, ()))
         if choice != "function":  # whose function only a user can name
             check(config)
         assert getattr(config, group).name == choice
