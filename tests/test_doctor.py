@@ -120,8 +120,8 @@ def engine_without_completions(patch):
 def forgetful_restore(patch):
     restore = Checkpointer.restore
 
-    def without_moments(self, path, device):
-        state = restore(self, path, device)
+    def without_moments(self, path):
+        state = restore(self, path)
         return state | {"optimizer": state["optimizer"] | {"state": {}}}
 
     patch.setattr(Checkpointer, "restore", without_moments)

@@ -332,10 +332,10 @@ def test_updates_of_one_step_share_its_time(tmp_path):
     assert seconds["centre"] == "10"
 
 
-def test_cards_that_are_no_names_are_told_apart(tmp_path):
+def test_runs_of_different_cards_are_told_apart(tmp_path):
     for seed in (0, 1):
         path = write_run(tmp_path, "capo", seed, steps=3) / "evaluations" / "test.jsonl"
-        path.write_text(path.read_text().replace("}", f', "cards": [{seed}]}}'))
+        path.write_text(path.read_text().replace("}", f', "cards": ["{seed}"]}}'))
     with pytest.raises(Lacking, match=r"different cards: 0 \(1 run\); 1 \(1 run\); expected"):
         compose("test", study_in(tmp_path))
 

@@ -157,7 +157,7 @@ def figure_test(study: Study) -> list[Panel]:
     """Draws mean avg@n over the benchmarks that checkpoints were evaluated on (the paper's TEST)."""
     drawn = study.choose(trains, TRAINS)
     last = [run.evaluations[-1] for run in study.runs if trains(run) and run.evaluations]
-    cards = Counter(", ".join(map(str, row["cards"])) for row in last if "cards" in row)
+    cards = Counter(", ".join(row["cards"]) for row in last if "cards" in row)
     if len(cards) > 1:
         seen = "; ".join(f"{card} ({count} run{'s' * (count > 1)})" for card, count in cards.items())
         wanted = "expected the same: evaluate them by one command"
