@@ -121,6 +121,18 @@ def test_the_page_on_a_tenth_says_what_its_kept_rows_say():
     assert len(found) == 35 and sorted(found) == wanted
 
 
+def test_the_page_on_the_corrected_support_says_what_its_kept_rows_say():
+    page = (REFERENCE.parents[1] / "docs" / "study" / "corrected_support.md").read_text()
+    curves = read_curves(REFERENCE / "smollm2" / "sums" / "corrected.parquet")
+    row = r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| yes \| (\d+) \|"
+    said = re.findall(row, page, re.MULTILINE)
+    for seed, *cells in said:
+        found = measure(curve := curves["capo", 1e-4, int(seed)], base=0.016)
+        assert found.collapsed
+        assert cells == [f"{x:.3f}" for x in (found.final, found.peak, found.end)] + [str(len(curve))]
+    assert len(said) == len(curves) == 3
+
+
 def test_the_page_on_a_tenth_with_real_weights_says_what_its_kept_rows_say():
     page = (REFERENCE.parents[1] / "docs" / "study" / "tenth.md").read_text()
     tasks = [read_curves(REFERENCE / "smollm2" / task / "tenth.parquet") for task in ("sums", "max_of_three")]
