@@ -34,7 +34,7 @@ def render_prompts(
         The prompts that are short enough, in order, and how many were dropped.
 
     Raises:
-        ConfigError: no chat template in the tokenizer or one that refuses the
+        ConfigError: no chat template in the tokenizer, or one that refuses the
             messages, an end token behind every prompt, or no prompt left.
     """
     texts = _render_texts([problem.problem for problem in problems], tokenizer, dataset_config)

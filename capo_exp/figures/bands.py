@@ -111,9 +111,8 @@ def _points(run: LoggedRun, key: str, x: str) -> tuple[Array, Array]:
 
     All updates of a rollout step have its reward, which is read once, at the last: it is one measurement.
     """
-    rows = (
-        run.evaluations if in_evaluations(key) else (key.startswith("reward/") and run.steps) or run.metrics
-    )
+    logged = (run.steps if key.startswith("reward/") else []) or run.metrics
+    rows = run.evaluations if in_evaluations(key) else logged
     at, value = read_series(rows, key, x=x)
     finite = np.isfinite(at) & np.isfinite(value)
     grid, place, count = np.unique(at[finite], return_inverse=True, return_counts=True)

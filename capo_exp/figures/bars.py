@@ -74,9 +74,8 @@ def _one_number(
     falls = [x for each in own if (x := collapse(*each, start, found.alpha)) is not None]
     if measure == "first_collapse":
         return (Estimate(float(np.median(falls))), len(falls)) if falls else ("none", 0)
-    return share(len(falls) if measure == "collapsed" else sum(has_kept(y) for _, y in own), len(own)), len(
-        own
-    )
+    count = len(falls) if measure == "collapsed" else sum(has_kept(y) for _, y in own)
+    return share(count, len(own)), len(own)
 
 
 def _lead(study: Study, metric: Metric, curve: Curve) -> tuple[Estimate | str, int]:

@@ -107,9 +107,7 @@ def viewer_data(taken: Sequence[Excerpt], labels: Sequence[str]) -> dict[str, An
 def _row(
     row: LoggedRow, run: LoggedRun, bounds: Bounds | None, tokens: Places, prompts: Places
 ) -> dict[str, Any]:
-    enough = run.setting(
-        "reward.verifier.correct_from"
-    )  # what counted as correct; runs may be older than that
+    enough = run.setting("reward.verifier.correct_from")  # None for a run from before there was one
     reward = row.get("reward")
     prompt = (str(row.get("prompt", "")), str(row.get("answer", "")), str(row.get("family", "")))
     ids, texts, text = row.get("token_ids") or [], row.get("tokens") or [], str(row.get("completion") or "")
